@@ -1,0 +1,154 @@
+"""The words the rooms share: what a block sees, what a plan asks for, what a step says about its examples.
+
+Letters used in every shape comment: B images, H heads, d head width, D = H * d, n patch tokens now,
+p prefix tokens ([CLS], distillation, registers), T = p + n (+ fused tokens), N examples in the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step keeps, as shares in (0, 1]; 1.0 is dense. A pure function of progress (see `plans`), so all ranks agree."""
+
+    keep_tokens: float = 1.0
+    keep_connections: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("keep_tokens", "keep_connections"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"plan: {name}={value} is outside (0, 1]; it says which share stays, 1.0 keeps all")
+
+
+DENSE = Plan()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which keys the following blocks may see: exactly one of the two is set.
+
+    mask: (B, 1, T, T) bool, True = connection kept; the same for all heads.
+    index: (B, m) int64 positions in T, prefix included, shared by all queries.
+    """
+
+    mask: Tensor | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch on their way through the blocks. Frozen: a seam returns a new one.
+
+    x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
+    size: (B, T) float32 number of patches each token stands for, or None (all 1). keys: None = all keys visible.
+    offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
+    """
+
+    x: Tensor
+    ids: Tensor
+    num_prefix: int
+    size: Tensor | None = None
+    keys: Keys | None = None
+    offsets: Tensor | None = None
+
+    def with_(self, **changes: Any) -> Tokens:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the attention of this block saw: q, k, v, each (B, H, T, d), q and k after qk-norm; `scale` is 1/sqrt(d).
+
+    Scores are computed from it only where someone asks, in float32.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+
+Reduce = Callable[[Tokens, Seen, Plan], tuple[Tokens, Seen]]
+"""Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP)."""
+
+Connect = Callable[[Tokens, Seen, Plan], Tokens]
+"""Level 3: sets `Tokens.keys`, which the following blocks obey until the next selection."""
+
+
+class Record(NamedTuple):
+    """What a model returns. Fields beside the logits are None unless asked for by name in `want`.
+
+    logits: (B, classes), or a pair for distilled models in training. cls_attention: (B, n_last) float32 head mean of
+    the last block's [CLS] row over patches. importance: (B, n) float32 token importance at the asked block.
+    kept: original patch ids that survive each pruning block, {block: (B, k) int64}.
+    keys: what level 3 decided in each pruning block, {block: Keys}.
+    """
+
+    logits: Any
+    cls_attention: Tensor | None = None
+    importance: Tensor | None = None
+    kept: dict[int, Tensor] | None = None
+    keys: dict[int, Keys] | None = None
+
+
+class Outcome(NamedTuple):
+    """What one step says about the examples of this rank, all (b,) and on the device.
+
+    correct: bool, right under the chosen rule. loss: float32, unweighted. spread: float32, variance of the last
+    block's [CLS] attention times n^2 (0 where nobody asked). valid: bool, False for padding, broken images and every
+    copy of an image but the first.
+    """
+
+    correct: Tensor
+    loss: Tensor
+    spread: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which examples an epoch shows: equal on all ranks. keep: (ceil(N / 8),) uint8, np.packbits(..., bitorder="little").
+
+    weight: (N,) float32 loss weight per example, or None (all 1). facts: numbers and short texts for the journal.
+    """
+
+    keep: np.ndarray
+    num_kept: int
+    weight: np.ndarray | None
+    facts: dict[str, Any]
+
+
+Gather = Callable[[Tensor], Tensor]
+"""Concatenates a tensor along dimension 0 over all ranks, in rank order; lengths may differ. Identity on one rank."""
+
+
+class Examples(Protocol):
+    """Level 1: which examples an epoch shows. State is whole in `state_dict`, independent of the world size."""
+
+    wants_spread: bool
+
+    def observe(self, ids: Tensor, outcome: Outcome) -> None:
+        """Every step, on the device, without a host sync; ids (b,) int64, the example each row is credited to."""
+        ...
+
+    def select(self, epoch: int, gather: Gather) -> Selection:
+        """At the start of an epoch, on all ranks together; the same answer on all of them."""
+        ...
+
+    def state_dict(self, gather: Gather) -> dict[str, np.ndarray]: ...
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None: ...
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The `Gather` of a single process."""
+    return tensor

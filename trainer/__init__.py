@@ -1,0 +1,1 @@
+"""How to train: configuration, data, model, engine, loop, checkpoint, metrics, evaluation."""
