@@ -247,7 +247,9 @@ class Config(Section):
                 "a global batch takes the same number of images from every lane"
             )
         if d.batch % 2 or d.micro_batch % 2:
-            raise ValueError(f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even, mixup pairs neighbours")
+            raise ValueError(
+                f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even, mixup pairs neighbours"
+            )
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
         if o.name.lower().endswith("lamb") and self.engine.kind == "deepspeed" and self.engine.zero > 0:
@@ -266,7 +268,9 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """Hash of all that decides the numbers of a run; what may change at a resume (see `FREE_TO_CHANGE`) is left out."""
-        return hashlib.blake2b(json.dumps(_flat(self.resolved(), FREE_TO_CHANGE), sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            json.dumps(_flat(self.resolved(), FREE_TO_CHANGE), sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
 
 
 # What a resume may change without changing the run: where it is computed and what is written about it.
