@@ -1,0 +1,246 @@
+"""The order of the data: which examples make global batch `step` of an epoch. Pure numpy, no ranks, no workers, no files.
+
+An epoch is a pure function of (seed, epoch, kept examples, shard sizes, batch, lanes, window, homes, repeats):
+
+1. Shards are dealt once, by seed, to `homes`; home by home, in an order new in every epoch, the kept examples of the shards
+   are laid end to end: one sequence of K ids.
+2. The sequence is cut into `lanes` equal ranges. A lane is read as a ring from a start new in every epoch and permuted in
+   windows, so neither window borders nor the leftovers at its end fall on the same examples twice.
+3. Global batch b takes the same number of rows from every lane, in lane order.
+
+With `repeats` R the order is that of epoch div R and the epoch shows part (epoch mod R) of every lane, each example R times in
+one batch. Position is (epoch, step) and nothing else, so resuming anywhere on any number of ranks costs nothing. Memory
+grows with the number of shards and with lanes x window, beside the packed bits of `keep`.
+
+Letters: S shards, N examples, K kept examples, L lanes, R repeats, m = batch / (L R) examples a lane gives to a batch.
+Permutations come from a counter hash, not from numpy's generators, whose streams may change between releases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+_DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # what a random number is about
+
+
+class Rows(NamedTuple):
+    """Rows of a global batch. ids: (b,) int64 examples. copies: (b,) int64, 0 .. repeats - 1."""
+
+    ids: np.ndarray
+    copies: np.ndarray
+
+
+class Steps(NamedTuple):
+    """How a rank computes its slice: `accumulation` micro-batches of `micro_batch` rows; slots = their product."""
+
+    micro_batch: int
+    accumulation: int
+    slots: int
+
+
+def hashed(*parts: int | np.ndarray) -> np.ndarray:
+    """uint64 hash of integers (splitmix64 over each part in turn); arrays broadcast. The same on every machine."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(0x6A09E667F3BCC909)
+        for part in parts:
+            word = np.asarray(part).astype(np.uint64)
+            z = (np.asarray(state) ^ word) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = z ^ (z >> np.uint64(31))
+    return np.asarray(state)
+
+
+def permutation(n: int, *about: int) -> np.ndarray:
+    """(n,) int64 permutation of 0 .. n - 1, a pure function of `about`."""
+    return np.argsort(hashed(*about, np.arange(n)), kind="stable")
+
+
+def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
+    """(start, stop) of a rank's rows in a global batch: contiguous, in whole pairs, as equal as pairs allow."""
+    pairs = batch // 2
+    if batch % 2 or pairs < world:
+        raise ValueError(
+            f"data.batch={batch} on {world} processes: it must be even and give every process a pair of rows (mixup pairs "
+            f"neighbours); use data.batch>={2 * world} or fewer processes"
+        )
+    return 2 * (rank * pairs // world), 2 * ((rank + 1) * pairs // world)
+
+
+def micro_batches(batch: int, micro_batch: int, world: int) -> Steps:
+    """Equal, even micro-batches of at most `micro_batch` rows that hold the longest slice of any rank."""
+    if micro_batch < 2 or micro_batch % 2:
+        raise ValueError(f"data.micro_batch={micro_batch}: must be even and at least 2, mixup pairs neighbours")
+    slice_of(batch, world, 0)
+    pairs = -(-batch // 2 // world)
+    accumulation = -(-2 * pairs // micro_batch)
+    rows = 2 * -(-pairs // accumulation)
+    return Steps(rows, accumulation, rows * accumulation)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What stays the same over the epochs of a run. sizes: (S,) int64 examples of each shard; batch: global."""
+
+    sizes: np.ndarray
+    seed: int
+    batch: int
+    lanes: int
+    window: int
+    homes: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        group = self.lanes * self.repeats
+        if min(self.lanes, self.window, self.homes, self.repeats) < 1 or self.batch % group or self.batch < group:
+            raise ValueError(
+                f"data.batch={self.batch}, lanes={self.lanes}, window={self.window}, homes={self.homes}, "
+                f"repeats={self.repeats}: all are at least 1 and the batch is a multiple of lanes x repeats; change data.batch or data.lanes"
+            )
+        if self.repeats > 1 and self.batch < 2 * self.repeats:
+            raise ValueError(
+                f"data.batch={self.batch} with data.repeats={self.repeats} holds one image only and would mix it with "
+                f"itself; use data.batch>={2 * self.repeats}"
+            )
+        object.__setattr__(self, "sizes", np.ascontiguousarray(self.sizes, dtype=np.int64))
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """(S + 1,) int64 first id of each shard, then N."""
+        return np.concatenate([[0], np.cumsum(self.sizes)])
+
+    @cached_property
+    def home(self) -> np.ndarray:
+        """(S,) int64 home of each shard: dealt by seed, equal numbers of shards."""
+        home = np.empty(len(self.sizes), dtype=np.int64)
+        home[permutation(len(self.sizes), self.seed, _DEAL)] = np.arange(len(self.sizes)) % self.homes
+        return home
+
+
+class EpochOrder:
+    """The global batches of one epoch. keep: packed bits as in `Selection`, None = everything.
+
+    num_kept: K. steps: floor(presentations / batch), where an epoch presents its K (with repeats: about K / R times R) rows.
+    Refuses with ValueError an epoch that has no full batch and a `keep` of another length.
+    """
+
+    def __init__(self, layout: Layout, epoch: int, keep: np.ndarray | None = None) -> None:
+        self.layout, self.epoch, self._keep = layout, epoch, keep
+        lanes, repeats = layout.lanes, layout.repeats
+        num_examples = int(layout.first[-1])
+        if keep is not None and len(keep) != -(-num_examples // 8):
+            raise ValueError(f"keep holds bits for another data set: {len(keep)} bytes for {num_examples} examples")
+        counts = layout.sizes if keep is None else _count(keep, layout.first)
+        self._round = epoch // repeats
+        shards = np.arange(len(layout.sizes))
+        self._shards = np.lexsort((hashed(layout.seed, _SHARDS, self._round, shards), layout.home))
+        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # (S + 1,) place of a shard in the sequence
+        self.num_kept = int(self._starts[-1])
+        cells = np.arange(lanes * repeats + 1) * self.num_kept // (lanes * repeats)  # lane by lane, part by part
+        part = epoch % repeats
+        self._lane = cells[::repeats]  # (L + 1,)
+        self._begin = cells[part:-1:repeats] - self._lane[:-1]  # (L,) where this epoch's part of a lane begins
+        self._end = cells[part + 1 :: repeats] - self._lane[:-1]
+        self._per_lane = layout.batch // (lanes * repeats)
+        self.steps = int((self._end - self._begin).min()) // self._per_lane
+        if self.steps == 0:
+            raise ValueError(
+                f"epoch {epoch}: {self.num_kept} kept examples make no batch of data.batch={layout.batch} rows; use a "
+                "smaller data.batch or keep more examples"
+            )
+        self._windows: dict[int, tuple[int, np.ndarray]] = {}  # the window a lane is in: {lane: (window, its ids)}
+
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> Rows:
+        """Rows start .. stop of global batch `step`; touches only the lanes these rows come from."""
+        stop = self.layout.batch if stop is None else stop
+        if not 0 <= step < self.steps or not 0 <= start <= stop <= self.layout.batch:
+            raise IndexError(f"batch {step} of {self.steps}, rows {start}:{stop} of {self.layout.batch}")
+        examples, copies = self._examples(np.arange(start, stop))
+        if not len(examples):
+            return Rows(examples, copies)
+        m, low, high = self._per_lane, int(examples.min()), int(examples.max()) + 1
+        ids = np.empty(high - low, dtype=np.int64)
+        for lane in range(low // m, (high - 1) // m + 1):
+            a, b = max(low, lane * m), min(high, lane * m + m)
+            offset = int(self._begin[lane]) + step * m - lane * m
+            ids[a - low : b - low] = self._take(lane, a + offset, b + offset)
+        return Rows(ids[examples - low], copies)
+
+    def leftover(self) -> np.ndarray:
+        """Sorted ids this epoch should present and does not; times repeats they are less than one batch."""
+        used = self._begin + self.steps * self._per_lane
+        ids = [self._take(lane, int(a), int(b)) for lane, (a, b) in enumerate(zip(used, self._end, strict=True)) if b > a]
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *ids]))
+
+    def _examples(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a batch -> (example among the batch's distinct ones, copy).
+
+        Two examples a, b lie as a0 b0 a1 b1 ...: neighbours 2i, 2i + 1 are never copies of one image. Where the number of
+        distinct examples is odd (then R is even), the last three lie as a0 b0 c0 a1 b1 c1.
+        """
+        repeats = self.layout.repeats
+        distinct = self.layout.batch // repeats
+        pair, place = np.divmod(rows, 2 * repeats)
+        examples, copies = 2 * pair + place % 2, place // 2
+        odd = distinct - 3 if distinct % 2 and repeats > 1 else distinct
+        three = rows - odd * repeats
+        if repeats == 1:
+            return rows, np.zeros_like(rows)
+        return np.where(three < 0, examples, odd + three % 3), np.where(three < 0, copies, three // 3)
+
+    def _take(self, lane: int, begin: int, end: int) -> np.ndarray:
+        """Ids at places begin .. end of a lane's permuted ring."""
+        window = self.layout.window
+        ids = np.empty(end - begin, dtype=np.int64)
+        for w in range(begin // window, (end - 1) // window + 1):
+            a, b = max(begin, w * window), min(end, (w + 1) * window)
+            ids[a - begin : b - begin] = self.window_of(lane, w)[a - w * window : b - w * window]
+        return ids
+
+    def window_of(self, lane: int, window: int) -> np.ndarray:
+        """Ids of one window of a lane, in the order they are presented."""
+        held = self._windows.get(lane)
+        if held is not None and held[0] == window:
+            return held[1]
+        layout = self.layout
+        about = (layout.seed, self._round, lane)
+        start, length = int(self._lane[lane]), int(self._lane[lane + 1] - self._lane[lane])
+        turn = int(hashed(*about, _START) % np.uint64(length))
+        begin = turn + window * layout.window
+        end = turn + min(length, (window + 1) * layout.window)
+        cut = min(max(begin, length), end)  # the ring closes here
+        ids = np.concatenate(
+            [self._sequence(start + begin, start + cut), self._sequence(start + cut - length, start + end - length)]
+        )
+        ids = ids[permutation(len(ids), *about, _WINDOW, window)]
+        self._windows[lane] = (window, ids)
+        return ids
+
+    def _sequence(self, begin: int, end: int) -> np.ndarray:
+        """Ids at places begin .. end of the epoch's sequence of kept examples."""
+        if begin >= end:
+            return np.empty(0, dtype=np.int64)
+        a = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        b = int(np.searchsorted(self._starts, end, side="left"))
+        shards = self._shards[a:b]
+        first, sizes = self.layout.first[shards], self.layout.sizes[shards]
+        ends = np.cumsum(sizes)
+        ids = np.repeat(first - (ends - sizes), sizes) + np.arange(ends[-1])  # all ids of these shards, shard by shard
+        if self._keep is not None:
+            ids = ids[(self._keep[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1]
+        return ids[begin - self._starts[a] :][: end - begin]
+
+
+def _count(keep: np.ndarray, borders: np.ndarray) -> np.ndarray:
+    """Kept examples between borders: keep packed bits, borders (S + 1,) ids -> (S,) int64."""
+    words = np.zeros(len(keep) // 8 + 1, dtype="<u8")
+    words.view(np.uint8)[: len(keep)] = keep
+    before = np.zeros(len(words) + 1, dtype=np.int64)
+    np.cumsum(np.bitwise_count(words), out=before[1:], dtype=np.int64)
+    word, bit = borders >> 6, (borders & 63).astype(np.uint64)
+    inside = words[word] & ((np.uint64(1) << bit) - np.uint64(1))
+    return np.diff(before[word] + np.bitwise_count(inside))
