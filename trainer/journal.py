@@ -1,0 +1,276 @@
+"""The journal: one JSON line per event in RUN/journal.jsonl, appended, whole after a kill. MLflow, report and compare read it.
+
+Every line has `kind`, `time` (unix seconds) and `attempt` (0, then one more at each start of the same run). `step` counts the
+optimizer steps that lie behind the line; `epoch` and `batch` count from 0; `progress` is epoch + batch / batches in this epoch.
+Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow by name, lists as one metric per position.
+
+| kind       | when                         | fields                                                                           |
+|------------|------------------------------|----------------------------------------------------------------------------------|
+| start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
+|            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
+|            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
+|            |                              | fingerprint, images, classes}}                                                   |
+| resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
+|            | step                         |                                                                                  |
+| epoch      | before the first batch of an | epoch, step, kept (examples), examples (in the data set), steps (batches),       |
+|            | epoch                        | leftover (count, or {count, ids} when few), facts {of the selection}             |
+| plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
+|            |                              | block), multiply_adds (per image, forward)                                       |
+| step       | every `log_every`            | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
+|            |                              | since the last step line), seconds (of training since then, evaluation and       |
+|            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
+|            |                              | keep_tokens, keep_connections (shares), what else the meters know                |
+| eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
+|            |                              | ema (bool: weights of the moving average)                                        |
+| checkpoint | after it is durable          | epoch, batch, step, path, bytes, seconds                                         |
+| broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
+| message    | a person should know it      | text                                                                             |
+| end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
+|            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours              |
+
+Numbers that are not finite stand as the texts "NaN", "Infinity", "-Infinity" (JSON has no word for them), read back as floats.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "journal.jsonl"
+DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
+PENDING_BYTES = 16 << 20  # what is held in memory while the disk is full, before the run must stop
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# What makes a line the same line when an attempt writes it again after its resume point.
+_IDENTITY = {"step": ("step",), "epoch": ("epoch",), "plateau": ("step",), "eval": ("step", "ema"), "checkpoint": ("step",)}
+_open: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+class JournalError(RuntimeError):
+    """The journal can't be written or read; the text names the file and the way out."""
+
+
+class Journal:
+    """The one writer of a run's journal. When `write` returns, the line is whole in the file, or held while the disk is full.
+
+    `attempt` None: one more than the last in the file (a checkpoint can't tell: it knows no attempt that saved nothing).
+    Raises JournalError where another process writes the same journal.
+    """
+
+    def __init__(self, directory: Path | str, attempt: int | None = None):
+        self.path = Path(directory) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._pending = b""
+        self._warned = False
+        try:
+            _lock(self._file, self.path)
+            self._size = _repair(self._file)
+            last = last_attempt(directory)
+            if attempt is not None and attempt <= last:
+                raise JournalError(
+                    f"{self.path}: attempt {attempt} is in it already (the last one is {last}); leave `attempt` out"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.attempt = last + 1 if attempt is None else attempt
+        _open.add(self)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
+        line = {"kind": kind, "time": round(time.time(), 6), "attempt": self.attempt} | fields
+        self._pending += json.dumps(_plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._flush()
+        if kind in DURABLE:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk. Before a checkpoint becomes the latest: a crash of the node then loses no line."""
+        if not self._pending:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            if self._pending:
+                self._flush()
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        try:
+            written = 0
+            while written < len(self._pending):
+                written += os.write(self._file, self._pending[written:])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                raise
+            os.ftruncate(self._file, self._size)  # no half line; the whole is tried again with the next one
+            if len(self._pending) > PENDING_BYTES:
+                raise JournalError(
+                    f"{self.path}: {error.strerror} for {len(self._pending)} bytes: make room, then resume"
+                ) from error
+            if not self._warned:
+                print(
+                    f"{self.path}: {error.strerror}; lines are held in memory and written when there is room", file=sys.stderr
+                )
+                self._warned = True
+            return
+        self._size += len(self._pending)
+        self._pending, self._warned = b"", False
+
+
+def read(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """Every whole line, oldest first; a torn last line is left out, an unreadable one elsewhere is left out with a warning.
+
+    `directory` is a run directory or a journal file; raises JournalError where there is none.
+    """
+    for _, line in read_from(directory, 0):
+        yield line
+
+
+def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines from byte `offset` on, each with the offset behind it: what a follower stores to go on from there."""
+    path = _file_of(directory)
+    with path.open("rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            try:
+                line = json.loads(raw)
+                kind = line["kind"]
+            except (ValueError, TypeError, KeyError):
+                warnings.warn(f"{path}: the line that ends at byte {offset} is no journal line; it is left out", stacklevel=2)
+                continue
+            line = _finite(line)
+            line["kind"] = kind
+            yield offset, line
+
+
+def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """The lines behind the weights that survive, oldest first. What a killed attempt did after the point where a later attempt
+    went on is left out, and what the later attempt wrote again at that very point. `start` and `end` lines all stay.
+
+    A line without `step` stands where the line before it in its attempt stands. Memory: one entry per eval, epoch and plateau.
+    """
+    cuts = _cuts(directory)
+    seen: set[tuple[Any, ...]] = set()
+    position: dict[int, int] = {}
+    for line in read(directory):
+        kind, attempt = line["kind"], line.get("attempt", 0)
+        position[attempt] = line["step"] if isinstance(line.get("step"), int) else position.get(attempt, 0)
+        if kind not in ("start", "end"):
+            if position[attempt] > min((step for later, step in cuts.items() if later > attempt), default=position[attempt]):
+                continue
+            if kind in _IDENTITY and kind != "step":  # steps can't come twice: the later attempt begins behind the cut
+                name = (kind, *(line.get(field) for field in _IDENTITY[kind]))
+                if name in seen:
+                    continue
+                seen.add(name)
+        yield line
+
+
+def last_attempt(directory: Path | str) -> int:
+    """The highest attempt in the journal, -1 where there is none."""
+    path = _file_of(directory, must=False)
+    return max((line.get("attempt", 0) for line in read(path)), default=-1) if path.exists() else -1
+
+
+def _cuts(directory: Path | str) -> dict[int, int]:
+    """{attempt: the step it went on from}, for attempts after the first that did any work."""
+    cuts: dict[int, int] = {}
+    first: int | None = None
+    for line in read(directory):
+        attempt = line.get("attempt", 0)
+        first = attempt if first is None else first
+        if line["kind"] == "resume":
+            cuts[attempt] = line["step"]
+        elif attempt != first and attempt not in cuts and line["kind"] in _IDENTITY:
+            cuts[attempt] = 0  # it worked without a resume line: from the beginning
+    return cuts
+
+
+def _file_of(directory: Path | str, must: bool = True) -> Path:
+    path = Path(directory)
+    path = path if path.suffix == ".jsonl" else path / FILE
+    if must and not path.is_file():
+        raise JournalError(f"{path}: no such journal; give the directory of a run, e.g. runs/NAME")
+    return path
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"{path}: another process writes it; wait for it to end, or start another run by name=OTHER"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: rank 0 being the only writer is then all there is
+
+
+def _repair(file: int) -> int:
+    """Cut off a line that a kill tore; the size of what stays."""
+    size = os.fstat(file).st_size
+    end = size
+    while end > 0:
+        begin = max(0, end - 65536)
+        found = os.pread(file, end - begin, begin).rfind(b"\n")
+        if found >= 0:
+            end = begin + found + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(file, end)
+    return end
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON has them: numpy and 0-d tensors become numbers, not finite ones texts, paths and the like texts."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list) else value
+
+
+def _forget_in_child() -> None:
+    """A forked worker must not keep the lock of a dead parent, nor write into its journal."""
+    for journal in list(_open):
+        journal._pending = b""
+        journal.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
