@@ -99,7 +99,8 @@ class Layout:
         if min(self.lanes, self.window, self.homes, self.repeats) < 1 or self.batch % group or self.batch < group:
             raise ValueError(
                 f"data.batch={self.batch}, lanes={self.lanes}, window={self.window}, homes={self.homes}, "
-                f"repeats={self.repeats}: all are at least 1 and the batch is a multiple of lanes x repeats; change data.batch or data.lanes"
+                f"repeats={self.repeats}: all are at least 1 and the batch is a multiple of lanes x repeats; change "
+                "data.batch or data.lanes"
             )
         if self.repeats > 1 and self.batch < 2 * self.repeats:
             raise ValueError(

@@ -1,0 +1,237 @@
+"""The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
+
+It is one file beside the shards (`train.index` for `train-*.tar`): a JSON header (shards, fingerprints, classes), then arrays.
+A shard that changed after indexing is refused at the start of a run, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from trainer.data.labels import label_of, label_table, numbered
+from trainer.data.shards import DataError, Sample, bar, expand, fingerprint, samples
+
+_MAGIC = b"trilevel-index-1"
+_ALIGN = 64
+_BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
+
+
+class Index:
+    """An opened index. sizes: (S,) int64 examples per shard; first: (S + 1,) int64 first id of each; names: shards relative
+    to `root`; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32; classes: names in label order;
+    packing: how pixels were changed when packed ("" = not). Cheap to pickle: it is opened again on the other side."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.root = self.path.parent
+        with open(self.path, "rb") as file:
+            magic, length = file.read(len(_MAGIC)), int.from_bytes(file.read(8), "little")
+            if magic != _MAGIC:
+                raise DataError(f"index {self.path}: not an index of this version; run `trilevel index` on its shards again")
+            header = json.loads(file.read(length))
+        base = -(-(len(_MAGIC) + 8 + length) // _ALIGN) * _ALIGN
+        if self.path.stat().st_size != base + header["size"]:
+            raise DataError(f"index {self.path}: truncated; run `trilevel index` on its shards again")
+        self.label_source: str = header["labels"]
+        self.packing: str = header["packing"]
+        self.classes: list[str] = header["classes"]
+        self.fingerprint: str = header["fingerprint"]
+        self.shards: list[dict[str, Any]] = header["shards"]
+        self.names: list[str] = [s["name"] for s in self.shards]
+        self.sizes = np.array([s["examples"] for s in self.shards], dtype=np.int64)
+        self.first = np.concatenate([[0], np.cumsum(self.sizes)])
+        arrays = {
+            name: np.asarray(np.memmap(self.path, dtype, "r", base + at, (count,))) if count else np.empty(0, dtype)
+            for name, (at, dtype, count) in header["arrays"].items()
+        }
+        self.offset, self.length, self.labels = arrays["offset"], arrays["length"], arrays["label"]
+        self._key_end, self._keys = arrays["key_end"], arrays["keys"]
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
+        return Index, (self.path,)
+
+    def key(self, example: int) -> str:
+        begin = int(self._key_end[example - 1]) if example else 0
+        return self._keys[begin : int(self._key_end[example])].tobytes().decode("utf-8", "surrogateescape")
+
+    def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
+        """Number of the shard of each id."""
+        return np.searchsorted(self.first, ids, side="right") - 1
+
+    def where(self, example: int) -> str:
+        """An example for people: shard and key."""
+        return f"{self.names[int(self.shard_of(example))]} key {self.key(example)!r}"
+
+
+class _Scan(NamedTuple):
+    """What one shard holds, compact. values: distinct label texts; label: (n,) place in values."""
+
+    shard: dict[str, Any]
+    offset: np.ndarray
+    length: np.ndarray
+    keys: bytes
+    key_length: np.ndarray
+    values: list[str]
+    label: np.ndarray
+
+
+def index_path(pattern: str) -> Path:
+    """Where the index of these shards is: beside them, named by the literal start of the pattern."""
+    root, stem, _ = expand(pattern)
+    return root / f"{stem}.index"
+
+
+def build_index(pattern: str, labels: str = "cls", *, workers: int = 8, packing: str = "", progress: bool = True) -> Index:
+    """Read the headers and labels of all shards once, in parallel, write the index beside them and open it.
+
+    labels: "cls" (member .cls), "json:FIELD" (member .json), "key" (the key's directory, else its start up to "_"), or
+    "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Whole numbers from .cls, JSON or a
+    file are class numbers; everything else is a name, and classes are the sorted names: those of `classes.txt` beside
+    the shards where it exists, so that training and validation agree. Raises DataError.
+    """
+    root, stem, names = expand(pattern)
+    source = label_of(labels)
+
+    def scan(name: str) -> _Scan:
+        return _scan(root / name, name, source)
+
+    with ThreadPoolExecutor(workers) as pool, bar("index", len(names), "shards", progress) as shown:
+        scans = []
+        for one in pool.map(scan, names):
+            scans.append(one)
+            shown.advance(shown.task_ids[0])
+    if labels.startswith("file:"):
+        scans = _from_file(Path(labels.removeprefix("file:")), scans)
+    listed = root / "classes.txt"
+    texts = {text for scan in scans for text in scan.values}
+    classes = listed.read_text().splitlines() if listed.is_file() else None
+    number, classes = numbered(texts, labels, classes, f"shards {pattern!r}")
+    arrays = {
+        "offset": np.concatenate([s.offset for s in scans]),
+        "length": np.concatenate([s.length for s in scans]),
+        "label": np.concatenate([np.array([number[v] for v in s.values], dtype=np.int32)[s.label] for s in scans]),
+        "key_end": np.cumsum(np.concatenate([s.key_length for s in scans]), dtype=np.int64),
+        "keys": np.frombuffer(b"".join(s.keys for s in scans), dtype=np.uint8),
+    }
+    _write(root / f"{stem}.index", labels, packing, classes, [s.shard for s in scans], arrays)
+    return Index(root / f"{stem}.index")
+
+
+def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
+    stat = path.stat()
+    found = list(samples(path))
+    values, label = np.unique(np.array([source(path, s) for s in found], dtype=object).astype(str), return_inverse=True)
+    keys = [s.key.encode("utf-8", "surrogateescape") for s in found]
+    record = {
+        "name": name,
+        "examples": len(found),
+        "bytes": stat.st_size,
+        "time": stat.st_mtime_ns,
+        "fast": fingerprint(path),
+        "whole": fingerprint(path, whole=True),
+    }
+    return _Scan(
+        record,
+        np.array([s.image.offset for s in found], dtype=np.int64),
+        np.array([s.image.length for s in found], dtype=np.uint32),
+        b"".join(keys),
+        np.array([len(k) for k in keys], dtype=np.int64),
+        values.tolist(),
+        label.astype(np.int32),
+    )
+
+
+def _from_file(path: Path, scans: list[_Scan]) -> list[_Scan]:
+    """Fill in labels from a file of lines."""
+    keys = []
+    for scan in scans:
+        ends = np.cumsum(scan.key_length)
+        keys.append(
+            [scan.keys[b - n : b].decode("utf-8", "surrogateescape") for b, n in zip(ends, scan.key_length, strict=True)]
+        )
+    table = label_table(path, [k for part in keys for k in part])
+    filled = []
+    for scan, part in zip(scans, keys, strict=True):
+        values, label = np.unique(np.array([table[k] for k in part], dtype=object).astype(str), return_inverse=True)
+        filled.append(scan._replace(values=values.tolist(), label=label.astype(np.int32)))
+    return filled
+
+
+def _write(
+    path: Path, labels: str, packing: str, classes: list[str], shards: list[dict[str, Any]], arrays: dict[str, np.ndarray]
+) -> None:
+    places, at = {}, 0
+    for name, array in arrays.items():
+        places[name] = (at, array.dtype.str, len(array))
+        at += -(-array.nbytes // _ALIGN) * _ALIGN
+    digest = hashlib.blake2b(json.dumps([[s["name"], s["whole"]] for s in shards]).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(arrays["label"]).tobytes())
+    header = {
+        "labels": labels, "packing": packing, "classes": classes, "fingerprint": digest.hexdigest(), "shards": shards,
+        "arrays": places, "size": at,
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+        head = _MAGIC + len(text).to_bytes(8, "little") + text
+        file.write(head + b"\0" * (-len(head) % _ALIGN))
+        for array in arrays.values():
+            file.write(array.tobytes() + b"\0" * (-array.nbytes % _ALIGN))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def open_index(pattern: str, labels: str = "cls", verify: Literal["fast", "full"] | None = "fast", workers: int = 16) -> Index:
+    """Open the index of these shards and hold the shards against it. Raises DataError naming the first shard that differs.
+
+    fast: names, sizes, a hash of 16 blocks, and all bytes of shards whose time stamp is new (up to 2 GiB of them); full: all
+    bytes; None: names and sizes (for all ranks of a node but the first).
+    """
+    root, stem, names = expand(pattern)
+    path = root / f"{stem}.index"
+    again = f"run `trilevel index {pattern!r}`"
+    if not path.is_file():
+        raise DataError(f"shards {pattern!r}: no index {path}; {again} (labels={labels})")
+    index = Index(path)
+    if index.label_source != labels:
+        raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
+    for name in sorted(set(names) - set(index.names)):
+        raise DataError(f"shard {root / name} is not in the index {path}; {again}")
+    for name in sorted(set(index.names) - set(names)):
+        raise DataError(f"shard {root / name} is in the index {path}, but missing in {pattern!r}; put it back or {again}")
+
+    budget = 0
+    checks = []
+    for shard in index.shards:
+        stat = (root / shard["name"]).stat()
+        if stat.st_size != shard["bytes"]:
+            raise DataError(
+                f"shard {root / shard['name']} changed: it has {stat.st_size} bytes, the index says {shard['bytes']}; "
+                f"restore it or {again}"
+            )
+        touched = stat.st_mtime_ns != shard["time"] and budget + stat.st_size <= _BUDGET
+        budget += stat.st_size * touched
+        checks.append((shard, "whole" if verify == "full" or touched else "fast"))
+
+    def same(check: tuple[dict[str, Any], str]) -> bool:
+        shard, kind = check
+        return fingerprint(root / shard["name"], whole=kind == "whole") == shard[kind]
+
+    if verify is not None:
+        with ThreadPoolExecutor(workers) as pool:
+            for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):
+                if not good:
+                    raise DataError(f"shard {root / shard['name']} changed since it was indexed; restore it or {again}")
+    return index

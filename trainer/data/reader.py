@@ -1,0 +1,71 @@
+"""Reads the bytes of images out of shards, in as few and as long reads as their places allow."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+
+import numpy as np
+
+from trainer.data.index import Index
+from trainer.data.shards import DataError
+
+_GAP = 64 << 10  # bytes read in vain rather than starting another read
+_RUN = 16 << 20  # the longest read
+_OPEN = 128  # files kept open
+
+
+class Reader:
+    """Images by id. Holds open files only, so it may be forked or pickled at any time."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_index": self._index, "_files": OrderedDict()}
+
+    def read(self, ids: np.ndarray) -> list[memoryview | DataError]:
+        """The bytes of each id, in the order asked; what can't be read comes as the error that says why. ids: (b,) int64."""
+        index = self._index
+        wanted, place = np.unique(ids, return_inverse=True)  # ids rise with their place in a shard
+        found: list[memoryview | DataError] = []
+        if not len(wanted):
+            return found
+        shard = index.shard_of(wanted)
+        begin = index.offset[wanted]
+        end = begin + index.length[wanted]
+        apart = (shard[1:] != shard[:-1]) | (begin[1:] - end[:-1] > _GAP)
+        run = np.concatenate([[0], np.flatnonzero(apart) + 1, [len(wanted)]])
+        for a, b in itertools.pairwise(run):
+            while a < b:
+                c = max(int(a) + 1, int(np.searchsorted(end[a:b], begin[a] + _RUN, side="right")) + int(a))
+                found += self._run(int(shard[a]), begin[a:c], end[a:c])
+                a = c
+        return [found[i] for i in place]
+
+    def _run(self, shard: int, begin: np.ndarray, end: np.ndarray) -> list[memoryview | DataError]:
+        start, stop = int(begin[0]), int(end[-1])
+        buffer = memoryview(bytearray(stop - start))
+        got, reason = 0, "the file is shorter than its index says"
+        try:
+            file = self._open(shard)
+            while got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
+                got += read
+        except OSError as error:
+            reason = str(error)
+        name = self._index.names[shard]
+        return [
+            buffer[a - start : b - start] if b - start <= got else DataError(f"shard {name} at byte {a}: {reason}")
+            for a, b in zip(begin.tolist(), end.tolist(), strict=True)
+        ]
+
+    def _open(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            self._files[shard] = os.open(self._index.root / self._index.names[shard], os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._files) > _OPEN:
+                os.close(self._files.popitem(last=False)[1])
+        return self._files[shard]
