@@ -34,8 +34,8 @@ class Objective:
         self.loss, self.rule = config.optim.loss, config.examples.rule
         if self.loss == "bce" and self.smoothing > 0:
             raise ConfigError(
-                f"optim.loss=bce with augment.smoothing={self.smoothing}: binary targets are 1 wherever the soft ones are above "
-                "0, so smoothing would make every class right; set augment.smoothing=0"
+                f"optim.loss=bce with augment.smoothing={self.smoothing}: binary targets are 1 wherever soft ones are above 0, "
+                "so smoothing would make every class right; set augment.smoothing=0"
             )
 
     def targets(self, labels: Tensor, mix: Mix, weights: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def _options(settings: Optim) -> dict[str, Any]:
     try:
         info = get_optimizer_info(settings.name.lower().split("_")[-1])
     except ValueError:
-        near = difflib.get_close_matches(settings.name.lower(), list_optimizers(), n=3, cutoff=0.5)
+        known = [str(name) for name in list_optimizers()]
+        near = difflib.get_close_matches(settings.name.lower(), known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.optim.list_optimizers()"
         raise ConfigError(f"optim.name={settings.name!r}: timm has no such optimizer; {hint}") from None
     options: dict[str, Any] = {"eps": settings.eps} if info.has_eps else {}
