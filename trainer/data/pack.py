@@ -113,7 +113,8 @@ def _same_plan(dst: Path, split: str, src: str, part: list[Image], settings: lis
     if shards and (there is None or there["hash"] != plan["hash"]):
         raise DataError(
             f"pack into {dst}: it holds {split} shards of another source or setting "
-            f"({there['source'] if there else 'unknown'}); pack under another name, into another folder, or remove {dst}/{split}-*.tar"
+            f"({there['source'] if there else 'unknown'}); pack under another name, into another "
+            f"folder, or remove {dst}/{split}-*.tar"
         )
     if there != plan:
         file.write_text(json.dumps(plan))

@@ -1,0 +1,222 @@
+"""What happens to one image on the host: decode, crop, resize, colour policy. Bytes in, uint8 out; the device does the rest.
+
+Every random choice comes from one generator seeded by (seed, epoch, example, copy), so an image looks the same on any rank and
+worker. Distributions are timm's (`timm.data.transforms_factory`); flip and erasing are drawn here and applied on the device.
+Evaluation is timm's evaluation transform itself, on PIL.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import numpy as np
+import PIL.Image
+import torch
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.transforms import str_to_interp_mode, str_to_pil_interp
+from timm.data.transforms_factory import transforms_imagenet_eval
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+from trainer.config import Augment
+from trainer.data.order import hashed
+
+MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a decompression bomb
+_ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
+_SRC_PADDING = 4  # DeiT-III's simple random crop
+
+
+class Image(NamedTuple):
+    """One image made ready. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none)."""
+
+    pixels: Tensor
+    flip: bool = False
+    erase: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+def draw_keys(seed: int, epoch: int, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """(b,) int64 key of every row: what all its random choices are keyed by, on the host and on the device."""
+    return hashed(seed, epoch, ids, copies).view(np.int64)
+
+
+def header(data: bytes | memoryview) -> PIL.Image.Image:
+    """The image with only its header read. Raises ValueError where it is no image or far too large."""
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError("no image" if isinstance(error, PIL.UnidentifiedImageError) else f"broken image: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}: refused as a decompression bomb")
+    return image
+
+
+def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
+    """RGB as timm's and torchvision's loaders have it (EXIF orientation is not applied). Raises ValueError."""
+    image = header(data)
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, IndexError, MemoryError) as error:
+        raise ValueError(f"broken image: {error}") from None
+
+
+def decode(data: memoryview) -> Tensor:
+    """(3, H, W) uint8, as `decode_exact`; RGB and grey JPEG take torchvision's decoder, all else PIL's. Raises ValueError."""
+    image = header(data)
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        try:
+            return cast(Tensor, decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB))
+        except RuntimeError as error:
+            raise ValueError(f"broken image: {str(error).splitlines()[0]}") from None
+    return _tensor(decode_exact(data))
+
+
+def _tensor(image: PIL.Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Transform:
+    """Bytes -> Image. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing."""
+
+    def __init__(self, augment: Augment, image_size: int, train: bool, crop_pct: float = 0.875) -> None:
+        self.augment, self.size, self.train = augment, image_size, train
+        self._interpolation = str_to_interp_mode(augment.interpolation)
+        self._evaluate = transforms_imagenet_eval(
+            image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
+        )
+        self._policy = _policy(augment, image_size)
+
+    def __call__(self, data: memoryview, key: int = 0) -> Image:
+        """One image; raises ValueError saying what is wrong with it. key: see `draw_keys`."""
+        return self.finish(self.decode(data), key)
+
+    def decode(self, data: memoryview) -> Tensor | PIL.Image.Image:
+        return decode(data) if self.train else decode_exact(data)
+
+    def finish(self, decoded: Tensor | PIL.Image.Image, key: int = 0) -> Image:
+        """From a decoded image: copies of it are decoded once."""
+        if not isinstance(decoded, Tensor):
+            return Image(cast(Tensor, self._evaluate(decoded)))
+        rng, a = random.Random(key), self.augment
+        flip = rng.random() < a.flip
+        erase = _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
+        pixels = self._crop(decoded, rng)
+        if self._policy is not None:
+            pixels = _tensor(self._policy(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), rng))
+        return Image(pixels, flip, erase)
+
+    def _crop(self, pixels: Tensor, rng: random.Random) -> Tensor:
+        size, a = self.size, self.augment
+        if a.crop == "rrc":
+            top, left, height, width = _resized_crop(rng, pixels.shape[1], pixels.shape[2], a.scale, a.ratio)
+            return self._resize(pixels[:, top : top + height, left : left + width], size, size)
+        short = min(pixels.shape[1:])
+        height, width = (max(size, int(side * size / short)) for side in pixels.shape[1:])
+        if a.crop == "shift":  # the whole image, then a few pixels any way, black moves in
+            pixels, padding, mode = self._resize(pixels, height, width), a.shift, "constant"
+            pixels = F.center_crop(pixels, [size, size])
+        else:
+            pixels, padding, mode = self._resize(pixels, height, width), _SRC_PADDING if a.crop == "src" else 0, "reflect"
+        if a.crop == "none":
+            return F.center_crop(pixels, [size, size])
+        if padding:
+            pixels = F.pad(pixels, [padding] * 4, padding_mode=mode)
+        top, left = (rng.randint(0, side - size) for side in pixels.shape[1:])
+        return pixels[:, top : top + size, left : left + size]
+
+    def _resize(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        if pixels.shape[1:] == (height, width):
+            return pixels
+        return F.resize(pixels, [height, width], self._interpolation, antialias=True)
+
+
+def _resized_crop(
+    rng: random.Random, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Box of a random resized crop (Szegedy et al. 2015), drawn as timm and torchvision draw it: top, left, height, width."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        area, aspect = rng.uniform(*scale) * height * width, math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    w, h = width, height  # the largest box of an allowed shape, in the middle
+    if width / height < ratio[0]:
+        h = round(w / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(h * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _erase(rng: random.Random, size: int) -> tuple[int, int, int, int]:
+    """Box of random erasing (Zhong et al. 2017) with timm's numbers: top, left, height, width."""
+    for _ in range(_TRIES):
+        area = rng.uniform(*_ERASE_AREA) * size * size
+        aspect = math.exp(rng.uniform(math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < size and w < size:
+            return rng.randint(0, size - h), rng.randint(0, size - w), h, w
+    return 0, 0, 0, 0
+
+
+Policy = Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]
+
+
+def _policy(augment: Augment, size: int) -> Policy | None:
+    """Colour work on the cropped PIL image. As in timm, colour jitter stays out beside RandAugment and its kin."""
+    if augment.policy == "none":
+        return (lambda image, rng: _jitter(image, rng, augment.color_jitter)) if augment.color_jitter else None
+    text = "3a" if augment.policy == "three_augment" else augment.policy  # DeiT-III: grey, solarise or blur
+    settings = {
+        "translate_const": int(size * 0.45),
+        "img_mean": tuple(min(255, round(255 * m)) for m in augment.mean),
+        "interpolation": str_to_pil_interp(augment.interpolation),
+    }
+    try:
+        if text.startswith("rand"):
+            transform = rand_augment_transform(text, settings)
+        elif text.startswith("augmix"):
+            transform = augment_and_mix_transform(text, settings | {"translate_pct": 0.3})
+        else:
+            transform = auto_augment_transform(text, settings)
+    except (AssertionError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"augment.policy={augment.policy!r}: timm doesn't know it ({error}); use 'none', 'three_augment' or timm's text "
+            "form, e.g. 'rand-m9-mstd0.5-inc1'"
+        ) from None
+
+    def policy(image: PIL.Image.Image, rng: random.Random) -> PIL.Image.Image:
+        with _seeded(rng.getrandbits(32)):
+            image = transform(image)
+        return _jitter(image, rng, augment.color_jitter) if "3a" in text else image
+
+    return policy
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """timm's policies draw from the global `random` and numpy generators: seed them around one example and put them back."""
+    ours, theirs = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
+
+
+def _jitter(image: PIL.Image.Image, rng: random.Random, strength: float) -> PIL.Image.Image:
+    """torchvision's ColorJitter(s, s, s): brightness, contrast, saturation by 1 - s .. 1 + s, in random order."""
+    if not strength:
+        return image
+    steps = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
+    rng.shuffle(steps)
+    for step in steps:
+        image = step(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))  # pyright: ignore[reportArgumentType]
+    return image

@@ -1,0 +1,223 @@
+"""Global batches as a rank sees them: its slice, decoded, and nothing that depends on ranks or workers in the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sparsity.types import Selection
+from trainer.config import Config
+from trainer.data.augment import Transform, draw_keys
+from trainer.data.index import Index
+from trainer.data.order import EpochOrder, Layout, Rows, micro_batches, slice_of
+from trainer.data.reader import Reader
+from trainer.data.shards import DataError
+
+NOBODY = -1  # id of a padding slot
+
+
+class Batch(NamedTuple):
+    """A rank's rows of a global batch, b slots. Padding slots come last: id -1, weight 0, black.
+
+    images: (b, 3, S, S) uint8. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or broken image.
+    flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. draw: (b,) int64 key of all random choices
+    about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    copies: Tensor
+    weights: Tensor
+    flip: Tensor
+    erase: Tensor
+    draw: Tensor
+    broken: list[tuple[int, str]]
+
+
+class _Maker:
+    """Rows -> Batch: read, decode, transform."""
+
+    def __init__(self, index: Index, config: Config, train: bool) -> None:
+        self.index, self._seed, self._size = index, config.seed, config.model.image_size
+        self._reader = Reader(index)
+        self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
+
+    def batch(self, epoch: int, rows: Rows, slots: int) -> Batch:
+        count, size = len(rows.ids), self._size
+        images = torch.zeros(slots, 3, size, size, dtype=torch.uint8)
+        weights, flip = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
+        erase = torch.zeros(slots, 4, dtype=torch.int32)
+        keys = draw_keys(self._seed, epoch, rows.ids, rows.copies)
+        broken: dict[int, str] = {}
+        distinct, first, place = np.unique(rows.ids, return_index=True, return_inverse=True)
+        data = self._reader.read(distinct)
+        decoded: dict[int, Any] = {}
+        for row in range(count):
+            which = int(place[row])
+            example, raw = int(distinct[which]), data[which]
+            if example in broken:
+                continue
+            try:
+                if isinstance(raw, DataError):
+                    raise raw
+                if which not in decoded:
+                    decoded[which] = self._transform.decode(raw)
+                image = self._transform.finish(decoded[which], int(keys[row]))
+            except ValueError as error:
+                broken[example] = f"{self.index.where(example)}: {error}"
+                continue
+            images[row], weights[row], flip[row] = image.pixels, 1.0, image.flip
+            erase[row] = torch.tensor(image.erase, dtype=torch.int32)
+            if len(first) == count:  # no copies: done with it
+                decoded.clear()
+        return Batch(
+            images,
+            _filled(self.index.labels[rows.ids], slots, 0),
+            _filled(rows.ids, slots, NOBODY),
+            _filled(rows.copies, slots, 0),
+            weights,
+            flip,
+            erase,
+            _filled(keys, slots, 0),
+            sorted(broken.items()),
+        )
+
+
+def _filled(values: np.ndarray, slots: int, padding: int) -> Tensor:
+    filled = torch.full((slots,), padding, dtype=torch.int64)
+    filled[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    return filled
+
+
+class _Task(NamedTuple):
+    """What a worker is asked for. turn: counts the epochs asked for, so that a worker notices a new one."""
+
+    turn: int
+    epoch: int
+    step: int
+    dropping: bool
+
+
+class _Batches(Dataset[Batch]):
+    """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
+
+    def __init__(self, maker: _Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor) -> None:
+        self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
+        self._order: tuple[int, EpochOrder] | None = None
+
+    def __getitem__(self, task: _Task) -> Batch:
+        if self._order is None or self._order[0] != task.turn:
+            keep = self._keep.numpy().copy() if task.dropping else None
+            self._order = task.turn, EpochOrder(self._layout, task.epoch, keep)
+        rows = self._order[1].rows(task.step, *self._bounds)
+        return self._maker.batch(task.epoch, rows, self._slots)
+
+
+class _Tasks:
+    """The sampler: set before every epoch."""
+
+    def __init__(self) -> None:
+        self.tasks: list[_Task] = []
+
+    def __iter__(self) -> Iterator[_Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class Stream:
+    """Training batches of one rank. `steps` holds micro_batch, accumulation and slots: the rows of a Batch.
+
+    The same global batches on any world and with any number of workers; a worker takes every n-th batch. Raises DataError
+    for labels outside model.classes and ValueError where the batch does not fit the world.
+    """
+
+    def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
+        check_labels(index, config.model.classes)
+        data = config.data
+        self.layout = Layout(index.sizes, config.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
+        self.steps = micro_batches(data.batch, data.micro_batch, world)
+        self.bounds = slice_of(data.batch, world, rank)
+        self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
+        maker = _Maker(index, config, train=True)
+        self._tasks, self._turn = _Tasks(), 0
+        self._loader = DataLoader(
+            _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep),
+            batch_size=None,
+            sampler=self._tasks,  # pyright: ignore[reportArgumentType]
+            num_workers=data.workers,
+            persistent_workers=data.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def order(self, epoch: int, selection: Selection | None) -> EpochOrder:
+        return EpochOrder(self.layout, epoch, None if selection is None else selection.keep)
+
+    def epoch(self, epoch: int, selection: Selection | None, first_batch: int = 0) -> Iterator[Batch]:
+        """This rank's slice of global batches first_batch .. steps of the epoch. Finish or drop one epoch before the next."""
+        self._turn += 1
+        dropping = selection is not None and selection.num_kept < int(self.layout.first[-1])
+        steps = self.order(epoch, selection).steps
+        if selection is not None:
+            self._keep.copy_(torch.from_numpy(selection.keep))
+        self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, steps)]
+        for batch in self._loader:
+            if selection is not None and selection.weight is not None:
+                weight = torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
+                batch = batch._replace(weights=batch.weights * weight)
+            yield batch
+
+
+class Validation:
+    """Every image once over all ranks: rank r iterates the r-th contiguous part, on all ranks the same number of batches.
+
+    Rows beyond the part are padding with weight 0. Pixels are timm's evaluation transform's.
+    """
+
+    def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
+        check_labels(index, config.model.classes)
+        self._parts = _Parts(_Maker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
+        self._workers = config.data.workers
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(DataLoader(self._parts, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available()))
+
+
+class _Parts(Dataset[Batch]):
+    """Batch number -> Batch of a rank's part of the validation set."""
+
+    def __init__(self, maker: _Maker, num_examples: int, batch: int, rank: int, world: int) -> None:
+        self._maker, self._batch = maker, batch
+        self._begin, self._end = rank * num_examples // world, (rank + 1) * num_examples // world
+        self._longest = -(-num_examples // world)
+
+    def __len__(self) -> int:
+        return -(-self._longest // self._batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        begin = self._begin + number * self._batch
+        slots = min(self._batch, self._longest - number * self._batch)
+        ids = np.arange(begin, max(begin, min(begin + slots, self._end)))
+        return self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots)
+
+
+def check_labels(index: Index, classes: int) -> None:
+    """Raise DataError, naming shard and key, where a label is no class of the model."""
+    wrong = np.flatnonzero((index.labels < 0) | (index.labels >= classes))
+    if len(wrong):
+        raise DataError(
+            f"shard {index.where(int(wrong[0]))}: label {index.labels[wrong[0]]} is outside model.classes={classes} "
+            f"({len(wrong)} such images); set model.classes={int(index.labels.max()) + 1} or mend the labels"
+        )
