@@ -9,7 +9,7 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 | start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
 |            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
-|            |                              | fingerprint, images, classes}}                                                   |
+|            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model)  |
 | resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
 |            | step                         |                                                                                  |
 | epoch      | before the first batch of an | epoch, step, kept (examples), examples (in the data set), steps (batches),       |
