@@ -154,7 +154,7 @@ class Examples(Section):
     """Level 1, which examples an epoch shows (methods in `sparsity.EXAMPLES`)."""
 
     method: str = "all"
-    removed: Share = 0.0  # share of the data set left out of an epoch
+    removed: Share = 0.0  # share of the data set left out of an epoch (infobatch: of those below the mean loss)
     swap: Share = 0.05  # share of the data set exchanged at an update (forgetting)
     window: Epochs = 30.0
     updates: int = Field(5, ge=0)
