@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -26,6 +25,7 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
 
     Raises ConfigError on a name timm doesn't know, and where a parameter would be left untrained in silence.
     """
+    refuse_unknown(settings.name)
     network = getattr(model, "vit", model)  # the one that knows its `no_weight_decay` and its layers
     mine = {id(parameter) for parameter in network.parameters()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
@@ -38,23 +38,20 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
         weight_decay=settings.weight_decay,
         filter_bias_and_bn=True,
         layer_decay=settings.layer_decay,
-        **_options(settings),
+        betas=settings.betas,  # timm takes out what this optimizer has no use for
+        eps=settings.eps,
     )
 
 
-def _options(settings: Optim) -> dict[str, Any]:
-    """What this optimizer takes of `betas` and `eps`."""
+def refuse_unknown(name: str) -> None:
+    """Raise ConfigError where timm has no such optimizer, with the names that are near."""
     try:
-        info = get_optimizer_info(settings.name.lower().split("_")[-1])
+        get_optimizer_info(name.lower().split("_")[-1])
     except ValueError:
-        known = [str(name) for name in list_optimizers()]
-        near = difflib.get_close_matches(settings.name.lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.optim.list_optimizers()"
-        raise ConfigError(f"optim.name={settings.name!r}: timm has no such optimizer; {hint}") from None
-    options: dict[str, Any] = {"eps": settings.eps} if info.has_eps else {}
-    if info.has_betas:
-        options["betas"] = settings.betas
-    return options
+        known = [str(known) for known in list_optimizers()]
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.optim.list_optimizers() lists them"
+        raise ConfigError(f"optim.name={name!r}: timm has no such optimizer; {hint}") from None
 
 
 def learning_rate(progress: float, config: Config) -> float:
