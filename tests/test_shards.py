@@ -1,0 +1,241 @@
+"""Tars are read as they are: any writer's, any labels; what is damaged or changed is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webdataset import WebDataset
+
+from tests.drawn import jpeg, write_shards, write_tar
+from trainer.data.index import Index, build_index, open_index
+from trainer.data.reader import Reader
+from trainer.data.shards import DataError, expand, fingerprint, members, samples
+
+
+def index_of(pattern: str, labels: str = "cls") -> Index:
+    return build_index(pattern, labels, progress=False)
+
+
+def test_members_are_where_tarfile_finds_them(tmp_path: Path) -> None:
+    long = "deep/" * 30 + "n" * 90
+    for number, style in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=style) as tar:
+            for name, size in (("a.jpg", 700), ("dir/ünï.jpg", 0), (long[:100] + ".jpg", 512), ("z.cls", 1)):
+                if style != tarfile.USTAR_FORMAT and len(name) > 90:
+                    name = long + ".jpg"
+                info = tarfile.TarInfo(name)
+                info.size = size
+                tar.addfile(info, io.BytesIO(bytes(size)))
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        with tarfile.open(path) as tar:
+            theirs = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
+        assert [tuple(m) for m in members(path)] == theirs
+
+
+def test_index_agrees_with_webdataset(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [5, 1, 7])
+    index = index_of(pattern)
+    assert index.sizes.tolist() == [5, 1, 7] and len(index) == 13 and index.classes == ["0", "1", "2", "3"]
+    urls = [str(tmp_path / n) for n in index.names]
+    theirs = list(WebDataset(urls, shardshuffle=False, empty_check=False))
+    ours = Reader(index).read(np.arange(13))
+    for i, (sample, data) in enumerate(zip(theirs, ours, strict=True)):
+        assert sample["__key__"] == index.key(i)
+        assert sample["jpg"] == bytes(data)  # pyright: ignore[reportArgumentType]
+        assert int(sample["cls"]) == index.labels[i]
+    assert index.shard_of(np.array([0, 4, 5, 6, 12])).tolist() == [0, 0, 1, 2, 2]
+    assert "train-0002.tar key 'img00006'" in index.where(6)
+
+
+def test_index_costs_less_than_32_bytes_an_example(tmp_path: Path) -> None:
+    index = index_of(write_shards(tmp_path, [200]))
+    keys = sum(len(index.key(i)) for i in range(200))
+    arrays = index.offset.nbytes + index.length.nbytes + index.labels.nbytes + index._key_end.nbytes
+    assert arrays <= 32 * 200 and index._keys.nbytes == keys
+    again = pickle.loads(pickle.dumps(index))
+    assert len(pickle.dumps(index)) < 1000 and again.key(199) == index.key(199)
+
+
+@pytest.mark.parametrize("labels", ["cls", "json:label", "json:name", "key", "file"])
+def test_labels_of_foreign_shards(tmp_path: Path, labels: str) -> None:
+    names = ["owl", "ant", "bee"]
+    files: dict[str, bytes] = {}
+    for i in range(6):
+        name = names[i % 3]
+        key = f"{name}/{i}" if i < 3 else f"{name}_{i}"
+        files[f"{key}.JPEG"] = jpeg(i)
+        if labels == "cls":
+            files[f"{key}.cls"] = name.encode()
+        files[f"{key}.json"] = json.dumps({"label": sorted(names).index(name), "name": name}).encode()
+    write_tar(tmp_path / "a.tar", files)
+    (tmp_path / "labels.txt").write_text(
+        "".join(f"{names[i % 3]}_{i}.JPEG {names[i % 3]}\n{i}.JPEG {names[i % 3]}\n" for i in range(6))
+    )
+    index = index_of(str(tmp_path / "a.tar"), f"file:{tmp_path / 'labels.txt'}" if labels == "file" else labels)
+    assert index.classes == (["0", "1", "2"] if labels == "json:label" else ["ant", "bee", "owl"])
+    assert index.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    assert open_index(str(tmp_path / "a.tar"), index.label_source).fingerprint == index.fingerprint
+
+
+def test_training_and_validation_share_classes_txt(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("ant\nbee\nowl\n")
+    write_tar(tmp_path / "val-0.tar", {"owl_1.jpg": jpeg(0)})
+    assert index_of(str(tmp_path / "val-0.tar"), "key").labels.tolist() == [2]
+    write_tar(tmp_path / "val-0.tar", {"yak_1.jpg": jpeg(0)})
+    with pytest.raises(DataError, match=r"'yak' is none of the 3 classes"):
+        index_of(str(tmp_path / "val-0.tar"), "key")
+
+
+def test_patterns(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 1, 1])
+    want = ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
+    for pattern in ("train-*.tar", "train-{0000..0002}.tar", "train-000[0-9].tar", "."):
+        root, stem, names = expand(str(tmp_path / pattern))
+        assert (root, names) == (tmp_path, want)
+        assert stem == ("shards" if pattern == "." else "train")
+    assert expand(str(tmp_path / "train-0001.tar"))[1:] == ("train", ["train-0001.tar"])
+    with pytest.raises(DataError, match=r"train-0003.tar and 1 more is missing"):
+        expand(str(tmp_path / "train-{0000..0004}.tar"))
+    with pytest.raises(DataError, match=r"no file matches"):
+        expand(str(tmp_path / "none-*.tar"))
+    for url in ("https://host/train-{0..3}.tar", "s3://b/x.tar", "pipe:cat x.tar"):
+        with pytest.raises(DataError, match=r"only files are read"):
+            expand(url)
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    if how == "cut in a member":
+        return data[:1500]
+    if how == "cut at a border":
+        return data[:1024]
+    if how == "no end mark":
+        return data.rstrip(b"\0") + b"\0" * (-len(data.rstrip(b"\0")) % 512)
+    if how == "not a tar":
+        return b"hello" * 500
+    import gzip
+
+    return gzip.compress(data)
+
+
+@pytest.mark.parametrize("how", ["cut in a member", "cut at a border", "no end mark", "not a tar", "gzip"])
+def test_damaged_tars_are_refused_by_name(tmp_path: Path, how: str) -> None:
+    pattern = write_shards(tmp_path, [2, 2])
+    path = tmp_path / "train-0001.tar"
+    path.write_bytes(damaged(path.read_bytes(), how))
+    with pytest.raises(DataError, match=r"train-0001.tar: (truncated|no tar header)"):
+        index_of(pattern)
+
+
+def test_samples_that_make_no_example(tmp_path: Path) -> None:
+    image = jpeg(0)
+    path = write_tar(
+        tmp_path / "a.tar", {"__meta__/x.jpg": image, "a.jpg": image, "a.cls": b"0", "README": b"", "._a.jpg": b""}
+    )
+    assert [s.key for s in samples(path)] == ["a"]
+    for files, reason in (
+        ({"a.txt": b""}, "0 images"),
+        ({"a.jpg": image, "a.png": image}, "2 images"),
+        ({"a.jpg": image, "a.JPG": image}, "two members"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            list(samples(write_tar(tmp_path / "b.tar", files)))
+    write_tar(tmp_path / "c-0.tar", {"a.jpg": image, "a.cls": b"0", "b.jpg": image})
+    with pytest.raises(DataError, match=r"c-0.tar: key 'b' has no .cls"):
+        index_of(str(tmp_path / "c-0.tar"))
+    write_tar(tmp_path / "c-0.tar", {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"cat"})
+    with pytest.raises(DataError, match=r"numbers .* and names"):
+        index_of(str(tmp_path / "c-0.tar"))
+
+
+def test_changed_shards_are_refused_by_name(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [3, 3, 3])
+    with pytest.raises(DataError, match=r"no index .*trilevel index"):
+        open_index(pattern)
+    index_of(pattern)
+    assert len(open_index(pattern, verify="full")) == 9
+    with pytest.raises(DataError, match=r"labels from 'cls', data.labels='key'"):
+        open_index(pattern, "key")
+    path = tmp_path / "train-0001.tar"
+    original = path.read_bytes()
+
+    flipped = bytearray(original)
+    flipped[600] ^= 1
+    for how, data in (("bytes", original + b"\0" * 512), ("since it was indexed", bytes(flipped))):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=rf"train-0001.tar changed.*{how}"):
+            open_index(pattern)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-0001.tar is in the index .* missing"):
+        open_index(pattern)
+    path.write_bytes(original)
+    (tmp_path / "train-0003.tar").write_bytes(original)
+    with pytest.raises(DataError, match=r"train-0003.tar is not in the index"):
+        open_index(pattern)
+    (tmp_path / "train-0003.tar").unlink()
+    assert len(open_index(pattern)) == 9
+    index = tmp_path / "train.index"
+    index.write_bytes(index.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"train.index: truncated"):
+        open_index(pattern)
+
+
+def test_fast_fingerprint_of_a_long_shard(tmp_path: Path) -> None:
+    """Sampled, so it misses some changes; the time stamp makes `open_index` read such a shard whole."""
+    folder = tmp_path / "long"
+    folder.mkdir()
+    noise = np.random.default_rng(0).bytes(3 << 20)
+    path = write_tar(folder / "x-0.tar", {"a.jpg": noise, "a.cls": b"0"})
+    index_of(str(path))
+    fast, whole = fingerprint(path), fingerprint(path, whole=True)
+    data = bytearray(path.read_bytes())
+    data[100_000] ^= 1  # between two of the sampled blocks
+    stamp = path.stat()
+    path.write_bytes(data)
+    assert fingerprint(path) == fast and fingerprint(path, whole=True) != whole
+    with pytest.raises(DataError, match="changed since"):
+        open_index(str(path))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    open_index(str(path))
+    with pytest.raises(DataError, match="changed since"):
+        open_index(str(path), verify="full")
+
+
+def test_reads_are_coalesced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_of(write_shards(tmp_path, [40, 40]))
+    reads: list[int] = []
+    preadv = os.preadv
+
+    def counted(file: int, buffers: list[memoryview], at: int) -> int:
+        reads.append(at)
+        return preadv(file, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    ids = np.random.default_rng(0).permutation(80)
+    got = Reader(index).read(np.concatenate([ids, ids[:3]]))
+    assert len(reads) == 2, "one read a shard"
+    assert [bytes(g) for g in got[:80]] == [jpeg(int(i)) for i in ids]  # pyright: ignore[reportArgumentType]
+    assert bytes(got[80]) == bytes(got[0])  # pyright: ignore[reportArgumentType]
+    assert Reader(index).read(np.empty(0, np.int64)) == []
+
+
+def test_a_shard_that_shrinks_while_reading_costs_its_examples_only(tmp_path: Path) -> None:
+    index = index_of(write_shards(tmp_path, [3, 3]))
+    reader = Reader(index)
+    reader.read(np.arange(6))
+    with open(tmp_path / "train-0001.tar", "r+b") as file:
+        file.truncate(int(index.offset[4]) + 10)
+    got = reader.read(np.arange(6))
+    assert [isinstance(g, DataError) for g in got] == [False] * 4 + [True] * 2
+    assert "train-0001.tar" in str(got[5])
+    (tmp_path / "train-0000.tar").unlink()
+    assert all(isinstance(g, DataError) for g in Reader(index).read(np.arange(3)))
