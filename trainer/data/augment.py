@@ -1,4 +1,4 @@
-"""What happens to one image on the host: decode, crop, resize, colour policy. Bytes in, uint8 out; the device does the rest.
+"""What happens to one image on the host: crop, resize, colour policy. Bytes in, uint8 out; the device does the rest.
 
 Every random choice comes from one generator seeded by (seed, epoch, example, copy), so an image looks the same on any rank and
 worker. Distributions are timm's (`timm.data.transforms_factory`); flip and erasing are drawn here and applied on the device.
@@ -7,28 +7,32 @@ Evaluation is timm's evaluation transform itself, on PIL.
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
 import torch
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import (
+    AutoAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
 from timm.data.transforms import str_to_pil_interp
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from trainer.config import Augment
+from trainer.data.decode import as_tensor, decode, decode_exact
 from trainer.data.order import hashed
 
-MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a decompression bomb
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
 _SRC_PADDING = 4  # DeiT-III's simple random crop
 
@@ -44,57 +48,6 @@ class Image(NamedTuple):
 def draw_keys(seed: int, epoch: int, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
     """(b,) int64 key of every row: what all its random choices are keyed by, on the host and on the device."""
     return hashed(seed, epoch, ids, copies).view(np.int64)
-
-
-def header(data: bytes | memoryview) -> PIL.Image.Image:
-    """The image with only its header read. Raises ValueError where it is no image or far too large."""
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError("no image" if isinstance(error, PIL.UnidentifiedImageError) else f"broken image: {error}") from None
-    _refuse_bomb(image.width, image.height)
-    return image
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}: refused as a decompression bomb")
-
-
-def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
-    """RGB as timm's and torchvision's loaders have it (EXIF orientation is not applied). Raises ValueError."""
-    image = header(data)
-    try:
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, IndexError, MemoryError) as error:
-        raise ValueError(f"broken image: {error}") from None
-
-
-def decode(data: memoryview) -> Tensor:
-    """(3, H, W) uint8, as `decode_exact`; RGB and grey JPEG take torchvision's decoder, all else PIL's. Raises ValueError."""
-    height, width, channels = _jpeg_shape(data)
-    if channels not in (1, 3):
-        return _tensor(decode_exact(data))
-    _refuse_bomb(width, height)
-    try:
-        return cast(Tensor, decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB))
-    except RuntimeError as error:
-        raise ValueError(f"broken image: {str(error).splitlines()[0]}") from None
-
-
-def _jpeg_shape(data: memoryview) -> tuple[int, int, int]:
-    """(height, width, channels) from a JPEG's frame header, (0, 0, 0) where there is none. 5 us; PIL's header takes 120."""
-    at = 2
-    while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:
-        kind = data[at + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8], data[at + 9]
-        at += 1 if kind == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
-    return 0, 0, 0
-
-
-def _tensor(image: PIL.Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Transform:
@@ -123,7 +76,7 @@ class Transform:
         erase = _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
         pixels = self._crop(decoded, rng)
         if self._policy is not None:
-            pixels = _tensor(self._policy(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), rng))
+            pixels = as_tensor(self._policy(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), rng))
         return Image(pixels, flip, erase)
 
     def _crop(self, pixels: Tensor, rng: random.Random) -> Tensor:
@@ -224,12 +177,27 @@ def _policy(augment: Augment, size: int) -> Policy | None:
             "form, e.g. 'rand-m9-mstd0.5-inc1'"
         ) from None
 
+    for op in _ops(transform):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+
     def policy(image: PIL.Image.Image, rng: random.Random) -> PIL.Image.Image:
         with _seeded(rng.getrandbits(32)):
             image = transform(image)
         return _jitter(image, rng, augment.color_jitter) if "3a" in text else image
 
     return policy
+
+
+def _ops(transform: Any) -> list[Any]:
+    if isinstance(transform, AutoAugment):
+        return [op for chain in transform.policy for op in chain]
+    return list(transform.ops)
+
+
+def _posterize(image: PIL.Image.Image, bits: int, **_: Any) -> PIL.Image.Image:
+    """timm asks for 0 bits at the top magnitude (DeiT's rand-m9-mstd0.5-inc1 at +2 sigma), a black image; Pillow 13 refuses."""
+    return posterize(image, bits) if bits > 0 else PIL.Image.new(image.mode, image.size)
 
 
 @contextmanager

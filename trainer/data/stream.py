@@ -63,15 +63,15 @@ class _Maker:
             example, raw = int(distinct[which]), data[which]
             if example in broken:
                 continue
-            try:
-                if isinstance(raw, DataError):
-                    raise raw
-                if which not in decoded:
+            if which not in decoded:
+                try:
+                    if isinstance(raw, DataError):
+                        raise raw
                     decoded[which] = self._transform.decode(raw)
-                image = self._transform.finish(decoded[which], int(keys[row]))
-            except ValueError as error:
-                broken[example] = f"{self.index.where(example)}: {error}"
-                continue
+                except ValueError as error:
+                    broken[example] = f"{self.index.where(example)}: {error}"
+                    continue
+            image = self._transform.finish(decoded[which], int(keys[row]))
             images[row], weights[row], flip[row] = image.pixels, 1.0, image.flip
             erase[row] = torch.tensor(image.erase, dtype=torch.int32)
             if len(first) == count:  # no copies: done with it
