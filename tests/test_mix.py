@@ -7,6 +7,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
 from trainer.config import Augment
 from trainer.data.mix import NO_MIX, Mix, draw_mix, mix_images, mix_targets, partners, sample, shares
+from trainer.reference import Legacy
 
 RECIPES = [
     Augment(mixup=0.8, cutmix=1.0),
@@ -14,14 +15,6 @@ RECIPES = [
     Augment(cutmix=1.0, mix_probability=0.7),
     Augment(mixup=0.2, cutmix=0.5, mix_probability=0.5, mix_switch=0.3),
 ]
-
-
-class Legacy:
-    """numpy's old generator, which timm uses, under the names of the new one."""
-
-    def __init__(self, state):
-        self.random, self.beta = state.rand, state.beta
-        self.integers = state.randint
 
 
 def from_timm(augment, seed, size):
