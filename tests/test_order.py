@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.order import EpochOrder, Layout, hashed, micro_batches, permutation, slice_of
+from trainer.data.quality import Quality, shuffle_quality
 
 WORLDS = (1, 2, 3, 4, 8, 16, 24, 64)
 SHARDS = {
@@ -147,7 +148,7 @@ def test_order_is_the_stored_one() -> None:
     assert whole_epoch(EpochOrder(layout, 2, keep))[0].tolist() == STORED
 
 
-STORED = [[21, 22, 9, 11, 4, 14], [23, 17, 8, 7, 16, 3], [19, 18, 12, 6, 2, 1]]
+STORED = [[21, 9, 22, 11, 4, 14], [23, 8, 17, 7, 16, 3], [19, 12, 18, 6, 2, 1]]
 
 
 def test_a_rank_touches_its_lanes_only() -> None:
@@ -183,6 +184,23 @@ def test_refusals_name_the_setting() -> None:
         slice_of(4, 3, 0)
     with pytest.raises(ValueError, match=r"micro_batch=3"):
         micro_batches(64, 3, 2)
+
+
+def test_shuffle_quality_is_measured() -> None:
+    sizes, batch = np.full(40, 100), 64
+    sorted_by_class, mixed = np.arange(4000) // 100, np.random.default_rng(0).integers(0, 40, 4000)
+    keep = packed(np.random.default_rng(1).random(4000) < 0.7)
+
+    def quality(labels: np.ndarray, window: int, repeats: int = 1) -> Quality:
+        return shuffle_quality(EpochOrder(Layout(sizes, 0, batch, 4, window, repeats=repeats), 0, keep), labels)
+
+    assert all(0.8 < value < 1.25 for value in (quality(mixed, 16).classes, quality(mixed, 16, repeats=2).pairs))
+    whole = shuffle_quality(EpochOrder(Layout(sizes, 0, batch, 1, 4000), 0, keep), sorted_by_class)
+    assert all(0.7 < value < 1.3 for value in whole), "one lane, one window: a full shuffle"
+    bad = quality(sorted_by_class, 16)
+    assert bad.classes > 3 and bad.shards > 3, "a window shorter than a shard shows"
+    assert bad.pairs < 2, "but not in mixup's pairs: they come from different lanes"
+    assert shuffle_quality(EpochOrder(Layout(sizes, 0, batch, 1, 16), 0, keep), sorted_by_class).pairs > 10
 
 
 def test_set_up_does_not_grow_with_examples_in_python() -> None:

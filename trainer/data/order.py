@@ -6,7 +6,9 @@ An epoch is a pure function of (seed, epoch, kept examples, shard sizes, batch, 
    are laid end to end: one sequence of K ids.
 2. The sequence is cut into `lanes` equal ranges. A lane is read as a ring from a start new in every epoch and permuted in
    windows, so neither window borders nor the leftovers at its end fall on the same examples twice.
-3. Global batch b takes the same number of rows from every lane, in lane order.
+3. Global batch b takes the same number of rows from every lane, in lane order, two lanes at a time in turn: neighbours 2i and
+   2i + 1, which mixup pairs, come from different lanes, so from different shards (on shards sorted by class neighbours of
+   one lane are of one class two hundred times too often: `quality`).
 
 With `repeats` R the order is that of epoch div R and the epoch shows part (epoch mod R) of every lane, each example R times in
 one batch. Position is (epoch, step) and nothing else, so resuming anywhere on any number of ranks costs nothing. Memory
@@ -125,12 +127,13 @@ class Layout:
 class EpochOrder:
     """The global batches of one epoch. keep: packed bits as in `Selection`, None = everything.
 
-    num_kept: K. steps: floor(presentations / batch), where an epoch presents its K (with repeats: about K / R times R) rows.
+    keep: as given. num_kept: K. steps: floor(presentations / batch), where an epoch presents its K (with repeats: about K / R
+    times R) rows.
     Refuses with ValueError an epoch that has no full batch and a `keep` of another length.
     """
 
     def __init__(self, layout: Layout, epoch: int, keep: np.ndarray | None = None) -> None:
-        self.layout, self.epoch, self._keep = layout, epoch, keep
+        self.layout, self.epoch, self.keep = layout, epoch, keep
         lanes, repeats = layout.lanes, layout.repeats
         num_examples = int(layout.first[-1])
         if keep is not None and len(keep) != -(-num_examples // 8):
@@ -163,12 +166,14 @@ class EpochOrder:
         examples, copies = self._examples(np.arange(start, stop))
         if not len(examples):
             return Rows(examples, copies)
-        m, low, high = self._per_lane, int(examples.min()), int(examples.max()) + 1
+        low, high = int(examples.min()), int(examples.max()) + 1
+        lanes, places = self._places(np.arange(low, high))
         ids = np.empty(high - low, dtype=np.int64)
-        for lane in range(low // m, (high - 1) // m + 1):
-            a, b = max(low, lane * m), min(high, lane * m + m)
-            offset = int(self._begin[lane]) + step * m - lane * m
-            ids[a - low : b - low] = self._take(lane, a + offset, b + offset)
+        for lane in range(int(lanes.min()), int(lanes.max()) + 1):
+            here = lanes == lane
+            if here.any():
+                begin = int(self._begin[lane]) + step * self._per_lane + int(places[here][0])
+                ids[here] = self._take(lane, begin, begin + int(here.sum()))
         return Rows(ids[examples - low], copies)
 
     def leftover(self) -> np.ndarray:
@@ -192,6 +197,13 @@ class EpochOrder:
         if repeats == 1:
             return rows, np.zeros_like(rows)
         return np.where(three < 0, examples, odd + three % 3), np.where(three < 0, copies, three // 3)
+
+    def _places(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct examples of a batch -> (lane, place among the m rows of that lane); a last odd lane stands alone."""
+        m, lanes = self._per_lane, self.layout.lanes
+        block, place = np.divmod(examples, 2 * m)
+        alone = examples >= lanes // 2 * 2 * m
+        return np.where(alone, lanes - 1, 2 * block + place % 2), np.where(alone, place, place // 2)
 
     def _take(self, lane: int, begin: int, end: int) -> np.ndarray:
         """Ids at places begin .. end of a lane's permuted ring."""
@@ -231,8 +243,8 @@ class EpochOrder:
         first, sizes = self.layout.first[shards], self.layout.sizes[shards]
         ends = np.cumsum(sizes)
         ids = np.repeat(first - (ends - sizes), sizes) + np.arange(ends[-1])  # all ids of these shards, shard by shard
-        if self._keep is not None:
-            ids = ids[(self._keep[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1]
+        if self.keep is not None:
+            ids = ids[(self.keep[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1]
         return ids[begin - self._starts[a] :][: end - begin]
 
 

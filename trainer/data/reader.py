@@ -26,6 +26,10 @@ class Reader:
     def __getstate__(self) -> dict[str, object]:
         return {"_index": self._index, "_files": OrderedDict()}
 
+    def __del__(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
     def read(self, ids: np.ndarray) -> list[memoryview | DataError]:
         """The bytes of each id, in the order asked; what can't be read comes as the error that says why. ids: (b,) int64."""
         index = self._index

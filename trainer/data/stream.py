@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,3 +222,16 @@ def check_labels(index: Index, classes: int) -> None:
             f"shard {index.where(int(wrong[0]))}: label {index.labels[wrong[0]]} is outside model.classes={classes} "
             f"({len(wrong)} such images); set model.classes={int(index.labels.max()) + 1} or mend the labels"
         )
+
+
+def check_classes(train: Index, validation: Index) -> None:
+    """Raise DataError where the two name their classes differently; sets that only number them can't be compared."""
+    named = [index for index in (train, validation) if not all(c.isdecimal() for c in index.classes)]
+    if len(named) < 2 or train.classes == validation.classes:
+        return
+    pairs = zip_longest(train.classes, validation.classes)
+    number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise DataError(
+        f"class {number} is {ours!r} in {train.path} and {theirs!r} in {validation.path}: the labels don't mean the same; put "
+        "one classes.txt (a name per line, in order) beside both sets of shards and run `trilevel index` again"
+    )
