@@ -1,8 +1,8 @@
 """The configuration of a run: every setting, its default, its meaning. `configfile` reads it from a YAML.
 
-Defaults are the plain case (dense DeiT from scratch); a YAML states only what differs. Durations carry their unit ("5ep", "500step"); schedules follow progress in epochs,
-so `ep` is all they take. What can be judged from the file alone is judged here; what needs the shards, the
-world or the model is judged by `check`.
+Defaults are the plain case (dense DeiT from scratch); a YAML states only what differs. Durations carry their unit ("5ep",
+"500step"); schedules follow progress in epochs, so `ep` is all they take. What can be judged from the file alone is judged
+here; what needs the shards, the world or the model is judged by `check`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Model(Section):
     """Which network. `name` is a timm VisionTransformer; `args` goes to `timm.create_model` as it is."""
 
     name: str
-    classes: int = Field(1000, ge=2)
-    image_size: int = Field(224, ge=8)
+    classes: int = Field(default=1000, ge=2)
+    image_size: int = Field(default=224, ge=8)
     init: str = "random"  # "random", "timm" (pretrained weights by name), or the path of a weights file
     drop_path: Chance = 0.0
     args: dict[str, Any] = {}
@@ -94,13 +94,13 @@ class Data(Section):
 
     train: str  # path, glob, brace pattern or URL pattern, as webdataset users write it
     validation: str
-    batch: int = Field(1024, ge=2)  # global and fixed, whatever the number of processes
-    micro_batch: int = Field(128, ge=1)  # the most a device computes at once; accumulation follows
-    workers: int = Field(4, ge=0)  # decoding processes per rank
-    lanes: int = Field(16, ge=1)
-    window: int = Field(4096, ge=1)  # examples permuted together inside a lane
-    homes: int = Field(1, ge=1)
-    repeats: int = Field(1, ge=1)  # repeated augmentation: copies of an image in one batch
+    batch: int = Field(default=1024, ge=2)  # global and fixed, whatever the number of processes
+    micro_batch: int = Field(default=128, ge=1)  # the most a device computes at once; accumulation follows
+    workers: int = Field(default=4, ge=0)  # decoding processes per rank
+    lanes: int = Field(default=16, ge=1)
+    window: int = Field(default=4096, ge=1)  # examples permuted together inside a lane
+    homes: int = Field(default=1, ge=1)
+    repeats: int = Field(default=1, ge=1)  # repeated augmentation: copies of an image in one batch
     labels: str = "cls"  # "cls", "json:FIELD", "key", or "file:PATH"
     broken_share: Share = 0.001  # broken images seen / images seen above which the run stops
     verify: Literal["fast", "full"] = "fast"  # how shards are held against the index at the start
@@ -112,13 +112,13 @@ class Augment(Section):
     crop: Literal["rrc", "src", "shift", "none"] = "rrc"  # random resized, simple random (pad + crop), small shifts
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    shift: int = Field(0, ge=0)  # pixels, crop: shift
+    shift: int = Field(default=0, ge=0)  # pixels, crop: shift
     flip: Chance = 0.5
-    color_jitter: float = Field(0.0, ge=0.0)
+    color_jitter: float = Field(default=0.0, ge=0.0)
     policy: str = "none"  # "none", "three_augment", or timm's text form, e.g. "rand-m9-mstd0.5-inc1"
     erasing: Chance = 0.0  # probability, pixel mode
-    mixup: float = Field(0.0, ge=0.0)
-    cutmix: float = Field(0.0, ge=0.0)
+    mixup: float = Field(default=0.0, ge=0.0)
+    cutmix: float = Field(default=0.0, ge=0.0)
     mix_probability: Chance = 1.0
     mix_switch: Chance = 0.5
     smoothing: Share = 0.0
@@ -129,25 +129,25 @@ class Augment(Section):
 
 class Evaluate(Section):
     every: Length = Duration(count=1, unit="ep")
-    crop_pct: float = Field(0.875, gt=0.0, le=1.0)
-    batch: int = Field(256, ge=1)  # per device
+    crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
+    batch: int = Field(default=256, ge=1)  # per device
 
 
 class Optim(Section):
     """Optimizer by timm's name, learning rate by progress. `lr` is what is used: nothing is scaled behind your back."""
 
     name: str = "adamw"
-    lr: float = Field(1e-3, gt=0.0)
+    lr: float = Field(default=1e-3, gt=0.0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.05, ge=0.0)
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
-    clip: float = Field(0.0, ge=0.0)  # global gradient norm, 0 = no clipping
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    clip: float = Field(default=0.0, ge=0.0)  # global gradient norm, 0 = no clipping
     loss: Literal["soft", "bce"] = "soft"
     warmup: Epochs = 5.0
-    warmup_lr: float = Field(1e-6, ge=0.0)
-    min_lr: float = Field(1e-5, ge=0.0)
-    ema: float | None = Field(None, gt=0.0, lt=1.0)  # decay per step
+    warmup_lr: float = Field(default=1e-6, ge=0.0)
+    min_lr: float = Field(default=1e-5, ge=0.0)
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay per step
 
 
 class Examples(Section):
@@ -157,7 +157,7 @@ class Examples(Section):
     removed: Share = 0.0  # share of the data set left out of an epoch (infobatch: of those below the mean loss)
     swap: Share = 0.05  # share of the data set exchanged at an update (forgetting)
     window: Epochs = 30.0
-    updates: int = Field(5, ge=0)
+    updates: int = Field(default=5, ge=0)
     rule: Literal["dominant", "without_partner", "authors"] = "dominant"
     ties: Literal["spread", "id"] = "spread"
     balanced: bool = False  # remove the same share of every class
@@ -172,7 +172,7 @@ class TokenReduction(Section):
     blocks: Blocks = (3, 6, 9)
     position: Literal["attention", "block"] = "attention"
     fuse: bool = False  # EViT: one token carries the dropped ones
-    merged: int = Field(0, ge=0)  # ToMe: tokens merged per block
+    merged: int = Field(default=0, ge=0)  # ToMe: tokens merged per block
 
 
 class Connections(Section):
@@ -188,7 +188,9 @@ class Schedule(Section):
     method: str = "constant"
     warmup: Epochs = 10.0
     length: Epochs = 100.0
-    plateaus: int = Field(8, ge=0)  # distinct values on the way down, each its own compiled graph; 0 = every step its own
+    plateaus: int = Field(
+        default=8, ge=0
+    )  # distinct values on the way down, each its own compiled graph; 0 = every step its own
     stairs: tuple[tuple[Epochs, Keep, Keep], ...] = ()  # staircase: (from epoch, keep tokens, keep connections)
 
 
@@ -204,7 +206,7 @@ class Engine(Section):
 
 class Checkpoint(Section):
     every: Length = Duration(count=1, unit="ep")
-    keep: int = Field(2, ge=1)  # newest checkpoints kept
+    keep: int = Field(default=2, ge=1)  # newest checkpoints kept
     best: bool = True  # keep the best one too
 
 
@@ -220,8 +222,8 @@ class Config(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs: str = "runs"
-    seed: int = Field(0, ge=0)
-    epochs: int = Field(300, gt=0)
+    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=300, gt=0)
     stop_at: Length | None = None  # stop there with a checkpoint, as if preempted; schedules stay those of `epochs`
     log_every: Length = Duration(count=20, unit="step")
     compat: Literal["none", "authors"] = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, get_args
@@ -50,10 +51,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
         node = child
     parsed = yaml.safe_load(value)
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text; people mean the number
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     node[last] = parsed
 
 

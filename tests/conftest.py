@@ -1,0 +1,127 @@
+"""What the tests share: one thread per process, shards of real digits, and real launches of the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--images", help="a folder or tar of real photographs for the tests that want them (imagenet-sample-1000.tar)"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scikit-learn's 1,797 handwritten digits: train-*.tar (1,438) and validation-*.tar (359), with indexes."""
+    from trainer.data.pack import pack
+
+    folder = tmp_path_factory.mktemp("digits")
+    pack("sklearn:digits", folder, shard_size=20_000, progress=False)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a started process: ours, less what would tell it that it is a rank of something."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "ACCELERATE_", "SLURM_", "MLFLOW_"))}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        ours.pop(name, None)
+    return (
+        ours
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.environ.get("STUB", "") + str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "GIT_OPTIONAL_LOCKS": "0",
+        }
+        | more
+    )
+
+
+def command(world: int, *words: str) -> list[str]:
+    """`trilevel WORDS` on `world` processes of this machine."""
+    if world == 1:
+        return [sys.executable, "-m", "trainer", *words]
+    run = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
+    return [sys.executable, *run, "-m", "trainer", *words]
+
+
+@pytest.fixture
+def trilevel(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `trilevel WORDS` for real, in an empty folder: (world, *words, fails=False) -> the ended process."""
+
+    def run(world: int, *words: str, fails: bool = False, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(world, *words), cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=timeout
+        )
+        assert (done.returncode != 0) == fails, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    return run
+
+
+def started(folder: Path, world: int, *words: str) -> subprocess.Popen[str]:
+    """`trilevel WORDS` in a process group of its own, to be interrupted."""
+    return subprocess.Popen(
+        command(world, *words),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the process and everything it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of one kind in the surviving lineage of a run's journal."""
+    from trainer.journal import lineage
+
+    return [line for line in lineage(run) if line["kind"] == kind]
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

@@ -1,0 +1,193 @@
+"""The command line: `trilevel COMMAND`, the same as `python -m trainer COMMAND`. Errors are one message and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config
+
+STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(
+        words
+    )  # overrides may stand behind an option, as in `train CONFIG --resume lr=...`
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        print(f"trilevel: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_ours(error: Exception) -> bool:
+    """Errors written for the user: no stack is shown for them. They all come from our own modules."""
+    return type(error).__module__.split(".")[0] in ("trainer", "sparsity")
+
+
+def _train(a: argparse.Namespace) -> int:
+    config = _config(a)
+    if a.check:
+        from trainer.check import check
+
+        checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            _print(checked.table())
+            print(checked.text())
+        return 0
+    from trainer.train import train
+
+    ended = train(config, resume=a.resume)
+    return STOPPED if ended.status == "preempted" else 0
+
+
+def _pack(a: argparse.Namespace) -> None:
+    from trainer.data.pack import pack
+
+    for split, index in pack(
+        a.source, a.destination, labels=a.labels, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
+        workers=a.workers, short_side=a.short_side, quality=a.quality,
+    ).items():  # fmt: skip
+        print(f"{split}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards in {a.destination}")
+
+
+def _index(a: argparse.Namespace) -> None:
+    from trainer.data.index import build_index
+
+    index = build_index(a.shards, a.labels, workers=a.workers)
+    print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards")
+
+
+def _eval(a: argparse.Namespace) -> None:
+    from trainer.score import score
+
+    rows = score(a.model, _config(a) if a.config else None, [float(d) for d in a.densities.split(",")] if a.densities else None)
+    _print(rows.table())
+    _json(a.json, rows.facts())
+
+
+def _parity(a: argparse.Namespace) -> int:
+    from trainer.parity import parity
+
+    certificate = parity(_config(a), steps=a.steps)
+    print(certificate.text())
+    _json(a.json, certificate.facts())
+    return 0 if certificate.equal else 1
+
+
+def _sync(a: argparse.Namespace) -> None:
+    from trainer.tracking import sync
+
+    print(sync(Path(a.run_directory)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from trainer.report import picture, summary, where_to_look
+
+    _print(summary(a.run_directory).table())
+    print(f"picture: {picture(a.run_directory)}")
+    print(where_to_look(a.run_directory))
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from trainer.doctor import main as doctor
+
+    return doctor(a.hosts)
+
+
+def _config(a: argparse.Namespace) -> Config:
+    from trainer.configfile import load
+
+    return load(a.config, a.overrides)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, highlight=False).print(table)
+
+
+def _json(path: str | None, facts: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "trilevel", description="Train Vision Transformers and leave out what training does not need."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    def add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
+        command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
+        command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that differ from the file")
+
+    c = add("train", _train, "train as CONFIG says")
+    add_config(c)
+    c.add_argument("--check", action="store_true", help="validate everything, print the plan, train nothing")
+    c.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (start where there is none)")
+
+    c = add("pack", _pack, "pack images into webdataset shards with an index")
+    c.add_argument(
+        "source", metavar="SRC", help="class folders, flat `<class>_...` files, a tar of either, a tar of tars, sklearn:digits"
+    )
+    c.add_argument("destination", metavar="DST")
+    c.add_argument("--labels", metavar="FILE", help="labels of a flat folder or tar")
+    c.add_argument("--name", default="train", help="name of the split where the source has none (default: train)")
+    c.add_argument("--seed", type=int, default=0, help="of the one shuffle (default: 0)")
+    c.add_argument("--shard-size", type=float, default=128, metavar="MIB", help="bytes of images per shard (default: 128 MiB)")
+    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    c.add_argument(
+        "--short-side", type=int, metavar="PX", help="shrink images to this short side; changes pixels, and says so in runs"
+    )
+    c.add_argument("--quality", type=int, help="JPEG quality of shrunk images (default: 90)")
+
+    c = add("index", _index, "index shards that were made elsewhere, in one parallel pass")
+    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern")
+    c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
+    c.add_argument("--workers", type=int, default=8)
+
+    c = add("eval", _eval, "score a run, a weights file or a timm model on the validation shards of CONFIG")
+    c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
+    add_config(c, optional=True)
+    c.add_argument("--densities", metavar="1.0,0.7,0.5", help="keep ratios to walk through with the same weights")
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("parity", _parity, "train CONFIG's dense recipe beside timm's own pieces and name the first difference")
+    add_config(c)
+    c.add_argument("--steps", type=int, default=200)
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("report", _report, "table and picture of a run")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
+    c.add_argument("--hosts", metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

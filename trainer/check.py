@@ -1,0 +1,137 @@
+"""`trilevel train CONFIG --check`: everything that can be wrong before a GPU is paid for, and the plan of the run as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich.table import Table
+
+from sparsity import plans
+from sparsity.types import DENSE, Plan
+from sparsity.vit import SparseViT
+from trainer.config import Config, ConfigError
+from trainer.data.index import Index, open_index
+from trainer.data.stream import Stream, check_classes, check_labels
+from trainer.engine_settings import refuse_conflicts
+from trainer.model import build_examples, build_model, cost_of, plan_settings
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """A stretch of the run under one plan. start, end in epochs; tokens per block (prefix included); multiply-adds per image."""
+
+    start: float
+    end: float
+    plan: Plan
+    tokens: list[int]
+    multiply_adds: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run will do, as far as its configuration, its shards and the world tell."""
+
+    config: Config
+    world: int
+    images: int
+    validation_images: int
+    steps: int  # in the first epoch
+    micro_batch: int
+    accumulation: int
+    dense: float  # multiply-adds of an image's forward pass with everything kept
+    parameters: int
+    plateaus: list[Plateau]
+
+    def share(self) -> float:
+        """Multiply-adds of the token and connection levels over the whole run, dense = 1 (examples left out not counted)."""
+        return sum((p.end - p.start) * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.config.name}: the plan of the run", title_justify="left")
+        for column, side in (("epochs", "left"), ("tokens", "right"), ("connections", "right"), ("tokens per block", "left")):
+            table.add_column(column, justify=side)  # pyright: ignore[reportArgumentType]
+        table.add_column("GMACs", justify="right")
+        table.add_column("of dense", justify="right")
+        for p in self.plateaus:
+            table.add_row(
+                f"{p.start:g} - {p.end:g}",
+                f"{p.plan.keep_tokens:.3f}",
+                f"{p.plan.keep_connections:.3f}",
+                _runs(p.tokens),
+                f"{p.multiply_adds / 1e9:.4g}",
+                f"{p.multiply_adds / self.dense:.3f}",
+            )
+        return table
+
+    def text(self) -> str:
+        c = self.config
+        removed = f", {c.examples.removed:.0%} of the examples left out ({c.examples.method})" if c.examples.removed else ""
+        return (
+            f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters, {c.model.image_size} px, {self.dense / 1e9:.4g} GMACs dense\n"
+            f"{self.images} training and {self.validation_images} validation images{removed}\n"
+            f"{c.epochs} epochs, {self.steps} steps in the first one, global batch {c.data.batch} = {self.world} process(es) x "
+            f"{self.accumulation} x micro-batch {self.micro_batch}{' (last slots may be padding)' if self.padded() else ''}\n"
+            f"multiply-adds of the token and connection levels over the run: {self.share():.3f} of dense"
+        )
+
+    def padded(self) -> bool:
+        return self.world * self.accumulation * self.micro_batch != self.config.data.batch
+
+
+def check(config: Config, world: int) -> Checked:
+    """Hold a configuration against its shards, its model and a world of `world` processes. Raises ConfigError or DataError."""
+    train, validation = open_indexes(config)
+    check_labels(validation, config.model.classes)
+    check_classes(train, validation)
+    try:
+        stream = Stream(train, config, 0, world)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model = build_model(config)
+    examples = build_examples(config, train)
+    order = stream.order(0, examples.select(0, lambda tensor: tensor))
+    if order.steps == 0:
+        raise ConfigError(
+            f"data.batch={config.data.batch} is more than the {order.num_kept} examples an epoch shows: no step would be made; lower it"
+        )
+    refuse_conflicts(config.engine, stream.steps)
+    return Checked(
+        config=config,
+        world=world,
+        images=len(train),
+        validation_images=len(validation),
+        steps=order.steps,
+        micro_batch=stream.steps.micro_batch,
+        accumulation=stream.steps.accumulation,
+        dense=float(cost_of(model, DENSE)["multiply_adds"]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        plateaus=_plateaus(config, model),
+    )
+
+
+def open_indexes(config: Config, verify: bool = True) -> tuple[Index, Index]:
+    """The indexes of training and validation shards, held against the shards unless `verify` is off."""
+    how = config.data.verify if verify else None
+    return tuple(open_index(p, config.data.labels, verify=how) for p in (config.data.train, config.data.validation))  # type: ignore[return-value]
+
+
+def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
+    changes = plans.changes(config.epochs, **plan_settings(config))
+    borders = [*[start for start, _ in changes], float(config.epochs)]
+    found = []
+    for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
+        about = cost_of(model, plan)
+        found.append(Plateau(start, end, plan, about["tokens"], float(about["multiply_adds"])))
+    return found
+
+
+def _runs(tokens: list[int]) -> str:
+    """[17, 17, 12, 12] -> "17x2 12x2"."""
+    text: list[list[int]] = []
+    for n in tokens:
+        if text and text[-1][0] == n:
+            text[-1][1] += 1
+        else:
+            text.append([n, 1])
+    return " ".join(f"{n}x{count}" for n, count in text)

@@ -1,0 +1,85 @@
+"""From the configuration to the three levels: the network with its seams, the examples' curriculum, the plan of a moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsity.vit import SparseViT
+
+from sparsity import cost, methods, plans
+from sparsity.curriculum import Curriculum
+from sparsity.examples import EXAMPLES
+from sparsity.types import Plan
+from trainer import weights
+from trainer.config import Config, ConfigError, TokenReduction
+from trainer.data.index import Index
+
+
+def build_model(config: Config) -> SparseViT:
+    """The timm VisionTransformer of `config.model`, seeded, with the token and connection levels around it. Raises ConfigError."""
+    network = weights.create(config.model, config.seed)
+    if config.engine.checkpointing:
+        network.set_grad_checkpointing()
+    t = config.tokens
+    try:
+        return methods.build(
+            network,
+            tokens=t.method,
+            connections=config.connections.method,
+            blocks=t.blocks,
+            position=t.position,
+            fuse=t.fuse,
+            merged=t.merged,
+            compat=config.compat,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_examples(config: Config, index: Index) -> Curriculum:
+    """The curriculum of `config.examples` over the examples of an index. Raises ConfigError."""
+    e = config.examples
+    if e.method not in EXAMPLES:
+        raise ConfigError(f"examples.method={e.method!r}: unknown; there are {', '.join(EXAMPLES)}")
+    try:
+        return EXAMPLES[e.method](
+            len(index),
+            index.labels,
+            epochs=config.epochs,
+            seed=config.seed,
+            removed=e.removed,
+            swap=e.swap,
+            window=e.window,
+            updates=e.updates,
+            balanced=e.balanced,
+            ties=e.ties,
+            anneal=e.anneal,
+            repeats=config.data.repeats,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def plan_at(progress: float, config: Config) -> Plan:
+    """What a step at this progress (in epochs) keeps."""
+    return plans.plan(progress, **plan_settings(config))
+
+
+def plan_settings(config: Config) -> dict[str, Any]:
+    p = config.plan
+    keep_tokens = config.tokens.keep if config.tokens.method != "all" else TokenReduction().keep
+    return {
+        "method": p.method,
+        "keep_tokens": keep_tokens,
+        "keep_connections": config.connections.keep if config.connections.method != "all" else 1.0,
+        "warmup": p.warmup,
+        "length": p.length,
+        "plateaus": p.plateaus,
+        "stairs": p.stairs,
+    }
+
+
+def cost_of(model: SparseViT, plan: Plan) -> dict[str, Any]:
+    """Tokens in each block and multiply-adds of one image's forward pass under a plan, for the journal."""
+    found = cost.cost(cost.shape_of(model), plan)
+    return {"tokens": list(found.tokens), "multiply_adds": found.total}

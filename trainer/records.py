@@ -1,0 +1,219 @@
+"""What a run tells: journal, console, MLflow's shipper, weights. Rank 0 speaks, the other ranks keep silent through the same calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sparsity.types import Plan, Selection
+from trainer import run
+from trainer.checkpoint import TrainState
+from trainer.config import Config
+from trainer.console import Console
+from trainer.data.index import Index
+from trainer.data.order import EpochOrder
+from trainer.data.shards import DataError
+from trainer.engine import Engine, EngineError
+from trainer.evaluate import Scores
+from trainer.journal import Journal
+from trainer.tracking import Shipper, start
+from trainer.weights import save_weights
+
+LISTED = 64  # leftover ids written out in a line; beyond, their number
+
+
+class Ended(NamedTuple):
+    """How a run ended: "finished", "stopped" (at `stop_at`) or "preempted" (by a signal; a resume goes on), and its last score."""
+
+    status: str
+    top1: float
+    directory: Path
+
+
+class Records:
+    """The record of one attempt. Methods that take a TrainState and return one carry what they counted forward."""
+
+    def __init__(self, config: Config, engine: Engine, resume: bool):
+        """Claim the run directory. Raises ConfigError on all ranks where it exists and `resume` is off."""
+        self.config, self.engine = config, engine
+        self.directory = config.directory()
+        self.checkpoints = self.directory / "checkpoints"
+        self._journal: Journal | None = None
+        self._console: Console | None = None
+        self._shipper: Shipper | None = None
+        self._plan: Plan | None = None
+        self._state = TrainState()
+        self._top1 = float("nan")
+        failure: Exception | None = None
+        if engine.is_main:
+            try:
+                run.claim(config, resume)
+                self._journal = Journal(self.directory)
+            except Exception as error:
+                failure = error
+        if (failure := engine.share(failure)) is not None:  # a pickled copy on the other ranks, so that none of them waits
+            raise failure
+        self.attempt = int(engine.share(self._journal.attempt if self._journal else 0))
+
+    def start(self, state: TrainState, data: dict[str, Index], model: Any, cost: dict[str, Any]) -> None:
+        """First lines of the attempt; collective."""
+        self._state = state
+        hosts = sorted(set(self.engine.everyones([os.uname().nodename])))
+        if self._journal is None:
+            return
+        self._journal.write(
+            "start",
+            config=self.config.resolved(),
+            world=self.engine.world,
+            hosts=hosts,
+            device=self.engine.device_name(),
+            launcher=run.launcher(),
+            pixels=[],
+            parameters=sum(p.numel() for p in model.parameters()),
+            data={name: described(index, getattr(self.config.data, name)) for name, index in data.items()},
+            **cost,
+            **run.facts(),
+        )
+        if self.attempt:
+            self._journal.write("resume", epoch=state.epoch, batch=state.batch, step=state.step)
+        until = self.config.epochs
+        self._console = Console(self.config.name, until, start=float(state.epoch))
+        if state.step:
+            self._console.message(
+                f"{self.config.name}: goes on at epoch {state.epoch}, batch {state.batch} (step {state.step})"
+            )
+        if self.config.tracking.to == "mlflow":
+            self._shipper = start(self.directory, self.config.tracking)
+
+    def epoch(self, state: TrainState, selection: Selection, order: EpochOrder, examples: int) -> None:
+        if self._journal is None or self._console is None:
+            return
+        leftover = order.leftover()
+        self._journal.write(
+            "epoch",
+            epoch=state.epoch,
+            step=state.step,
+            kept=selection.num_kept,
+            examples=examples,
+            steps=order.steps,
+            leftover={"count": len(leftover), "ids": leftover[:LISTED].tolist()},
+            facts=selection.facts,
+        )
+        self._console.epoch(kept=selection.num_kept, examples=examples)
+
+    def plan(self, state: TrainState, progress: float, plan: Plan, cost_of: Callable[[Plan], dict[str, Any]]) -> None:
+        """A line where the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""
+        if self._journal is None or plan == self._plan:
+            return
+        self._plan = plan
+        self._journal.write(
+            "plateau",
+            epoch=state.epoch,
+            step=state.step,
+            progress=progress,
+            keep_tokens=plan.keep_tokens,
+            keep_connections=plan.keep_connections,
+            **cost_of(plan),
+        )
+
+    def step(
+        self, state: TrainState, measured: tuple[dict[str, float], dict[int, str]], chain: str, norm: float, **facts: Any
+    ) -> TrainState:
+        """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`,
+        EngineError where the loss is no number."""
+        meters, broken = measured
+        state = replace(
+            state,
+            images=state.images + int(meters["images"]),
+            seconds=state.seconds + meters["seconds"],
+            chain=chain,
+            broken=state.broken | {str(k): v for k, v in broken.items()},
+        )
+        self._state = state
+        if self._journal is not None and self._console is not None:
+            for number, reason in broken.items():
+                self._journal.write("broken", epoch=state.epoch, batch=state.batch, step=state.step, id=number, reason=reason)
+                self._console.message(f"broken image {number}: {reason}; it counts for nothing in the loss, the run goes on")
+            line = {"epoch": state.epoch, "batch": state.batch, "step": state.step, **facts, **meters}
+            line |= {"grad_norm": norm, "chain": chain, "seconds_total": state.seconds, "images_total": state.images}
+            self._journal.write("step", **line)
+            self._console.step(**line)
+        if meters["loss"] != meters["loss"] or abs(meters["loss"]) == float("inf"):
+            raise EngineError(
+                f"the loss is {meters['loss']} at step {state.step}: lower optim.lr, set optim.clip, or use engine.precision=float32; "
+                "the last checkpoint is from before"
+            )
+        return state
+
+    def refuse_broken(self, state: TrainState, examples: int) -> None:
+        """Raises DataError where more images are broken than `data.broken_share` of the data set."""
+        allowed = self.config.data.broken_share
+        if len(state.broken) > allowed * examples:
+            some = "; ".join(list(state.broken.values())[:3])
+            raise DataError(
+                f"{len(state.broken)} of {examples} images are broken, more than data.broken_share={allowed}: {some}. "
+                "`trilevel verify SHARDS` lists them all; pack again without them, or raise data.broken_share"
+            )
+
+    def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> TrainState:
+        """Lines of an evaluation; the last result is the score of the run."""
+        for ema, scores in results:
+            if self._journal is not None and self._console is not None:
+                facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
+                self._journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
+                self._console.eval(top1=scores.top1, ema=ema)
+        self._top1 = results[-1][1].top1
+        return replace(state, best=self._top1, best_step=state.step) if self._top1 > state.best else state
+
+    def weights(self, weights: dict[str, Tensor]) -> None:
+        """The deployable weights of the run, under timm's names."""
+        save_weights(self.directory / "weights.safetensors", weights)
+
+    def saved(self, state: TrainState, path: Path | None, seconds: float) -> None:
+        if self._journal is not None and path is not None:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            where = str(path.relative_to(self.directory))
+            self._journal.write(
+                "checkpoint", epoch=state.epoch, batch=state.batch, step=state.step, path=where, bytes=size, seconds=seconds
+            )
+
+    def end(self, state: TrainState, status: str, reason: str = "") -> Ended:
+        """Last line of the attempt; the shipper gets a bounded time to send the rest."""
+        if self._journal is not None:
+            told = "stopped" if status == "preempted" else status
+            hours = state.seconds * self.engine.world / 3600
+            self._journal.write(
+                "end",
+                status=told,
+                reason=reason or status,
+                step=state.step,
+                seconds=state.seconds,
+                images=state.images,
+                device_hours=hours,
+            )
+            if self._console is not None:
+                self._console.close()
+            if self._shipper is not None:
+                self._shipper.finish(timeout=60)
+            self._journal.close()
+        return Ended(status, self._top1, self.directory)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Around the loop: a failure is the attempt's last line before it goes on up."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self.end(self._state, "failed", reason=f"{type(error).__name__}: {error}")
+            raise
+
+
+def described(index: Index, pattern: str) -> dict[str, Any]:
+    return {"pattern": pattern, "fingerprint": index.fingerprint, "images": len(index), "classes": len(index.classes)}

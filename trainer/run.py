@@ -1,0 +1,79 @@
+"""The run directory and what is written into it: configuration, source, journal, checkpoints, logs. Rank 0 writes, the others don't.
+
+runs/NAME/{config.yaml, source.txt, journal.jsonl, checkpoints/, weights.safetensors, logs/rank-*.txt}
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import Config, ConfigError
+
+LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
+
+
+def claim(config: Config, resume: bool) -> None:
+    """Make the run directory, or refuse one that exists without `resume`. Rank 0 only. Raises ConfigError."""
+    directory = config.directory()
+    if (directory / "journal.jsonl").exists() and not resume:
+        raise ConfigError(
+            f"{directory} exists: go on with it by --resume, or start another run by name=SOMETHING_ELSE (nothing is overwritten)"
+        )
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (directory / "logs").mkdir(exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+    (directory / "source.txt").write_text(source())
+
+
+def source() -> str:
+    """Commit and uncommitted changes of the code that runs, so that a run can be told from another."""
+    home = Path(__file__).resolve().parent.parent
+    if shutil.which("git") is None or not (home / ".git").exists():
+        return "commit unknown (not a git checkout)\n"
+    commit = _git(home, "rev-parse", "HEAD")
+    return f"commit {commit}\n\n{_git(home, 'diff', 'HEAD')}\n"
+
+
+def facts() -> dict[str, Any]:
+    """What a reader needs to place a run: commit, dirty, versions, host."""
+    text = source()
+    return {
+        "commit": text.split()[1],
+        "dirty": len(text.strip().splitlines()) > 1,
+        "host": platform.node(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def launcher() -> str:
+    """Who started the processes, in the user's words."""
+    for name, variable in (
+        ("slurm", "SLURM_JOB_ID"),
+        ("accelerate", "ACCELERATE_MIXED_PRECISION"),
+        ("torchrun", "TORCHELASTIC_RUN_ID"),
+    ):
+        if variable in os.environ:
+            return name
+    return "none"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _git(home: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown" if words[0] == "rev-parse" else done.stdout

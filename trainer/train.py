@@ -1,0 +1,217 @@
+"""The training loop: what happens to an image, top to bottom. No callbacks, no trainer class, no host sync between two log lines."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsity.types import DENSE, Examples, Plan, Selection
+from trainer import checkpoint
+from trainer.check import open_indexes
+from trainer.config import Config, Duration
+from trainer.data.finish import finish
+from trainer.data.mix import draw_mix, mix_images
+from trainer.data.order import micro_batches
+from trainer.data.stream import Batch, Stream, Validation, check_classes
+from trainer.engine import Engine
+from trainer.engine_settings import is_first_of_node, world_size
+from trainer.evaluate import Scores, evaluate
+from trainer.meters import Meters
+from trainer.model import build_examples, build_model, cost_of, plan_at
+from trainer.objective import Objective
+from trainer.optim import Ema, build_optimizer, learning_rate, set_learning_rate
+from trainer.records import Ended, Records
+from trainer.seen import Chain
+
+
+def train(config: Config, resume: bool = False) -> Ended:
+    """Train as `config` says, from the start or from the newest checkpoint of the run (`resume`).
+
+    Raises ConfigError, DataError, EngineError or CheckpointError with the key, the value and the way out.
+    """
+    torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
+    index, validation_index = open_indexes(config, verify=is_first_of_node())
+    check_classes(index, validation_index)
+    model, examples, objective = build_model(config), build_examples(config, index), Objective(config)
+    steps = micro_batches(config.data.batch, config.data.micro_batch, world_size())
+    engine = Engine(config.engine, steps, config.optim.clip)
+    stream = Stream(index, config, engine.rank, engine.world)
+    validation = Validation(validation_index, config, engine.rank, engine.world)
+    records = Records(config, engine, resume)
+    stopping = _listen()
+
+    found = checkpoint.latest(records.checkpoints) if resume else None
+    saved = checkpoint.load(found, config, index.fingerprint) if found else None
+    if saved:
+        model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
+    engine.prepare(model, build_optimizer(model, config.optim))
+    ema = Ema(model.vit, config.optim.ema)
+    if saved:
+        engine.state.load(saved.weights, saved.optimizer)
+        ema.load_state_dict(saved.ema)
+        examples.load_state_dict(saved.examples)
+    state = replace(saved.state if saved else checkpoint.TrainState(), attempt=records.attempt)
+    selection = saved.selection if saved else None
+    chain, meters = Chain(state.chain), Meters(engine)
+    want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
+    records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
+
+    with records.failing():
+        while state.epoch < config.epochs:
+            if state.batch == 0 or selection is None:
+                selection = examples.select(state.epoch, engine.gather)
+                engine.agree(selection.facts["hash"], "the selection of examples")
+            order = stream.order(state.epoch, selection)
+            records.epoch(state, selection, order, len(index))
+
+            engine.model.train()
+            for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch)):
+                progress = state.epoch + state.batch / order.steps
+                plan, lr = plan_at(progress, config), learning_rate(progress, config)
+                records.plan(state, progress, plan, lambda plan: cost_of(model, plan))
+                set_learning_rate(engine.optimizer, lr)
+                engine.reseed(config.seed, state.step)
+                mix = draw_mix(config.augment, config.seed, state.step, config.model.image_size)
+                chain.add(batch.ids, batch.draw, batch.weights)
+                totals = engine.sum(
+                    torch.stack([batch.weights.sum(), torch.tensor(float(stopping.is_set()))]).to(engine.device)
+                )
+                total, stop = totals[0].clamp(min=1e-12), engine.later(totals[1])
+
+                for part, last in _micro_batches(batch, steps.micro_batch, engine.device):
+                    images = mix_images(finish(part, config.augment), mix, part.weights)
+                    targets = objective.targets(part.labels, mix, part.weights)
+                    record = engine.forward(images, plan, want, part.draw)
+                    losses = objective.losses(record.logits, targets)
+                    engine.backward((losses * part.weights).sum() / total, last)
+                    credited, outcome = objective.credit(part, record, losses, mix)
+                    examples.observe(credited, outcome)
+                    meters.add(losses, part.weights, outcome)
+                engine.step()
+                ema.update(model.vit)
+
+                meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
+                before, state = state, state.advanced(order.steps)
+                finished = state.epoch == config.epochs
+                ending = finished or stop or _reached(config.stop_at, state, order.steps)
+                if ending or _due(config.log_every, before, state, order.steps):
+                    facts = {
+                        "progress": progress,
+                        "lr": lr,
+                        "keep_tokens": plan.keep_tokens,
+                        "keep_connections": plan.keep_connections,
+                    }
+                    state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
+                    records.refuse_broken(state, len(index))
+                with meters.paused():
+                    if finished or _due(config.evaluate.every, before, state, order.steps):
+                        results = _score(engine, model.vit, ema, validation, plan, config)
+                        state = records.scored(state, results, _progress(state, order.steps), plan)
+                    if ending or _due(config.checkpoint.every, before, state, order.steps):
+                        state = replace(state, chain=chain.close(engine))
+                        _save(engine, ema, examples, selection, config, index.fingerprint, records, state)
+                if ending:
+                    return records.end(state, "finished" if finished else "preempted" if stop else "stopped")
+        return records.end(state, "finished")  # a resume of a run that was over
+
+
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Batch, bool]]:
+    """This rank's slice in pieces of `size` rows on the device; True with the last one."""
+    rows = len(batch.labels)
+    for start in range(0, rows, size):
+        fields = [field[start : start + size].to(device, non_blocking=True) for field in batch[:-1]]
+        yield Batch(*fields, broken=batch.broken), start + size >= rows
+
+
+def _timed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for."""
+    iterator = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
+
+
+def _progress(state: checkpoint.TrainState, batches: int) -> float:
+    """Epochs behind, with the started one in part; `batches`: of the epoch the last step belonged to."""
+    return state.epoch + state.batch / batches
+
+
+def _due(every: Duration, before: checkpoint.TrainState, after: checkpoint.TrainState, batches: int) -> bool:
+    """Whether a multiple of `every` lies in the step from `before` to `after`; never where it is 0."""
+    if every.count == 0:
+        return False
+    if every.unit == "step":
+        return after.step % int(every.count) == 0
+    return _progress(after, batches) // every.count > _progress(before, batches) // every.count
+
+
+def _reached(end: Duration | None, state: checkpoint.TrainState, batches: int) -> bool:
+    if end is None:
+        return False
+    return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
+
+
+def _score(
+    engine: Engine, network: nn.Module, ema: Ema, validation: Validation, plan: Plan, config: Config
+) -> list[tuple[bool, Scores]]:
+    """Scores of the weights, and of their average where there is one (True), under the plan of the moment; collective."""
+    engine.model.eval()
+    results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum))]
+    if ema.decay is not None:
+        with ema.applied(network):
+            results.append((True, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum)))
+    engine.model.train()
+    return results
+
+
+def _save(
+    engine: Engine,
+    ema: Ema,
+    examples: Examples,
+    selection: Selection,
+    config: Config,
+    fingerprint: str,
+    records: Records,
+    state: checkpoint.TrainState,
+) -> None:
+    """Gather everything on all ranks, write it on rank 0, and let nobody go on before it is on disk."""
+    started = time.perf_counter()
+    weights, optimizer, statistics = engine.state.weights(), engine.state.moments(), examples.state_dict(engine.gather)
+    path, failure = None, ""
+    if engine.is_main:
+        try:
+            path = checkpoint.save_checkpoint(
+                records.checkpoints, state, config, fingerprint,
+                weights=weights, optimizer=optimizer, ema=ema.state_dict(), examples=statistics, selection=selection,
+            )  # fmt: skip
+            records.weights({**weights, **ema.state_dict()})
+        except OSError as error:
+            failure = f"checkpoint at step {state.step} could not be written: {error}; the one before is whole: make room, then --resume"
+    if failure := engine.share(failure):
+        raise checkpoint.CheckpointError(failure)
+    records.saved(state, path, time.perf_counter() - started)
+
+
+def _listen() -> threading.Event:
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: the run saves after the step it is in, and ends. A second SIGINT ends at once."""
+    event = threading.Event()
+
+    def stop(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, stop)
+    return event
