@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -154,6 +155,7 @@ class Stream:
             batch_size=None,
             sampler=self._tasks,  # pyright: ignore[reportArgumentType]
             num_workers=data.workers,
+            worker_init_fn=deaf,
             persistent_workers=data.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -191,7 +193,14 @@ class Validation:
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(DataLoader(self._parts, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available()))
+        loader = DataLoader(
+            self._parts,
+            batch_size=None,
+            num_workers=self._workers,
+            worker_init_fn=deaf,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
 
 
 class _Parts(Dataset[Batch]):
@@ -212,6 +221,13 @@ class _Parts(Dataset[Batch]):
         slots = min(self._batch, self._longest - number * self._batch)
         ids = np.arange(begin, max(begin, min(begin + slots, self._end)))
         return self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots)
+
+
+def deaf(_worker: int) -> None:
+    """A decoding process leaves signals to its rank: schedulers send SIGTERM to all, and the rank still needs its data to stop
+    in order. A rank that is gone is noticed by the loader itself."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_labels(index: Index, classes: int) -> None:
