@@ -132,7 +132,8 @@ def test_damaged_tars_are_refused_by_name(tmp_path: Path, how: str) -> None:
     pattern = write_shards(tmp_path, [2, 2])
     path = tmp_path / "train-0001.tar"
     path.write_bytes(damaged(path.read_bytes(), how))
-    with pytest.raises(DataError, match=r"train-0001.tar: (truncated|no tar header)"):
+    reason = {"cut in a member": "truncated inside 'img00002", "not a tar": "no tar header", "gzip": "no tar header.*gzip"}
+    with pytest.raises(DataError, match=rf"train-0001.tar: {reason.get(how, 'truncated, it ends')}"):
         index_of(pattern)
 
 
@@ -196,6 +197,7 @@ def test_fast_fingerprint_of_a_long_shard(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).bytes(3 << 20)
     path = write_tar(folder / "x-0.tar", {"a.jpg": noise, "a.cls": b"0"})
     index_of(str(path))
+    assert len(open_index(str(path), verify="full")) == 1
     fast, whole = fingerprint(path), fingerprint(path, whole=True)
     data = bytearray(path.read_bytes())
     data[100_000] ^= 1  # between two of the sampled blocks
