@@ -1,0 +1,188 @@
+"""What the hosts of a hostfile say, asked over ssh: same Python, libraries and code, clock, shared directory, way to the first one.
+
+A hostfile has one host per line, in DeepSpeed's and MPI's form (`name slots=8`); text behind # is left out. The first host is the
+one all others must reach: a run meets there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer.installation import Line
+
+LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", "mlflow")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+PATIENCE = 60.0  # seconds for all that a host is asked
+CLOCKS = 2.0  # seconds that clocks may differ
+# runs on the other host by nothing but its Python: prints one line of JSON
+QUESTION = """
+import hashlib, importlib.metadata, importlib.util, json, os, pathlib, shutil, socket, subprocess, sys, time
+asked = json.loads({asked!r})
+about = {{"time": time.time(), "python": sys.version.split()[0], "versions": {{}}, "reaches": ""}}
+for name in asked["libraries"]:
+    try:
+        about["versions"][name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        about["versions"][name] = "absent"
+found = importlib.util.find_spec("trainer")
+about["code"] = ""
+if found and found.origin:
+    home, digest = pathlib.Path(found.origin).parent, hashlib.blake2b(digest_size=8)
+    for path in sorted(home.rglob("*.py")):
+        digest.update(str(path.relative_to(home)).encode() + path.read_bytes())
+    about["code"] = digest.hexdigest()
+about["sees"] = os.path.exists(asked["token"])
+about["gpus"] = 0
+if shutil.which("nvidia-smi"):
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    about["gpus"] = sum(line.startswith("GPU ") for line in listed.splitlines())
+if asked["port"]:
+    try:
+        socket.create_connection((asked["first"], asked["port"]), 5).close()
+    except OSError as error:
+        about["reaches"] = str(error)
+print(json.dumps(about))
+"""
+# runs on the first host: a door that others knock at, for some seconds
+DOOR = """
+import socket, threading, time
+door = socket.create_server(("", 0), backlog=128)
+print(door.getsockname()[1], flush=True)
+threading.Timer({seconds}, door.close).start()
+time.sleep({seconds})
+"""
+
+
+def read_hosts(hostfile: Path) -> list[str]:
+    """Names in the order of the file. Raises ValueError for a file without any."""
+    rows = [row.partition("#")[0].split() for row in hostfile.read_text().splitlines()]
+    hosts = [row[0] for row in rows if row]
+    if not hosts:
+        raise ValueError(f"{hostfile}: no host in it; write one per line, e.g. `node1 slots=8`")
+    return hosts
+
+
+def ask(hostfile: Path, runs: Path) -> list[Line]:
+    """One line per host, and one for their agreement about GPUs."""
+    try:
+        hosts = read_hosts(hostfile)
+    except (OSError, ValueError) as error:
+        return [Line("hosts", "fail", str(error), "give a file with one host per line")]
+    runs = runs.resolve()
+    created = not runs.exists()
+    token = runs / f".doctor-{uuid.uuid4().hex}"
+    runs.mkdir(parents=True, exist_ok=True)
+    token.touch()
+    door, port = _open_door(hosts[0])
+    try:
+        asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0], "port": port}
+        with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(lambda host: _ask(host, asked), hosts))
+    finally:
+        door.kill()
+        door.wait()
+        token.unlink()
+        if created:
+            runs.rmdir()
+    lines = [_line(host, about, port, hosts[0]) for host, about in zip(hosts, found, strict=True)]
+    counts = {about["gpus"] for about in found if "gpus" in about}
+    if len(counts) > 1:
+        numbers = ", ".join(f"{host} {about['gpus']}" for host, about in zip(hosts, found, strict=True) if "gpus" in about)
+        lines.append(Line("hosts", "fail", f"different numbers of GPUs: {numbers}", "use hosts with the same number"))
+    return lines
+
+
+def _ask(host: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a host answers, with the moments before and after; {"error": ...} where it does not."""
+    started = time.time()
+    try:
+        done = subprocess.run(
+            [*SSH, host, f"{shlex.quote(sys.executable)} -"],
+            input=QUESTION.format(asked=json.dumps(asked)),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+    except FileNotFoundError:
+        return {"error": "ssh is not installed here", "remedy": "install openssh-client"}
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {PATIENCE:g} s", "remedy": "look at the host"}
+    if done.returncode == 255:
+        return {
+            "error": f"ssh: {done.stderr.strip()[-200:] or 'failed'}",
+            "remedy": f"let `ssh -o BatchMode=yes {host} true` work without a password",
+        }
+    if done.returncode:
+        return {
+            "error": f"{sys.executable} there: {done.stderr.strip()[-200:]}",
+            "remedy": "the same environment at the same path on every host",
+        }
+    return json.loads(done.stdout.splitlines()[-1]) | {"before": started, "after": time.time()}
+
+
+def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
+    if "error" in about:
+        return Line(host, "fail", about["error"], about["remedy"])
+    wrong: list[tuple[str, str]] = []
+    ours = {name: _version(name) for name in LIBRARIES}
+    other = [f"{name} {v} (here {ours[name]})" for name, v in about["versions"].items() if v != ours[name]]
+    if other:
+        wrong.append((f"other libraries: {', '.join(other)}", "the same environment on every host"))
+    if not about["code"]:
+        wrong.append(("the package trainer is not found", "install it there, or put it on PYTHONPATH"))
+    elif about["code"] != _code():
+        wrong.append(("other code than here", "the same version on every host"))
+    off = max(about["time"] - about["after"], about["before"] - about["time"])  # above 0: outside what the round trip explains
+    if off > CLOCKS:
+        wrong.append((f"its clock is {off:.0f} s off", "run NTP (chrony) there"))
+    if not about["sees"]:
+        wrong.append(("does not see the run directory", "choose a shared one by runs=DIRECTORY"))
+    if not port:
+        wrong.append((f"not tried whether it reaches {first}", f"repair {first} first"))
+    elif about["reaches"]:
+        wrong.append((f"can't reach {first} on a free port: {about['reaches']}", "open the ports between the hosts"))
+    if wrong:
+        return Line(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
+    return Line(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory; reaches {first}")
+
+
+def _open_door(host: str) -> tuple[subprocess.Popen[str], int]:
+    """A listening port on the first host while the others are asked; port 0 where that failed."""
+    seconds = int(PATIENCE)
+    words = [*SSH, host, f"{shlex.quote(sys.executable)} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
+    try:
+        door = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        return subprocess.Popen(["true"], text=True), 0
+    assert door.stdout is not None
+    alarm = threading.Timer(15, door.kill)  # a host that takes the connection and says nothing
+    alarm.start()
+    said = door.stdout.readline().strip()
+    alarm.cancel()
+    return door, int(said) if said.isdigit() else 0
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _code() -> str:
+    home, digest = Path(__file__).resolve().parent, hashlib.blake2b(digest_size=8)
+    for path in sorted(home.rglob("*.py")):
+        digest.update(str(path.relative_to(home)).encode() + path.read_bytes())
+    return digest.hexdigest()
