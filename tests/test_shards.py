@@ -117,7 +117,7 @@ def damaged(data: bytes, how: str) -> bytes:
     if how == "cut in a member":
         return data[:1500]
     if how == "cut at a border":
-        return data[:1024]
+        return data[: 512 + -(-int(data[124:135], 8) // 512) * 512]
     if how == "no end mark":
         return data.rstrip(b"\0") + b"\0" * (-len(data.rstrip(b"\0")) % 512)
     if how == "not a tar":
