@@ -51,6 +51,7 @@ class Tokens:
     x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
     size: (B, T) float32 number of patches each token stands for, or None (all 1). keys: None = all keys visible.
     offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
+    draw: (B,) int64 key of each image for random choices (see `keyed`), or None.
     """
 
     x: Tensor
@@ -59,29 +60,62 @@ class Tokens:
     size: Tensor | None = None
     keys: Keys | None = None
     offsets: Tensor | None = None
+    draw: Tensor | None = None
 
     def with_(self, **changes: Any) -> Tokens:
         return replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What the attention of this block saw: q, k, v, each (B, H, T, d), q and k after qk-norm; `scale` is 1/sqrt(d).
 
-    Scores are computed from it only where someone asks, in float32.
+    Scores are computed from it only where someone asks, in float32. attention: (B, T, T) float32, head mean of the map, only
+    where the block computed it anyway (`compat: authors`).
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
+    attention: Tensor | None = None
 
 
-Reduce = Callable[[Tokens, Seen, Plan], tuple[Tokens, Seen]]
-"""Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP)."""
+class Place(NamedTuple):
+    """Where a mechanism stands, in numbers: prefix and patch tokens it finds, width D, heads H, head width d."""
 
-Connect = Callable[[Tokens, Seen, Plan], Tokens]
-"""Level 3: sets `Tokens.keys`, which the following blocks obey until the next selection."""
+    num_prefix: int
+    num_patches: int
+    width: int
+    heads: int
+    head_width: int
+
+
+class Reduce(Protocol):
+    """Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP)."""
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]: ...
+
+    def count(self, num_patches: int, plan: Plan) -> int:
+        """Patch tokens that are left of `num_patches`, fused ones included."""
+        ...
+
+    def work(self, place: Place, plan: Plan) -> int:
+        """Multiply-adds of choosing, for one image."""
+        ...
+
+
+class Connect(Protocol):
+    """Level 3: sets `Tokens.keys`, which the following blocks obey until the next selection."""
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens: ...
+
+    def visible(self, num_patches: int, plan: Plan) -> int:
+        """Patch keys that the following blocks compute with (a mask hides keys, but computes them)."""
+        ...
+
+    def work(self, place: Place, plan: Plan) -> int:
+        """Multiply-adds of choosing, for one image."""
+        ...
 
 
 class Record(NamedTuple):

@@ -1,0 +1,116 @@
+"""Multiply-adds of one image's forward pass under a plan, counted from shapes alone: what a plan saves before it is run.
+
+Counted are the matrix products and convolutions, those of choosing tokens and keys included; norms, softmax, gathers and sums are not,
+as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only) is not subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsity.types import DENSE, Connect, Place, Plan, Reduce
+from sparsity.vit import SparseViT
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """attention: multiply-adds per token of qkv, gate and projection. mlp: per token. heads, head_width: of the attention."""
+
+    attention: int
+    mlp: int
+    heads: int
+    head_width: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that decides the cost of a network. embed: of the patch embedding; head: once per image; pool: per token that is left."""
+
+    num_prefix: int
+    num_patches: int
+    width: int
+    embed: int
+    head: int
+    pool: int
+    blocks: tuple[BlockShape, ...]
+    selects: frozenset[int]
+    position: str
+    reduce: Reduce
+    connect: Connect
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one image: total, and of each block.
+
+    tokens: tokens (prefix included) that each block's attention finds. left: tokens after the last block.
+    """
+
+    total: int
+    per_block: tuple[int, ...]
+    tokens: tuple[int, ...]
+    left: int
+
+
+def shape_of(model: SparseViT) -> Shape:
+    """The shape of a model, at its own image size. Raises ValueError where the patch embedding is no single convolution."""
+    vit = model.vit
+    convolution = getattr(vit.patch_embed, "proj", None)
+    if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
+        raise ValueError(f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are known for one convolution only")
+    num_patches = vit.patch_embed.num_patches
+    heads = [getattr(vit, name) for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
+    per_token, per_image = _pooling(vit.attn_pool)
+    blocks: list[Any] = list(vit.blocks)
+    return Shape(
+        num_prefix=vit.num_prefix_tokens,
+        num_patches=num_patches,
+        width=vit.embed_dim,
+        embed=num_patches * convolution.weight[0].numel() * convolution.out_channels,
+        head=per_image + sum(_linear(head) for head in heads),
+        pool=per_token,
+        blocks=tuple(BlockShape(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
+        selects=model.blocks,
+        position=model.position,
+        reduce=model.reduce,
+        connect=model.connect,
+    )
+
+
+def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
+    """Walks the tokens through the blocks, as `SparseViT` does."""
+    patches, keys, p = shape.num_patches, shape.num_patches, shape.num_prefix
+    per_block, tokens = [], []
+    for number, block in enumerate(shape.blocks):
+        seen, inner = p + patches, block.heads * block.head_width
+        work = seen * block.attention + 2 * seen * (p + keys) * inner
+        in_mlp = patches
+        if number in shape.selects:
+            before = Place(p, patches, shape.width, block.heads, block.head_width)
+            after = before._replace(num_patches=shape.reduce.count(patches, plan))
+            work += shape.reduce.work(before, plan) + shape.connect.work(after, plan)
+            patches, keys = after.num_patches, shape.connect.visible(after.num_patches, plan)
+            in_mlp = patches if shape.position == "attention" else in_mlp
+        per_block.append(work + (p + in_mlp) * block.mlp)
+        tokens.append(seen)
+    left = p + patches
+    total = shape.embed + sum(per_block) + shape.head + shape.pool * left
+    return Cost(total, tuple(per_block), tuple(tokens), left)
+
+
+def _linear(module: nn.Module) -> int:
+    """Multiply-adds of all linear layers of a module for one token."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _pooling(pool: nn.Module | None) -> tuple[int, int]:
+    """Of an attention pooling with one latent: per token (keys, values, the row of attention), per image (query, projection, MLP)."""
+    if pool is None:
+        return 0, 0
+    kv = getattr(pool, "kv", None)
+    if not isinstance(kv, nn.Linear):
+        raise ValueError(f"attn_pool is a {type(pool).__name__}: multiply-adds are known for timm's AttentionPoolLatent only")
+    return _linear(kv) + kv.out_features, _linear(pool) - _linear(kv)

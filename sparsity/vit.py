@@ -1,0 +1,212 @@
+"""A timm VisionTransformer run with the seams of levels 2 and 3, by composition: nothing in it is patched, its weights keep their names.
+
+With everything kept it is timm's forward pass bit for bit (eager float32: logits and gradients, seeded training with drop path,
+gradient checkpointing). Letters as in `types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.layers import Attention, DropPath, PatchDropout
+from timm.layers.patch_dropout import patch_dropout_forward
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsity import attention, keyed, scores
+from sparsity.connections import ConnectAll
+from sparsity.topk import KeepAll
+from sparsity.types import DENSE, Connect, Keys, Plan, Record, Reduce, Tokens
+
+PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
+
+
+class SparseViT(nn.Module):
+    """`vit` with token reduction and connections in `blocks` (counted from 0).
+
+    position: where tokens leave, "attention" (before the MLP of the block) or "block" (after it). Raises ValueError, naming it, for a
+    network whose forward pass it can't reproduce.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        reduce: Reduce = KeepAll(),  # noqa: B008 (frozen)
+        connect: Connect = ConnectAll(),  # noqa: B008 (frozen)
+        blocks: Collection[int] = (),
+        position: str = "attention",
+        attend: attention.Attend = attention.fused,
+    ) -> None:
+        super().__init__()
+        refuse(vit)
+        outside = [b for b in blocks if not 0 <= b < len(vit.blocks)]
+        if outside:
+            raise ValueError(f"blocks {outside} are not in this network: it has blocks 0 to {len(vit.blocks) - 1}")
+        if position not in ("attention", "block"):
+            raise ValueError(f"position={position!r}: tokens leave at 'attention' (before the MLP) or at 'block' (after it)")
+        self.vit = vit
+        self.reduce, self.connect, self.attend = reduce, connect, attend
+        self.blocks, self.position = frozenset(blocks), position
+
+    def forward(
+        self, images: Tensor, plan: Plan = DENSE, want: frozenset[str] = frozenset(), draw: Tensor | None = None
+    ) -> Record:
+        """images (B, 3, height, width) float -> Record. want: "cls_attention", "importance:<block>", "kept", "keys".
+
+        draw: (B,) int64, the key of each image: drop path and patch drop then depend on it alone, not on rank or batch mates. None: timm's
+        modules draw from the global generator, as in timm. Dropout proper (timm's *_drop_rate) always does.
+        """
+        asked = Asked.read(want, len(self.vit.blocks))
+        tokens = self._embedded(images, draw)
+        paths = None
+        if draw is not None and self.training:
+            paths = keyed.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+        kept, keys, cls_attention, importance = {}, {}, None, None
+        for number in range(len(self.vit.blocks)):
+            tokens, row, ranks = self._run(number, tokens, plan, asked, None if paths is None else paths[:, number])
+            cls_attention = cls_attention if row is None else row
+            importance = importance if ranks is None else ranks
+            if number in self.blocks:
+                kept[number] = tokens.ids
+                if tokens.keys is not None:
+                    keys[number] = tokens.keys
+        logits = self.vit.forward_head(self.vit.norm(tokens.x))
+        return Record(logits, cls_attention, importance, kept if asked.kept else None, keys if asked.keys else None)
+
+    def _embedded(self, images: Tensor, draw: Tensor | None) -> Tokens:
+        vit = self.vit
+        x = vit._pos_embed(vit.patch_embed(images))
+        p = vit.num_prefix_tokens
+        ids = torch.arange(x.shape[1] - p, device=x.device).expand(x.shape[0], -1)
+        drop = vit.patch_drop
+        if isinstance(drop, PatchDropout) and self.training and drop.prob > 0:
+            if draw is None:
+                x, index = patch_dropout_forward(x, drop.prob, p, drop.ordered, True)
+                ids = cast(Tensor, index)
+            else:
+                num_kept = max(1, int(ids.shape[1] * (1.0 - drop.prob)))
+                index = scores.ranked(keyed.uniform(draw, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
+                ids = index.sort(dim=1).values if drop.ordered else index
+                x = torch.cat((x[:, :p], attention.take(x[:, p:], ids, 1)), dim=1)
+        return Tokens(vit.norm_pre(x), ids, p, draw=draw)
+
+    def _run(self, number: int, tokens: Tokens, plan: Plan, asked: Asked, path: Tensor | None) -> tuple[Tokens, Any, Any]:
+        """One block, under gradient checkpointing where it is on: flat arguments, in which it finds the devices' generators."""
+
+        def flat(x: Tensor, ids: Tensor, size: Any, mask: Any, index: Any, draw: Any, path: Any) -> tuple[Any, ...]:
+            keys = None if mask is None and index is None else Keys(mask, index)
+            after, row, ranks = self._block(
+                number, Tokens(x, ids, tokens.num_prefix, size, keys, None, draw), plan, asked, path
+            )
+            keys = after.keys or Keys()
+            return after.x, after.ids, after.size, keys.mask, keys.index, row, ranks
+
+        keys = tokens.keys or Keys()
+        given = (tokens.x, tokens.ids, tokens.size, keys.mask, keys.index, tokens.draw, path)
+        if self.vit.grad_checkpointing:
+            x, ids, size, mask, index, row, ranks = cast(tuple, checkpoint(flat, *given, use_reentrant=False))
+        else:
+            x, ids, size, mask, index, row, ranks = flat(*given)
+        keys = None if mask is None and index is None else Keys(mask, index)
+        return tokens.with_(x=x, ids=ids, size=size, keys=keys), row, ranks
+
+    def _block(self, number: int, tokens: Tokens, plan: Plan, asked: Asked, path: Tensor | None) -> tuple[Tokens, Any, Any]:
+        block = cast(Block, self.vit.blocks[number])
+        before_attention, after_attention, before_mlp, after_mlp = _parts(block)
+        attended, seen = self.attend(block.attn, before_attention(tokens.x), tokens)
+        row = ranks = None
+        if asked.importance == number:
+            ranks = scores.importance(tokens, seen)
+        if asked.cls_attention and number == len(self.vit.blocks) - 1:
+            with torch.no_grad():
+                row = self.look_back(tokens, seen)
+        tokens = tokens.with_(x=tokens.x + _drop(block.drop_path1, after_attention(attended), path, 0))
+        selects = number in self.blocks
+        if selects and self.position == "attention":
+            tokens, seen = self.reduce(tokens, seen, plan)
+        tokens = tokens.with_(x=tokens.x + _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1))
+        if selects and self.position == "block":
+            tokens, seen = self.reduce(tokens, seen, plan)
+        if selects:
+            tokens = self.connect(tokens, seen, plan)
+        return tokens, row, ranks
+
+    @property
+    def look_back(self) -> scores.Score:
+        """What the last block pays attention to: its [CLS] row, or what patches receive where there is no [CLS]."""
+        return scores.cls_row if self.vit.has_class_token else scores.received
+
+
+class Asked(NamedTuple):
+    """The wishes of a `want`, read."""
+
+    cls_attention: bool
+    importance: int | None
+    kept: bool
+    keys: bool
+
+    @classmethod
+    def read(cls, want: frozenset[str], depth: int) -> Asked:
+        importance = None
+        for wish in want:
+            name, _, number = wish.partition(":")
+            if name == "importance" and number.isdigit() and int(number) < depth:
+                importance = int(number)
+            elif wish not in ("cls_attention", "kept", "keys"):
+                raise ValueError(
+                    f"want={wish!r}: there are 'cls_attention', 'importance:<block 0..{depth - 1}>', 'kept', 'keys'"
+                )
+        return cls("cls_attention" in want, importance, "kept" in want, "keys" in want)
+
+
+def refuse(vit: nn.Module) -> None:
+    """Raises ValueError, naming the part, for a network whose forward pass `SparseViT` can't reproduce bit for bit."""
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"{type(vit).__name__} is no timm VisionTransformer: choose a vit_* or deit* model of timm")
+    for method in ("forward", "forward_features"):
+        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
+            raise ValueError(f"{type(vit).__name__} has a {method} of its own, not timm's: choose a plain vit_* or deit* model")
+    for number, block in enumerate(vit.blocks):
+        if type(block) not in (Block, ResPostBlock):
+            raise ValueError(f"block {number} is a {type(block).__name__}: only timm's Block and ResPostBlock are known")
+        if type(block.attn) is not Attention:
+            raise ValueError(
+                f"the attention of block {number} is a {type(block.attn).__name__}: only timm's Attention is known"
+            )
+        for path in (block.drop_path1, block.drop_path2):
+            if type(path) not in (DropPath, nn.Identity):
+                raise ValueError(f"the drop path of block {number} is a {type(path).__name__}: only timm's DropPath is known")
+    drop = vit.patch_drop
+    if type(drop) not in (PatchDropout, nn.Identity):
+        raise ValueError(f"patch_drop is a {type(drop).__name__}: only timm's PatchDropout is known")
+    if isinstance(drop, PatchDropout) and drop.num_prefix_tokens != vit.num_prefix_tokens:
+        raise ValueError(
+            f"{type(vit).__name__} with patch_drop_rate={drop.prob}: timm spares {drop.num_prefix_tokens} of "
+            f"{vit.num_prefix_tokens} prefix tokens and may drop the distillation token; set patch_drop_rate=0"
+        )
+
+
+def _parts(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
+    """What stands before and after attention and MLP: norm and LayerScale, or nothing and norm."""
+    if isinstance(block, ResPostBlock):
+        return _same, block.norm1, _same, block.norm2
+    return block.norm1, block.ls1, block.norm2, block.ls2
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
+    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (B, 2) in [0, 1)."""
+    if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
+        return path(x)
+    keep = 1.0 - path.drop_prob
+    stays = (drawn[:, branch] < keep).to(x.dtype)
+    if path.scale_by_keep and keep > 0.0:
+        stays = stays / keep
+    return x * stays[:, None, None]
