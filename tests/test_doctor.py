@@ -136,7 +136,7 @@ def test_gloo_wants_an_interface_that_exists_or_a_name_that_resolves(monkeypatch
 
 def test_the_file_system_of_the_runs(tmp_path):
     mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/vda / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\n")
+    mounts.write_text(f"server:/home {tmp_path} nfs4 rw 0 0\n/dev/vda / ext4 rw 0 0\n")
     assert "nfs4" in (line := doctor.file_system(tmp_path / "runs", mounts)).found and "shared between hosts" in line.found
     mounts.write_text("/dev/vda / ext4 rw 0 0\n")
     assert "ext4" in (line := doctor.file_system(tmp_path / "not" / "yet", mounts)).found and "this host's own" in line.found
@@ -199,6 +199,7 @@ case $HOST in
   locked*) echo "$HOST: Permission denied (publickey)." >&2; exit 255;;
   bare*) echo "sh: python: not found" >&2; exit 127;;
   late*) export PYTHONPATH={{late}}:{ROOT};;
+  early*) export PYTHONPATH={{early}}:{ROOT};;
   older*) export PYTHONPATH={{older}}:{ROOT};;
   away*) sed -e 's#"token": "[^"]*"#"token": "/nowhere"#' -e 's#"port": [0-9]*#"port": 1#' | sh -c "$*"; exit;;
 esac
@@ -210,11 +211,12 @@ exec sh -c "$*"
 def hosts(tools: Path, tmp_path: Path):
     for name, body in {
         "late": "import time; now = time.time; time.time = lambda: now() - 299",
+        "early": "import time; now = time.time; time.time = lambda: now() + 299",
         "older": "import importlib.metadata as m; old = m.version; m.version = lambda n: '0.1' if n == 'timm' else old(n)",
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "sitecustomize.py").write_text(body + "\n")
-    script(tools, "ssh", SSH.format(late=tmp_path / "late", older=tmp_path / "older"))
+    script(tools, "ssh", SSH.format(**{name: tmp_path / name for name in ("late", "early", "older")}))
 
     def ask(*names: str) -> dict[str, installation.Line]:
         path = tmp_path / "hosts"
@@ -233,11 +235,12 @@ def test_hosts_that_agree(hosts):
 
 
 def test_each_host_says_what_is_wrong_with_it(hosts):
-    found = hosts("127.0.0.1", "locked", "bare", "late", "older", "away")
+    found = hosts("127.0.0.1", "locked", "bare", "late", "early", "older", "away")
     wanted = {
         "locked": ("Permission denied", "ssh -o BatchMode=yes locked true"),
         "bare": ("not found", "same environment"),
         "late": ("its clock is 29", "NTP"),
+        "early": ("its clock is 29", "NTP"),
         "older": ("other libraries: timm 0.1", "same environment"),
         "away": ("does not see the run directory; can't reach 127.0.0.1 on a free port", "runs=DIRECTORY; open the ports"),
     }
