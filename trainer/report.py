@@ -94,6 +94,15 @@ def summary(run: Path | str | History) -> Summary:
     return Summary(f"{run.name}: {status}, {last.step:,} steps, epoch {last.progress:g}", rows)
 
 
+def write(directory: Path | str) -> Summary:
+    """RUN/report.md and RUN/report.png, which go to MLflow with the run when they are there before `Shipper.finish`."""
+    run = history(directory)
+    said = summary(run)
+    (run.directory / "report.md").write_text(said.markdown)
+    picture(run)
+    return said
+
+
 def where_to_look(directory: Path | str) -> str:
     """How to open the run in MLflow's pages, from what the shipper left in RUN/mlflow.json, or how to bring it there."""
     directory = Path(directory)

@@ -1,0 +1,121 @@
+"""The training's side of tracking: starts the process that ships the journal, and at the end waits for it a little.
+
+Nothing here can fail a training or hold it up. The other side is `tracking`; what both know is RUN/mlflow.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.config import Tracking
+
+STATE = "mlflow.json"
+LOG = "logs/tracking.txt"
+
+
+class Shipped(NamedTuple):
+    """done: MLflow has all of the journal. message: for a person, says where it went or what to do."""
+
+    done: bool
+    message: str
+
+
+@dataclass
+class State:
+    """How far the shipping is: RUN/mlflow.json, replaced as a whole after every batch."""
+
+    uri: str = ""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run that was made but not noted
+    experiment_id: str = ""
+    run_id: str = ""
+    offset: int = 0  # bytes of the journal that are sent
+    step: int = 0  # where the line before `offset` stands
+    last: dict[str, int] = field(default_factory=dict)  # {metric: last step sent}
+    ended: bool = False  # the end of the last attempt is sent
+    refused: int = 0  # metrics MLflow does not take
+    uploaded: dict[str, list[int]] = field(default_factory=dict)  # {file: [bytes, time]}
+    trouble: str = ""  # why the last request failed; empty when it did not
+
+    @classmethod
+    def load(cls, directory: Path) -> State:
+        try:
+            return cls(**json.loads((directory / STATE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def save(self, directory: Path) -> None:
+        fresh = directory / f".{STATE}"
+        fresh.write_text(json.dumps(asdict(self)))
+        os.replace(fresh, directory / STATE)
+
+
+def start(directory: Path | str, settings: Tracking, *, every: float = 5.0, linger: float = 60.0) -> Shipper:
+    """Start shipping, on rank 0, after the start line of this attempt. Takes milliseconds; never raises for MLflow's sake.
+
+    every: seconds between two looks at the journal. linger: seconds the shipper may live on after this process.
+    With `tracking.to: journal` there is nothing to ship and the Shipper is idle.
+    """
+    directory = Path(directory).resolve()
+    if settings.to == "journal":
+        return Shipper(directory, None)
+    words = ["--follow", "--parent", str(os.getpid()), "--every", str(every), "--linger", str(linger)]
+    source = str(Path(__file__).resolve().parent.parent)  # a source tree that nobody installed works too
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    try:
+        (directory / LOG).parent.mkdir(parents=True, exist_ok=True)
+        with (directory / LOG).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.tracking", str(directory), *words],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the training, which then says goodbye in order
+                env=os.environ | threads | {"PYTHONPATH": path},
+            )
+    except OSError as error:
+        return Shipper(directory, None, f"the shipper did not start: {error}")
+    return Shipper(directory, process)
+
+
+class Shipper:
+    """The training's handle on the process that ships."""
+
+    def __init__(self, directory: Path, process: subprocess.Popen[bytes] | None, trouble: str = ""):
+        self._directory, self._process, self._trouble = directory, process, trouble
+
+    def finish(self, timeout: float = 20.0) -> Shipped:
+        """Say that the journal is complete; wait up to `timeout` seconds for MLflow to have it, less where nobody answers.
+
+        What is left is shipped while the shipper lingers, or by `trilevel sync`. Files made before this call go along.
+        """
+        if self._process is None:
+            return Shipped(not self._trouble, self._later(self._trouble) if self._trouble else "")
+        process, began = self._process, time.monotonic()
+        if process.stdin:
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.write(b"stop\n")
+                process.stdin.close()
+        while process.poll() is None and (waited := time.monotonic() - began) < timeout:
+            if waited > 3 and State.load(self._directory).trouble:
+                break
+            time.sleep(0.05)
+        state = State.load(self._directory)
+        if process.returncode == 0:
+            return Shipped(True, f"MLflow has all of it ({state.uri})")
+        ended = f"the shipper ended with code {process.returncode}, see {self._directory / LOG}"
+        return Shipped(False, self._later(state.trouble or ("it is slow" if process.returncode is None else ended)))
+
+    def _later(self, why: str) -> str:
+        return (
+            f"MLflow does not have all of the run yet: {why}; the journal has; bring it there: trilevel sync {self._directory}"
+        )
