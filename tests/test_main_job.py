@@ -137,8 +137,9 @@ def test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved(
     saved = lines(run, "checkpoint")[-1]["step"]
 
     process = started(tmp_path, 2, *ranks, "--resume")
-    wait_for(lambda: any(line["step"] > saved for line in lines(run, "checkpoint")) and len(lines(run, "step")) % 4 == 2)
+    wait_for(lambda: any(line["step"] > saved for line in lines(run, "checkpoint")))
     kill(process)
+    assert not any(line["attempt"] == 1 for line in lines(run, "end")), "killed, not ended"
     trilevel(2, *ranks, "--resume")
     assert chains(run) == chains(whole)
     assert losses(run) == losses(whole)
@@ -155,4 +156,5 @@ def test_accelerate_launch_does_the_same_job(whole: Path, recipe: Path, tmp_path
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     run = tmp_path / "runs" / "job"
     assert chains(run) == {step: chains(whole)[step] for step in range(1, 5)}
-    assert losses(run) == {step: losses(whole)[step] for step in range(1, 5)}
+    # accelerate starts its processes with other OpenMP settings than torchrun: the same sums to rounding
+    np.testing.assert_allclose(list(losses(run).values()), [losses(whole)[step] for step in range(1, 5)], rtol=1e-6)

@@ -74,6 +74,17 @@ def _index(a: argparse.Namespace) -> None:
     print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards")
 
 
+def _verify(a: argparse.Namespace) -> int:
+    from trainer.data.verify import verify
+
+    broken = verify(a.shards, a.labels, workers=a.workers)
+    for example in broken:
+        print(f"{example.id}\t{example.where}\t{example.reason}")
+    print(f"{a.shards}: {len(broken)} broken image(s)")
+    _json(a.json, [example._asdict() for example in broken])
+    return int(bool(broken))
+
+
 def _eval(a: argparse.Namespace) -> None:
     from trainer.score import score
 
@@ -86,8 +97,9 @@ def _parity(a: argparse.Namespace) -> int:
     from trainer.parity import parity
 
     certificate = parity(_config(a), steps=a.steps)
-    print(certificate.text())
-    _json(a.json, certificate.facts())
+    print(certificate)
+    if a.json:
+        certificate.write(Path(a.json))
     return 0 if certificate.equal else 1
 
 
@@ -100,7 +112,7 @@ def _sync(a: argparse.Namespace) -> None:
 def _report(a: argparse.Namespace) -> None:
     from trainer.report import picture, summary, where_to_look
 
-    _print(summary(a.run_directory).table())
+    _print(summary(a.run_directory).table)
     print(f"picture: {picture(a.run_directory)}")
     print(where_to_look(a.run_directory))
 
@@ -168,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern")
     c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
     c.add_argument("--workers", type=int, default=8)
+
+    c = add("verify", _verify, "decode every image of indexed shards and list the broken ones (exit code 1 where there are any)")
+    c.add_argument("shards", metavar="SHARDS")
+    c.add_argument("--labels", default="cls")
+    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    c.add_argument("--json", metavar="FILE")
 
     c = add("eval", _eval, "score a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")

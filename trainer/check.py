@@ -8,10 +8,11 @@ from itertools import pairwise
 from rich.table import Table
 
 from sparsity import plans
-from sparsity.types import DENSE, Plan
+from sparsity.types import DENSE, Plan, alone
 from sparsity.vit import SparseViT
 from trainer.config import Config, ConfigError
 from trainer.data.index import Index, open_index
+from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
 from trainer.engine_settings import refuse_conflicts
 from trainer.model import build_examples, build_model, cost_of, plan_settings
@@ -84,17 +85,14 @@ def check(config: Config, world: int) -> Checked:
     train, validation = open_indexes(config)
     check_labels(validation, config.model.classes)
     check_classes(train, validation)
+    model, examples = build_model(config), build_examples(config, train)
     try:
         stream = Stream(train, config, 0, world)
-    except ValueError as error:
+        order = stream.order(0, examples.select(0, alone))
+    except DataError:
+        raise
+    except ValueError as error:  # the batch doesn't fit the world, or the epoch
         raise ConfigError(str(error)) from error
-    model = build_model(config)
-    examples = build_examples(config, train)
-    order = stream.order(0, examples.select(0, lambda tensor: tensor))
-    if order.steps == 0:
-        raise ConfigError(
-            f"data.batch={config.data.batch} is more than the {order.num_kept} examples an epoch shows: no step would be made; lower it"
-        )
     refuse_conflicts(config.engine, stream.steps)
     return Checked(
         config=config,

@@ -1,0 +1,80 @@
+"""The configuration: strict, with the nearest key in the error, durations with units, the same run after a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config import Config, ConfigError, differences
+from trainer.configfile import load, parse
+
+PLAIN = {"name": "x", "model": {"name": "deit_tiny_patch16_224"}, "data": {"train": "a", "validation": "b"}}
+
+
+def changed(*overrides: str, tmp_path: Path) -> Config:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(PLAIN))
+    return load(path, list(overrides))
+
+
+def test_what_is_resolved_gives_the_same_run_again(tmp_path: Path) -> None:
+    config = changed("optim.lr=1e-3", "optim.warmup=2.5ep", "tokens.blocks=[2, 5]", "stop_at=7step", tmp_path=tmp_path)
+    assert (config.optim.lr, config.optim.warmup, config.tokens.blocks) == (1e-3, 2.5, (2, 5))
+    again = parse(yaml.safe_load(yaml.safe_dump(config.resolved())))
+    assert again == config and again.fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|known here"),
+        ("data.lr=3", "did you mean optim.lr?"),
+        ("modle.name=x", "did you mean model?"),
+        ("tokens.keep=0", "tokens.keep=0: Input should be greater than 0"),
+        ("tokens.keep=1.2", "tokens.keep=1.2: Input should be less than or equal to 1"),
+        ("examples.removed=1.0", "examples.removed=1.0: Input should be less than 1"),
+        ("epochs=0", "epochs=0: Input should be greater than 0"),
+        ("optim.warmup=500step", "write it in epochs, e.g. '5ep'"),
+        ("optim.warmup=5", "write epochs as '5ep' or optimizer steps as '500step'"),
+        ("optim.warmup=5.0", "write epochs as '5ep' or optimizer steps as '500step'"),
+        ("log_every=1.5step", "is no duration"),
+        ("optim.warmup=300ep", "does not end before epochs=300"),
+        ("data.batch=1000", "is not a multiple of data.lanes x data.repeats = 16 x 1"),
+        ("data.micro_batch=31", "both must be even"),
+        ("tokens.blocks=[3, 3]", "each named once, in rising order"),
+        ("engine.zero=4", "engine.zero=4"),
+        ("optim.name=lamb", "set engine.zero=0"),
+        ("name=../x", "name='../x'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(override, tmp_path=tmp_path)
+    assert any(part in str(error.value) for part in words.split("|")), error.value
+
+
+def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed("epochs=0", "tokens.keep=2", "optim.lrr=1", tmp_path=tmp_path)
+    assert all(key in str(error.value) for key in ("epochs=0", "tokens.keep=2", "optim.lrr=1: unknown key; did you mean optim.lr?"))
+
+
+def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("name: x\n")
+    with pytest.raises(ConfigError, match=r"did you mean .*quickstart\.yaml"):
+        load(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match="model: this key is required"):
+        load(tmp_path / "quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"write it as key\.sub=value"):
+        load(tmp_path / "quickstart.yaml", ["--lr"])
+
+
+def test_a_resume_may_change_where_it_runs_and_not_what_is_computed(tmp_path: Path) -> None:
+    ours = changed(tmp_path=tmp_path)
+    same = changed("data.workers=1", "data.micro_batch=8", "engine.zero=3", "log_every=1step", "data.train=elsewhere", tmp_path=tmp_path)
+    assert differences(same, ours) == {} and same.fingerprint() == ours.fingerprint()
+    other = changed("optim.lr=0.5", "engine.precision=bf16", tmp_path=tmp_path)
+    assert differences(other, ours) == {"engine.precision": ("bf16", "autocast"), "optim.lr": (0.5, 1e-3)}
+    assert other.fingerprint() != ours.fingerprint()
