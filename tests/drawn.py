@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,17 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def write_shards(folder: Path, sizes: list[int], *, classes: int = 4, stem: str = "train") -> str:
-    """Foreign shards with .cls labels, example i of class i % classes; returns their pattern."""
+def write_shards(
+    folder: Path, sizes: list[int], *, classes: int = 4, stem: str = "train", broken: Collection[int] = ()
+) -> str:
+    """Foreign shards with .cls labels, example i of class i % classes, those in `broken` no images; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     i = 0
     for number, size in enumerate(sizes):
         files = {}
         for _ in range(size):
-            files |= {f"img{i:05d}.jpg": jpeg(i), f"img{i:05d}.cls": str(i % classes).encode()}
+            data = b"no image" if i in broken else jpeg(i)
+            files |= {f"img{i:05d}.jpg": data, f"img{i:05d}.cls": str(i % classes).encode()}
             i += 1
         write_tar(folder / f"{stem}-{number:04d}.tar", files)
     return str(folder / f"{stem}-*.tar")

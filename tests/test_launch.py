@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import launch.__main__ as program
-from launch import local
+from launch import arguments, local, machine
 from launch.job import Job, LaunchError, check
-from tests.conftest import environment, wait_for
+from launch.machine import Machine
+from tests import told
+from tests.conftest import wait_for
+from tests.told import TRAINER, launched, read
 
+folder = told.folder  # the fixture
 RENDERED = Path(__file__).parent / "rendered"
 JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
 CASES = {
-    "local_cpu": (JOB, local.Machine(gpus=0, cores=8), None),
-    "local_cpu_one": (JOB, local.Machine(gpus=0, cores=2, threads=3), 1),
-    "local_gpus": (JOB, local.Machine(gpus=8, cores=64), None),
-    "local_gpu_one_resumed": (Job("c.yaml", (), True), local.Machine(gpus=1, cores=64), None),
+    "local_cpu": (JOB, Machine(gpus=0, cores=8), None),
+    "local_cpu_one": (JOB, Machine(gpus=0, cores=2, threads=3), 1),
+    "local_gpus": (JOB, Machine(gpus=8, cores=64), None),
+    "local_gpu_one_resumed": (Job("c.yaml", (), True), Machine(gpus=1, cores=64), None),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_commands_equal_the_stored_text(name):
-    job, machine, processes = CASES[name]
-    node = local.place(machine, processes, port=29400)
+    job, found, processes = CASES[name]
+    node = local.place(found, processes, port=29400)
     text = f"{check(job, node.world, 'python').text()}\n{local.render(job, node, 'python').text()}\n"
     assert text == (RENDERED / f"{name}.txt").read_text()
 
@@ -39,16 +40,16 @@ def test_rendered_commands_equal_the_stored_text(name):
 def test_accelerate_understands_what_is_rendered(name):
     from accelerate.commands.launch import launch_command_parser
 
-    job, machine, processes = CASES[name]
-    node = local.place(machine, processes, port=29400)
+    job, found, processes = CASES[name]
+    node = local.place(found, processes, port=29400)
     words = list(local.render(job, node, "python").argv)
-    found = launch_command_parser().parse_args(words[3:])
-    assert found.module and found.training_script == "trainer" and tuple(found.training_script_args) == job.train()
-    assert found.num_processes == node.world and bool(found.multi_gpu) == (node.world > 1)
+    read = launch_command_parser().parse_args(words[3:])
+    assert read.module and read.training_script == "trainer" and tuple(read.training_script_args) == job.train()
+    assert read.num_processes == node.world and bool(read.multi_gpu) == (node.world > 1)
 
 
 def test_a_machine_gives_one_process_per_gpu_or_two_on_cpu():
-    places = [local.place(local.Machine(g, 16), p, 1) for g, p in ((4, None), (4, 2), (0, None), (0, 3))]
+    places = [local.place(Machine(g, 16), p, 1) for g, p in ((4, None), (4, 2), (0, None), (0, 3))]
     assert [(n.processes, n.gpus, n.threads) for n in places] == [
         (4, True, None),
         (2, True, None),
@@ -80,11 +81,11 @@ def test_what_is_not_understood_is_refused_with_what_is_near(words, said, capsys
 
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(LaunchError, match=r"--processes 3: this machine has 2 GPU.*CUDA_VISIBLE_DEVICES="):
-        local.place(local.Machine(2, 8), 3, 1)
+        local.place(Machine(2, 8), 3, 1)
 
 
 def test_settings_may_stand_before_and_after_flags():
-    found = program.parse(["local", "c.yaml", "a=1", "--processes", "2", "b=2", "--dry-run"])
+    found = arguments.parse(["local", "c.yaml", "a=1", "--processes", "2", "b=2", "--dry-run"])
     assert (found.config, found.overrides, found.processes, found.dry_run) == ("c.yaml", ["a=1", "b=2"], 2, True)
 
 
@@ -98,63 +99,12 @@ def test_gpus_are_counted_as_torch_sees_them(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert program.count_gpus(str(tmp_path / "python")) == 2
+    assert machine.count_gpus(str(tmp_path / "python")) == 2
     (tmp_path / "python").write_text("#!/bin/sh\necho 0\n")
     with pytest.raises(LaunchError, match=r"2 GPU\(s\) and torch sees none"):
-        program.count_gpus(str(tmp_path / "python"))
+        machine.count_gpus(str(tmp_path / "python"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert program.count_gpus(str(tmp_path / "python")) == 0
-
-
-# A trainer that only says what happens to it: {rank}.json when it is up, "heard" for each signal, its own exit code.
-TRAINER = """
-import json, os, pathlib, signal, subprocess, sys, time
-if "--check" in sys.argv:
-    pathlib.Path("check.json").write_text(json.dumps({"words": sys.argv[1:], "world": os.environ["TRILEVEL_WORLD"]}))
-    sys.exit(2 if "bad=1" in sys.argv else 0)
-rank = os.environ.get("RANK", "0")
-signals = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(number, lambda n, _: signals.append(n))
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "loader"])
-keys = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS")
-about = {"words": sys.argv[1:], "env": {k: os.environ.get(k) for k in keys}}
-pathlib.Path("writing" + rank).write_text(json.dumps(about))
-os.rename("writing" + rank, rank + ".json")
-if "crash=1" in sys.argv:
-    worker.kill()
-    sys.exit(3 if rank == "1" else 0)
-end = time.monotonic() + (60 if "wait=1" in sys.argv else 0)
-while not signals and time.monotonic() < end:
-    time.sleep(0.02)
-time.sleep(0.5)  # a checkpoint takes its time
-pathlib.Path(rank + ".heard").write_text(json.dumps({"signals": signals, "loader": worker.poll()}))
-worker.kill()
-if rank == "0":
-    pathlib.Path(os.environ["TRILEVEL_EXIT_FILE"]).write_text("75" if signals else "0")
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").touch()  # a namespace package would lose against the real one
-    (tmp_path / "trainer" / "__main__.py").write_text(TRAINER)
-    return tmp_path
-
-
-def launched(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """`python -m launch local` in `folder`, where `-m trainer` is the one above."""
-    env = environment()
-    env["PYTHONPATH"] = f"{folder}:{env['PYTHONPATH']}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "local", "c.yaml", *words],
-        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def read(path: Path):
-    return json.loads(path.read_text())
+    assert machine.count_gpus(str(tmp_path / "python")) == 0
 
 
 def test_a_refused_configuration_starts_nothing(folder):

@@ -16,6 +16,8 @@ from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
 from trainer.engine_settings import refuse_conflicts
 from trainer.model import build_examples, build_model, cost_of, plan_settings
+from trainer.objective import Objective
+from trainer.optim import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def check(config: Config, world: int) -> Checked:
     except ValueError as error:  # the batch doesn't fit the world, or the epoch
         raise ConfigError(str(error)) from error
     refuse_conflicts(config.engine, stream.steps)
+    Objective(config)
+    build_optimizer(model, config.optim)
     return Checked(
         config=config,
         world=world,

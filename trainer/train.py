@@ -44,26 +44,26 @@ def train(config: Config, resume: bool = False) -> Ended:
     engine = Engine(config.engine, steps, config.optim.clip)
     stream = Stream(index, config, engine.rank, engine.world)
     validation = Validation(validation_index, config, engine.rank, engine.world)
-    records = Records(config, engine, resume)
+    found = checkpoint.latest(config.directory() / "checkpoints") if resume else None
+    saved = checkpoint.load(found, config, index.fingerprint) if found else None
     stopping = _listen()
 
-    found = checkpoint.latest(records.checkpoints) if resume else None
-    saved = checkpoint.load(found, config, index.fingerprint) if found else None
-    if saved:
-        model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
-    engine.prepare(model, build_optimizer(model, config.optim))
-    ema = Ema(model.vit, config.optim.ema)
-    if saved:
-        engine.state.load(saved.weights, saved.optimizer)
-        ema.load_state_dict(saved.ema)
-        examples.load_state_dict(saved.examples)
-    state = replace(saved.state if saved else checkpoint.TrainState(), attempt=records.attempt)
-    selection = saved.selection if saved else None
-    chain, meters = Chain(state.chain), Meters(engine)
-    want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
-    records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
-
+    records = Records(config, engine, resume)
     with records.failing():
+        if saved:
+            model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
+        engine.prepare(model, build_optimizer(model, config.optim))
+        ema = Ema(model.vit, config.optim.ema)
+        if saved:
+            engine.state.load(saved.weights, saved.optimizer)
+            ema.load_state_dict(saved.ema)
+            examples.load_state_dict(saved.examples)
+        state = replace(saved.state if saved else checkpoint.TrainState(), attempt=records.attempt)
+        selection = saved.selection if saved else None
+        chain, meters = Chain(state.chain), Meters(engine)
+        want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
+        records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
+
         while state.epoch < config.epochs:
             if state.batch == 0 or selection is None:
                 selection = examples.select(state.epoch, engine.gather)

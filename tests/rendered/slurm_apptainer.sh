@@ -1,0 +1,18 @@
+#!/bin/bash
+#SBATCH --job-name=a_b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=slurm-%j.txt
+#SBATCH --open-mode=append
+#SBATCH --gpus-per-node=4
+#SBATCH --time=60
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+
+address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+export address port
+srun --kill-on-bad-exit=1 bash -c 'apptainer exec --nv --bind "$PWD" --pwd "$PWD" '"'"'/images/tri level.sif'"'"' /env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 1 --number "$SLURM_NODEID" --address "$address" --port "$port"'
+code=$?
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,28 @@
+#!/bin/bash
+#SBATCH --job-name=a_b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=slurm-%j.txt
+#SBATCH --open-mode=append
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=1-00:00:00
+#SBATCH --account=vision
+#SBATCH --partition=gpu
+#SBATCH --qos=long
+#SBATCH --constraint=h200
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+module load cuda/13.0
+source /env/bin/activate
+export NCCL_DEBUG=WARN
+address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+export address port
+srun --kill-on-bad-exit=1 --cpus-per-task=96 bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 8 --nodes 4 --number "$SLURM_NODEID" --address "$address" --port "$port"'
+code=$?
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,192 @@
+"""`launch node`, `hosts` and `slurm`: stored text, refusals, and real processes behind an ssh and an sbatch that run here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import launch.__main__ as program
+from launch import hosts, slurm
+from launch.job import Job, LaunchError
+from tests import told
+from tests.conftest import free_port, wait_for
+from tests.told import launched, read
+
+folder = told.folder  # the fixture
+RENDERED = Path(__file__).parent / "rendered"
+JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
+ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code"}
+SCRIPTS = {
+    "slurm_gpus": slurm.Request(
+        nodes=4, processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long", constraint="h200",
+        modules=("cuda/13.0",), setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
+    ),
+    "slurm_cpu": slurm.Request(nodes=2, processes=2, requeue=False),
+    "slurm_apptainer": slurm.Request(nodes=1, processes=4, gpus=4, time="60", container="/images/tri level.sif"),
+    "slurm_pyxis": slurm.Request(nodes=2, processes=4, gpus=4, container="registry#trilevel:1", runtime="pyxis"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
+    text = slurm.render(JOB, SCRIPTS[name], "/env/bin/python")
+    assert text == (RENDERED / f"{name}.sh").read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_rendered_ssh_equals_the_stored_text():
+    found = hosts.read("# the cluster\nme@node1 slots=4  # with a disk\n\nnode2 slots=4\n")
+    commands = hosts.render(JOB, found, hosts.processes_of(found, None), 29400, "/env/bin/python", Path("/shared/my runs"), ENV)
+    text = "\n".join(command.text() for command in commands) + "\n"
+    assert text == (RENDERED / "hosts.txt").read_text()
+    assert "secret" not in text
+
+
+def test_credentials_in_an_address_stay_here():
+    env = {"MLFLOW_TRACKING_URI": "http://me:secret@t:5000"}
+    (command,) = hosts.render(JOB, hosts.read("node1"), 1, 29400, "python", Path("/"), env)
+    assert "secret" not in command.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "said"),
+    [
+        ("", None, ["no host"]),
+        ("node1 slot=8", None, ["line 1", "'slot=8'", "slots=8"]),
+        ("node1\nnode1", None, ["line 2", "node1 is there twice"]),
+        ("-oProxyCommand=x", None, ["line 1", "no host"]),
+        ("node1; reboot", None, ["line 1", "no host"]),
+        ("node1\nnode2", None, ["none", "--processes N"]),
+        ("node1 slots=8\nnode2 slots=4", None, ["[4, 8]", "node2 slots=4"]),
+        ("node1 slots=8\nnode2", 4, ["[4, 8]"]),
+    ],
+)
+def test_hostfiles_that_are_refused(text, asked, said):
+    with pytest.raises(LaunchError) as refused:
+        hosts.processes_of(hosts.read(text), asked)
+    for words in said:
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("slurm c.yaml --nodes 0", "--nodes 0"),
+        ("slurm c.yaml --gpus 4 --processes 2", "--gpus 4 with --processes 2"),
+        ("slurm c.yaml --time 1day", "--time 1day"),
+        ("slurm c.yaml --container x --runtime docker", "apptainer or pyxis"),
+        ("slurm c.yaml --sbatch exclusive", "'exclusive'"),
+        ("slurm c.yaml --acount x", "did you mean --account?"),
+        ("hosts c.yaml --hostfile absent", "--hostfile absent: No such file"),
+        ("hosts c.yaml", "--hostfile"),
+        ("node c.yaml --nodes 2 --number 2 --address a --port 1", "counted from 0"),
+    ],
+)
+def test_words_that_are_refused(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
+    assert program.main(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def script(path: Path, body: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(body)
+    path.chmod(0o755)
+
+
+# An ssh that gives the command a terminal here, as -tt does: a Ctrl-C that is written to it becomes a signal.
+SSH = f"""#!{sys.executable}
+import os, pty, sys
+words = sys.argv[1:]
+while words[0].startswith("-"):
+    words = words[2:] if words[0] == "-o" else words[1:]
+status = pty.spawn(["sh", "-c", words[1].replace("env ", "env HOST=" + words[0] + " ", 1)])
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.fixture
+def over_ssh(folder: Path):
+    script(folder / "bin" / "ssh", SSH)
+    (folder / "hostfile").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+
+    def run(*words: str) -> subprocess.Popen[str]:
+        words = ("--hostfile", "hostfile", "--port", str(free_port()), *words)
+        return launched(folder, *words, command="hosts", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+
+    return run
+
+
+@pytest.mark.dist
+def test_hosts_meet_are_told_apart_and_end_by_a_signal_with_their_checkpoint(folder, over_ssh):
+    process = over_ssh("wait=1")
+    wait_for(lambda: (folder / "0.json").exists() and (folder / "1.json").exists(), 90)
+    assert [read(folder / f"{rank}.json")["env"]["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
+    assert read(folder / "check.json")["world"] == "2"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    assert [read(folder / f"{rank}.heard")["signals"] for rank in (0, 1)] == [[signal.SIGINT]] * 2
+
+
+@pytest.mark.dist
+def test_a_host_that_fails_ends_the_others_and_is_named(folder, over_ssh):
+    trainer = folder / "trainer" / "__main__.py"
+    trainer.write_text(trainer.read_text().replace('sys.exit(3 if rank == "1" else 0)', 'rank == "1" and sys.exit("no disk")'))
+    process = over_ssh("crash=1", "wait=1")
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1 and "localhost ended with 1" in output, output
+    assert "[localhost] no disk" in output and "no disk" in (folder / "logs" / "localhost.txt").read_text()
+    assert "\r" not in (folder / "logs" / "localhost.txt").read_text()
+
+
+def test_a_host_that_can_not_be_reached_ends_all(folder, over_ssh):
+    script(folder / "bin" / "ssh", "#!/bin/sh\necho 'Permission denied (publickey).'; exit 255\n")
+    process = over_ssh()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 255 and "[127.0.0.1] Permission denied" in output
+
+
+# An sbatch that runs the script here on two "nodes", with what Slurm would set; scontrol and srun as far as the script uses them.
+SBATCH = """#!/bin/sh
+cat > script.sh
+export SLURM_JOB_ID=4242 SLURM_JOB_NODELIST='node[1-2]'
+exec bash script.sh
+"""
+SCONTROL = """#!/bin/sh
+case "$1" in
+  show) echo 127.0.0.1; echo 127.0.0.2;;
+  requeue) echo "$2" > requeued;;
+esac
+"""
+SRUN = """#!/bin/bash
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+wait $second; b=$?; wait $first; a=$?
+exit $((a > b ? a : b))
+"""
+
+
+@pytest.mark.dist
+def test_a_batch_job_meets_and_goes_back_into_the_queue_when_it_was_stopped(folder):
+    for name, body in {"sbatch": SBATCH, "scontrol": SCONTROL, "srun": SRUN}.items():
+        script(folder / "bin" / name, body)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    process = launched(folder, "wait=1", "--nodes", "2", "--sbatch=--exclusive", command="slurm", PATH=path)
+    wait_for(lambda: (folder / "0.json").exists() and (folder / "1.json").exists(), 90)
+    ranks = [read(folder / f"{rank}.json") for rank in (0, 1)]
+    assert all(r["words"] == ["train", "c.yaml", "wait=1", "--resume"] and r["env"]["WORLD_SIZE"] == "2" for r in ranks)
+    # as slurmstepd does before the limit: SIGUSR1 to every process of the step, launchers too
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if any(word in child.cmdline() for word in ("node", "accelerate.commands.launch", "trainer")):
+            child.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    assert (folder / "requeued").read_text() == "4242\n"

@@ -1,0 +1,226 @@
+"""Runs side by side, at equal accuracy: what one saves against another, and when two must not be compared.
+
+Reads journals (run directories, or the journals MLflow holds). Runs that differ only in their seed are one group: mean +- sd, and
+differences to the base paired by seed, with 95 % intervals of Student's t. The score of a run is its last top-1, of the moving
+average where it has one.
+
+Two speedups are told, because each alone misleads: of the whole run (final scores differ), and at equal top-1, the highest that
+both reached (a schedule made for a shorter run is ahead early).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import FREE_TO_CHANGE
+from trainer.history import History, Point, history
+from trainer.measures import flat
+
+COSTS = {  # what a score may be held against: how to read it off a point
+    "time": lambda point: point.elapsed,
+    "device hours": lambda point: point.device_seconds / 3600,
+    "multiply-adds": lambda point: point.multiply_adds,
+    "images": lambda point: float(point.images),
+}
+_SAME_GROUP = frozenset({"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers"})
+
+
+class NothingToCompare(ValueError):
+    """Runs that can't be found or have no score; the text names them and the way out."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over the runs of a group. sd: sample standard deviation; half: half the 95 % interval of the mean; nan for one run."""
+
+    mean: float
+    sd: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        count, known = len(values), [value for value in values if not math.isnan(value)]
+        if not known:
+            return cls(math.nan, math.nan, math.nan, 0)
+        if len(known) == 1:
+            return cls(known[0], math.nan, math.nan, 1)
+        from scipy.stats import t  # takes a second to import
+
+        sd = statistics.stdev(known)
+        return cls(statistics.fmean(known), sd, float(t.ppf(0.975, len(known) - 1)) * sd / math.sqrt(len(known)), count)
+
+
+@dataclass(frozen=True)
+class Against:
+    """A group against the base, paired by seed where both have the seeds (`paired`), else each with each.
+
+    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
+    up to the score `at` that both reached. wrong: why a difference may not be what it seems, one sentence each.
+    """
+
+    paired: bool
+    top1: Spread
+    whole: dict[str, Spread]
+    equal: dict[str, Spread]
+    at: float
+    wrong: list[str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed, by seed."""
+
+    name: str
+    runs: tuple[History, ...]
+    against: Against | None  # None for the base
+
+    def spread(self, value: Any) -> Spread:
+        return Spread.of([value(run) for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    base: Group
+    groups: tuple[Group, ...]  # the base first, then as given
+
+
+def compare(runs: list[Path | str], base: str | None = None) -> Comparison:
+    """Compare run directories (at least one). `base`: the name of the run all others are held against; the first one without it.
+
+    Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
+    """
+    read = [history(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)]
+    scored = [run for run in read if score(run)]
+    if not scored:
+        said = ", ".join(str(run.directory) for run in read) or "no runs given"
+        raise NothingToCompare(f"no evaluation in {said}: let a run come to its first evaluation (evaluate.every)")
+    groups: dict[str, list[History]] = {}
+    for run in scored:
+        groups.setdefault(_sameness(run), []).append(run)
+    named = _named([sorted(members, key=lambda run: run.config.get("seed", 0)) for members in groups.values()])
+    first = next((n for n, members in named if base is None or base == n or base in [run.name for run in members]), None)
+    if first is None:
+        raise NothingToCompare(f"base {base!r}: no such run here; there are {', '.join(run.name for run in scored)}")
+    ours = tuple(dict(named)[first])
+    found = [Group(first, ours, None)]
+    found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
+    return Comparison(found[0], tuple(found))
+
+
+def score(run: History) -> list[Point]:
+    """Evaluations that count for the run: of the moving average where there is one."""
+    return run.evals(ema=True) or run.evals(ema=False)
+
+
+def final(run: History) -> float:
+    return float(score(run)[-1]["top1"])
+
+
+def reached(run: History, top1: float, cost: str) -> float:
+    """What it took to come to `top1` first, between two evaluations by straight line; nan where it never did or nobody counted."""
+    before: tuple[float, float] | None = None  # (cost, best so far)
+    for point in score(run):
+        here = (COSTS[cost](point), float(point["top1"]))
+        if here[1] >= top1:
+            if before is None or here[1] == before[1]:
+                return here[0]
+            return before[0] + (here[0] - before[0]) * (top1 - before[1]) / (here[1] - before[1])
+        before = (here[0], max(here[1], before[1]) if before else here[1])
+    return math.nan
+
+
+def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
+    """Hold the runs of a group against those of the base."""
+    seeds = {run.config.get("seed", 0): run for run in base}
+    pairs = [(seeds[run.config.get("seed", 0)], run) for run in ours if run.config.get("seed", 0) in seeds]
+    paired = bool(pairs)
+    pairs = pairs or [(theirs, run) for theirs in base for run in ours]
+    tops = [min(max(float(p["top1"]) for p in score(a)), max(float(p["top1"]) for p in score(b))) for a, b in pairs]
+    whole, equal = {}, {}
+    for cost, read in COSTS.items():
+        whole[cost] = Spread.of([_ratio(read(a.last), read(b.last)) for a, b in pairs])
+        both = zip(pairs, tops, strict=True)
+        equal[cost] = Spread.of([_ratio(reached(a, top, cost), reached(b, top, cost)) for (a, b), top in both])
+    top1 = Spread.of([final(b) - final(a) for a, b in pairs])
+    if not paired and len(pairs) > 1:  # each with each: the pairs are not independent, so no interval
+        top1 = Spread(top1.mean, math.nan, math.nan, top1.count)
+    return Against(paired, top1, whole, equal, min(tops), differences(base[0], ours[0]))
+
+
+def differences(base: History, ours: History) -> list[str]:
+    """Why two runs may not be compared, or only in part; empty when nothing stands against it."""
+    found = []
+
+    def differ(what: str, a: Any, b: Any, then: str) -> None:
+        if a != b:
+            found.append(f"{what}: {_said(a)} in {base.name}, {_said(b)} in {ours.name}; {then}")
+
+    for split, then in (("validation", "top-1 is of other images: not comparable"), ("train", "they learned from other images")):
+        a, b = ((run.start.get("data") or {}).get(split) or {} for run in (base, ours))
+        differ(f"{split} set", a.get("fingerprint"), b.get("fingerprint"), then)
+    differ("options that change pixels", base.start.get("pixels") or [], ours.start.get("pixels") or [], "they saw other pixels")
+    differ("evaluation crop", _set(base, "evaluate.crop_pct"), _set(ours, "evaluate.crop_pct"), "top-1 is of other pixels")
+    differ("image size", _set(base, "model.image_size"), _set(ours, "model.image_size"), "time and accuracy are of other inputs")
+    differ("device", base.start.get("device"), ours.start.get("device"), "times and device hours are not comparable")
+    differ("processes", base.start.get("world"), ours.start.get("world"), "compare device hours, not times")
+    versions = [(run.start.get("versions") or {}).get("torch") for run in (base, ours)]
+    differ("torch", *versions, "times may differ for that alone")
+    differ("commit", base.start.get("commit"), ours.start.get("commit"), "the code may differ")
+    for run in (base, ours):
+        if run.start.get("dirty"):
+            found.append(f"{run.name} ran with uncommitted changes; they are in its source.txt")
+        if run.status != "finished":
+            found.append(f"{run.name} is not finished ({run.status}); its last score is not its final one")
+    return found
+
+
+def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Path]:
+    """Journals of the runs of an experiment: the run directory where it is on this machine, else the journal MLflow holds.
+
+    Raises NothingToCompare where the experiment has no runs with a journal.
+    """
+    from trainer.store import journals_of
+
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+    found = journals_of(uri, experiment, into)
+    if not found:
+        raise NothingToCompare(f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN")
+    return found
+
+
+def _sameness(run: History) -> str:
+    """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
+    config = {key: value for key, value in flat(run.config).items() if key not in _SAME_GROUP and not key.startswith("tracking.")}
+    known = [run.name] if not run.config else []
+    return json.dumps([known, config, run.start.get("world"), run.start.get("device")], sort_keys=True, default=str)
+
+
+def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
+    """Groups under what the names of their runs have in common; made distinct where two would be the same."""
+    named: list[tuple[str, list[History]]] = []
+    for members in groups:
+        name = os.path.commonprefix([run.name for run in members]) if len(members) > 1 else members[0].name
+        name = name.removesuffix("s").rstrip("-_.").removesuffix("seed").rstrip("-_.") if len(members) > 1 else name
+        name = name or members[0].name
+        taken = {other for other, _ in named}
+        named.append((name if name not in taken else next(f"{name} ({i})" for i in range(2, 999) if f"{name} ({i})" not in taken), members))
+    return named
+
+
+def _ratio(base: float, ours: float) -> float:
+    return base / ours if ours > 0 and base > 0 else math.nan
+
+
+def _set(run: History, key: str) -> Any:
+    return flat(run.config).get(key)
+
+
+def _said(value: Any) -> str:
+    return "not told" if value is None else ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
