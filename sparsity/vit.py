@@ -51,6 +51,7 @@ class SparseViT(nn.Module):
         self.vit = vit
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
+        self.training = vit.training
 
     def forward(
         self, images: Tensor, plan: Plan = DENSE, want: frozenset[str] = frozenset(), draw: Tensor | None = None
@@ -63,7 +64,7 @@ class SparseViT(nn.Module):
         asked = Asked.read(want, len(self.vit.blocks))
         tokens = self._embedded(images, draw)
         paths = None
-        if draw is not None and self.training:
+        if draw is not None and self.vit.training:
             paths = keyed.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
         kept, keys, cls_attention, importance = {}, {}, None, None
         for number in range(len(self.vit.blocks)):
@@ -83,7 +84,7 @@ class SparseViT(nn.Module):
         p = vit.num_prefix_tokens
         ids = torch.arange(x.shape[1] - p, device=x.device).expand(x.shape[0], -1)
         drop = vit.patch_drop
-        if isinstance(drop, PatchDropout) and self.training and drop.prob > 0:
+        if isinstance(drop, PatchDropout) and drop.training and drop.prob > 0:
             if draw is None:
                 x, index = patch_dropout_forward(x, drop.prob, p, drop.ordered, True)
                 ids = cast(Tensor, index)

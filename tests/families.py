@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 
 def tiny(kind: type[VisionTransformer] = VisionTransformer, **args) -> VisionTransformer:
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5, "drop_path_rate": 0.3}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 3,
+        "num_classes": 5,
+        "drop_path_rate": 0.3,
+    }
     vit = kind(**(settings | args))
     for name, parameter in vit.named_parameters():  # far from zero, or a swapped norm or scale would go unseen
-        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(parameter, 0.5 if "bias" not in name else 0.0, 0.2)
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(
+            parameter, 0.5 if "bias" not in name else 0.0, 0.2
+        )
     return vit
 
 
