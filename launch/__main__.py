@@ -1,42 +1,47 @@
-"""`python -m launch local CONFIG [key=value ...]`: the one place that starts processes and passes signals on to them."""
+"""`python -m launch COMMAND CONFIG [key=value ...]`: the one place that starts processes and passes signals on to them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any
 
 import psutil
 
-from launch import local
-from launch.job import Command, Job, LaunchError, check
+from launch import hosts, local, slurm
+from launch.arguments import parse
+from launch.job import Command, Job, LaunchError, accelerate, check
+from launch.machine import free_port, this_machine
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LINGER = 10.0  # seconds a launcher may outlive its ranks
+PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
 
 def main(words: list[str] | None = None) -> int:
     """Exit code: 0 finished, 75 stopped with a checkpoint, 2 refused, 128 + n ended by signal n, else the trainer's."""
     try:
         arguments = parse(sys.argv[1:] if words is None else words)
-        return arguments.run(arguments)
+        job = Job(arguments.config, tuple(arguments.overrides), arguments.resume)
+        return COMMANDS[arguments.command](job, arguments)
     except LaunchError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
 
 
-def _local(a: argparse.Namespace) -> int:
-    job = Job(a.config, tuple(a.overrides), a.resume)
-    machine = local.Machine(count_gpus(), len(os.sched_getaffinity(0)), _threads())
-    node = local.place(machine, a.processes, free_port())
+def _local(job: Job, a: argparse.Namespace) -> int:
+    node = local.place(this_machine(), a.processes, free_port())
     first, command = check(job, node.world, sys.executable), local.render(job, node, sys.executable)
     if a.dry_run:
         print(f"{first.text()}\n{command.text()}")
@@ -44,90 +49,43 @@ def _local(a: argparse.Namespace) -> int:
     return start(first) or start(command)
 
 
-# -- the command line ------------------------------------------------------------------------------------------------------
+def _node(job: Job, a: argparse.Namespace) -> int:
+    if not 0 <= a.number < a.nodes:
+        raise LaunchError(f"--number {a.number} with --nodes {a.nodes}: nodes are counted from 0")
+    node = local.place(this_machine(), a.processes, a.port)
+    return start(accelerate(job, replace(node, address=a.address, nodes=a.nodes, number=a.number), sys.executable))
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what was meant; a setting may stand before or after a flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"{message}\n{self.format_usage().rstrip()}")
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """The arguments of a command. Raises LaunchError for what is not known, with what is near."""
-    parser = Parser("python -m launch", description="Where a run is trained: renders the commands, checks the run, starts it.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    a = commands.add_parser("local", help="this machine: all GPUs, or CPU processes", allow_abbrev=False)
-    a.set_defaults(run=_local)
-    a.add_argument("config", metavar="CONFIG", help="YAML of the run")
-    a.add_argument("overrides", metavar="key.sub=value", nargs="*", default=[], help="settings that differ from the file")
-    a.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, without GPUs 2 on the CPU")
-    a.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    a.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
-    if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise LaunchError(f"{words[0]!r} is no command{_near(words[0], list(commands.choices))}")
-    found, rest = parser.parse_known_args(words)
-    for word in rest:
-        if word.startswith("-"):
-            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
-            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
-    found.overrides = [*found.overrides, *rest]
-    return found
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-
-
-# -- this machine ----------------------------------------------------------------------------------------------------------
-
-
-def count_gpus(python: str = sys.executable) -> int:
-    """GPUs that this Python's torch can use. Raises LaunchError where the machine has some and torch sees none.
-
-    torch is asked in a process of its own, and only where something points to a GPU: it takes seconds to import.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return 0
-    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists()):
-        return 0
-    asked = subprocess.run(
-        [python, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
+def _hosts(job: Job, a: argparse.Namespace) -> int:
+    try:
+        found = hosts.read(Path(a.hostfile).read_text(), a.hostfile)
+    except OSError as error:
         raise LaunchError(
-            f"{python} can't import torch:\n{asked.stderr[-2000:]}\nrun this with the Python of the project's environment"
-        )
-    found = int(asked.stdout.split()[-1])
-    listed = _listed_gpus()
-    if listed and not found:
-        raise LaunchError(
-            f"this machine has {listed} GPU(s) and torch sees none: a CPU build of torch, or a driver older than its CUDA "
-            "(`trilevel doctor` tells); set CUDA_VISIBLE_DEVICES= to train on the CPU all the same"
-        )
-    return found
+            f"--hostfile {a.hostfile}: {error.strerror}; write one host per line, e.g. `node1 slots=8`"
+        ) from error
+    processes = hosts.processes_of(found, a.processes)
+    first = check(job, processes * len(found), sys.executable)
+    commands = hosts.render(job, found, processes, a.port, sys.executable, Path.cwd(), dict(os.environ))
+    if a.dry_run:
+        print("\n".join(command.text() for command in (first, *commands)))
+        return 0
+    return start(first) or together(commands, [host.name for host in found], Path(a.logs))
 
 
-def _listed_gpus() -> int:
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        if listed.returncode == 0:
-            return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    folder = Path("/proc/driver/nvidia/gpus")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _threads() -> int | None:
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else None
+def _slurm(job: Job, a: argparse.Namespace) -> int:
+    request = slurm.Request(
+        nodes=a.nodes, processes=a.processes or a.gpus or 1, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
+        requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,
+        modules=tuple(a.module), setup=tuple(a.setup), extra=tuple(a.sbatch), container=a.container, runtime=a.runtime,
+    )  # fmt: skip
+    first = check(job, request.nodes * request.processes, sys.executable)
+    script = slurm.render(job, request, a.python or sys.executable)
+    if a.dry_run:
+        print(f"# {first.text()}\n{script}", end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise LaunchError("sbatch is not found: start this where jobs are submitted, or use --dry-run to see the script")
+    return start(first) or subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------
@@ -142,30 +100,114 @@ def start(command: Command) -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit"  # rank 0's own exit code: torchrun turns every one into 1
         env = os.environ | dict(command.env) | {"TRILEVEL_EXIT_FILE": str(told)}
+        before = {number: signal.getsignal(number) for number in STOP}
+        # Slurm signals every process of a step: torchrun, which knows nothing of these two, would die of them
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # a session of its own: a terminal's Ctrl-C reaches us alone
         process = subprocess.Popen(command.argv, env=env, start_new_session=True)
-        interrupts = 0
+        heard, interrupts = False, 0
 
         def forward(number: int, _frame: Any) -> None:
-            nonlocal interrupts
-            interrupts += number == signal.SIGINT
+            nonlocal heard, interrupts
+            heard, interrupts = True, interrupts + (number == signal.SIGINT)
             if interrupts > 2:
-                for victim in [*_below(process.pid, recursive=True), process.pid]:
-                    _send(victim, signal.SIGKILL)
-                return
+                return _kill(process.pid)
             # nobody is there to read a line any more: end like on SIGTERM
             passed = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
             for rank in _ranks(process.pid) or [process.pid]:
                 _send(rank, passed)
 
-        before = {number: signal.signal(number, forward) for number in STOP}
+        for number in STOP:
+            signal.signal(number, forward)
         try:
-            code = process.wait()
+            code = _wait(process, lambda: heard)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         said = int(told.read_text()) if told.exists() else 0
     return 128 - code if code < 0 else said or code
+
+
+def _wait(process: subprocess.Popen[bytes], told_to_end: Callable[[], bool]) -> int:
+    """The exit code. A launcher whose ranks have ended well waits up to 5 minutes for other nodes' launchers; these may have
+    failed, so once told to end it is given LINGER seconds."""
+    gone = float("inf")  # since when no rank is there
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(0.2)
+        if told_to_end():
+            gone = float("inf") if _ranks(process.pid) else min(gone, time.monotonic())
+            if time.monotonic() > gone + LINGER:
+                _kill(process.pid)
+                process.wait()
+                return 0
+
+
+def together(commands: list[Command], names: list[str], logs: Path) -> int:
+    """Run one ssh per node until all have ended; the first that fails ends the others. Returns the first exit code above 0.
+
+    Output goes to one file per node, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
+    every node; the third one kills.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        subprocess.Popen(
+            c.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for c in commands
+    ]
+    readers = [
+        threading.Thread(target=_copy, args=(node.stdout, name, logs / f"{name}.txt"), daemon=True)
+        for node, name in zip(nodes, names, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    heard = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal heard
+        heard += 1
+        for node in nodes:
+            if heard > 2:
+                _kill(node.pid)
+            elif node.poll() is None and node.stdin is not None:
+                with contextlib.suppress(OSError):
+                    node.stdin.write(b"\x03")
+                    node.stdin.flush()
+
+    before = {number: signal.signal(number, stop) for number in STOP}
+    code, deadline = 0, float("inf")
+    try:
+        while None in [node.poll() for node in nodes]:
+            failed = [(node.returncode, name) for node, name in zip(nodes, names, strict=True) if node.returncode]
+            if failed and not code:
+                code, name = failed[0]
+                deadline = time.monotonic() + PATIENCE
+                if not heard:  # nobody has asked them to end yet, and asking twice means at once
+                    print(f"launch: {name} ended with {code}; the others are told to end, see {logs}", file=sys.stderr)
+                    stop()
+            if time.monotonic() > deadline:
+                for node in nodes:
+                    _kill(node.pid)
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for reader in readers:
+            reader.join(5)
+    code = code or next((node.returncode for node in nodes if node.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def _copy(stream: IO[bytes], name: str, path: Path) -> None:
+    with path.open("wb") as file:
+        for line in stream:
+            line = line.replace(b"\r\n", b"\n")
+            file.write(line)
+            file.flush()
+            sys.stdout.write(f"[{name}] {line.decode(errors='replace')}")
+            sys.stdout.flush()
 
 
 def _ranks(pid: int) -> list[int]:
@@ -191,6 +233,14 @@ def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
+
+def _kill(pid: int) -> None:
+    """SIGKILL to a process and everything it started."""
+    for victim in [*_below(pid, recursive=True), pid]:
+        _send(victim, signal.SIGKILL)
+
+
+COMMANDS = {"local": _local, "node": _node, "hosts": _hosts, "slurm": _slurm}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -64,6 +64,13 @@ class Node:
         return cpu | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
 
 
+def node_words(job: Job, processes: int, nodes: int, number: str, address: str, port: str, python: str) -> list[str]:
+    """`python -m launch node`: what a node of many is told. number, address and port may be names of a shell's variables."""
+    words = [python, "-m", "launch", "node", job.config, *job.overrides, *(("--resume",) if job.resume else ())]
+    words += ["--processes", str(processes), "--nodes", str(nodes)]
+    return [shlex.quote(word) for word in words] + ["--number", number, "--address", address, "--port", port]
+
+
 def check(job: Job, world: int, python: str) -> Command:
     """The dry check of the configuration in the world it is meant for, before anything is started or queued."""
     return Command((python, "-m", "trainer", *job.train("--check")), {"TRILEVEL_WORLD": str(world)})

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from launch.job import Command, Job, LaunchError, Node, accelerate
+from launch.machine import Machine
 
 CPU_PROCESSES = 2  # the default without GPUs
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was found here. cores: those this process may use. threads: OMP_NUM_THREADS, where the user has set it."""
-
-    gpus: int
-    cores: int
-    threads: int | None = None
 
 
 def place(machine: Machine, processes: int | None, port: int) -> Node:

@@ -136,6 +136,7 @@ def test_hosts_meet_are_told_apart_and_end_by_a_signal_with_their_checkpoint(fol
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_host_that_fails_ends_the_others_and_is_named(folder, over_ssh):
     trainer = folder / "trainer" / "__main__.py"
     trainer.write_text(trainer.read_text().replace('sys.exit(3 if rank == "1" else 0)', 'rank == "1" and sys.exit("no disk")'))

@@ -1,0 +1,89 @@
+"""The words of `python -m launch`: what each command takes, and what was meant where one is not known."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import NoReturn
+
+from launch.job import LaunchError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises LaunchError instead of leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command; settings may stand before and after flags. Raises LaunchError naming what is near."""
+    parser = Parser("python -m launch", description="Where a run is trained: renders the commands, checks the run, starts it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("config", metavar="CONFIG", help="YAML of the run")
+        command.add_argument(
+            "overrides", metavar="key.sub=value", nargs="*", default=[], help="settings that differ from the file"
+        )
+        command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        return command
+
+    c = add("local", "this machine: all GPUs, or CPU processes")
+    c.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, without GPUs 2 on the CPU")
+    c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+
+    c = add("node", "this machine as one node of many; `hosts` and `slurm` call it")
+    c.add_argument("--processes", type=int, metavar="N", help="on this node; default as for local")
+    c.add_argument("--nodes", type=int, metavar="N", required=True)
+    c.add_argument("--number", type=int, metavar="K", required=True, help="of this node, from 0")
+    c.add_argument("--address", required=True, help="of node 0")
+    c.add_argument("--port", type=int, required=True, help="free on node 0, the same for all")
+
+    c = add("hosts", "the hosts of a file, over ssh")
+    c.add_argument("--hostfile", metavar="FILE", required=True, help="one host per line: `name slots=8`")
+    c.add_argument("--processes", type=int, metavar="N", help="per host, where the file has no slots")
+    c.add_argument("--port", type=int, default=29400, help="free on the first host (default: 29400)")
+    c.add_argument("--logs", metavar="DIR", default="logs", help="one file of output per host (default: logs)")
+    c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+
+    c = add("slurm", "a batch job of Slurm")
+    c.add_argument("--nodes", type=int, default=1, metavar="N")
+    c.add_argument("--gpus", type=int, default=0, metavar="N", help="per node, one process each")
+    c.add_argument("--processes", type=int, metavar="N", help="per node without GPUs (default: 1)")
+    c.add_argument("--cpus", type=int, metavar="N", help="cores per process")
+    c.add_argument("--time", help="limit, e.g. 1-00:00:00")
+    c.add_argument(
+        "--signal", type=int, default=300, metavar="SECONDS", help="before the limit, to save and end (default: 300)"
+    )
+    c.add_argument("--no-requeue", action="store_true", help="end at the limit instead of going on in another job")
+    for name in ("account", "partition", "qos", "constraint"):
+        c.add_argument(f"--{name}")
+    c.add_argument("--output", default="slurm-%j.txt", help="file of the job's output (default: slurm-%%j.txt)")
+    c.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; may be given again")
+    c.add_argument(
+        "--setup", action="append", default=[], metavar="LINE", help="line of shell before the run; may be given again"
+    )
+    c.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch=--exclusive; may be given again"
+    )
+    c.add_argument("--container", metavar="IMAGE")
+    c.add_argument("--runtime", default="apptainer", help="of the container: apptainer or pyxis")
+    c.add_argument("--python", help="on the nodes (default: this one)")
+    c.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        raise LaunchError(f"{words[0]!r} is no command{_near(words[0], list(commands.choices))}")
+    found, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("-"):
+            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
+            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
+    found.overrides = [*found.overrides, *rest]
+    return found
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

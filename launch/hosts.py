@@ -1,0 +1,83 @@
+"""`python -m launch hosts`: one `launch node` on each host of a hostfile, over ssh. The first host is where they meet.
+
+`ssh -tt` gives the far end a terminal: a Ctrl-C written into ssh reaches the node as one, and when ssh dies the node is hung up.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.job import Command, Job, LaunchError, node_words
+
+SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
+# what a node needs to know of this shell; credentials are not among it: a command line can be read by others
+PASSED = (
+    "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH",
+    "MLFLOW_TRACKING_URI",
+)  # fmt: skip
+NAME = re.compile(r"([\w.-]+@)?[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    slots: int | None = None  # processes, where the file says so
+
+    @property
+    def address(self) -> str:
+        return self.name.rpartition("@")[2]
+
+
+def read(text: str, source: str = "hostfile") -> list[Host]:
+    """Hosts in the order of the text: `name [slots=N]` per line, # begins a comment. Raises LaunchError with the line."""
+    hosts: list[Host] = []
+    for number, row in enumerate(text.splitlines(), 1):
+        name, *rest = row.partition("#")[0].split() or [""]
+        if not name:
+            continue
+        if not NAME.fullmatch(name):
+            raise LaunchError(f"{source}, line {number}: {name!r} is no host; a line is `name` or `user@name slots=8`")
+        slots = None
+        for word in rest:
+            key, _, value = word.partition("=")
+            if key != "slots" or not value.isdigit() or not int(value):
+                raise LaunchError(f"{source}, line {number}: {word!r} is not understood; a line is `name` or `name slots=8`")
+            slots = int(value)
+        if name in [host.name for host in hosts]:
+            raise LaunchError(f"{source}, line {number}: {name} is there twice; give its processes by slots=N")
+        hosts.append(Host(name, slots))
+    if not hosts:
+        raise LaunchError(f"{source}: no host in it; write one per line, e.g. `node1 slots=8`")
+    return hosts
+
+
+def processes_of(hosts: list[Host], asked: int | None) -> int:
+    """Processes per node, the same on all. Raises LaunchError where neither file nor flag says it, or they disagree."""
+    slots = {host.slots for host in hosts if host.slots is not None}
+    if asked is not None:
+        slots.add(asked)
+    if len(slots) != 1:
+        found = ", ".join(f"{host.name} slots={host.slots}" for host in hosts)
+        raise LaunchError(
+            f"processes per node must be one number, said are {sorted(slots) or 'none'} ({found}, --processes {asked}): every node "
+            "takes the same share of a batch; give slots=N in the hostfile or --processes N"
+        )
+    return slots.pop()
+
+
+def render(
+    job: Job, hosts: list[Host], processes: int, port: int, python: str, directory: Path, env: dict[str, str]
+) -> list[Command]:
+    """One ssh per host, in the order of the file; `env` is this shell's, of which what a node needs is passed on."""
+    known = {name: env[name] for name in PASSED if name in env and "@" not in env[name]}  # http://user:password@host
+    known = {"TERM": "dumb"} | known  # the output goes to files: no live line
+    set_env = ["env", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
+    commands = []
+    for number, host in enumerate(hosts):
+        words = node_words(job, processes, len(hosts), str(number), hosts[0].address, str(port), python)
+        line = f"cd {shlex.quote(str(directory))} && exec {' '.join([*set_env, *words])}"
+        commands.append(Command((*SSH, host.name, line)))
+    return commands

@@ -1,0 +1,68 @@
+"""What this machine has, as the trainer's Python will see it: GPUs, cores, a free port."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.job import LaunchError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cores: those this process may use. threads: OMP_NUM_THREADS, where the user has set it."""
+
+    gpus: int
+    cores: int
+    threads: int | None = None
+
+
+def this_machine() -> Machine:
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return Machine(count_gpus(), len(os.sched_getaffinity(0)), int(threads) if threads.isdigit() and int(threads) else None)
+
+
+def count_gpus(python: str = sys.executable) -> int:
+    """GPUs that this Python's torch can use. Raises LaunchError where the machine has some and torch sees none.
+
+    torch is asked in a process of its own, and only where something points to a GPU: it takes seconds to import.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists()):
+        return 0
+    asked = subprocess.run(
+        [python, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        raise LaunchError(
+            f"{python} can't import torch:\n{asked.stderr[-2000:]}\nrun this with the Python of the project's environment"
+        )
+    found = int(asked.stdout.split()[-1])
+    listed = _listed_gpus()
+    if listed and not found:
+        raise LaunchError(
+            f"this machine has {listed} GPU(s) and torch sees none: a CPU build of torch, or a driver older than its CUDA "
+            "(`trilevel doctor` tells); set CUDA_VISIBLE_DEVICES= to train on the CPU all the same"
+        )
+    return found
+
+
+def _listed_gpus() -> int:
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        if listed.returncode == 0:
+            return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
