@@ -28,6 +28,7 @@ import pytest
 
 from tests.run_of_lines import CONFIG, START, lines, write
 from trainer import tracking
+from trainer.compare import NothingToCompare, compare, from_mlflow
 from trainer.config import Tracking
 from trainer.journal import Journal, JournalError, read
 from trainer.measures import Measure, drift, measures, params, tags
@@ -274,6 +275,22 @@ def test_sqlite_default_has_everything_once(default_run: Path):
 
 @slow_server
 @pytest.mark.dist
+def test_compare_reads_an_experiment_here_or_from_mlflow(default_run: Path, tmp_path: Path):
+    uri = f"sqlite:///{default_run.parent}/mlflow.db"
+    assert from_mlflow("trilevel", tmp_path, uri) == [default_run]
+    away = default_run.rename(default_run.parent / "away")  # as on another machine
+    try:
+        (here,) = from_mlflow("trilevel", tmp_path, uri)
+        assert here.parent == tmp_path and list(read(here)) == list(read(away))
+        assert [group.name for group in compare([here]).groups] == ["tri"]
+    finally:
+        away.rename(default_run)
+    with pytest.raises(NothingToCompare, match=r"'other' at sqlite.*no run with a journal there"):
+        from_mlflow("other", tmp_path, uri)
+
+
+@slow_server
+@pytest.mark.dist
 def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tmp_path: Path):
     """Killed behind step 20, gone on from 10 with another learning rate; the shipper of the first attempt is killed as well."""
     directory = shutil.copytree(default_run, tmp_path / "runs" / "tri")
@@ -307,18 +324,25 @@ def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tm
 
 
 FOLLOWED = """
-import sys, time
-from tests.test_tracking import start_line, training
-from trainer import tracking
+import json, sys, time
+from trainer import shipper
 from trainer.config import Tracking
 from trainer.journal import Journal
 journal = Journal(sys.argv[1])
-journal.write("start", **start_line(sys.argv[2] or None))
-shipper = tracking.start(sys.argv[1], Tracking(), every=0.2, linger=20)
-training(journal, range(1, 400))
-print(shipper._process.pid, flush=True)
+journal.write("start", **json.loads(sys.argv[2]))
+process = shipper.start(sys.argv[1], Tracking(), every=0.2, linger=20)._process
+for step in range(1, 400):
+    journal.write("step", epoch=0, batch=step, step=step, loss=1 / (1 + step))
+    time.sleep(0.002)
+print(process.pid, flush=True)
 time.sleep(60)
 """
+
+
+def followed(directory: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
+    """A training of its own process; tells the shipper's process id when it has written 399 steps, then stays."""
+    code = [sys.executable, "-c", FOLLOWED, str(directory), json.dumps(start_line(uri))]
+    return subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
 
 
 @slow_server
@@ -327,8 +351,7 @@ def test_training_killed_the_shipper_brings_the_rest_and_ends(default_run: Path,
     directory = tmp_path / "runs" / "tri"
     directory.mkdir(parents=True)
     shutil.copy(default_run.parent / "mlflow.db", tmp_path / "runs" / "mlflow.db")
-    code = [sys.executable, "-c", FOLLOWED, str(directory), ""]
-    trainer = subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    trainer = followed(directory)
     assert trainer.stdout
     shipper = psutil.Process(int(trainer.stdout.readline()))
     until(lambda: tracking.State.load(directory).last, 30, directory)
@@ -497,7 +520,7 @@ def test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled(server:
     uri = f"http://127.0.0.1:{proxy.server_port}"
     Sick.target, Sick.mood = int(server.uri.rpartition(":")[2]), "500"
     directory = tmp_path / "runs" / "tri"
-    trainer = subprocess.Popen([sys.executable, "-c", FOLLOWED, str(directory), uri], cwd=ROOT, stdout=subprocess.PIPE)
+    trainer = followed(directory, uri)
     assert trainer.stdout
     shipper = int(trainer.stdout.readline())
     try:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import FREE_TO_CHANGE
 from trainer.history import History, Point, history
 from trainer.measures import flat
 
@@ -91,7 +92,7 @@ class Comparison:
     groups: tuple[Group, ...]  # the base first, then as given
 
 
-def compare(runs: list[Path | str], base: str | None = None) -> Comparison:
+def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
     """Compare run directories (at least one). `base`: the name of the run all others are held against; the first one without it.
 
     Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
@@ -101,10 +102,12 @@ def compare(runs: list[Path | str], base: str | None = None) -> Comparison:
     if not scored:
         said = ", ".join(str(run.directory) for run in read) or "no runs given"
         raise NothingToCompare(f"no evaluation in {said}: let a run come to its first evaluation (evaluate.every)")
-    groups: dict[str, list[History]] = {}
-    for run in scored:
-        groups.setdefault(_sameness(run), []).append(run)
-    named = _named([sorted(members, key=lambda run: run.config.get("seed", 0)) for members in groups.values()])
+    groups: dict[tuple[str, int], list[History]] = {}
+    for run in scored:  # the same settings and the same seed again are a group of their own: something else must differ
+        same = _sameness(run)
+        turn = next(i for i in range(len(scored)) if seed(run) not in [seed(other) for other in groups.get((same, i), [])])
+        groups.setdefault((same, turn), []).append(run)
+    named = _named([sorted(members, key=seed) for members in groups.values()])
     first = next((n for n, members in named if base is None or base == n or base in [run.name for run in members]), None)
     if first is None:
         raise NothingToCompare(f"base {base!r}: no such run here; there are {', '.join(run.name for run in scored)}")
@@ -117,6 +120,10 @@ def compare(runs: list[Path | str], base: str | None = None) -> Comparison:
 def score(run: History) -> list[Point]:
     """Evaluations that count for the run: of the moving average where there is one."""
     return run.evals(ema=True) or run.evals(ema=False)
+
+
+def seed(run: History) -> int:
+    return int(run.config.get("seed", 0))
 
 
 def final(run: History) -> float:
@@ -138,8 +145,8 @@ def reached(run: History, top1: float, cost: str) -> float:
 
 def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
     """Hold the runs of a group against those of the base."""
-    seeds = {run.config.get("seed", 0): run for run in base}
-    pairs = [(seeds[run.config.get("seed", 0)], run) for run in ours if run.config.get("seed", 0) in seeds]
+    seeds = {seed(run): run for run in base}
+    pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
     paired = bool(pairs)
     pairs = pairs or [(theirs, run) for theirs in base for run in ours]
     tops = [min(max(float(p["top1"]) for p in score(a)), max(float(p["top1"]) for p in score(b))) for a, b in pairs]
@@ -162,16 +169,23 @@ def differences(base: History, ours: History) -> list[str]:
         if a != b:
             found.append(f"{what}: {_said(a)} in {base.name}, {_said(b)} in {ours.name}; {then}")
 
-    for split, then in (("validation", "top-1 is of other images: not comparable"), ("train", "they learned from other images")):
+    for split, then in (
+        ("validation", "top-1 is of other images: not comparable"),
+        ("train", "they learned from other images"),
+    ):
         a, b = ((run.start.get("data") or {}).get(split) or {} for run in (base, ours))
         differ(f"{split} set", a.get("fingerprint"), b.get("fingerprint"), then)
-    differ("options that change pixels", base.start.get("pixels") or [], ours.start.get("pixels") or [], "they saw other pixels")
+    differ(
+        "options that change pixels", base.start.get("pixels") or [], ours.start.get("pixels") or [], "they saw other pixels"
+    )
     differ("evaluation crop", _set(base, "evaluate.crop_pct"), _set(ours, "evaluate.crop_pct"), "top-1 is of other pixels")
-    differ("image size", _set(base, "model.image_size"), _set(ours, "model.image_size"), "time and accuracy are of other inputs")
+    differ(
+        "image size", _set(base, "model.image_size"), _set(ours, "model.image_size"), "time and accuracy are of other inputs"
+    )
     differ("device", base.start.get("device"), ours.start.get("device"), "times and device hours are not comparable")
     differ("processes", base.start.get("world"), ours.start.get("world"), "compare device hours, not times")
-    versions = [(run.start.get("versions") or {}).get("torch") for run in (base, ours)]
-    differ("torch", *versions, "times may differ for that alone")
+    a, b = ((run.start.get("versions") or {}).get("torch") for run in (base, ours))
+    differ("torch", a, b, "times may differ for that alone")
     differ("commit", base.start.get("commit"), ours.start.get("commit"), "the code may differ")
     for run in (base, ours):
         if run.start.get("dirty"):
@@ -191,27 +205,29 @@ def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Pat
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
     found = journals_of(uri, experiment, into)
     if not found:
-        raise NothingToCompare(f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN")
+        raise NothingToCompare(
+            f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN"
+        )
     return found
 
 
 def _sameness(run: History) -> str:
     """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
-    config = {key: value for key, value in flat(run.config).items() if key not in _SAME_GROUP and not key.startswith("tracking.")}
+    config = {
+        key: value for key, value in flat(run.config).items() if key not in _SAME_GROUP and not key.startswith("tracking.")
+    }
     known = [run.name] if not run.config else []
     return json.dumps([known, config, run.start.get("world"), run.start.get("device")], sort_keys=True, default=str)
 
 
 def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
-    """Groups under what the names of their runs have in common; made distinct where two would be the same."""
-    named: list[tuple[str, list[History]]] = []
+    """Groups under the name of their first run, less the seed where there are more; numbered where two would be the same."""
+    named: dict[str, list[History]] = {}
     for members in groups:
-        name = os.path.commonprefix([run.name for run in members]) if len(members) > 1 else members[0].name
-        name = name.removesuffix("s").rstrip("-_.").removesuffix("seed").rstrip("-_.") if len(members) > 1 else name
+        name = members[0].name if len(members) == 1 else re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", members[0].name)
         name = name or members[0].name
-        taken = {other for other, _ in named}
-        named.append((name if name not in taken else next(f"{name} ({i})" for i in range(2, 999) if f"{name} ({i})" not in taken), members))
-    return named
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = members
+    return list(named.items())
 
 
 def _ratio(base: float, ours: float) -> float:

@@ -194,17 +194,25 @@ def _draw_accuracy(axes: Axes, run: History, scale: float) -> None:
 
 
 def _draw_throughput(axes: Axes, run: History, scale: float) -> None:
-    steps = [point for point in run.of("step") if point.get("images_per_second") is not None]
     axes.set_ylabel("images/s in training")
-    if not steps:
+    top = draw_throughput(axes, run, scale, RED)
+    if not top:
         _nothing(axes, "no step logged yet")
         return
+    axes.set_ylim(0, 1.15 * top)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: str | None = None) -> float:
+    """Images/s over time, thin as logged and thick as a running median; returns how high the picture must be, 0 without steps."""
+    steps = [point for point in run.of("step") if point.get("images_per_second") is not None]
+    if not steps:
+        return 0.0
     x = np.array([point.elapsed / scale for point in steps])
     y = np.array([float(point["images_per_second"]) for point in steps])
-    axes.plot(x, y, color=RED, linewidth=0.8, alpha=0.35)
-    axes.plot(x, _running(y, max(1, len(y) // 40), np.median), color=RED, linewidth=2)
-    axes.set_ylim(0, 1.15 * float(np.percentile(y, 99)) or 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
+    axes.plot(x, _running(y, max(1, len(y) // 40), np.median), color=color, linewidth=2, label=label)
+    return float(np.percentile(y, 99))
 
 
 def _draw_kept(axes: Axes, run: History, scale: float) -> None:

@@ -122,6 +122,27 @@ class Store:
         return run
 
 
+def journals_of(uri: str, experiment: str, into: Path) -> list[Path]:
+    """Run directories of an experiment's active runs: those on this machine, the others as a journal downloaded under `into`."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    place = client.get_experiment_by_name(experiment)
+    found = []
+    for run in client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000) if place else []:
+        here = Path(run.data.tags.get("run_directory", "/nowhere"))
+        if not (here / "journal.jsonl").is_file():
+            here = into / run.info.run_id
+            here.mkdir(parents=True, exist_ok=True)
+            try:
+                client.download_artifacts(run.info.run_id, "journal.jsonl", str(here))
+            except (MlflowException, OSError):  # not shipped to its end yet
+                continue
+        found.append(here)
+    return found
+
+
 def timeout(seconds: int | None = None) -> int:
     """Seconds a request of this process may take; MLflow reads it at every request."""
     if seconds is not None:

@@ -1,0 +1,138 @@
+"""Runs side by side: what is saved at equal top-1, seeds as groups, what stands against comparing, the page in one piece."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console as Terminal
+
+from tests.run_of_lines import CONFIG, START, lines, write
+from trainer.compare import NothingToCompare, Spread, compare, reached
+from trainer.compare_page import comma_separated, markdown, page, per_class, rows, table, warnings
+from trainer.compare_page import write as write_page
+from trainer.history import history
+
+
+def run(folder: Path, name: str, seed: int = 0, start: dict[str, Any] | None = None, **of: Any) -> Path:
+    """A made-up run; what it differs in from START goes into its start line, what `lines` takes into the rest."""
+    first, *rest = lines(seed=seed, **of)
+    config = first["config"] | {"name": name, "tokens": {"keep": 0.5 if of.get("sparse", True) else 1.0}}
+    return write(folder / name, [first | {"config": config} | (start or {}), *rest])
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> list[Path]:
+    """Dense and sparse, three seeds each; the sparse ones at twice the rate."""
+    dense = [run(tmp_path, f"dense-s{seed}", seed, sparse=False) for seed in range(3)]
+    return dense + [run(tmp_path, f"sparse-s{seed}", seed, rate=200.0) for seed in range(3)]
+
+
+def test_seeds_are_groups_and_savings_are_what_the_journals_say(both: list[Path]):
+    found = compare(both)
+    assert [group.name for group in found.groups] == ["dense", "sparse"] and found.base.name == "dense"
+    dense, sparse = found.groups
+    assert [len(group.runs) for group in found.groups] == [3, 3] and dense.against is None
+    held = sparse.against
+    assert held and held.paired and held.wrong == []
+    assert held.top1.mean == pytest.approx(0) and held.top1.half == pytest.approx(0)  # the same curve per epoch
+    # dense 1,600 images at 100/s and four evaluations of .5 s; sparse 1,200 at 200/s
+    assert held.whole["time"].mean == pytest.approx(18 / 8) and held.whole["images"].mean == pytest.approx(1600 / 1200)
+    assert held.whole["multiply-adds"].mean == pytest.approx(1600 * 100 / (800 * 100 + 400 * 50))
+    assert held.equal["images"].mean == pytest.approx(4 / 3) and held.at == pytest.approx(0.85375)
+    assert compare(both, base="sparse").groups[1].against.whole["time"].mean == pytest.approx(8 / 18)  # type: ignore[union-attr]
+    assert compare(both, base="sparse-s1").base.name == "sparse"
+
+
+def test_spread_is_students():
+    spread = Spread.of([1.0, 2.0, 3.0])
+    assert (spread.mean, spread.sd) == (2, 1) and spread.half == pytest.approx(4.302653 / math.sqrt(3))
+    assert math.isnan(Spread.of([1.0]).half) and math.isnan(Spread.of([]).mean)
+
+
+def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
+    one = history(run(tmp_path, "one", sparse=False))  # EMA: .46, .685, .7975, .85375 after 400, 800, ... images
+    assert reached(one, 0.46, "images") == reached(one, 0.1, "images") == 400  # before the first evaluation nobody knows
+    assert reached(one, (0.46 + 0.685) / 2, "images") == pytest.approx(600)
+    assert math.isnan(reached(one, 0.9, "images"))
+    longer = run(tmp_path, "longer", sparse=False, epochs=5)  # ends higher: equal at what the first one reached
+    held = compare([tmp_path / "one", longer]).groups[1].against
+    assert held and held.at == pytest.approx(0.85375) and held.equal["images"].mean == pytest.approx(1)
+    assert held.whole["images"].mean == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"data": {"validation": {"fingerprint": "x"}, "train": START["data"]["train"]}},
+            "validation set: validation-abc in a, x in b",
+        ),
+        ({"data": {"train": {"fingerprint": "x"}, "validation": START["data"]["validation"]}}, "learned from other images"),
+        ({"device": "H200"}, "device: cpu in a, H200 in b; times and device hours are not comparable"),
+        ({"world": 8}, "processes: 2 in a, 8 in b; compare device hours"),
+        ({"pixels": ["scaled decode"]}, "options that change pixels: none in a, scaled decode in b"),
+        ({"commit": "beef"}, "commit: c0ffee in a, beef in b"),
+        ({"dirty": True}, "b ran with uncommitted changes"),
+        ({"config": CONFIG | {"name": "b", "model": {"image_size": 64}}}, "image size: not told in a, 64 in b"),
+    ],
+)
+def test_what_stands_against_comparing_is_said(tmp_path: Path, other: dict[str, Any], said: str):
+    found = compare([run(tmp_path, "a", sparse=False), run(tmp_path, "b", start=other)])
+    assert any(said in text for text in warnings(found)), warnings(found)
+    assert said.split(";")[0] in markdown(found)
+
+
+def test_unfinished_runs_and_seeds_not_shared_are_said(tmp_path: Path):
+    a = run(tmp_path, "a", sparse=False)
+    journal = run(tmp_path, "b", seed=7) / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    found = compare([a, tmp_path / "b"])
+    assert found.groups[1].against and not found.groups[1].against.paired
+    said = " | ".join(warnings(found))
+    assert "b is not finished (running)" in said and "share no seed" in said
+
+
+def test_refusals_name_the_way_out(tmp_path: Path):
+    write(tmp_path / "young", [next(lines())])
+    with pytest.raises(NothingToCompare, match=r"no evaluation in .*young.*evaluate.every"):
+        compare([tmp_path / "young"])
+    with pytest.raises(NothingToCompare, match="there are a"):
+        compare([run(tmp_path, "a")], base="b")
+
+
+def test_the_forms_say_the_same_and_the_page_stands_alone(both: list[Path], tmp_path: Path):
+    found = compare(both)
+    said = rows(found)
+    assert said[0]["run"] == "dense (base)" and said[1]["top-1 %"] == "85.47 ± 0.10"
+    assert said[1]["whole run: time x"] == "2.25 [2.25, 2.25]" and said[1]["tokens %"] == "92"
+    assert list(csv.DictReader(io.StringIO(comma_separated(found)))) == said
+    out = io.StringIO()
+    Terminal(file=out, width=120).print(table(found))
+    for text in (out.getvalue(), markdown(found), page(found)):
+        assert "85.47 ± 0.10" in text and "2.25 [2.25, 2.25]" in text
+    files = write_page(found, tmp_path / "out")
+    assert [file.name for file in files] == ["compare.html", "compare.md", "compare.csv"]
+    text = files[0].read_text()
+    assert text.count("<svg") == text.count("</svg>") == 2 and "<script" not in text
+    loaded = [url for url in re.findall(r'(?:src|href)="([^"]*)"', text) if not url.startswith("#")]
+    assert loaded == [] and "@import" not in text and "url(http" not in text
+
+
+def test_classes_that_moved_are_drawn(tmp_path: Path):
+    for name, values in (("a", [0.9, 0.8, 0.7]), ("b", [0.9, 0.5, 0.8])):
+        path = run(tmp_path, name, sparse=name == "b") / "journal.jsonl"
+        path.write_text(path.read_text().replace('"top5"', f'"per_class": {values}, "top5"'))
+    found = compare([tmp_path / "a", tmp_path / "b"])
+    assert per_class(found).startswith("<svg") and page(found).count("<svg") == 3
+    assert per_class(compare([tmp_path / "a"])) == ""
+
+
+def test_names_are_escaped(tmp_path: Path):
+    text = page(compare([run(tmp_path, "a"), run(tmp_path, "b", start={"commit": "<script>alert(1)</script>"})]))
+    assert "<script" not in text and "&lt;script&gt;" in text
