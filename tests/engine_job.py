@@ -1,6 +1,6 @@
 """What tests/test_engine.py starts on several processes: a small network through the real engine, its losses as JSON lines.
 
-engine_job.py KIND ZERO PRECISION ACCUMULATION START STOP FOLDER: steps START .. STOP; saves after each step, loads START's state.
+engine_job.py KIND ZERO PRECISION ACCUMULATION START STOP FOLDER [lamb]: steps START .. STOP; saves after each, loads START's state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.optim import Lamb
 
 from trainer import config
 from trainer.data.order import Steps, slice_of
@@ -18,7 +19,7 @@ from trainer.engine import Engine
 from trainer.engine_settings import world_size
 
 BATCH = 12
-kind, zero, precision, accumulation, start, stop, folder = sys.argv[1:]
+kind, zero, precision, accumulation, start, stop, folder, *lamb = sys.argv[1:]
 torch.set_num_threads(1)
 rows = BATCH // world_size()
 steps = Steps(rows // int(accumulation), int(accumulation), rows)
@@ -26,7 +27,7 @@ engine = Engine(config.Engine(kind=kind, zero=int(zero), precision=precision), s
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.GELU(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5))
 decayed = [p for p in model.parameters() if p.ndim > 1]
-optimizer = torch.optim.AdamW(
+optimizer = (Lamb if lamb else torch.optim.AdamW)(
     [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
 )
 held = Path(folder) / f"step-{start}.safetensors"

@@ -104,7 +104,9 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_one(tmp_path: Path, conf
         found = latest(folder)
         assert found is not None and complete(found), f"nothing usable after a crash at point {point}"
         saved = load(found, config, "shards")
-        assert saved.state.step in (2, 3) and torch.equal(saved.weights["head.weight"], torch.full((2, 3), float(saved.state.step)))
+        assert saved.state.step in (2, 3) and torch.equal(
+            saved.weights["head.weight"], torch.full((2, 3), float(saved.state.step))
+        )
         assert saved.state.step == 3 or not ended
         # the next attempt saves over whatever lies there
         assert load(save(folder, config, 4), config, "shards").state.step == 4 and latest(folder) == folder / "step-00000004"
@@ -148,7 +150,7 @@ def test_another_configuration_or_other_shards_are_refused_by_name(tmp_path: Pat
     other = config.model_copy(update={"seed": 5, "optim": config.optim.model_copy(update={"lr": 0.25})})
     with pytest.raises(CheckpointError, match=r"optim\.lr: checkpoint 0\.001, now 0\.25\n  seed: checkpoint 0, now 5"):
         load(path, other, "shards")
-    with pytest.raises(CheckpointError, match="shards: checkpoint was trained on shards, data.train now holds else"):
+    with pytest.raises(CheckpointError, match=r"shards: checkpoint was trained on shards, data\.train now holds else"):
         load(path, config, "else")
     free = config.model_copy(update={"data": config.data.model_copy(update={"workers": 9})})
     assert load(path, free, "shards").state.step == 1

@@ -58,7 +58,9 @@ def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, word
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         changed("epochs=0", "tokens.keep=2", "optim.lrr=1", tmp_path=tmp_path)
-    assert all(key in str(error.value) for key in ("epochs=0", "tokens.keep=2", "optim.lrr=1: unknown key; did you mean optim.lr?"))
+    assert all(
+        key in str(error.value) for key in ("epochs=0", "tokens.keep=2", "optim.lrr=1: unknown key; did you mean optim.lr?")
+    )
 
 
 def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:
@@ -73,7 +75,9 @@ def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:
 
 def test_a_resume_may_change_where_it_runs_and_not_what_is_computed(tmp_path: Path) -> None:
     ours = changed(tmp_path=tmp_path)
-    same = changed("data.workers=1", "data.micro_batch=8", "engine.zero=3", "log_every=1step", "data.train=elsewhere", tmp_path=tmp_path)
+    same = changed(
+        "data.workers=1", "data.micro_batch=8", "engine.zero=3", "log_every=1step", "data.train=elsewhere", tmp_path=tmp_path
+    )
     assert differences(same, ours) == {} and same.fingerprint() == ours.fingerprint()
     other = changed("optim.lr=0.5", "engine.precision=bf16", tmp_path=tmp_path)
     assert differences(other, ours) == {"engine.precision": ("bf16", "autocast"), "optim.lr": (0.5, 1e-3)}

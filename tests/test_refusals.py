@@ -74,7 +74,9 @@ def test_a_batch_that_does_not_fit_the_world(job: Path, capsys: Any, monkeypatch
 
 
 def test_the_check_prints_the_plan_and_trains_nothing(job: Path, capsys: Any) -> None:
-    assert main(["train", str(job), "plan.method=cosine", "plan.warmup=0ep", "plan.length=1ep", "plan.plateaus=2", "--check"]) == 0
+    assert (
+        main(["train", str(job), "plan.method=cosine", "plan.warmup=0ep", "plan.length=1ep", "plan.plateaus=2", "--check"]) == 0
+    )
     said = capsys.readouterr().out
     assert "17x2 13x1 10x1" in said, said  # 16 patches and [CLS]: ceil(.7 x 16) = 12, ceil(.7 x 12) = 9
     assert "1438 training and 359 validation images" in said and not Path("runs").exists()
@@ -119,12 +121,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(job: Path, capsys: Any
     assert main(["train", str(job), "--resume", "data.workers=1"]) == 0
 
 
-def test_broken_images_keep_their_slot_and_count_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_broken_images_keep_their_slot_and_count_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Named in the journal and the console; the run goes on, and stops past the set share."""
     monkeypatch.chdir(tmp_path)
     build_index(drawn.write_shards(Path("drawn"), [30, 34], classes=2, broken={5, 40}), progress=False)
     text = RECIPE.replace("DIGITS/validation", "drawn/train").replace("DIGITS", "drawn").replace("classes: 10", "classes: 2")
-    Path("job.yaml").write_text(text.replace("batch: 64", "batch: 16").replace("{method: topk, keep: 0.7, blocks: [1, 2]}", "{}"))
+    Path("job.yaml").write_text(
+        text.replace("batch: 64", "batch: 16").replace("{method: topk, keep: 0.7, blocks: [1, 2]}", "{}")
+    )
     assert main(["train", "job.yaml", "data.broken_share=0.5"]) == 0
     found = [line for line in lineage("runs/job") if line["kind"] == "broken"]
     assert {line["id"] for line in found} == {5, 40} and all(line["reason"] for line in found)

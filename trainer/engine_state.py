@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 
+GROUP_STEP = "group.step"
+
+
 class EngineError(RuntimeError):
     """The processes, the devices or the libraries are not as the run needs them."""
 
@@ -39,10 +42,12 @@ class State:
         size, any ZeRO stage) without a conversion, and readable without pickle. Scalars (step counts) are "|key".
         """
         self._link()
-        first = self._base_optimizer().state.get(self._holders()[0], {})
-        state = {
-            f"|{key}": torch.as_tensor(v).detach().cpu().clone() for key, v in first.items() if torch.as_tensor(v).ndim == 0
-        }
+        base = self._base_optimizer()
+        first = base.state.get(self._holders()[0], {})
+        scalars = {key: value for key, value in first.items() if torch.as_tensor(value).ndim == 0}
+        if "step" in base.param_groups[0]:  # timm's LAMB counts its steps there
+            scalars[GROUP_STEP] = base.param_groups[0]["step"]
+        state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
         keys = sorted(key for key, v in first.items() if torch.as_tensor(v).ndim > 0)
         for name, parameter in self.module.named_parameters():
             for key in keys if parameter.requires_grad else []:
@@ -53,6 +58,10 @@ class State:
         """Put back what `weights` and `moments` gave, on any world size. Raises EngineError on unknown names."""
         scalars = {name[1:]: value for name, value in optimizer.items() if name.startswith("|")}
         keys = sorted({name.split("|")[1] for name in optimizer} - set(scalars))
+        if GROUP_STEP in scalars:
+            count = scalars.pop(GROUP_STEP)
+            for group in self._base_optimizer().param_groups:
+                group["step"] = count.clone()
         self._make_state(keys, scalars)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():

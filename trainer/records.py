@@ -59,6 +59,7 @@ class Records:
                 failure = error
         if (failure := engine.share(failure)) is not None:  # a pickled copy on the other ranks, so that none of them waits
             raise failure
+        run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.share(self._journal.attempt if self._journal else 0))
 
     def start(self, state: TrainState, data: dict[str, Index], model: Any, cost: dict[str, Any]) -> None:
@@ -187,11 +188,12 @@ class Records:
         """Last line of the attempt; the shipper gets a bounded time to send the rest."""
         if self._journal is not None:
             told = "stopped" if status == "preempted" else status
+            reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
             hours = state.seconds * self.engine.world / 3600
             self._journal.write(
                 "end",
                 status=told,
-                reason=reason or status,
+                reason=reason,
                 step=state.step,
                 seconds=state.seconds,
                 images=state.images,

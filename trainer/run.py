@@ -5,6 +5,8 @@ runs/NAME/{config.yaml, source.txt, journal.jsonl, checkpoints/, weights.safeten
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import os
 import platform
 import shutil
@@ -32,6 +34,16 @@ def claim(config: Config, resume: bool) -> None:
     (directory / "logs").mkdir(exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
     (directory / "source.txt").write_text(source())
+
+
+def log_to(path: Path) -> None:
+    """What libraries log on this rank, and the stack of a crash (a segmentation fault too), go to a file of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # another node's first sight of the folder
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    faulthandler.enable(handler.stream)
 
 
 def source() -> str:

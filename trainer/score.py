@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,9 +109,7 @@ def _load(model: str, config: Config | None) -> tuple[Config, Any]:
 
 def _as_timm_evaluates(config: Config, name: str) -> Config:
     """The configuration with a pretrained model's own size, crop, interpolation and normalisation. Raises ConfigError."""
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{re.split('[._]', name)[0]}*")[:4]
-        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such model; near: {', '.join(near) or 'nothing'}")
+    weights.refuse_unknown(name)
     about = timm.data.resolve_model_data_config(timm.create_model(name, pretrained=False))
     model = config.model.model_copy(
         update={

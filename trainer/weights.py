@@ -54,10 +54,7 @@ def create(settings: Model, seed: int = 0, say: Callable[[str], None] = say_in_l
 
 def build(settings: Model, seed: int, pretrained: bool = False) -> VisionTransformer:
     """`timm.create_model` in our words, with timm's initialisation drawn from `seed`; the global generator is put back."""
-    if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists them"
-        raise ConfigError(f"model.name={settings.name!r}: timm {timm.__version__} has no such model; {hint}")
+    refuse_unknown(settings.name)
     named = {"num_classes": settings.classes, "img_size": settings.image_size, "drop_path_rate": settings.drop_path}
     twice = named.keys() & settings.args.keys()
     if twice:
@@ -80,6 +77,14 @@ def build(settings: Model, seed: int, pretrained: bool = False) -> VisionTransfo
             f"model.name={settings.name}: this is a {type(model).__name__}, only timm VisionTransformers can be run"
         )
     return model
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises ConfigError, with near names, for a model that timm does not know."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists them"
+        raise ConfigError(f"model.name={name!r}: timm {timm.__version__} has no such model; {hint}")
 
 
 @contextlib.contextmanager
