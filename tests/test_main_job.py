@@ -147,14 +147,15 @@ def test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved(
 
 
 def test_accelerate_launch_does_the_same_job(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
 
     done = subprocess.run(
         [sys.executable, *words, "-m", "trainer", "train", str(recipe), "stop_at=4step"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
+        cwd=tmp_path, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     run = tmp_path / "runs" / "job"
+    assert lines(run, "start")[0]["world"] == 2
     assert chains(run) == {step: chains(whole)[step] for step in range(1, 5)}
     # accelerate starts its processes with other OpenMP settings than torchrun: the same sums to rounding
     np.testing.assert_allclose(list(losses(run).values()), [losses(whole)[step] for step in range(1, 5)], rtol=1e-6)

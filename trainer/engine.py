@@ -56,8 +56,8 @@ class Engine:
         if self._accelerator.num_processes != expected:
             raise EngineError(
                 f"accelerate counts {self._accelerator.num_processes} process(es), the launcher started WORLD_SIZE={expected}: every "
-                "rank would train alone and checkpoints would collide. Start with `accelerate launch --cpu --num_processes N` or "
-                "torchrun without ACCELERATE_* settings that contradict it"
+                "rank would train alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
+                "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
         self.rank, self.world = self._accelerator.process_index, expected
         self.is_main = self.rank == 0
