@@ -33,7 +33,7 @@ def measures(line: dict[str, Any], step: int) -> list[Measure]:
     """The metrics of a journal line; `step` is where it stands."""
     kind = line["kind"]
     prefix = ("eval_ema" if line.get("ema") else "eval") if kind == "eval" else PREFIX.get(kind)
-    if prefix is None:
+    if prefix is None or (kind == "epoch" and line.get("batch")):  # a resume tells its epoch again: it is known
         return []
     facts = {k: v for k, v in line.items() if k not in _POSITION and not (k == "progress" and kind != "step")}
     if kind == "epoch" and facts.get("examples"):
