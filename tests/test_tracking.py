@@ -65,6 +65,7 @@ def test_every_number_of_a_line_becomes_a_metric_at_its_step():
     assert found == {("plan/keep_tokens", 0.7), ("plan/tokens/00", 17), ("plan/tokens/01", 12), ("plan/facts/a b/_", 1)}
     assert {(m.time, m.step) for m in measures(line, 7)} == {(2500, 7)}
     assert {m.key for m in measures({"kind": "eval", "time": 0, "top1": 0.5, "ema": True}, 1)} == {"eval_ema/top1"}
+    assert measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4, "batch": 3}, 1) == []  # a resume inside the epoch
     assert ("epoch/kept_share", 0.5) in {m[:2] for m in measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)}
     assert (
         measures({"kind": "broken", "time": 0, "id": 4}, 1) == []
