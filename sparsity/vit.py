@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch._dynamo
 from timm.layers import Attention, DropPath, PatchDropout
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
@@ -22,6 +23,7 @@ from sparsity.topk import KeepAll
 from sparsity.types import DENSE, Connect, Keys, Plan, Record, Reduce, Tokens
 
 PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
+NUM_GRAPHS = 64  # plans of a run x training and evaluation x weights and their average
 
 
 class SparseViT(nn.Module):
@@ -77,6 +79,15 @@ class SparseViT(nn.Module):
                     keys[number] = tokens.keys
         logits = self.vit.forward_head(self.vit.norm(tokens.x))
         return Record(logits, cls_attention, importance, kept if asked.kept else None, keys if asked.keys else None)
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
+
+        A plan seen before costs nothing; up to NUM_GRAPHS are kept (torch gives up after 8).
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
+        super().compile(*args, **({"dynamic": False} | settings))
 
     def _embedded(self, images: Tensor, draw: Tensor | None) -> Tokens:
         vit = self.vit
