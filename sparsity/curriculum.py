@@ -154,14 +154,11 @@ class Curriculum:
     def _selection(self, keep: np.ndarray, weight: np.ndarray | None = None, **facts: Any) -> Selection:
         """keep: (N,) bool. weight: (N,) float32 or None."""
         packed = np.packbits(keep, bitorder="little")
-        digest = hashlib.blake2b(packed.tobytes(), digest_size=8)
-        if weight is not None:
-            digest.update(weight.tobytes())
         rates = keep_rates(keep, self.labels)
         num_kept = int(keep.sum())
         about = {
             "method": self.name,
-            "hash": digest.hexdigest(),
+            "hash": selection_hash(packed, weight),
             "kept": num_kept,
             "kept_share": num_kept / self.num_examples,
             "swapped": 0,
@@ -220,6 +217,14 @@ class Observer(Curriculum):
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
         raise NotImplementedError
+
+
+def selection_hash(keep: np.ndarray, weight: np.ndarray | None) -> str:
+    """Name of a selection: packed bits and weights (N,) float32 or None -> 16 hex digits."""
+    digest = hashlib.blake2b(keep.tobytes(), digest_size=8)
+    if weight is not None:
+        digest.update(weight.tobytes())
+    return digest.hexdigest()
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:

@@ -108,7 +108,29 @@ def _parity(a: argparse.Namespace) -> int:
     return 0 if certificate.equal else 1
 
 
-def _sync(a: argparse.Namespace) -> None:
+def _replay(a: argparse.Namespace) -> None:
+    from trainer.past import Past
+    from trainer.replay import replay, write
+
+    replayed = replay(Past(a.run_directory, a.overrides), a.step)
+    _print(replayed.table())
+    print(replayed.text())
+    for path in write(replayed, Path(a.out or f"{a.run_directory}/replay/step-{a.step:08d}")):
+        print(path)
+
+
+def _audit(a: argparse.Namespace) -> int:
+    from trainer.audit import audit
+    from trainer.past import Past
+
+    found = audit(Past(a.run_directory, a.overrides))
+    _print(found.table())
+    print(found.text())
+    _json(a.json, found.facts())
+    return 0 if found.equal else 1
+
+
+def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking import sync
 
     print(sync(Path(a.run_directory)))
@@ -186,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
     c.add_argument("--workers", type=int, default=8)
 
-    c = add("verify", _verify, "decode every image of indexed shards and list the broken ones (exit code 1 where there are any)")
+    c = add(
+        "verify", _verify, "decode every image of indexed shards and list the broken ones (exit code 1 where there are any)"
+    )
     c.add_argument("shards", metavar="SHARDS")
     c.add_argument("--labels", default="cls")
     c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -214,3 +238,14 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.exit(main())
+    c = add("replay", _replay, "rebuild one global batch of a run: ids, augmentation, pictures as the model saw them")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    c.add_argument("--step", type=int, required=True, help="as the journal counts: the first batch of a run is step 1")
+    c.add_argument("--out", metavar="DIR", help="default: RUN/replay/step-STEP")
+    c = add(
+        "audit", _audit, "make the hash chain of what a run saw again and count presentations (exit code 1 on a difference)"
+    )
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    c.add_argument("--json", metavar="FILE")

@@ -12,14 +12,16 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model)  |
 | resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
 |            | step                         |                                                                                  |
-| epoch      | before the first batch of an | epoch, step, kept (examples), examples (in the data set), steps (batches),       |
-|            | epoch                        | leftover (count, or {count, ids} when few), facts {of the selection}             |
+| epoch      | before the first batch of an | epoch, batch (0, or where a resume goes on), step, kept (examples), examples (in |
+|            | epoch                        | the data set), steps (batches), leftover (count, or {count, ids} when few),      |
+|            |                              | facts {of the selection; hash: its list is RUN/kept/HASH.npz}                    |
 | plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
 |            |                              | block), multiply_adds (per image, forward)                                       |
-| step       | every `log_every`            | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
-|            |                              | since the last step line), seconds (of training since then, evaluation and       |
+| step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
+|            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
-|            |                              | keep_tokens, keep_connections (shares), what else the meters know                |
+|            |                              | keep_tokens, keep_connections (shares), chain (of all batches so far: `seen`),   |
+|            |                              | what else the meters know                                                        |
 | eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
 |            |                              | ema (bool: weights of the moving average)                                        |
 | checkpoint | after it is durable          | epoch, batch, step, path, bytes, seconds                                         |

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparsity.types import Plan, Selection
-from trainer import run
+from trainer import kept, report, run
 from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.console import Console
@@ -96,9 +96,11 @@ class Records:
         if self._journal is None or self._console is None:
             return
         leftover = order.leftover()
+        self._keep(selection)
         self._journal.write(
             "epoch",
             epoch=state.epoch,
+            batch=state.batch,
             step=state.step,
             kept=selection.num_kept,
             examples=examples,
@@ -107,6 +109,16 @@ class Records:
             facts=selection.facts,
         )
         self._console.epoch(kept=selection.num_kept, examples=examples)
+
+    def _keep(self, selection: Selection) -> None:
+        """The list of the epoch to disk, for replay and audit; where there is no room the run goes on without, and says so."""
+        try:
+            kept.write(self.directory, selection)
+        except OSError as error:
+            text = f"the kept list {selection.facts['hash']} could not be written ({error}): its epochs can't be replayed or audited"
+            if self._journal is not None and self._console is not None:
+                self._journal.write("message", text=text)
+                self._console.message(text)
 
     def plan(self, state: TrainState, progress: float, plan: Plan, cost_of: Callable[[Plan], dict[str, Any]]) -> None:
         """A line where the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""

@@ -1,6 +1,6 @@
 """The run directory and what is written into it: configuration, source, journal, checkpoints, logs. Rank 0 writes, the others don't.
 
-runs/NAME/{config.yaml, source.txt, journal.jsonl, checkpoints/, weights.safetensors, logs/rank-*.txt}
+runs/NAME/{config.yaml, source.txt, journal.jsonl, checkpoints/, kept/, weights.safetensors, logs/rank-*.txt}
 """
 
 from __future__ import annotations

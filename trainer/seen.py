@@ -7,11 +7,13 @@ digests in step order with BLAKE2b. It names a difference between two runs, it d
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from trainer.engine import Engine
+if TYPE_CHECKING:
+    from trainer.engine import Engine
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -24,6 +26,11 @@ def digest(ids: np.ndarray, draw: np.ndarray, weights: np.ndarray) -> int:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = (x ^ (x >> np.uint64(31)))[weights > 0]
         return int(x.sum(dtype=np.uint64).astype(np.int64))
+
+
+def linked(head: str, value: np.int64 | int) -> str:
+    """The head after one more global batch, `value` its digest (signed 64 bit)."""
+    return hashlib.blake2b(bytes.fromhex(head) + np.int64(value).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
 class Chain:
@@ -42,8 +49,6 @@ class Chain:
         if self._pending:
             total = engine.sum(torch.tensor(self._pending, dtype=torch.int64).to(engine.device)).cpu().numpy()
             for value in total:
-                self.head = hashlib.blake2b(
-                    bytes.fromhex(self.head) + value.astype("<i8").tobytes(), digest_size=16
-                ).hexdigest()
+                self.head = linked(self.head, value)
             self._pending.clear()
         return self.head

@@ -101,7 +101,8 @@ def train(config: Config, resume: bool = False) -> Ended:
                 before, state = state, state.advanced(order.steps)
                 finished = state.epoch == config.epochs
                 ending = finished or stop or _reached(config.stop_at, state, order.steps)
-                if ending or _due(config.log_every, before, state, order.steps):
+                saving = ending or _due(config.checkpoint.every, before, state, order.steps)
+                if saving or _due(config.log_every, before, state, order.steps):  # what is saved is also told: see `audit`
                     facts = {
                         "progress": progress,
                         "lr": lr,
@@ -114,8 +115,7 @@ def train(config: Config, resume: bool = False) -> Ended:
                     if finished or _due(config.evaluate.every, before, state, order.steps):
                         results = _score(engine, model.vit, ema, validation, plan, config)
                         state = records.scored(state, results, _progress(state, order.steps), plan)
-                    if ending or _due(config.checkpoint.every, before, state, order.steps):
-                        state = replace(state, chain=chain.close(engine))
+                    if saving:
                         _save(engine, ema, examples, selection, config, index.fingerprint, records, state)
                 if ending:
                     return records.end(state, "finished" if finished else "preempted" if stop else "stopped")

@@ -71,13 +71,23 @@ class Transform:
         """From a decoded image: copies of it are decoded once."""
         if not isinstance(decoded, Tensor):
             return Image(cast(Tensor, self._evaluate(decoded)))
-        rng, a = random.Random(key), self.augment
-        flip = rng.random() < a.flip
-        erase = _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
+        rng, flip, erase = self._begun(key)
         pixels = self._crop(decoded, rng)
         if self._policy is not None:
             pixels = as_tensor(self._policy(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), rng))
         return Image(pixels, flip, erase)
+
+    def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """Which part of a height x width image `augment.crop: rrc` shows: top, left, height, width. None for other crops."""
+        if not self.train or self.augment.crop != "rrc":
+            return None
+        return _resized_crop(self._begun(key)[0], height, width, self.augment.scale, self.augment.ratio)
+
+    def _begun(self, key: int) -> tuple[random.Random, bool, tuple[int, int, int, int]]:
+        """The example's generator behind the draws that the device carries out: flip, box to erase."""
+        rng, a = random.Random(key), self.augment
+        flip = rng.random() < a.flip
+        return rng, flip, _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
 
     def _crop(self, pixels: Tensor, rng: random.Random) -> Tensor:
         """(3, H, W) -> (3, S, S) by the rule of `augment.crop`."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsity.types import Selection
 from trainer.config import Config
 from trainer.data.augment import Transform, draw_keys
+from trainer.data.decode import header
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows, micro_batches, slice_of
 from trainer.data.reader import Reader
@@ -42,8 +43,8 @@ class Batch(NamedTuple):
     broken: list[tuple[int, str]]
 
 
-class _Maker:
-    """Rows -> Batch: read, decode, transform."""
+class Maker:
+    """Rows of a global batch, or of a part of it -> Batch: read, decode, transform."""
 
     def __init__(self, index: Index, config: Config, train: bool) -> None:
         self.index, self._seed, self._size = index, config.seed, config.model.image_size
@@ -90,6 +91,18 @@ class _Maker:
             sorted(broken.items()),
         )
 
+    def boxes(self, ids: np.ndarray, keys: np.ndarray) -> list[list[int] | None]:
+        """The crop of each row in its source image (see `Transform.box`); None where the image is broken or the crop has no box."""
+        found: list[list[int] | None] = []
+        for data, key in zip(self._reader.read(ids), keys.tolist(), strict=True):
+            try:
+                image = None if isinstance(data, DataError) else header(data)
+            except ValueError:
+                image = None
+            box = None if image is None else self._transform.box(key, image.height, image.width)
+            found.append(None if box is None else list(box))
+        return found
+
 
 def _filled(values: np.ndarray, slots: int, padding: int) -> Tensor:
     filled = torch.full((slots,), padding, dtype=torch.int64)
@@ -109,7 +122,7 @@ class _Task(NamedTuple):
 class _Batches(Dataset[Batch]):
     """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
 
-    def __init__(self, maker: _Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor) -> None:
+    def __init__(self, maker: Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor) -> None:
         self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
         self._order: tuple[int, EpochOrder] | None = None
 
@@ -148,7 +161,7 @@ class Stream:
         self.steps = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
-        maker = _Maker(index, config, train=True)
+        maker = Maker(index, config, train=True)
         self._tasks, self._turn = _Tasks(), 0
         self._loader = DataLoader(
             _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep),
@@ -186,7 +199,7 @@ class Validation:
 
     def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
         check_labels(index, config.model.classes)
-        self._parts = _Parts(_Maker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
+        self._parts = _Parts(Maker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
         self._workers = config.data.workers
 
     def __len__(self) -> int:
@@ -206,7 +219,7 @@ class Validation:
 class _Parts(Dataset[Batch]):
     """Batch number -> Batch of a rank's part of the validation set."""
 
-    def __init__(self, maker: _Maker, num_examples: int, batch: int, rank: int, world: int) -> None:
+    def __init__(self, maker: Maker, num_examples: int, batch: int, rank: int, world: int) -> None:
         self._maker, self._batch = maker, batch
         self._begin, self._end = rank * num_examples // world, (rank + 1) * num_examples // world
         self._longest = -(-num_examples // world)
