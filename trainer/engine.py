@@ -7,6 +7,7 @@ number of processes appears in a gradient.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -59,6 +60,7 @@ class Engine:
                 "rank would train alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
+        atexit.register(self.close)
         self.rank, self.world = self._accelerator.process_index, expected
         self.is_main = self.rank == 0
         self.device = self._accelerator.device
@@ -72,6 +74,8 @@ class Engine:
         """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
+            # every plateau of the plan is a graph of its own, for training and for evaluation; torch's limit is 8, then eager
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
             model.compile()  # in place, so that parameter names stay timm's
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:

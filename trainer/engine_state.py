@@ -21,19 +21,21 @@ class EngineError(RuntimeError):
 
 
 class State:
-    """A view of a prepared model and its optimizer. Reading is collective; every rank gets everything, on the CPU."""
+    """A view of a prepared model and its optimizer. Reading is collective; rank 0 gets everything, on the CPU, the others {}."""
 
     def __init__(self, module: nn.Module, optimizer: Any, rank: int, world: int, device: torch.device):
         self.module, self.optimizer = module, optimizer
         self.rank, self.world, self.device = rank, world, device
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter (float32) and buffer, whole, on the CPU; collective, the same on all ranks."""
+        """Every parameter (float32) and buffer, whole; collective."""
         saved = self.module.state_dict().keys()  # less the buffers that are not persistent
         state = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers() if name in saved}
         for name, parameter in self.module.named_parameters():
-            state[name] = self._whole(parameter).detach().float().cpu().clone()
-        return state
+            whole = self._whole(parameter).detach()
+            if self.rank == 0:  # one copy per run, not one per rank of a node
+                state[name] = whole.float().cpu().clone()
+        return state if self.rank == 0 else {}
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's state by parameter, whole and independent of the world size: {"name|key": tensor}; collective.
@@ -51,8 +53,10 @@ class State:
         keys = sorted(key for key, v in first.items() if torch.as_tensor(v).ndim > 0)
         for name, parameter in self.module.named_parameters():
             for key in keys if parameter.requires_grad else []:
-                state[f"{name}|{key}"] = self._whole(parameter, key).detach().cpu().clone()
-        return state
+                whole = self._whole(parameter, key).detach()
+                if self.rank == 0:
+                    state[f"{name}|{key}"] = whole.cpu().clone()
+        return state if self.rank == 0 else {}
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Put back what `weights` and `moments` gave, on any world size. Raises EngineError on unknown names."""
