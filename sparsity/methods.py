@@ -37,8 +37,8 @@ TOKENS: dict[str, Callable[[Wish], Reduce]] = {
 CONNECTIONS: dict[str, Callable[[Wish], Connect]] = {
     "all": lambda wish: ConnectAll(),
     "exact": lambda wish: ExactMask(wish.authors),
-    "shared_keys": lambda wish: SharedKeys("column"),
-    "shared_keys_cls": lambda wish: SharedKeys("cls"),
+    "shared_keys": lambda wish: SharedKeys("cls"),
+    "shared_keys_column": lambda wish: SharedKeys("column"),
 }
 
 
@@ -87,8 +87,8 @@ def _refuse_misfits(
         no(f"tokens.merged={merged} with tokens.method={tokens}: only tome merges; choose it, or set merged=0")
     if tokens == "tome" and vit.global_pool not in ("token", "map", "prr"):
         no(f"tokens.method=tome with global_pool={vit.global_pool!r}: the mean would count a merged token once; choose topk")
-    if connections == "shared_keys_cls" and not vit.has_class_token:
-        no("connections.method=shared_keys_cls: this network has no [CLS] token; choose shared_keys")
+    if connections == "shared_keys" and not vit.has_class_token:
+        no("connections.method=shared_keys: this network has no [CLS] token to rank keys by; choose shared_keys_column")
     if compat not in ("none", "authors"):
         no(f"compat={compat!r}: there are none, authors")
     if compat == "authors" and (not vit.has_class_token or vit.num_prefix_tokens != 1):

@@ -23,7 +23,7 @@ from sparsity.topk import KeepAll
 from sparsity.types import DENSE, Connect, Keys, Plan, Record, Reduce, Tokens
 
 PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
-NUM_GRAPHS = 64  # plans of a run x training and evaluation x weights and their average
+NUM_GRAPHS = 128  # plans of a run x training and evaluation x weights and their average
 
 
 class SparseViT(nn.Module):

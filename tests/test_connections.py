@@ -54,7 +54,7 @@ def test_shared_keys_are_the_most_seen(by):
     assert torch.equal(index[:, 2:] - 2, value.topk(4).indices.sort().values)
 
 
-@pytest.mark.parametrize("connect", [ConnectAll(), ExactMask(), SharedKeys(), SharedKeys("cls")])
+@pytest.mark.parametrize("connect", [ConnectAll(), ExactMask(), SharedKeys("column"), SharedKeys("cls")])
 def test_all_kept_hides_nothing(connect):
     tokens, seen = scene()
     assert connect(tokens, seen, DENSE).keys is None

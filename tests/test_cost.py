@@ -62,8 +62,8 @@ def test_shares_saved_by_connections():
     """The ceiling is that of the attention alone (choosing by [CLS] row costs next to nothing), on top of r = .9 too."""
     for size, alone, on_top in (("tiny", 8.5, 5.9), ("small", 4.6, 3.2), ("base", 2.4, 1.6)):
         dense = count(size, DENSE).total
-        some = count(size, Plan(1.0, 0.1), connections="shared_keys_cls").total
-        both = count(size, Plan(0.9, 0.1), tokens="topk", connections="shared_keys_cls").total
+        some = count(size, Plan(1.0, 0.1), connections="shared_keys").total
+        both = count(size, Plan(0.9, 0.1), tokens="topk", connections="shared_keys").total
         tokens = count(size, Plan(0.9), tokens="topk").total
         assert 100 * (1 - some / dense) == pytest.approx(alone, abs=0.06)
         assert 100 * (tokens - both) / dense == pytest.approx(on_top, abs=0.08)
@@ -89,7 +89,7 @@ def test_torch_counts_the_same_on_deit_small(tokens, connections):
 @pytest.mark.parametrize("position", ["attention", "block"])
 def test_torch_counts_the_same_for_every_family(family, position):
     vit = FAMILIES[family]()
-    model = build(vit, tokens="topk", connections="shared_keys", blocks=(0, 1), position=position)
+    model = build(vit, tokens="topk", connections="shared_keys_column", blocks=(0, 1), position=position)
     for plan in (DENSE, Plan(0.5, 0.5)):
         assert counted(model, plan, images(vit, 1)) == pytest.approx(cost(shape_of(model), plan).total, rel=0.01)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from timm.layers import DiffAttention
+from timm.layers import DiffAttention, DropPath
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsity.methods import build
 from sparsity.types import DENSE, Plan
-from sparsity.vit import SparseViT
+from sparsity.vit import SparseViT, _drop
 from tests.families import FAMILIES, images, logits_and_grads, tiny
 
 SPARSE = Plan(0.6, 0.4)
@@ -122,6 +122,14 @@ def test_keyed_drop_path_drops_the_share_it_should():
     assert len(kinds) == 4 and counts.min() > 70 and counts.max() < 130  # two branches, each there or not
 
 
+def test_keyed_drop_path_scales_as_timms_does():
+    path, x, drawn = DropPath(0.2).train(), torch.ones(3, 2, 2), torch.tensor([[0.1, 0.9], [0.79, 0.1], [0.81, 0.1]])
+    assert _drop(path, x, drawn, 0)[:, 0, 0].tolist() == pytest.approx([1.25, 1.25, 0.0])
+    assert _drop(path, x, drawn, 1)[:, 0, 0].tolist() == pytest.approx([0.0, 1.25, 1.25])
+    torch.manual_seed(0)
+    assert set(path(x.repeat(9, 1, 1)).unique().tolist()) == {0.0, 1.25}
+
+
 def test_position_block_leaves_the_mlp_whole():
     vit = tiny(depth=2, drop_path_rate=0.0).eval()
     early, late = (build(vit, tokens="topk", blocks=(1,), position=position) for position in ("attention", "block"))
@@ -183,7 +191,7 @@ def test_settings_that_do_not_fit_are_refused_with_their_key(settings, says):
 def test_networks_without_cls_refuse_what_needs_it():
     vit = FAMILIES["average_pooling"]()
     for settings, says in (
-        ({"connections": "shared_keys_cls"}, "no .CLS. token"),
+        ({"connections": "shared_keys"}, "no .CLS. token"),
         ({"tokens": "tome"}, "global_pool='avg'"),
         ({"tokens": "topk", "compat": "authors"}, "no prefix token but"),
     ):
