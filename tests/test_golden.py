@@ -27,9 +27,17 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 def network() -> VisionTransformer:
     vit = VisionTransformer(
-        img_size=64, patch_size=8, embed_dim=48, depth=12, num_heads=3, num_classes=10, norm_layer=partial(nn.LayerNorm, eps=1e-6)
+        img_size=64,
+        patch_size=8,
+        embed_dim=48,
+        depth=12,
+        num_heads=3,
+        num_classes=10,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    vit.load_state_dict({key.removeprefix("weight/"): value for key, value in golden("tri_level").items() if key.startswith("weight/")})
+    vit.load_state_dict(
+        {key.removeprefix("weight/"): value for key, value in golden("tri_level").items() if key.startswith("weight/")}
+    )
     return vit.eval()
 
 
