@@ -139,6 +139,23 @@ def _sync(a: argparse.Namespace) -> int:
 def _report(a: argparse.Namespace) -> None:
     from trainer.report import picture, summary, where_to_look
 
+def _bench_input(a: argparse.Namespace) -> None:
+    if a.plan_only:
+        from trainer.bench_plan import plan
+
+        planned = plan(_config(a), a.examples, a.shards, a.world)
+        _print(planned.table())
+        _json(a.json, planned.rows())
+        return
+    from trainer.bench_input import bench
+
+    rows = a.rows.split(",") if a.rows else None
+    measured = bench(_config(a), images=a.images, workers=a.workers, batch=a.batch, passes=a.passes, only=rows)
+    _print(measured.table())
+    print(measured.text())
+    _json(a.json, measured.rows)
+
+
     _print(summary(a.run_directory).table)
     print(f"picture: {picture(a.run_directory)}")
     print(where_to_look(a.run_directory))
@@ -249,3 +266,36 @@ if __name__ == "__main__":
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
     c.add_argument("--json", metavar="FILE")
+    bench = commands.add_parser("bench", help="measure: input", description="Measure a part of a run by itself.")
+    benches = bench.add_subparsers(required=True, metavar="PART")
+    text = "our stream against decoding alone and other loaders, on the same images with the same workers"
+    c = benches.add_parser("input", help=text, description=text)
+    c.set_defaults(run=_bench_input)
+    add_config(c)
+    c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
+    c.add_argument("--workers", type=int, default=2, help="decoding processes of every loader (default: 2)")
+    c.add_argument("--batch", type=int, default=50, help="default: 50")
+    c.add_argument("--passes", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
+    c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
+    c.add_argument("--json", metavar="FILE")
+    c.add_argument("--plan-only", action="store_true", help="measure the order alone, no images needed")
+    c.add_argument("--examples", type=int, default=1_281_167)
+    c.add_argument("--shards", type=int, default=1024)
+    c.add_argument("--world", type=int, default=8)
+    c = add("report", _report, "table and picture of a run")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("compare", _compare, "runs side by side: table, and a page with pictures at equal time, work and accuracy")
+    c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
+    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
+    c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
+    c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the first dense one)")
+    c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
+    c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
+    c.add_argument("--hosts", metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
