@@ -226,6 +226,7 @@ class Config(Section):
     epochs: int = Field(default=300, gt=0)
     stop_at: Length | None = None  # stop there with a checkpoint, as if preempted; schedules stay those of `epochs`
     log_every: Length = Duration(count=20, unit="step")
+    control: Share = 0.005  # share of the training time spent on timing a dense control, see `trainer.control`; 0 = none
     compat: Literal["none", "authors"] = "none"
     model: Model
     data: Data
@@ -277,7 +278,7 @@ class Config(Section):
 
 # What a resume may change without changing the run: where it is computed and what is written about it.
 FREE_TO_CHANGE = (
-    "name", "runs", "stop_at", "log_every", "tracking", "checkpoint", "evaluate.every", "evaluate.batch",
+    "name", "runs", "stop_at", "log_every", "control", "tracking", "checkpoint", "evaluate.every", "evaluate.batch",
     "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
     "engine.zero", "engine.kind", "engine.checkpointing",
 )  # fmt: skip

@@ -107,6 +107,13 @@ class Engine:
         with self._autocast():
             return self.model(*args, **kwargs)
 
+    def bare(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
+        """The answer of a network in this engine's precision with neither DeepSpeed nor DDP around it: nothing is hooked or sent."""
+        if self.settings.precision == "bf16":
+            images = images.to(torch.bfloat16)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast"):
+            return network(images, *args)
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.settings.kind == "ddp" and self.settings.precision == "autocast":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)

@@ -17,6 +17,14 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | facts {of the selection; hash: its list is RUN/kept/HASH.npz}                    |
 | plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
 |            |                              | block), multiply_adds (per image, forward)                                       |
+| control    | the own passes of a plateau  | epoch, step, progress, keep_tokens, keep_connections; where it was measured:     |
+|            | were timed beside dense ones | bound_passes (multiply-adds, own / dense), bound (the same with the examples     |
+|            | (see `control`), or could    | left out), measured (time of a pass, own / dense: median; measured_min, _max,    |
+|            | not be                       | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
+|            |                              | data_wait, passes_share (of the step time), step_speedup (x, a dense step / own),|
+|            |                              | run_speedup, run_bound (x, whole run so far against dense on every example),     |
+|            |                              | timed (share of the training time these two speak of), seconds (it took); said   |
+|            |                              | (what eats the saving, or why it was not measured)                               |
 | step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |

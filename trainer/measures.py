@@ -1,7 +1,7 @@
 """What a journal line is in MLflow's words: metrics, parameters, tags, data sets. Pure; knows MLflow's limits, not MLflow.
 
 Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `checkpoint/seconds`, `run/device_hours` (end). Their step is the global
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `run/device_hours` (end). Their step is the global
 optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-PREFIX = {"step": "train", "epoch": "epoch", "plateau": "plan", "checkpoint": "checkpoint", "end": "run"}
+PREFIX = {"step": "train", "epoch": "epoch", "plateau": "plan", "checkpoint": "checkpoint", "control": "control", "end": "run"}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 PARAM_LENGTH = 500  # older servers take no more; newer ones take 6000
 TAG_LENGTH = 5000

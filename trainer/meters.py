@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsity.types import Outcome
 from trainer.engine import Engine
+
+
+class Clock(NamedTuple):
+    """Since the start of the attempt, on this rank: steps, seconds (pauses left out), seconds of them waiting for data."""
+
+    steps: int
+    seconds: float
+    waited: float
 
 
 class Meters:
@@ -24,6 +33,7 @@ class Meters:
         self._waited = 0.0
         self._started = time.perf_counter()
         self._steps = 0
+        self._began, self._all_steps, self._all_waited = self._started, 0, 0.0
 
     def add(self, losses: Tensor, weights: Tensor, outcome: Outcome) -> None:
         """One micro-batch; losses float32 (b,), weights (b,), both on the device."""
@@ -38,6 +48,8 @@ class Meters:
         self._broken += broken
         self._waited += waited
         self._steps += 1
+        self._all_steps += 1
+        self._all_waited += waited
 
     def close(self) -> tuple[dict[str, float], dict[int, str]]:
         """Collective, a host sync: means over all ranks since the last call, and start again.
@@ -71,4 +83,10 @@ class Meters:
         """Leave out the time that evaluation or a checkpoint takes."""
         started = time.perf_counter()
         yield
-        self._started += time.perf_counter() - started
+        away = time.perf_counter() - started
+        self._started += away
+        self._began += away
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self._all_steps, time.perf_counter() - self._began, self._all_waited)

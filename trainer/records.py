@@ -16,12 +16,14 @@ from trainer import kept, report, run
 from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.console import Console
+from trainer.control import told
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder
 from trainer.data.shards import DataError
 from trainer.engine import Engine, EngineError
 from trainer.evaluate import Scores
-from trainer.journal import Journal
+from trainer.journal import Journal, lineage
+from trainer.savings import savings
 from trainer.tracking import Shipper, start
 from trainer.weights import save_weights
 
@@ -134,6 +136,18 @@ class Records:
             keep_connections=plan.keep_connections,
             **cost_of(plan),
         )
+
+    def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
+        """A line of the dense control, with what the run saved so far."""
+        if self._journal is None or self._console is None:
+            return
+        line = {"epoch": state.epoch, "step": state.step, "progress": progress, **facts}
+        if "measured" in facts:
+            so_far = savings([*lineage(self.directory), {"kind": "control", **line}])
+            line["bound"] = facts["bound_passes"] * so_far.kept
+            line |= {"run_speedup": so_far.speedup, "run_bound": so_far.bound, "timed": so_far.timed}
+        self._journal.write("control", **line)
+        self._console.message(told(line))
 
     def step(
         self, state: TrainState, measured: tuple[dict[str, float], dict[int, str]], chain: str, norm: float, **facts: Any

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from trainer.console import duration
 from trainer.history import History, history
+from trainer.savings import savings_of
 
 PICTURE = "report.png"
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey
@@ -78,6 +79,7 @@ def summary(run: Path | str | History) -> Summary:
         rows.append(
             Row("multiply-adds", f"{last.multiply_adds:.3g}", f"forward, {100 * saved:.1f} % less than dense on every example")
         )
+    rows += _certified(run)
     world = int(run.start.get("world", 1))
     rows.append(
         Row("time", duration(last.elapsed), f"{duration(last.trained)} of it in training steps; {last.images:,} images")
@@ -152,6 +154,12 @@ def _accuracy(run: History) -> list[Row]:
             note = f"{count}; best {100 * best['top1']:.2f} % at epoch {best.progress:g}"
             rows.append(Row(name, f"{100 * evals[-1]['top1']:.2f} %", note))
     return rows
+
+
+def _certified(run: History) -> list[Row]:
+    """What the run measured against its own dense control; nothing before a plateau was timed."""
+    found = savings_of(run.directory) if any("measured" in line.line for line in run.of("control")) else None
+    return [] if found is None or found.speedup is None else [Row("speedup, certified", f"{found.speedup:.3f}x", found.text())]
 
 
 def _over(kept: str) -> str:

@@ -16,6 +16,7 @@ from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer import checkpoint
 from trainer.check import open_indexes
 from trainer.config import Config, Duration
+from trainer.control import Control
 from trainer.data.finish import finish
 from trainer.data.mix import draw_mix, mix_images
 from trainer.data.order import micro_batches
@@ -62,6 +63,7 @@ def train(config: Config, resume: bool = False) -> Ended:
         selection = saved.selection if saved else None
         chain, meters = Chain(state.chain), Meters(engine)
         want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
+        control = Control(config, engine, objective, want)
         records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
 
         while state.epoch < config.epochs:
@@ -112,6 +114,8 @@ def train(config: Config, resume: bool = False) -> Ended:
                     state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
                     records.refuse_broken(state, len(index))
                 with meters.paused():
+                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw)):
+                        records.control(state, progress, told)
                     if finished or _due(config.evaluate.every, before, state, order.steps):
                         results = _score(engine, model.vit, ema, validation, plan, config)
                         state = records.scored(state, results, _progress(state, order.steps), plan)
