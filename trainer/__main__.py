@@ -130,15 +130,6 @@ def _audit(a: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
-def _sync(a: argparse.Namespace) -> int:
-    from trainer.tracking import sync
-
-    print(sync(Path(a.run_directory)))
-
-
-def _report(a: argparse.Namespace) -> None:
-    from trainer.report import picture, summary, where_to_look
-
 def _bench_input(a: argparse.Namespace) -> None:
     if a.plan_only:
         from trainer.bench_plan import plan
@@ -155,6 +146,15 @@ def _bench_input(a: argparse.Namespace) -> None:
     print(measured.text())
     _json(a.json, measured.rows)
 
+
+def _sync(a: argparse.Namespace) -> None:
+    from trainer.tracking import sync
+
+    print(sync(Path(a.run_directory)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from trainer.report import picture, summary, where_to_look
 
     _print(summary(a.run_directory).table)
     print(f"picture: {picture(a.run_directory)}")
@@ -244,17 +244,6 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--steps", type=int, default=200)
     c.add_argument("--json", metavar="FILE")
 
-    c = add("report", _report, "table and picture of a run")
-    c.add_argument("run_directory", metavar="RUN")
-    c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
-    c.add_argument("run_directory", metavar="RUN")
-    c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
-    c.add_argument("--hosts", metavar="FILE")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
     c = add("replay", _replay, "rebuild one global batch of a run: ids, augmentation, pictures as the model saw them")
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
@@ -286,12 +275,6 @@ if __name__ == "__main__":
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
     c.add_argument("run_directory", metavar="RUN")
-    c = add("compare", _compare, "runs side by side: table, and a page with pictures at equal time, work and accuracy")
-    c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
-    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
-    c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
-    c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the first dense one)")
-    c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
     c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
     c.add_argument("--hosts", metavar="FILE")
     return parser
