@@ -101,16 +101,13 @@ def test_patterns(tmp_path: Path) -> None:
     want = ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
     for pattern in ("train-*.tar", "train-{0000..0002}.tar", "train-000[0-9].tar", "."):
         root, stem, names = expand(str(tmp_path / pattern))
-        assert (root, names) == (tmp_path, want)
+        assert (root, names) == (str(tmp_path), want)
         assert stem == ("shards" if pattern == "." else "train")
     assert expand(str(tmp_path / "train-0001.tar"))[1:] == ("train", ["train-0001.tar"])
     with pytest.raises(DataError, match=r"train-0003.tar and 1 more is missing"):
         expand(str(tmp_path / "train-{0000..0004}.tar"))
     with pytest.raises(DataError, match=r"no file matches"):
         expand(str(tmp_path / "none-*.tar"))
-    for url in ("https://host/train-{0..3}.tar", "s3://b/x.tar", "pipe:cat x.tar"):
-        with pytest.raises(DataError, match=r"only files are read"):
-            expand(url)
 
 
 def damaged(data: bytes, how: str) -> bytes:

@@ -73,16 +73,21 @@ def _pack(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
+    from trainer.data.cache import cache_at
     from trainer.data.index import build_index
 
-    index = build_index(a.shards, a.labels, workers=a.workers)
-    print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards")
+    cache = cache_at(a.cache, a.cache_size)
+    index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
+    print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
 
 
 def _verify(a: argparse.Namespace) -> int:
+    from trainer.data.cache import cache_at
+    from trainer.data.remote import scheme
     from trainer.data.verify import verify
 
-    broken = verify(a.shards, a.labels, workers=a.workers)
+    cache = cache_at(a.cache, a.cache_size) if scheme(a.shards) or a.cache else None
+    broken = verify(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
     for example in broken:
         print(f"{example.id}\t{example.where}\t{example.reason}")
     print(f"{a.shards}: {len(broken)} broken image(s)")
@@ -220,10 +225,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--quality", type=int, help="JPEG quality of shrunk images (default: 90)")
 
-    c = add("index", _index, "index shards that were made elsewhere, in one parallel pass")
-    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern")
+    def add_storage(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--index", metavar="DIR", help="folder of the index, as data.index (default: beside the shards)")
+        command.add_argument("--cache", metavar="DIR", help="as data.cache: remote shards pass through it (~/.cache/trilevel)")
+        command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="as data.cache_size (default: 64)")
+        command.add_argument("--allow-pipe", action="store_true", help="as data.allow_pipe: run pipe: shards in a shell")
+
+    c = add("index", _index, "index shards that were made elsewhere, local or remote, in one parallel pass")
+    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s):// or s3:// pattern")
     c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
     c.add_argument("--workers", type=int, default=8)
+    add_storage(c)
 
     c = add(
         "verify", _verify, "decode every image of indexed shards and list the broken ones (exit code 1 where there are any)"
@@ -232,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--labels", default="cls")
     c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     c.add_argument("--json", metavar="FILE")
+    add_storage(c)
 
     c = add("eval", _eval, "score a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")

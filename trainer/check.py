@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from rich.table import Table
 
@@ -115,7 +116,14 @@ def check(config: Config, world: int) -> Checked:
 def open_indexes(config: Config, verify: bool = True) -> tuple[Index, Index]:
     """The indexes of training and validation shards, held against the shards unless `verify` is off."""
     how = config.data.verify if verify else None
-    return tuple(open_index(p, config.data.labels, verify=how) for p in (config.data.train, config.data.validation))  # type: ignore[return-value]
+    train, validation = (opened(p, config, how) for p in (config.data.train, config.data.validation))
+    return train, validation
+
+
+def opened(pattern: str, config: Config, verify: Literal["fast", "full"] | None) -> Index:
+    """The index of shards that a configuration names, held against them as `verify` says."""
+    data = config.data
+    return open_index(pattern, data.labels, verify, folder=data.index, allow_pipe=data.allow_pipe)
 
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:

@@ -104,6 +104,10 @@ class Data(Section):
     labels: str = "cls"  # "cls", "json:FIELD", "key", or "file:PATH"
     broken_share: Share = 0.001  # broken images seen / images seen above which the run stops
     verify: Literal["fast", "full"] = "fast"  # how shards are held against the index at the start
+    index: str | None = None  # folder of the indexes; None: beside the shards, of remote shards ~/.cache/trilevel/index
+    cache: str | None = None  # folder on a disk of the node to read all shards through; None: remote ones, ~/.cache/trilevel
+    cache_size: float = Field(default=64.0, gt=0)  # GiB that the shards in the cache take together
+    allow_pipe: bool = False  # whether shards may be `pipe:COMMAND`, run in a shell
 
 
 class Augment(Section):
@@ -280,6 +284,7 @@ class Config(Section):
 FREE_TO_CHANGE = (
     "name", "runs", "stop_at", "log_every", "control", "tracking", "checkpoint", "evaluate.every", "evaluate.batch",
     "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
+    "data.index", "data.cache", "data.cache_size", "data.allow_pipe",
     "engine.zero", "engine.kind", "engine.checkpointing",
 )  # fmt: skip
 

@@ -22,9 +22,9 @@ import timm
 import torch
 
 from sparsity.types import DENSE
+from trainer.check import opened
 from trainer.config import Config
 from trainer.data.finish import finish
-from trainer.data.index import open_index
 from trainer.data.mix import mix_images, sample
 from trainer.data.stream import Batch, Stream
 from trainer.model import build_model
@@ -111,7 +111,7 @@ def parity(
     """
     config, against = _plain(config), _plain(against or config)
     device, rows = torch.device(device), rows or config.data.micro_batch
-    index = open_index(config.data.train, config.data.labels, verify=config.data.verify)
+    index = opened(config.data.train, config, config.data.verify)
     stream = Stream(index, config, 0, 1)
     batches = stream.order(0, None).steps
     ours = _Ours(config, batches, device)

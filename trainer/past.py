@@ -14,10 +14,11 @@ import numpy as np
 
 from sparsity.types import Selection
 from trainer import journal, kept
+from trainer.check import opened
 from trainer.config import Config, ConfigError
 from trainer.configfile import load, parse
 from trainer.data.augment import draw_keys
-from trainer.data.index import Index, open_index
+from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows
 
 
@@ -68,7 +69,7 @@ class Past:
         self._order = lru_cache(maxsize=2)(self._made)
 
     def _index(self) -> Index:
-        index = open_index(self.config.data.train, self.config.data.labels, verify=self.config.data.verify)
+        index = opened(self.config.data.train, self.config, self.config.data.verify)
         told = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
         if told is not None and told != index.fingerprint:
             raise PastError(

@@ -1,6 +1,7 @@
 """The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
 
-It is one file beside the shards (`train.index` for `train-*.tar`): a JSON header (shards, fingerprints, classes), then arrays.
+It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `place`): a JSON header
+(shards, fingerprints, classes), then arrays.
 A shard that changed after indexing is refused at the start of a run, by name.
 """
 
@@ -16,8 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from trainer.data.cache import Cache, Source, cache_at
 from trainer.data.labels import label_of, label_table, numbered
-from trainer.data.shards import DataError, Sample, bar, expand, fingerprint, samples
+from trainer.data.place import Place, hash_of, joined, place_of
+from trainer.data.remote import facts, scheme
+from trainer.data.shards import DataError, Sample, bar, fingerprint, samples
 
 _MAGIC = b"trilevel-index-1"
 _ALIGN = 64
@@ -25,13 +29,13 @@ _BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check s
 
 
 class Index:
-    """An opened index. sizes: (S,) int64 examples per shard; first: (S + 1,) int64 first id of each; names: shards relative
-    to `root`; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32; classes: names in label order;
-    packing: how pixels were changed when packed ("" = not). Cheap to pickle: it is opened again on the other side."""
+    """An opened index. root: directory or URL of the shards; names: relative to it. sizes: (S,) int64 examples per shard;
+    first: (S + 1,) int64 first id of each; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32;
+    classes: names in label order; packing: how pixels were changed when packed ("" = not). Cheap to pickle: it is opened
+    again on the other side."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.root = self.path.parent
         with open(self.path, "rb") as file:
             magic, length = file.read(len(_MAGIC)), int.from_bytes(file.read(8), "little")
             if magic != _MAGIC:
@@ -40,6 +44,7 @@ class Index:
         base = -(-(len(_MAGIC) + 8 + length) // _ALIGN) * _ALIGN
         if self.path.stat().st_size != base + header["size"]:
             raise DataError(f"index {self.path}: truncated; run `trilevel index` on its shards again")
+        self.root: str = header.get("root") or str(self.path.parent)
         self.label_source: str = header["labels"]
         self.packing: str = header["packing"]
         self.classes: list[str] = header["classes"]
@@ -69,6 +74,15 @@ class Index:
         """Number of the shard of each id."""
         return np.searchsorted(self.first, ids, side="right") - 1
 
+    def is_remote(self) -> bool:
+        return bool(scheme(self.root) or scheme(self.names[0]))
+
+    def source(self, shard: int) -> Source:
+        """Where a shard comes from and what its bytes are."""
+        name = self.names[shard]
+        url = name if scheme(name) else joined(self.root, name)
+        return Source(url, self.shards[shard]["bytes"], self.shards[shard]["whole"])
+
     def where(self, example: int) -> str:
         """An example for people: shard and key."""
         return f"{self.names[int(self.shard_of(example))]} key {self.key(example)!r}"
@@ -86,37 +100,46 @@ class _Scan(NamedTuple):
     label: np.ndarray
 
 
-def index_path(pattern: str) -> Path:
-    """Where the index of these shards is: beside them, named by the literal start of the pattern."""
-    root, stem, _ = expand(pattern)
-    return root / f"{stem}.index"
-
-
-def build_index(pattern: str, labels: str = "cls", *, workers: int = 8, packing: str = "", progress: bool = True) -> Index:
-    """Read the headers and labels of all shards once, in parallel, write the index beside them and open it.
+def build_index(
+    pattern: str,
+    labels: str = "cls",
+    *,
+    workers: int = 8,
+    packing: str = "",
+    progress: bool = True,
+    folder: str | None = None,
+    cache: Cache | None = None,
+    allow_pipe: bool = False,
+) -> Index:
+    """Read the headers and labels of all shards once, in parallel, write the index and open it.
 
     labels: "cls" (member .cls), "json:FIELD" (member .json), "key" (the key's directory, else its start up to "_"), or
     "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Whole numbers from .cls, JSON or a
     file are class numbers; everything else is a name, and classes are the sorted names: those of `classes.txt` beside
-    the shards where it exists, so that training and validation agree. Raises DataError.
+    the shards where it exists, so that training and validation agree. folder: of the index, see `place_of`. Remote shards
+    pass through `cache` (None: the default one), which keeps them as far as it can. Raises DataError.
     """
-    root, stem, names = expand(pattern)
-    source = label_of(labels)
+    place = place_of(pattern, folder, allow_pipe)
+    source, cache = label_of(labels), cache or cache_at(None, 64)
 
     def scan(name: str) -> _Scan:
-        return _scan(root / name, name, source)
+        with place.opened(name, cache) as (path, about):
+            scanned = _scan(path, name, source)
+            return scanned._replace(shard=scanned.shard | {"tag": about.tag})
 
-    with ThreadPoolExecutor(workers) as pool, bar("index", len(names), "shards", progress) as shown:
+    with ThreadPoolExecutor(workers) as pool, bar("index", len(place.names), "shards", progress) as shown:
         scans = []
-        for one in pool.map(scan, names):
-            scans.append(one)
-            shown.advance(shown.task_ids[0])
+        try:
+            for one in pool.map(scan, place.names):
+                scans.append(one)
+                shown.advance(shown.task_ids[0])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if labels.startswith("file:"):
         scans = _from_file(Path(labels.removeprefix("file:")), scans)
-    listed = root / "classes.txt"
     texts = {text for scan in scans for text in scan.values}
-    classes = listed.read_text().splitlines() if listed.is_file() else None
-    number, classes = numbered(texts, labels, classes, f"shards {pattern!r}")
+    number, classes = numbered(texts, labels, place.classes(), f"shards {pattern!r}")
     arrays = {
         "offset": np.concatenate([s.offset for s in scans]),
         "length": np.concatenate([s.length for s in scans]),
@@ -124,8 +147,10 @@ def build_index(pattern: str, labels: str = "cls", *, workers: int = 8, packing:
         "key_end": np.cumsum(np.concatenate([s.key_length for s in scans]), dtype=np.int64),
         "keys": np.frombuffer(b"".join(s.keys for s in scans), dtype=np.uint8),
     }
-    _write(root / f"{stem}.index", labels, packing, classes, [s.shard for s in scans], arrays)
-    return Index(root / f"{stem}.index")
+    root = "" if place.beside() else place.root if place.is_remote() else os.path.abspath(place.root)
+    about = {"labels": labels, "packing": packing, "classes": classes, "root": root}
+    _write(place.index, about, [s.shard for s in scans], arrays)
+    return Index(place.index)
 
 
 def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
@@ -168,20 +193,16 @@ def _from_file(path: Path, scans: list[_Scan]) -> list[_Scan]:
     return filled
 
 
-def _write(
-    path: Path, labels: str, packing: str, classes: list[str], shards: list[dict[str, Any]], arrays: dict[str, np.ndarray]
-) -> None:
+def _write(path: Path, about: dict[str, Any], shards: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
     places, at = {}, 0
     for name, array in arrays.items():
         places[name] = (at, array.dtype.str, len(array))
         at += -(-array.nbytes // _ALIGN) * _ALIGN
     digest = hashlib.blake2b(json.dumps([[s["name"], s["whole"]] for s in shards]).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(arrays["label"]).tobytes())
-    header = {
-        "labels": labels, "packing": packing, "classes": classes, "fingerprint": digest.hexdigest(), "shards": shards,
-        "arrays": places, "size": at,
-    }  # fmt: skip
+    header = about | {"fingerprint": digest.hexdigest(), "shards": shards, "arrays": places, "size": at}
     text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "wb") as file:
         head = _MAGIC + len(text).to_bytes(8, "little") + text
@@ -193,45 +214,66 @@ def _write(
     partial.rename(path)
 
 
-def open_index(pattern: str, labels: str = "cls", verify: Literal["fast", "full"] | None = "fast", workers: int = 16) -> Index:
+def open_index(
+    pattern: str,
+    labels: str = "cls",
+    verify: Literal["fast", "full"] | None = "fast",
+    workers: int = 16,
+    folder: str | None = None,
+    allow_pipe: bool = False,
+) -> Index:
     """Open the index of these shards and hold the shards against it. Raises DataError naming the first shard that differs.
 
     fast: names, sizes, a hash of 16 blocks, and all bytes of shards whose time stamp is new (up to 2 GiB of them); full: all
-    bytes; None: names and sizes (for all ranks of a node but the first).
+    bytes; None: names and sizes (for all ranks of a node but the first). Of remote shards fast asks for sizes and tags, None
+    asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
     """
-    root, stem, names = expand(pattern)
-    path = root / f"{stem}.index"
-    again = f"run `trilevel index {pattern!r}`"
+    place = place_of(pattern, folder, allow_pipe)
+    path, root, again = place.index, place.root, f"run `trilevel index {pattern!r}`"
     if not path.is_file():
         raise DataError(f"shards {pattern!r}: no index {path}; {again} (labels={labels})")
     index = Index(path)
     if index.label_source != labels:
         raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
-    for name in sorted(set(names) - set(index.names)):
-        raise DataError(f"shard {root / name} is not in the index {path}; {again}")
-    for name in sorted(set(index.names) - set(names)):
-        raise DataError(f"shard {root / name} is in the index {path}, but missing in {pattern!r}; put it back or {again}")
+    for name in sorted(set(place.names) - set(index.names)):
+        raise DataError(f"shard {joined(root, name)} is not in the index {path}; {again}")
+    for name in sorted(set(index.names) - set(place.names)):
+        raise DataError(
+            f"shard {joined(root, name)} is in the index {path}, but missing in {pattern!r}; put it back or {again}"
+        )
+    if place.is_remote() and verify is None:
+        return index
 
-    budget = 0
-    checks = []
-    for shard in index.shards:
-        stat = (root / shard["name"]).stat()
-        if stat.st_size != shard["bytes"]:
-            raise DataError(
-                f"shard {root / shard['name']} changed: it has {stat.st_size} bytes, the index says {shard['bytes']}; "
-                f"restore it or {again}"
-            )
-        touched = stat.st_mtime_ns != shard["time"] and budget + stat.st_size <= _BUDGET
-        budget += stat.st_size * touched
-        checks.append((shard, "whole" if verify == "full" or touched else "fast"))
+    with ThreadPoolExecutor(workers) as pool:
+        budget = 0
+        checks = []
+        for shard, (size, stamp) in zip(index.shards, pool.map(lambda s: _now(place, s), index.shards), strict=True):
+            if size is not None and size != shard["bytes"]:
+                raise DataError(
+                    f"shard {place.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
+                    f"restore it or {again}"
+                )
+            touched = stamp != shard["tag" if place.is_remote() else "time"] and budget + shard["bytes"] <= _BUDGET
+            budget += shard["bytes"] * touched
+            checks.append((shard, "whole" if verify == "full" or touched else "fast"))
 
-    def same(check: tuple[dict[str, Any], str]) -> bool:
-        shard, kind = check
-        return fingerprint(root / shard["name"], whole=kind == "whole") == shard[kind]
+        def same(check: tuple[dict[str, Any], str]) -> bool:
+            shard, kind = check
+            url = place.url(shard["name"])
+            if place.is_remote():
+                return kind == "fast" or hash_of(url) == shard["whole"]
+            return fingerprint(url, whole=kind == "whole") == shard[kind]
 
-    if verify is not None:
-        with ThreadPoolExecutor(workers) as pool:
+        if verify is not None:
             for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):
                 if not good:
-                    raise DataError(f"shard {root / shard['name']} changed since it was indexed; restore it or {again}")
+                    raise DataError(f"shard {place.url(shard['name'])} changed since it was indexed; restore it or {again}")
     return index
+
+
+def _now(place: Place, shard: dict[str, Any]) -> tuple[int | None, int | str]:
+    """(size, time stamp or tag) of a shard at this moment."""
+    if place.is_remote():
+        return facts(place.url(shard["name"]))
+    stat = os.stat(place.url(shard["name"]))
+    return stat.st_size, stat.st_mtime_ns

@@ -219,19 +219,36 @@ class EpochOrder:
         held = self._windows.get(lane)
         if held is not None and held[0] == window:
             return held[1]
-        layout = self.layout
-        about = (layout.seed, self._round, lane)
-        start, length = int(self._lane[lane]), int(self._lane[lane + 1] - self._lane[lane])
-        turn = int(hashed(*about, _START) % np.uint64(length))
-        begin = turn + window * layout.window
-        end = turn + min(length, (window + 1) * layout.window)
-        cut = min(max(begin, length), end)  # the ring closes here
-        ids = np.concatenate(
-            [self._sequence(start + begin, start + cut), self._sequence(start + cut - length, start + end - length)]
-        )
-        ids = ids[permutation(len(ids), *about, _WINDOW, window)]
+        ids = np.concatenate([self._sequence(begin, end) for begin, end in self._spans(lane, window)])
+        ids = ids[permutation(len(ids), self.layout.seed, self._round, lane, _WINDOW, window)]
         self._windows[lane] = (window, ids)
         return ids
+
+    def lanes_of(self, start: int, stop: int) -> np.ndarray:
+        """Lanes that rows start .. stop of a global batch come from, rising."""
+        return np.unique(self._places(np.unique(self._examples(np.arange(start, stop))[0]))[0])
+
+    def window_at(self, step: int) -> np.ndarray:
+        """(L,) window that each lane is in at global batch `step`."""
+        return (self._begin + step * self._per_lane) // self.layout.window
+
+    def shards_of(self, lane: int, window: int) -> np.ndarray:
+        """Shards that a window of a lane is read from."""
+        found = []
+        for begin, end in self._spans(lane, window):
+            a = int(np.searchsorted(self._starts, begin, side="right")) - 1
+            b = int(np.searchsorted(self._starts, end, side="left"))
+            found.append(self._shards[a:b][np.diff(self._starts[a : b + 1]) > 0] if end > begin else self._shards[:0])
+        return np.concatenate(found)
+
+    def _spans(self, lane: int, window: int) -> list[tuple[int, int]]:
+        """The (one or two) ranges of the epoch's sequence that a window of a lane's ring covers."""
+        start, length = int(self._lane[lane]), int(self._lane[lane + 1] - self._lane[lane])
+        turn = int(hashed(self.layout.seed, self._round, lane, _START) % np.uint64(length))
+        begin = turn + window * self.layout.window
+        end = turn + min(length, (window + 1) * self.layout.window)
+        cut = min(max(begin, length), end)  # the ring closes here
+        return [(start + begin, start + cut), (start + cut - length, start + end - length)]
 
     def _sequence(self, begin: int, end: int) -> np.ndarray:
         """Ids at places begin .. end of the epoch's sequence of kept examples."""

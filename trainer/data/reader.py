@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from trainer.data.cache import Cache, cache_at
 from trainer.data.index import Index
 from trainer.data.shards import DataError
 
@@ -17,16 +18,23 @@ _OPEN = 128  # files kept open
 
 
 class Reader:
-    """Images by id. Holds open files only, so it may be forked or pickled at any time."""
+    """Images by id. Holds open files only, so it may be forked or pickled at any time.
 
-    def __init__(self, index: Index) -> None:
+    cache: shards are read through it, and its files are open only while they are read, or the space of those that had to go
+    would not be free. None: files are read where they are, remote shards through the default cache."""
+
+    def __init__(self, index: Index, cache: Cache | None = None) -> None:
         self._index = index
+        self._cache = cache or (cache_at(None, 64) if index.is_remote() else None)
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_index": self._index, "_files": OrderedDict()}
+        return {"_index": self._index, "_cache": self._cache, "_files": OrderedDict()}
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -47,6 +55,8 @@ class Reader:
                 c = max(int(a) + 1, int(np.searchsorted(end[a:b], begin[a] + _RUN, side="right")) + int(a))
                 found += self._run(int(shard[a]), begin[a:c], end[a:c])
                 a = c
+            if self._cache is not None and (b == len(wanted) or shard[b] != shard[b - 1]):
+                self._close()
         return [found[i] for i in place]
 
     def _run(self, shard: int, begin: np.ndarray, end: np.ndarray) -> list[memoryview | DataError]:
@@ -57,7 +67,7 @@ class Reader:
             file = self._open(shard)
             while got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
                 got += read
-        except OSError as error:
+        except (OSError, DataError) as error:
             reason = str(error)
         name = self._index.names[shard]
         return [
@@ -69,7 +79,9 @@ class Reader:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
-            self._files[shard] = os.open(self._index.root / self._index.names[shard], os.O_RDONLY | os.O_CLOEXEC)
+            source = self._index.source(shard)
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            self._files[shard] = os.open(source.url, flags) if self._cache is None else self._cache.open(source)
             if len(self._files) > _OPEN:
                 os.close(self._files.popitem(last=False)[1])
         return self._files[shard]

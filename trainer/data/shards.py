@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
+
+from trainer.data.remote import DataError, listed, refuse, scheme
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
 _BLOCK = 512
@@ -25,10 +28,6 @@ _SAMPLES, _SAMPLE = 16, 4096  # blocks hashed by the fast fingerprint
 _WHOLE = 1 << 20  # shards up to this size are always hashed whole
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-
-
-class DataError(ValueError):
-    """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
 
 
 class Member(NamedTuple):
@@ -47,14 +46,14 @@ class Sample(NamedTuple):
     others: dict[str, Member]
 
 
-def expand(pattern: str) -> tuple[Path, str, list[str]]:
-    """(root, stem, names): the directory above the pattern's first wildcard, the literal start of the file names, the shards
-    relative to root, sorted. A directory stands for all its tars. Raises DataError: URL, no match, a named shard missing."""
-    if re.match(r"^(pipe:|[a-z0-9]+://)", pattern):
-        raise DataError(
-            f"shards {pattern!r}: only files are read; copy the shards to a file system that every node sees and "
-            "name them there"
-        )
+def expand(pattern: str, allow_pipe: bool = False) -> tuple[str, str, list[str]]:
+    """(root, stem, names): the directory or URL above the pattern's first wildcard, the literal start of the file names, the
+    shards relative to root, sorted. A directory (s3: a URL ending with "/") stands for all its tars. Web servers are not
+    asked here. Raises DataError: a URL of another kind or with a password, no match, a named file missing."""
+    kind = scheme(pattern)
+    if kind:
+        refuse(pattern, allow_pipe)
+        return _expand_url(kind, pattern)
     if os.path.isdir(pattern):
         pattern = os.path.join(pattern, "*.tar")
     literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
@@ -74,7 +73,29 @@ def expand(pattern: str) -> tuple[Path, str, list[str]]:
     names = sorted({os.path.relpath(p, root or ".") for p in paths})
     if len(names) != len(paths):
         raise DataError(f"shards {pattern!r}: a shard is named twice")
-    return Path(root or "."), re.sub(r"[-_.]?\d*$", "", stem) or "shards", names
+    return root or ".", re.sub(r"[-_.]?\d*$", "", stem) or "shards", names
+
+
+def _expand_url(kind: str, pattern: str) -> tuple[str, str, list[str]]:
+    urls: list[str] = []
+    for url in expand_urls(pattern):
+        globbed = kind == "s3" and (re.search(r"[*?\[]", url) or url.endswith("/") or url.count("/") == 2)
+        found = listed(url) if globbed else [url]
+        if not found:
+            raise DataError(f"shards {pattern!r}: nothing in the bucket matches {url!r}; is the name right?")
+        urls += found
+    if len(set(urls)) != len(urls):
+        raise DataError(f"shards {pattern!r}: a shard is named twice")
+    if kind == "pipe":
+        return "", "pipe", sorted(urls)
+    literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
+    root, _, stem = re.sub(r"\.tar$", "", literal).rpartition("/")
+    return root, re.sub(r"[-_.]?\d*$", "", stem) or "shards", sorted(url.removeprefix(root + "/") for url in urls)
+
+
+def open_pipe(url: str) -> BinaryIO:
+    """The output of a `pipe:` command, as webdataset opens it; a failure of the command is an error at the end."""
+    return gopen(url)  # pyright: ignore[reportReturnType]
 
 
 def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Member]:

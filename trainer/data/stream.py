@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsity.types import Selection
 from trainer.config import Config
+from trainer.data.ahead import Ahead, cache_of, refuse_small_cache, rows_of_node, upcoming
 from trainer.data.augment import Transform, draw_keys
 from trainer.data.decode import header
 from trainer.data.index import Index
@@ -48,7 +49,7 @@ class Maker:
 
     def __init__(self, index: Index, config: Config, train: bool) -> None:
         self.index, self._seed, self._size = index, config.seed, config.model.image_size
-        self._reader = Reader(index)
+        self._reader = Reader(index, cache_of(index, config.data))
         self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
 
     def batch(self, epoch: int, rows: Rows, slots: int) -> Batch:
@@ -160,6 +161,12 @@ class Stream:
         self.layout = Layout(index.sizes, config.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
         self.steps = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
+        self._ahead = None
+        if cache := cache_of(index, data):
+            rows, ranks = rows_of_node(data.batch, world, rank)
+            refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.removed)
+            cache.refuse_full_disk()
+            self._ahead = Ahead(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
         maker = Maker(index, config, train=True)
         self._tasks, self._turn = _Tasks(), 0
@@ -180,15 +187,25 @@ class Stream:
         """This rank's slice of global batches first_batch .. steps of the epoch. Finish or drop one epoch before the next."""
         self._turn += 1
         dropping = selection is not None and selection.num_kept < int(self.layout.first[-1])
-        steps = self.order(epoch, selection).steps
+        order = self.order(epoch, selection)
         if selection is not None:
             self._keep.copy_(torch.from_numpy(selection.keep))
-        self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, steps)]
-        for batch in self._loader:
+        self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, order.steps)]
+        for batch in self._loader if self._ahead is None else self._fetched(self._ahead, order, first_batch):
             if selection is not None and selection.weight is not None:
                 weight = torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
                 batch = batch._replace(weights=batch.weights * weight)
             yield batch
+
+    def _fetched(self, ahead: Ahead, order: EpochOrder, first_batch: int) -> Iterator[Batch]:
+        """The loader's batches, their shards fetched ahead; those of the next epoch too, guessed from what this one keeps."""
+
+        def shards(step: int) -> Iterable[int]:
+            yield from upcoming(order, step, self.bounds)
+            following = EpochOrder(self.layout, order.epoch + 1, order.keep)
+            yield from upcoming(following, 0, self.bounds)
+
+        return ahead.followed(self._loader, first_batch, lambda step: order.window_at(step).tobytes(), shards)
 
 
 class Validation:
@@ -201,6 +218,8 @@ class Validation:
         check_labels(index, config.model.classes)
         self._parts = _Parts(Maker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
         self._workers = config.data.workers
+        cache = cache_of(index, config.data)
+        self._ahead = Ahead(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -213,7 +232,7 @@ class Validation:
             worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        return iter(loader) if self._ahead is None else self._ahead.followed(loader, 0, self._parts.shard, self._parts.shards)
 
 
 class _Parts(Dataset[Batch]):
@@ -226,6 +245,15 @@ class _Parts(Dataset[Batch]):
 
     def __len__(self) -> int:
         return -(-self._longest // self._batch)
+
+    def shard(self, number: int) -> int:
+        """The shard that batch `number` begins in."""
+        return int(self._maker.index.shard_of(min(self._begin + number * self._batch, max(self._begin, self._end - 1))))
+
+    def shards(self, number: int) -> range:
+        """Shards from batch `number` on, in the order of need."""
+        last = int(self._maker.index.shard_of(max(self._begin, self._end - 1)))
+        return range(self.shard(number), min(last, len(self._maker.index.sizes) - 1) + 1)
 
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data.cache import Cache
 from trainer.data.decode import decode
 from trainer.data.index import open_index
 from trainer.data.reader import Reader
+from trainer.data.remote import scheme
 from trainer.data.shards import DataError, bar
 
 _CHUNK = 256  # examples read and decoded together
@@ -23,17 +25,27 @@ class Broken(NamedTuple):
     reason: str
 
 
-def verify(pattern: str, labels: str = "cls", *, workers: int = 4, progress: bool = True) -> list[Broken]:
+def verify(
+    pattern: str,
+    labels: str = "cls",
+    *,
+    workers: int = 4,
+    progress: bool = True,
+    folder: str | None = None,
+    cache: Cache | None = None,
+    allow_pipe: bool = False,
+) -> list[Broken]:
     """Every example that can't be read or decoded, in order of ids. Raises DataError where shards and index don't fit.
 
-    All bytes are held against the index first. Decoding runs in threads: both decoders let go of the interpreter.
+    All bytes are held against the index: of files first, of remote shards when they come through the cache. Decoding runs in
+    threads: both decoders let go of the interpreter. folder, cache, allow_pipe: see `build_index`.
     """
-    index = open_index(pattern, labels, verify="full")
+    index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder, allow_pipe=allow_pipe)
     chunks = [np.arange(at, min(at + _CHUNK, len(index))) for at in range(0, len(index), _CHUNK)]
 
     def broken(ids: np.ndarray) -> list[Broken]:
         found = []
-        for example, data in zip(ids.tolist(), Reader(index).read(ids), strict=True):
+        for example, data in zip(ids.tolist(), Reader(index, cache).read(ids), strict=True):
             try:
                 if isinstance(data, DataError):
                     raise data
