@@ -152,6 +152,16 @@ def _bench_input(a: argparse.Namespace) -> None:
     _json(a.json, measured.rows)
 
 
+def _bench_step(a: argparse.Namespace) -> None:
+    from trainer.bench_step import bench
+    from trainer.configfile import load
+
+    measured = bench(_config(a), load(a.against) if a.against else None, a.pairs)
+    _print(measured.table())
+    print(measured.text())
+    _json(a.json, measured.rows)
+
+
 def _sync(a: argparse.Namespace) -> None:
     from trainer.tracking import sync
 
@@ -268,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
     c.add_argument("--json", metavar="FILE")
-    bench = commands.add_parser("bench", help="measure: input", description="Measure a part of a run by itself.")
+    bench = commands.add_parser("bench", help="measure: input, step", description="Measure a part of a run by itself.")
     benches = bench.add_subparsers(required=True, metavar="PART")
     text = "our stream against decoding alone and other loaders, on the same images with the same workers"
     c = benches.add_parser("input", help=text, description=text)
@@ -284,6 +294,15 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--examples", type=int, default=1_281_167)
     c.add_argument("--shards", type=int, default=1024)
     c.add_argument("--world", type=int, default=8)
+    c = add("report", _report, "table and picture of a run")
+    c.add_argument("run_directory", metavar="RUN")
+    text = "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved"
+    c = benches.add_parser("step", help=text, description=text)
+    c.set_defaults(run=_bench_step)
+    add_config(c)
+    c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
+    c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
+    c.add_argument("--json", metavar="FILE")
     c = add("report", _report, "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")

@@ -18,14 +18,14 @@ import timm
 import torch
 from torch import Tensor
 
-from sparsity import keyed, methods
+from sparsity import cost, keyed, methods
 from sparsity.examples import EXAMPLES
 from sparsity.types import DENSE, Outcome, Plan, alone
 from trainer.config import Augment
 from trainer.data.finish import finish
 from trainer.data.mix import Mix, mix_images
 from trainer.data.stream import Batch
-from trainer.stepbench import paired, report
+from trainer.stepbench import Row, paired, report
 
 
 class Finding(NamedTuple):
@@ -76,27 +76,23 @@ def step(device: torch.device, tiny: bool) -> dict[str, Any]:
     pairs = 30 if not tiny else 2
 
     def network() -> Any:
-        return timm.create_model(name, **size).to(device)
+        return timm.create_model(name, **size)  # pyright: ignore[reportArgumentType]
 
-    rows: dict[str, Callable[[], Any]] = {
-        "timm": network,
-        "ours": lambda: methods.build(network()),
-        "ours compiled": lambda: _compiled(methods.build(network())),
-        "timm compiled": lambda: _compiled(network()),
-    }
-    plans = {row: DENSE for row in rows}
-    for keep in (0.9, 0.8, 0.7):
-        row = f"tokens {keep} compiled"
-        rows[row] = lambda: _compiled(methods.build(network(), tokens="topk", blocks=blocks))
-        plans[row] = Plan(keep, 1.0)
-    row = "tokens 0.7, shared keys 0.1 compiled"
-    rows[row] = lambda: _compiled(methods.build(network(), tokens="topk", connections="shared_keys", blocks=blocks))
-    plans[row] = Plan(0.7, 0.1)
-    if tiny:  # compiling takes longer than everything else in a test
-        rows = {name: make for name, make in rows.items() if "compiled" not in name}
-        rows["tokens 0.7"] = lambda: methods.build(network(), tokens="topk", blocks=blocks)
-        plans["tokens 0.7"] = Plan(0.7, 1.0)
-    return paired(rows, plans, device, images, size.get("img_size", 224), pairs, base="timm")
+    ours = methods.build(network(), tokens="topk", blocks=blocks)
+    both = methods.build(network(), tokens="topk", connections="shared_keys", blocks=blocks)
+    dense = cost.cost(cost.shape_of(ours)).total
+
+    def row(model: Any, plan: Plan = DENSE) -> Row:
+        return Row(model, plan, cost.cost(cost.shape_of(model), plan).total / dense)
+
+    rows = {"timm": Row(network(), DENSE, 1.0), "ours": row(methods.build(network())), "tokens 0.7": row(ours, Plan(0.7, 1.0))}
+    if not tiny:  # compiling takes longer than everything else in a test
+        rows["ours compiled"] = row(_compiled(methods.build(network())))
+        rows["timm compiled"] = Row(_compiled(network()), DENSE, 1.0)
+        ours, both = _compiled(methods.build(network(), tokens="topk", blocks=blocks)), _compiled(both)
+        rows |= {f"tokens {keep} compiled": row(ours, Plan(keep, 1.0)) for keep in (0.9, 0.8, 0.7)}
+        rows["tokens 0.7, shared keys 0.1 compiled"] = row(both, Plan(0.7, 0.1))
+    return paired(rows, device, images, size.get("img_size", 224), pairs, base="timm")
 
 
 def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Finding:
@@ -127,8 +123,15 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 def _network(device: torch.device, **settings: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vit = timm.create_model(
-            "deit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=10, drop_path_rate=0.1
+        vit: Any = timm.create_model(
+            "deit_tiny_patch16_224",
+            img_size=32,
+            patch_size=4,
+            embed_dim=48,
+            depth=4,
+            num_heads=3,
+            num_classes=10,
+            drop_path_rate=0.1,
         )
         for parameter in vit.parameters():
             parameter.data.add_(0.05 * torch.randn(parameter.shape))
@@ -166,7 +169,10 @@ def _bookkeeping(device: torch.device) -> Finding:
             chosen = level.select(epoch, alone)
             ids = torch.arange(200)
             right = torch.from_numpy(np.random.default_rng(epoch).random(200) < 0.6)
-            level.observe(ids.to(d), Outcome(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)))
+            level.observe(
+                ids.to(d),
+                Outcome(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)),
+            )
         hashes.append(chosen.facts["hash"])
     return Finding("forgetting keeps the same examples", float(hashes[0] != hashes[1]), 0.0)
 

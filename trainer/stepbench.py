@@ -2,82 +2,127 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import comb
 from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 
 WARM_UP = 3
+CONFIDENCE = 0.95
+Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row computes: a network (several rows may share one, or its weights) under a plan; share: its multiply-adds / the base's."""
+
+    network: nn.Module
+    plan: Plan = DENSE
+    share: float | None = None
+
+
+def adamw(network: nn.Module) -> torch.optim.Optimizer:
+    fused = next(network.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
 
 
 def paired(
-    networks: dict[str, Callable[[], Any]],
-    plans: dict[str, Plan],
+    rows: dict[str, Row],
     device: torch.device,
     images: int,
     size: int,
     rounds: int,
     base: str,
     precision: torch.dtype | None = torch.bfloat16,
+    optimizer: Optimizer = adamw,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda numbers: numbers,
 ) -> dict[str, Any]:
-    """Time forward + backward + AdamW step of each network `rounds` times, one after the other in every round.
+    """Time forward + backward + optimizer step of each row `rounds` times, one after the other, every other round backwards.
 
-    {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_min, ratio_max,
-    peak_mib (CUDA)}}. precision: of autocast on a GPU; a CPU computes in float32.
+    {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_low, ratio_high (95 %
+    interval of that median, by order statistics), ratio_min, ratio_max, share, peak_mib; of_timm and of_timm_interval where there
+    is a row `timm`}}. peak_mib: most memory in a step
+    beyond weights and optimizer. precision: of autocast on a GPU; a CPU computes in float32.
     """
     autocast = device.type == "cuda" and precision is not None
     inputs = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    steps = {}
-    for row, make in networks.items():
-        network = make().train()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
-        steps[row] = _step(network, optimizer, inputs, plans.get(row, DENSE), device, autocast)
-    times: dict[str, list[float]] = {row: [] for row in steps}
-    peaks: dict[str, float] = {}
-    for row, one in steps.items():
+    optimizers: dict[int, torch.optim.Optimizer] = {}
+    steps: dict[str, Callable[[], float]] = {}
+    for name, row in rows.items():
+        network = row.network.to(device).train()
+        weights = id(next(network.parameters()))
+        if weights not in optimizers:
+            optimizers[weights] = optimizer(network)
+        steps[name] = _step(network, optimizers[weights], inputs, row.plan, device, autocast)
+    for one in steps.values():
         for _ in range(WARM_UP):
             one()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            one()
-            peaks[row] = torch.cuda.max_memory_allocated(device) / 2**20
-    for _ in range(rounds):
-        for row, one in steps.items():
-            times[row].append(one())
+    peaks = {name: _peak(one, device) for name, one in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in progress(range(rounds)):
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(steps[name]())
     found = {}
-    for row, seconds in times.items():
+    for name, seconds in times.items():
         ratios = [mine / its for mine, its in zip(seconds, times[base], strict=True)]
-        found[row] = {
+        low, high = interval(ratios)
+        found[name] = {
             "median": 1000 * median(seconds),
             "min": 1000 * min(seconds),
             "max": 1000 * max(seconds),
             "unit": "ms",
             "images_per_second": images / median(seconds),
             "ratio": median(ratios),
+            "ratio_low": low,
+            "ratio_high": high,
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
-            "peak_mib": peaks.get(row),
+            "share": rows[name].share,
+            "peak_mib": peaks[name] / 2**20,
         }
+        if "timm" in times:
+            ratios = [mine / its for mine, its in zip(seconds, times["timm"], strict=True)]
+            found[name]["of_timm"], found[name]["of_timm_interval"] = median(ratios), interval(ratios)
     return found
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median by order statistics, no distribution assumed; of fewer than 6 values it is their range."""
+    values, n = sorted(values), len(values)
+    outside = list(accumulate(comb(n, k) / 2**n for k in range(n // 2)))  # chance that the median is below the k-th value
+    rank = sum(2 * chance <= 1 - CONFIDENCE for chance in outside)
+    rank = max(rank, 1)
+    return values[rank - 1], values[n - rank]
+
+
 def _step(
-    network: Any, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, plan: Plan, device: torch.device, autocast: bool
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: torch.Tensor,
+    plan: Plan,
+    device: torch.device,
+    autocast: bool,
 ) -> Callable[[], float]:
-    labels = torch.arange(len(inputs), device=device) % 10
+    labels = torch.arange(len(inputs), device=device) % 2
+    draw = torch.arange(len(inputs), device=device)  # a run keys drop path by example: its cost belongs to the step
 
     def one() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = network(inputs, plan).logits if isinstance(network, SparseViT) else network(inputs)
+            out = network(inputs, plan, frozenset(), draw).logits if isinstance(network, SparseViT) else network(inputs)
         F.cross_entropy(out.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,12 +133,30 @@ def _step(
     return one
 
 
+def _peak(one: Callable[[], Any], device: torch.device) -> float:
+    """Bytes: the most that a step holds beyond what was there before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        one()
+        return torch.cuda.max_memory_allocated(device) - before
+    # a CPU keeps no peak; the profiler sees every allocation of torch's allocator, in order
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and end on stderr otherwise
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiler:
+        one()
+    results: Any = profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0))
+
+
 def report(rows: dict[str, Any], base: str) -> str:
-    """The rows as text: time, rate, and the ratio to `base` with its range."""
+    """The rows as text: time, rate, the ratio to `base` with its interval, multiply-adds beside it, memory."""
     wide = max(len(row) for row in rows)
-    lines = [f"{'':{wide}}  {'ms':>9}  {'images/s':>9}  {'/ ' + base:>8}  {'range':>15}  {'peak MiB':>9}"]
+    head = f"{'':{wide}}  {'ms':>9}  {'images/s':>9}  {'/ ' + base:>9}  {'95 % interval':>15}  {'multiply-adds':>13}  {'peak MiB':>9}"
+    lines = [head]
     for row, r in rows.items():
-        peak = f"{r['peak_mib']:9.0f}" if r["peak_mib"] else f"{'-':>9}"
-        spread = f"{r['ratio_min']:.3f} - {r['ratio_max']:.3f}"
-        lines.append(f"{row:{wide}}  {r['median']:9.2f}  {r['images_per_second']:9.0f}  {r['ratio']:8.3f}  {spread:>15}  {peak}")
+        spread = f"{r['ratio_low']:.3f} - {r['ratio_high']:.3f}"
+        share = f"{r['share']:13.3f}" if r["share"] is not None else f"{'-':>13}"
+        numbers = f"{r['median']:9.2f}  {r['images_per_second']:9.0f}  {r['ratio']:9.3f}"
+        lines.append(f"{row:{wide}}  {numbers}  {spread:>15}  {share}  {r['peak_mib']:9.1f}")
     return "\n".join(lines)
