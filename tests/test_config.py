@@ -47,6 +47,7 @@ def test_what_is_resolved_gives_the_same_run_again(tmp_path: Path) -> None:
         ("engine.zero=4", "engine.zero=4"),
         ("optim.name=lamb", "set engine.zero=0"),
         ("name=../x", "name='../x'"),
+        ("tokens.method=tome", "merges nothing"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, words: str, tmp_path: Path) -> None:

@@ -74,8 +74,6 @@ class Engine:
         """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
-            # every plateau of the plan is a graph of its own, for training and for evaluation; torch's limit is 8, then eager
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
             model.compile()  # in place, so that parameter names stay timm's
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:
