@@ -303,8 +303,6 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
     c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
     c.add_argument("--json", metavar="FILE")
-    c = add("report", _report, "table and picture of a run")
-    c.add_argument("run_directory", metavar="RUN")
     c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
     c.add_argument("run_directory", metavar="RUN")
     c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
