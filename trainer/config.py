@@ -260,9 +260,13 @@ class Config(Section):
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
         if self.tokens.method == "tome" and self.tokens.keep == 1.0:
-            raise ValueError("tokens.method=tome with tokens.keep=1.0 merges nothing: give the share of tokens that stays, e.g. tokens.keep=0.7")
+            raise ValueError(
+                "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
+            )
         if self.engine.compile and self.plan.method == "cosine" and self.plan.plateaus == 0:
-            raise ValueError("engine.compile=true with plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8, say")
+            raise ValueError(
+                "engine.compile=true with plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
+            )
         if o.name.lower().endswith("lamb") and self.engine.kind == "deepspeed" and self.engine.zero > 0:
             raise ValueError(
                 f"optim.name={o.name} with engine.zero={self.engine.zero}: LAMB needs the norm of each parameter, ZeRO cuts "

@@ -1,8 +1,8 @@
 """What a journal line is in MLflow's words: metrics, parameters, tags, data sets. Pure; knows MLflow's limits, not MLflow.
 
 Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `run/device_hours` (end). Their step is the global
-optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `run/device_hours` (end). Their step
+is the global optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
 """
 
 from __future__ import annotations

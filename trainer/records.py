@@ -77,7 +77,7 @@ class Records:
             hosts=hosts,
             device=self.engine.device_name(),
             launcher=run.launcher(),
-            pixels=[],
+            pixels=sorted({index.packing for index in data.values()} - {""}),
             parameters=sum(p.numel() for p in model.parameters()),
             data={name: described(index, getattr(self.config.data, name)) for name, index in data.items()},
             **cost,
@@ -204,6 +204,7 @@ class Records:
 
     def saved(self, state: TrainState, path: Path | None, seconds: float) -> None:
         if self._journal is not None and path is not None:
+            self._journal.sync()  # the lines before a checkpoint are as durable as it is
             size = sum(file.stat().st_size for file in path.iterdir())
             where = str(path.relative_to(self.directory))
             self._journal.write(
@@ -225,10 +226,16 @@ class Records:
                 images=state.images,
                 device_hours=hours,
             )
+            try:
+                report.write(self.directory)
+            except (
+                Exception
+            ) as error:  # table and picture can be made again, by `trilevel report`; a run must not fail over them
+                print(f"no report: {error}; try `trilevel report {self.directory}`")
             if self._console is not None:
                 self._console.close()
-            if self._shipper is not None:
-                self._shipper.finish(timeout=60)
+            if self._shipper is not None and (said := self._shipper.finish(timeout=60).message):
+                print(said)
             self._journal.close()
         return Ended(status, self._top1, self.directory)
 

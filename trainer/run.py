@@ -43,7 +43,7 @@ def log_to(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    faulthandler.enable(handler.stream)
+    faulthandler.enable(open(path, "a"))  # noqa: SIM115 (open as long as the process lives)
 
 
 def source() -> str:
