@@ -152,6 +152,14 @@ def _bench_input(a: argparse.Namespace) -> None:
     _json(a.json, measured.rows)
 
 
+def _show(a: argparse.Namespace) -> None:
+    from trainer.show import show
+
+    out = Path(a.out or f"{a.run_directory}/show")
+    for path in show(a.run_directory, a.images, out, a.token):
+        print(path)
+
+
 def _bench_step(a: argparse.Namespace) -> None:
     from trainer.bench_step import bench
     from trainer.configfile import load
@@ -296,6 +304,11 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--world", type=int, default=8)
     c = add("report", _report, "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
+    c = add("show", _show, "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
+    c.add_argument("--token", type=int, metavar="N", help="patch whose connections are drawn (default: a survivor near the middle)")
+    c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     text = "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved"
     c = benches.add_parser("step", help=text, description=text)
     c.set_defaults(run=_bench_step)

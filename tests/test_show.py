@@ -1,0 +1,103 @@
+"""`show`: the patches it draws are those the network kept, the connections those of the chosen token, the examples by score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+
+from tests import drawn
+from trainer.__main__ import main
+from trainer.checkpoint import TrainState, save_checkpoint
+from trainer.config import Config, ConfigError
+from trainer.data.index import build_index
+from trainer.model import build_examples, build_model
+from trainer.show import FADED, Viewer, ranked, show
+from trainer.weights import save_weights
+
+TINY = {"name": "deit_tiny_patch16_224", "classes": 4, "image_size": 32}
+TINY["args"] = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+
+
+def made(folder: Path, pattern: str = "nowhere", **more: Any) -> tuple[Path, Config]:
+    """A run directory with drawn weights."""
+    settings = {"model": TINY, "tokens": {"method": "topk", "keep": 0.5, "blocks": [1, 2]}, "engine": {"precision": "float32"}}
+    config = drawn.config(pattern, **settings | {"connections": {"method": "exact", "keep": 0.5}} | more)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved()))
+    save_weights(folder / "weights.safetensors", build_model(config).vit.state_dict())
+    return folder, config
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    drawn.picture(3, 32, 32).save(path)
+    return path
+
+
+def test_the_survivors_are_the_networks_and_the_rest_fades(tmp_path: Path, photo: Path) -> None:
+    run, _ = made(tmp_path / "runs" / "one")
+    looked = Viewer(run).look(photo)
+    assert [len(ids) for ids in looked.kept.values()] == [8, 4] and set(looked.kept[2]) < set(looked.kept[1])
+    assert looked.token in looked.kept[2]
+    # exact: ceil(k / 2) keys of each row, and only tokens that are left
+    assert [len(ids) for ids in looked.seen.values()] == [4, 2]
+    assert all(set(looked.seen[block]) <= set(looked.kept[block]) for block in (1, 2))
+    gone = int(np.setdiff1d(looked.kept[1], looked.kept[2])[0])
+    assert set(Viewer(run).look(photo, gone).seen) == {1}, "a token that left at block 2 sees nothing there"
+
+    (path,) = show(run, [str(photo)], tmp_path / "out")
+    shown = np.asarray(PIL.Image.open(path).convert("RGB")).astype(float)
+    assert shown.shape[1] > shown.shape[0] > 500
+    quarter = shown[: shown.shape[0] // 2, 2 * shown.shape[1] // 3 :]  # the last panel above: 12 of 16 patches fade
+    third = shown[: shown.shape[0] // 2, : shown.shape[1] // 3]
+    near = [float((np.abs(part - FADED).max(-1) < 45).mean()) for part in (quarter, third)]
+    assert near[0] > near[1] + 0.3, near
+
+
+def test_shared_keys_are_the_same_for_all_tokens(tmp_path: Path, photo: Path) -> None:
+    run, _ = made(tmp_path / "runs" / "two", connections={"method": "shared_keys", "keep": 0.25})
+    viewer = Viewer(run)
+    first, second = (viewer.look(photo, int(token)).seen[1] for token in viewer.look(photo).kept[1][:2])
+    assert len(first) == 2 and first.tolist() == second.tolist()
+
+
+def test_examples_by_what_they_were(tmp_path: Path, capsys: Any) -> None:
+    pattern = drawn.write_shards(tmp_path / "shards", [20, 20])
+    index = build_index(pattern, progress=False)
+    more = {"removed": 0.2, "swap": 0.1, "window": "5ep", "updates": 1, "ties": "id", "method": "forgetting"}
+    run, config = made(tmp_path / "runs" / "three", pattern, examples=more)
+    level: Any = build_examples(config, index)
+    assert ranked(level) == {}, "nothing was presented three times"
+    level.seen[:30], level.memory[:30] = 5, 3
+    level.memory[7] = 0
+    level.events[4], level.events[9] = 3, 1
+    rows = {name: ids.tolist() for name, ids in ranked(level).items()}
+    assert rows["most forgotten"][:2] == [4, 9] and rows["least forgotten"][:3] == [0, 1, 2] and rows["never right"] == [7]
+    state = {"weights": {}, "optimizer": {}, "ema": {}, "selection": None}
+    examples = level.state_dict(lambda tensor: tensor)
+    save_checkpoint(run / "checkpoints", TrainState(step=9), config, index.fingerprint, examples=examples, **state)
+    assert main(["show", str(run), "--out", str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "examples.png"
+    assert capsys.readouterr().out.strip() == str(path) and PIL.Image.open(path).width > 1000
+
+
+def test_what_can_not_be_shown_is_said(tmp_path: Path, photo: Path) -> None:
+    run, _ = made(tmp_path / "runs" / "four")
+    with pytest.raises(ConfigError, match="--token 16: this network has patches 0 to 15"):
+        Viewer(run).look(photo, 16)
+    with pytest.raises(ConfigError, match=r"config\.yaml: not readable as an image"):
+        Viewer(run).look(run / "config.yaml")
+    off = {"tokens": {"method": "all"}, "connections": {"method": "all"}}
+    with pytest.raises(ConfigError, match="nothing to show"):
+        Viewer(made(tmp_path / "runs" / "five", **off)[0])
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        show(tmp_path, [], tmp_path / "out")
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no weights at"):
+        Viewer(run)

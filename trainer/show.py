@@ -1,0 +1,243 @@
+"""`trilevel show RUN IMAGE ...`: which tokens of an image survive each pruning block, which keys a token still sees, and which
+examples a run forgot most and least. Pictures under the run's final plan, evaluation transform and newest weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from sparsity.forgetting import Forgetting
+from sparsity.types import Keys
+from trainer import checkpoint, weights
+from trainer.check import open_indexes
+from trainer.config import Config, ConfigError
+from trainer.configfile import load
+from trainer.data.augment import Transform
+from trainer.data.finish import normalise
+from trainer.data.reader import Reader
+from trainer.model import build_examples, build_model, plan_at
+
+CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
+FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white
+SHEET = 12  # pictures in a row of the contact sheet
+WIDTH = 2.4  # inches of a panel
+
+
+class Looked(NamedTuple):
+    """One image through the network. pixels: (S, S, 3) uint8. grid: patches down and across. kept: {block: (k,) patch ids, rising}.
+    seen: {block: (j,) ids of the patches that the chosen token sees from there on}; a block where it no longer lives has none."""
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+    predicted: int
+    kept: dict[int, np.ndarray]
+    token: int
+    seen: dict[int, np.ndarray]
+
+
+class Viewer:
+    """A run's network, ready to look. Raises ConfigError for a run without weights, or one that leaves out no tokens and no keys."""
+
+    def __init__(self, run: Path | str, overrides: Sequence[str] = ()) -> None:
+        self.run, self.config = Path(run), _config(run, overrides)
+        settings = self.config.model.model_copy(update={"init": "random"})
+        self.model = build_model(self.config.model_copy(update={"model": settings}))
+        if not self.model.blocks:
+            raise ConfigError(
+                f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
+            )
+        file = self.run / "weights.safetensors"
+        if not file.is_file():
+            raise ConfigError(f"show {run}: no weights at {file}; a run writes them with its first checkpoint")
+        weights.fit(self.model.vit, weights.load_weights(file), str(file))
+        self.model.eval()
+        self.plan = plan_at(float(self.config.epochs), self.config)
+        self.transform = Transform(
+            self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
+        )
+
+    @torch.no_grad()
+    def look(self, image: Path | str, token: int | None = None) -> Looked:
+        """token: a patch id, counted from 0 in reading order; None: the survivor nearest to the middle. Raises ConfigError."""
+        try:
+            pixels = self.transform(memoryview(Path(image).read_bytes())).pixels
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"show {image}: not readable as an image: {error}") from error
+        images = normalise(pixels[None], self.config.augment)
+        record = self.model(images, self.plan, frozenset({"kept", "keys"}))
+        across, down = self.model.vit.patch_embed.grid_size[::-1]
+        if token is not None and not 0 <= token < across * down:
+            raise ConfigError(f"--token {token}: this network has patches 0 to {across * down - 1}, in reading order")
+        orders = {block: ids[0].numpy() for block, ids in record.kept.items()}  # fused tokens have id -1
+        last = orders[max(orders)]
+        if token is None:
+            survivors = last[last >= 0]
+            away = np.hypot(survivors // across - (down - 1) / 2, survivors % across - (across - 1) / 2)
+            token = int(survivors[away.argmin()])
+        seen = {}
+        for block, ids in orders.items():
+            if token in ids:
+                among = _visible(record.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
+                seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
+        kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
+        predicted = int(record.logits[0].argmax())
+        return Looked(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen)
+
+
+def show(
+    run: Path | str, images: Sequence[str], out: Path, token: int | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
+    """Write one picture per image, and examples.png where the newest checkpoint counts forgetting; the files written."""
+    config = _config(run, overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    if images:
+        viewer = Viewer(run, overrides)
+        for image in images:
+            path = out / f"{Path(image).stem}.png"
+            path = path if path not in paths else out / f"{Path(image).stem}-{len(paths)}.png"
+            paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}"))
+    if config.examples.method == Forgetting.name:
+        paths.append(contact_sheet(Path(run), config, out / "examples.png"))
+    return paths
+
+
+def draw(looked: Looked, path: Path, title: str) -> Path:
+    """Upper row: the image, then what is left after each pruning block. Lower row, with level 3: what the chosen token sees."""
+    blocks = sorted(looked.kept)
+    total = looked.grid[0] * looked.grid[1]
+    connected = any(len(seen) < len(looked.kept[block]) for block, seen in looked.seen.items())
+    figure = Figure(figsize=(WIDTH * (1 + len(blocks)), (WIDTH + 0.3) * (1 + connected) + 0.4), dpi=130, layout="constrained")
+    panels = np.atleast_2d(figure.subplots(1 + connected, 1 + len(blocks)))
+    for axes in panels.flat:
+        axes.set_axis_off()
+    _panel(panels[0, 0], looked, None, f"input, predicted class {looked.predicted}")
+    for axes, block in zip(panels[0, 1:], blocks, strict=True):
+        left = looked.kept[block]
+        _panel(axes, looked, left, f"after block {block}: {len(left)} of {total} tokens")
+    if connected:
+        _panel(panels[1, 0], looked, None, f"token {looked.token}")
+        _mark(panels[1, 0], looked, [looked.token], CHOSEN)
+        for axes, block in zip(panels[1, 1:], blocks, strict=True):
+            if block not in looked.seen:
+                _panel(axes, looked, looked.kept[block], f"token {looked.token} is gone")
+                continue
+            seen = looked.seen[block]
+            patches = seen[seen >= 0]
+            _panel(axes, looked, patches, f"it sees {len(seen)} of {len(looked.kept[block])} keys")
+            _mark(axes, looked, patches, SEEN)
+            _mark(axes, looked, [looked.token], CHOSEN)
+            lines = [[_middle(looked, looked.token), _middle(looked, int(key))] for key in patches]
+            axes.add_collection(LineCollection(lines, colors=SEEN, linewidths=0.7, alpha=0.8))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
+def contact_sheet(run: Path, config: Config, path: Path) -> Path:
+    """The most and the least forgotten examples of the running window, and some that were never right, from the newest checkpoint.
+
+    Raises ConfigError where there is no checkpoint, DataError where the shards aren't there.
+    """
+    found = checkpoint.latest(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"show {run}: no checkpoint in it, so no statistics of examples")
+    index, _ = open_indexes(config, verify=False)
+    with np.load(found / "examples.npz", allow_pickle=False) as arrays:
+        state = {key.removeprefix("examples."): arrays[key] for key in arrays.files if key.startswith("examples.")}
+    level: Any = build_examples(config, index)
+    level.load_state_dict(state)
+    rows = ranked(level)
+    figure = Figure(figsize=(1.1 * SHEET, 1.55 * max(len(rows), 1) + 0.6), dpi=130, layout="constrained")
+    if not rows:
+        figure.text(0.5, 0.4, "no example was shown three times yet since the last update", ha="center")
+    transform = Transform(config.augment, config.model.image_size, train=False, crop_pct=config.evaluate.crop_pct)
+    reader = Reader(index)
+    panels = np.atleast_2d(figure.subplots(len(rows), SHEET)) if rows else np.empty((0, SHEET), dtype=object)
+    for line, (name, ids) in zip(panels, rows.items(), strict=True):
+        for axes in line:
+            axes.set_axis_off()
+        line[0].text(0, 1.34, name, transform=line[0].transAxes, fontsize=10, fontweight="bold").set_in_layout(False)
+        for axes, number, data in zip(line, ids, reader.read(ids), strict=False):
+            if not isinstance(data, Exception):
+                axes.imshow(transform(data).pixels.permute(1, 2, 0).numpy())
+            label = int(index.labels[number])
+            about = (
+                f"{level.events[number]}/{max(int(level.seen[number]) - 1, 1)}"
+                if name != "never right"
+                else f"0/{level.seen[number]}"
+            )
+            name_of = index.classes[label] if label < len(index.classes) else str(label)
+            axes.set_title(f"{name_of[:14]}  {about}", fontsize=7)
+    note = "times forgotten / chances; never right: times right / presentations"
+    figure.suptitle(f"{run.name}, {found.name}: {note}\n", x=0.01, ha="left", fontsize=10)
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
+def _config(run: Path | str, overrides: Sequence[str]) -> Config:
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"show {run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
+    return load(path, list(overrides))
+
+
+def ranked(level: Forgetting) -> dict[str, np.ndarray]:
+    """Up to a row of ids of each kind, in the order in which an update would leave examples out; kinds without any are left out."""
+    scores = level.scores()
+    scored, never = np.flatnonzero(np.isfinite(scores)), np.flatnonzero(np.isinf(scores))
+    ties = level.spread[scored] / level.seen[scored] if level.wants_spread else np.zeros(len(scored))
+    rising = scored[np.lexsort((scored, ties, scores[scored]))]
+    rows = {"most forgotten": rising[::-1][:SHEET], "least forgotten": rising[:SHEET], "never right": never[:SHEET]}
+    return {name: ids for name, ids in rows.items() if len(ids)}
+
+
+def _visible(keys: Keys | None, patch: int, num_prefix: int) -> np.ndarray | None:
+    """Positions among the patches that are left which the patch at position `patch` sees; None: all."""
+    if keys is None:
+        return None
+    if keys.mask is not None:
+        positions = keys.mask[0, 0, num_prefix + patch].nonzero().flatten()
+    else:
+        assert keys.index is not None
+        positions = keys.index[0]
+    return (positions[positions >= num_prefix] - num_prefix).numpy()
+
+
+def _panel(axes: Axes, looked: Looked, bright: np.ndarray | None, title: str) -> None:
+    """The image; patches that are not `bright` fade."""
+    pixels = looked.pixels.astype(np.float32)
+    if bright is not None:
+        shown = np.zeros(looked.grid[0] * looked.grid[1], dtype=bool)
+        shown[bright] = True
+        high, wide = (side // count for side, count in zip(pixels.shape, looked.grid, strict=False))
+        whole = shown.reshape(looked.grid).repeat(high, 0).repeat(wide, 1)[..., None]
+        pixels = np.where(whole, pixels, FADED + 0.15 * (pixels - FADED))
+    axes.imshow(pixels.astype(np.uint8), interpolation="nearest")
+    axes.add_patch(Rectangle((-0.5, -0.5), pixels.shape[1], pixels.shape[0], fill=False, edgecolor="#B0B0B0", linewidth=0.8))
+    axes.set_title(title, fontsize=9)
+
+
+def _mark(axes: Axes, looked: Looked, patches: Any, color: str) -> None:
+    wide, high = looked.pixels.shape[1] / looked.grid[1], looked.pixels.shape[0] / looked.grid[0]
+    for patch in patches:
+        x, y = _middle(looked, int(patch))
+        corner = (x - wide / 2, y - high / 2)
+        axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, linewidth=2.0 if color == CHOSEN else 0.9))
+
+
+def _middle(looked: Looked, patch: int) -> tuple[float, float]:
+    """x, y in pixels of a patch's middle."""
+    across = looked.grid[1]
+    wide, high = looked.pixels.shape[1] / across, looked.pixels.shape[0] / looked.grid[0]
+    return (patch % across + 0.5) * wide - 0.5, (patch // across + 0.5) * high - 0.5
