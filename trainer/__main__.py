@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     c = add("show", _show, "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
-    c.add_argument("--token", type=int, metavar="N", help="patch whose connections are drawn (default: a survivor near the middle)")
+    c.add_argument("--token", type=int, metavar="N", help="patch whose connections are drawn (default: one near the middle)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     text = "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved"
     c = benches.add_parser("step", help=text, description=text)
