@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from timm.data.transforms_factory import create_transform
 
 from sparsity.types import Selection
+from tests.conftest import environment
 from tests.drawn import config, jpeg, write_shards, write_tar
 from trainer.data import augment
 from trainer.data.index import Index, build_index
@@ -187,3 +190,23 @@ def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:
     broken = dict(b for batch in batches for b in batch.broken)
     assert sorted(broken) == list(range(12, 24)) and "train-0001.tar" in broken[12]
     assert sum(float(b.weights.sum()) for b in batches) == 12
+
+
+def test_a_process_that_fails_with_workers_running_ends(index: Index, tmp_path: Path) -> None:
+    """An uncaught error's traceback holds the stream to the end; its workers don't hear multiprocessing's SIGTERM."""
+    script = f"""
+from tests.drawn import config
+from trainer.data.index import Index
+from trainer.data.stream import Stream
+
+def fail():
+    stream = Stream(Index({str(index.path)!r}), config({str(index.root)!r}, data={{"workers": 2}}), 0, 1)
+    next(stream.epoch(0, None))
+    raise RuntimeError("on purpose")
+
+fail()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "on purpose" in done.stderr and "DataLoader worker" not in done.stderr

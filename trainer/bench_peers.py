@@ -20,7 +20,7 @@ from trainer.data.augment import _ops, _posterize
 from trainer.data.decode import decode
 from trainer.data.index import Index
 from trainer.data.reader import Reader
-from trainer.data.stream import deaf
+from trainer.data.workers import Loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOT_INSTALLED = "not installed"
@@ -89,9 +89,7 @@ def webdataset(place: Place) -> Peer:
         .map_tuple(_torchvision(place.size), int)
         .batched(place.batch)
     )
-    loader = wds.WebLoader(
-        data, batch_size=None, num_workers=place.workers, worker_init_fn=deaf, persistent_workers=place.workers > 0
-    )
+    loader = wds.WebLoader(data, batch_size=None, num_workers=place.workers, persistent_workers=place.workers > 0)
     return Peer("webdataset as its README: decode('pil'), torchvision transforms, batched in the worker", _count(loader))
 
 
@@ -195,7 +193,7 @@ def _rgb(image: Any) -> Any:
 
 
 def _loader(data: Dataset[Any], workers: int, **settings: Any) -> DataLoader[Any]:
-    return DataLoader(data, num_workers=workers, worker_init_fn=deaf, persistent_workers=workers > 0, **settings)
+    return Loader(data, num_workers=workers, persistent_workers=workers > 0, **settings)
 
 
 def _count(loader: Iterable[Any]) -> Callable[[], int]:

@@ -36,7 +36,7 @@ def finish(batch: Batch, augment: Augment) -> Tensor:
 def normalise(images: Tensor, augment: Augment) -> Tensor:
     """(b, 3, S, S) uint8 -> float32 with the mean and deviation of `augment`, as timm's PrefetchLoader to the bit."""
     mean, std = _statistics(augment.mean, augment.std, images.device)
-    return images.float().sub_(mean).div_(std)
+    return images.contiguous().float().sub_(mean).div_(std)  # batches come channels last
 
 
 def erase(images: Tensor, boxes: Tensor, draw: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sparsity.types import Selection
 from trainer.config import Config
@@ -21,6 +20,7 @@ from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows, micro_batches, slice_of
 from trainer.data.reader import Reader
 from trainer.data.shards import DataError
+from trainer.data.workers import Loader, room
 
 NOBODY = -1  # id of a padding slot
 
@@ -28,8 +28,8 @@ NOBODY = -1  # id of a padding slot
 class Batch(NamedTuple):
     """A rank's rows of a global batch, b slots. Padding slots come last: id -1, weight 0, black.
 
-    images: (b, 3, S, S) uint8. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or broken image.
-    flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. draw: (b,) int64 key of all random choices
+    images: (b, 3, S, S) uint8, channels last in memory. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or
+    broken image. flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. draw: (b,) int64 key of all random choices
     about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
     """
 
@@ -54,7 +54,7 @@ class Maker:
 
     def batch(self, epoch: int, rows: Rows, slots: int) -> Batch:
         count, size = len(rows.ids), self._size
-        images = torch.zeros(slots, 3, size, size, dtype=torch.uint8)
+        images = room(slots, size)
         weights, flip = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
         erase = torch.zeros(slots, 4, dtype=torch.int32)
         keys = draw_keys(self._seed, epoch, rows.ids, rows.copies)
@@ -80,6 +80,7 @@ class Maker:
             erase[row] = torch.tensor(image.erase, dtype=torch.int32)
             if len(first) == count:  # no copies: done with it
                 decoded.clear()
+        images[weights == 0] = 0  # padding and broken images are black
         return Batch(
             images,
             _filled(self.index.labels[rows.ids], slots, 0),
@@ -170,12 +171,11 @@ class Stream:
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
         maker = Maker(index, config, train=True)
         self._tasks, self._turn = _Tasks(), 0
-        self._loader = DataLoader(
+        self._loader = Loader(
             _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep),
             batch_size=None,
             sampler=self._tasks,  # pyright: ignore[reportArgumentType]
             num_workers=data.workers,
-            worker_init_fn=deaf,
             persistent_workers=data.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -225,11 +225,10 @@ class Validation:
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
+        loader = Loader(
             self._parts,
             batch_size=None,
             num_workers=self._workers,
-            worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader) if self._ahead is None else self._ahead.followed(loader, 0, self._parts.shard, self._parts.shards)
@@ -262,13 +261,6 @@ class _Parts(Dataset[Batch]):
         slots = min(self._batch, self._longest - number * self._batch)
         ids = np.arange(begin, max(begin, min(begin + slots, self._end)))
         return self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots)
-
-
-def deaf(_worker: int) -> None:
-    """A decoding process leaves signals to its rank: schedulers send SIGTERM to all, and the rank still needs its data to stop
-    in order. A rank that is gone is noticed by the loader itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def check_labels(index: Index, classes: int) -> None:
