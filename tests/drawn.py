@@ -43,9 +43,7 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def write_shards(
-    folder: Path, sizes: list[int], *, classes: int = 4, stem: str = "train", broken: Collection[int] = ()
-) -> str:
+def write_shards(folder: Path, sizes: list[int], *, classes: int = 4, stem: str = "train", broken: Collection[int] = ()) -> str:
     """Foreign shards with .cls labels, example i of class i % classes, those in `broken` no images; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     i = 0

@@ -48,12 +48,35 @@ def test_what_is_resolved_gives_the_same_run_again(tmp_path: Path) -> None:
         ("optim.name=lamb", "set engine.zero=0"),
         ("name=../x", "name='../x'"),
         ("tokens.method=tome", "merges nothing"),
+        ("optim.name=lars", "set engine.zero=0"),
+        ("optim.name=muon", "set engine.zero=0"),
+        ("optim.betas=[1.5, 0.9]", "optim.betas.0=1.5"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         changed(override, tmp_path=tmp_path)
     assert any(part in str(error.value) for part in words.split("|")), error.value
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("engine.kind=ddp", "engine.precision=bf16"),
+        ("engine.zero=0", "engine.precision=bf16"),
+        ("engine.zero=3", "engine.compile=true"),
+        ("engine.zero=3", "optim.ema=0.9"),
+    ],
+)
+def test_what_an_engine_can_not_do_is_said_before_it_starts(overrides: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(*overrides, tmp_path=tmp_path)
+    assert all(text.split("=")[1].lower() in str(error.value).lower() for text in overrides), error.value
+
+
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    assert changed("data.train=*.tar", tmp_path=tmp_path).data.train == "*.tar"
+    assert changed("data.train={a,b}.tar", tmp_path=tmp_path).data.train == "{a,b}.tar"
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:

@@ -113,6 +113,12 @@ def test_a_run_that_exists_is_not_overwritten(job: Path, capsys: Any) -> None:
     assert Path("runs/job/journal.jsonl").read_bytes() == before
 
 
+def test_what_another_run_left_is_not_taken_for_ones_own(job: Path, capsys: Any) -> None:
+    assert main(["train", str(job), "stop_at=2step"]) == 0
+    Path("runs/job/journal.jsonl").unlink()
+    assert "--resume" in refused(capsys, "train", job, "optim.lr=0.5")
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(job: Path, capsys: Any) -> None:
     assert main(["train", str(job), "stop_at=2step"]) == 0
     capsys.readouterr()
@@ -139,6 +145,9 @@ def test_broken_images_keep_their_slot_and_count_for_nothing(
     said = refused(capsys, "train", "job.yaml", "name=strict", "data.broken_share=0.02")
     assert "2 of 64 images are broken, more than data.broken_share=0.02" in said
     assert lineage_end("runs/strict") == "failed"
+    build_index(drawn.write_shards(Path("none"), [32], classes=2, broken=range(32)), progress=False)
+    said = refused(capsys, "train", "job.yaml", "name=none", "data.train=none/train-*.tar")
+    assert "images are broken" in said and "optim.lr" not in said, "no image at all is no matter of the learning rate"
 
 
 def lineage_end(run: str) -> str:

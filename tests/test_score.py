@@ -100,6 +100,12 @@ def test_one_set_of_weights_at_many_densities(
     assert "density" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "tokens.method=all", "--densities", "0.5"]) == 2
     assert "the configuration prunes no tokens" in capsys.readouterr().err
+    assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1,abc"]) == 2
+    assert "write shares of tokens in (0, 1]" in capsys.readouterr().err
+    assert main(["eval", "weights.safetensors", "c.yaml", "model.classes=12"]) == 2
+    assert "the CONFIG these weights were trained with" in capsys.readouterr().err
+    assert main(["eval", "timm:deit_tiny_patch16_224", "c.yaml"]) == 2
+    assert "knows 1000 classes, the configuration has model.classes=4" in capsys.readouterr().err
     assert main(["eval", "weights.safetensors"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
     assert main(["eval", "timm:vit_tinny_patch16_224", "c.yaml"]) == 2
     assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 
 STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
 
@@ -98,9 +98,23 @@ def _verify(a: argparse.Namespace) -> int:
 def _eval(a: argparse.Namespace) -> None:
     from trainer.score import score
 
-    rows = score(a.model, _config(a) if a.config else None, [float(d) for d in a.densities.split(",")] if a.densities else None)
+    if a.config and "=" in a.config:  # `eval RUN key=value`: the run's own configuration, changed
+        a.config, a.overrides = None, [a.config, *a.overrides]
+    rows = score(a.model, _config(a) if a.config else None, _densities(a.densities), a.overrides)
     _print(rows.table())
     _json(a.json, rows.facts())
+
+
+def _densities(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < density <= 1 for density in found):
+        raise ConfigError(f"--densities {text}: write shares of tokens in (0, 1], with commas between: 1.0,0.7,0.5")
+    return found
 
 
 def _parity(a: argparse.Namespace) -> int:
@@ -170,10 +184,12 @@ def _bench_step(a: argparse.Namespace) -> None:
     _json(a.json, measured.rows)
 
 
-def _sync(a: argparse.Namespace) -> None:
+def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking import sync
 
-    print(sync(Path(a.run_directory)))
+    done = sync(Path(a.run_directory))
+    print(done.message)
+    return 0 if done.done else 1
 
 
 def _report(a: argparse.Namespace) -> None:
@@ -182,6 +198,19 @@ def _report(a: argparse.Namespace) -> None:
     _print(summary(a.run_directory).table)
     print(f"picture: {picture(a.run_directory)}")
     print(where_to_look(a.run_directory))
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from trainer import compare_page
+    from trainer.compare import compare, from_mlflow
+
+    if not a.runs and not a.experiment:
+        raise ConfigError("compare: name run directories, or an MLflow experiment with --experiment NAME")
+    runs = [Path(run) for run in a.runs] or from_mlflow(a.experiment, Path(a.out) / "runs", a.uri)
+    found = compare(runs, base=a.base)
+    _print(compare_page.table(found))
+    for path in compare_page.write(found, Path(a.out)):
+        print(path)
 
 
 def _doctor(a: argparse.Namespace) -> int:
@@ -302,8 +331,6 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--examples", type=int, default=1_281_167)
     c.add_argument("--shards", type=int, default=1024)
     c.add_argument("--world", type=int, default=8)
-    c = add("report", _report, "table and picture of a run")
-    c.add_argument("run_directory", metavar="RUN")
     c = add("show", _show, "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
@@ -316,8 +343,16 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
     c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
     c.add_argument("--json", metavar="FILE")
+    c = add("report", _report, "table and picture of a run")
+    c.add_argument("run_directory", metavar="RUN")
     c = add("sync", _sync, "send a run's journal to MLflow, as far as it isn't there")
     c.add_argument("run_directory", metavar="RUN")
+    c = add("compare", _compare, "runs side by side: table, and a page with pictures at equal time, work and accuracy")
+    c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
+    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
+    c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
+    c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the first dense one)")
+    c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
     c = add("doctor", _doctor, "what this machine has and lacks, one line each with the way out")
     c.add_argument("--hosts", metavar="FILE")
     return parser

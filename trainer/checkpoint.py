@@ -110,7 +110,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     temporary, final = folder / (TEMPORARY + name), folder / name
     try:
-        if not complete(final):  # the same step again, after a resume, is the same state: only `latest` has to move
+        if not _same(final, state, config, fingerprint):  # the same step again, after a resume: only `latest` has to move
             _discard(temporary, disk)
             _discard(final, disk)
             disk.mkdir(temporary)
@@ -145,6 +145,15 @@ def complete(path: Path) -> bool:
         return all((path / file).stat().st_size == size for file, size in about["bytes"].items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _same(path: Path, state: TrainState, config: Config, fingerprint: str) -> bool:
+    """Whether a whole checkpoint of this very state lies there: seen the same, by the same settings, on the same shards."""
+    if not complete(path):
+        return False
+    about = json.loads((path / "state.json").read_text())
+    there = about["format"], about["state"]["step"], about["state"]["chain"], about["config"], about["fingerprint"]
+    return there == (FORMAT, state.step, state.chain, config.resolved(), fingerprint)
 
 
 def load(path: Path, config: Config, fingerprint: str) -> Saved:

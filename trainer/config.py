@@ -102,7 +102,7 @@ class Data(Section):
     homes: int = Field(default=1, ge=1)
     repeats: int = Field(default=1, ge=1)  # repeated augmentation: copies of an image in one batch
     labels: str = "cls"  # "cls", "json:FIELD", "key", or "file:PATH"
-    broken_share: Share = 0.001  # broken images seen / images seen above which the run stops
+    broken_share: Share = 0.001  # broken images / images of the data set above which the run stops
     verify: Literal["fast", "full"] = "fast"  # how shards are held against the index at the start
     index: str | None = None  # folder of the indexes; None: beside the shards, of remote shards ~/.cache/trilevel/index
     cache: str | None = None  # folder on a disk of the node to read all shards through; None: remote ones, ~/.cache/trilevel
@@ -142,7 +142,7 @@ class Optim(Section):
 
     name: str = "adamw"
     lr: float = Field(default=1e-3, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.05, ge=0.0)
     layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -221,6 +221,13 @@ class Tracking(Section):
     tags: dict[str, str] = {}
 
 
+# Optimizers (timm's names) whose step looks at each weight alone, so that ZeRO's flat pieces change nothing.
+ELEMENTWISE = frozenset(
+    "adam adamw nadam nadamw radam radamw sgd momentum nesterov rmsprop rmsproptf adamax adadelta adagrad adabelief lion cadamw "
+    "clion adopt adoptw".split()
+)
+
+
 class Config(Section):
     """A whole run."""
 
@@ -267,10 +274,21 @@ class Config(Section):
             raise ValueError(
                 "engine.compile=true with plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
             )
-        if o.name.lower().endswith("lamb") and self.engine.kind == "deepspeed" and self.engine.zero > 0:
+        e = self.engine
+        if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
             raise ValueError(
-                f"optim.name={o.name} with engine.zero={self.engine.zero}: LAMB needs the norm of each parameter, ZeRO cuts "
-                "parameters into flat pieces; set engine.zero=0"
+                f"optim.name={o.name} with engine.zero={e.zero}: ZeRO steps flat pieces of all parameters, which is the same only for "
+                f"optimizers that treat each weight alone ({', '.join(sorted(ELEMENTWISE))}); set engine.zero=0"
+            )
+        if e.precision == "bf16" and (e.kind == "ddp" or e.zero == 0):
+            raise ValueError(
+                f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: it needs DeepSpeed's ZeRO; set engine.zero=1, "
+                "or engine.precision=autocast"
+            )
+        if e.kind == "deepspeed" and e.zero == 3 and (e.compile or o.ema is not None):
+            raise ValueError(
+                f"engine.zero=3 with engine.compile={e.compile}, optim.ema={o.ema}: neither works on parameters cut over ranks; use "
+                "engine.zero<=2"
             )
         return self
 

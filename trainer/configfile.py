@@ -49,7 +49,12 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {text!r}: {part} is a value, it has no {last!r} under it")
         node = child
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # a glob or a brace pattern is YAML's syntax for other things
+        parsed = value
+    if isinstance(parsed, dict) and not value.strip().endswith("}"):
+        parsed = value
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text; people mean the number
         with contextlib.suppress(ValueError):
             parsed = float(parsed)

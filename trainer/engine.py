@@ -40,6 +40,12 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
+        if settings.kind == "deepspeed" and not self.on_gpu:
+            # DeepSpeed would compile an all-reduce over shared memory at every first start, under one lock for all runs of a user:
+            # they wait for each other without a word (seen: minutes). gloo does the same sums.
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         refuse_conflicts(settings, steps)
         plugin = None
         if settings.kind == "deepspeed":

@@ -49,8 +49,11 @@ class State:
         if "step" in base.param_groups[0]:  # timm's LAMB counts its steps there
             scalars[GROUP_STEP] = base.param_groups[0]["step"]
         state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
-        keys = sorted(key for key, v in first.items() if torch.as_tensor(v).ndim > 0)
         for name, parameter in self.module.named_parameters():
+            holder = (
+                first if _is_pieces(parameter) else base.state.get(parameter, {})
+            )  # whole parameters may differ in what they keep
+            keys = sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
             for key in keys if parameter.requires_grad else []:
                 whole = self._whole(parameter, key).detach()
                 if self.rank == 0:

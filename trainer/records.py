@@ -51,7 +51,7 @@ class Records:
         self._shipper: Shipper | None = None
         self._plan: Plan | None = None
         self._state = TrainState()
-        self._top1 = float("nan")
+        self._top1, self._examples = float("nan"), 0
         failure: Exception | None = None
         if engine.is_main:
             try:
@@ -66,7 +66,7 @@ class Records:
 
     def start(self, state: TrainState, data: dict[str, Index], model: Any, cost: dict[str, Any]) -> None:
         """First lines of the attempt; collective."""
-        self._state = state
+        self._state, self._examples = state, len(data["train"])
         hosts = sorted(set(self.engine.everyones([os.uname().nodename])))
         if self._journal is None:
             return
@@ -171,6 +171,7 @@ class Records:
             line |= {"grad_norm": norm, "chain": chain, "seconds_total": state.seconds, "images_total": state.images}
             self._journal.write("step", **line)
             self._console.step(**line)
+        self._refuse_broken(state)
         if meters["loss"] != meters["loss"] or abs(meters["loss"]) == float("inf"):
             raise EngineError(
                 f"the loss is {meters['loss']} at step {state.step}: lower optim.lr, set optim.clip, or use engine.precision=float32; "
@@ -178,9 +179,9 @@ class Records:
             )
         return state
 
-    def refuse_broken(self, state: TrainState, examples: int) -> None:
+    def _refuse_broken(self, state: TrainState) -> None:
         """Raises DataError where more images are broken than `data.broken_share` of the data set."""
-        allowed = self.config.data.broken_share
+        allowed, examples = self.config.data.broken_share, self._examples
         if len(state.broken) > allowed * examples:
             some = "; ".join(list(state.broken.values())[:3])
             raise DataError(
@@ -188,15 +189,18 @@ class Records:
                 "`trilevel verify SHARDS` lists them all; pack again without them, or raise data.broken_share"
             )
 
-    def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> TrainState:
-        """Lines of an evaluation; the last result is the score of the run."""
+    def scored(
+        self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan, saving: bool
+    ) -> TrainState:
+        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is kept, so it may be the best one."""
         for ema, scores in results:
             if self._journal is not None and self._console is not None:
                 facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
                 self._journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
                 self._console.eval(top1=scores.top1, ema=ema)
         self._top1 = results[-1][1].top1
-        return replace(state, best=self._top1, best_step=state.step) if self._top1 > state.best else state
+        better = saving and self._top1 > state.best
+        return replace(state, best=self._top1, best_step=state.step) if better else state
 
     def weights(self, weights: dict[str, Tensor]) -> None:
         """The deployable weights of the run, under timm's names."""

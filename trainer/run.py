@@ -26,7 +26,8 @@ LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow",
 def claim(config: Config, resume: bool) -> None:
     """Make the run directory, or refuse one that exists without `resume`. Rank 0 only. Raises ConfigError."""
     directory = config.directory()
-    if (directory / "journal.jsonl").exists() and not resume:
+    left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
+    if any(path.exists() for path in left) and not resume:
         raise ConfigError(
             f"{directory} exists: go on with it by --resume, or start another run by name=SOMETHING_ELSE (nothing is overwritten)"
         )

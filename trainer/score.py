@@ -64,12 +64,12 @@ class Rows(NamedTuple):
         return {"model": self.model, "top1": first.top1, "top5": first.top5, "images": first.images, "rows": rows}
 
 
-def score(model: str, config: Config | None, densities: list[float] | None = None) -> Rows:
+def score(model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None) -> Rows:
     """Score `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
-    `config` None: the run's own. densities None: the final plan of the configuration. Raises ConfigError.
+    `config` None: the run's own, with `overrides`. densities None: the final plan of the configuration. Raises ConfigError.
     """
-    config, network = _load(model, config)
+    config, network = _load(model, config, overrides or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     _, index = open_indexes(config)
@@ -86,7 +86,12 @@ def score(model: str, config: Config | None, densities: list[float] | None = Non
     return Rows(model, rows)
 
 
-def _load(model: str, config: Config | None) -> tuple[Config, Any]:
+def _refuse_change(text: str) -> None:
+    """A head that starts anew or a resized embedding is a way to train, not a thing to score."""
+    raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
+
+
+def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Config, Any]:
     if model.startswith("timm:"):
         if config is None:
             raise ConfigError(f"eval {model}: which images? Give a CONFIG whose data.validation names the shards")
@@ -95,22 +100,28 @@ def _load(model: str, config: Config | None) -> tuple[Config, Any]:
         return config, build_model(config)
     path = Path(model)
     if path.is_dir():
-        if config is None:
-            config = load(path / "config.yaml")
+        config = config or load(path / "config.yaml", overrides)
         path = path / "weights.safetensors"
     if config is None:
         raise ConfigError(f"eval {model}: a weights file needs a CONFIG that says which model it is of")
     if not path.is_file():
         raise ConfigError(f"eval {model}: no weights at {path}; a run writes them with its first checkpoint")
     network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
-    weights.fit(network.vit, weights.load_weights(path), str(path))
+    weights.fit(network.vit, weights.load_weights(path), str(path), say=_refuse_change)
     return config, network
 
 
 def _as_timm_evaluates(config: Config, name: str) -> Config:
     """The configuration with a pretrained model's own size, crop, interpolation and normalisation. Raises ConfigError."""
     weights.refuse_unknown(name)
-    about = timm.data.resolve_model_data_config(timm.create_model(name, pretrained=False))
+    network = timm.create_model(name, pretrained=False)
+    about, classes = timm.data.resolve_model_data_config(network), getattr(network, "num_classes", 0)
+    if classes != config.model.classes:
+        raise ConfigError(f"timm:{name} knows {classes} classes, the configuration has model.classes={config.model.classes}")
+    if about.get("crop_mode", "center") != "center":
+        raise ConfigError(
+            f"timm:{name} is evaluated with crop_mode={about['crop_mode']}, this evaluation crops the centre only"
+        )
     model = config.model.model_copy(
         update={
             "name": name,

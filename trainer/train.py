@@ -47,6 +47,7 @@ def train(config: Config, resume: bool = False) -> Ended:
     validation = Validation(validation_index, config, engine.rank, engine.world)
     found = checkpoint.latest(config.directory() / "checkpoints") if resume else None
     saved = checkpoint.load(found, config, index.fingerprint) if found else None
+    engine.agree(f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from")
     stopping = _listen()
 
     records = Records(config, engine, resume)
@@ -112,13 +113,12 @@ def train(config: Config, resume: bool = False) -> Ended:
                         "keep_connections": plan.keep_connections,
                     }
                     state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
-                    records.refuse_broken(state, len(index))
                 with meters.paused():
                     if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw)):
                         records.control(state, progress, told)
                     if finished or _due(config.evaluate.every, before, state, order.steps):
                         results = _score(engine, model.vit, ema, validation, plan, config)
-                        state = records.scored(state, results, _progress(state, order.steps), plan)
+                        state = records.scored(state, results, _progress(state, order.steps), plan, saving)
                     if saving:
                         _save(engine, ema, examples, selection, config, index.fingerprint, records, state)
                 if ending:

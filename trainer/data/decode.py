@@ -18,7 +18,7 @@ def header(data: bytes | memoryview) -> PIL.Image.Image:
     """The image with only its header read. Raises ValueError where it is no image or far too large."""
     try:
         image = PIL.Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError("no image" if isinstance(error, PIL.UnidentifiedImageError) else f"broken image: {error}") from None
     _refuse_bomb(image.width, image.height)
     return image
@@ -34,7 +34,7 @@ def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
     image = header(data)
     try:
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, IndexError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, MemoryError) as error:  # TypeError: a TIFF's torn tags
         raise ValueError(f"broken image: {error}") from None
 
 

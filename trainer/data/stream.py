@@ -274,8 +274,8 @@ def check_labels(index: Index, classes: int) -> None:
 
 
 def check_classes(train: Index, validation: Index) -> None:
-    """Raise DataError where the two name their classes differently; sets that only number them can't be compared."""
-    named = [index for index in (train, validation) if not all(c.isdecimal() for c in index.classes)]
+    """Raise DataError where the two name their classes differently; sets that only number them, from 0, can't be compared."""
+    named = [index for index in (train, validation) if index.classes != [str(i) for i in range(len(index.classes))]]
     if len(named) < 2 or train.classes == validation.classes:
         return
     pairs = zip_longest(train.classes, validation.classes)
