@@ -223,8 +223,28 @@ class Tracking(Section):
 
 # Optimizers (timm's names) whose step looks at each weight alone, so that ZeRO's flat pieces change nothing.
 ELEMENTWISE = frozenset(
-    "adam adamw nadam nadamw radam radamw sgd momentum nesterov rmsprop rmsproptf adamax adadelta adagrad adabelief lion cadamw "
-    "clion adopt adoptw".split()
+    [
+        "adam",
+        "adamw",
+        "nadam",
+        "nadamw",
+        "radam",
+        "radamw",
+        "sgd",
+        "momentum",
+        "nesterov",
+        "rmsprop",
+        "rmsproptf",
+        "adamax",
+        "adadelta",
+        "adagrad",
+        "adabelief",
+        "lion",
+        "cadamw",
+        "clion",
+        "adopt",
+        "adoptw",
+    ]
 )
 
 
