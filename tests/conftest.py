@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -110,9 +111,14 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the process and everything it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to the process and everything it started: torchrun's ranks lead sessions of their own."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
+    psutil.wait_procs(children, timeout=10)
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:

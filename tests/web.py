@@ -44,13 +44,19 @@ def serving(folder: Path, latency: float = 0.0, ranges: bool = True) -> Iterator
                 web.most = max(web.most, web.running)
                 faults = web.faults.get(name, [])
                 fault = faults.pop(0) if faults else 0
+            self._counted = True
             try:
                 self._reply(body=True, fault=fault)
             except (BrokenPipeError, ConnectionResetError):
                 pass
             finally:
-                with web.lock:
-                    web.running -= 1
+                self._over()
+
+        def _over(self) -> None:
+            """Once per GET, before its last bytes go: with them the client may ask for the next file already."""
+            with web.lock:
+                web.running -= self._counted
+                self._counted = False
 
         def _reply(self, body: bool, fault: int | str = 0) -> None:
             time.sleep(web.latency)
@@ -81,6 +87,8 @@ def serving(folder: Path, latency: float = 0.0, ranges: bool = True) -> Iterator
                 return
             step = 4096 if fault == "slow" else len(part) or 1
             for at in range(0, len(part), step):
+                if body and at + step >= len(part):
+                    self._over()
                 self.wfile.write(part[at : at + step])
                 time.sleep(0.05 if fault == "slow" else 0)
 
