@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsity.vit import SparseViT
-
 from sparsity import cost, methods, plans
 from sparsity.curriculum import Curriculum
 from sparsity.examples import EXAMPLES
 from sparsity.types import Plan
+from sparsity.vit import SparseViT
 from trainer import weights
 from trainer.config import Config, ConfigError, TokenReduction
 from trainer.data.index import Index
