@@ -1,0 +1,131 @@
+"""The words of `trilevel`: every command and its options. What a command does is in `__main__`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command, its name as `command`; leaves with exit code 2 and the usage where they make no sense."""
+    parser = argparse.ArgumentParser(
+        "trilevel", description="Train Vision Transformers and leave out what training does not need."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=name)
+        return command
+
+    def add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
+        command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
+        command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that differ from the file")
+
+    c = add("train", "train as CONFIG says")
+    add_config(c)
+    c.add_argument("--check", action="store_true", help="validate everything, print the plan, train nothing")
+    c.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (start where there is none)")
+
+    c = add("pack", "pack images into webdataset shards with an index")
+    c.add_argument(
+        "source", metavar="SRC", help="class folders, flat `<class>_...` files, a tar of either, a tar of tars, sklearn:digits"
+    )
+    c.add_argument("destination", metavar="DST")
+    c.add_argument("--labels", metavar="FILE", help="labels of a flat folder or tar")
+    c.add_argument("--name", default="train", help="name of the split where the source has none (default: train)")
+    c.add_argument("--seed", type=int, default=0, help="of the one shuffle (default: 0)")
+    c.add_argument("--shard-size", type=float, default=128, metavar="MIB", help="bytes of images per shard (default: 128 MiB)")
+    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    c.add_argument(
+        "--short-side", type=int, metavar="PX", help="shrink images to this short side; changes pixels, and says so in runs"
+    )
+    c.add_argument("--quality", type=int, help="JPEG quality of shrunk images (default: 90)")
+
+    def add_storage(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--index", metavar="DIR", help="folder of the index, as data.index (default: beside the shards)")
+        command.add_argument("--cache", metavar="DIR", help="as data.cache: remote shards pass through it (~/.cache/trilevel)")
+        command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="as data.cache_size (default: 64)")
+        command.add_argument("--allow-pipe", action="store_true", help="as data.allow_pipe: run pipe: shards in a shell")
+
+    c = add("index", "index shards that were made elsewhere, local or remote, in one parallel pass")
+    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s):// or s3:// pattern")
+    c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
+    c.add_argument("--workers", type=int, default=8)
+    add_storage(c)
+
+    c = add("verify", "decode every image of indexed shards and list the broken ones (exit code 1 where there are any)")
+    c.add_argument("shards", metavar="SHARDS")
+    c.add_argument("--labels", default="cls")
+    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    c.add_argument("--json", metavar="FILE")
+    add_storage(c)
+
+    c = add("eval", "score a run, a weights file or a timm model on the validation shards of CONFIG")
+    c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
+    add_config(c, optional=True)
+    c.add_argument("--densities", metavar="1.0,0.7,0.5", help="keep ratios to walk through with the same weights")
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("parity", "train CONFIG's dense recipe beside timm's own pieces and name the first difference")
+    add_config(c)
+    c.add_argument("--steps", type=int, default=200)
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("replay", "rebuild one global batch of a run: ids, augmentation, pictures as the model saw them")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    c.add_argument("--step", type=int, required=True, help="as the journal counts: the first batch of a run is step 1")
+    c.add_argument("--out", metavar="DIR", help="default: RUN/replay/step-STEP")
+    c = add("audit", "make the hash chain of what a run saw again and count presentations (exit code 1 on a difference)")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    c.add_argument("--json", metavar="FILE")
+    bench = commands.add_parser("bench", help="measure: input, step", description="Measure a part of a run by itself.")
+    benches = bench.add_subparsers(required=True, metavar="PART")
+    text = "our stream against decoding alone and other loaders, on the same images with the same workers"
+    c = benches.add_parser("input", help=text, description=text)
+    c.set_defaults(command="bench input")
+    add_config(c)
+    c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
+    c.add_argument("--workers", type=int, default=2, help="decoding processes of every loader (default: 2)")
+    c.add_argument("--batch", type=int, default=50, help="default: 50")
+    c.add_argument("--passes", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
+    c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
+    c.add_argument("--json", metavar="FILE")
+    c.add_argument("--plan-only", action="store_true", help="measure the order alone, no images needed")
+    c.add_argument("--examples", type=int, default=1_281_167)
+    c.add_argument("--shards", type=int, default=1024)
+    c.add_argument("--world", type=int, default=8)
+    c = add("show", "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
+    c.add_argument("--token", type=int, metavar="N", help="patch whose connections are drawn (default: one near the middle)")
+    c.add_argument("--out", metavar="DIR", help="default: RUN/show")
+    text = "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved"
+    c = benches.add_parser("step", help=text, description=text)
+    c.set_defaults(command="bench step")
+    add_config(c)
+    c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
+    c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
+    c.add_argument("--json", metavar="FILE")
+    c = add("report", "table and picture of a run")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("sync", "send a run's journal to MLflow, as far as it isn't there")
+    c.add_argument("run_directory", metavar="RUN")
+    c = add("compare", "runs side by side: table, and a page with pictures at equal time, work and accuracy")
+    c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
+    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
+    c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
+    c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the first dense one)")
+    c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
+    c = add("doctor", "what this machine has and lacks, one line each with the way out")
+    c.add_argument("--hosts", metavar="FILE")
+    arguments, rest = parser.parse_known_args(
+        words
+    )  # overrides may stand behind an option: `train CONFIG --resume optim.lr=...`
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
