@@ -17,9 +17,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from tests.drawn import encoded, jpeg, picture
-from trainer.config import Augment
 from trainer.data.augment import Image, Transform, _erase, _resized_crop, draw_keys
 from trainer.data.decode import MAX_PIXELS, decode, decode_exact
+from trainer.sections import Augment
 
 KEYS = [int(k) for k in draw_keys(0, 0, np.arange(300), np.zeros(300, np.int64))]
 

@@ -14,9 +14,9 @@ import torch
 from tests import drawn
 from trainer.__main__ import main
 from trainer.bench_input import Measured
-from trainer.config import Augment
 from trainer.data.augment import Transform
 from trainer.data.decode import decode, decode_exact
+from trainer.sections import Augment
 
 RECIPE = """
 name: job

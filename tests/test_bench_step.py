@@ -12,9 +12,9 @@ import torch
 from tests.conftest import ROOT
 from trainer.__main__ import main
 from trainer.bench_step import stretches, whole_run
-from trainer.config import Connections
 from trainer.configfile import load
 from trainer.model import build_model, cost_of
+from trainer.sections import Connections
 from trainer.stepbench import Row, interval, paired
 
 RECIPE = """

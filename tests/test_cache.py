@@ -48,6 +48,7 @@ def index(web: Web, tmp_path: Path) -> Index:
     pattern = f"{web.url}/train-{{0000..0007}}.tar"
     index = build_index(pattern, progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "indexing", 1 << 30))
     web.gets.clear()
+    web.most = 0  # indexing reads as many shards at a time as there are cores
     return index
 
 

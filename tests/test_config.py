@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import Config, ConfigError, differences
+from trainer.config import Config, differences
 from trainer.configfile import load, parse
+from trainer.values import ConfigError
 
 PLAIN = {"name": "x", "model": {"name": "deit_tiny_patch16_224"}, "data": {"train": "a", "validation": "b"}}
 

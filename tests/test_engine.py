@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import ROOT, environment, free_port
 from trainer import config
-from trainer.config import ConfigError
 from trainer.data.order import Steps
 from trainer.engine_settings import deepspeed_config, refuse_conflicts
+from trainer.values import ConfigError
 
 pytestmark = pytest.mark.dist
 

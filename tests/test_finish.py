@@ -8,10 +8,10 @@ import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 
-from trainer.config import Augment
 from trainer.data.augment import _erase
 from trainer.data.finish import erase, finish, noise, normalise
 from trainer.data.stream import Batch
+from trainer.sections import Augment
 
 
 def batch(b=4, size=16, flip=False, boxes=None, draw=None) -> Batch:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
-from trainer.config import Augment
 from trainer.data.mix import NO_MIX, Mix, draw_mix, mix_images, mix_targets, partners, sample, shares
 from trainer.reference import Legacy
+from trainer.sections import Augment
 
 RECIPES = [
     Augment(mixup=0.8, cutmix=1.0),

@@ -9,10 +9,10 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from sparsity.types import Record
-from trainer.config import ConfigError
 from trainer.configfile import parse
 from trainer.data.mix import NO_MIX, Mix
 from trainer.objective import Objective
+from trainer.values import ConfigError
 
 C = 5
 

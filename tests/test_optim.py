@@ -10,9 +10,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from trainer.config import ConfigError, Optim
 from trainer.configfile import parse
 from trainer.optim import Ema, build_optimizer, learning_rate, set_learning_rate
+from trainer.sections import Optim
+from trainer.values import ConfigError
 
 
 class Wrapped(nn.Module):

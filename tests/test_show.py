@@ -13,10 +13,11 @@ import yaml
 from tests import drawn
 from trainer.__main__ import main
 from trainer.checkpoint import TrainState, save_checkpoint
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.data.index import build_index
 from trainer.model import build_examples, build_model
 from trainer.show import FADED, Viewer, ranked, show
+from trainer.values import ConfigError
 from trainer.weights import save_weights
 
 TINY = {"name": "deit_tiny_patch16_224", "classes": 4, "image_size": 32}

@@ -29,11 +29,11 @@ import pytest
 from tests.run_of_lines import CONFIG, START, lines, write
 from trainer import tracking
 from trainer.compare import NothingToCompare, compare, from_mlflow
-from trainer.config import Tracking
 from trainer.journal import Journal, JournalError, read
 from trainer.measures import Measure, drift, measures, params, tags
 from trainer.report import where_to_look
 from trainer.report import write as write_report
+from trainer.sections import Tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 slow_server = pytest.mark.xdist_group("mlflow")
@@ -327,7 +327,7 @@ def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tm
 FOLLOWED = """
 import json, sys, time
 from trainer import shipper
-from trainer.config import Tracking
+from trainer.sections import Tracking
 from trainer.journal import Journal
 journal = Journal(sys.argv[1])
 journal.write("start", **json.loads(sys.argv[2]))

@@ -9,7 +9,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import load_checkpoint
 
 import trainer.weights as weights
-from trainer.config import ConfigError, Model
+from trainer.sections import Model
+from trainer.values import ConfigError
 from trainer.weights import create, load_weights, save_weights, to_timm
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2}

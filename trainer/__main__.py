@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.arguments import parse
-from trainer.config import Config, ConfigError
+from trainer.config import Config
+from trainer.values import ConfigError
 
 STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
 

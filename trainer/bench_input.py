@@ -24,12 +24,13 @@ from rich.table import Table
 from sparsity.types import Selection
 from trainer import bench_peers
 from trainer.bench_peers import PEERS, Peer, Place
-from trainer.config import Augment, Config
+from trainer.config import Config
 from trainer.data.index import Index, open_index
 from trainer.data.pack import pack
 from trainer.data.reader import Reader
 from trainer.data.shards import DataError, bar
 from trainer.data.stream import Stream
+from trainer.sections import Augment
 
 POLICY = "rand-m9-mstd0.5-inc1"
 DROPPED, SHORT_SIDE = 0.2, 256

@@ -11,7 +11,7 @@ from rich.table import Table
 from sparsity import plans
 from sparsity.types import DENSE, Plan, alone
 from sparsity.vit import SparseViT
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.data.index import Index, open_index
 from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
@@ -19,6 +19,7 @@ from trainer.engine_settings import refuse_conflicts
 from trainer.model import build_examples, build_model, cost_of, plan_settings
 from trainer.objective import Objective
 from trainer.optim import build_optimizer
+from trainer.values import ConfigError
 
 
 @dataclass(frozen=True)

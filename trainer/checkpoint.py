@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sparsity.types import Selection
-from trainer.config import Config, ConfigError, differences
+from trainer.config import Config, differences
 from trainer.configfile import parse
+from trainer.values import ConfigError
 
 FORMAT = 1
 TEMPORARY = ".writing-"

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, ConfigError, Section
+from trainer.config import Config
+from trainer.values import ConfigError, Section
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

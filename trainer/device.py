@@ -21,10 +21,10 @@ from torch import Tensor
 from sparsity import cost, keyed, methods
 from sparsity.examples import EXAMPLES
 from sparsity.types import DENSE, Outcome, Plan, alone
-from trainer.config import Augment
 from trainer.data.finish import finish
 from trainer.data.mix import Mix, mix_images
 from trainer.data.stream import Batch
+from trainer.sections import Augment
 from trainer.stepbench import Row, paired, report
 
 

@@ -137,7 +137,7 @@ def open_files(want: int = 4096) -> Line:
 
 def tracking(runs: Path, timeout: float = TIMEOUT) -> Line:
     """Whether MLflow can be reached. A run does not need it: what it can't send waits for `trilevel sync`."""
-    from trainer.config import Tracking
+    from trainer.sections import Tracking
     from trainer.tracking import uri_of
 
     uri = uri_of(runs / "run", Tracking())

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer import config as configuration
-from trainer.config import ConfigError
+from trainer import sections as configuration
 from trainer.data.order import Steps, hashed
 from trainer.engine_settings import deepspeed_config, describe_world, refuse_conflicts, world_size
 from trainer.engine_state import EngineError, State
+from trainer.values import ConfigError
 
 
 class Engine:

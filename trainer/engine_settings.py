@@ -6,9 +6,9 @@ import os
 import socket
 from typing import Any
 
-from trainer import config as configuration
-from trainer.config import ConfigError
+from trainer import sections as configuration
 from trainer.data.order import Steps
+from trainer.values import ConfigError
 
 
 def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from sparsity.examples import EXAMPLES
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer import weights
-from trainer.config import Config, ConfigError, TokenReduction
+from trainer.config import Config
 from trainer.data.index import Index
+from trainer.sections import TokenReduction
+from trainer.values import ConfigError
 
 
 def build_model(config: Config) -> SparseViT:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsity.types import Outcome, Record
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.data.mix import Mix, mix_targets, partners
+from trainer.values import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.stream import Batch

@@ -17,7 +17,9 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
-from trainer.config import Config, ConfigError, Optim
+from trainer.config import Config
+from trainer.sections import Optim
+from trainer.values import ConfigError
 
 
 def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:

@@ -15,11 +15,12 @@ import numpy as np
 from sparsity.types import Selection
 from trainer import journal, kept
 from trainer.check import opened
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.configfile import load, parse
 from trainer.data.augment import draw_keys
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows
+from trainer.values import ConfigError
 
 
 class PastError(ValueError):

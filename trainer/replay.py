@@ -18,13 +18,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trainer.config import Augment
 from trainer.data.finish import finish
 from trainer.data.mix import Mix, draw_mix, mix_images, shares
 from trainer.data.stream import Batch, Maker
 from trainer.model import plan_at
 from trainer.optim import learning_rate
 from trainer.past import Past
+from trainer.sections import Augment
 from trainer.seen import digest, linked
 
 ACROSS, SHEET = 16, 256  # pictures in a row and on a contact sheet

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from trainer.config import Config, ConfigError
+from trainer.config import Config
+from trainer.values import ConfigError
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
 

@@ -13,11 +13,12 @@ from rich.table import Table
 from sparsity.types import Plan
 from trainer import weights
 from trainer.check import open_indexes
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.configfile import load
 from trainer.data.stream import Validation
 from trainer.evaluate import Scores, evaluate
 from trainer.model import build_model, cost_of, plan_at
+from trainer.values import ConfigError
 
 
 class Row(NamedTuple):

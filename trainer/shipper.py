@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.config import Tracking
+from trainer.sections import Tracking
 
 STATE = "mlflow.json"
 LOG = "logs/tracking.txt"

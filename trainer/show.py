@@ -20,12 +20,13 @@ from sparsity.forgetting import Forgetting
 from sparsity.types import Keys
 from trainer import checkpoint, weights
 from trainer.check import open_indexes
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 from trainer.configfile import load
 from trainer.data.augment import Transform
 from trainer.data.finish import normalise
 from trainer.data.reader import Reader
 from trainer.model import build_examples, build_model, plan_at
+from trainer.values import ConfigError
 
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
 FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white

@@ -34,8 +34,8 @@ from pathlib import Path
 import psutil
 
 from trainer import journal
-from trainer.config import Tracking
 from trainer.measures import STATUS, Measure, measures
+from trainer.sections import Tracking
 from trainer.shipper import Shipped, Shipper, State, start
 from trainer.store import Gone, Store, timeout
 

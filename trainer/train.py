@@ -15,7 +15,7 @@ from torch import nn
 from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer import checkpoint
 from trainer.check import open_indexes
-from trainer.config import Config, Duration
+from trainer.config import Config
 from trainer.control import Control
 from trainer.data.finish import finish
 from trainer.data.mix import draw_mix, mix_images
@@ -30,6 +30,7 @@ from trainer.objective import Objective
 from trainer.optim import Ema, build_optimizer, learning_rate, set_learning_rate
 from trainer.records import Ended, Records
 from trainer.seen import Chain
+from trainer.values import Duration
 
 
 def train(config: Config, resume: bool = False) -> Ended:

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from trainer.config import ConfigError, Model
+from trainer.sections import Model
+from trainer.values import ConfigError
 
 PREFIXES = ("module.", "_orig_mod.", "vit.")  # DDP and DeepSpeed, torch.compile, SparseViT
 AVERAGES = ("state_dict_ema", "model_ema")

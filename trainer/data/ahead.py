@@ -19,11 +19,11 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from trainer.config import Data
 from trainer.data.cache import Cache, cache_at
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, slice_of
 from trainer.data.remote import DataError
+from trainer.sections import Data
 
 T = TypeVar("T")
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
-from trainer.config import Augment
 from trainer.data.decode import as_tensor, decode, decode_exact
 from trainer.data.order import hashed
+from trainer.sections import Augment
 
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
 _SRC_PADDING = 4  # DeiT-III's simple random crop

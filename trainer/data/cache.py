@@ -77,7 +77,8 @@ class Cache:
             self._room(part, file, source.bytes)
             for _ in range(_WHOLE_TRIES):
                 if self._written(source.url, source.bytes, part, file) == source.whole:
-                    part.rename(final)
+                    with self._counting():
+                        part.rename(final)
                     return
             raise DataError(
                 f"shard {source.url} changed since it was indexed: its bytes are others; restore it or run `trilevel index` again"
@@ -93,7 +94,8 @@ class Cache:
             self._room(part, file, about.bytes or 0)
             whole = self._written(url, about.bytes, part, file)
             yield part, about
-            part.rename(self._path(whole))
+            with self._counting():
+                part.rename(self._path(whole))
 
     def refuse_full_disk(self) -> None:
         """Raise DataError where the disk has no room for a cache of this size."""
@@ -160,16 +162,19 @@ class Cache:
     def _room(self, part: Path, file: int, need: int) -> None:
         """Take `need` bytes of the cache for a file being written: the longest unused shards go, others' downloads are waited
         for. A single file larger than all of it takes what it needs."""
+        while True:
+            with self._counting():
+                if self._evicted(part, need):
+                    os.ftruncate(file, need)  # its size is what counts
+                    return
+            time.sleep(0.05)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """The lock of the folder. A rename needs it too: a file that changes its name in the middle of a count is missed."""
         with open(self.folder / "lock", "a") as lock:
-            while True:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                try:
-                    if self._evicted(part, need):
-                        os.ftruncate(file, need)  # its size is what counts
-                        return
-                finally:
-                    fcntl.flock(lock, fcntl.LOCK_UN)
-                time.sleep(0.05)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _evicted(self, part: Path, need: int) -> bool:
         """Whether `need` bytes are free beside `part`, or could be made so."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsity import keyed
-from trainer.config import Augment
+from trainer.sections import Augment
 
 if TYPE_CHECKING:
     from trainer.data.stream import Batch

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import Augment
+from trainer.sections import Augment
 
 KEY = 0x6D6978  # keeps this stream of random numbers apart from others with the same seed and step
 
