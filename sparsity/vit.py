@@ -67,10 +67,11 @@ class SparseViT(nn.Module):
         tokens = self._embedded(images, draw)
         paths = None
         if draw is not None and self.vit.training:
-            paths = keyed.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+            drawn = keyed.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+            paths = drawn.movedim(0, 2)[..., None, None].unbind()  # per block (2, B, 1, 1): views, no kernels in the blocks
         kept, keys, cls_attention, importance = {}, {}, None, None
         for number in range(len(self.vit.blocks)):
-            tokens, row, ranks = self._run(number, tokens, plan, asked, None if paths is None else paths[:, number])
+            tokens, row, ranks = self._run(number, tokens, plan, asked, None if paths is None else paths[number])
             cls_attention = cls_attention if row is None else row
             importance = importance if ranks is None else ranks
             if number in self.blocks:
@@ -214,11 +215,13 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
-    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (B, 2) in [0, 1)."""
+    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1).
+
+    As many kernels as timm's own: at small batches a step waits for launches.
+    """
     if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
         return path(x)
     keep = 1.0 - path.drop_prob
-    stays = (drawn[:, branch] < keep).to(x.dtype)
-    if path.scale_by_keep and keep > 0.0:
-        stays = stays / keep
-    return x * stays[:, None, None]
+    stays = drawn[branch] < keep
+    scaled = stays / keep if path.scale_by_keep and keep > 0.0 else stays
+    return x * scaled.to(x.dtype)

@@ -123,7 +123,11 @@ def test_keyed_drop_path_drops_the_share_it_should():
 
 
 def test_keyed_drop_path_scales_as_timms_does():
-    path, x, drawn = DropPath(0.2).train(), torch.ones(3, 2, 2), torch.tensor([[0.1, 0.9], [0.79, 0.1], [0.81, 0.1]])
+    path, x, drawn = (
+        DropPath(0.2).train(),
+        torch.ones(3, 2, 2),
+        torch.tensor([[0.1, 0.79, 0.81], [0.9, 0.1, 0.1]])[..., None, None],
+    )
     assert _drop(path, x, drawn, 0)[:, 0, 0].tolist() == pytest.approx([1.25, 1.25, 0.0])
     assert _drop(path, x, drawn, 1)[:, 0, 0].tolist() == pytest.approx([0.0, 1.25, 1.25])
     torch.manual_seed(0)
