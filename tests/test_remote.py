@@ -15,7 +15,7 @@ import pytest
 from tests.drawn import config, jpeg, write_shards, write_tar
 from tests.web import Web, serving
 from trainer import __main__ as trilevel
-from trainer.data import remote
+from trainer.data import patience, remote
 from trainer.data.cache import Cache
 from trainer.data.index import Index, build_index, open_index
 from trainer.data.reader import Reader
@@ -170,7 +170,7 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
         open_index(braces(web))
     with pytest.raises(DataError, match=r"no index .*trilevel index"):
         open_index(f"{web.url}/else/train-{{0..1}}.tar")
-    monkeypatch.setattr(remote, "_TRIES", 3)
+    monkeypatch.setattr(patience, "_TRIES", 3)
     web.faults = {"train-0000.tar": [500] * 9}
     with pytest.raises(DataError, match=r"train-0000.tar: the server says 500 .*after 3 attempts"):
         Cache(tmp_path / "c", ROOM).fetch(index.source(0))

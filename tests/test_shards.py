@@ -182,9 +182,31 @@ def test_changed_shards_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train-0003.tar").unlink()
     assert len(open_index(pattern)) == 9
     index = tmp_path / "train.index"
-    index.write_bytes(index.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"train.index: truncated"):
-        open_index(pattern)
+    for length in (-100, 40):
+        index.write_bytes(index.read_bytes()[:length])
+        with pytest.raises(DataError, match=r"train.index: truncated"):
+            open_index(pattern)
+
+
+def test_patterns_that_begin_alike_have_indexes_of_their_own(tmp_path: Path) -> None:
+    whole = write_shards(tmp_path, [2] * 4)
+    first, last, one = (str(tmp_path / f"train-{part}.tar") for part in ("{0000..0001}", "000[23]", "0003"))
+    built = {pattern: index_of(pattern) for pattern in (first, last, one, whole, str(tmp_path))}
+    assert len({index.path for index in built.values()}) == 5
+    for folder in (None, str(tmp_path / "indexes")):
+        for pattern, index in built.items():
+            build_index(pattern, progress=False, folder=folder)
+            assert open_index(pattern, folder=folder).names == index.names
+        assert [len(open_index(pattern, folder=folder)) for pattern in built] == [4, 4, 2, 8, 8]
+
+
+def test_one_index_serves_all_patterns_of_the_same_shards(tmp_path: Path) -> None:
+    index = index_of(write_shards(tmp_path, [2] * 4))
+    assert index.path.name == "train.index"
+    for pattern in ("train-{0000..0003}.tar", "train-000*.tar"):
+        assert open_index(str(tmp_path / pattern)).path == index.path, "that of `train-*.tar`: the same shards"
+    with pytest.raises(DataError, match=r"no index .*train-\w+.index; run `trilevel index"):
+        open_index(str(tmp_path / "train-{0000..0002}.tar"))
 
 
 def test_fast_fingerprint_of_a_long_shard(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from trainer.data.cache import Cache, cache_at
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, slice_of
-from trainer.data.remote import DataError
+from trainer.data.patience import DataError
 from trainer.sections import Data
 
 T = TypeVar("T")

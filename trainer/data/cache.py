@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.remote import DataError, Facts, facts, stream
+from trainer.data.patience import DataError
+from trainer.data.remote import Facts, facts, stream
 
 _USED = 2.0  # seconds within which a second use is not noted
 _WHOLE_TRIES = 3  # downloads of a shard whose bytes are not those of the index

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from trainer.data.cache import Cache, Source
-from trainer.data.remote import DataError
+from trainer.data.patience import DataError
 
 _THREADS = 4  # shards fetched at once
 

@@ -1,14 +1,11 @@
 """The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
 
-It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `place`): a JSON header
-(shards, fingerprints, classes), then arrays.
-A shard that changed after indexing is refused at the start of a run, by name.
+It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `place`; what is in it:
+`indexfile`). A shard that changed after indexing is refused at the start of a run, by name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from trainer.data import indexfile
 from trainer.data.cache import Cache, Source, cache_at
 from trainer.data.labels import label_of, label_table, numbered
 from trainer.data.place import Place, hash_of, joined, place_of
 from trainer.data.remote import facts, scheme
 from trainer.data.shards import DataError, Sample, bar, fingerprint, samples
 
-_MAGIC = b"trilevel-index-1"
-_ALIGN = 64
 _BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
 
 
@@ -36,14 +32,7 @@ class Index:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            magic, length = file.read(len(_MAGIC)), int.from_bytes(file.read(8), "little")
-            if magic != _MAGIC:
-                raise DataError(f"index {self.path}: not an index of this version; run `trilevel index` on its shards again")
-            header = json.loads(file.read(length))
-        base = -(-(len(_MAGIC) + 8 + length) // _ALIGN) * _ALIGN
-        if self.path.stat().st_size != base + header["size"]:
-            raise DataError(f"index {self.path}: truncated; run `trilevel index` on its shards again")
+        header, arrays = indexfile.read(self.path)
         self.root: str = header.get("root") or str(self.path.parent)
         self.label_source: str = header["labels"]
         self.packing: str = header["packing"]
@@ -53,10 +42,6 @@ class Index:
         self.names: list[str] = [s["name"] for s in self.shards]
         self.sizes = np.array([s["examples"] for s in self.shards], dtype=np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
-        arrays = {
-            name: np.asarray(np.memmap(self.path, dtype, "r", base + at, (count,))) if count else np.empty(0, dtype)
-            for name, (at, dtype, count) in header["arrays"].items()
-        }
         self.offset, self.length, self.labels = arrays["offset"], arrays["length"], arrays["label"]
         self._key_end, self._keys = arrays["key_end"], arrays["keys"]
 
@@ -149,7 +134,7 @@ def build_index(
     }
     root = "" if place.beside() else place.root if place.is_remote() else os.path.abspath(place.root)
     about = {"labels": labels, "packing": packing, "classes": classes, "root": root}
-    _write(place.index, about, [s.shard for s in scans], arrays)
+    indexfile.write(place.index, about, [s.shard for s in scans], arrays)
     return Index(place.index)
 
 
@@ -193,27 +178,6 @@ def _from_file(path: Path, scans: list[_Scan]) -> list[_Scan]:
     return filled
 
 
-def _write(path: Path, about: dict[str, Any], shards: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
-    places, at = {}, 0
-    for name, array in arrays.items():
-        places[name] = (at, array.dtype.str, len(array))
-        at += -(-array.nbytes // _ALIGN) * _ALIGN
-    digest = hashlib.blake2b(json.dumps([[s["name"], s["whole"]] for s in shards]).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(arrays["label"]).tobytes())
-    header = about | {"fingerprint": digest.hexdigest(), "shards": shards, "arrays": places, "size": at}
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        head = _MAGIC + len(text).to_bytes(8, "little") + text
-        file.write(head + b"\0" * (-len(head) % _ALIGN))
-        for array in arrays.values():
-            file.write(array.tobytes() + b"\0" * (-array.nbytes % _ALIGN))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def open_index(
     pattern: str,
     labels: str = "cls",
@@ -229,10 +193,11 @@ def open_index(
     asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
     """
     place = place_of(pattern, folder, allow_pipe)
-    path, root, again = place.index, place.root, f"run `trilevel index {pattern!r}`"
-    if not path.is_file():
-        raise DataError(f"shards {pattern!r}: no index {path}; {again} (labels={labels})")
-    index = Index(path)
+    root, again = place.root, f"run `trilevel index {pattern!r}`"
+    index = _index_of(place)
+    if index is None:
+        raise DataError(f"shards {pattern!r}: no index {place.index}; {again} (labels={labels})")
+    path = index.path
     if index.label_source != labels:
         raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
     for name in sorted(set(place.names) - set(index.names)):
@@ -269,6 +234,14 @@ def open_index(
                 if not good:
                     raise DataError(f"shard {place.url(shard['name'])} changed since it was indexed; restore it or {again}")
     return index
+
+
+def _index_of(place: Place) -> Index | None:
+    """The index of a pattern, or one that another pattern with the same shards has (`train-*.tar`, as `trilevel pack` names them)."""
+    if place.index.is_file():
+        return Index(place.index)
+    other = Index(place.shared) if place.shared.is_file() else None
+    return other if other is not None and other.names == place.names else None
 
 
 def _now(place: Place, shard: dict[str, Any]) -> tuple[int | None, int | str]:

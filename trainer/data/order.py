@@ -15,7 +15,7 @@ one batch. Position is (epoch, step) and nothing else, so resuming anywhere on a
 grows with the number of shards and with lanes x window, beside the packed bits of `keep`.
 
 Letters: S shards, N examples, K kept examples, L lanes, R repeats, m = batch / (L R) examples a lane gives to a batch.
-Permutations come from a counter hash, not from numpy's generators, whose streams may change between releases.
+Permutations come from `hashing`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+
+from trainer.data.hashing import hashed, permutation
 
 _DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # what a random number is about
 
@@ -42,24 +44,6 @@ class Steps(NamedTuple):
     micro_batch: int
     accumulation: int
     slots: int
-
-
-def hashed(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 hash of integers (splitmix64 over each part in turn); arrays broadcast. The same on every machine."""
-    with np.errstate(over="ignore"):
-        state = np.uint64(0x6A09E667F3BCC909)
-        for part in parts:
-            word = np.asarray(part).astype(np.uint64)
-            z = (np.asarray(state) ^ word) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = z ^ (z >> np.uint64(31))
-    return np.asarray(state)
-
-
-def permutation(n: int, *about: int) -> np.ndarray:
-    """(n,) int64 permutation of 0 .. n - 1, a pure function of `about`."""
-    return np.argsort(hashed(*about, np.arange(n)), kind="stable")
 
 
 def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:

@@ -17,9 +17,9 @@ import numpy as np
 import PIL.Image
 from webdataset.writer import TarWriter
 
+from trainer.data.hashing import permutation
 from trainer.data.index import Index, build_index, open_index
 from trainer.data.labels import numbered
-from trainer.data.order import permutation
 from trainer.data.shards import DataError, bar
 from trainer.data.source import Image, images
 

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.cache import Cache, home
-from trainer.data.remote import Absent, DataError, Facts, scheme, stream
+from trainer.data.patience import Absent, DataError
+from trainer.data.remote import Facts, scheme, stream
 from trainer.data.shards import expand
 
 
 class Place(NamedTuple):
-    """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the file."""
+    """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the file, of
+    this pattern alone; shared: a name that other patterns may have too, looked at where `index` is missing."""
 
     root: str
     names: list[str]
     index: Path
+    shared: Path
 
     def is_remote(self) -> bool:
         return self.root == "" or bool(scheme(self.root))
@@ -62,13 +65,28 @@ def joined(root: str, name: str) -> str:
 
 
 def place_of(pattern: str, folder: str | None = None, allow_pipe: bool = False) -> Place:
-    """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`."""
+    """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`.
+
+    `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) a name of its own, so that
+    two that begin alike don't write over each other's.
+    """
     root, stem, names = expand(pattern, allow_pipe)
+    if scheme(pattern):
+        written = pattern.removeprefix(root) if root else pattern
+    else:
+        written = "*.tar" if os.path.isdir(pattern) else os.path.relpath(pattern, root)
     if folder is None and not scheme(pattern):
-        return Place(root, names, Path(root, f"{stem}.index"))
+        shared = Path(root, f"{stem}.index")
+        own = shared if written == f"{stem}-*.tar" else Path(root, f"{stem}-{_short(written)}.index")
+        return Place(root, names, own, shared)
     where = Path(os.path.expanduser(os.path.expandvars(folder))) if folder else home() / "index"
     about = pattern if not root else root if scheme(root) else os.path.abspath(root)
-    return Place(root, names, where / f"{stem}-{hashlib.blake2b(about.encode(), digest_size=6).hexdigest()}.index")
+    named = where / f"{stem}-{_short(f'{about} {written}')}.index"
+    return Place(root, names, named, where / f"{stem}-{_short(about)}.index")
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
 
 def hash_of(url: str) -> str:

@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import random
 import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
+from trainer.data.patience import DataError, Passing, good, patiently, pause
+
 _CHUNK = 1 << 18
-_TRIES, _WAIT, _LONGEST_WAIT = 10, 0.1, 30.0  # attempts in a row that bring nothing (80 s in all); seconds between them
 _PROGRESS = 1 << 20  # bytes that count as progress
 _SLOW = 60.0  # seconds without progress after which a connection is given up
 _TIMEOUT = (10.0, 30.0)  # to connect, to the next byte
 _SCHEME = re.compile(r"^(?:(pipe):|([A-Za-z][A-Za-z0-9+.-]*)://)")
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-class DataError(ValueError):
-    """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
-
-
-class Absent(DataError):
-    """What a server says isn't there, or not for us."""
 
 
 class Facts(NamedTuple):
@@ -38,14 +29,6 @@ class Facts(NamedTuple):
 
     bytes: int | None
     tag: str
-
-
-class _Passing(Exception):
-    """A failure that may be over at the next attempt. wait: seconds the server asks for."""
-
-    def __init__(self, text: str, wait: float = 0.0) -> None:
-        super().__init__(text)
-        self.wait = wait
 
 
 def scheme(name: str) -> str:
@@ -85,7 +68,7 @@ def listed(url: str) -> list[str]:
     bucket, key = _bucket(url)
     wanted = key + "*.tar" if key.endswith("/") or not key else key
     prefix = re.split(r"[*?\[]", wanted, maxsplit=1)[0]
-    pages = _patiently(url, lambda: list(_s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)))
+    pages = patiently(url, lambda: list(_s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)))
     keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
     depth = wanted.count("/")  # as in a shell, a wildcard stays inside its folder
     return sorted(f"s3://{bucket}/{k}" for k in keys if k.count("/") == depth and fnmatch.fnmatchcase(k, wanted))
@@ -107,13 +90,13 @@ def facts(url: str) -> Facts:
         with _web().head(url, timeout=_TIMEOUT, allow_redirects=True, headers={"Accept-Encoding": "identity"}) as reply:
             if reply.status_code in (405, 501):  # no HEAD here
                 return Facts(None, "")
-            _good(url, reply)
+            good(url, reply)
             length = reply.headers.get("Content-Length")
             return Facts(
                 int(length) if length else None, reply.headers.get("ETag", "") or reply.headers.get("Last-Modified", "")
             )
 
-    return _patiently(url, ask)
+    return patiently(url, ask)
 
 
 def stream(url: str, size: int | None = None) -> Iterator[bytes]:
@@ -133,15 +116,15 @@ def stream(url: str, size: int | None = None) -> Iterator[bytes]:
                     if at - mark >= _PROGRESS:
                         started, mark, failures = time.monotonic(), at, 0
                     elif time.monotonic() - started > _SLOW:
-                        raise _Passing(f"less than {_PROGRESS} bytes in {_SLOW:.0f} s")
+                        raise Passing(f"less than {_PROGRESS} bytes in {_SLOW:.0f} s")
             if size is None or at == size:
                 return
-            raise _Passing(f"the connection ended after {at} of {size} bytes")
+            raise Passing(f"the connection ended after {at} of {size} bytes")
         except Exception as error:
             if scheme(url) == "pipe":  # a command can't be taken up in the middle
                 raise error if isinstance(error, DataError) else DataError(f"shard {url}: {error}") from error
             failures += 1
-            _pause(url, error, failures)
+            pause(url, error, failures)
 
 
 def _opened(url: str, at: int) -> Generator[bytes, None, None]:
@@ -166,57 +149,12 @@ def _opened(url: str, at: int) -> Generator[bytes, None, None]:
     else:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
         with _web().get(url, stream=True, timeout=_TIMEOUT, headers=headers) as reply:
-            _good(url, reply)
+            good(url, reply)
             skip = at if reply.status_code == 200 else 0  # a server without ranges begins again
             for piece in reply.iter_content(_CHUNK):
                 if skip < len(piece):
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
-
-
-def _patiently(url: str, ask: Any) -> Any:
-    """What `ask()` returns, tried again with backoff while the failure may pass."""
-    failures = 0
-    while True:
-        try:
-            return ask()
-        except Exception as error:
-            failures += 1
-            _pause(url, error, failures)
-
-
-def _pause(url: str, error: Exception, failures: int) -> None:
-    """Wait before the next attempt, or raise DataError where another one makes no sense."""
-    if isinstance(error, DataError):
-        raise error
-    reason = f"{type(error).__name__}: {error}" if not isinstance(error, _Passing) else str(error)
-    code = getattr(error, "response", None)
-    if isinstance(code, dict):  # botocore's ClientError
-        status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if status not in _PASSING:
-            hint = "are AWS credentials and AWS_ENDPOINT_URL right?" if status in (401, 403) else "is the name right?"
-            kind = Absent if status in (401, 403, 404) else DataError
-            raise kind(f"shard {url}: the server says {status} {code.get('Error', {}).get('Message', '')}; {hint}") from error
-    elif isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)):
-        raise DataError(f"shard {url}: {error}") from error
-    elif not isinstance(error, (_Passing, OSError)) and type(error).__module__.split(".")[0] not in ("botocore", "urllib3"):
-        raise error  # our mistake, not the network's (requests' errors are OSErrors)
-    if failures >= _TRIES:
-        raise DataError(f"shard {url}: {reason} (after {failures} attempts); is the server up and reachable?") from error
-    longest = min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
-    asked = error.wait if isinstance(error, _Passing) else 0.0
-    time.sleep(min(max(asked, longest * random.uniform(0.5, 1.0)), _LONGEST_WAIT))  # spread: all ranks fail at once
-
-
-def _good(url: str, reply: Any) -> None:
-    status = reply.status_code
-    if status in _PASSING:
-        wait = reply.headers.get("Retry-After", "0")
-        raise _Passing(f"the server says {status} {reply.reason}", float(wait) if wait.isdecimal() else 0.0)
-    if status not in (200, 206):
-        hint = "credentials come from a netrc file (NETRC=FILE)" if status in (401, 403) else "is the name right?"
-        kind = Absent if status in (401, 403, 404, 410) else DataError
-        raise kind(f"shard {url}: the server says {status} {reply.reason}; {hint}")
 
 
 def _stat(path: str) -> os.stat_result:

@@ -20,7 +20,8 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from trainer.data.remote import DataError, listed, refuse, scheme
+from trainer.data.patience import DataError
+from trainer.data.remote import listed, refuse, scheme
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
 _BLOCK = 512

@@ -12,8 +12,8 @@ from gzip import GzipFile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.data.hashing import permutation
 from trainer.data.labels import label_table
-from trainer.data.order import permutation
 from trainer.data.shards import IMAGES, DataError, members
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
