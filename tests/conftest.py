@@ -70,10 +70,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def command(world: int, *words: str) -> list[str]:
     """`trilevel WORDS` on `world` processes of this machine."""
-    if world == 1:
-        return [sys.executable, "-m", "trainer", *words]
-    run = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
-    return [sys.executable, *run, "-m", "trainer", *words]
+    return [sys.executable, *torchrun(world), "-m", "trainer", *words]
+
+
+def torchrun(world: int) -> list[str]:
+    """Words for Python before a script or `-m MODULE` that make it `world` processes. The agent binds a port the system gives it and
+    keeps it for the ranks (one asked for here could be another job's by the time it is used); one process needs none."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from sparsity.types import DENSE, Plan
 from tests import drawn
-from tests.conftest import ROOT, environment, free_port, lines
+from tests.conftest import ROOT, environment, lines, torchrun
 from tests.run_of_lines import lines as made_up
 from tests.run_of_lines import write
 from trainer import control
@@ -159,7 +159,7 @@ def test_a_run_with_its_control_is_the_run_without_bit_for_bit(digits: Path, tmp
     path.write_text(JOB.replace("DIGITS", str(digits)))
     runs = [(f"zero-{zero}-{share}", f"engine.zero={zero} control={share}") for zero in (1, 2) for share in (0.0, 0.9)]
     words = [str(ROOT / "tests" / "runs_job.py"), str(path), *(f"name={name} {settings}" for name, settings in runs)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launch = [sys.executable, *torchrun(2)]
     done = subprocess.run([*launch, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = [tmp_path / "runs" / name for name, _ in runs]

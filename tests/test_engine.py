@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, environment, torchrun
 from trainer import config
 from trainer.data.order import Steps
 from trainer.engine_settings import deepspeed_config, refuse_conflicts
@@ -32,10 +32,9 @@ def job(
         str(stop),
         str(folder),
     ]
-    run = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())] if world > 1 else []
+    done = subprocess.run(
+        [sys.executable, *torchrun(world), *words], env=environment(), capture_output=True, text=True, timeout=240
     )
-    done = subprocess.run([sys.executable, *run, *words], env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["step"]: (line["loss"], line["norm"]) for line in lines}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import command, environment, free_port, kill, lines, started, wait_for
+from tests.conftest import command, environment, kill, lines, started, wait_for
 
 pytestmark = pytest.mark.dist
 Trilevel = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -147,7 +147,7 @@ def test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved(
 
 
 def test_accelerate_launch_does_the_same_job(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
     done = subprocess.run(
         [sys.executable, *words, "-m", "trainer", "train", str(recipe), "stop_at=4step"],
