@@ -47,7 +47,7 @@ def test_one_line_each_and_an_honest_exit_code(capsys, monkeypatch, tmp_path):
 
 
 def test_failures_are_counted(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "doctor", lambda hosts: [installation.Line("disk", "fail", "full", "free some")])
+    monkeypatch.setattr(doctor, "doctor", lambda hosts, ssh_config: [installation.Line("disk", "fail", "full", "free some")])
     assert doctor.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 to repair"
 

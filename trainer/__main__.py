@@ -211,7 +211,7 @@ def _compare(a: argparse.Namespace) -> None:
 def _doctor(a: argparse.Namespace) -> int:
     from trainer.doctor import main as doctor
 
-    return doctor(a.hosts)
+    return doctor(a.hosts, a.ssh_config)
 
 
 def _config(a: argparse.Namespace) -> Config:

@@ -120,7 +120,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the first dense one)")
     c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
     c = add("doctor", "what this machine has and lacks, one line each with the way out")
-    c.add_argument("--hosts", metavar="FILE")
+    c.add_argument("--hosts", metavar="FILE", help="one host per line: each is asked over ssh")
+    c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config")
     arguments, rest = parser.parse_known_args(
         words
     )  # overrides may stand behind an option: `train CONFIG --resume optim.lr=...`

@@ -35,7 +35,7 @@ NETWORKED = (
 TIMEOUT = 3.0  # seconds that anything outside this machine may take
 
 
-def doctor(hosts: str | Path | None = None, runs: str | Path = "runs") -> list[Line]:
+def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_config: str | None = None) -> list[Line]:
     """Everything that can be found out in some seconds about this machine, and about the hosts of a hostfile."""
     runs = Path(runs)
     lines = versions(constraints_file())
@@ -59,13 +59,13 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs") -> list[L
     if hosts is not None:
         from trainer.neighbours import ask
 
-        lines += ask(Path(hosts), runs)
+        lines += ask(Path(hosts), runs, ssh_config)
     return lines
 
 
-def main(hosts: str | None = None) -> int:
+def main(hosts: str | None = None, ssh_config: str | None = None) -> int:
     """Print the lines; 1 where one of them is a failure."""
-    lines = doctor(hosts)
+    lines = doctor(hosts, ssh_config=ssh_config)
     for line in lines:
         print(line.text())
     failed = sum(line.status == "fail" for line in lines)

@@ -73,8 +73,9 @@ def read_hosts(hostfile: Path) -> list[str]:
     return hosts
 
 
-def ask(hostfile: Path, runs: Path) -> list[Line]:
-    """One line per host, and one for their agreement about GPUs."""
+def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]:
+    """One line per host, and one for their agreement about GPUs. ssh_config: read instead of ~/.ssh/config."""
+    ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     try:
         hosts = read_hosts(hostfile)
     except (OSError, ValueError) as error:
@@ -84,11 +85,11 @@ def ask(hostfile: Path, runs: Path) -> list[Line]:
     token = runs / f".doctor-{uuid.uuid4().hex}"
     runs.mkdir(parents=True, exist_ok=True)
     token.touch()
-    door, port = _open_door(hosts[0])
+    door, port = _open_door(ssh, hosts[0])
     try:
         asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0], "port": port}
         with ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(lambda host: _ask(host, asked), hosts))
+            found = list(pool.map(lambda host: _ask(ssh, host, asked), hosts))
     finally:
         door.kill()
         door.wait()
@@ -103,12 +104,12 @@ def ask(hostfile: Path, runs: Path) -> list[Line]:
     return lines
 
 
-def _ask(host: str, asked: dict[str, Any]) -> dict[str, Any]:
+def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What a host answers, with the moments before and after; {"error": ...} where it does not."""
     started = time.time()
     try:
         done = subprocess.run(
-            [*SSH, host, f"{shlex.quote(sys.executable)} -"],
+            [*ssh, host, f"{shlex.quote(sys.executable)} -"],
             input=QUESTION.format(asked=json.dumps(asked)),
             capture_output=True,
             text=True,
@@ -158,10 +159,10 @@ def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
     return Line(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory; reaches {first}")
 
 
-def _open_door(host: str) -> tuple[subprocess.Popen[str], int]:
+def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
     """A listening port on the first host while the others are asked; port 0 where that failed."""
     seconds = int(PATIENCE)
-    words = [*SSH, host, f"{shlex.quote(sys.executable)} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
+    words = [*ssh, host, f"{shlex.quote(sys.executable)} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
     try:
         door = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except FileNotFoundError:
