@@ -46,6 +46,7 @@ class TrainState:
     best: float = float("-inf")
     best_step: int = -1
     broken: dict[str, str] = field(default_factory=dict)  # example id -> reason
+    skipped: list[int] = field(default_factory=list)  # steps whose gradient was not finite, as the journal counts
 
     def advanced(self, batches: int) -> TrainState:
         """After one more batch of an epoch that has `batches` of them."""

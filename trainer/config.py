@@ -114,10 +114,10 @@ class Config(Section):
                 f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: it needs DeepSpeed's ZeRO; set engine.zero=1, "
                 "or engine.precision=autocast"
             )
-        if e.kind == "deepspeed" and e.zero == 3 and (e.compile or o.ema is not None):
+        if e.kind == "deepspeed" and e.zero == 3 and e.compile:
             raise ValueError(
-                f"engine.zero=3 with engine.compile={e.compile}, optim.ema={o.ema}: neither works on parameters cut over ranks; use "
-                "engine.zero<=2"
+                "engine.zero=3 with engine.compile=true: torch.compile does not get through DeepSpeed's hooks on parameters cut over "
+                "ranks; use engine.zero<=2, or compile=false"
             )
         return self
 
@@ -140,7 +140,7 @@ FREE_TO_CHANGE = (
     "name", "runs", "stop_at", "log_every", "control", "tracking", "checkpoint", "evaluate.every", "evaluate.batch",
     "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "data.allow_pipe",
-    "engine.zero", "engine.kind", "engine.checkpointing",
+    "engine.zero", "engine.kind", "engine.checkpointing", "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip
 
 

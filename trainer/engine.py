@@ -48,6 +48,7 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         refuse_conflicts(settings, steps)
         plugin = None
+        self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         if settings.kind == "deepspeed":
             # told that it is on a CPU, accelerate forgets DeepSpeed (state.py: "and not cpu") and wraps in DDP; it finds the CPU itself
             os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -125,6 +126,8 @@ class Engine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean."""
+        # Times 1, or NaN where the loss is infinite: its gradient may be finite all the same. Then the norm below speaks for the loss too.
+        loss = loss * (1.0 + 0.0 * loss.detach())
         loss = loss * self.world  # both libraries average over ranks; the parts of a mean are to be added
         if self.settings.kind == "deepspeed":
             self.model.backward(loss, scale_wrt_gas=False)
@@ -134,16 +137,31 @@ class Engine:
             with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
                 loss.backward()
 
-    def step(self) -> None:
-        if self.settings.kind == "deepspeed":
-            if self.settings.zero == 0:  # DeepSpeed keeps no norm for plain gradients
-                grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-                self._norm = nn.utils.get_total_norm(grads)
+    def step(self) -> bool:
+        """One optimizer step; False, on all ranks, where the gradient (or a loss) was not finite: then nothing has moved, no
+        weight, no moment and no count.
+
+        The norm of the reduced gradient decides, which all ranks hold. That is one number read by the host per step: DeepSpeed's
+        ZeRO reads it in its own step whatever is asked, so DDP and ZeRO 0 do the same.
+        """
+        if self.settings.kind == "deepspeed" and self.settings.zero > 0:
             self.model.step()
-        else:
-            self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+            return not self.optimizer.overflow
+        if self.settings.kind == "deepspeed":  # it keeps no norm for plain gradients, and steps whatever they are
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            taken = bool(self._norm.isfinite())
+            if not taken:
+                self.model.zero_grad()
+                self.model.set_gradient_accumulation_boundary(False)
+            self.model.step()  # off a boundary it only counts the micro-batch
+            self.model.set_gradient_accumulation_boundary(None)
+            return taken
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+        taken = bool(self._norm.isfinite())
+        if taken:
             self.optimizer.step()
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
+        return taken
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step before clipping; a host sync, so for logging steps only."""
@@ -219,6 +237,17 @@ class Engine:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def forget(self) -> None:
+        """End this engine but not its process group: accelerate's singletons and what it wrote into the environment are put back,
+        so that the process can build another one."""
+        from accelerate.state import AcceleratorState
+
+        self.model = self.optimizer = None
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ |= self._environment
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -34,6 +34,8 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | ema (bool: weights of the moving average)                                        |
 | checkpoint | after it is durable          | epoch, batch, step, path, bytes, seconds                                         |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
+| skipped    | a step was not taken: its    | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
+|            | gradient was not finite      | the batch, see `seen`), skipped, in_row (steps so far)                           |
 | message    | a person should know it      | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours              |

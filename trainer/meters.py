@@ -36,10 +36,12 @@ class Meters:
         self._began, self._all_steps, self._all_waited = self._started, 0, 0.0
 
     def add(self, losses: Tensor, weights: Tensor, outcome: Outcome) -> None:
-        """One micro-batch; losses float32 (b,), weights (b,), both on the device."""
+        """One micro-batch; losses float32 (b,), weights (b,), both on the device. Losses that are not finite are left out."""
         valid = outcome.valid
         with torch.no_grad():
-            parts = [(losses.detach() * weights).sum(), weights.sum(), (outcome.correct & valid).sum(), valid.sum()]
+            finite = losses.isfinite()
+            losses, weights = (torch.where(finite, values.detach(), 0.0) for values in (losses, weights))
+            parts = [(losses * weights).sum(), weights.sum(), (outcome.correct & valid).sum(), valid.sum()]
             self._sums += torch.stack([part.to(torch.float64) for part in parts])
 
     def count(self, images: int, broken: list[tuple[int, str]], waited: float) -> None:

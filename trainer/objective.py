@@ -61,7 +61,8 @@ class Objective:
         own). `dominant`: right when the prediction is the dominating label, which is the argmax of the soft target.
         `without_partner`: the same, with the lesser label left out of the argmax, so that a close second isn't an error.
         `authors` (Tri-Level's code): each row speaks of its own image and label, however little of it is left.
-        Not valid: rows of weight 0, and copies of an image but the first (they share one set of weights).
+        Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
+        finite: they say nothing of their example.
         """
         logits, labels, there = record.logits.float(), batch.labels, batch.weights > 0
         mixed = there & partners(there) & (mix.lam < 1.0)
@@ -82,6 +83,5 @@ class Objective:
         if record.cls_attention is not None:
             attention = record.cls_attention.float()
             spread = attention.var(dim=1, correction=0) * attention.shape[1] ** 2  # comparable across token counts
-        return ids, Outcome(
-            correct=logits.argmax(dim=-1) == label, loss=losses.detach(), spread=spread, valid=there & (copies == 0)
-        )
+        valid = there & (copies == 0) & losses.isfinite()
+        return ids, Outcome(correct=logits.argmax(dim=-1) == label, loss=losses.detach(), spread=spread, valid=valid)

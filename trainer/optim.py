@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.engine_state import fill, gathered, held, take
 from trainer.sections import Optim
 from trainer.values import ConfigError
 
@@ -33,16 +34,22 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
     if outside:
         raise ConfigError(f"{', '.join(outside)}: trainable parameters outside the timm model, no group is defined for them")
-    return create_optimizer_v2(
-        network,
-        opt=settings.name,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        filter_bias_and_bn=True,
-        layer_decay=settings.layer_decay,
-        betas=settings.betas,  # timm takes out what this optimizer has no use for
-        eps=settings.eps,
-    )
+    try:
+        return create_optimizer_v2(
+            network,
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            filter_bias_and_bn=True,
+            layer_decay=settings.layer_decay,
+            betas=settings.betas,  # timm takes out what this optimizer has no use for
+            eps=settings.eps,
+            **({"fused": True} if settings.fused else {}),
+        )
+    except TypeError as error:
+        if "fused" not in str(error):
+            raise
+        raise ConfigError(f"optim.fused=true: {settings.name} has no fused step; use adamw or sgd, or fused=false") from error
 
 
 def refuse_unknown(name: str) -> None:
@@ -79,27 +86,25 @@ class Ema:
     """Exponential moving average of the weights in float32, on their device: average <- decay * average + (1 - decay) * weight.
 
     As timm's ModelEmaV3 with a constant decay: floating point buffers are averaged too, others copied. `decay` None: nothing is
-    kept and every method does nothing. Names are those of `module`. Raises ConfigError under ZeRO 3, where a rank
-    holds only pieces of a parameter.
+    kept and every method does nothing. Names are those of `module`. Under ZeRO 3 each rank averages its own pieces: build it after
+    `Engine.prepare`.
     """
 
     def __init__(self, module: nn.Module, decay: float | None):
-        self.decay = decay
+        self.decay, self._module = decay, module
         self._averages: dict[str, Tensor] = {}
         if decay is None:
             return
-        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-            raise ConfigError(f"optim.ema={decay} with engine.zero=3: weights are cut over the ranks; use engine.zero<=2")
-        for name, value in module.state_dict().items():
+        for name, value in held(module).items():
             self._averages[name] = value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """After every optimizer step; no host sync."""
+        """After every optimizer step; no host sync, nothing is sent."""
         if self.decay is None:
             return
         averages, weights = [], []
-        for name, value in module.state_dict().items():
+        for name, value in held(module).items():
             if value.is_floating_point():
                 averages.append(self._averages[name])
                 weights.append(value.float())
@@ -111,29 +116,20 @@ class Ema:
     @torch.no_grad()
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside the block `module` holds the averages; after it, whatever happens, the weights it had before, to the bit."""
-        weights = {name: value.detach().clone() for name, value in module.state_dict().items()} if self._averages else {}
+        weights = {name: value.detach().clone() for name, value in held(module).items()} if self._averages else {}
         try:
-            _fill(module, self._averages)
+            fill(module, self._averages)
             yield
         finally:
-            _fill(module, weights)
+            fill(module, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every average on the CPU, {} without a decay."""
-        return {name: value.cpu().clone() for name, value in self._averages.items()}
+        """Every average whole on the CPU, {} without a decay; under ZeRO 3 collective, and {} on all ranks but the first."""
+        return gathered(self._module, self._averages)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ConfigError where the names are not those of this model."""
         wrong = sorted(state.keys() ^ self._averages.keys())
         if wrong:
             raise ConfigError(f"the saved average (optim.ema={self.decay}) is of another model: {', '.join(wrong[:4])} ...")
-        for name, value in state.items():
-            self._averages[name].copy_(value)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    state = module.state_dict()  # the tensors in it are the module's own
-    for name, value in values.items():
-        state[name].copy_(value)
+        take(self._module, self._averages, state)

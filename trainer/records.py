@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparsity.types import Plan, Selection
-from trainer import kept, report, run
+from trainer import kept, report, run, skips
 from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.console import Console
@@ -20,7 +20,7 @@ from trainer.control import told
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder
 from trainer.data.shards import DataError
-from trainer.engine import Engine, EngineError
+from trainer.engine import Engine
 from trainer.evaluate import Scores
 from trainer.journal import Journal, lineage
 from trainer.savings import savings
@@ -152,8 +152,7 @@ class Records:
     def step(
         self, state: TrainState, measured: tuple[dict[str, float], dict[int, str]], chain: str, norm: float, **facts: Any
     ) -> TrainState:
-        """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`,
-        EngineError where the loss is no number."""
+        """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`."""
         meters, broken = measured
         state = replace(
             state,
@@ -172,11 +171,17 @@ class Records:
             self._journal.write("step", **line)
             self._console.step(**line)
         self._refuse_broken(state)
-        if meters["loss"] != meters["loss"] or abs(meters["loss"]) == float("inf"):
-            raise EngineError(
-                f"the loss is {meters['loss']} at step {state.step}: lower optim.lr, set optim.clip, or use engine.precision=float32; "
-                "the last checkpoint is from before"
-            )
+        return state
+
+    def skipped(self, before: TrainState, state: TrainState, seen: str) -> TrainState:
+        """The step from `before` to `state` was not taken; its batch has the digest `seen`. Raises EngineError where there are too
+        many of them, see `skips`."""
+        state = self._state = replace(state, skipped=[*state.skipped, state.step])
+        if self._journal is not None and self._console is not None:
+            line = skips.facts(before.epoch, before.batch, seen, state.skipped)
+            self._journal.write("skipped", **line)
+            self._console.message(skips.told(line, self.directory))
+        skips.refuse_too_many(state.skipped, self.config.optim, self.directory)
         return state
 
     def _refuse_broken(self, state: TrainState) -> None:

@@ -83,6 +83,9 @@ class Optim(Section):
     warmup_lr: float = Field(default=1e-6, ge=0.0)
     min_lr: float = Field(default=1e-5, ge=0.0)
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay per step
+    fused: bool = False  # one kernel per step where the optimizer has one (torch's AdamW, Adam, SGD, Adagrad)
+    max_skipped: int = Field(default=20, ge=0)  # steps of a run without a finite gradient that are skipped; one more stops it
+    max_skipped_in_row: int = Field(default=4, ge=0)  # the same, of steps that follow one another
 
 
 class Examples(Section):

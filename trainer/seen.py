@@ -38,6 +38,7 @@ class Chain:
 
     def __init__(self, head: str = ""):
         self.head = head
+        self.last = ""  # digest of the newest batch in the chain, over all ranks: names it whoever looks
         self._pending: list[int] = []
 
     def add(self, ids: torch.Tensor, draw: torch.Tensor, weights: torch.Tensor) -> None:
@@ -50,5 +51,6 @@ class Chain:
             total = engine.sum(torch.tensor(self._pending, dtype=torch.int64).to(engine.device)).cpu().numpy()
             for value in total:
                 self.head = linked(self.head, value)
+            self.last = f"{int(total[-1]) & (1 << 64) - 1:016x}"
             self._pending.clear()
         return self.head

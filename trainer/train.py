@@ -98,15 +98,16 @@ def train(config: Config, resume: bool = False) -> Ended:
                     credited, outcome = objective.credit(part, record, losses, mix)
                     examples.observe(credited, outcome)
                     meters.add(losses, part.weights, outcome)
-                engine.step()
-                ema.update(model.vit)
+                if taken := engine.step():
+                    ema.update(model.vit)
 
                 meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
                 finished = state.epoch == config.epochs
                 ending = finished or stop or _reached(config.stop_at, state, order.steps)
                 saving = ending or _due(config.checkpoint.every, before, state, order.steps)
-                if saving or _due(config.log_every, before, state, order.steps):  # what is saved is also told: see `audit`
+                # what is saved, and what was skipped, is also told: see `audit`
+                if saving or not taken or _due(config.log_every, before, state, order.steps):
                     facts = {
                         "progress": progress,
                         "lr": lr,
@@ -114,6 +115,7 @@ def train(config: Config, resume: bool = False) -> Ended:
                         "keep_connections": plan.keep_connections,
                     }
                     state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
+                    state = state if taken else records.skipped(before, state, chain.last)
                 with meters.paused():
                     if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw)):
                         records.control(state, progress, told)
@@ -192,14 +194,15 @@ def _save(
     """Gather everything on all ranks, write it on rank 0, and let nobody go on before it is on disk."""
     started = time.perf_counter()
     weights, optimizer, statistics = engine.state.weights(), engine.state.moments(), examples.state_dict(engine.gather)
+    averages = ema.state_dict()
     path, failure = None, ""
     if engine.is_main:
         try:
             path = checkpoint.save_checkpoint(
                 records.checkpoints, state, config, fingerprint,
-                weights=weights, optimizer=optimizer, ema=ema.state_dict(), examples=statistics, selection=selection,
+                weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection,
             )  # fmt: skip
-            records.weights({**weights, **ema.state_dict()})
+            records.weights({**weights, **averages})
         except OSError as error:
             failure = f"checkpoint at step {state.step} could not be written: {error}; the one before is whole: make room, then --resume"
     if failure := engine.share(failure):
