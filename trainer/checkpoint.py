@@ -1,31 +1,29 @@
-"""Checkpoints: whole, elastic, readable without pickle, and never half written.
+"""Checkpoints: what a run must know to go on, whole, elastic, readable without pickle.
 
 A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA), one npz (example statistics and
-selection) and `state.json` (position, chain, configuration, shard fingerprint). Everything is stored by timm's parameter name and
-whole, so any world size and any ZeRO stage can go on from it. It is written under a temporary name, fsynced, renamed; the file
-`latest` moves last, so a crash at any point leaves the previous one or the new one.
+selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Everything is stored by timm's
+parameter name and whole, so any world size and any ZeRO stage can go on from it. How it gets to the disk: see `shelf`.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsity.types import Selection
+from trainer import shelf, tensorfile
 from trainer.config import Config, differences
 from trainer.configfile import parse
+from trainer.disk import Disk
+from trainer.sections import Checkpoint
 from trainer.values import ConfigError
-
-FORMAT = 1
-TEMPORARY = ".writing-"
 
 
 class CheckpointError(RuntimeError):
@@ -47,11 +45,14 @@ class TrainState:
     best_step: int = -1
     broken: dict[str, str] = field(default_factory=dict)  # example id -> reason
     skipped: list[int] = field(default_factory=list)  # steps whose gradient was not finite, as the journal counts
+    progress: float = 0.0  # epochs behind, the started one in part
+    owed: dict[str, float] = field(default_factory=dict)  # an evaluation that a stop cut short, {"at": progress its plan is of}
 
     def advanced(self, batches: int) -> TrainState:
         """After one more batch of an epoch that has `batches` of them."""
         end = self.batch + 1 >= batches
-        return replace(self, epoch=self.epoch + end, batch=0 if end else self.batch + 1, step=self.step + 1)
+        epoch, batch = self.epoch + end, 0 if end else self.batch + 1
+        return replace(self, epoch=epoch, batch=batch, step=self.step + 1, progress=epoch + batch / batches)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ def save_checkpoint(
     OSError (a full disk) leaves the previous checkpoint in place and no half-written folder behind.
     """
     disk = disk or Disk()
-    name = f"step-{state.step:08d}"
     arrays = {f"examples.{k}": v for k, v in examples.items()}
     if selection is not None:
         arrays["selection.keep"] = selection.keep
@@ -93,76 +93,91 @@ def save_checkpoint(
             arrays["selection.weight"] = selection.weight
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
+    files: dict[str, Iterable[Any]] = {
+        "weights.safetensors": tensorfile.pieces(weights, {}),
+        "optimizer.safetensors": tensorfile.pieces(optimizer, {}),
+        "ema.safetensors": tensorfile.pieces(ema, {}),
+        "examples.npz": [buffer.getbuffer()],
+    }
     about = {
-        "format": FORMAT,
         "state": asdict(state),
         "config": config.resolved(),
         "fingerprint": fingerprint,
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
     }
-    files = {
-        "weights.safetensors": save(weights, {"format": "pt"}),
-        "optimizer.safetensors": save(optimizer, {"format": "pt"}),
-        "ema.safetensors": save(ema, {"format": "pt"}),
-        "examples.npz": buffer.getvalue(),
-    }
-    about["bytes"] = {file: len(content) for file, content in files.items()}
-    files["state.json"] = json.dumps(about, indent=1).encode()
+
+    def same(there: dict[str, Any]) -> bool:
+        """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
+        known = {key: there[key] for key in ("config", "fingerprint")}
+        return known == {key: about[key] for key in known} and all(
+            there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step")
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
-    temporary, final = folder / (TEMPORARY + name), folder / name
+    path = shelf.put(folder, state.step, files, about, same, disk)
+    shelf.clear(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
+    return path
+
+
+class OnDisk(NamedTuple):
+    """A usable checkpoint: its folder's name, and where it stands."""
+
+    name: str
+    step: int
+    progress: float  # in epochs
+
+
+def retained(there: list[OnDisk], settings: Checkpoint, current: str, best_step: int) -> set[str]:
+    """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or behind each multiple of `keep_every`,
+    and the current one. Of several of one step the last counts."""
+    last = {one.step: one for one in there}
+    wanted = {one.name for one in list(last.values())[-settings.keep :]} | {current}
+    if settings.best and best_step in last:
+        wanted.add(last[best_step].name)
+    if (every := settings.keep_every).count > 0:
+        reached = 0
+        for one in last.values():
+            multiple = int((one.step if every.unit == "step" else one.progress) // every.count)
+            if multiple > reached:
+                wanted.add(one.name)
+            reached = max(multiple, reached)
+    return wanted
+
+
+def _on(folder: Path, disk: Disk) -> list[OnDisk]:
+    found = []
+    for name in shelf.by_age(disk.names(folder)):
+        try:
+            state = shelf.examine(folder / name, disk, content=False)["state"]
+        except shelf.Damaged:
+            continue
+        found.append(OnDisk(name, state["step"], state.get("progress") or state["epoch"]))
+    return found
+
+
+def newest(folder: Path) -> shelf.Found:
+    """The checkpoint a resume starts from, every file of it read and held against its hash. Raises CheckpointError where there are
+    some and all are damaged: starting anew in their place must be said."""
     try:
-        if not _same(final, state, config, fingerprint):  # the same step again, after a resume: only `latest` has to move
-            _discard(temporary, disk)
-            _discard(final, disk)
-            disk.mkdir(temporary)
-            for file, content in files.items():
-                disk.write(temporary / file, content)
-            disk.sync_folder(temporary)
-            disk.rename(temporary, final)
-            disk.sync_folder(folder)
-        disk.write(folder / (TEMPORARY + "latest"), name.encode())
-        disk.rename(folder / (TEMPORARY + "latest"), folder / "latest")
-        disk.sync_folder(folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _retain(folder, config.checkpoint.keep, name, state.best_step if config.checkpoint.best else -1, disk)
-    return final
+        return shelf.newest(folder)
+    except shelf.Damaged as error:
+        raise CheckpointError(str(error)) from error
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint a resume starts from, or None. Where `latest` is lost or points nowhere, the newest complete folder."""
-    pointer = folder / "latest"
-    if pointer.is_file() and (found := folder / pointer.read_text().strip()).is_dir() and complete(found):
-        return found
-    whole = [path for path in sorted(folder.glob("step-*")) if complete(path)]
-    return whole[-1] if whole else None
-
-
-def complete(path: Path) -> bool:
-    """Whether every file of a checkpoint is there in its full length."""
-    try:
-        about = json.loads((path / "state.json").read_text())
-        return all((path / file).stat().st_size == size for file, size in about["bytes"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _same(path: Path, state: TrainState, config: Config, fingerprint: str) -> bool:
-    """Whether a whole checkpoint of this very state lies there: seen the same, by the same settings, on the same shards."""
-    if not complete(path):
-        return False
-    about = json.loads((path / "state.json").read_text())
-    there = about["format"], about["state"]["step"], about["state"]["chain"], about["config"], about["fingerprint"]
-    return there == (FORMAT, state.step, state.chain, config.resolved(), fingerprint)
+    return newest(folder).path
 
 
 def load(path: Path, config: Config, fingerprint: str) -> Saved:
     """Read a checkpoint. Raises CheckpointError where resuming would silently change the run: every difference is named."""
-    about = json.loads((path / "state.json").read_text())
-    if about["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}: use the version that wrote it")
+    try:
+        about = shelf.examine(path, content=False)
+    except shelf.Damaged as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
+    if about["format"] > shelf.FORMAT:
+        raise CheckpointError(
+            f"{path}: format {about['format']}, this version reads up to {shelf.FORMAT}: use the version that wrote it"
+        )
     try:
         theirs = parse(about["config"], str(path))
     except ConfigError as error:
@@ -190,46 +205,3 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
         selection=selection,
         path=path,
     )
-
-
-class Disk:
-    """The four things a save does to a disk, in one place so that a test can stop time after each of them."""
-
-    def mkdir(self, path: Path) -> None:
-        path.mkdir(parents=True)
-
-    def write(self, path: Path, content: bytes) -> None:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rename(self, old: Path, new: Path) -> None:
-        os.replace(old, new)
-
-    def sync_folder(self, path: Path) -> None:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def remove(self, path: Path) -> None:
-        shutil.rmtree(path)
-
-
-def _retain(folder: Path, newest: int, current: str, best_step: int, disk: Disk) -> None:
-    names = sorted(path.name for path in folder.glob("step-*"))
-    wanted = {*names[-newest:], current, f"step-{best_step:08d}"}
-    for name in names:
-        if name not in wanted:
-            _discard(folder / name, disk)
-
-
-def _discard(path: Path, disk: Disk) -> None:
-    if path.exists():
-        # renamed first: a folder that is being deleted must not look like a checkpoint
-        doomed = path if path.name.startswith(TEMPORARY) else path.with_name(TEMPORARY + "old-" + path.name)
-        if doomed != path:
-            disk.rename(path, doomed)
-        disk.remove(doomed)

@@ -145,7 +145,9 @@ class Engine(Section):
 class Checkpoint(Section):
     every: Length = Duration(count=1, unit="ep")
     keep: int = Field(default=2, ge=1)  # newest checkpoints kept
+    keep_every: Length = Duration(count=0, unit="ep")  # beside them the first one at or behind each multiple of this; 0 = none
     best: bool = True  # keep the best one too
+    asynchronous: bool = True  # write in the background: training waits for the copy into memory, not for the disk
 
 
 class Tracking(Section):

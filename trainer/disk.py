@@ -1,0 +1,105 @@
+"""What a checkpoint does to a disk: files that are on it when `write` returns, renames, and the syncs that make them last.
+
+All of it goes through a handful of system calls, given as `system`: a test puts a disk of its own there, which may fail at any of
+them, or lose at a crash whatever was not synced, in any order that POSIX allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CHUNK = 16 << 20  # bytes handed to the system at once
+
+
+class Content(NamedTuple):
+    """What is in a file: its length, and the BLAKE2b hash of it (16 bytes, hexadecimal)."""
+
+    size: int
+    hash: str
+
+
+class Disk:
+    """Files and folders by `system` (the module `os`, or what stands for it). Every method may raise OSError."""
+
+    def __init__(self, system: Any = os):
+        self._os = system
+
+    def make_folder(self, path: Path) -> None:
+        self._os.mkdir(path)
+
+    def write(self, path: Path, pieces: Iterable[Any]) -> Content:
+        """A file of `pieces` (bytes, or buffers of them), on the disk when this returns; its name lasts after `sync` of the folder."""
+        size, hashed = 0, hashlib.blake2b(digest_size=16)
+        handle = self._os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            for piece in pieces:
+                whole = memoryview(piece)
+                for start in range(0, len(whole), CHUNK):
+                    part = whole[start : start + CHUNK]
+                    size += len(part)
+                    hashed.update(part)
+                    while len(part):
+                        part = part[self._os.write(handle, part) :]
+            self._os.fsync(handle)
+        finally:
+            self._os.close(handle)
+        return Content(size, hashed.hexdigest())
+
+    def rename(self, old: Path, new: Path) -> None:
+        """`new` is what `old` was, at once; which of the two a crash leaves is decided by `sync` of the folder."""
+        self._os.replace(old, new)
+
+    def sync(self, folder: Path) -> None:
+        """The names in a folder are on the disk when this returns."""
+        handle = self._os.open(folder, os.O_RDONLY, 0)
+        try:
+            self._os.fsync(handle)
+        finally:
+            self._os.close(handle)
+
+    def remove(self, path: Path) -> None:
+        """A file, or a folder with what is in it; nothing where there is none."""
+        try:
+            self._os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except (IsADirectoryError, PermissionError):
+            for name in self.names(path):
+                self.remove(path / name)
+            self._os.rmdir(path)
+
+    def names(self, folder: Path) -> list[str]:
+        """What lies in a folder, sorted; empty where there is no such folder."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(self._os.listdir(folder))
+        return []
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file, -1 where there is none."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return int(self._os.stat(path).st_size)
+        return -1
+
+    def read(self, path: Path) -> bytes:
+        return b"".join(self._chunks(path))
+
+    def content(self, path: Path) -> Content:
+        """What is in a file now, read whole."""
+        size, hashed = 0, hashlib.blake2b(digest_size=16)
+        for chunk in self._chunks(path):
+            size += len(chunk)
+            hashed.update(chunk)
+        return Content(size, hashed.hexdigest())
+
+    def _chunks(self, path: Path) -> Iterable[bytes]:
+        handle = self._os.open(path, os.O_RDONLY, 0)
+        try:
+            while chunk := self._os.read(handle, CHUNK):
+                yield chunk
+        finally:
+            self._os.close(handle)
