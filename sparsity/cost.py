@@ -7,6 +7,7 @@ as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only) is n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -69,7 +70,8 @@ def shape_of(model: SparseViT) -> Shape:
         num_prefix=vit.num_prefix_tokens,
         num_patches=num_patches,
         width=vit.embed_dim,
-        embed=num_patches * convolution.weight[0].numel() * convolution.out_channels,
+        # from the settings of the layer: under ZeRO 3 its weight is empty here
+        embed=num_patches * convolution.in_channels // convolution.groups * prod(convolution.kernel_size) * convolution.out_channels,
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
         blocks=tuple(BlockShape(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
