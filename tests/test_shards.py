@@ -16,7 +16,8 @@ from webdataset import WebDataset
 from tests.drawn import jpeg, write_shards, write_tar
 from trainer.data.index import Index, build_index, open_index
 from trainer.data.reader import Reader
-from trainer.data.shards import DataError, expand, fingerprint, members, samples
+from trainer.data.shards import DataError, expand, fingerprint, samples
+from trainer.data.tar import members
 
 
 def index_of(pattern: str, labels: str = "cls") -> Index:
@@ -132,6 +133,74 @@ def test_damaged_tars_are_refused_by_name(tmp_path: Path, how: str) -> None:
     reason = {"cut in a member": "truncated inside 'img00002", "not a tar": "no tar header", "gzip": "no tar header.*gzip"}
     with pytest.raises(DataError, match=rf"train-0001.tar: {reason.get(how, 'truncated, it ends')}"):
         index_of(pattern)
+
+
+def block(name: str, kind: bytes, data: bytes, size: bytes | None = None) -> bytes:
+    """A member as raw bytes; `size`: its field of 12 bytes, whatever the truth."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:512])
+    header[124:136] = header[124:136] if size is None else size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data + b"\0" * (-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (block("p", b"x", b"hello"), "no tar header at byte 0"),
+        (block("p", b"x", b"0 path=a.jpg\n"), "no tar header at byte 0"),  # would be read for ever
+        (block("p", b"x", b"99 path=a.jpg\n"), "no tar header at byte 0"),
+        (block("p", b"x", b"13 size=-999\n"), "no tar header at byte 1024"),
+        (block("p", b"L", b"", b"77777777777\0"), "truncated inside 'p'"),
+        (block("b.jpg", b"0", b"", b"-7777777777\0"), "no tar header at byte 0"),  # would go backwards
+        (block("b.jpg", b"0", b"", b"\xff" * 12), "no tar header at byte 0"),
+        (block("b.jpg", b"1", b""), "'b.jpg' is a hard link.*--hard-dereference"),
+        (block("b.jpg", b"2", b""), "'b.jpg' is a symbolic link"),
+        (block("b.jpg", b"S", b""), "'b.jpg' is a sparse file.*without --sparse"),
+        (block("p", b"x", b"28 GNU.sparse.name=d/b.jpeg\n"), "'d/b.jpeg' is a sparse file"),
+        (block("b.jpg", b"0", b"") + bytes(1024), "another tar follows behind its end mark"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path: Path, first: bytes, reason: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(first + block("a.jpg", b"0", jpeg(0)) + block("a.cls", b"0", b"0") + bytes(1024))
+    with pytest.raises(DataError, match=rf"a.tar: {reason}"):
+        list(members(path))
+
+
+def test_links_and_folders_that_are_no_images_are_left_alone(tmp_path: Path) -> None:
+    other = block("README", b"2", b"") + block("folder/", b"5", b"") + block("old/", b"\0", b"") + block("c.jpg", b"7", b"1234")
+    (tmp_path / "a.tar").write_bytes(other + bytes(512))
+    assert [tuple(m) for m in members(tmp_path / "a.tar") if m.length] == [("c.jpg", 4 * 512, 4)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "member", "reason"),
+    [
+        ("cls", b"", "label ''"),
+        ("cls", b"-1", "label '-1'"),
+        ("cls", b"3.0", "label '3.0' is neither a name nor a whole number"),
+        ("cls", b"99999999999", "class number 99999999999 is far too large"),
+        ("json:l", b'{"l": 3.0}', "field 'l' of its .json is 3.0"),
+        ("json:l", b'{"l": null}', "is None"),
+        ("json:l", b"[3]", "no field 'l'"),
+        ("json:l", b"{", "no field 'l'"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(tmp_path: Path, labels: str, member: bytes, reason: str) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), f"a.{labels[:4].rstrip(':')}": member})
+    with pytest.raises(DataError, match=reason):
+        index_of(str(tmp_path / "a.tar"), labels)
+
+
+def test_shards_without_an_example_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a-0.tar", {})
+    with pytest.raises(DataError, match="no example in them"):
+        index_of(str(tmp_path / "a-*.tar"))
+    write_tar(tmp_path / "a-1.tar", {"a.jpg": jpeg(0), "a.cls": b"0"})
+    assert index_of(str(tmp_path / "a-*.tar")).sizes.tolist() == [0, 1]
 
 
 def test_samples_that_make_no_example(tmp_path: Path) -> None:

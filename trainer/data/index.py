@@ -121,6 +121,8 @@ def build_index(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if not any(len(scan.offset) for scan in scans):
+        raise DataError(f"shards {pattern!r}: no example in them; were they packed to the end?")
     if labels.startswith("file:"):
         scans = _from_file(Path(labels.removeprefix("file:")), scans)
     texts = {text for scan in scans for text in scan.values}

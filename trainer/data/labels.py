@@ -6,10 +6,15 @@ Classes are the sorted names (for ImageNet the sorted wnids, as timm and torchvi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.data.shards import DataError, Sample, read
+from trainer.data.shards import DataError, Sample
+from trainer.data.tar import read
+
+_CLASSES = 1 << 20  # more is a mistake: every class up to the largest number gets a name
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?|[-+]?\d+\.")
 
 
 def label_of(labels: str) -> Callable[[Path, Sample], str]:
@@ -38,6 +43,10 @@ def label_of(labels: str) -> Callable[[Path, Sample], str]:
             value = json.loads(text)[field]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"shard {path}: key {sample.key!r}: its .json has no field {field!r}: {text[:80]}") from None
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise DataError(
+                f"shard {path}: key {sample.key!r}: field {field!r} of its .json is {value!r:.80}; a label is a text or a whole number"
+            )
         return str(value)
 
     return label
@@ -80,12 +89,17 @@ def numbered(texts: set[str], labels: str, classes: list[str] | None, where: str
     Whole numbers (not from keys: a folder is a name) are class numbers as they stand. Raises DataError naming the label.
     """
     decimal = {t for t in texts if t.isdecimal()} if labels != "key" else set()
+    for text in sorted(texts - decimal):
+        if not text or (labels != "key" and _NUMBER.fullmatch(text)):  # sorted as text, 10.0 would come before 2.0
+            raise DataError(f"{where}: label {text!r} is neither a name nor a whole number from 0; mend it")
     if decimal and decimal != texts:
         raise DataError(
             f"{where}: labels are numbers ({min(decimal)!r}) and names ({min(texts - decimal)!r}) at once; mend them"
         )
     if decimal:
         number = {t: int(t) for t in texts}
+        if (most := max(number.values())) >= _CLASSES:
+            raise DataError(f"{where}: class number {most} is far too large (at most {_CLASSES - 1}); mend it")
         classes = [str(i) for i in range(max(number.values()) + 1)] if classes is None else classes
     else:
         classes = sorted(texts) if classes is None else classes

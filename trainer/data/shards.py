@@ -22,21 +22,11 @@ from webdataset.tariterators import base_plus_ext
 
 from trainer.data.patience import DataError
 from trainer.data.remote import listed, refuse, scheme
+from trainer.data.tar import IMAGES, Member, members
 
-IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
-_BLOCK = 512
 _SAMPLES, _SAMPLE = 16, 4096  # blocks hashed by the fast fingerprint
 _WHOLE = 1 << 20  # shards up to this size are always hashed whole
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-
-
-class Member(NamedTuple):
-    """A file in a tar: name, and where its bytes are."""
-
-    name: str
-    offset: int
-    length: int
 
 
 class Sample(NamedTuple):
@@ -99,76 +89,6 @@ def open_pipe(url: str) -> BinaryIO:
     return gopen(url)  # pyright: ignore[reportReturnType]
 
 
-def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order; bytes start .. stop of the file hold the tar.
-
-    Reads headers only (about 5 us each). Understands ustar, GNU long names and pax paths. Raises DataError on a truncated,
-    damaged or compressed tar.
-    """
-    with open(path, "rb") as file:
-        descriptor = file.fileno()
-        stop = os.fstat(descriptor).st_size if stop is None else stop
-        at, name, pax_size = start, None, None
-        while True:
-            header = os.pread(descriptor, _BLOCK, at)
-            if len(header) < _BLOCK or at + _BLOCK > stop:
-                raise DataError(f"shard {path}: truncated, it ends at byte {stop} without an end mark; copy or pack it again")
-            if not any(header):
-                return
-            length, kind = _check(path, header, at), header[156:157]
-            if pax_size is not None and kind not in b"xgLK":
-                length = pax_size
-            offset = at + _BLOCK
-            if offset + length > stop:
-                raise DataError(
-                    f"shard {path}: truncated inside {_text(header[:100])!r}, which ends at byte {offset + length} of {stop}; "
-                    "copy or pack it again"
-                )
-            at = offset + -(-length // _BLOCK) * _BLOCK
-            if kind == b"L":
-                name = _text(os.pread(descriptor, length, offset))
-            elif kind == b"x":
-                pax = _pax(os.pread(descriptor, length, offset))
-                name, pax_size = pax.get("path", name), int(pax["size"]) if "size" in pax else None
-            elif kind not in b"gK":
-                if kind in b"0\0":
-                    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-                    short = _text(header[:100])
-                    yield Member(name or (f"{prefix}/{short}" if prefix else short), offset, length)
-                name, pax_size = None, None
-
-
-def _check(path: str | Path, header: bytes, at: int) -> int:
-    """Length of a member, its header's checksum held against its bytes."""
-    try:
-        stored = int(_text(header[148:156]).strip() or "x", 8)
-        if stored != sum(header[:148]) + 256 + sum(header[156:]):
-            raise ValueError
-        if header[124] & 0x80:  # a number too long for octal digits
-            return int.from_bytes(header[125:136], "big")
-        return int(_text(header[124:136]).strip() or "0", 8)
-    except ValueError:
-        packed = _COMPRESSED.get(header[:2]) if at == 0 else None
-        reason = (
-            f"it is {packed} compressed; examples are read by their place, so unpack it" if packed else "copy or pack it again"
-        )
-        raise DataError(f"shard {path}: no tar header at byte {at}; {reason}") from None
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    records, at = {}, 0
-    while at < len(data):
-        length = int(data[at : data.index(b" ", at)])
-        key, _, value = data[at : at + length - 1].split(b" ", 1)[1].partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        at += length
-    return records
-
-
 def samples(path: str | Path) -> Iterator[Sample]:
     """The examples of a shard, in order. Raises DataError: see `members`; a sample without an image or with two."""
     key, group = None, {}
@@ -190,13 +110,11 @@ def samples(path: str | Path) -> Iterator[Sample]:
 def _sample(path: str | Path, key: str, group: dict[str, Member]) -> Sample:
     found = [e for e in group if e in IMAGES] or [e for e in group if e.rsplit(".", 1)[-1] in IMAGES]
     if len(found) != 1:
-        raise DataError(f"shard {path}: key {key!r} has {len(found)} images among its members {sorted(group)}; one is needed")
+        raise DataError(
+            f"shard {path}: key {key!r} has {len(found)} images among its members {sorted(group)}; one is needed (a key ends at "
+            "the first dot of a file name, and its members lie side by side: tar --sort=name)"
+        )
     return Sample(key, group[found[0]], {e: m for e, m in group.items() if e != found[0]})
-
-
-def read(path: str | Path, member: Member) -> bytes:
-    with open(path, "rb") as file:
-        return os.pread(file.fileno(), member.length, member.offset)
 
 
 def fingerprint(path: str | Path, whole: bool = False) -> str:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from trainer.data.hashing import permutation
 from trainer.data.labels import label_table
-from trainer.data.shards import IMAGES, DataError, members
+from trainer.data.shards import DataError
+from trainer.data.tar import IMAGES, members
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _OPENERS = {".xz": lzma.LZMAFile, ".gz": GzipFile, ".tgz": GzipFile, ".bz2": BZ2File}
