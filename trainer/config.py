@@ -26,6 +26,7 @@ from trainer.sections import (
     Optim,
     Schedule,
     TokenReduction,
+    Trace,
     Tracking,
 )
 from trainer.values import Duration, Length, Section, Share
@@ -80,6 +81,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+    trace: Trace = Trace()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -137,7 +139,7 @@ class Config(Section):
 
 # What a resume may change without changing the run: where it is computed and what is written about it.
 FREE_TO_CHANGE = (
-    "name", "runs", "stop_at", "log_every", "control", "tracking", "checkpoint", "evaluate.every", "evaluate.batch",
+    "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint", "evaluate.every", "evaluate.batch",
     "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "data.allow_pipe",
     "engine.zero", "engine.kind", "engine.checkpointing", "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",

@@ -18,7 +18,7 @@ from trainer.data.stream import Batch
 
 class Scores(NamedTuple):
     """top1, top5, worst_class (lowest accuracy of a class) in [0, 1]; loss in nats; images: each counted once; broken: left out
-    of all of these, and reported."""
+    of all of these, and reported; per_class: accuracy of every class, nan of one without images."""
 
     top1: float
     top5: float
@@ -27,6 +27,7 @@ class Scores(NamedTuple):
     images: int
     broken: int
     seconds: float
+    per_class: list[float]
 
     @property
     def images_per_second(self) -> float:
@@ -41,8 +42,10 @@ def evaluate(
     config: Config,
     device: torch.device,
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    between: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score `forward` (images (b, 3, H, W) float, plan -> Record) over the batches of this rank; `add_up` sums over ranks.
+    `between` is called with every batch: what it raises ends the evaluation.
 
     The model is put in evaluation mode by the caller. Collective where `add_up` is.
     """
@@ -51,6 +54,7 @@ def evaluate(
     right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)
     started = time.perf_counter()
     for batch in batches:
+        between()
         images = normalise(batch.images.to(device, non_blocking=True), config.augment)
         labels = batch.labels.to(device)
         counted = batch.weights.to(device) > 0
@@ -72,7 +76,7 @@ def evaluate(
     add_up(sums)
     add_up(right_of)
     top1, top5, loss, images, broken = sums.tolist()
-    present = right_of[1] > 0
-    worst = float((right_of[0][present] / right_of[1][present]).min()) if bool(present.any()) else 0.0
-    many = max(images, 1)
-    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), time.perf_counter() - started)
+    per_class = (right_of[0] / right_of[1]).tolist()  # 0 / 0 is nan
+    worst = min((accuracy for accuracy in per_class if accuracy == accuracy), default=0.0)
+    took, many = time.perf_counter() - started, max(images, 1)
+    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), took, per_class)

@@ -1,7 +1,8 @@
 """What a journal line is in MLflow's words: metrics, parameters, tags, data sets. Pure; knows MLflow's limits, not MLflow.
 
 Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `run/device_hours` (end). Their step
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `system/HOST/cpu_utilization_percentage` (per
+node), `run/device_hours` (end). Their step
 is the global optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
 """
 
@@ -11,7 +12,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-PREFIX = {"step": "train", "epoch": "epoch", "plateau": "plan", "checkpoint": "checkpoint", "control": "control", "end": "run"}
+PREFIX = {
+    "step": "train",
+    "system": "system",
+    "epoch": "epoch",
+    "plateau": "plan",
+    "checkpoint": "checkpoint",
+    "control": "control",
+    "end": "run",
+}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 PARAM_LENGTH = 500  # older servers take no more; newer ones take 6000
 TAG_LENGTH = 5000
@@ -19,7 +28,8 @@ KEY_LENGTH = 250
 LONGEST_LIST = 64
 
 _POSITION = frozenset({"kind", "time", "attempt", "step", "epoch", "batch"})
-_NO_TAG = frozenset({"kind", "time", "attempt", "config", "data", "versions"})
+_NO_TAG = frozenset({"kind", "time", "attempt", "config", "data", "versions", "classes", "tokens"})
+_JOURNAL_ONLY = frozenset({"id", "ids", "per_class"})
 
 
 class Measure(NamedTuple):
@@ -108,7 +118,7 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
         yield name, value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key not in ("ids", "id"):
+            if key not in _JOURNAL_ONLY:
                 yield from _numbers(inner, f"{name}/{key}")
     elif isinstance(value, list) and len(value) <= LONGEST_LIST:
         for i, inner in enumerate(value):

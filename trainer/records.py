@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain as joined
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsity.types import Plan, Selection
-from trainer import kept, report, run, skips
-from trainer.checkpoint import TrainState
+from sparsity.vit import SparseViT
+from trainer import artifacts, kept, report, run, skips
+from trainer.checkpoint import Found, TrainState
 from trainer.config import Config
 from trainer.console import Console
 from trainer.control import told
@@ -23,8 +26,12 @@ from trainer.data.shards import DataError
 from trainer.engine import Engine
 from trainer.evaluate import Scores
 from trainer.journal import Journal, lineage
-from trainer.savings import savings
-from trainer.tracking import Shipper, start
+from trainer.machine import matrix_rate, since_start
+from trainer.meters import Window
+from trainer.savings import savings, savings_of
+from trainer.shipper import Shipper, start
+from trainer.totals import Totals
+from trainer.trace import Trace
 from trainer.weights import save_weights
 
 LISTED = 64  # leftover ids written out in a line; beyond, their number
@@ -52,6 +59,7 @@ class Records:
         self._plan: Plan | None = None
         self._state = TrainState()
         self._top1, self._examples = float("nan"), 0
+        self._totals: Totals | None = None
         failure: Exception | None = None
         if engine.is_main:
             try:
@@ -63,13 +71,27 @@ class Records:
             raise failure
         run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.share(self._journal.attempt if self._journal else 0))
+        self.trace = Trace(config.trace, self.directory, engine.rank, engine.on_gpu, self._say)
 
-    def start(self, state: TrainState, data: dict[str, Index], model: Any, cost: dict[str, Any]) -> None:
+    def _say(self, text: str) -> None:
+        """A message of this rank: into the journal, to the person; of another rank than 0 to standard output."""
+        if self._journal is None or self._console is None:
+            print(text, flush=True)
+        else:
+            self._journal.write("message", text=text)
+            self._console.message(text)
+
+    def start(self, state: TrainState, data: dict[str, Index], model: SparseViT, cost: dict[str, Any]) -> None:
         """First lines of the attempt; collective."""
         self._state, self._examples = state, len(data["train"])
         hosts = sorted(set(self.engine.everyones([os.uname().nodename])))
+        rate = torch.tensor(matrix_rate(self.engine.device, self.config.engine.precision), dtype=torch.float64)
+        rate = float(self.engine.sum(rate.to(self.engine.device)))
         if self._journal is None:
             return
+        living = since_start()
+        self._totals = Totals(self.directory, self.attempt, self.engine.world, living, rate)
+        artifacts.write(self.directory, self.config, model)
         self._journal.write(
             "start",
             config=self.config.resolved(),
@@ -79,7 +101,10 @@ class Records:
             launcher=run.launcher(),
             pixels=sorted({index.packing for index in data.values()} - {""}),
             parameters=sum(p.numel() for p in model.parameters()),
-            data={name: described(index, getattr(self.config.data, name)) for name, index in data.items()},
+            data={name: artifacts.described(index, getattr(self.config.data, name)) for name, index in data.items()},
+            classes=artifacts.class_names(data["validation"]),
+            matrix_tflops=rate / self.engine.world / 1e12,
+            starting=living,
             **cost,
             **run.facts(),
         )
@@ -95,8 +120,9 @@ class Records:
             self._shipper = start(self.directory, self.config.tracking)
 
     def epoch(self, state: TrainState, selection: Selection, order: EpochOrder, examples: int) -> None:
-        if self._journal is None or self._console is None:
+        if self._journal is None or self._console is None or self._totals is None:
             return
+        self._totals.kept = selection.num_kept / max(examples, 1)
         leftover = order.leftover()
         self._keep(selection)
         self._journal.write(
@@ -117,16 +143,15 @@ class Records:
         try:
             kept.write(self.directory, selection)
         except OSError as error:
-            text = f"the kept list {selection.facts['hash']} could not be written ({error}): its epochs can't be replayed or audited"
-            if self._journal is not None and self._console is not None:
-                self._journal.write("message", text=text)
-                self._console.message(text)
+            self._say(
+                f"the kept list {selection.facts['hash']} could not be written ({error}): its epochs can't be replayed or audited"
+            )
 
     def plan(self, state: TrainState, progress: float, plan: Plan, cost_of: Callable[[Plan], dict[str, Any]]) -> None:
         """A line where the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""
-        if self._journal is None or plan == self._plan:
+        if self._journal is None or self._totals is None or plan == self._plan:
             return
-        self._plan = plan
+        self._plan, self._totals.cost = plan, cost_of(plan)
         self._journal.write(
             "plateau",
             epoch=state.epoch,
@@ -134,7 +159,7 @@ class Records:
             progress=progress,
             keep_tokens=plan.keep_tokens,
             keep_connections=plan.keep_connections,
-            **cost_of(plan),
+            **self._totals.cost,
         )
 
     def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
@@ -143,17 +168,15 @@ class Records:
             return
         line = {"epoch": state.epoch, "step": state.step, "progress": progress, **facts}
         if "measured" in facts:
-            so_far = savings([*lineage(self.directory), {"kind": "control", **line}])
+            so_far = savings(joined(lineage(self.directory), [{"kind": "control", **line}]))
             line["bound"] = facts["bound_passes"] * so_far.kept
             line |= {"run_speedup": so_far.speedup, "run_bound": so_far.bound, "timed": so_far.timed}
         self._journal.write("control", **line)
         self._console.message(told(line))
 
-    def step(
-        self, state: TrainState, measured: tuple[dict[str, float], dict[int, str]], chain: str, norm: float, **facts: Any
-    ) -> TrainState:
+    def step(self, state: TrainState, window: Window, chain: str, norm: float, **facts: Any) -> TrainState:
         """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`."""
-        meters, broken = measured
+        meters, broken = window.facts, window.broken
         state = replace(
             state,
             images=state.images + int(meters["images"]),
@@ -162,14 +185,19 @@ class Records:
             broken=state.broken | {str(k): v for k, v in broken.items()},
         )
         self._state = state
-        if self._journal is not None and self._console is not None:
+        if self._journal is not None and self._console is not None and self._totals is not None:
             for number, reason in broken.items():
                 self._journal.write("broken", epoch=state.epoch, batch=state.batch, step=state.step, id=number, reason=reason)
                 self._console.message(f"broken image {number}: {reason}; it counts for nothing in the loss, the run goes on")
-            line = {"epoch": state.epoch, "batch": state.batch, "step": state.step, **facts, **meters}
+            where = {"epoch": state.epoch, "batch": state.batch, "step": state.step}
+            line = where | facts | meters | self._totals.of(window, state.seconds)
             line |= {"grad_norm": norm, "chain": chain, "seconds_total": state.seconds, "images_total": state.images}
             self._journal.write("step", **line)
             self._console.step(**line)
+            if window.ranks:
+                self._journal.write("ranks", step=state.step, **window.ranks)
+            if window.nodes:
+                self._journal.write("system", step=state.step, **window.nodes)
         self._refuse_broken(state)
         return state
 
@@ -201,6 +229,7 @@ class Records:
         for ema, scores in results:
             if self._journal is not None and self._console is not None:
                 facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
+                facts["per_class"] = [round(accuracy, 4) for accuracy in scores.per_class]
                 self._journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
                 self._console.eval(top1=scores.top1, ema=ema)
         self._top1 = results[-1][1].top1
@@ -211,21 +240,40 @@ class Records:
         """The deployable weights of the run, under timm's names."""
         save_weights(self.directory / "weights.safetensors", weights)
 
-    def saved(self, state: TrainState, path: Path | None, seconds: float) -> None:
-        if self._journal is not None and path is not None:
-            self._journal.sync()  # the lines before a checkpoint are as durable as it is
+    def sync(self) -> None:
+        """Bring the lines of the journal to the disk."""
+        if self._journal is not None:
+            self._journal.sync()
+
+    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float) -> None:
+        """A checkpoint is durable; training stood still for `blocking` seconds, writing took `seconds`."""
+        if self._journal is not None:
             size = sum(file.stat().st_size for file in path.iterdir())
-            where = str(path.relative_to(self.directory))
-            self._journal.write(
-                "checkpoint", epoch=state.epoch, batch=state.batch, step=state.step, path=where, bytes=size, seconds=seconds
-            )
+            where = {
+                "epoch": state.epoch,
+                "batch": state.batch,
+                "step": state.step,
+                "path": str(path.relative_to(self.directory)),
+            }
+            self._journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds)
+
+    def passed_over(self, found: Found) -> None:
+        """Say which checkpoints were too damaged to go on from."""
+        if self._journal is None or self._console is None or found.path is None:
+            return
+        for reason in found.damaged:
+            text = f"checkpoint {reason}: it is damaged and not used, the run goes on from {found.path.name}"
+            self._journal.write("message", text=text)
+            self._console.message(text)
 
     def end(self, state: TrainState, status: str, reason: str = "") -> Ended:
         """Last line of the attempt; the shipper gets a bounded time to send the rest."""
+        self.trace.close(state.step)
         if self._journal is not None:
             told = "stopped" if status == "preempted" else status
             reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
-            hours = state.seconds * self.engine.world / 3600
+            so_far = self._totals.so_far(state.seconds) if self._totals else {}
+            saved = savings_of(self.directory)
             self._journal.write(
                 "end",
                 status=told,
@@ -233,7 +281,10 @@ class Records:
                 step=state.step,
                 seconds=state.seconds,
                 images=state.images,
-                device_hours=hours,
+                **so_far,
+                run_speedup=saved.speedup,
+                run_bound=saved.bound,
+                timed=saved.timed,
             )
             try:
                 report.write(self.directory)
@@ -257,7 +308,3 @@ class Records:
             with contextlib.suppress(Exception):
                 self.end(self._state, "failed", reason=f"{type(error).__name__}: {error}")
             raise
-
-
-def described(index: Index, pattern: str) -> dict[str, Any]:
-    return {"pattern": pattern, "fingerprint": index.fingerprint, "images": len(index), "classes": len(index.classes)}

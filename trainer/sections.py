@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.values import Blocks, Chance, Duration, Epochs, Keep, Length, Section, Share
 
@@ -154,4 +154,21 @@ class Tracking(Section):
     to: Literal["mlflow", "journal"] = "mlflow"
     uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db
     experiment: str = "trilevel"
+    weights: bool = False  # send weights.safetensors at the end of an attempt too
     tags: dict[str, str] = Field(default_factory=dict)
+
+
+class Trace(Section):
+    """Profiling on demand, see `trainer.trace`."""
+
+    steps: tuple[int, int] | None = None  # first and last step of the trace, counted from 1 as in the journal; null = none
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = False  # record what is allocated, too
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Trace:
+        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(
+                f"trace.steps={list(self.steps)}: give the first and the last step, counted from 1, e.g. [100, 105]"
+            )
+        return self

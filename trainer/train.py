@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 
-from sparsity.types import DENSE, Examples, Plan, Selection
+from sparsity.types import DENSE
 from trainer import checkpoint
 from trainer.check import open_indexes
 from trainer.config import Config
@@ -23,13 +21,15 @@ from trainer.data.order import micro_batches
 from trainer.data.stream import Batch, Stream, Validation, check_classes
 from trainer.engine import Engine
 from trainer.engine_settings import is_first_of_node, world_size
-from trainer.evaluate import Scores, evaluate
+from trainer.evaluate import evaluate
 from trainer.meters import Meters
 from trainer.model import build_examples, build_model, cost_of, plan_at
 from trainer.objective import Objective
 from trainer.optim import Ema, build_optimizer, learning_rate, set_learning_rate
 from trainer.records import Ended, Records
+from trainer.saver import Saver
 from trainer.seen import Chain
+from trainer.stopping import Stop, listen
 from trainer.values import Duration
 
 
@@ -44,12 +44,12 @@ def train(config: Config, resume: bool = False) -> Ended:
     model, examples, objective = build_model(config), build_examples(config, index), Objective(config)
     steps = micro_batches(config.data.batch, config.data.micro_batch, world_size())
     engine = Engine(config.engine, steps, config.optim.clip)
+    stopping = listen()
     stream = Stream(index, config, engine.rank, engine.world)
     validation = Validation(validation_index, config, engine.rank, engine.world)
-    found = checkpoint.latest(config.directory() / "checkpoints") if resume else None
-    saved = checkpoint.load(found, config, index.fingerprint) if found else None
+    found = checkpoint.newest(config.directory() / "checkpoints") if resume else checkpoint.NOTHING
+    saved = checkpoint.load(found.path, config, index.fingerprint) if found.path else None
     engine.agree(f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from")
-    stopping = _listen()
 
     records = Records(config, engine, resume)
     with records.failing():
@@ -67,7 +67,16 @@ def train(config: Config, resume: bool = False) -> Ended:
         want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
         control = Control(config, engine, objective, want)
         records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
+        records.passed_over(found)
+        saver = Saver(config, engine, records, stopping, index.fingerprint, ema, examples)
+        score = partial(_scored, config, engine, records, stopping, ema, validation, model.vit)
 
+        if state.owed:  # a stop cut its evaluation short
+            state = score(replace(state, owed={}), state.owed["at"], kept=True)
+            if state.owed:
+                return records.end(state, "preempted")
+            if state.epoch == config.epochs:
+                saver.save(state, selection, last=True)
         while state.epoch < config.epochs:
             if state.batch == 0 or selection is None:
                 selection = examples.select(state.epoch, engine.gather)
@@ -77,6 +86,7 @@ def train(config: Config, resume: bool = False) -> Ended:
 
             engine.model.train()
             for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch)):
+                records.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
                 plan, lr = plan_at(progress, config), learning_rate(progress, config)
                 records.plan(state, progress, plan, lambda plan: cost_of(model, plan))
@@ -84,30 +94,32 @@ def train(config: Config, resume: bool = False) -> Ended:
                 engine.reseed(config.seed, state.step)
                 mix = draw_mix(config.augment, config.seed, state.step, config.model.image_size)
                 chain.add(batch.ids, batch.draw, batch.weights)
-                totals = engine.sum(
-                    torch.stack([batch.weights.sum(), torch.tensor(float(stopping.is_set()))]).to(engine.device)
-                )
+                totals = engine.sum(torch.stack([batch.weights.sum(), torch.tensor(float(stopping.asked()))]).to(engine.device))
                 total, stop = totals[0].clamp(min=1e-12), engine.later(totals[1])
 
-                for part, last in _micro_batches(batch, steps.micro_batch, engine.device):
+                for part, last in _micro_batches(batch, steps.micro_batch, engine.device, meters.mark):
                     images = mix_images(finish(part, config.augment), mix, part.weights)
                     targets = objective.targets(part.labels, mix, part.weights)
                     record = engine.forward(images, plan, want, part.draw)
                     losses = objective.losses(record.logits, targets)
+                    meters.mark("forward")
                     engine.backward((losses * part.weights).sum() / total, last)
+                    meters.mark("backward")
                     credited, outcome = objective.credit(part, record, losses, mix)
                     examples.observe(credited, outcome)
                     meters.add(losses, part.weights, outcome)
                 if taken := engine.step():
                     ema.update(model.vit)
+                meters.mark("optimizer")
 
                 meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
                 finished = state.epoch == config.epochs
                 ending = finished or stop or _reached(config.stop_at, state, order.steps)
                 saving = ending or _due(config.checkpoint.every, before, state, order.steps)
-                # what is saved, and what was skipped, is also told: see `audit`
-                if saving or not taken or _due(config.log_every, before, state, order.steps):
+                scoring = finished or _due(config.evaluate.every, before, state, order.steps)
+                # what is saved, may be saved, or was skipped, is also told: see `audit`
+                if saving or scoring or not taken or _due(config.log_every, before, state, order.steps):
                     facts = {
                         "progress": progress,
                         "lr": lr,
@@ -119,21 +131,25 @@ def train(config: Config, resume: bool = False) -> Ended:
                 with meters.paused():
                     if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw)):
                         records.control(state, progress, told)
-                    if finished or _due(config.evaluate.every, before, state, order.steps):
-                        results = _score(engine, model.vit, ema, validation, plan, config)
-                        state = records.scored(state, results, _progress(state, order.steps), plan, saving)
-                    if saving:
-                        _save(engine, ema, examples, selection, config, index.fingerprint, records, state)
+                    if scoring:
+                        state = score(state, progress, kept=saving)
+                        stop = stop or bool(state.owed)
+                        finished, ending = finished and not state.owed, ending or bool(state.owed)
+                    if saving or ending:
+                        saver.save(state, selection, last=ending)
+                    saver.look()
                 if ending:
                     return records.end(state, "finished" if finished else "preempted" if stop else "stopped")
         return records.end(state, "finished")  # a resume of a run that was over
 
 
-def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Batch, bool]]:
+def _micro_batches(batch: Batch, size: int, device: torch.device, mark: Callable[[str], None]) -> Iterator[tuple[Batch, bool]]:
     """This rank's slice in pieces of `size` rows on the device; True with the last one."""
     rows = len(batch.labels)
     for start in range(0, rows, size):
+        mark("rest")
         fields = [field[start : start + size].to(device, non_blocking=True) for field in batch[:-1]]
+        mark("host_to_device")
         yield Batch(*fields, broken=batch.broken), start + size >= rows
 
 
@@ -168,58 +184,29 @@ def _reached(end: Duration | None, state: checkpoint.TrainState, batches: int) -
     return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
 
 
-def _score(
-    engine: Engine, network: nn.Module, ema: Ema, validation: Validation, plan: Plan, config: Config
-) -> list[tuple[bool, Scores]]:
-    """Scores of the weights, and of their average where there is one (True), under the plan of the moment; collective."""
+class _CutShort(Exception):
+    """An evaluation that all ranks left, being asked to stop."""
+
+
+def _scored(
+    config: Config, engine: Engine, records: Records, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
+    state: checkpoint.TrainState, at: float, *, kept: bool,
+) -> checkpoint.TrainState:  # fmt: skip
+    """Score the weights, and their average where there is one, under the plan of progress `at`; collective. A stop that is asked for
+    meanwhile leaves nothing of it but a state that owes it: the resume does it whole."""
+
+    def agree() -> None:
+        if engine.later(engine.sum(torch.tensor(float(stopping.asked()), device=engine.device))):
+            raise _CutShort
+
+    plan = plan_at(at, config)
     engine.model.eval()
-    results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum))]
-    if ema.decay is not None:
-        with ema.applied(network):
-            results.append((True, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum)))
+    try:
+        results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum, agree))]
+        if ema.decay is not None:
+            with ema.applied(network):
+                results.append((True, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum, agree)))
+    except _CutShort:
+        return replace(state, owed={"at": at})
     engine.model.train()
-    return results
-
-
-def _save(
-    engine: Engine,
-    ema: Ema,
-    examples: Examples,
-    selection: Selection,
-    config: Config,
-    fingerprint: str,
-    records: Records,
-    state: checkpoint.TrainState,
-) -> None:
-    """Gather everything on all ranks, write it on rank 0, and let nobody go on before it is on disk."""
-    started = time.perf_counter()
-    weights, optimizer, statistics = engine.state.weights(), engine.state.moments(), examples.state_dict(engine.gather)
-    averages = ema.state_dict()
-    path, failure = None, ""
-    if engine.is_main:
-        try:
-            path = checkpoint.save_checkpoint(
-                records.checkpoints, state, config, fingerprint,
-                weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection,
-            )  # fmt: skip
-            records.weights({**weights, **averages})
-        except OSError as error:
-            failure = f"checkpoint at step {state.step} could not be written: {error}; the one before is whole: make room, then --resume"
-    if failure := engine.share(failure):
-        raise checkpoint.CheckpointError(failure)
-    records.saved(state, path, time.perf_counter() - started)
-
-
-def _listen() -> threading.Event:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: the run saves after the step it is in, and ends. A second SIGINT ends at once."""
-    event = threading.Event()
-
-    def stop(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, stop)
-    return event
+    return records.scored(state, results, state.progress, plan, kept)

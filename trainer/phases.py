@@ -1,0 +1,127 @@
+"""Where the time of a step goes: borders of its phases, timed in sampled steps only; communication that nothing hides.
+
+A sampled step waits for the device at every border, so its phases are exact and it is a little slower than the others; all
+other steps pay one `if`. Communication is watched in other, rarer steps, by torch's profiler: it runs inside backward and
+optimizer, beside the arithmetic, and only what nothing hides costs time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd.profiler import profile
+
+# data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
+# the communication in it. optimizer: with the moving average. rest: bookkeeping, reductions, logging.
+PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
+WARM = 20  # steps before communication is watched for the first time
+SELDOM = 500  # steps between two watched ones, at least
+
+
+class Phases:
+    """The sampled steps of this rank. `mark(phase)` ends a phase; `begin` and `end` enclose a sampled step."""
+
+    def __init__(self, device: torch.device, alone: bool):
+        self._device, self._alone = device, alone
+        self._sampling = self._watching = False
+        self._at = self._began = 0.0
+        self._seconds: dict[str, float] = {}
+        self._steps, self._watch_from = 0, WARM
+        self._profiler: Any = None
+        self.shares: dict[str, float] = {}  # of the last sampled step, in [0, 1]; `communication` of the last watched one
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and end on stderr otherwise
+
+    def begin(self) -> None:
+        """The next step is a sample."""
+        self._synchronize()
+        self._began = self._at = time.perf_counter()
+        self._seconds, self._sampling = dict.fromkeys(PHASES, 0.0), True
+
+    def mark(self, phase: str) -> None:
+        """What happened since the last mark was `phase`."""
+        if self._sampling:
+            self._synchronize()
+            now = time.perf_counter()
+            self._seconds[phase] += now - self._at
+            self._at = now
+        elif self._watching and self._profiler is None:
+            self._watch()
+
+    def end(self, waited: float) -> None:
+        """A step is over, sampled or not; waited: seconds of it until the loader had its batch."""
+        self._steps += 1
+        if self._sampling:
+            self.mark("rest")
+            whole = max(self._at - self._began, 1e-9)
+            self._seconds["data_wait"] = waited
+            self._seconds["rest"] = max(0.0, whole - sum(v for k, v in self._seconds.items() if k != "rest"))
+            self.shares |= {phase: seconds / whole for phase, seconds in self._seconds.items()}
+            self._sampling = False
+        elif self._profiler is not None:
+            self._told()
+        self._watching = not self._alone and self._steps >= self._watch_from
+
+    def away(self, seconds: float) -> None:
+        """Time that belongs to no step: evaluation, a checkpoint."""
+        self._at += seconds
+        self._began += seconds
+
+    def taken(self) -> dict[str, float]:
+        """The shares known since the last call."""
+        known, self.shares = self.shares, {}
+        return known
+
+    def _watch(self) -> None:
+        if torch.autograd._profiler_enabled():  # by `trace`: there can be one at a time
+            return
+        gpu = self._device.type == "cuda"
+        self._synchronize()
+        self._began = time.perf_counter()
+        self._profiler = profile(use_cpu=not gpu, use_device="cuda" if gpu else None, use_kineto=True)
+        self._profiler.__enter__()
+
+    def _told(self) -> None:
+        self._synchronize()
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        profiler, self._profiler = self._profiler, None
+        profiler.__exit__(None, None, None)
+        gpu = self._device.type == "cuda"
+        where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+        events = [event for event in profiler.kineto_results.events() if event.device_type() == where]
+        sent = exposed(((event.name(), event.start_ns(), event.end_ns()) for event in events), gpu)
+        self.shares["communication"] = sent / 1e9 / seconds
+        self._watch_from = self._steps + SELDOM
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def exposed(spans: Iterable[tuple[str, int, int]], gpu: bool) -> int:
+    """Nanoseconds in which something is sent and nothing is computed, from (name, begin, end) of kernels or CPU operators.
+
+    NCCL's kernels and gloo's operations send; all other kernels of a GPU compute, of a CPU's operators those of ATen do (the others
+    only name or enqueue).
+    """
+    sent, computed = [], []
+    for name, begin, end in spans:
+        if name.startswith(("gloo:", "ncclDevKernel", "ncclKernel")):
+            sent.append((begin, end))
+        elif gpu or name.startswith("aten::"):
+            computed.append((begin, end))
+    return _covered(sent + computed) - _covered(computed)
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    """Length of the union of intervals."""
+    total, reach = 0, 0
+    for begin, end in sorted(spans):
+        begin = max(begin, reach)
+        if end > begin:
+            total += end - begin
+            reach = end
+    return total
