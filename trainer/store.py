@@ -31,8 +31,8 @@ class Store:
         with _one_at_a_time(runs) if uri.startswith("sqlite") else contextlib.nullcontext():
             self._client = MlflowClient(tracking_uri=uri)  # makes the tables of a new sqlite file, which takes seconds
 
-    def find_or_make(self, experiment: str, name: str, key: str, began: float) -> tuple[str, str]:
-        """(experiment id, run id) of the run tagged with `key`, made where there is none."""
+    def find_or_make(self, experiment: str, name: str, key: str, began: float, parent: str | None = None) -> tuple[str, str]:
+        """(experiment id, run id) of the run tagged with `key`, made where there is none; below the run named `parent`, made too."""
         found = self._client.get_experiment_by_name(experiment)
         if found is not None and found.lifecycle_stage != "active":
             raise Gone(f"experiment {experiment!r} is deleted there: restore it, or set tracking.experiment to another name")
@@ -49,7 +49,17 @@ class Store:
         first, *others = sorted(self._client.search_runs([place], mine), key=lambda run: run.info.run_id)
         for other in others:  # a request that timed out here and was carried out there
             self._client.delete_run(other.info.run_id)
+        if parent is not None:
+            self._client.set_tag(first.info.run_id, "mlflow.parentRunId", self._parent(place, parent))
         return place, first.info.run_id
+
+    def _parent(self, place: str, name: str) -> str:
+        """Run id of the parent of that name: the first that was made, should two children have made one at the same moment."""
+        mine = f"tags.trilevel_parent = '{name}'"
+        if not self._client.search_runs([place], mine):
+            made = self._client.create_run(place, None, {"trilevel_parent": name, "mlflow.source.name": "launch sweep"}, name)
+            self._client.set_terminated(made.info.run_id)  # it computes nothing itself
+        return min(self._client.search_runs([place], mine), key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id
 
     def last_steps(self, run_id: str) -> dict[str, int]:
         """{metric: its highest step in MLflow}, in one request."""

@@ -80,11 +80,8 @@ class Shipment:
         config = starts[-1].get("config") or {}
         settings = Tracking.model_validate(config.get("tracking") or {})
         self.directory, self.uri = directory, uri_of(directory, settings)
-        self._experiment, self._name, self._began = (
-            settings.experiment,
-            str(config.get("name") or directory.name),
-            starts[0]["time"],
-        )
+        self._experiment, self._parent = settings.experiment, settings.parent
+        self._name, self._began = str(config.get("name") or directory.name), starts[0]["time"]
         self.state = State.load(directory)
         if self.state.uri != self.uri:
             self.state = State(uri=self.uri)
@@ -168,7 +165,7 @@ class Shipment:
             self._store = Store(self.uri, self.directory.parent)
         if not state.run_id:
             state.save(self.directory)  # the key first: a run made and not noted is found again by it
-            place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began)
+            place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
             state.experiment_id, state.run_id = place, run
             state.save(self.directory)
         if not self._sure:
