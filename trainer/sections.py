@@ -155,6 +155,7 @@ class Tracking(Section):
     uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db
     experiment: str = "trilevel"
     weights: bool = False  # send weights.safetensors at the end of an attempt too
+    parent: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # runs of a sweep hang below this one
     tags: dict[str, str] = Field(default_factory=dict)
 
 
