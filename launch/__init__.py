@@ -1,1 +1,1 @@
-"""Where to run: renders commands and job scripts; `__main__` is the one place that starts processes."""
+"""Where to run: renders commands and job scripts; `processes` is the one place that starts them."""

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from launch.job import LaunchError
 
+ELASTIC = "MIN:MAX starts with what is there and goes on from the checkpoint while MIN are left"
+
 
 class Parser(argparse.ArgumentParser):
     """Raises LaunchError instead of leaving."""
@@ -36,20 +38,55 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     c = add("node", "this machine as one node of many; `hosts` and `slurm` call it")
     c.add_argument("--processes", type=int, metavar="N", help="on this node; default as for local")
-    c.add_argument("--nodes", type=int, metavar="N", required=True)
+    c.add_argument("--nodes", metavar="N|MIN:MAX", required=True)
     c.add_argument("--number", type=int, metavar="K", required=True, help="of this node, from 0")
     c.add_argument("--address", required=True, help="of node 0")
     c.add_argument("--port", type=int, required=True, help="free on node 0, the same for all")
+    c.add_argument("--here", metavar="ADDRESS", help="of this node, where nodes may come and go (default: its name)")
+    c.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
 
     c = add("hosts", "the hosts of a file, over ssh")
     c.add_argument("--hostfile", metavar="FILE", required=True, help="one host per line: `name slots=8`")
     c.add_argument("--processes", type=int, metavar="N", help="per host, where the file has no slots")
+    c.add_argument("--nodes", metavar="N|MIN:MAX", help=f"the first N hosts; {ELASTIC} (default: all)")
     c.add_argument("--port", type=int, default=29400, help="free on the first host (default: 29400)")
+    c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config: keys, users, known hosts, ports")
     c.add_argument("--logs", metavar="DIR", default="logs", help="one file of output per host (default: logs)")
     c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
 
     c = add("slurm", "a batch job of Slurm")
-    c.add_argument("--nodes", type=int, default=1, metavar="N")
+    _add_slurm(c)
+    c.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+
+    text = "configurations x settings x seeds, one run each; the same command again goes on"
+    c = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
+    c.add_argument("words", metavar="CONFIG|key.sub=value", nargs="+", help="YAMLs, and settings that differ from all of them")
+    c.add_argument("--seeds", default="0", metavar="0,1,2", help="default: 0")
+    c.add_argument("--set", action="append", default=[], metavar="key.sub=A,B", help="a run for each; may be given again")
+    c.add_argument("--name", default="sweep", help="begins the runs' names, and names their parent in MLflow (default: sweep)")
+    c.add_argument("--slurm", action="store_true", help="as an array of Slurm; else here, one after the other")
+    c.add_argument("--at-once", type=int, metavar="N", help="tasks of the array that run together (default: all)")
+    _add_slurm(c)
+    c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
+
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        raise LaunchError(f"{words[0]!r} is no command{_near(words[0], list(commands.choices))}")
+    found, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("-"):
+            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
+            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
+    if found.command == "sweep":
+        found.config = [word for word in found.words if "=" not in word]
+        found.overrides = [word for word in found.words if "=" in word]
+        if not found.config:
+            raise LaunchError("sweep: no configuration is named")
+    found.overrides = [*found.overrides, *rest]
+    return found
+
+
+def _add_slurm(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--nodes", default="1", metavar="N|MIN:MAX", help=f"{ELASTIC} (default: 1)")
     c.add_argument("--gpus", type=int, default=0, metavar="N", help="per node, one process each")
     c.add_argument("--processes", type=int, metavar="N", help="per node without GPUs (default: 1)")
     c.add_argument("--cpus", type=int, metavar="N", help="cores per process")
@@ -60,7 +97,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--no-requeue", action="store_true", help="end at the limit instead of going on in another job")
     for name in ("account", "partition", "qos", "constraint"):
         c.add_argument(f"--{name}")
-    c.add_argument("--output", default="slurm-%j.txt", help="file of the job's output (default: slurm-%%j.txt)")
+    c.add_argument("--output", help="file of the job's output (default: slurm-%%j.txt, of an array slurm-%%A_%%a.txt)")
     c.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; may be given again")
     c.add_argument(
         "--setup", action="append", default=[], metavar="LINE", help="line of shell before the run; may be given again"
@@ -71,17 +108,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--container", metavar="IMAGE")
     c.add_argument("--runtime", default="apptainer", help="of the container: apptainer or pyxis")
     c.add_argument("--python", help="on the nodes (default: this one)")
-    c.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
-
-    if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise LaunchError(f"{words[0]!r} is no command{_near(words[0], list(commands.choices))}")
-    found, rest = parser.parse_known_args(words)
-    for word in rest:
-        if word.startswith("-"):
-            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
-            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
-    found.overrides = [*found.overrides, *rest]
-    return found
 
 
 def _near(word: str, known: list[str]) -> str:

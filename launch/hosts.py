@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.job import Command, Job, LaunchError, node_words
+from launch.job import Command, Job, LaunchError, Nodes, node_words
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 # what a node needs to know of this shell; credentials are not among it: a command line can be read by others
@@ -68,16 +68,27 @@ def processes_of(hosts: list[Host], asked: int | None) -> int:
     return slots.pop()
 
 
+def chosen(hosts: list[Host], nodes: str | None) -> tuple[list[Host], Nodes]:
+    """The hosts of a job and how many of them it needs: the first N of the file, or all. Raises LaunchError for more than there are."""
+    asked = Nodes.read(nodes) if nodes else Nodes(len(hosts), len(hosts))
+    if asked.most > len(hosts):
+        raise LaunchError(f"--nodes {nodes}: the hostfile has {len(hosts)} host(s); add some, or ask for at most {len(hosts)}")
+    return hosts[: asked.most], asked
+
+
 def render(
-    job: Job, hosts: list[Host], processes: int, port: int, python: str, directory: Path, env: dict[str, str]
-) -> list[Command]:
+    job: Job, hosts: list[Host], nodes: Nodes, processes: int, port: int, python: str, directory: Path, env: dict[str, str],
+    ssh_config: str | None = None,
+) -> list[Command]:  # fmt: skip
     """One ssh per host, in the order of the file; `env` is this shell's, of which what a node needs is passed on."""
     known = {name: env[name] for name in PASSED if name in env and "@" not in env[name]}  # http://user:password@host
     known = {"TERM": "dumb"} | known  # the output goes to files: no live line
     set_env = ["env", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
+    ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     commands = []
     for number, host in enumerate(hosts):
-        words = node_words(job, processes, len(hosts), str(number), hosts[0].address, str(port), python)
+        here = host.address if nodes.elastic else ""
+        words = node_words(job, processes, str(nodes), str(number), hosts[0].address, str(port), python, here)
         line = f"cd {shlex.quote(str(directory))} && exec {' '.join([*set_env, *words])}"
-        commands.append(Command((*SSH, host.name, line)))
+        commands.append(Command((*ssh, host.name, line)))
     return commands

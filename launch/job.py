@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
+RESTARTS = 3  # of an elastic job, by failing ranks; nodes that come or go don't count
+LAST_CALL = 15  # seconds that an elastic job waits for more nodes once it has enough
 
 
 class LaunchError(ValueError):
@@ -24,9 +29,12 @@ class Job:
             if not text.partition("=")[1] or text.startswith(("=", "-")):
                 raise LaunchError(f"{text!r} is no setting: write it as key.sub=value, e.g. optim.lr=1e-3")
 
+    def words(self) -> tuple[str, ...]:
+        return (self.config, *self.overrides, *(("--resume",) if self.resume else ()))
+
     def train(self, *more: str) -> tuple[str, ...]:
         """The words after `trilevel`."""
-        return ("train", self.config, *self.overrides, *(("--resume",) if self.resume else ()), *more)
+        return ("train", *self.words(), *more)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,31 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """How many machines: `most` are asked for; a job that is elastic (least < most) goes on while `least` of them are there."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def read(cls, text: str) -> Nodes:
+        """ "4" or "2:4". Raises LaunchError."""
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        least = int(found[1]) if found else 0
+        most = int(found[2] or least) if found else 0
+        if not 1 <= least <= most:
+            raise LaunchError(f"--nodes {text}: write a number from 1 on, or MIN:MAX with MIN at most MAX, e.g. 2:4")
+        return cls(least, most)
+
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}" if self.elastic else str(self.most)
+
+
+@dataclass(frozen=True)
 class Node:
     """One machine's part of a job: `processes` here, on GPUs or on CPU, `number` of `nodes`; rendezvous at address:port."""
 
@@ -53,6 +86,8 @@ class Node:
     nodes: int = 1
     number: int = 0
     threads: int | None = None  # OMP_NUM_THREADS of each process; None leaves the environment's
+    least: int | None = None  # an elastic job goes on with that many nodes; None: with all or not at all
+    here: str | None = None  # this node's own address, by which the others reach it where its name does not resolve
 
     @property
     def world(self) -> int:
@@ -64,16 +99,38 @@ class Node:
         return cpu | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
 
 
-def node_words(job: Job, processes: int, nodes: int, number: str, address: str, port: str, python: str) -> list[str]:
-    """`python -m launch node`: what a node of many is told. number, address and port may be names of a shell's variables."""
-    words = [python, "-m", "launch", "node", job.config, *job.overrides, *(("--resume",) if job.resume else ())]
-    words += ["--processes", str(processes), "--nodes", str(nodes)]
-    return [shlex.quote(word) for word in words] + ["--number", number, "--address", address, "--port", port]
+def node_words(
+    job: Job | str, processes: int, nodes: str, number: str, address: str, port: str, python: str, here: str = ""
+) -> list[str]:
+    """`python -m launch node`: what a node of many is told. Texts but the job's may be a shell's variables: they stay unquoted."""
+    words = [job] if isinstance(job, str) else [shlex.quote(word) for word in job.words()]
+    told = ["--processes", str(processes), "--nodes", nodes, "--number", number, "--address", address, "--port", port]
+    return [shlex.quote(python), "-m", "launch", "node", *words, *told, *(["--here", here] if here else [])]
 
 
 def check(job: Job, world: int, python: str) -> Command:
     """The dry check of the configuration in the world it is meant for, before anything is started or queued."""
     return Command((python, "-m", "trainer", *job.train("--check")), {"TRILEVEL_WORLD": str(world)})
+
+
+def launcher(job: Job, node: Node, python: str) -> Command:
+    """What starts the ranks of one node: `accelerate launch`, or torchrun where nodes may come and go."""
+    return accelerate(job, node, python) if node.least is None else torchrun(job, node, python)
+
+
+def torchrun(job: Job, node: Node, python: str) -> Command:
+    """torchrun's elastic agent of one node; `accelerate launch` knows only a fixed number of them.
+
+    When a node is lost (or a rank fails, RESTARTS times at most) the agents start all ranks again on what is left. Only `--resume`
+    brings them back to where they were, so it is always there.
+    """
+    words = [python, "-m", "torch.distributed.run", "--nnodes", f"{node.least}:{node.nodes}"]
+    words += ["--nproc_per_node", str(node.processes), "--max_restarts", str(RESTARTS)]
+    words += ["--rdzv_backend", "c10d", "--rdzv_id", "trilevel", "--rdzv_endpoint", f"{node.address}:{node.port}"]
+    # torchrun would guess by the host's name who keeps the meeting place, and by what address it is reached
+    words += ["--rdzv_conf", f"is_host={int(node.number == 0)},last_call_timeout={LAST_CALL}"]
+    words += ["--local_addr", node.here] if node.here else []
+    return Command((*words, "-m", "trainer", *replace(job, resume=True).train()), node.env())
 
 
 def accelerate(job: Job, node: Node, python: str) -> Command:

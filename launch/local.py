@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.job import Command, Job, LaunchError, Node, accelerate
+from launch.job import Command, Job, LaunchError, Node, launcher
 from launch.machine import Machine
 
 CPU_PROCESSES = 2  # the default without GPUs
@@ -25,5 +25,5 @@ def place(machine: Machine, processes: int | None, port: int) -> Node:
 
 
 def render(job: Job, node: Node, python: str) -> Command:
-    """The one `accelerate launch` of this machine."""
-    return accelerate(job, node, python)
+    """What starts the processes of this machine."""
+    return launcher(job, node, python)

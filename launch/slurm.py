@@ -10,9 +10,13 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from launch.job import Job, LaunchError, node_words
+from launch.job import STOPPED, Job, LaunchError, Nodes, node_words
 
-STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
+# by Slurm's own address: a node's name may resolve nowhere
+ADDRESS_OF = (
+    r"""address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }"""
+)
+HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
@@ -20,7 +24,7 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 class Request:
     """What is asked of Slurm. processes: per node. gpus: per node, 0 for a CPU job. signal: seconds before the limit."""
 
-    nodes: int
+    nodes: Nodes
     processes: int
     gpus: int = 0
     cpus: int | None = None  # per process
@@ -31,7 +35,7 @@ class Request:
     partition: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    output: str = "slurm-%j.txt"
+    output: str | None = None
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()  # lines of shell before anything else
     extra: tuple[str, ...] = ()  # verbatim #SBATCH options
@@ -39,9 +43,12 @@ class Request:
     runtime: str = "apptainer"
 
     def __post_init__(self) -> None:
-        for name, value in (("--nodes", self.nodes), ("--processes", self.processes)):
-            if value < 1:
-                raise LaunchError(f"{name} {value}: at least 1")
+        if self.processes < 1:
+            raise LaunchError(f"--processes {self.processes}: at least 1")
+        if self.nodes.elastic and not self.requeue:
+            raise LaunchError(
+                f"--nodes {self.nodes} with --no-requeue: a job that outlives its nodes is one that may go on; leave --no-requeue out"
+            )
         if self.gpus and self.gpus != self.processes:
             raise LaunchError(
                 f"--gpus {self.gpus} with --processes {self.processes}: a GPU has one process; leave --processes out"
@@ -57,14 +64,26 @@ class Request:
 
 def render(job: Job, request: Request, python: str) -> str:
     """The text of the batch script."""
-    r = request
-    options = [
-        f"--job-name={_name(job)}",
-        f"--nodes={r.nodes}",
-        "--ntasks-per-node=1",
-        f"--output={r.output}",
-        "--open-mode=append",
-    ]
+    resumed = replace(job, resume=True) if request.requeue else job
+    run = _step(request, python, resumed)
+    return "\n".join([*_head(request, _name(job), request.output or "slurm-%j.txt"), *_meeting(request), *run, ""])
+
+
+def render_array(jobs: list[Job], request: Request, python: str, name: str, at_once: int | None = None) -> str:
+    """The text of a batch script that is an array, one task per job; at most `at_once` of them run together."""
+    if at_once is not None and at_once < 1:
+        raise LaunchError(f"--at-once {at_once}: at least 1")
+    limit = f"%{at_once}" if at_once else ""
+    head = _head(request, name, request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
+    cases = [f"  {number}) set -- {shlex.join(job.words())} ;;" for number, job in enumerate(jobs)]
+    table = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+    return "\n".join([*head, *table, *_meeting(request), *_step(request, python, None), ""])
+
+
+def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
+    """Options, modules and the user's own lines."""
+    options = [f"--job-name={name}", f"--nodes={str(r.nodes).replace(':', '-')}", "--ntasks-per-node=1", *more]
+    options += [f"--output={output}", "--open-mode=append"]
     options += [f"--gpus-per-node={r.gpus}"] if r.gpus else []
     options += [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []
     options += [
@@ -72,17 +91,28 @@ def render(job: Job, request: Request, python: str) -> str:
     ]
     options += [f"--signal=USR1@{r.signal}"] if r.time else []
     options += ["--requeue"] if r.requeue else ["--no-requeue"]
+    options += ["--no-kill"] if r.nodes.elastic else []  # a lost node is not the end of the job
     options += r.extra
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
-    lines += [*(f"module load {shlex.quote(name)}" for name in r.modules), *r.setup]
-    lines += [
-        'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "port=$((20000 + SLURM_JOB_ID % 20000))",
-        "export address port",
-    ]
-    resumed = replace(job, resume=True) if r.requeue else job
-    inner = " ".join(node_words(resumed, r.processes, r.nodes, '"$SLURM_NODEID"', '"$address"', '"$port"', python))
-    container = []
+    return [*lines, *(f"module load {shlex.quote(name)}" for name in r.modules), *r.setup]
+
+
+def _meeting(r: Request) -> list[str]:
+    """Where the nodes meet: on the first of the job's list."""
+    lines = [ADDRESS_OF, 'address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")']
+    lines += ["port=$((20000 + SLURM_JOB_ID % 20000))", "export address port"]
+    if r.nodes.elastic:
+        lines += ['addresses=$(for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do address_of "$name"; done)']
+        lines += ["export addresses"]
+    return lines
+
+
+def _step(r: Request, python: str, job: Job | None) -> list[str]:
+    """One `launch node` per node; back into the queue where it was stopped. job None: what the script's own words say."""
+    # of MIN-MAX nodes Slurm has given some: those are all that can come
+    nodes, here = (f'"{r.nodes.least}:$SLURM_NNODES"', HERE) if r.nodes.elastic else (str(r.nodes), "")
+    numbered = node_words(job or '"$@"', r.processes, nodes, '"$SLURM_NODEID"', '"$address"', '"$port"', python, here)
+    inner, container = " ".join(numbered), []
     if r.container and r.runtime == "pyxis":
         container = [
             f"--container-image={shlex.quote(r.container)}",
@@ -92,11 +122,12 @@ def render(job: Job, request: Request, python: str) -> str:
     elif r.container:
         inner = f'apptainer exec {"--nv " if r.gpus else ""}--bind "$PWD" --pwd "$PWD" {shlex.quote(r.container)} {inner}'
     cpus = [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []  # srun no longer takes it from the job
-    lines += [" ".join(["srun", "--kill-on-bad-exit=1", *cpus, *container, "bash", "-c", shlex.quote(inner)])]
-    lines += ["code=$?"]
+    together = "--no-kill --kill-on-bad-exit=0" if r.nodes.elastic else "--kill-on-bad-exit=1"
+    words = [] if job else ["launch", '"$@"']
+    lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words]), "code=$?"]
     if r.requeue:
         lines += [f'if [ "$code" -eq {STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi']
-    return "\n".join([*lines, 'exit "$code"', ""])
+    return [*lines, 'exit "$code"']
 
 
 def _name(job: Job) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 import launch.__main__ as program
 from launch import hosts, slurm
-from launch.job import Job, LaunchError
+from launch.job import Job, LaunchError, Nodes
 from tests import told
 from tests.conftest import free_port, wait_for
 from tests.told import launched, read
@@ -24,12 +24,13 @@ JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
 ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code"}
 SCRIPTS = {
     "slurm_gpus": slurm.Request(
-        nodes=4, processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long", constraint="h200",
+        nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long", constraint="h200",
         modules=("cuda/13.0",), setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
     ),
-    "slurm_cpu": slurm.Request(nodes=2, processes=2, requeue=False),
-    "slurm_apptainer": slurm.Request(nodes=1, processes=4, gpus=4, time="60", container="/images/tri level.sif"),
-    "slurm_pyxis": slurm.Request(nodes=2, processes=4, gpus=4, container="registry#trilevel:1", runtime="pyxis"),
+    "slurm_cpu": slurm.Request(nodes=Nodes(2, 2), processes=2, requeue=False),
+    "slurm_apptainer": slurm.Request(nodes=Nodes(1, 1), processes=4, gpus=4, time="60", container="/images/tri level.sif"),
+    "slurm_elastic": slurm.Request(nodes=Nodes(2, 8), processes=8, gpus=8, time="1-00:00:00"),
+    "slurm_pyxis": slurm.Request(nodes=Nodes(2, 2), processes=4, gpus=4, container="registry#trilevel:1", runtime="pyxis"),
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
 
 def test_rendered_ssh_equals_the_stored_text():
     found = hosts.read("# the cluster\nme@node1 slots=4  # with a disk\n\nnode2 slots=4\n")
-    commands = hosts.render(JOB, found, hosts.processes_of(found, None), 29400, "/env/bin/python", Path("/shared/my runs"), ENV)
+    commands = hosts.render(JOB, found, Nodes(2, 2), hosts.processes_of(found, None), 29400, "/env/bin/python", Path("/shared/my runs"), ENV)
     text = "\n".join(command.text() for command in commands) + "\n"
     assert text == (RENDERED / "hosts.txt").read_text()
     assert "secret" not in text
@@ -50,7 +51,7 @@ def test_rendered_ssh_equals_the_stored_text():
 
 def test_credentials_in_an_address_stay_here():
     env = {"MLFLOW_TRACKING_URI": "http://me:secret@t:5000"}
-    (command,) = hosts.render(JOB, hosts.read("node1"), 1, 29400, "python", Path("/"), env)
+    (command,) = hosts.render(JOB, hosts.read("node1"), Nodes(1, 1), 1, 29400, "python", Path("/"), env)
     assert "secret" not in command.text()
 
 

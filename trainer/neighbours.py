@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, An
     started = time.time()
     try:
         done = subprocess.run(
-            [*ssh, host, f"{shlex.quote(sys.executable)} -"],
+            [*ssh, host, f"{_python()} -"],
             input=QUESTION.format(asked=json.dumps(asked)),
             capture_output=True,
             text=True,
@@ -162,7 +163,7 @@ def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
 def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
     """A listening port on the first host while the others are asked; port 0 where that failed."""
     seconds = int(PATIENCE)
-    words = [*ssh, host, f"{shlex.quote(sys.executable)} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
+    words = [*ssh, host, f"{_python()} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
     try:
         door = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except FileNotFoundError:
@@ -173,6 +174,12 @@ def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], 
     said = door.stdout.readline().strip()
     alarm.cancel()
     return door, int(said) if said.isdigit() else 0
+
+
+def _python() -> str:
+    """Ours, with the path that `launch hosts` passes on."""
+    path = os.environ.get("PYTHONPATH")
+    return f"{f'env PYTHONPATH={shlex.quote(path)} ' if path else ''}{shlex.quote(sys.executable)}"
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,196 @@
+"""The one place that starts processes and passes signals on to them: a launcher here, or one ssh per node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from launch.job import STOPPED, Command
+
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LINGER = 10.0  # seconds a launcher may outlive its ranks
+PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
+
+
+def start(command: Command) -> int:
+    """Run a command to its end and return its exit code. Signals go to the trainer's processes, past the launchers between.
+
+    torchrun answers SIGTERM by killing a rank's whole group after 30 s, loader workers at once: a checkpoint may take
+    longer. So the ranks hear of it directly and end by themselves. A third Ctrl-C kills everything.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "exit"  # rank 0's own exit code: torchrun turns every one into 1
+        env = os.environ | dict(command.env) | {"TRILEVEL_EXIT_FILE": str(told)}
+        before = {number: signal.getsignal(number) for number in STOP}
+        heard: list[int] = []
+        process: subprocess.Popen[bytes] | None = None
+        told_ranks: set[int] = set()
+
+        def forward(number: int, _frame: Any) -> None:
+            heard.append(number)
+            if process is None:
+                return
+            if heard.count(signal.SIGINT) > 2:
+                return _kill(process.pid)
+            ranks = _ranks(process.pid)
+            told_ranks.update(ranks)
+            for pid in ranks or [process.pid]:
+                _send(pid, _passed(number))
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, forward)
+        # Slurm signals every process of a step: torchrun, which knows nothing of these two, would die of them. It inherits that.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            # a session of its own: a terminal's Ctrl-C reaches us alone
+            process = subprocess.Popen(command.argv, env=env, start_new_session=True)
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, forward)
+            if heard:  # before it was there
+                _send(process.pid, signal.SIGTERM)
+            code = _wait(process, heard, told_ranks)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        said = int(told.read_text()) if told.exists() else 0
+    return 128 - code if code < 0 else said or code
+
+
+def _passed(number: int) -> signal.Signals:
+    """What ranks are sent for a signal to us. After a hang-up nobody is there to read a line any more: end like on SIGTERM."""
+    return signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+
+
+def _wait(process: subprocess.Popen[bytes], heard: list[int], told_ranks: set[int]) -> int:
+    """The exit code. A launcher whose ranks have ended well waits up to 5 minutes for other nodes' launchers; these may have
+    failed, so once told to end it is given LINGER seconds. Ranks that an elastic launcher starts after that are told as well."""
+    gone = float("inf")  # since when no rank is there
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(0.2)
+        if heard:
+            ranks = _ranks(process.pid)
+            for pid in set(ranks) - told_ranks:
+                told_ranks.add(pid)
+                _send(pid, _passed(heard[-1]))
+            gone = float("inf") if ranks else min(gone, time.monotonic())
+            if time.monotonic() > gone + LINGER:
+                _kill(process.pid)
+                process.wait()
+                return 0
+
+
+def together(commands: list[Command], names: list[str], logs: Path, spare: int = 0) -> int:
+    """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
+    lost ones. Returns that one's exit code, or 0.
+
+    Output goes to one file per node, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
+    every node; the third one kills.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        subprocess.Popen(
+            c.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for c in commands
+    ]
+    readers = [
+        threading.Thread(target=_copy, args=(node.stdout, name, logs / f"{name}.txt"), daemon=True)
+        for node, name in zip(nodes, names, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    heard = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal heard
+        heard += 1
+        for node in nodes:
+            if heard > 2:
+                _kill(node.pid)
+            elif node.poll() is None and node.stdin is not None:
+                with contextlib.suppress(OSError):
+                    node.stdin.write(b"\x03")
+                    node.stdin.flush()
+
+    before = {number: signal.signal(number, stop) for number in STOP}
+    code, deadline = 0, float("inf")
+    failed: dict[str, int] = {}  # in the order in which they ended
+    try:
+        running = True
+        while running:
+            running = None in [node.poll() for node in nodes]
+            for node, name in zip(nodes, names, strict=True):
+                if node.returncode and name not in failed:
+                    failed[name] = node.returncode
+                    if len(failed) <= spare and not heard:
+                        print(f"launch: {name} ended with {node.returncode}; the others go on without it", file=sys.stderr)
+            if len(failed) > spare and not code:
+                name, code = list(failed.items())[spare]
+                deadline = time.monotonic() + PATIENCE
+                if not heard:  # nobody has asked them to end yet, and asking twice means at once
+                    print(f"launch: {name} ended with {code}; the others are told to end, see {logs}", file=sys.stderr)
+                    stop()
+            if time.monotonic() > deadline:
+                for node in nodes:
+                    _kill(node.pid)
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for reader in readers:
+            reader.join(5)
+    # a job that was stopped says so on the node that rank 0 was on
+    code = code or next((one for one in failed.values() if heard or one == STOPPED), 0)
+    return 128 - code if code < 0 else code
+
+
+def _copy(stream: IO[bytes], name: str, path: Path) -> None:
+    with path.open("wb") as file:
+        for line in stream:
+            line = line.replace(b"\r\n", b"\n")
+            file.write(line)
+            file.flush()
+            sys.stdout.write(f"[{name}] {line.decode(errors='replace')}")
+            sys.stdout.flush()
+
+
+def _ranks(pid: int) -> list[int]:
+    """The trainer's processes right below a launcher; their own children (loader workers) hear from them."""
+    return [child for child in _below(pid) if "trainer" in _words(child)]
+
+
+def _below(pid: int, recursive: bool = False) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive)]
+    except psutil.Error:
+        return []
+
+
+def _words(pid: int) -> list[str]:
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL to a process and everything it started."""
+    for victim in [*_below(pid, recursive=True), pid]:
+        _send(victim, signal.SIGKILL)

@@ -1,0 +1,134 @@
+"""`python -m launch sweep`: configurations x settings x seeds, one run each; what is finished is left out, the rest goes on.
+
+Names tell the points apart and stay the same from start to start, so that a sweep is restarted by the same command. In MLflow the
+runs hang below one parent, named like the sweep (`tracking.parent`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from launch.job import Job, LaunchError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep and where it stands: "new", "finished", or how its last attempt ended ("stopped", "preempted", "cut off")."""
+
+    job: Job
+    name: str
+    directory: Path
+    state: str = "new"
+    top1: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+
+def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str, name: str) -> list[Point]:
+    """Every run of the sweep, seeds innermost. Raises LaunchError for a grid that can't be read, or two runs of one name."""
+    numbers = _seeds(seeds)
+    axes = [_axis(text) for text in sets]
+    fixed = {text.partition("=")[0] for text in overrides}
+    for key in ("name", "seed", "tracking.parent", *(key for key, _ in axes)):
+        if key in fixed:
+            raise LaunchError(f"{key}=... is set by the sweep itself: leave it out")
+    found = []
+    for config in configs:
+        stem, runs = _about(config, overrides)
+        for values in product(*[[(key, value) for value in values] for key, values in axes]):
+            parts = [f"{key.rpartition('.')[2]}{value}" for key, value in values]
+            for seed in numbers:
+                run = re.sub(r"[^\w.-]+", "_", "-".join([name, stem, *parts, f"seed{seed}"]))
+                given = [*overrides, *(f"{key}={value}" for key, value in values)]
+                given += [f"name={run}", f"seed={seed}", f"tracking.parent={name}"]
+                found.append(Point(Job(config, tuple(given), resume=True), run, runs / run))
+    twice = {point.name for point in found if [other.name for other in found].count(point.name) > 1}
+    if twice:
+        raise LaunchError(f"{sorted(twice)[0]} would be the name of two runs: give each configuration and value once")
+    return found
+
+
+def standing(point: Point) -> Point:
+    """The point with its state, as its journal tells."""
+    try:
+        rows = (point.directory / "journal.jsonl").read_text().splitlines()
+    except OSError:
+        return point
+    state, top1 = "cut off", None
+    for row in rows:
+        try:
+            line = json.loads(row)
+        except ValueError:  # the last line of a killed attempt
+            continue
+        if line.get("kind") == "start":
+            state = "cut off"
+        elif line.get("kind") == "eval":
+            top1 = line.get("top1")
+        elif line.get("kind") == "end":
+            state = str(line.get("status"))
+    return replace(point, state=state, top1=top1)
+
+
+def unlike(found: list[Point]) -> list[Point]:
+    """The first point of each configuration and setting: seeds need no check of their own."""
+
+    def but_seed(point: Point) -> tuple[str, ...]:
+        return (point.job.config, *(text for text in point.job.overrides if text.partition("=")[0] not in ("seed", "name")))
+
+    return list({but_seed(point): point for point in reversed(found)}.values())[::-1]
+
+
+def table(found: list[Point]) -> str:
+    """What became of every run, and how to compare them."""
+    wide = max(len(point.name) for point in found)
+    rows = [f"{'run':{wide}}  {'state':9}  top-1"]
+    for point in found:
+        rows.append(f"{point.name:{wide}}  {point.state:9}  {'' if point.top1 is None else f'{point.top1:.2%}'}".rstrip())
+    done = [str(point.directory) for point in found if point.finished]
+    if done:
+        rows.append(f"compare them: trilevel compare {shlex.join(done)}")
+    return "\n".join(rows)
+
+
+def _seeds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+        raise LaunchError(f"--seeds {text}: write different whole numbers with commas between, e.g. 0,1,2")
+    return [int(word) for word in words]
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """ "optim.lr=1e-3,2e-3" -> the key and its values; commas inside brackets belong to a value."""
+    key, equals, rest = text.partition("=")
+    values, depth = [""], 0
+    for letter in rest:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and not depth:
+            values.append("")
+        else:
+            values[-1] += letter
+    if not equals or not key or not all(values) or len(set(values)) < len(values):
+        raise LaunchError(f"--set {text}: write a setting with different values, e.g. optim.lr=1e-3,2e-3")
+    return key, values
+
+
+def _about(config: str, overrides: list[str]) -> tuple[str, Path]:
+    """A configuration's name and the folder of its runs."""
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except OSError as error:
+        raise LaunchError(f"config {config}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise LaunchError(f"config {config}: not valid YAML: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    given = [text.partition("=")[2] for text in overrides if text.startswith("runs=")]
+    return str(content.get("name") or Path(config).stem), Path(given[-1] if given else str(content.get("runs", "runs")))

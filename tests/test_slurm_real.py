@@ -1,0 +1,79 @@
+"""`launch slurm` for real: our own slurmctld and two slurmd run what was rendered, the quickstart recipe over gloo between two nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.batch import Batch, batch
+from tests.conftest import ROOT, environment, lines, wait_for
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+STEPS = 60  # enough that a job is still at it when it is told to end
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+
+
+def settings(digits: Path) -> list[str]:
+    data = [f"data.train={digits}/train-*.tar", f"data.validation={digits}/validation-*.tar", "data.workers=0"]
+    return [*data, "log_every=1step", "control=0", "tracking.to=journal", f"stop_at={STEPS}step"]
+
+
+def submit(made: Batch, *words: str, refused: bool = False) -> str:
+    """Number of the job that `launch slurm` has submitted."""
+    command = [sys.executable, "-m", "launch", "slurm", CONFIG, *words, "--setup", "export GLOO_SOCKET_IFNAME=lo"]
+    done = subprocess.run(command, cwd=made.folder, env=made.env(), capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode != 0) == refused, done.stdout + done.stderr
+    return done.stdout.split()[-1] if not refused else done.stderr
+
+
+def output(made: Batch, job: str) -> str:
+    path = made.folder / f"slurm-{job}.txt"
+    return (path.read_text() if path.is_file() else "no output\n") + made.ask("scontrol", "show", "job", job) + made.told()
+
+
+def stepping(made: Batch, job: str, attempt: int = 0) -> bool:
+    assert made.state(job) not in OVER, output(made, job)
+    journal = made.folder / "runs" / "quickstart" / "journal.jsonl"
+    rows = [json.loads(row) for row in journal.read_text().splitlines()[:-1]] if journal.is_file() else []
+    return any(row["kind"] == "step" and row["attempt"] == attempt for row in rows)
+
+
+def whole(made: Batch, job: str, digits: Path) -> None:
+    """The job has ended well, on two processes, over two attempts, and saw what one process sees."""
+    wait_for(lambda: made.state(job) in OVER, 600)
+    assert made.state(job) == "COMPLETED", output(made, job)
+    run = made.folder / "runs" / "quickstart"
+    assert [line["world"] for line in lines(run, "start")] == [2, 2] and lines(run, "resume")[0]["step"] > 0
+    assert [line["step"] for line in lines(run, "step")] == list(range(1, STEPS + 1))
+    audit = [sys.executable, "-m", "trainer", "audit", str(run), "--json", str(made.folder / "audit.json")]
+    subprocess.run(audit, cwd=made.folder, env=environment(), check=True, capture_output=True, timeout=300)
+    found = json.loads((made.folder / "audit.json").read_text())  # made again by one process
+    assert found["equal"] and found["chain"] == lines(run, "step")[-1]["chain"]
+
+
+def test_a_typo_dies_before_the_queue_and_a_job_told_to_end_is_queued_again_and_goes_on(digits, tmp_path):
+    with batch(tmp_path) as made:
+        assert "did you mean" in submit(made, "--nodes", "2", "optim.lrr=1", refused=True)
+        assert made.ask("squeue", "-h") == ""
+
+        job = submit(made, *settings(digits), "--nodes", "2", "--time", "30", "--signal", "60", "--cpus", "1")
+        wait_for(lambda: stepping(made, job), 600)
+        made.ask("scancel", "--signal=USR1", job)  # what Slurm does --signal seconds before the limit
+        whole(made, job, digits)
+        assert lines(tmp_path / "runs" / "quickstart", "start")[0]["launcher"] == "slurm"
+
+
+@pytest.mark.slow
+def test_a_job_that_the_administrator_requeues_goes_on(digits, tmp_path):
+    """SIGTERM to every process of the job, launchers too, and the end KillWait seconds later."""
+    with batch(tmp_path) as made:
+        job = submit(made, *settings(digits), "checkpoint.every=5step", "--nodes", "2", "--cpus", "1")
+        wait_for(lambda: stepping(made, job), 600)
+        wait_for(lambda: (tmp_path / "runs" / "quickstart" / "checkpoints" / "latest").exists(), 300)
+        made.ask("scontrol", "requeue", job)
+        whole(made, job, digits)
