@@ -1,12 +1,13 @@
 """What tests/test_engine_steps.py starts on several processes: many engines one after the other on a small network, facts as JSON lines.
 
-engines_job.py TASK MODE ...; a MODE is KIND:ZERO:PRECISION:ACCUMULATION. Tasks: see the functions at the end.
+engines_job.py TASK=MODE ...; a MODE is KIND:ZERO:PRECISION:ACCUMULATION. Tasks: see the functions at the end.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -94,11 +95,6 @@ def differing(one: State, other: State) -> list[str]:
     return names + [name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])]
 
 
-def say(**facts: Any) -> None:
-    if int(__import__("os").environ.get("RANK", "0")) == 0:
-        print(json.dumps(facts), flush=True)
-
-
 SPOILS: dict[int, Spoil] = {
     1: lambda losses: losses * math.nan,
     2: lambda losses: losses + torch.tensor([math.inf] + [0.0] * (len(losses) - 1)),  # its gradient is finite
@@ -106,7 +102,7 @@ SPOILS: dict[int, Spoil] = {
 }
 
 
-def skipping(mode: str) -> None:
+def skipping(mode: str) -> dict[str, Any]:
     """Steps 0 .. 5, of which SPOILS are spoiled on the last rank; beside steps 0, 4, 5 alone; and resumed after step 2."""
     spoiled, clean = Run(mode), None
     for step in range(6):
@@ -121,20 +117,19 @@ def skipping(mode: str) -> None:
     for step in range(3, 6):
         resumed.step(step, SPOILS.get(step))
     resumed.end()
-    say(
-        mode=mode,
-        taken=[spoiled.taken[step] for step in range(6)],
-        clean=all(clean.taken.values()),
-        held=[differing(spoiled.states[1], spoiled.states[step]) for step in (2, 3, 4)],
-        after=[differing(spoiled.states[step], clean.states[step]) for step in (5, 6)],
-        resumed=differing(spoiled.states[6], resumed.states[6]),
-        finite=all(bool(value.isfinite().all()) for value in spoiled.states[6].values()),
-        names=len(spoiled.states[6]),
-        norm=spoiled.facts[1][1],
-    )
+    return {
+        "taken": [spoiled.taken[step] for step in range(6)],
+        "clean": all(clean.taken.values()),
+        "held": [differing(spoiled.states[1], spoiled.states[step]) for step in (2, 3, 4)],
+        "after": [differing(spoiled.states[step], clean.states[step]) for step in (5, 6)],
+        "resumed": differing(spoiled.states[6], resumed.states[6]),
+        "finite": all(bool(value.isfinite().all()) for value in spoiled.states[6].values()),
+        "names": len(spoiled.states[6]),
+        "norm": spoiled.facts[1][1],
+    }
 
 
-def averaging(mode: str) -> None:
+def averaging(mode: str) -> dict[str, Any]:
     """Four steps with an average; its values, the answer under it, and whether the weights are as before it was applied."""
     run = Run(mode)
     for step in range(4):
@@ -148,19 +143,23 @@ def averaging(mode: str) -> None:
     for step in (2, 3, 4):
         resumed.step(step)
     resumed.end()
-    say(
-        mode=mode,
-        same_everywhere=bool((answer == answer[0]).all()),
-        answer=answer[0].flatten().tolist(),
-        average={name: value.flatten().tolist() for name, value in part(run.states[4], "e:").items()},
-        given_back=differing(
+    return {
+        "same_everywhere": bool((answer == answer[0]).all()),
+        "answer": answer[0].flatten().tolist(),
+        "average": {name: value.flatten().tolist() for name, value in part(run.states[4], "e:").items()},
+        "given_back": differing(
             {"w:" + name: value for name, value in after.items()}, {k: v for k, v in run.states[4].items() if k[0] == "w"}
         ),
-        resumed=differing(run.states[5], resumed.states[5]),
-        last=run.facts[4],
-    )
+        "resumed": differing(run.states[5], resumed.states[5]),
+        "last": run.facts[4],
+    }
 
+
+TASKS = {"skipping": skipping, "averaging": averaging}
 
 if __name__ == "__main__":
-    for one in sys.argv[2:]:
-        {"skipping": skipping, "averaging": averaging}[sys.argv[1]](one)
+    for word in sys.argv[1:]:
+        task, _, mode = word.partition("=")
+        facts = TASKS[task](mode)
+        if os.environ["RANK"] == "0":
+            print(json.dumps({"name": word, **facts}), flush=True)

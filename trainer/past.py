@@ -66,6 +66,7 @@ class Past:
         d = self.config.data
         self.layout = Layout(self.index.sizes, self.config.seed, d.batch, d.lanes, d.window, d.homes, d.repeats)
         self.stretches, self.marks = self._stretches(), self._marks()
+        self.skipped = {line["step"]: line["seen"] for line in self.lines if line["kind"] == "skipped"}
         self.selection = lru_cache(maxsize=2)(self._selection)
         self._order = lru_cache(maxsize=2)(self._made)
 

@@ -59,6 +59,8 @@ class Replayed:
         more = f"the first {SHOWN} of {len(self.rows)} rows\n" if len(self.rows) > SHOWN else ""
         said = {True: "the journal's chain confirms these rows", None: "the journal has no chain behind this step yet"}
         broken = [f"broken: {number}: {reason}\n" for number, reason in self.batch.broken]
+        if self.facts["skipped"]:
+            broken.append("this step was not taken: its loss or its gradient was not finite\n")
         return more + "".join(broken) + said.get(self.confirmed, "NOT what the journal's chain says: see `trilevel audit`")
 
 
@@ -85,7 +87,7 @@ def replay(past: Past, step: int) -> Replayed:
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
         "progress": progress, "lr": learning_rate(progress, config), "keep_tokens": plan.keep_tokens,
         "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
-        "kept_list": stretch.kept, "kept": selection.num_kept, "broken": [list(one) for one in batch.broken],
+        "skipped": past.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept, "broken": [list(one) for one in batch.broken],
     }  # fmt: skip
     confirmed = _confirmed(past, step, batch)
     return Replayed(
