@@ -66,7 +66,6 @@ def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, word
         ("engine.kind=ddp", "engine.precision=bf16"),
         ("engine.zero=0", "engine.precision=bf16"),
         ("engine.zero=3", "engine.compile=true"),
-        ("engine.zero=3", "optim.ema=0.9"),
     ],
 )
 def test_what_an_engine_can_not_do_is_said_before_it_starts(overrides: tuple[str, str], tmp_path: Path) -> None:
