@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.plans import PLANS, changes, plan
+from sparsity.plans import PLANS, Course
 from sparsity.types import DENSE, Plan
 
 TRI_LEVEL = {"method": "cosine", "keep_tokens": 0.7, "keep_connections": 0.1, "warmup": 10.0, "length": 100.0}
@@ -15,24 +15,24 @@ TRI_LEVEL = {"method": "cosine", "keep_tokens": 0.7, "keep_connections": 0.1, "w
     [(0, 1, 1), (9.99, 1, 1), (35, 0.956, 0.868), (60, 0.85, 0.55), (85, 0.744, 0.232), (110, 0.7, 0.1), (299, 0.7, 0.1)],
 )
 def test_the_cosine_of_the_papers_code(epoch, tokens, connections):
-    found = plan(epoch, **TRI_LEVEL, plateaus=0)
+    found = Course(**TRI_LEVEL, plateaus=0).at(epoch)
     assert (found.keep_tokens, found.keep_connections) == pytest.approx((tokens, connections), abs=5e-4)
 
 
 def test_plateaus_are_few_and_cost_what_the_curve_costs():
-    values = [plan(epoch / 8, **TRI_LEVEL, plateaus=8) for epoch in range(8 * 300)]
+    values = [Course(**TRI_LEVEL, plateaus=8).at(epoch / 8) for epoch in range(8 * 300)]
     assert len(set(values)) == 10  # dense, eight on the way, the end
     assert values == sorted(values, key=lambda p: -p.keep_tokens)
-    smooth = [plan(epoch / 8, **TRI_LEVEL, plateaus=0) for epoch in range(8 * 300)]
+    smooth = [Course(**TRI_LEVEL, plateaus=0).at(epoch / 8) for epoch in range(8 * 300)]
     for name in ("keep_tokens", "keep_connections"):
         assert sum(getattr(p, name) for p in values) == pytest.approx(sum(getattr(p, name) for p in smooth), rel=1e-3)
 
 
 def test_changes_of_a_cosine():
-    found = changes(300, **TRI_LEVEL, plateaus=4)
+    found = Course(**TRI_LEVEL, plateaus=4).changes(300)
     assert [progress for progress, _ in found] == [0, 10, 35, 60, 85, 110]
     assert found[0][1] == DENSE and found[-1][1] == Plan(0.7, 0.1)
-    assert [progress for progress, _ in changes(50, **TRI_LEVEL, plateaus=4)] == [
+    assert [progress for progress, _ in Course(**TRI_LEVEL, plateaus=4).changes(50)] == [
         0,
         10,
         35,
@@ -40,16 +40,16 @@ def test_changes_of_a_cosine():
 
 
 def test_constant_and_stairs():
-    assert plan(0, method="constant", keep_tokens=0.5) == Plan(0.5, 1.0)
-    assert changes(10, method="constant", keep_tokens=0.5) == [(0.0, Plan(0.5, 1.0))]
+    assert Course(keep_tokens=0.5).at(0) == Plan(0.5, 1.0)
+    assert Course(keep_tokens=0.5).changes(10) == [(0.0, Plan(0.5, 1.0))]
     stairs = [(2.0, 0.9, 1.0), (5.0, 0.5, 0.25)]
-    assert [plan(e, method="staircase", stairs=stairs) for e in (1.99, 2, 4.9, 7)] == [
+    assert [Course("staircase", stairs=stairs).at(e) for e in (1.99, 2, 4.9, 7)] == [
         DENSE,
         Plan(0.9),
         Plan(0.9),
         Plan(0.5, 0.25),
     ]
-    assert changes(10, method="staircase", stairs=stairs) == [(0.0, DENSE), (2.0, Plan(0.9)), (5.0, Plan(0.5, 0.25))]
+    assert Course("staircase", stairs=stairs).changes(10) == [(0.0, DENSE), (2.0, Plan(0.9)), (5.0, Plan(0.5, 0.25))]
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,18 +65,18 @@ def test_constant_and_stairs():
 def test_between_two_changes_the_plan_stays(warmup, length, plateaus, keep, epochs, method, at):
     args = {"keep_tokens": keep, "keep_connections": 0.3, "warmup": warmup, "length": length, "plateaus": plateaus}
     args |= {"method": method, "stairs": [(length / 3, keep, 1.0), (length, 0.1, 0.1)]}
-    found = changes(epochs, **args)
+    found = Course(**args).changes(epochs)
     starts = [progress for progress, _ in found]
     assert starts[0] == 0.0 and starts == sorted(set(starts)) and starts[-1] < epochs
     progress = at * epochs * 0.999
-    assert plan(progress, **args) == [p for start, p in found if start <= progress][-1]
+    assert Course(**args).at(progress) == [p for start, p in found if start <= progress][-1]
 
 
 def test_what_makes_no_plan_is_refused():
     with pytest.raises(ValueError, match=r"plan.method='cos': unknown; there are constant, cosine, staircase"):
-        plan(0, method="cos")
+        Course(method="cos")
     for stairs in ((), [(5, 0.5, 1.0), (5, 0.4, 1.0)]):
         with pytest.raises(ValueError, match="epochs rising"):
-            plan(0, method="staircase", stairs=stairs)
+            Course(method="staircase", stairs=stairs)
     with pytest.raises(ValueError, match=r"keep_tokens=0.0 is outside \(0, 1\]"):
-        plan(0, method="constant", keep_tokens=0.0)
+        Course(method="constant", keep_tokens=0.0)

@@ -13,12 +13,11 @@ from typing import Any
 import psutil
 import torch
 
-from sparsity import plans
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
 from trainer.config import Config
 from trainer.data.index import Index
-from trainer.model import cost_of, plan_settings
+from trainer.model import cost_of, course_of
 
 # Variables that change how a step is computed or where it is sent; others may hold secrets and stay out.
 PREFIXES = ("OMP_", "MKL_", "NCCL_", "GLOO_", "DS_", "TORCH", "PYTORCH_", "CUDA_", "KMP_", "MALLOC_")
@@ -50,7 +49,7 @@ def environment() -> str:
 def plan_table(config: Config, model: SparseViT) -> str:
     """The stretches of the run under one plan each, as Markdown: epochs, what is kept, tokens per block, multiply-adds."""
     dense = cost_of(model, DENSE)["multiply_adds"]
-    changes = plans.changes(config.epochs, **plan_settings(config))
+    changes = course_of(config).changes(config.epochs)
     borders = [*[start for start, _ in changes], float(config.epochs)]
     lines = [
         "| epochs | tokens kept at a pruning block | connections kept | tokens per block | multiply-adds | of dense |",

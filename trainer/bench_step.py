@@ -16,11 +16,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from sparsity import plans
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from trainer.config import Config
-from trainer.model import build_model, cost_of, plan_at, plan_settings
+from trainer.model import build_model, cost_of, course_of, plan_at
 from trainer.optim import build_optimizer
 from trainer.stepbench import Row, paired
 
@@ -106,7 +105,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Mea
 
 def stretches(config: Config) -> list[tuple[float, Plan]]:
     """Where the plan changes, in epochs, from 0 on."""
-    return plans.changes(config.epochs, **plan_settings(config))
+    return course_of(config).changes(config.epochs)
 
 
 def whole_run(config: Config, ratio: Callable[[Plan], float]) -> float:

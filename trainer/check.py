@@ -8,7 +8,6 @@ from typing import Literal
 
 from rich.table import Table
 
-from sparsity import plans
 from sparsity.types import DENSE, Plan, alone
 from sparsity.vit import SparseViT
 from trainer.config import Config
@@ -16,7 +15,7 @@ from trainer.data.index import Index, open_index
 from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
 from trainer.engine_settings import refuse_conflicts
-from trainer.model import build_examples, build_model, cost_of, plan_settings
+from trainer.model import build_examples, build_model, cost_of, course_of
 from trainer.objective import Objective
 from trainer.optim import build_optimizer
 from trainer.values import ConfigError
@@ -128,7 +127,7 @@ def opened(pattern: str, config: Config, verify: Literal["fast", "full"] | None)
 
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
-    changes = plans.changes(config.epochs, **plan_settings(config))
+    changes = course_of(config).changes(config.epochs)
     borders = [*[start for start, _ in changes], float(config.epochs)]
     found = []
     for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity import attention, plans
+from sparsity import attention
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from trainer.config import Config
 from trainer.engine import Engine
 from trainer.meters import Clock
-from trainer.model import cost_of, plan_settings
+from trainer.model import cost_of, course_of
 from trainer.objective import Objective
 
 WARM, WATCHED = 5, 20  # steps under a new plan before real steps are timed, and how many are
@@ -35,7 +35,7 @@ class Control:
 
     def __init__(self, config: Config, engine: Engine, objective: Objective, want: frozenset[str]):
         self.config, self.engine, self.objective, self.want = config, engine, objective, want
-        self._borders = [start for start, _ in plans.changes(config.epochs, **plan_settings(config))]
+        self._borders = [start for start, _ in course_of(config).changes(config.epochs)]
         self._plan: Plan | None = None
         self._plans_seen: set[Plan] = set()
         self._began = self._from = Clock(0, 0.0, 0.0)

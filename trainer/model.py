@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsity import cost, methods, plans
+from sparsity import cost, methods
 from sparsity.curriculum import Curriculum
 from sparsity.examples import EXAMPLES
+from sparsity.plans import Course
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer import weights
 from trainer.config import Config
 from trainer.data.index import Index
-from trainer.sections import TokenReduction
 from trainer.values import ConfigError
 
 
@@ -63,21 +63,21 @@ def build_examples(config: Config, index: Index) -> Curriculum:
 
 def plan_at(progress: float, config: Config) -> Plan:
     """What a step at this progress (in epochs) keeps."""
-    return plans.plan(progress, **plan_settings(config))
+    return course_of(config).at(progress)
 
 
-def plan_settings(config: Config) -> dict[str, Any]:
+def course_of(config: Config) -> Course:
+    """How the run comes down to `tokens.keep` and `connections.keep`; levels that are off keep all."""
     p = config.plan
-    keep_tokens = config.tokens.keep if config.tokens.method != "all" else TokenReduction().keep
-    return {
-        "method": p.method,
-        "keep_tokens": keep_tokens,
-        "keep_connections": config.connections.keep if config.connections.method != "all" else 1.0,
-        "warmup": p.warmup,
-        "length": p.length,
-        "plateaus": p.plateaus,
-        "stairs": p.stairs,
-    }
+    return Course(
+        p.method,
+        keep_tokens=config.tokens.keep if config.tokens.method != "all" else 1.0,
+        keep_connections=config.connections.keep if config.connections.method != "all" else 1.0,
+        warmup=p.warmup,
+        length=p.length,
+        plateaus=p.plateaus,
+        stairs=p.stairs,
+    )
 
 
 def cost_of(model: SparseViT, plan: Plan) -> dict[str, Any]:
