@@ -23,7 +23,10 @@ from trainer.config import Config, differences
 from trainer.configfile import parse
 from trainer.disk import Disk
 from trainer.sections import Checkpoint
+from trainer.shelf import Found
 from trainer.values import ConfigError
+
+NOTHING = Found(None, [])
 
 
 class CheckpointError(RuntimeError):
@@ -155,7 +158,7 @@ def _on(folder: Path, disk: Disk) -> list[OnDisk]:
     return found
 
 
-def newest(folder: Path) -> shelf.Found:
+def newest(folder: Path) -> Found:
     """The checkpoint a resume starts from, every file of it read and held against its hash. Raises CheckpointError where there are
     some and all are damaged: starting anew in their place must be said."""
     try:

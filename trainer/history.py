@@ -120,7 +120,7 @@ def history(directory: Path | str) -> History:
         elapsed += passed
         device_seconds += passed * world
         if isinstance(line.get("step"), int):
-            step = line["step"]
+            step = max(step, line["step"])  # a checkpoint is told when it is durable, after later steps
         progress = line.get("progress", progress)
         if kind == "step":
             trained += line.get("seconds", 0.0)

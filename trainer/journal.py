@@ -32,7 +32,8 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | what else the meters know                                                        |
 | eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
 |            |                              | ema (bool: weights of the moving average)                                        |
-| checkpoint | after it is durable          | epoch, batch, step, path, bytes, seconds                                         |
+| checkpoint | after it is durable, which   | epoch, batch, step, path, bytes, blocking (seconds that training stood still for |
+|            | may be steps later           | it), seconds (of writing; beside the training where `checkpoint.asynchronous`)   |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
 | skipped    | a step was not taken: its    | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
 |            | gradient was not finite      | the batch, see `seen`), skipped, in_row (steps so far)                           |

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +18,13 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from trainer.disk import Disk
 from trainer.sections import Model
+from trainer.tensorfile import pieces
 from trainer.values import ConfigError
 
 PREFIXES = ("module.", "_orig_mod.", "vit.")  # DDP and DeepSpeed, torch.compile, SparseViT
@@ -145,13 +146,17 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, state.values(), strict=True))
 
 
-def save_weights(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write safetensors under timm's names; the file is whole or it is not there."""
-    path = Path(path)
-    whole = {name: value.detach().cpu().contiguous() for name, value in to_timm(state).items()}
+def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors under timm's names, with `metadata` in the header; after a crash the file is whole, or what it was before."""
+    path, disk = Path(path), Disk()
     temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_bytes(save(whole, {"format": "pt"}))
-    os.replace(temporary, path)
+    try:
+        disk.write(temporary, pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
+        disk.rename(temporary, path)
+        disk.sync(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

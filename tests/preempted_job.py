@@ -1,0 +1,115 @@
+"""Runs that are interrupted at chosen points and resumed, one after the other in the same processes: preempted_job.py CONFIG SCENE ...
+
+A scene asks this process to stop (a signal to itself) where its name says, on one rank only: the others must agree. Each becomes the
+run directory runs/SCENE; "whole" is never interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+import trainer.checkpoint
+import trainer.train
+from trainer.configfile import load
+from trainer.data.stream import Batch, Validation
+from trainer.disk import Disk
+from trainer.engine import Engine
+from trainer.records import Records
+
+RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+
+
+def hear(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+class Interrupted(Validation):
+    """Asks on the last rank, before the second batch of the fourth pass: the average's, in the second epoch."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        Interrupted.passes += 1
+        for number, batch in enumerate(super().__iter__()):
+            if Interrupted.passes == 4 and number == 1 and RANK == LAST:
+                hear()
+            yield batch
+
+
+class Hearing(Disk):
+    """Asks while a checkpoint is being written, twice, and holds the writing until the training has heard of it."""
+
+    heard, passed = threading.Event(), threading.Event()
+
+    def rename(self, old: Path, new: Path) -> None:
+        if new.name == "step-00000003" and not self.heard.is_set():
+            hear(signal.SIGUSR1), hear(signal.SIGUSR2)
+            Hearing.heard.set()
+            assert self.passed.wait(60), "the training goes on beside the writing"
+        super().rename(old, new)
+
+
+class Telling(Records):
+    """Tells the disk above that a step after the checkpoint was made."""
+
+    def step(self, *words: Any, **facts: Any) -> Any:
+        state = super().step(*words, **facts)
+        if Hearing.heard.is_set():
+            Hearing.passed.set()
+        return state
+
+
+class Full(Disk):
+    """No room for the second checkpoint."""
+
+    def sync(self, folder: Path) -> None:
+        if "step-00000006" in folder.name:
+            raise OSError(28, "No space left on device")
+        super().sync(folder)
+
+
+def at_step(engine: Engine, *words: Any) -> Any:
+    if words[1] == 4 and RANK == 0:
+        hear()
+    return reseed(engine, *words)
+
+
+reseed = Engine.reseed
+
+
+def one(name: str, resume: bool, *overrides: str) -> str:
+    try:
+        told = trainer.train.train(load(sys.argv[1], [f"name={name}", *overrides]), resume=resume).status
+    except trainer.checkpoint.CheckpointError as error:
+        told = str(error)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
+    if RANK == 0:
+        print(f"{name}: {told}", flush=True)
+    return told
+
+
+for scene in sys.argv[2:]:
+    if scene == "whole":
+        one(scene, False)
+        continue
+    if scene == "evaluating":
+        trainer.train.Validation = Interrupted
+    elif scene == "writing":
+        trainer.checkpoint.Disk = Hearing
+        trainer.train.Records = Telling
+    elif scene == "full":
+        trainer.checkpoint.Disk = Full
+    elif scene == "training":
+        Engine.reseed = at_step  # pyright: ignore
+    one(scene, False)
+    trainer.train.Validation, trainer.train.Records = Validation, Records
+    trainer.checkpoint.Disk, Engine.reseed = Disk, reseed
+    one(scene, True)

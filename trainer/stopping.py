@@ -1,0 +1,77 @@
+"""When a run is asked to end before its time: by a signal, by a save that failed, or because its launcher is gone.
+
+Any rank may be asked; all of them agree in the step they are in, or between two batches of an evaluation (see `train`), save, and
+end with exit code 75, which schedulers requeue on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+LOOK = 1.0  # seconds between two looks at the launcher
+STARTED_BY = (
+    "TORCHELASTIC_RUN_ID",
+    "ACCELERATE_MIXED_PRECISION",
+    "TRILEVEL_EXIT_FILE",
+)  # what launchers leave in the environment
+
+
+class Stop:
+    """Asked for once, never taken back."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def ask(self) -> None:
+        self._event.set()
+
+    def asked(self) -> bool:
+        return self._event.is_set()
+
+
+def listen() -> Stop:
+    """Asked for by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or by the end of the launcher. A second signal changes nothing, but a second
+    SIGINT (Ctrl-C) ends at once."""
+    stop = Stop()
+
+    def heard(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and stop.asked():
+            raise KeyboardInterrupt
+        stop.ask()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, heard)
+    if above := launchers():
+        threading.Thread(target=_watch, args=(above, stop), name="launcher watch", daemon=True).start()
+    return stop
+
+
+def launchers() -> list[int]:
+    """The processes above this one whose end must end it, the nearest first: torchrun or accelerate, and `python -m launch` above
+    them. Empty where a person started the rank: a run outlives its terminal."""
+    if not any(name in os.environ for name in STARTED_BY):
+        return []
+    parent = os.getppid()
+    return [parent, _parent_of(parent)] if "TRILEVEL_EXIT_FILE" in os.environ else [parent]
+
+
+def _watch(above: list[int], stop: Stop) -> None:
+    """A killed launcher can't tell its ranks. The kernel gives its children another parent at once, even while nobody buries it."""
+    while [os.getppid(), *([_parent_of(above[0])] if len(above) > 1 else [])] == above:
+        if threading.Event().wait(LOOK):
+            return
+    stop.ask()
+
+
+def _parent_of(process: int) -> int:
+    try:
+        return psutil.Process(process).ppid()
+    except psutil.Error:
+        return -1
