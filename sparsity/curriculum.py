@@ -1,20 +1,15 @@
-"""What all methods of level 1 share: settings, the slate of observations, draws by class, the selection of an epoch.
-
-The statistics are the same on every rank: an observation goes to a slot on the device when it is made, and all ranks' slots
-are gathered once per epoch and applied by everybody. An epoch presents an example once (its copies in one batch count once),
-so there is at most one observation per example between two gathers, and neither rank nor order of arrival can matter.
-"""
+"""What all methods of level 1 share: settings, observations gathered once per epoch, draws by class, the selection of an epoch."""
 
 from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from sparsity.slate import Observed, Slate
 from sparsity.types import Gather, Outcome, Selection
 
 
@@ -25,56 +20,6 @@ class Draw(IntEnum):
     CYCLE = 1
     RESTORED = 2
     PRUNED = 3
-
-
-class Observed(NamedTuple):
-    """All ranks' observations since the last gather: ids (n,) int64, correct (n,) bool, value (n,) float32 or None."""
-
-    ids: np.ndarray
-    correct: np.ndarray
-    value: np.ndarray | None
-
-
-class Slate:
-    """One slot per example on the device: 1 byte, and 4 more where a float of the outcome (`value`) is wanted.
-
-    A slot per example rather than a growing list: its size is known at the start (6.4 MB for ImageNet) and a step costs
-    two scatters. Rows that don't count go to one spare slot at the end, so nothing is read back to the host.
-    """
-
-    def __init__(self, num_examples: int, value: Literal["spread", "loss"] | None = None):
-        self.num_examples, self.value = num_examples, value
-        self._code: Tensor | None = None  # (N + 1,) uint8: 0 not seen, 1 wrong, 2 right
-        self._number: Tensor | None = None  # (N + 1,) float32
-
-    @torch.no_grad()
-    def note(self, ids: Tensor, outcome: Outcome) -> None:
-        """Write down a step's rows, ids (b,) int64; no host sync."""
-        if self._code is None:
-            self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=ids.device)
-            if self.value is not None:
-                self._number = torch.zeros(self.num_examples + 1, dtype=torch.float32, device=ids.device)
-        slot = torch.where(outcome.valid, ids, self.num_examples)
-        self._code.index_copy_(0, slot, outcome.correct.to(torch.uint8) + 1)
-        if self._number is not None:
-            self._number.index_copy_(0, slot, getattr(outcome, str(self.value)).detach().float())
-
-    def take(self, gather: Gather) -> Observed:
-        """Gather what all ranks wrote down and wipe the slate; collective. Whole numbers and floats travel apart."""
-        if self._code is None:
-            ids, code = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-            number = torch.zeros(0, dtype=torch.float32)
-        else:
-            ids = self._code[:-1].nonzero().flatten()
-            code = self._code[ids].long() - 1
-            number = self._number[ids] if self._number is not None else None
-            self._code.zero_()
-        whole = gather(2 * ids + code).cpu().numpy()
-        value = gather(number).cpu().numpy() if self.value is not None and number is not None else None
-        return Observed(whole >> 1, (whole & 1).astype(bool), value)
-
-    def wipe(self) -> None:
-        self._code = self._number = None
 
 
 class Curriculum:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsity.curriculum import Draw, Observed, Observer, first_of_each, quotas
+from sparsity.curriculum import Draw, Observer, first_of_each, quotas
+from sparsity.slate import Observed
 from sparsity.types import Selection
 
 FEWEST_SEEN = 3  # presentations that a score needs

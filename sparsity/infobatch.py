@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsity.curriculum import Draw, Observed, Observer
+from sparsity.curriculum import Draw, Observer
+from sparsity.slate import Observed
 from sparsity.types import Selection
 
 
