@@ -14,8 +14,9 @@ from rich.console import Console as Terminal
 
 from tests.run_of_lines import CONFIG, START, lines, write
 from trainer.compare import NothingToCompare, Spread, compare, reached
-from trainer.compare_page import comma_separated, markdown, page, per_class, rows, table, warnings
+from trainer.compare_page import comma_separated, markdown, page, rows, table, warnings
 from trainer.compare_page import write as write_page
+from trainer.compare_pictures import per_class
 from trainer.history import history
 
 
@@ -47,6 +48,12 @@ def test_seeds_are_groups_and_savings_are_what_the_journals_say(both: list[Path]
     assert held.equal["images"].mean == pytest.approx(4 / 3) and held.at == pytest.approx(0.85375)
     assert compare(both, base="sparse").groups[1].against.whole["time"].mean == pytest.approx(8 / 18)  # type: ignore[union-attr]
     assert compare(both, base="sparse-s1").base.name == "sparse"
+
+
+def test_the_base_is_the_one_dense_run_else_the_first(both: list[Path], tmp_path: Path):
+    assert compare(both[::-1]).base.name == "dense"
+    other = run(tmp_path, "wider", sparse=False, start={"config": CONFIG | {"name": "wider", "model": {"name": "wide"}}})
+    assert compare([*both[::-1], other]).base.name == "sparse"  # two are dense: the first that was named
 
 
 def test_spread_is_students():
@@ -131,6 +138,9 @@ def test_classes_that_moved_are_drawn(tmp_path: Path):
     found = compare([tmp_path / "a", tmp_path / "b"])
     assert per_class(found).startswith("<svg") and page(found).count("<svg") == 3
     assert per_class(compare([tmp_path / "a"])) == ""
+    journal = tmp_path / "b" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace("[0.9, 0.5, 0.8]", '["NaN", 0.5, 0.8]'))  # a class without images
+    assert "class 0" not in per_class(compare([tmp_path / "a", tmp_path / "b"]))
 
 
 def test_names_are_escaped(tmp_path: Path):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.comparable import differences
 from trainer.history import History, Point, history
 from trainer.measures import flat
 
@@ -93,7 +94,8 @@ class Comparison:
 
 
 def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
-    """Compare run directories (at least one). `base`: the name of the run all others are held against; the first one without it.
+    """Compare run directories (at least one). `base`: the name of the run all others are held against; without it the dense one
+    where there is exactly one (seeds apart), else the first.
 
     Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
     """
@@ -108,13 +110,22 @@ def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
         turn = next(i for i in range(len(scored)) if seed(run) not in [seed(other) for other in groups.get((same, i), [])])
         groups.setdefault((same, turn), []).append(run)
     named = _named([sorted(members, key=seed) for members in groups.values()])
-    first = next((n for n, members in named if base is None or base == n or base in [run.name for run in members]), None)
+    if base is None:
+        plain = [name for name, members in named if all(dense(run) for run in members)]
+        first = plain[0] if len(plain) == 1 else named[0][0]
+    else:
+        first = next((n for n, members in named if base == n or base in [run.name for run in members]), None)
     if first is None:
         raise NothingToCompare(f"base {base!r}: no such run here; there are {', '.join(run.name for run in scored)}")
     ours = tuple(dict(named)[first])
     found = [Group(first, ours, None)]
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
     return Comparison(found[0], tuple(found))
+
+
+def dense(run: History) -> bool:
+    """Whether the run left nothing out: no example, no token, no connection."""
+    return all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
 
 
 def score(run: History) -> list[Point]:
@@ -161,40 +172,6 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
     return Against(paired, top1, whole, equal, min(tops), differences(base[0], ours[0]))
 
 
-def differences(base: History, ours: History) -> list[str]:
-    """Why two runs may not be compared, or only in part; empty when nothing stands against it."""
-    found = []
-
-    def differ(what: str, a: Any, b: Any, then: str) -> None:
-        if a != b:
-            found.append(f"{what}: {_said(a)} in {base.name}, {_said(b)} in {ours.name}; {then}")
-
-    for split, then in (
-        ("validation", "top-1 is of other images: not comparable"),
-        ("train", "they learned from other images"),
-    ):
-        a, b = ((run.start.get("data") or {}).get(split) or {} for run in (base, ours))
-        differ(f"{split} set", a.get("fingerprint"), b.get("fingerprint"), then)
-    differ(
-        "options that change pixels", base.start.get("pixels") or [], ours.start.get("pixels") or [], "they saw other pixels"
-    )
-    differ("evaluation crop", _set(base, "evaluate.crop_pct"), _set(ours, "evaluate.crop_pct"), "top-1 is of other pixels")
-    differ(
-        "image size", _set(base, "model.image_size"), _set(ours, "model.image_size"), "time and accuracy are of other inputs"
-    )
-    differ("device", base.start.get("device"), ours.start.get("device"), "times and device hours are not comparable")
-    differ("processes", base.start.get("world"), ours.start.get("world"), "compare device hours, not times")
-    a, b = ((run.start.get("versions") or {}).get("torch") for run in (base, ours))
-    differ("torch", a, b, "times may differ for that alone")
-    differ("commit", base.start.get("commit"), ours.start.get("commit"), "the code may differ")
-    for run in (base, ours):
-        if run.start.get("dirty"):
-            found.append(f"{run.name} ran with uncommitted changes; they are in its source.txt")
-        if run.status != "finished":
-            found.append(f"{run.name} is not finished ({run.status}); its last score is not its final one")
-    return found
-
-
 def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Path]:
     """Journals of the runs of an experiment: the run directory where it is on this machine, else the journal MLflow holds.
 
@@ -232,11 +209,3 @@ def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
 
 def _ratio(base: float, ours: float) -> float:
     return base / ours if ours > 0 and base > 0 else math.nan
-
-
-def _set(run: History, key: str) -> Any:
-    return flat(run.config).get(key)
-
-
-def _said(value: Any) -> str:
-    return "not told" if value is None else ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

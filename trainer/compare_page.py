@@ -6,25 +6,16 @@ import csv
 import html
 import io
 import math
+import statistics
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
-from trainer.compare import COSTS, Comparison, Group, Spread, final, score, seed
+from trainer.compare import Comparison, Spread, final, seed
+from trainer.compare_pictures import accuracy, per_class, throughput
 from trainer.console import duration
-from trainer.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
+from trainer.history import History
 
-COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
-TITLES = {
-    "time": "time at work",
-    "device hours": "device hours",
-    "multiply-adds": "multiply-adds (forward)",
-    "images": "images seen",
-}
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1100px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
@@ -46,6 +37,9 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
             "top-1 %": _plus_minus(group.spread(final), 100, "{:.2f}"),
             "against base": "" if against is None else _interval(against.top1, 100, "{:+.2f}"),
             "images/s": _plus_minus(group.spread(lambda run: run.images_per_second), 1, "{:,.0f}"),
+            "MFU %": _plus_minus(group.spread(lambda run: _middle(run, "mfu")), 100, "{:.1f}"),
+            "peak memory MiB": _plus_minus(group.spread(lambda run: _highest(run, "memory_peak_mib")), 1, "{:,.0f}"),
+            "energy kWh": _plus_minus(group.spread(lambda run: _highest(run, "energy_kwh")), 1, "{:.3g}"),
             "time": duration(group.spread(lambda run: run.last.elapsed).mean),
             "device hours": _plus_minus(group.spread(lambda run: run.last.device_seconds / 3600), 1, "{:.3g}"),
             "multiply-adds": "" if not last.multiply_adds > 0 else f"{last.multiply_adds:.3g}",
@@ -136,74 +130,14 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
     return [out / name for name in forms]
 
 
-def accuracy(comparison: Comparison) -> str:
-    """Four panels: top-1 against each cost; one colour per group, one line per run."""
-    figure = _figure(10, 7)
-    panels = figure.subplots(2, 2, sharey=True).flatten()
-    for axes, (cost, read) in zip(panels, COSTS.items(), strict=True):
-        longest = max(read(run.last) for group in comparison.groups for run in group.runs)
-        scale, unit = _time_unit(longest) if cost == "time" else (1.0, "")
-        for group, color in zip(comparison.groups, _colors(comparison), strict=True):
-            for i, run in enumerate(group.runs):
-                x, y = [read(point) / scale for point in score(run)], [100 * point["top1"] for point in score(run)]
-                axes.plot(x, y, color=color, linewidth=1.8, alpha=0.85, label=group.name if i == 0 else None)
-                axes.plot(x[-1:], y[-1:], "o", color=color, markersize=4)
-        axes.set_xlabel(TITLES[cost] + unit)
-        axes.set_xlim(left=0)
-        if cost in ("multiply-adds", "images"):
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _plain(axes)
-    for axes in panels[::2]:
-        axes.set_ylabel("validation top-1 (%)")
-    panels[0].legend(frameon=False, loc="lower right")
-    return _svg(figure)
+def _middle(run: History, name: str) -> float:
+    """Median over the log lines; nan where they don't tell."""
+    values = [float(point[name]) for point in run.of("step") if point.get(name) is not None]
+    return statistics.median(values) if values else math.nan
 
 
-def throughput(comparison: Comparison) -> str:
-    figure = _figure(10, 3.4)
-    axes = figure.subplots()
-    longest = max(run.last.elapsed for group in comparison.groups for run in group.runs)
-    scale, unit = _time_unit(longest)
-    tops = []
-    for group, color in zip(comparison.groups, _colors(comparison), strict=True):
-        for i, run in enumerate(group.runs):
-            tops.append(draw_throughput(axes, run, scale, color, group.name if i == 0 else None))
-    axes.set_ylim(0, 1.15 * max(tops) or 1)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("time at work" + unit)
-    axes.set_ylabel("images/s in training")
-    axes.legend(frameon=False, loc="lower right")
-    _plain(axes)
-    return _svg(figure)
-
-
-def per_class(comparison: Comparison, most: int = 12) -> str:
-    """Bars of the classes whose accuracy moved most, mean over the seeds; empty where the evaluations don't list classes."""
-    base, others = _of_classes(comparison.base), [(g, _of_classes(g)) for g in comparison.groups if g.against]
-    others = [(group, values) for group, values in others if base and values and len(values) == len(base)]
-    if not base or not others:
-        return ""
-    moved = sorted(range(len(base)), key=lambda c: -max(abs(values[c] - base[c]) for _, values in others))[:most]
-    figure = _figure(10, 1 + 0.32 * len(moved))
-    axes, high = figure.subplots(), 0.8 / len(others)
-    colors = dict(zip((g.name for g in comparison.groups), _colors(comparison), strict=True))
-    for i, (group, values) in enumerate(others):
-        y = [row + high * (i + 0.5) - 0.4 for row in range(len(moved))]
-        axes.barh(y, [100 * (values[c] - base[c]) for c in moved], high * 0.9, color=colors[group.name], label=group.name)
-    names = (comparison.base.runs[0].start.get("classes") or []) if len(comparison.base.runs) else []
-    axes.set_yticks(range(len(moved)), [str(names[c]) if c < len(names) else f"class {c}" for c in moved])
-    axes.invert_yaxis()
-    axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_xlabel("accuracy of the class against the base (points)")
-    axes.legend(frameon=False)
-    _plain(axes, "x")
-    return _svg(figure)
-
-
-def _of_classes(group: Group) -> list[float]:
-    lists = [score(run)[-1].get("per_class") for run in group.runs]
-    known = [values for values in lists if isinstance(values, list)]
-    return [sum(column) / len(known) for column in zip(*known, strict=True)] if known and len(known) == len(lists) else []
+def _highest(run: History, name: str) -> float:
+    return max((float(point[name]) for point in run.of("step") if point.get(name) is not None), default=math.nan)
 
 
 def _plus_minus(spread: Spread, factor: float, form: str) -> str:
@@ -220,27 +154,3 @@ def _interval(spread: Spread, factor: float, form: str) -> str:
     if math.isnan(spread.half):
         return said
     return f"{said} [{form.format(factor * (spread.mean - spread.half))}, {form.format(factor * (spread.mean + spread.half))}]"
-
-
-def _time_unit(longest: float) -> tuple[float, str]:
-    return (3600, " (hours)") if longest > 5400 else (60, " (minutes)") if longest > 90 else (1, " (seconds)")
-
-
-def _colors(comparison: Comparison) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(comparison.groups))]
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _plain(axes: Axes, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x" if grid == "x" else "y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

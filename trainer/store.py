@@ -110,8 +110,8 @@ class Store:
         half = len(batch) // 2
         return self.send(run_id, batch[:half]) + self.send(run_id, batch[half:])
 
-    def upload(self, run_id: str, path: Path) -> None:
-        self._client.log_artifact(run_id, str(path))
+    def upload(self, run_id: str, path: Path, folder: str = ".") -> None:
+        self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
         if path.name == "report.md":  # shown as the description of the run
             self._client.set_tag(run_id, "mlflow.note.content", path.read_text()[:5000])
 

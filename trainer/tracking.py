@@ -1,8 +1,8 @@
 """MLflow, from a process beside the training: it tails the journal and sends it on. The training writes the journal, no more.
 
-    start(run_dir, settings) -> Shipper     in the training, after the start line is written
-    Shipper.finish() -> Shipped             at its end: waits a little, never hangs
-    sync(run_dir) -> Shipped                the same shipping, run to the end by hand (`trilevel sync RUN`)
+    shipper.start(run_dir, settings) -> Shipper     in the training, after the start line is written
+    Shipper.finish() -> Shipped                     at its end: waits a little, never hangs
+    sync(run_dir) -> Shipped                        the same shipping, run to the end by hand (`trilevel sync RUN`)
 
 **Nothing twice.** MLflow keeps a row for every call, so a (key, step) sent twice shows twice. RUN/mlflow.json holds the MLflow
 run, how far the journal is sent and the last step of every key; it is written after each batch. A step at or below that last
@@ -33,24 +33,12 @@ from pathlib import Path
 
 import psutil
 
-from trainer import journal
-from trainer.measures import STATUS, Measure, measures
-from trainer.sections import Tracking
-from trainer.shipper import Shipped, Shipper, State, start
-from trainer.store import Gone, Store, timeout
+from trainer.shipment import Shipment
+from trainer.shipper import Shipped
+from trainer.store import Gone, timeout
 
-__all__ = ["Shipment", "Shipped", "Shipper", "State", "start", "sync", "uri_of"]
-
-BATCH = 800  # metrics per request; MLflow takes 1000
 TIMEOUTS = (3, 60)  # seconds of a request, at first and at most
 WAIT = 10.0  # seconds between tries at most, from 1 on; less for a shipper that looks often
-FILES = ("config.yaml", "source.txt", "plan.txt", "report.md", "report.png", "journal.jsonl")
-FORGOTTEN = 15 * 60  # seconds without a line after which `sync` calls a run without an end line killed
-
-
-def uri_of(directory: Path, settings: Tracking) -> str:
-    """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite beside the run directories (RUNS/mlflow.db)."""
-    return settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve().parent}/mlflow.db"
 
 
 def sync(directory: Path | str, patience: float = 60.0) -> Shipped:
@@ -63,116 +51,6 @@ def sync(directory: Path | str, patience: float = 60.0) -> Shipped:
         if not alone:
             return Shipped(False, f"{directory}: a shipper is at work on this run; try again when it is done")
         return _drive(Shipment(directory), lambda _: False, every=0.0, patience=patience, by_hand=True)
-
-
-class Shipment:
-    """The journal of one run on its way to MLflow, a batch at a time. Another tracking.uri than before: all of it, anew."""
-
-    def __init__(self, directory: Path):
-        starts, last = [], {}
-        for last in journal.read(directory):
-            if last["kind"] == "start":
-                starts.append(last)
-        if not starts:
-            raise journal.JournalError(
-                f"{directory / journal.FILE}: no start line in it yet, so nothing tells where it is to go"
-            )
-        config = starts[-1].get("config") or {}
-        settings = Tracking.model_validate(config.get("tracking") or {})
-        self.directory, self.uri = directory, uri_of(directory, settings)
-        self._experiment, self._parent = settings.experiment, settings.parent
-        self._name, self._began = str(config.get("name") or directory.name), starts[0]["time"]
-        self.state = State.load(directory)
-        if self.state.uri != self.uri:
-            self.state = State(uri=self.uri)
-        self._store: Store | None = None
-        self._sure = False  # state.last is what MLflow has; no more once a request is on its way
-        self._when = last["time"]
-
-    @property
-    def size(self) -> int:
-        return (self.directory / journal.FILE).stat().st_size
-
-    def go(self, limit: float = math.inf) -> bool:
-        """Send the next lines: a full batch, or up to a start or an end, none behind byte `limit`. False: there are none."""
-        state = self.state
-        if state.offset >= min(limit, self.size):
-            return False
-        store = self._ready()
-        batch: list[Measure] = []
-        offset, step, last, mark = state.offset, state.step, dict(state.last), None
-        for behind, line in journal.read_from(self.directory, state.offset):
-            special = line["kind"] in ("start", "end")
-            if behind > limit or len(batch) >= BATCH or (special and offset > state.offset):
-                break
-            step = line["step"] if isinstance(line.get("step"), int) else step
-            for measure in measures(line, step):
-                if measure.step > last.get(measure.key, -1):
-                    last[measure.key] = measure.step
-                    batch.append(measure)
-            offset, self._when = behind, line["time"]
-            if special:
-                mark = line
-                break
-        if offset == state.offset:
-            return False
-        self._sure = False
-        refused = store.send(state.run_id, batch)
-        if mark and mark["kind"] == "start":
-            store.begin(state.run_id, mark, self.directory)
-            state.ended = False
-        elif mark:
-            store.end(state.run_id, STATUS.get(str(mark.get("status")), "FAILED"), mark["time"])
-            state.ended = True
-        self._sure = True
-        state.offset, state.step, state.last, state.trouble = offset, step, last, ""
-        state.refused += len(refused)
-        for measure in refused[:3]:
-            print(f"MLflow does not take {measure}", flush=True)
-        state.save(self.directory)
-        return True
-
-    def upload(self) -> None:
-        """The run's files that are new or changed since they were sent."""
-        store, state = self._ready(), self.state
-        for path in (self.directory / name for name in FILES):
-            if path.is_file():
-                facts = path.stat()
-                seen = [facts.st_size, facts.st_mtime_ns]
-                if state.uploaded.get(path.name) != seen:
-                    store.upload(state.run_id, path)
-                    state.uploaded[path.name] = seen
-        state.trouble = ""
-        state.save(self.directory)
-
-    def bury(self, by_hand: bool) -> None:
-        """All lines are sent and the run said no goodbye: it was killed (by hand: if it is silent for long)."""
-        if not self.state.ended and (not by_hand or time.time() - self._when > FORGOTTEN):
-            self._ready().end(self.state.run_id, "KILLED", self._when)
-
-    def failed(self, error: BaseException) -> None:
-        """Note the trouble and say it, once."""
-        text = f"{self.uri}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if text != self.state.trouble:
-            print(time.strftime("%F %T"), text, flush=True)
-        self.state.trouble = text
-        with contextlib.suppress(OSError):
-            self.state.save(self.directory)
-
-    def _ready(self) -> Store:
-        state = self.state
-        if self._store is None:
-            self._store = Store(self.uri, self.directory.parent)
-        if not state.run_id:
-            state.save(self.directory)  # the key first: a run made and not noted is found again by it
-            place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
-            state.experiment_id, state.run_id = place, run
-            state.save(self.directory)
-        if not self._sure:
-            for key, step in self._store.last_steps(state.run_id).items():
-                state.last[key] = max(step, state.last.get(key, -1))
-            self._sure = True
-        return self._store
 
 
 def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, patience: float, by_hand: bool) -> Shipped:
@@ -193,6 +71,8 @@ def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, pati
                 if shipment.size == limit:  # else another attempt has begun
                     shipment.bury(by_hand)
                 return Shipped(True, f"MLflow has all of it ({shipment.uri})")
+            if not busy:
+                shipment.upload(first=True)
             failures = 0
             if busy and by_hand:
                 ends = time.monotonic() + patience
