@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -216,3 +217,23 @@ def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch:
 
     changed(Path("runs/job"), lambda line: line["kind"] != "broken")
     assert not audited(Path("runs/job")).equal, "a broken image that is not in the journal is a difference"
+
+
+def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_path: Path, capsys: Any) -> None:
+    out, facts = tmp_path / "lists", tmp_path / "kept.json"
+    assert main(["kept", str(run), "--epoch", "1", "--out", str(out), "--json", str(facts)]) == 0
+    said = capsys.readouterr().out
+    with open(out / "epoch-0001-kept.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    past = Past(run)
+    keep = np.unpackbits(past.selection(past.stretch(4).kept).keep, count=1438, bitorder="little").astype(bool)
+    ids = [int(row["id"]) for row in rows]
+    assert ids == np.flatnonzero(keep).tolist() and len(ids) == 1438 - round(0.3 * 1438) and f"{len(ids):,} examples" in said
+    assert all(row["key"] == past.index.key(int(row["id"])) and row["weight"] == "1" for row in rows[::50])
+    told = json.loads(facts.read_text())
+    assert sum(one["kept"] for one in told["classes"]) == len(ids) and sum(one["examples"] for one in told["classes"]) == 1438
+    for one in told["classes"]:
+        of = past.index.labels == one["label"]
+        assert one["kept"] == keep[of].sum() and one["rate"] == pytest.approx(keep[of].mean())
+    assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept.csv").is_file(), "the newest"
+    assert main(["kept", str(run), "--epoch", "9"]) != 0 and "--epoch 9" in capsys.readouterr().err

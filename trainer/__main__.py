@@ -165,8 +165,22 @@ def _show(a: argparse.Namespace) -> None:
     from trainer.show import show
 
     out = Path(a.out or f"{a.run_directory}/show")
-    for path in show(a.run_directory, a.images, out, a.token):
+    settings = [word for word in a.images if "=" in word and not Path(word).exists()]
+    images = [word for word in a.images if word not in settings]
+    for path in show(a.run_directory, images, out, a.token, [*settings, *a.overrides]):
         print(path)
+
+
+def _kept(a: argparse.Namespace) -> None:
+    from trainer.keptlist import kept_of, write
+    from trainer.past import Past
+
+    past = Past(a.run_directory, a.overrides)
+    kept = kept_of(past, a.epoch)
+    _print(kept.table())
+    for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):
+        print(path)
+    _json(a.json, kept.facts())
 
 
 def _bench_step(a: argparse.Namespace) -> None:
@@ -242,6 +256,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "replay": _replay,
     "audit": _audit,
     "show": _show,
+    "kept": _kept,
     "report": _report,
     "sync": _sync,
     "compare": _compare,
