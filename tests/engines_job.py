@@ -34,7 +34,7 @@ class Run:
         kind, zero, precision, accumulation = mode.split(":")
         rows = BATCH // world_size()
         self.steps = Steps(rows // int(accumulation), int(accumulation), rows)
-        settings = config.Engine(kind=kind, zero=int(zero), precision=precision)  # type: ignore[arg-type]
+        settings = config.Engine(kind=kind, zero=int(zero), precision=precision, deepspeed=os.environ.get("DEEPSPEED_FILE"))  # type: ignore[arg-type]
         self.engine = Engine(settings, self.steps, clip=CLIP)
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))

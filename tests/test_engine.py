@@ -13,8 +13,7 @@ import pytest
 from tests.conftest import ROOT, environment, torchrun
 from trainer import config
 from trainer.data.order import Steps
-from trainer.engine_settings import deepspeed_config, refuse_conflicts
-from trainer.values import ConfigError
+from trainer.engine_settings import deepspeed_config
 
 pytestmark = pytest.mark.dist
 
@@ -118,15 +117,3 @@ def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:
     assert told["zero_optimization"]["stage"] == 2 and told["bf16"]["enabled"] and not told["torch_autocast"]["enabled"]
     assert '"auto"' not in json.dumps(told)
 
-
-def test_a_conflict_with_accelerates_file_names_both_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(
-        ConfigError, match=r"engine\.zero=1 but ACCELERATE_DEEPSPEED_ZERO_STAGE=3.*ACCELERATE_MIXED_PRECISION=fp16"
-    ):
-        refuse_conflicts(config.Engine(zero=1), Steps(8, 1, 8))
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    refuse_conflicts(config.Engine(zero=1), Steps(8, 1, 8))

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.data.index import Index, open_index
 from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
-from trainer.engine_settings import refuse_conflicts
+from trainer.engine_settings import deepspeed_config
 from trainer.model import build_examples, build_model, cost_of, course_of
 from trainer.objective import Objective
 from trainer.optim import build_optimizer
@@ -96,7 +96,7 @@ def check(config: Config, world: int) -> Checked:
         raise
     except ValueError as error:  # the batch doesn't fit the world, or the epoch
         raise ConfigError(str(error)) from error
-    refuse_conflicts(config.engine, stream.steps)
+    deepspeed_config(config.engine, stream.steps, world, config.optim.clip)  # its conflicts are told here too
     Objective(config)
     build_optimizer(model, config.optim)
     return Checked(

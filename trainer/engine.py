@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer import sections as configuration
 from trainer.data.order import Steps, hashed
-from trainer.engine_settings import deepspeed_config, describe_world, refuse_conflicts, world_size
+from trainer.engine_settings import deepspeed_config, describe_world, world_size
 from trainer.engine_state import EngineError, State
 from trainer.values import ConfigError
 
@@ -46,13 +46,16 @@ class Engine:
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        refuse_conflicts(settings, steps)
+        told = deepspeed_config(settings, steps, world_size(), clip)  # for DDP too: its conflicts are refused here
         plugin = None
         self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         if settings.kind == "deepspeed":
             # told that it is on a CPU, accelerate forgets DeepSpeed (state.py: "and not cpu") and wraps in DDP; it finds the CPU itself
             os.environ.pop("ACCELERATE_USE_CPU", None)
-            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, steps, world_size(), clip))
+            # accelerate raises where its file and a DeepSpeed file both say something, equal or not; here both were compared
+            os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+            plugin = DeepSpeedPlugin(hf_ds_config=told)
+            plugin.deepspeed_config |= {"steps_per_print": told["steps_per_print"]}  # accelerate writes its own
         self.clip = clip
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",

@@ -1,4 +1,4 @@
-"""What DeepSpeed and accelerate are told, rendered from our configuration; and what the environment may not contradict."""
+"""What DeepSpeed is told, rendered from our configuration, and what the launcher says of the world."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 from trainer import sections as configuration
 from trainer.data.order import Steps
-from trainer.values import ConfigError
+from trainer.engine_merge import merged
 
 
 def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's dictionary, rendered from ours; nothing is left to "auto"."""
-    return {
+    """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `engine_merge`).
+
+    Raises ConfigError that names both values where the user's files or accelerate's environment contradict the configuration.
+    """
+    ours = {
         "train_micro_batch_size_per_gpu": steps.micro_batch,
         "gradient_accumulation_steps": steps.accumulation,
         "train_batch_size": steps.micro_batch * steps.accumulation * world,
@@ -27,44 +30,7 @@ def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, c
         "bf16": {"enabled": settings.precision == "bf16"},
         "torch_autocast": {"enabled": settings.precision == "autocast", "dtype": "bfloat16"},
     }
-
-
-def refuse_conflicts(settings: configuration.Engine, steps: Steps) -> None:
-    """What `accelerate launch --config_file` says through the environment must not contradict the configuration."""
-    environment = os.environ
-    pairs = []
-    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if settings.kind != "deepspeed":
-            pairs.append(("engine.kind", settings.kind, "ACCELERATE_USE_DEEPSPEED", "true"))
-        pairs.append(
-            (
-                "engine.zero",
-                settings.zero,
-                "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-                environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
-            )
-        )
-        given = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-        if given not in (None, "1"):
-            pairs.append(
-                (
-                    "accumulation (from data.batch and data.micro_batch)",
-                    steps.accumulation,
-                    "gradient_accumulation_steps",
-                    given,
-                )
-            )
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16") or (precision == "bf16" and settings.precision == "float32"):
-        pairs.append(("engine.precision", settings.precision, "ACCELERATE_MIXED_PRECISION", precision))
-    wrong = [f"{ours}={a} but {theirs}={b}" for ours, a, theirs, b in pairs if b is not None and str(a) != str(b)]
-    if wrong:
-        raise ConfigError(
-            "accelerate's settings contradict the configuration: "
-            + "; ".join(wrong)
-            + ". Change one of the two: the configuration "
-            "file decides, accelerate's file only says where to run"
-        )
+    return merged(ours, settings)
 
 
 def world_size() -> int:

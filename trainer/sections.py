@@ -140,6 +140,7 @@ class Engine(Section):
     precision: Literal["autocast", "bf16", "float32"] = "autocast"  # autocast: bf16 compute, float32 parameters
     checkpointing: bool = False  # gradient checkpointing
     compile: bool = False
+    deepspeed: str | None = None  # a ds_config.json: what it says beside our own settings goes to DeepSpeed as it is
 
 
 class Checkpoint(Section):
