@@ -126,6 +126,24 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
     c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
     c.add_argument("--json", metavar="FILE")
+    c = add("plan", "what a run would take on N nodes, on paper: hours, device hours, the resource that is the wall")
+    add_config(c)
+    c.add_argument("--nodes", type=int, required=True, metavar="N")
+    c.add_argument("--processes", type=int, default=1, metavar="N", help="devices of a node (default: 1)")
+    c.add_argument(
+        "--from", dest="measured", metavar="BENCH", action="append", required=True,
+        help="JSON of `bench step`, of `bench input`, a short run of one process; may be given again",
+    )  # fmt: skip
+    c.add_argument("--bandwidth", type=float, metavar="GB/s", help="of a node's network; on one node: between its processes")
+    c.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="C", help="of a node (default: as many as here)")
+    c.add_argument("--json", metavar="FILE")
+    c = add("export", "write a run's weights as safetensors that plain timm loads, whatever ZeRO stage they were trained with")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("out", metavar="OUT.safetensors")
+    chosen = c.add_mutually_exclusive_group()
+    chosen.add_argument("--ema", action="store_const", const=True, help="the moving average (default where there is one)")
+    chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the weights themselves")
+    c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
     c = add("report", "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", "send a run's journal to MLflow, as far as it isn't there")

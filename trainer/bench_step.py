@@ -93,6 +93,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Mea
     for key, ratio in ends.items():
         run[key] = whole_run(config, {plan: row[ratio] for plan, row in of.items()}.__getitem__)
     run |= {"bound": whole_run(config, shares.__getitem__), "unit": "of against"}
+    run |= {"cpu": device.type == "cpu", "threads": torch.get_num_threads()}  # `trilevel plan` asks
     found["run"] = run | {
         "note": "" if known else f"{config.examples.method} decides in the run what it leaves out: counted as nothing"
     }
