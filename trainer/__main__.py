@@ -193,6 +193,15 @@ def _bench_step(a: argparse.Namespace) -> None:
     _json(a.json, measured.rows)
 
 
+def _plan(a: argparse.Namespace) -> None:
+    from trainer.plan_cost import plan, read
+
+    planned = plan(_config(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    _print(planned.table())
+    print(planned.text())
+    _json(a.json, planned.facts())
+
+
 def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking import sync
 
@@ -257,6 +266,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "audit": _audit,
     "show": _show,
     "kept": _kept,
+    "plan": _plan,
     "report": _report,
     "sync": _sync,
     "compare": _compare,
