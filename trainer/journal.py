@@ -9,7 +9,9 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 | start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
 |            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
-|            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model)  |
+|            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
+|            |                              | classes (names), matrix_tflops (a device's rate of matrix products, measured),   |
+|            |                              | starting (seconds from the start of the process to this line)                    |
 | resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
 |            | step                         |                                                                                  |
 | epoch      | before the first batch of an | epoch, batch (0, or where a resume goes on), step, kept (examples), examples (in |
@@ -29,9 +31,14 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
 |            |                              | keep_tokens, keep_connections (shares), chain (of all batches so far: `seen`),   |
-|            |                              | what else the meters know                                                        |
+|            |                              | phases {phase: {min, median, max over ranks, slowest, slowest_host}} (shares of  |
+|            |                              | a sampled step; of one rank the median alone); the rest: see docs/mlflow.md      |
+| ranks      | beside a step line, of more  | step; for each phase its share of the sampled step on every rank (list)          |
+|            | than one process             |                                                                                  |
+| system     | beside a step line, every    | step; for each host {load of the node, in MLflow's names of system metrics}      |
+|            | 10 s at most                 |                                                                                  |
 | eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
-|            |                              | ema (bool: weights of the moving average)                                        |
+|            |                              | ema (bool: weights of the moving average), per_class (accuracy of every class)   |
 | checkpoint | after it is durable, which   | epoch, batch, step, path, bytes, blocking (seconds that training stood still for |
 |            | may be steps later           | it), seconds (of writing; beside the training where `checkpoint.asynchronous`)   |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
@@ -39,7 +46,8 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            | gradient was not finite      | the batch, see `seen`), skipped, in_row (steps so far)                           |
 | message    | a person should know it      | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
-|            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours              |
+|            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours (of all      |
+|            |                              | attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in `control`)  |
 
 Numbers that are not finite stand as the texts "NaN", "Infinity", "-Infinity" (JSON has no word for them), read back as floats.
 """
@@ -47,9 +55,7 @@ Numbers that are not finite stand as the texts "NaN", "Infinity", "-Infinity" (J
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import math
 import os
 import sys
 import time
@@ -59,18 +65,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.journalfile import JournalError, finite, lock, plain, repair
+
 FILE = "journal.jsonl"
 DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
 PENDING_BYTES = 16 << 20  # what is held in memory while the disk is full, before the run must stop
 
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # What makes a line the same line when an attempt writes it again after its resume point.
 _IDENTITY = {"step": ("step",), "epoch": ("epoch",), "plateau": ("step",), "eval": ("step", "ema"), "checkpoint": ("step",)}
 _open: weakref.WeakSet[Journal] = weakref.WeakSet()
-
-
-class JournalError(RuntimeError):
-    """The journal can't be written or read; the text names the file and the way out."""
 
 
 class Journal:
@@ -87,8 +90,8 @@ class Journal:
         self._pending = b""
         self._warned = False
         try:
-            _lock(self._file, self.path)
-            self._size = _repair(self._file)
+            lock(self._file, self.path)
+            self._size = repair(self._file)
             last = last_attempt(directory)
             if attempt is not None and attempt <= last:
                 raise JournalError(
@@ -103,7 +106,7 @@ class Journal:
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
         line = {"kind": kind, "time": round(time.time(), 6), "attempt": self.attempt} | fields
-        self._pending += json.dumps(_plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._pending += json.dumps(plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._flush()
         if kind in DURABLE:
             self.sync()
@@ -173,7 +176,7 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
             except (ValueError, TypeError, KeyError):
                 warnings.warn(f"{path}: the line that ends at byte {offset} is no journal line; it is left out", stacklevel=2)
                 continue
-            line = _finite(line)
+            line = finite(line)
             line["kind"] = kind
             yield offset, line
 
@@ -227,56 +230,6 @@ def _file_of(directory: Path | str, must: bool = True) -> Path:
     if must and not path.is_file():
         raise JournalError(f"{path}: no such journal; give the directory of a run, e.g. runs/NAME")
     return path
-
-
-def _lock(file: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalError(
-            f"{path}: another process writes it; wait for it to end, or start another run by name=OTHER"
-        ) from None
-    except OSError:
-        pass  # a file system without locks: rank 0 being the only writer is then all there is
-
-
-def _repair(file: int) -> int:
-    """Cut off a line that a kill tore; the size of what stays."""
-    size = os.fstat(file).st_size
-    end = size
-    while end > 0:
-        begin = max(0, end - 65536)
-        found = os.pread(file, end - begin, begin).rfind(b"\n")
-        if found >= 0:
-            end = begin + found + 1
-            break
-        end = begin
-    if end < size:
-        os.ftruncate(file, end)
-    return end
-
-
-def _plain(value: Any) -> Any:
-    """Values as JSON has them: numpy and 0-d tensors become numbers, not finite ones texts, paths and the like texts."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
 
 
 def _forget_in_child() -> None:

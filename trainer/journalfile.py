@@ -1,0 +1,65 @@
+"""The file of a journal: one writer, no torn line, values as JSON has them. What is written is `journal`'s."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JournalError(RuntimeError):
+    """The journal can't be written or read; the text names the file and the way out."""
+
+
+def lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"{path}: another process writes it; wait for it to end, or start another run by name=OTHER"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: rank 0 being the only writer is then all there is
+
+
+def repair(file: int) -> int:
+    """Cut off a line that a kill tore; the size of what stays."""
+    size = os.fstat(file).st_size
+    end = size
+    while end > 0:
+        begin = max(0, end - 65536)
+        found = os.pread(file, end - begin, begin).rfind(b"\n")
+        if found >= 0:
+            end = begin + found + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(file, end)
+    return end
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON has them: numpy and 0-d tensors become numbers, not finite ones texts, paths and the like texts."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list) else value
