@@ -116,4 +116,3 @@ def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:
     assert told["train_micro_batch_size_per_gpu"] == 8 and told["gradient_clipping"] == 0.5
     assert told["zero_optimization"]["stage"] == 2 and told["bf16"]["enabled"] and not told["torch_autocast"]["enabled"]
     assert '"auto"' not in json.dumps(told)
-

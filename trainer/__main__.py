@@ -202,6 +202,23 @@ def _plan(a: argparse.Namespace) -> None:
     _json(a.json, planned.facts())
 
 
+def _bench_engine(a: argparse.Namespace) -> None:
+    import torch
+
+    from trainer.bench_engine import bench, on_every_device
+
+    words = a.images_per_device or ("256,32" if torch.cuda.is_available() else "8,2")
+    if not all(word.isdigit() and int(word) for word in words.split(",")):
+        raise ConfigError(f"--images-per-device {words}: write numbers with commas between: 256,32")
+    config = _config(a)
+    on_every_device(a.processes)
+    measured = bench(config, [int(word) for word in words.split(",")], a.rounds, a.rows.split(",") if a.rows else None)
+    if os.environ.get("RANK", "0") == "0":
+        _print(measured.table())
+        print(measured.text())
+        _json(a.json, measured.rows)
+
+
 def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking import sync
 
@@ -273,6 +290,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "doctor": _doctor,
     "bench input": _bench_input,
     "bench step": _bench_step,
+    "bench engine": _bench_engine,
 }
 
 

@@ -242,11 +242,10 @@ class Engine:
             dist.barrier()
 
     def forget(self) -> None:
-        """End this engine but not its process group: accelerate's singletons and what it wrote into the environment are put back,
-        so that the process can build another one."""
+        """Let the process build another engine beside this one, which still steps: accelerate's singletons and what it wrote into the
+        environment are put back. The process group stays."""
         from accelerate.state import AcceleratorState
 
-        self.model = self.optimizer = None
         AcceleratorState._reset_state(reset_partial_state=True)
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
