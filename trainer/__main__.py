@@ -219,6 +219,12 @@ def _bench_engine(a: argparse.Namespace) -> None:
         _json(a.json, measured.rows)
 
 
+def _export(a: argparse.Namespace) -> None:
+    from trainer.export import export
+
+    print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
+
+
 def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking import sync
 
@@ -284,6 +290,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "show": _show,
     "kept": _kept,
     "plan": _plan,
+    "export": _export,
     "report": _report,
     "sync": _sync,
     "compare": _compare,

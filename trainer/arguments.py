@@ -109,7 +109,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--json", metavar="FILE")
     c = add("show", "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
     c.add_argument("run_directory", metavar="RUN")
-    c.add_argument("images", metavar="IMAGE | key.sub=value", nargs="*", help="image files; settings that differ from the run's")
+    c.add_argument(
+        "images", metavar="IMAGE | key.sub=value", nargs="*", help="image files; settings that differ from the run's"
+    )
     c.add_argument("--token", type=int, metavar="N", help="patch whose connections are drawn (default: one near the middle)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     c.set_defaults(overrides=[])
@@ -153,6 +155,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--rounds", type=int, default=20, help="default: 20")
     c.add_argument("--rows", metavar="ddp,zero1,...", help="only these, beside the bare loop")
     c.add_argument("--json", metavar="FILE")
+    c = add("export", "write a run's weights as safetensors that plain timm loads, whatever ZeRO stage they were trained with")
+    c.add_argument("run_directory", metavar="RUN")
+    c.add_argument("out", metavar="OUT.safetensors")
+    chosen = c.add_mutually_exclusive_group()
+    chosen.add_argument("--ema", action="store_const", const=True, help="the moving average (default where there is one)")
+    chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the weights themselves")
+    c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
     c = add("report", "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", "send a run's journal to MLflow, as far as it isn't there")
@@ -161,7 +170,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
     c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
     c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
-    c.add_argument("--base", metavar="NAME", help="the run that speedups refer to (default: the dense one if there is one, else the first)")
+    c.add_argument(
+        "--base", metavar="NAME", help="the run that speedups refer to (default: the dense one if there is one, else the first)"
+    )
     c.add_argument("--out", metavar="DIR", default="compared", help="where page and tables go (default: compared)")
     c = add("doctor", "what this machine has and lacks, one line each with the way out")
     c.add_argument("--hosts", metavar="FILE", help="one host per line: each is asked over ssh")

@@ -1,7 +1,7 @@
-"""Runs that are interrupted at chosen points and resumed, one after the other in the same processes: preempted_job.py CONFIG SCENE ...
+"""Runs that are interrupted at chosen points and resumed, one after the other in the same processes: saved_runs_job.py CONFIG SCENE ...
 
 A scene asks this process to stop (a signal to itself) where its name says, on one rank only: the others must agree. Each becomes the
-run directory runs/SCENE; "whole" is never interrupted.
+run directory runs/SCENE; "whole" is never interrupted, nor is "zeroN", which trains with that stage.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from torch._dynamo.callback import callback_handler
 
 import trainer.checkpoint
 import trainer.train
@@ -50,7 +51,7 @@ class Hearing(Disk):
     heard, passed = threading.Event(), threading.Event()
 
     def rename(self, old: Path, new: Path) -> None:
-        if new.name == "step-00000003" and not self.heard.is_set():
+        if new.name == "step-00000005" and not self.heard.is_set():
             hear(signal.SIGUSR1), hear(signal.SIGUSR2)
             Hearing.heard.set()
             assert self.passed.wait(60), "the training goes on beside the writing"
@@ -76,6 +77,16 @@ class Full(Disk):
         super().sync(folder)
 
 
+class Waiting(Records):
+    """The seventh step ends when that failure is known: then two more steps, and not a third, may be made."""
+
+    def step(self, state: Any, *words: Any, **facts: Any) -> Any:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint" and state.step == 7:
+                thread.join()
+        return super().step(state, *words, **facts)
+
+
 def at_step(engine: Engine, *words: Any) -> Any:
     if words[1] == 4 and RANK == 0:
         hear()
@@ -96,9 +107,14 @@ def one(name: str, resume: bool, *overrides: str) -> str:
     return told
 
 
+def once(act: Callable[[], None]) -> Callable[[Any], None]:
+    left = [act]
+    return lambda _: left.pop()() if left else None
+
+
 for scene in sys.argv[2:]:
-    if scene == "whole":
-        one(scene, False)
+    if scene == "whole" or scene.startswith("zero"):
+        one(scene, False, *([] if scene == "whole" else [f"engine.zero={scene[-1]}", "epochs=2"]))
         continue
     if scene == "evaluating":
         trainer.train.Validation = Interrupted
@@ -106,10 +122,12 @@ for scene in sys.argv[2:]:
         trainer.checkpoint.Disk = Hearing
         trainer.train.Records = Telling
     elif scene == "full":
-        trainer.checkpoint.Disk = Full
+        trainer.checkpoint.Disk, trainer.train.Records = Full, Waiting
     elif scene == "training":
         Engine.reseed = at_step  # pyright: ignore
-    one(scene, False)
+    elif scene == "compiling":
+        callback_handler.register_start_callback(once(hear))
+    one(scene, False, *(["checkpoint.every=3step"] if scene == "full" else []))
     trainer.train.Validation, trainer.train.Records = Validation, Records
     trainer.checkpoint.Disk, Engine.reseed = Disk, reseed
     one(scene, True)
