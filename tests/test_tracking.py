@@ -333,7 +333,7 @@ from trainer.sections import Tracking
 from trainer.journal import Journal
 journal = Journal(sys.argv[1])
 journal.write("start", **json.loads(sys.argv[2]))
-process = shipper.start(sys.argv[1], Tracking(), every=0.2, linger=20)._process
+process = shipper.start(sys.argv[1], Tracking(), every=0.2, linger=20).process
 for step in range(1, 400):
     journal.write("step", epoch=0, batch=step, step=step, loss=1 / (1 + step))
     time.sleep(0.002)
@@ -470,8 +470,8 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
     began = time.monotonic()
     done, message = shipper.finish(30)
     assert not done and "trilevel sync" in message and time.monotonic() - began < 15
-    assert shipper._process
-    shipper._process.wait(40)  # it lingers 2 s and what its last request takes
+    assert shipper.process
+    shipper.process.wait(40)  # it lingers 2 s and what its last request takes
     server.start() if how == "killed" else server.go_on()
     server.wait()
     assert tracking.sync(directory) == (True, f"MLflow has all of it ({server.uri})")

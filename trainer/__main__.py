@@ -202,6 +202,14 @@ def _plan(a: argparse.Namespace) -> None:
     _json(a.json, planned.facts())
 
 
+def _bench_journal(a: argparse.Namespace) -> None:
+    from trainer.bench_journal import bench, table
+
+    rows = bench(a.lines, a.pause)
+    _print(table(rows))
+    _json(a.json, rows)
+
+
 def _bench_engine(a: argparse.Namespace) -> None:
     import torch
 
@@ -298,6 +306,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "bench input": _bench_input,
     "bench step": _bench_step,
     "bench engine": _bench_engine,
+    "bench journal": _bench_journal,
 }
 
 

@@ -162,6 +162,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     chosen.add_argument("--ema", action="store_const", const=True, help="the moving average (default where there is one)")
     chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the weights themselves")
     c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
+    text = "what a logging step costs, with the tracking server stopped, silent and running; memory of journal and shipper"
+    c = benches.add_parser("journal", help=text, description=text)
+    c.set_defaults(command="bench journal")
+    c.add_argument("--lines", type=int, default=2000, help="log lines towards each server (default: 2000)")
+    c.add_argument("--pause", type=float, default=0.02, metavar="S", help="between two of them (default: .02)")
+    c.add_argument("--json", metavar="FILE")
     c = add("report", "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", "send a run's journal to MLflow, as far as it isn't there")

@@ -91,16 +91,16 @@ class Shipper:
     """The training's handle on the process that ships."""
 
     def __init__(self, directory: Path, process: subprocess.Popen[bytes] | None, trouble: str = ""):
-        self._directory, self._process, self._trouble = directory, process, trouble
+        self._directory, self.process, self._trouble = directory, process, trouble
 
     def finish(self, timeout: float = 20.0) -> Shipped:
         """Say that the journal is complete; wait up to `timeout` seconds for MLflow to have it, less where nobody answers.
 
         What is left is shipped while the shipper lingers, or by `trilevel sync`. Files made before this call go along.
         """
-        if self._process is None:
+        if self.process is None:
             return Shipped(not self._trouble, self._later(self._trouble) if self._trouble else "")
-        process, began = self._process, time.monotonic()
+        process, began = self.process, time.monotonic()
         if process.stdin:
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.write(b"stop\n")

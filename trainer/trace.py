@@ -36,8 +36,9 @@ class Trace:
             return
         first, last = self._settings.steps
         if self._profiler is not None:
+            self._span.__exit__(None, None, None)
             if behind < last:
-                self._profiler.step()
+                self._name(behind + 1)
             else:
                 self._write(behind)
         elif first <= behind + 1 <= last:
@@ -46,7 +47,13 @@ class Trace:
     def close(self, behind: int) -> None:
         """The run ends: what was recorded until now is written."""
         if self._profiler is not None:
+            self._span.__exit__(None, None, None)
             self._write(behind)
+
+    def _name(self, step: int) -> None:
+        """The journal's number over the operators of a step."""
+        self._span = torch.autograd.profiler.record_function(f"step {step}")
+        self._span.__enter__()
 
     def _start(self, step: int) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -60,6 +67,7 @@ class Trace:
             activities=activities, profile_memory=self._settings.memory, record_shapes=True, acc_events=True
         )
         self._profiler.start()
+        self._name(step)
 
     def _write(self, last: int) -> None:
         """A trace that can't be written is a message: the run goes on."""
