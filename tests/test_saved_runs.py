@@ -3,6 +3,7 @@ Laws 2 and 6 of the design."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -258,3 +259,16 @@ def test_who_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopping.launchers() == [os.getppid()]
     monkeypatch.setenv("TRILEVEL_EXIT_FILE", "/tmp/exit")
     assert stopping.launchers() == [os.getppid(), psutil.Process(os.getppid()).ppid()]
+
+
+@pytest.mark.slow
+def test_what_a_save_costs_is_measured(digits: Path, tmp_path: Path, trilevel: Callable[..., Any]) -> None:
+    (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
+    told = trilevel(2, "bench", "checkpoint", "job.yaml", "--saves", "3", "--examples", "1000", "--json", "b.json").stdout
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert {name: row["unit"] for name, row in rows.items()} == {"blocking": "s", "writing": "s", "bytes": "MiB"}
+    assert all(0 < row["min"] <= row["median"] <= row["max"] for row in rows.values())
+    assert f"{rows['blocking']['median']:.3f} / 3600 = " in told and "2 process(es), deepspeed, zero 1" in " ".join(
+        told.split()
+    )
+    assert not list((tmp_path / "runs").iterdir())

@@ -227,6 +227,15 @@ def _bench_engine(a: argparse.Namespace) -> None:
         _json(a.json, measured.rows)
 
 
+def _bench_checkpoint(a: argparse.Namespace) -> None:
+    from trainer.bench_checkpoint import bench
+
+    if (measured := bench(_config(a), a.saves, a.examples)) is not None:
+        _print(measured.table())
+        print(measured.text())
+        _json(a.json, measured.rows)
+
+
 def _export(a: argparse.Namespace) -> None:
     from trainer.export import export
 
@@ -305,6 +314,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "doctor": _doctor,
     "bench input": _bench_input,
     "bench step": _bench_step,
+    "bench checkpoint": _bench_checkpoint,
     "bench engine": _bench_engine,
     "bench journal": _bench_journal,
 }

@@ -168,6 +168,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--lines", type=int, default=2000, help="log lines towards each server (default: 2000)")
     c.add_argument("--pause", type=float, default=0.02, metavar="S", help="between two of them (default: .02)")
     c.add_argument("--json", metavar="FILE")
+    text = "how long training stands still for a save, how long the disk takes, and what share of a run that is"
+    c = benches.add_parser("checkpoint", help=text, description=text)
+    c.set_defaults(command="bench checkpoint")
+    add_config(c)
+    c.add_argument("--saves", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
+    c.add_argument("--examples", type=int, default=1_281_167, help="whose statistics are saved (default: 1,281,167)")
+    c.add_argument("--json", metavar="FILE")
     c = add("report", "table and picture of a run")
     c.add_argument("run_directory", metavar="RUN")
     c = add("sync", "send a run's journal to MLflow, as far as it isn't there")

@@ -60,6 +60,11 @@ class Saver:
             else:
                 self._tell(self._write)
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._write is not None and not self._write.ended
+
     def wait(self) -> None:
         """Collective. Until nothing is being written. Raises CheckpointError on all ranks where that failed."""
         failure = self._write.wait() if self._write is not None else ""
