@@ -20,7 +20,7 @@ from launch.job import Job, LaunchError
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep and where it stands: "new", "finished", or how its last attempt ended ("stopped", "preempted", "cut off")."""
+    """One run of a sweep and where it stands: "new", "finished", or how its last attempt ended ("stopped", "failed", "cut off")."""
 
     job: Job
     name: str

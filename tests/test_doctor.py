@@ -250,6 +250,12 @@ def test_each_host_says_what_is_wrong_with_it(hosts):
         assert found[host].status == "fail" and said in found[host].found and way_out in found[host].way_out, found[host]
 
 
+def test_an_interface_that_a_host_lacks_is_named(hosts, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    line = hosts("127.0.0.1")["127.0.0.1"]
+    assert line.status == "fail" and "no interface nowhere0" in line.found and "GLOO_SOCKET_IFNAME" in line.way_out
+
+
 def test_a_first_host_that_is_away_is_told_by_the_others(hosts):
     found = hosts("locked", "localhost")
     assert "not tried whether it reaches locked" in found["localhost"].found

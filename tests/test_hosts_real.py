@@ -97,19 +97,20 @@ def test_the_death_of_one_rank_ends_all_hosts_and_what_was_saved_goes_on_on_four
 
 
 def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
-    """Both answer; then the wire of the second is cut: it is named, with the way out."""
+    """Both answer; then the wire of the second is cut and nobody says by which interface to meet: each is named, with the way out."""
     with hosts(2, tmp_path) as made:
         words = ["-m", "trainer", "doctor", "--hosts", str(made.hostfile()), "--ssh-config", str(made.ssh_config)]
 
-        def told() -> str:
-            command = made.command(sys.executable, *words)
-            return subprocess.run(
-                command, cwd=tmp_path, env=made.env(), capture_output=True, text=True, timeout=300, check=False
-            ).stdout
+        def told(**more: str) -> dict[str, str]:
+            done = subprocess.run(
+                made.command(sys.executable, *words), cwd=tmp_path, env=made.env() | more, capture_output=True, text=True,
+                timeout=300, check=False,
+            )  # fmt: skip
+            return {row[5:].split()[0]: row for row in done.stdout.splitlines() if row[5:].strip()}
 
-        rows = {row[5:].split()[0]: row for row in told().splitlines() if row[5:].strip()}
+        rows = told()
         assert rows["10.77.13.1"].startswith("ok") and "reaches 10.77.13.1" in rows["10.77.13.2"], rows
         subprocess.run(["ip", "-n", made.login, "link", "set", "port1", "down"], check=True)
-        rows = {row[5:].split()[0]: row for row in told().splitlines() if row[5:].strip()}
-        assert rows["10.77.13.1"].startswith("ok") and rows["10.77.13.2"].startswith("fail"), rows
-        assert "ssh -o BatchMode=yes" in rows["10.77.13.2"]
+        rows = told(GLOO_SOCKET_IFNAME="")
+        assert rows["10.77.13.1"].startswith("fail") and "GLOO_SOCKET_IFNAME=INTERFACE" in rows["10.77.13.1"], rows
+        assert rows["10.77.13.2"].startswith("fail") and "ssh -o BatchMode=yes" in rows["10.77.13.2"], rows

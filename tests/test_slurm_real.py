@@ -77,3 +77,59 @@ def test_a_job_that_the_administrator_requeues_goes_on(digits, tmp_path):
         wait_for(lambda: (tmp_path / "runs" / "quickstart" / "checkpoints" / "latest").exists(), 300)
         made.ask("scontrol", "requeue", job)
         whole(made, job, digits)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_that_is_submitted_again_for_what_is_left(digits, tmp_path):
+    with batch(tmp_path) as made:
+        small = [
+            "epochs=1",
+            "optim.warmup=0.5ep",
+            "plan.warmup=0ep",
+            "plan.length=1ep",
+            "examples.method=all",
+            "examples.removed=0",
+        ]
+        words = [*settings(digits)[:-1], *small, "--seeds", "0,1", "--nodes", "2", "--cpus", "1", "--at-once", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "launch",
+            "sweep",
+            CONFIG,
+            *words,
+            "--slurm",
+            "--setup",
+            "export GLOO_SOCKET_IFNAME=lo",
+        ]
+
+        def sweep() -> str:
+            done = subprocess.run(
+                command, cwd=tmp_path, env=made.env(), capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        job = sweep().split()[-1]
+        wait_for(lambda: made.ask("squeue", "-h", "-j", job).strip() == "", 900)
+        runs = [tmp_path / "runs" / f"sweep-quickstart-seed{seed}" for seed in (0, 1)]
+        for run in runs:
+            assert (run / "journal.jsonl").is_file(), (
+                "".join(path.read_text() for path in tmp_path.glob("slurm-*.txt")) + made.told()
+            )
+            assert lines(run, "end")[-1]["status"] == "finished" and lines(run, "start")[0]["world"] == 2
+        said = sweep()
+        assert said.count("finished") == 2 and f"trilevel compare {runs[0].relative_to(tmp_path)}" in said
+        assert made.ask("squeue", "-h").strip() == ""
+
+
+@pytest.mark.slow
+def test_a_job_at_its_limit_is_queued_again_and_goes_on(digits, tmp_path):
+    """Slurm itself sends the signal, a minute being the shortest limit; the job needs more than that."""
+    with batch(tmp_path) as made:
+        words = [word for word in settings(digits) if not word.startswith("stop_at")]
+        job = submit(made, *words, "--nodes", "1", "--processes", "2", "--time", "2", "--signal", "60")
+        wait_for(lambda: stepping(made, job, attempt=1), 900)
+        made.ask("scancel", job)
+        first = lines(tmp_path / "runs" / "quickstart", "end")[0]
+        assert first["status"] != "finished" and lines(tmp_path / "runs" / "quickstart", "resume")[0]["step"] > 0

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.installation import GIB, Line, collectives, compiler, constraints_file, devices, versions
+from trainer.installation import GIB, Line, collectives, compiler, constraints_file, decoder, devices, versions
 
 NETWORKED = (
     "nfs",
@@ -43,6 +43,7 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_confi
         "GPUs": devices,
         "collectives": collectives,
         "compiler": compiler,
+        "TurboJPEG": decoder,
         "runs": lambda: file_system(runs),
         "clock": lambda: clock(runs),
         "disk": lambda: free_disk(runs),
@@ -138,7 +139,7 @@ def open_files(want: int = 4096) -> Line:
 def tracking(runs: Path, timeout: float = TIMEOUT) -> Line:
     """Whether MLflow can be reached. A run does not need it: what it can't send waits for `trilevel sync`."""
     from trainer.sections import Tracking
-    from trainer.tracking import uri_of
+    from trainer.shipment import uri_of
 
     uri = uri_of(runs / "run", Tracking())
     if uri.startswith("sqlite"):

@@ -26,6 +26,7 @@ LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 PATIENCE = 60.0  # seconds for all that a host is asked
 CLOCKS = 2.0  # seconds that clocks may differ
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `launch hosts` passes them on
 # runs on the other host by nothing but its Python: prints one line of JSON
 QUESTION = """
 import hashlib, importlib.metadata, importlib.util, json, os, pathlib, shutil, socket, subprocess, sys, time
@@ -48,6 +49,16 @@ about["gpus"] = 0
 if shutil.which("nvidia-smi"):
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     about["gpus"] = sum(line.startswith("GPU ") for line in listed.splitlines())
+about["without"] = [name for name in asked["interfaces"] if name not in [own for _, own in socket.if_nameindex()]]
+about["meets"] = ""
+if not about["gpus"] and not asked["interfaces"]:
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+        socket.socket().bind((address, 0))
+        if address.startswith("127.") and not socket.gethostbyname(asked["first"]).startswith("127."):
+            about["meets"] = socket.gethostname() + " is " + address + " there"
+    except OSError:
+        about["meets"] = socket.gethostname() + " is no address of its own there"
 if asked["port"]:
     try:
         socket.create_connection((asked["first"], asked["port"]), 5).close()
@@ -88,7 +99,8 @@ def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]
     token.touch()
     door, port = _open_door(ssh, hosts[0])
     try:
-        asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0], "port": port}
+        asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0].rpartition("@")[2], "port": port}
+        asked["interfaces"] = [name for key in INTERFACES for name in os.environ.get(key, "").split(",") if name.isidentifier()]
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(lambda host: _ask(ssh, host, asked), hosts))
     finally:
@@ -151,6 +163,10 @@ def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
         wrong.append((f"its clock is {off:.0f} s off", "run NTP (chrony) there"))
     if not about["sees"]:
         wrong.append(("does not see the run directory", "choose a shared one by runs=DIRECTORY"))
+    if about["without"]:
+        wrong.append((f"has no interface {', '.join(about['without'])}", f"another name in {' or '.join(INTERFACES)}"))
+    if about["meets"]:
+        wrong.append((f"gloo would listen where nobody comes: {about['meets']}", "export GLOO_SOCKET_IFNAME=INTERFACE here"))
     if not port:
         wrong.append((f"not tried whether it reaches {first}", f"repair {first} first"))
     elif about["reaches"]:
