@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from trainer.compare import COSTS, Comparison, Group, score
-from trainer.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
+from trainer.report_picture import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
 TITLES = {

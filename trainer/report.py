@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from trainer.console import duration
 from trainer.history import History, history
+from trainer.report_picture import picture
 from trainer.savings import savings_of
 
-PICTURE = "report.png"
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
-KEPT = {"examples": BLUE, "tokens": ORANGE, "connections": GREEN}
+KEPT = ("examples", "tokens", "connections")
 
 
 class Row(NamedTuple):
@@ -84,6 +78,7 @@ def summary(run: Path | str | History) -> Summary:
     rows.append(
         Row("time", duration(last.elapsed), f"{duration(last.trained)} of it in training steps; {last.images:,} images")
     )
+    rows += _machine(run)
     rows.append(
         Row("device hours", f"{last.device_seconds / 3600:.3g}", f"{world} process{'es' * (world > 1)}, {_device(run)}")
     )
@@ -121,29 +116,6 @@ def where_to_look(directory: Path | str) -> str:
     return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/#/{page}"
 
 
-def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
-    """Accuracy, throughput and kept shares over the time at work, as a PNG (RUN/report.png). Raises as `summary`."""
-    run = run if isinstance(run, History) else history(run)
-    path = run.directory / PICTURE if path is None else Path(path)
-    figure = Figure(figsize=(8.4, 8.0), dpi=130, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    scale, unit = (3600, "hours") if run.last.elapsed > 5400 else (60, "minutes") if run.last.elapsed > 90 else (1, "seconds")
-    _draw_accuracy(top, run, scale)
-    _draw_throughput(middle, run, scale)
-    _draw_kept(bottom, run, scale)
-    for axes in (top, middle, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    bottom.set_xlim(0, max(run.last.elapsed / scale, 1e-3))
-    bottom.set_xlabel(f"time at work ({unit})")
-    figure.suptitle(_title(run), x=0.02, ha="left", fontsize=12, fontweight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(path)
-    return path
-
-
 def _accuracy(run: History) -> list[Row]:
     rows = []
     for ema, name in ((False, "top-1"), (True, "top-1, EMA")):
@@ -154,6 +126,40 @@ def _accuracy(run: History) -> list[Row]:
             note = f"{count}; best {100 * best['top1']:.2f} % at epoch {best.progress:g}"
             rows.append(Row(name, f"{100 * evals[-1]['top1']:.2f} %", note))
     return rows
+
+
+def _machine(run: History) -> list[Row]:
+    """Use of the device and of the time; nothing of what the journal doesn't tell."""
+    told = [step.line for step in run.of("step")]
+    rows = []
+    mfu = [line["mfu"] for line in told if line.get("mfu") is not None]
+    if mfu:
+        rate = run.start.get("matrix_tflops")
+        of = f"of {rate:.3g} TFLOP/s that a device reached in products of matrices at the start" if rate else "of a device"
+        rows.append(Row("MFU", f"{100 * median(mfu):.1f} %", of))
+    phases: dict[str, list[float]] = {}
+    for line in told:
+        for phase, spread in (line.get("phases") or {}).items():
+            phases.setdefault(phase, []).append(spread["median"])
+    if phases:
+        found = {phase: median(shares) for phase, shares in phases.items()}
+        most = max((phase for phase in found if phase != "communication"), key=found.__getitem__)
+        rest = ", ".join(f"{_named(phase)} {100 * share:.0f}" for phase, share in found.items() if phase != most)
+        rows.append(Row(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
+    last = told[-1] if told else {}
+    if last.get("goodput") is not None:
+        first = next((line["time_to_first_step"] for line in told if "time_to_first_step" in line), None)
+        note = "of the wall time of all attempts was steps that count"
+        rows.append(
+            Row("goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else ""))
+        )
+    if last.get("energy_kwh") is not None:
+        rows.append(Row("energy", f"{last['energy_kwh']:.3g} kWh", "of the devices, by NVML"))
+    return rows
+
+
+def _named(phase: str) -> str:
+    return "communication (exposed)" if phase == "communication" else phase.replace("_", " ")
 
 
 def _certified(run: History) -> list[Row]:
@@ -170,81 +176,3 @@ def _device(run: History) -> str:
     device = run.start.get("device") or "device not told"
     hosts = run.start.get("hosts") or ([run.start["host"]] if run.start.get("host") else [])
     return f"{device}, {len(hosts)} hosts" if len(hosts) > 1 else str(device)
-
-
-def _title(run: History) -> str:
-    evals = run.evals()
-    said = [run.name]
-    if evals:
-        said.append(f"top-1 {100 * evals[-1]['top1']:.2f} %")
-    if run.images_per_second:
-        said.append(f"{run.images_per_second:,.0f} images/s")
-    said.append(duration(run.last.elapsed))
-    return "   ·   ".join(said)
-
-
-def _draw_accuracy(axes: Axes, run: History, scale: float) -> None:
-    raw, ema = run.evals(False), run.evals(True)
-    for evals, color, name in ((raw, BLUE, "top-1"), (ema, PURPLE, "top-1, EMA")):
-        if evals:
-            y = [100 * point["top1"] for point in evals]
-            axes.plot([p.elapsed / scale for p in evals], y, color=color, linewidth=2, marker="o", markersize=3, label=name)
-    axes.set_ylabel("validation top-1 (%)")
-    if not raw and not ema:
-        _nothing(axes, "no evaluation yet")
-        return
-    axes.set_ylim(0, 102)
-    last = (raw or ema)[-1]
-    where = (last.elapsed / scale, 100 * last["top1"])
-    axes.annotate(f"{where[1]:.2f} %", where, (-4, -16), textcoords="offset points", ha="right", color=BLUE, fontweight="bold")
-    if raw and ema:
-        axes.legend(frameon=False, loc="lower right")
-
-
-def _draw_throughput(axes: Axes, run: History, scale: float) -> None:
-    axes.set_ylabel("images/s in training")
-    top = draw_throughput(axes, run, scale, RED)
-    if not top:
-        _nothing(axes, "no step logged yet")
-        return
-    axes.set_ylim(0, 1.15 * top)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-
-
-def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: str | None = None) -> float:
-    """Images/s over time, thin as logged and thick as a running median; returns how high the picture must be, 0 without steps."""
-    steps = [point for point in run.of("step") if point.get("images_per_second") is not None]
-    if not steps:
-        return 0.0
-    x = np.array([point.elapsed / scale for point in steps])
-    y = np.array([float(point["images_per_second"]) for point in steps])
-    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
-    axes.plot(x, _running(y, max(1, len(y) // 40), np.median), color=color, linewidth=2, label=label)
-    return float(np.percentile(y, 99))
-
-
-def _draw_kept(axes: Axes, run: History, scale: float) -> None:
-    end, drawn = run.last.elapsed / scale, 0
-    for kept, color in KEPT.items():
-        shares = run.shares(kept)
-        if shares:
-            x = [0.0, *(point.elapsed / scale for point, _ in shares[1:]), end]
-            y = [100 * share for _, share in shares]
-            axes.step(x, [*y, y[-1]], where="post", color=color, linewidth=2, linestyle=("-", "--", ":")[drawn], label=kept)
-            drawn += 1
-    axes.set_ylabel("kept (%)")
-    if not drawn:
-        _nothing(axes, "nothing is said of what is kept")
-        return
-    axes.set_ylim(0, 105)
-    axes.legend(frameon=False, loc="lower left", ncols=3)
-
-
-def _running(values: np.ndarray, reach: int, mean: Callable[[Any], Any]) -> np.ndarray:
-    """`mean` over up to `reach` neighbours on both sides."""
-    return np.array([mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
-
-
-def _nothing(axes: Axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GREY)
-    axes.set_yticks([])
