@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.order import EpochOrder, Layout, hashed, micro_batches, permutation, slice_of
+from trainer.data.hashing import hashed, permutation
+from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
 from trainer.data.quality import Quality, shuffle_quality
 
 WORLDS = (1, 2, 3, 4, 8, 16, 24, 64)
@@ -200,7 +201,31 @@ def test_shuffle_quality_is_measured() -> None:
     bad = quality(sorted_by_class, 16)
     assert bad.classes > 3 and bad.shards > 3, "a window shorter than a shard shows"
     assert bad.pairs < 2, "but not in mixup's pairs: they come from different lanes"
-    assert shuffle_quality(EpochOrder(Layout(sizes, 0, batch, 1, 16), 0, keep), sorted_by_class).pairs > 10
+    worst = shuffle_quality(EpochOrder(Layout(sizes, 0, batch, 1, 16), 0, keep), sorted_by_class)
+    assert worst.pairs > 10 and "raise data.window" in worst.text() and "raise" not in whole.text()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_world_and_any_workers_resume_anywhere(data: st.DataObject) -> None:
+    """A run that stops at any position and goes on with other processes and workers presents what an uninterrupted one does."""
+    sizes = np.array(data.draw(st.sampled_from(list(SHARDS.values()))))
+    lanes, repeats, homes = (data.draw(st.sampled_from(choice)) for choice in ((1, 2, 4, 8), (1, 3), (1, 3, 7)))
+    batch = lanes * repeats * 2 * -(-64 // (lanes * repeats))
+    mask = a_mask(data.draw(st.sampled_from(KEEPS[:3])), int(sizes.sum()), batch)
+    keep = None if mask is None else packed(mask)
+    layout = Layout(sizes, data.draw(st.integers(0, 99)), batch, lanes, data.draw(st.integers(1, 90)), homes, repeats)
+    order = EpochOrder(layout, data.draw(st.integers(0, 5)), keep)
+    whole, _ = whole_epoch(order)
+    stop = data.draw(st.integers(0, order.steps))
+    for first, last in ((0, stop), (stop, order.steps)):
+        world, workers = data.draw(st.sampled_from(WORLDS)), data.draw(st.sampled_from((1, 2, 5)))
+        rank = data.draw(st.integers(0, world - 1))
+        a, b = slice_of(batch, world, rank)
+        for worker in range(workers):
+            again = EpochOrder(layout, order.epoch, keep)
+            for step in range(first + worker, last, workers):
+                assert (again.rows(step, a, b).ids == whole[step, a:b]).all()
 
 
 def test_set_up_does_not_grow_with_examples_in_python() -> None:

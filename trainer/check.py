@@ -12,6 +12,7 @@ from sparsity.types import DENSE, Plan, alone
 from sparsity.vit import SparseViT
 from trainer.config import Config
 from trainer.data.index import Index, open_index
+from trainer.data.quality import Quality, shuffle_quality
 from trainer.data.shards import DataError
 from trainer.data.stream import Stream, check_classes, check_labels
 from trainer.engine_settings import deepspeed_config
@@ -46,6 +47,7 @@ class Checked:
     dense: float  # multiply-adds of an image's forward pass with everything kept
     parameters: int
     plateaus: list[Plateau]
+    quality: Quality  # of the first epoch's order, from a sample of its batches
 
     def share(self) -> float:
         """Multiply-adds of the token and connection levels over the whole run, dense = 1 (examples left out not counted)."""
@@ -76,7 +78,7 @@ class Checked:
             f"{self.images} training and {self.validation_images} validation images{removed}\n"
             f"{c.epochs} epochs, {self.steps} steps in the first one, global batch {c.data.batch} = {self.world} process(es) x "
             f"{self.accumulation} x micro-batch {self.micro_batch}{' (last slots may be padding)' if self.padded() else ''}\n"
-            f"multiply-adds of the token and connection levels over the run: {self.share():.3f} of dense"
+            f"multiply-adds of the token and connection levels over the run: {self.share():.3f} of dense\n{self.quality.text()}"
         )
 
     def padded(self) -> bool:
@@ -110,6 +112,7 @@ def check(config: Config, world: int) -> Checked:
         dense=float(cost_of(model, DENSE)["multiply_adds"]),
         parameters=sum(p.numel() for p in model.parameters()),
         plateaus=_plateaus(config, model),
+        quality=shuffle_quality(order, train.labels, batches=16),
     )
 
 

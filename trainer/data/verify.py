@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.cache import Cache
-from trainer.data.decode import decode
+from trainer.data.decode import decode_exact
 from trainer.data.index import open_index
 from trainer.data.reader import Reader
 from trainer.data.remote import scheme
@@ -37,8 +37,8 @@ def verify(
 ) -> list[Broken]:
     """Every example that can't be read or decoded, in order of ids. Raises DataError where shards and index don't fit.
 
-    All bytes are held against the index: of files first, of remote shards when they come through the cache. Decoding runs in
-    threads: both decoders let go of the interpreter. folder, cache, allow_pipe: see `build_index`.
+    All bytes are held against the index: of files first, of remote shards when they come through the cache. Images are decoded
+    whole, as evaluation does, in threads: the decoder lets go of the interpreter. folder, cache, allow_pipe: see `build_index`.
     """
     index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder, allow_pipe=allow_pipe)
     chunks = [np.arange(at, min(at + _CHUNK, len(index))) for at in range(0, len(index), _CHUNK)]
@@ -49,7 +49,7 @@ def verify(
             try:
                 if isinstance(data, DataError):
                     raise data
-                decode(data)
+                decode_exact(data)
             except ValueError as error:
                 found.append(Broken(example, index.where(example), str(error)))
         return found
