@@ -70,10 +70,17 @@ def _pack(a: argparse.Namespace) -> None:
 def _index(a: argparse.Namespace) -> None:
     from trainer.data.cache import cache_at
     from trainer.data.index import build_index
+    from trainer.data.quality import runs_of_class
 
     cache = cache_at(a.cache, a.cache_size)
     index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
     print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
+    share, chance = runs_of_class(index)
+    if share > 0.5 and share > 2 * chance:
+        print(
+            f"sorted by class: {share:.0%} of neighbours share a label ({chance:.1%} when shuffled); `trilevel train CONFIG --check` says "
+            "how well a run's order mixes them, `trilevel pack` shuffles"
+        )
 
 
 def _verify(a: argparse.Namespace) -> int:
@@ -161,6 +168,15 @@ def _bench_input(a: argparse.Namespace) -> None:
     _json(a.json, measured.rows)
 
 
+def _bench_remote(a: argparse.Namespace) -> None:
+    from trainer.bench_remote import bench
+
+    measured = bench(_config(a), latency=a.latency, workers=a.workers, batch=a.batch, passes=a.passes, limit=a.limit)
+    _print(measured.table())
+    print(measured.text())
+    _json(a.json, measured.rows)
+
+
 def _show(a: argparse.Namespace) -> None:
     from trainer.show import show
 
@@ -202,6 +218,21 @@ def _plan(a: argparse.Namespace) -> None:
     _json(a.json, planned.facts())
 
 
+def _bench_checkpoint(a: argparse.Namespace) -> None:
+    from trainer.bench_checkpoint import bench
+
+    if (measured := bench(_config(a), a.saves, a.examples)) is not None:
+        _print(measured.table())
+        print(measured.text())
+        _json(a.json, measured.rows)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from trainer.export import export
+
+    print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
+
+
 def _bench_journal(a: argparse.Namespace) -> None:
     from trainer.bench_journal import bench, table
 
@@ -225,21 +256,6 @@ def _bench_engine(a: argparse.Namespace) -> None:
         _print(measured.table())
         print(measured.text())
         _json(a.json, measured.rows)
-
-
-def _bench_checkpoint(a: argparse.Namespace) -> None:
-    from trainer.bench_checkpoint import bench
-
-    if (measured := bench(_config(a), a.saves, a.examples)) is not None:
-        _print(measured.table())
-        print(measured.text())
-        _json(a.json, measured.rows)
-
-
-def _export(a: argparse.Namespace) -> None:
-    from trainer.export import export
-
-    print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
 
 
 def _sync(a: argparse.Namespace) -> int:
@@ -317,6 +333,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "bench checkpoint": _bench_checkpoint,
     "bench engine": _bench_engine,
     "bench journal": _bench_journal,
+    "bench remote": _bench_remote,
 }
 
 
