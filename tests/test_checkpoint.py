@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsity.types import Selection
-from tests.conftest import rewritten
+from tests.conftest import ROOT, rewritten
 from trainer import tensorfile
 from trainer.checkpoint import CheckpointError, TrainState, latest, load, newest, save_checkpoint
-from trainer.config import Config
+from trainer.config import FREE_TO_CHANGE, Config
 from trainer.configfile import parse
 from trainer.disk import Disk
+from trainer.run import claim
+from trainer.values import ConfigError
 
 PLAIN = {"name": "x", "model": {"name": "m"}, "data": {"train": "a", "validation": "b"}, "checkpoint": {"keep": 2}}
 
@@ -191,6 +193,17 @@ def test_another_configuration_or_other_shards_are_refused_by_name(tmp_path: Pat
     rewritten(path / "state.json", lambda about: about.update(format=99))
     with pytest.raises(CheckpointError, match="format 99, this version reads up to 2"):
         load(path, config, "shards")
+
+
+def test_the_guide_lists_what_a_resume_may_change() -> None:
+    guide = (ROOT / "docs" / "checkpoints.md").read_text()
+    assert [key for key in FREE_TO_CHANGE if f"`{key}`" not in guide] == []
+
+
+def test_a_place_that_can_not_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
+        claim(config.model_copy(update={"runs": str(tmp_path / "runs")}), resume=False)
 
 
 def test_the_position_moves_through_epochs_of_any_length() -> None:

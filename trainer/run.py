@@ -32,10 +32,13 @@ def claim(config: Config, resume: bool) -> None:
         raise ConfigError(
             f"{directory} exists: go on with it by --resume, or start another run by name=SOMETHING_ELSE (nothing is overwritten)"
         )
-    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (directory / "logs").mkdir(exist_ok=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
-    (directory / "source.txt").write_text(source())
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (directory / "logs").mkdir(exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+        (directory / "source.txt").write_text(source())
+    except OSError as error:
+        raise ConfigError(f"runs={config.runs}: {error}; make room there, or choose another place by runs=DIRECTORY") from error
 
 
 def log_to(path: Path) -> None:
