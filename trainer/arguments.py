@@ -155,13 +155,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--rounds", type=int, default=20, help="default: 20")
     c.add_argument("--rows", metavar="ddp,zero1,...", help="only these, beside the bare loop")
     c.add_argument("--json", metavar="FILE")
-    c = add("export", "write a run's weights as safetensors that plain timm loads, whatever ZeRO stage they were trained with")
-    c.add_argument("run_directory", metavar="RUN")
-    c.add_argument("out", metavar="OUT.safetensors")
-    chosen = c.add_mutually_exclusive_group()
-    chosen.add_argument("--ema", action="store_const", const=True, help="the moving average (default where there is one)")
-    chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the weights themselves")
-    c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
     text = "what a logging step costs, with the tracking server stopped, silent and running; memory of journal and shipper"
     c = benches.add_parser("journal", help=text, description=text)
     c.set_defaults(command="bench journal")
