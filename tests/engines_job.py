@@ -10,11 +10,17 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from sparsity import methods
+from sparsity.types import Plan
+from sparsity.vit import SparseViT
 from trainer import config
 from trainer.data.order import Steps, slice_of
 from trainer.engine import Engine
@@ -155,7 +161,94 @@ def averaging(mode: str) -> dict[str, Any]:
     }
 
 
-TASKS = {"skipping": skipping, "averaging": averaging}
+def tiny(**settings: Any) -> Any:
+    about = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("deit_tiny_patch16_224", **about, **settings)
+
+
+def compiling(mode: str) -> dict[str, Any]:
+    """Steps under plans that come and go, compiled beside eager: graphs after each, and the losses of both."""
+    kind, zero, precision, _ = mode.split(":")
+    plans = [Plan(keep, keep) for keep in (1.0, 0.8, 0.6, 0.8, 1.0, 0.6)]
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    graphs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = methods.build(tiny(), tokens="topk", connections="shared_keys", blocks=(0,))
+        counter = CompileCounterWithBackend("aot_eager")  # no code is generated: graphs are what counts here
+        model.compile = partial(SparseViT.compile, model, backend=counter)
+        settings = config.Engine(kind=kind, zero=int(zero), precision=precision, compile=compiled)  # type: ignore[arg-type]
+        engine = Engine(settings, Steps(4, 1, 4), CLIP)
+        engine.prepare(model, build_optimizer(model, config.Optim()))
+        for step, plan in enumerate(plans):
+            generator = torch.Generator().manual_seed(step + 100 * engine.rank)
+            images, draw = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+            logits = engine.forward(images, plan, frozenset(), draw).logits.float()
+            loss = nn.functional.cross_entropy(logits, torch.arange(4))
+            engine.backward(loss / engine.world, last=True)
+            engine.step()
+            losses[compiled].append(float(engine.sum(loss.detach())))
+            if compiled:
+                graphs.append(counter.frame_count)
+        engine.forget()
+    return {"graphs": engine.everyones([graphs]), "eager": losses[False], "compiled": losses[True]}
+
+
+def accumulating(mode: str) -> dict[str, Any]:
+    """Gradient checkpointing, clipping and accumulation together, beside one micro-batch without checkpointing: (loss, norm) of 4 steps."""
+    kind, zero, precision, accumulation = mode.split(":")
+    found = {}
+    for name, parts, checkpointing in (("split", int(accumulation), True), ("whole", 1, False)):
+        torch.manual_seed(0)
+        vit = tiny(drop_path_rate=0.3)
+        vit.set_grad_checkpointing(checkpointing)
+        model = methods.build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
+        settings = config.Engine(kind=kind, zero=int(zero), precision=precision, checkpointing=checkpointing)  # type: ignore[arg-type]
+        rows = BATCH // world_size()
+        engine = Engine(settings, Steps(rows // parts, parts, rows), clip=0.1)
+        engine.prepare(model, build_optimizer(model, config.Optim(lr=1e-2)))
+        found[name] = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            images, labels = torch.randn(BATCH, 3, 32, 32, generator=generator), torch.arange(BATCH) % 5
+            begin, end = slice_of(BATCH, engine.world, engine.rank)
+            total = torch.zeros(())
+            for first in range(begin, end, rows // parts):
+                part = slice(first, first + rows // parts)
+                draw = torch.arange(BATCH)[part] + 100 * step
+                logits = engine.forward(images[part], Plan(0.7, 0.5), frozenset(), draw).logits.float()
+                loss = nn.functional.cross_entropy(logits, labels[part], reduction="sum") / BATCH
+                engine.backward(loss, last=part.stop >= end)
+                total += loss.detach()
+            engine.step()
+            found[name].append((float(engine.sum(total)), engine.grad_norm()))
+        engine.forget()
+    return found
+
+
+def fusing(mode: str) -> dict[str, Any]:
+    """Three steps with and without the fused kernel; and a fused run that goes on from the other's state."""
+    runs: dict[bool, Run] = {}
+    for fused in (False, True):
+        runs[fused] = Run(mode, fused=fused)
+        for step in range(3):
+            runs[fused].step(step)
+        runs[fused].end()
+    on = Run(mode, runs[True].engine.share(runs[False].states[2]), fused=True)
+    on.step(2)
+    on.end()
+    return {
+        "fused": [group.get("fused") for group in on.engine.state._base_optimizer().param_groups],
+        "names": [sorted(runs[fused].states.get(3, {})) for fused in (False, True)],
+        "furthest": max(
+            float((runs[False].states[3][name].float() - other.states[3][name].float()).abs().max())
+            for other in (runs[True], on)
+            for name in other.states[3]
+        ),
+    }
+
+
+TASKS = {f.__name__: f for f in (skipping, averaging, compiling, accumulating, fusing)}
 
 if __name__ == "__main__":
     for word in sys.argv[1:]:

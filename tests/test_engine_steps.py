@@ -15,6 +15,13 @@ from tests.conftest import ROOT, environment, torchrun
 pytestmark = pytest.mark.dist
 ALL = [f"deepspeed:{zero}:float32:2" for zero in range(4)] + ["ddp:0:float32:2"]
 AVERAGED = ["deepspeed:3:float32:2", "deepspeed:1:float32:2"]
+COMPILED = [f"deepspeed:{zero}:float32:1" for zero in (1, 0, 2)]
+OTHERS = [
+    "accumulating=deepspeed:1:float32:3",
+    "accumulating=deepspeed:3:float32:3",
+    "fusing=deepspeed:1:float32:1",
+    "fusing=ddp:0:float32:1",
+]
 MORE = ["deepspeed:1:autocast:1", "deepspeed:2:bf16:2", "deepspeed:3:bf16:1", "deepspeed:3:autocast:2", "ddp:0:autocast:1"]
 
 
@@ -38,7 +45,12 @@ def held_still(found: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
     """One start for all: processes cost more than steps."""
-    return engines(*(f"skipping={mode}" for mode in ALL), *(f"averaging={mode}" for mode in AVERAGED))
+    return engines(
+        *(f"skipping={mode}" for mode in ALL),
+        *(f"averaging={mode}" for mode in AVERAGED),
+        *(f"compiling={mode}" for mode in COMPILED),
+        *OTHERS,
+    )
 
 
 @pytest.mark.parametrize("mode", ALL)
@@ -73,3 +85,28 @@ def test_the_average_under_zero_3_in_other_precisions(precision: str) -> None:
         assert values == pytest.approx(whole["average"][name], rel=0.05, abs=0.02), name
     for one in (cut, whole):
         assert one["same_everywhere"] and one["given_back"] == [] and one["resumed"] == []
+
+
+@pytest.mark.parametrize("mode", COMPILED)
+def test_compiled_under_zero_each_plan_is_one_graph_and_none_comes_twice(mode: str, found: dict[str, dict[str, Any]]) -> None:
+    """Six steps of three plans that come and go, on two ranks."""
+    one = found[f"compiling={mode}"]
+    assert one["graphs"] == [[1, 2, 3, 3, 3, 3]] * 2
+    assert one["compiled"] == pytest.approx(one["eager"], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_accumulation_checkpointing_and_clipping_together_are_one_batch(zero: int, found: dict[str, dict[str, Any]]) -> None:
+    """Drop path and dropped tokens included."""
+    one = found[f"accumulating=deepspeed:{zero}:float32:3"]
+    for split, whole in zip(one["split"], one["whole"], strict=True):
+        assert split == pytest.approx(whole, rel=2e-5) and whole[1] > 0.1, "clipping has something to do"
+
+
+@pytest.mark.parametrize("mode", ["deepspeed:1", "ddp:0"])
+def test_the_fused_optimizer_gives_the_same_numbers_and_goes_on_from_the_others_state(
+    mode: str, found: dict[str, dict[str, Any]]
+) -> None:
+    one = found[f"fusing={mode}:float32:1"]
+    assert one["names"][0] == one["names"][1] and set(one["fused"]) == {True}
+    assert one["furthest"] < 1e-5

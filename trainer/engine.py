@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer import sections as configuration
 from trainer.data.order import Steps, hashed
-from trainer.engine_settings import deepspeed_config, describe_world, world_size
+from trainer.engine_settings import deepspeed_config, describe_world, keep_compiled, world_size
 from trainer.engine_state import EngineError, State
 from trainer.values import ConfigError
 
@@ -77,6 +77,7 @@ class Engine:
         self._late: list[tuple[Tensor, Any]] = []
         self.model: Any = None
         self.optimizer: Any = None
+        self.compile_cache: str | None = None  # folder of compiled graphs
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ class Engine:
         """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
+            self.compile_cache = keep_compiled()
             model.compile()  # in place, so that parameter names stay timm's
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from trainer import sections as configuration
 from trainer.data.order import Steps
 from trainer.engine_merge import merged
+from trainer.values import ConfigError
 
 
 def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:
@@ -31,6 +33,19 @@ def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, c
         "torch_autocast": {"enabled": settings.precision == "autocast", "dtype": "bfloat16"},
     }
     return merged(ours, settings)
+
+
+def keep_compiled() -> str:
+    """The folder where torch.compile's graphs outlive the process, so that a restart finds them: TORCHINDUCTOR_CACHE_DIR, else one
+    of the user's for all runs (torch's own default is below /tmp, which a node's next job does not see)."""
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/trilevel/compiled").expanduser()))
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: {error.strerror}; name another folder for compiled graphs by TORCHINDUCTOR_CACHE_DIR"
+        ) from error
+    return folder
 
 
 def world_size() -> int:

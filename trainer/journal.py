@@ -7,6 +7,7 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 | kind       | when                         | fields                                                                           |
 |------------|------------------------------|----------------------------------------------------------------------------------|
 | start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
+|            |                              | compile_cache (folder of torch.compile's graphs, or nothing),                    |
 |            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |

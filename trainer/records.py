@@ -98,6 +98,7 @@ class Records:
             world=self.engine.world,
             hosts=hosts,
             device=self.engine.device_name(),
+            compile_cache=self.engine.compile_cache,
             launcher=run.launcher(),
             pixels=sorted({index.packing for index in data.values()} - {""}),
             parameters=sum(p.numel() for p in model.parameters()),
