@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,7 @@ import pytest
 import launch.__main__ as program
 from launch import slurm, sweep
 from launch.job import LaunchError, Nodes
-from tests import told
-from tests.conftest import environment
 
-folder = told.folder  # the fixture
 RENDERED = Path(__file__).parent / "rendered"
 
 
@@ -88,32 +84,45 @@ def test_an_array_has_a_task_for_each_run_and_is_shell(tmp_path, monkeypatch):
         slurm.render_array(jobs, request, "python", "grid", at_once=0)
 
 
-@pytest.mark.dist
-def test_a_sequence_leaves_out_what_is_finished_and_says_how_to_compare(folder):
-    """The trainer is a stand-in that writes a journal: seed 1 fails at first; started again, only that one is trained."""
-    path = config(folder, "a")
-    (folder / "trainer" / "__main__.py").write_text(
-        "import json, pathlib, sys\n"
-        "given = dict(word.split('=', 1) for word in sys.argv if '=' in word)\n"
-        "open('asked', 'a').write(given['seed'] + ('c' if '--check' in sys.argv else 't') + ' ')\n"
-        "if '--check' in sys.argv: sys.exit()\n"
-        "if given['seed'] == '1' and not pathlib.Path('repaired').exists(): sys.exit(1)\n"
-        "run = pathlib.Path('runs', given['name']); run.mkdir(parents=True)\n"
-        "rows = [{'kind': 'start'}, {'kind': 'eval', 'top1': 0.5}, {'kind': 'end', 'status': 'finished'}]\n"
-        "(run / 'journal.jsonl').write_text(''.join(json.dumps(row) + '\\n' for row in rows))\n"
-    )
-    env = environment()
-    env["PYTHONPATH"] = f"{folder}:{env['PYTHONPATH']}"
-    words = [sys.executable, "-m", "launch", "sweep", path, "--seeds", "0,1,2", "--processes", "1"]
+def test_a_sequence_leaves_out_what_is_finished_and_says_how_to_compare(tmp_path, monkeypatch, capsys):
+    """Starts are recorded, a journal is written in place of training: seed 1 fails at first; started again, only that one is trained."""
+    monkeypatch.chdir(tmp_path)
+    config(tmp_path, "a")
+    asked: list[str] = []
+    codes = {"1": 1}
 
-    def again() -> subprocess.CompletedProcess[str]:
-        (folder / "asked").write_text("")
-        return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    def start(command) -> int:
+        given = dict(word.split("=", 1) for word in command.argv if "=" in word)
+        asked.append(given["seed"] + ("c" if "--check" in command.argv else "t"))
+        if "--check" in command.argv or codes.get(given["seed"]):
+            return 0 if "--check" in command.argv else codes[given["seed"]]
+        write(sweep.Point(None, given["name"], tmp_path / "runs" / given["name"]), {"kind": "end", "status": "finished"})
+        return 0
 
-    first = again()
-    assert first.returncode == 1 and (folder / "asked").read_text().split() == ["0c", "0t", "1t", "2t"], first.stderr
-    assert "sweep-a-seed1  new" in first.stdout and "trilevel compare" in first.stdout
-    (folder / "repaired").touch()
-    assert again().returncode == 0 and (folder / "asked").read_text().split() == ["1c", "1t"]
-    third = again()
-    assert third.returncode == 0 and (folder / "asked").read_text() == "" and third.stdout.count("finished") == 3
+    monkeypatch.setattr(program, "start", start)
+    words = ["sweep", "a.yaml", "--seeds", "0,1,2", "--processes", "1"]
+    assert program.main(words) == 1 and asked == ["0c", "0t", "1t", "2t"]
+    said = capsys.readouterr().out
+    assert "sweep-a-seed1  new" in said and "trilevel compare" in said
+    codes["1"] = 75  # a signal: the sweep ends there
+    assert program.main([*words, "--seeds", "1,3"]) == 75 and asked[4:] == ["1c", "1t"]
+    codes.clear()
+    assert program.main(words) == 0 and asked[6:] == ["1c", "1t"]
+    assert program.main(words) == 0 and len(asked) == 8 and capsys.readouterr().out.count("finished") >= 3
+    assert program.main([*words, "--seeds", "4", "--dry-run"]) == 0 and len(asked) == 8
+    assert "seed=4" in capsys.readouterr().out
+
+
+def test_runs_of_a_sweep_hang_below_one_run_in_mlflow(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    from trainer.store import Store
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    one, two = (Store(uri, tmp_path).find_or_make("e", name, name, 1.7e9, parent="grid")[1] for name in ("a", "b"))
+    other = Store(uri, tmp_path).find_or_make("e", "c", "c", 1.7e9)[1]
+    client = MlflowClient(tracking_uri=uri)
+    above = [client.get_run(run).data.tags.get("mlflow.parentRunId") for run in (one, two, other)]
+    assert above[0] == above[1] and above[0] is not None and above[2] is None
+    parent = client.get_run(above[0])
+    assert parent.info.run_name == "grid" and parent.info.status == "FINISHED"
