@@ -126,3 +126,15 @@ def test_a_family_without_cls_is_ranked_by_what_patches_receive():
         TOKENS["topk"](Wish(has_class_token=tiny(class_token=False, global_pool="avg").has_class_token)).score
         is scores.received
     )
+
+
+@pytest.mark.parametrize("n", [17, 196, 1024])
+def test_ties_in_long_rows_go_by_position(n):
+    """Up to 16 entries torch's plain sort is stable by accident; from 17 on it is not, on a CPU either. Half precision makes such ties."""
+    values = torch.randint(0, 3, (4, n), generator=torch.Generator().manual_seed(n)).float() / 2
+    by_position = [sorted(range(n), key=lambda i, row=row: (-row[i], i)) for row in values.tolist()]
+    assert scores.ranked(values).tolist() == by_position
+    tokens, seen = scene(4, n)
+    after, _ = TopK(given(values.tolist()))(tokens, seen, Plan(0.4))
+    assert after.ids.tolist() == [sorted(row[: after.ids.shape[1]]) for row in by_position]
+    assert any(values[0, i] == values[0, after.ids[0, -1]] for i in set(range(n)) - set(after.ids[0].tolist())), "a tie at the cut"
