@@ -34,7 +34,7 @@ from trainer.measures import Measure, drift, measures, params, tags
 from trainer.report import where_to_look
 from trainer.report import write as write_report
 from trainer.sections import Tracking
-from trainer.shipment import Shipment
+from trainer.shipment import FIRST, Shipment
 from trainer.shipper import State, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,10 @@ def test_every_number_of_a_line_becomes_a_metric_at_its_step():
     found = {(m.key, m.value) for m in measures(line, 7)}
     assert found == {("plan/keep_tokens", 0.7), ("plan/tokens/00", 17), ("plan/tokens/01", 12), ("plan/facts/a b/_", 1)}
     assert {(m.time, m.step) for m in measures(line, 7)} == {(2500, 7)}
-    assert {m.key for m in measures({"kind": "eval", "time": 0, "top1": 0.5, "ema": True}, 1)} == {"eval_ema/top1"}
+    line = {"kind": "eval", "time": 0, "top1": 0.5, "ema": True, "per_class": [0.5, 0.5]}
+    assert {m.key for m in measures(line, 1)} == {"eval_ema/top1"}  # the classes are the journal's
+    line = {"kind": "step", "time": 0, "phases": {"forward": {"max": 0.4, "slowest": 3, "slowest_host": "node-b"}}}
+    assert {m.key for m in measures(line, 1)} == {"train/phases/forward/max", "train/phases/forward/slowest"}
     assert measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4, "batch": 3}, 1) == []  # a resume inside the epoch
     assert ("epoch/kept_share", 0.5) in {m[:2] for m in measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)}
     assert (
@@ -81,6 +84,7 @@ def test_long_values_are_cut_and_say_so():
     assert len(said["model.name"]) == 500 and said["model.name"].endswith("(cut, 600 characters; whole in config.yaml)")
     found = tags(START | {"attempt": 1})
     assert found["commit"] == found["mlflow.source.git.commit"] == "c0ffee" and found["version.torch"] == "2.15.0"
+    assert found["pixels"] == "" and tags(START | {"pixels": ["short side 256"]})["pixels"] == "short side 256"
     assert found["who"] == "test" and found["attempts"] == "2" and found["hosts"] == "one" and "config" not in found
 
 
@@ -236,12 +240,20 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = [line for line in lines() if line["kind"] != "start"]
     with Journal(directory) as journal:
         journal.write("start", **start_line())
-        (directory / "config.yaml").write_text("name: tri\n")
+        for name in FIRST:
+            (directory / name).write_text(f"name: {name}\n")
         began = time.monotonic()
         shipper = start(directory, Tracking(), every=0.5)
         assert time.monotonic() - began < 1
         for line in told:
             journal.write(line["kind"], **fields(line))
+        load = {host: {"cpu_utilization_percentage": 50.0 + i} for i, host in enumerate(("node-a", "node-b.cluster"))}
+        journal.write("system", step=30, **load)
+        journal.write("ranks", step=30, forward=[0.2, 0.3])
+        until(lambda: set(FIRST) <= set(State.load(directory).uploaded), 120, directory)  # while the training goes on
+    (directory / "traces").mkdir()
+    (directory / "traces" / "steps-1-2.rank-0.json.gz").write_bytes(b"x")
+    (directory / "weights.safetensors").write_bytes(b"x")  # not asked for: it stays here
     write_report(directory)
     done, message = shipper.finish(60)
     assert done, message + (directory / "logs/tracking.txt").read_text()
@@ -261,7 +273,10 @@ def test_sqlite_default_has_everything_once(default_run: Path):
         ("eval_ema/top1", 30),
         ("plan/tokens/03", 20),
         ("run/device_hours", 30),
+        ("system/node-a/cpu_utilization_percentage", 30),
+        ("system/node-b.cluster/cpu_utilization_percentage", 30),
     } <= set(found)
+    assert not any("ranks" in key or "per_class" in key for key, _ in found)
     mlflow, state = client(uri), State.load(default_run)
     run = mlflow.get_run(state.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "tri" and state.trouble == ""
@@ -270,7 +285,8 @@ def test_sqlite_default_has_everything_once(default_run: Path):
     contexts = {tag.value: data.dataset.digest for data in run.inputs.dataset_inputs for tag in data.tags}
     assert contexts == {"training": "train-abc", "validation": "validation-abc"}
     files = {file.path for file in mlflow.list_artifacts(state.run_id)}
-    assert files == {"config.yaml", "report.md", "report.png", "journal.jsonl"}
+    assert files == {*FIRST, "report.md", "report.png", "journal.jsonl", "traces"}
+    assert [file.path for file in mlflow.list_artifacts(state.run_id, "traces")] == ["traces/steps-1-2.rank-0.json.gz"]
     assert (default_run.parent / "mlflow-artifacts").is_dir()
     (times,) = {m.timestamp for m in mlflow.get_metric_history(state.run_id, "train/loss") if m.step == 30}
     assert times == int([line["time"] for line in read(default_run) if line["kind"] == "step"][-1] * 1000)

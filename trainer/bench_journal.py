@@ -51,20 +51,24 @@ class _Process:
 
 
 def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> dict[str, dict[str, Any]]:
-    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean cost / STEP x EVERY), memory_mib, shipper_mib: [after a
-    quarter of the lines, after all], sent (share of the journal's bytes)}}. pause: s between two log lines."""
+    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu (ms of processor time, mean),
+    cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent (share of the journal's bytes)}}.
+
+    pause: s between two log lines. On a machine with other work only the processor time speaks of the logging.
+    """
     return {state: _measured(state, lines, pause) for state in states}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     title = f"a logging step; share of {EVERY} steps of {1000 * STEP:g} ms"
     shown = Table(title=title, title_justify="left")
-    for column in ("server", "ms", "p99", "max", "share", "training MiB", "shipper MiB", "sent"):
+    for column in ("server", "ms", "p99", "max", "share", "cpu ms", "cpu share", "training MiB", "shipper MiB", "sent"):
         shown.add_column(column, justify="left" if column == "server" else "right")
     for state, r in rows.items():
         memory = [" -> ".join(f"{mib:.0f}" for mib in r[name]) for name in ("memory_mib", "shipper_mib")]
         times = [f"{r[name]:.3f}" for name in ("median", "p99", "max")]
-        shown.add_row(state, *times, f"{r['share']:.3%}", *memory, f"{r['sent']:.0%}")
+        cpu = [f"{r['cpu']:.3f}", f"{r['cpu_share']:.3%}"]
+        shown.add_row(state, *times, f"{r['share']:.3%}", *cpu, *memory, f"{r['sent']:.0%}")
     return shown
 
 
@@ -77,14 +81,15 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
             shipper = start(run, settings, every=0.5, linger=0.0)
             meters, totals = Meters(_Process()), Totals(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
             totals.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
-            took, own, other = [], [], []
+            took, cpu, own, other = [], [], [], []
             for number in track(range(lines), description=state, transient=True):
                 _step(meters)
-                began = time.perf_counter()
+                began, busy = time.perf_counter(), time.thread_time()
                 window = meters.close()
                 line = {"step": number + 1, "progress": float(number), "lr": 1e-3} | window.facts | totals.of(window, 1.0)
                 journal.write("step", **line)
                 console.step(**line)
+                cpu.append(1000 * (time.thread_time() - busy))
                 took.append(1000 * (time.perf_counter() - began))
                 if number in (lines // 4, lines - 1):
                     own.append(psutil.Process().memory_info().rss / MIB)
@@ -96,7 +101,8 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
                 shipper.process.wait()
     return {
         "median": float(np.median(took)), "p99": float(np.percentile(took, 99)), "min": min(took), "max": max(took), "unit": "ms",
-        "share": float(np.mean(took)) / 1000 / (STEP * EVERY), "memory_mib": own, "shipper_mib": other, "sent": sent,
+        "share": float(np.mean(took)) / 1000 / (STEP * EVERY), "cpu": float(np.mean(cpu)),
+        "cpu_share": float(np.mean(cpu)) / 1000 / (STEP * EVERY), "memory_mib": own, "shipper_mib": other, "sent": sent,
     }  # fmt: skip
 
 

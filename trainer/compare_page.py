@@ -19,8 +19,9 @@ from trainer.history import History
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1100px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
-table{border-collapse:collapse;font-size:.85rem;width:100%}th,td{padding:.35rem .5rem;border-bottom:1px solid #e2e2e2;text-align:right}
-th:first-child,td:first-child{text-align:left;font-weight:600}th{border-bottom:2px solid #888;vertical-align:bottom}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.22rem 1rem;border-bottom:1px solid #e8e8e8;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0;color:#444}th{border-bottom:2px solid #888;vertical-align:bottom}
 figure{margin:0}svg{width:100%;height:auto}.note{color:#555;font-size:.9rem}.scroll{overflow-x:auto}
 .wrong{background:#fff4e5;border-left:4px solid #E69F00;padding:.5rem 1rem}
 """
@@ -49,8 +50,8 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
             row[f"{kept} %"] = "" if mean is None else f"{100 * mean:.0f}"
         for name, cost in (
             ("whole run: time x", "time"),
-            ("device hours x", "device hours"),
-            ("multiply-adds x", "multiply-adds"),
+            ("whole run: device hours x", "device hours"),
+            ("whole run: multiply-adds x", "multiply-adds"),
         ):
             row[name] = "" if against is None else _interval(against.whole[cost], 1, "{:.2f}")
         row["equal top-1: at %"] = "" if against is None else f"{100 * against.at:.2f}"
@@ -101,15 +102,19 @@ def warnings(comparison: Comparison) -> list[str]:
 def page(comparison: Comparison) -> str:
     """The whole page: tables, pictures as SVG, what stands against comparing. Loads nothing from anywhere."""
     found, base = rows(comparison), html.escape(comparison.base.name)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in found[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in found)
+    first, *rest = found[0]  # runs are columns, so that the page stays narrow
+    head = f"<th>{first}</th>" + "".join(f"<th>{html.escape(row[first])}</th>" for row in found)
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{html.escape(row[name])}</td>" for row in found) + "</tr>"
+        for name in rest
+    )
     wrong = "".join(f"<li>{html.escape(text)}</li>" for text in warnings(comparison))
     parts = [
-        f"<h1>{len(comparison.groups)} runs against {base}</h1>",
+        f"<h1>{html.escape(_listed([group.name for group in comparison.groups[1:]]))} against {base}</h1>",
         f'<div class="wrong"><b>Mind when comparing</b><ul>{wrong}</ul></div>' if wrong else "",
         f'<h2>Table</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
         '<p class="note">mean &plusmn; standard deviation over seeds; [ ] 95 % interval of the mean, paired by seed. '
-        "&times; above 1: the run needs less than the base. Equal top-1 is the highest that both reached.</p>",
+        "x above 1: the run needs less than the base. Equal top-1 is the highest that both reached.</p>",
         f"<h2>Accuracy against what it cost</h2><figure>{accuracy(comparison)}</figure>",
         f"<h2>Throughput</h2><figure>{throughput(comparison)}</figure>",
     ]
@@ -128,6 +133,11 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
     for name, form in forms.items():
         (out / name).write_text(form(comparison))
     return [out / name for name in forms]
+
+
+def _listed(names: list[str]) -> str:
+    """The names of the others, few of them written out."""
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs" if names else "No other run"
 
 
 def _middle(run: History, name: str) -> float:
