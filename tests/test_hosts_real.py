@@ -96,6 +96,21 @@ def test_the_death_of_one_rank_ends_all_hosts_and_what_was_saved_goes_on_on_four
         assert [line["world"] for line in lines(run, "start")] == [2, 4] and 0 < lines(run, "resume")[0]["step"] <= before
 
 
+@pytest.mark.slow
+def test_of_two_elastic_hosts_one_is_lost_and_the_other_goes_on(digits, alone, tmp_path):
+    with hosts(2, tmp_path) as made:
+        process = launch(made, *settings(digits, "checkpoint.every=2step", "stop_at=60step"), "--nodes", "1:2")
+        wait_for(lambda: steps(process, made, "quickstart") >= 5, 600)
+        for one in made.running(1):  # the host is gone, with all that was on it
+            one.kill()
+        output = ended(process, made)
+        assert process.returncode == 0 and "the others go on without it" in output, output
+        run = tmp_path / "runs" / "quickstart"
+        seen = chains(run)
+        assert [line["world"] for line in lines(run, "start")] == [2, 1] and lines(run, "resume")[0]["step"] >= 4
+        assert {step: seen[step] for step in alone} == alone and max(seen) == 60
+
+
 def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
     """Both answer; then the wire of the second is cut and nobody says by which interface to meet: each is named, with the way out."""
     with hosts(2, tmp_path) as made:

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 import launch.__main__ as program
-from launch import hosts, slurm
-from launch.job import Job, LaunchError, Nodes
+from launch import hosts, processes, slurm
+from launch.job import Command, Job, LaunchError, Node, Nodes, launcher
 from tests import told
 from tests.conftest import free_port, wait_for
 from tests.told import launched, read
@@ -24,8 +25,8 @@ JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
 ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code"}
 SCRIPTS = {
     "slurm_gpus": slurm.Request(
-        nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long", constraint="h200",
-        modules=("cuda/13.0",), setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
+        nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long",
+        constraint="h200", modules=("cuda/13.0",), setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
     ),
     "slurm_cpu": slurm.Request(nodes=Nodes(2, 2), processes=2, requeue=False),
     "slurm_apptainer": slurm.Request(nodes=Nodes(1, 1), processes=4, gpus=4, time="60", container="/images/tri level.sif"),
@@ -43,10 +44,41 @@ def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
 
 def test_rendered_ssh_equals_the_stored_text():
     found = hosts.read("# the cluster\nme@node1 slots=4  # with a disk\n\nnode2 slots=4\n")
-    commands = hosts.render(JOB, found, Nodes(2, 2), hosts.processes_of(found, None), 29400, "/env/bin/python", Path("/shared/my runs"), ENV)
+    commands = hosts.render(
+        JOB, found, Nodes(2, 2), hosts.processes_of(found, None), 29400, "/env/bin/python", Path("/shared/my runs"), ENV
+    )
     text = "\n".join(command.text() for command in commands) + "\n"
     assert text == (RENDERED / "hosts.txt").read_text()
     assert "secret" not in text
+
+
+def test_an_elastic_job_resumes_and_meets_by_torchruns_agent():
+    from torch.distributed.run import get_args_parser
+
+    node = Node(8, True, 29400, "node1", nodes=4, number=1, least=2, here="node2")
+    words = list(launcher(JOB, node, "python").argv)
+    read = get_args_parser().parse_args(words[3:])
+    assert (read.nnodes, read.nproc_per_node, read.rdzv_backend, read.rdzv_endpoint) == ("2:4", "8", "c10d", "node1:29400")
+    assert read.local_addr == "node2" and "is_host=0" in read.rdzv_conf and read.module and read.training_script == "trainer"
+    assert tuple(read.training_script_args) == replace(JOB, resume=True).train()
+    found, nodes = hosts.chosen(hosts.read("a slots=1\nb slots=1\nc slots=1"), "1:2")
+    commands = hosts.render(JOB, found, nodes, 1, 29400, "python", Path("/"), {}, ssh_config="my config")
+    assert len(commands) == 2 and "--nodes 1:2" in commands[1].text() and "--here b" in commands[1].text()
+    assert commands[0].argv[-4:-2] == ("-F", "my config")
+    with pytest.raises(LaunchError, match=r"--nodes 1:4: the hostfile has 3"):
+        hosts.chosen(hosts.read("a\nb\nc"), "1:4")
+
+
+@pytest.mark.parametrize(("spare", "code", "took"), [(0, 3, "told to end"), (1, 0, "go on without it")])
+def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, capsys):
+    """Two commands in place of ssh: one fails; the other ends well when it is told to, or when it sees that nobody tells it."""
+    waits = "import sys, select; print('told' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
+    ends = Command((sys.executable, "-c", "import sys; sys.exit(3)"))
+    stays = Command((sys.executable, "-c", waits.format(3 if spare else 60)))
+    assert processes.together([ends, stays], ["a", "b"], tmp_path, spare) == code
+    said = capsys.readouterr()
+    assert f"a ended with 3; the others {'go on' if spare else 'are told'}" in said.err and took in said.err
+    assert ("alone" if spare else "told") in (tmp_path / "b.txt").read_text()
 
 
 def test_credentials_in_an_address_stay_here():
@@ -79,6 +111,9 @@ def test_hostfiles_that_are_refused(text, asked, said):
     ("words", "said"),
     [
         ("slurm c.yaml --nodes 0", "--nodes 0"),
+        ("slurm c.yaml --nodes 4:2", "--nodes 4:2: write a number from 1 on, or MIN:MAX"),
+        ("slurm c.yaml --nodes 2:4 --no-requeue", "--nodes 2:4 with --no-requeue"),
+        ("local c.yaml --nodes 2:4", "--nodes: unknown flag"),
         ("slurm c.yaml --gpus 4 --processes 2", "--gpus 4 with --processes 2"),
         ("slurm c.yaml --time 1day", "--time 1day"),
         ("slurm c.yaml --container x --runtime docker", "apptainer or pyxis"),
