@@ -26,7 +26,8 @@ ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_
 SCRIPTS = {
     "slurm_gpus": slurm.Request(
         nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long",
-        constraint="h200", modules=("cuda/13.0",), setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
+        constraint="h200", modules=("cuda/13.0",),
+        setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
     ),
     "slurm_cpu": slurm.Request(nodes=Nodes(2, 2), processes=2, requeue=False),
     "slurm_apptainer": slurm.Request(nodes=Nodes(1, 1), processes=4, gpus=4, time="60", container="/images/tri level.sif"),
