@@ -170,3 +170,18 @@ def test_without_a_decay_nothing_is_kept():
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert ema.state_dict() == {}
     ema.load_state_dict({})
+
+
+def test_a_fused_step_is_asked_for_by_name_and_refused_where_there_is_none():
+    assert all(group["fused"] for group in build_optimizer(vit(), Optim(fused=True)).param_groups)
+    assert not any(group.get("fused") for group in build_optimizer(vit(), Optim()).param_groups)
+    with pytest.raises(ConfigError, match=r"optim.fused=true: lamb has no fused step"):
+        build_optimizer(vit(), Optim(name="lamb", fused=True))
+
+
+def test_layer_decay_scales_the_rate_of_every_group_at_every_step():
+    model = vit()
+    optimizer = build_optimizer(model, Optim(layer_decay=0.5))
+    set_learning_rate(optimizer, 1e-2)
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    assert len(rates) == 4 and all(lr == pytest.approx(1e-2 * scale) for scale, lr in rates.items())

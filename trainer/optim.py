@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -34,6 +35,7 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
     if outside:
         raise ConfigError(f"{', '.join(outside)}: trainable parameters outside the timm model, no group is defined for them")
+    more: dict[str, Any] = {"fused": True} if settings.fused else {}
     try:
         return create_optimizer_v2(
             network,
@@ -44,7 +46,7 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
             layer_decay=settings.layer_decay,
             betas=settings.betas,  # timm takes out what this optimizer has no use for
             eps=settings.eps,
-            **({"fused": True} if settings.fused else {}),
+            **more,
         )
     except TypeError as error:
         if "fused" not in str(error):
