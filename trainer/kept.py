@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsity.curriculum import selection_hash
 from sparsity.types import Selection
+from trainer.disk import Disk
 
 FOLDER = "kept"
 
@@ -36,13 +37,11 @@ def write(run: Path | str, selection: Selection) -> Path:
     content = io.BytesIO()
     weight = {} if selection.weight is None else {"weight": selection.weight}
     np.savez_compressed(content, allow_pickle=False, keep=selection.keep, **weight)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial, disk = path.with_name(f".{path.name}.{os.getpid()}"), Disk()
     try:
-        with open(partial, "wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        disk.write(partial, [content.getbuffer()])
+        disk.rename(partial, path)
+        disk.sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     return path

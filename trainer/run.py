@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from trainer.config import Config
+from trainer.disk import Disk
 from trainer.values import ConfigError
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
@@ -37,6 +38,8 @@ def claim(config: Config, resume: bool) -> None:
         (directory / "logs").mkdir(exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
         (directory / "source.txt").write_text(source())
+        for folder in (directory, directory.parent):  # or a crash could take the whole directory, synced checkpoints and all
+            Disk().sync(folder)
     except OSError as error:
         raise ConfigError(f"runs={config.runs}: {error}; make room there, or choose another place by runs=DIRECTORY") from error
 

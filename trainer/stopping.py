@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import psutil
@@ -65,8 +66,7 @@ def launchers() -> list[int]:
 def _watch(above: list[int], stop: Stop) -> None:
     """A killed launcher can't tell its ranks. The kernel gives its children another parent at once, even while nobody buries it."""
     while [os.getppid(), *([_parent_of(above[0])] if len(above) > 1 else [])] == above:
-        if threading.Event().wait(LOOK):
-            return
+        time.sleep(LOOK)
     stop.ask()
 
 
