@@ -85,6 +85,8 @@ def summary(run: Path | str | History) -> Summary:
     broken = len(run.of("broken"))
     if broken:
         rows.append(Row("broken images", f"{broken:,}", "named in the journal"))
+    if skipped := len(run.of("skipped")):
+        rows.append(Row("skipped steps", f"{skipped:,}", "their loss or gradient was not finite; named in the journal"))
     if run.attempts > 1:
         rows.append(Row("attempts", str(run.attempts), "what killed attempts did in vain is left out"))
     status = run.status + (f": {run.reason}" if run.reason else "")
