@@ -18,6 +18,7 @@ import psutil
 from launch.job import STOPPED, Command
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+AGAIN = 5.0  # seconds after which a Slurm signal is repeated: a rank that still imports its libraries ignores the first
 LINGER = 10.0  # seconds a launcher may outlive its ranks
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
@@ -76,11 +77,16 @@ def _wait(process: subprocess.Popen[bytes], heard: list[int], told_ranks: set[in
     """The exit code. A launcher whose ranks have ended well waits up to 5 minutes for other nodes' launchers; these may have
     failed, so once told to end it is given LINGER seconds. Ranks that an elastic launcher starts after that are told as well."""
     gone = float("inf")  # since when no rank is there
+    again = float("inf")
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(0.2)
         if heard:
             ranks = _ranks(process.pid)
+            again = min(again, time.monotonic() + AGAIN)
+            if time.monotonic() >= again and heard[-1] in (signal.SIGUSR1, signal.SIGUSR2):  # a second one changes nothing
+                told_ranks.difference_update(ranks)
+                again = float("inf")
             for pid in set(ranks) - told_ranks:
                 told_ranks.add(pid)
                 _send(pid, _passed(heard[-1]))

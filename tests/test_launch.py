@@ -161,3 +161,16 @@ def test_a_third_ctrl_c_kills_everything(folder):
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - started < 20
     assert not (folder / "0.heard").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_signal_of_slurm_that_comes_while_ranks_import_is_not_lost(folder):
+    waits = 'pathlib.Path("importing" + rank).touch()\ntime.sleep(2)\nsignals = []'
+    (folder / "trainer" / "__main__.py").write_text(TRAINER.replace("signals = []", waits))
+    process = launched(folder, "wait=1")
+    wait_for(lambda: (folder / "importing0").exists() and (folder / "importing1").exists(), 60)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert signal.SIGUSR1 in read(folder / "1.heard")["signals"]
