@@ -18,7 +18,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from tests.drawn import encoded, jpeg, picture
 from trainer.data.augment import Image, Transform, _erase, _resized_crop, draw_keys
-from trainer.data.decode import MAX_PIXELS, decode, decode_exact
+from trainer.data.decode import MAX_PIXELS, Picture, decode, decode_exact
 from trainer.sections import Augment
 
 KEYS = [int(k) for k in draw_keys(0, 0, np.arange(300), np.zeros(300, np.int64))]
@@ -162,7 +162,7 @@ def test_erasing_is_distributed_as_timms() -> None:
     ours = [_erase(random.Random(i), 64) for i in range(1500)]
     assert np.abs(spread(ours) - spread(theirs)).max() <= 4
     transform = Transform(Augment(erasing=0.25, flip=0.3), 32, train=True)
-    images = [transform.finish(torch.zeros(3, 40, 40, dtype=torch.uint8), key) for key in KEYS]
+    images = [transform.finish(Picture.of(torch.zeros(3, 40, 40, dtype=torch.uint8)), key) for key in KEYS]
     assert 0.15 < np.mean([i.erase[2] > 0 for i in images]) < 0.35
     assert 0.2 < np.mean([i.flip for i in images]) < 0.4
 
@@ -188,7 +188,7 @@ def test_shift_moves_and_fills_with_black() -> None:
     white = torch.full((3, 16, 16), 255, dtype=torch.uint8)
     moves = set()
     for key in KEYS:
-        out = transform.finish(white, key).pixels
+        out = transform.finish(Picture.of(white), key).pixels
         rows, columns = (out[0] > 0).any(1).nonzero(), (out[0] > 0).any(0).nonzero()
         moves.add((16 - len(rows), 16 - len(columns)))
         assert set(out.unique().tolist()) <= {0, 255}
@@ -201,7 +201,7 @@ def test_simple_random_crop_mirrors_the_border() -> None:
     mirrored = np.pad(ramp[0, 0].numpy(), 4, mode="reflect").tolist()
     found = set()
     for key in KEYS:
-        row = transform.finish(ramp, key).pixels[0, 0].tolist()
+        row = transform.finish(Picture.of(ramp), key).pixels[0, 0].tolist()
         found.add(next(i for i in range(9) if mirrored[i : i + 16] == row))
     assert found == set(range(9))
 

@@ -15,7 +15,7 @@ from tests import drawn
 from trainer.__main__ import main
 from trainer.bench_input import Measured
 from trainer.data.augment import Transform
-from trainer.data.decode import decode, decode_exact
+from trainer.data.decode import Picture, decode, decode_exact
 from trainer.sections import Augment
 
 RECIPE = """
@@ -109,7 +109,7 @@ def test_fast_decode_and_fast_resize_against_pil(request: pytest.FixtureRequest,
         top, left, height, width = box
         cut = PIL.Image.fromarray(ours[:, top : top + height, left : left + width].permute(1, 2, 0).numpy())
         cut = cut.resize((224, 224), PIL.Image.Resampling.BICUBIC)
-        made = transform.finish(ours, number).pixels.int()
+        made = transform.finish(Picture.of(ours), number).pixels.int()
         resized.append((torch.from_numpy(np.array(cut)).permute(2, 0, 1).int() - made).abs())
     for name, errors in (("decode_jpeg", decoded), ("resize", resized)):
         mean, most = max(float(e.float().mean()) for e in errors), max(int(e.max()) for e in errors)

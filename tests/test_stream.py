@@ -14,11 +14,12 @@ import PIL.Image
 import pytest
 import torch
 from timm.data.transforms_factory import create_transform
+from torchvision.io import decode_jpeg
 
 from sparsity.types import Selection
 from tests.conftest import environment
 from tests.drawn import config, jpeg, write_shards, write_tar
-from trainer.data import augment
+from trainer.data import decode
 from trainer.data.index import Index, build_index
 from trainer.data.shards import DataError
 from trainer.data.stream import Batch, Stream, Validation, check_classes
@@ -87,13 +88,16 @@ def test_resuming_in_mid_epoch_is_the_same(index: Index, workers: int) -> None:
 
 def test_dropped_examples_are_not_decoded(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    monkeypatch.setattr(augment, "decode", lambda data: decoded.append(len(data)) or torch.zeros(3, 40, 48, dtype=torch.uint8))
+    box = decode.Picture.box
+    monkeypatch.setattr(decode.Picture, "box", lambda self, *at: decoded.append(1) or box(self, *at))
     removed = list(range(0, 50, 3))
     stream = Stream(index, config("x"), 0, 1)
     shown = sum(len(b.ids) for b in stream.epoch(0, selection(50, removed)))
     assert len(decoded) == shown == (50 - len(removed)) // 12 * 12
     decoded.clear()
     repeated = Stream(index, config("x", data={"repeats": 3}), 0, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(decode, "decode_jpeg", lambda *a, **k: decoded.append(1) or decode_jpeg(*a, **k))
     shown = sum(len(b.ids) for b in repeated.epoch(0, None))
     assert len(decoded) == shown // 3, "copies of an image share one decode"
 

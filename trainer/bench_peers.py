@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.augment import _ops, _posterize
 from trainer.data.decode import decode
 from trainer.data.index import Index
+from trainer.data.policy import ops_of, posterized
 from trainer.data.reader import Reader
 from trainer.data.workers import Loader
 
@@ -106,9 +106,9 @@ def timm(place: Place, policy: str | None = None) -> Peer:
     said = "timm create_loader (PIL, create_transform, fast_collate), uint8; its normalisation on the device is left out, as ours is"
     if policy is not None:
         for step in data.transform.transforms:
-            for op in _ops(step) if hasattr(step, "ops") else []:
+            for op in ops_of(step) if hasattr(step, "ops") else []:
                 if op.aug_fn.__name__ == "posterize":
-                    op.aug_fn = _posterize
+                    op.aug_fn = posterized
         said += f"; {policy}; its posterize raises at 0 bits with Pillow 13 and is given a black image there, as ours"
     inner = loader.loader if hasattr(loader, "loader") else loader
     return Peer(said, _count(inner))

@@ -67,7 +67,10 @@ def _requirements() -> set[str]:
         listed = metadata.requires("trilevel") or []
     except metadata.PackageNotFoundError:
         listed = []
-    return {_plain(re.split(r"[^\w.-]", text)[0]) for text in listed if "extra ==" not in text}
+    from packaging.requirements import Requirement  # comes with half of them
+
+    found = [Requirement(text) for text in listed]
+    return {_plain(one.name) for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
 
 
 def _plain(name: str) -> str:
@@ -91,6 +94,16 @@ def compiler() -> Line:
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
         return Line("compiler", "fail", f"{name} works, but ninja is not found", "pip install ninja")
     return Line("compiler", "ok", f"{shutil.which(name)} and ninja")
+
+
+def decoder() -> Line:
+    """Whether the stream can decode a part of a JPEG."""
+    from trainer.data import turbo
+
+    if (library := turbo.library()) is not None:
+        return Line("TurboJPEG", "ok", f"{library._name} decodes parts of images")
+    remedy = "pip install turbojpeg (Linux x86_64, Python < 3.13), or install libjpeg-turbo 3 on the system"
+    return Line("TurboJPEG", "note", "not found: images are decoded whole, at two thirds of the rate", remedy)
 
 
 def devices() -> list[Line]:

@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import PIL.Image
 import torch
-from timm.data.auto_augment import (
-    AutoAugment,
-    augment_and_mix_transform,
-    auto_augment_transform,
-    posterize,
-    rand_augment_transform,
-)
-from timm.data.transforms import str_to_pil_interp
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional as F
 
-from trainer.data.decode import as_tensor, decode, decode_exact
+from trainer.data.decode import Picture, as_tensor, decode_exact
 from trainer.data.order import hashed
+from trainer.data.policy import policy_of
 from trainer.sections import Augment
 
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
@@ -58,23 +48,30 @@ class Transform:
         self._evaluate = transforms_imagenet_eval(
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
-        self._policy = _policy(augment, image_size)
+        self._policy = policy_of(augment, image_size)
 
     def __call__(self, data: memoryview, key: int = 0) -> Image:
-        """One image; raises ValueError saying what is wrong with it. key: see `draw_keys`."""
-        return self.finish(self.decode(data), key)
+        """One image; raises BrokenImage saying what is wrong with it. key: see `draw_keys`."""
+        return self.finish(self.opened(data), key)
 
-    def decode(self, data: memoryview) -> Tensor | PIL.Image.Image:
-        return decode(data) if self.train else decode_exact(data)
+    def opened(self, data: memoryview, copies: bool = False) -> Picture | PIL.Image.Image:
+        """An image that `finish` makes ready; of a single one only what it shows is decoded, one with copies is decoded once."""
+        if not self.train:
+            return decode_exact(data)
+        image = Picture(data)
+        if copies:
+            image.whole()
+        return image
 
-    def finish(self, decoded: Tensor | PIL.Image.Image, key: int = 0) -> Image:
-        """From a decoded image: copies of it are decoded once."""
-        if not isinstance(decoded, Tensor):
-            return Image(cast(Tensor, self._evaluate(decoded)))
+    def finish(self, image: Picture | PIL.Image.Image, key: int = 0) -> Image:
+        """From an opened image. Raises BrokenImage."""
+        if isinstance(image, PIL.Image.Image):
+            return Image(cast(Tensor, self._evaluate(image)))
         rng, flip, erase = self._begun(key)
-        pixels = self._crop(decoded, rng)
+        pixels = self._crop(image, rng)
         if self._policy is not None:
-            pixels = as_tensor(self._policy(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), rng))
+            done = self._policy(pixels.permute(1, 2, 0).numpy(), rng)
+            pixels = as_tensor(done) if isinstance(done, PIL.Image.Image) else torch.from_numpy(done).permute(2, 0, 1)
         return Image(pixels, flip, erase)
 
     def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int] | None:
@@ -89,13 +86,13 @@ class Transform:
         flip = rng.random() < a.flip
         return rng, flip, _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
 
-    def _crop(self, pixels: Tensor, rng: random.Random) -> Tensor:
-        """(3, H, W) -> (3, S, S) by the rule of `augment.crop`."""
+    def _crop(self, image: Picture, rng: random.Random) -> Tensor:
+        """(3, S, S) by the rule of `augment.crop`."""
         size, a = self.size, self.augment
-        height, width = pixels.shape[1:]
+        height, width = image.size()
         if a.crop == "rrc":
-            top, left, height, width = _resized_crop(rng, height, width, a.scale, a.ratio)
-            return self._resize(pixels[:, top : top + height, left : left + width], size, size)
+            return self._resize(image.box(*_resized_crop(rng, height, width, a.scale, a.ratio)), size, size)
+        pixels = image.whole()
         short = min(height, width)
         height, width = max(size, int(height * size / short)), max(size, int(width * size / short))
         pixels = self._resize(pixels, height, width)
@@ -159,76 +156,3 @@ def _erase(rng: random.Random, size: int) -> tuple[int, int, int, int]:
         if h < size and w < size:
             return rng.randint(0, size - h), rng.randint(0, size - w), h, w
     return 0, 0, 0, 0
-
-
-Policy = Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]
-
-
-def _policy(augment: Augment, size: int) -> Policy | None:
-    """Colour work on the cropped PIL image. As in timm, colour jitter stays out beside RandAugment and its kin."""
-    if augment.policy == "none":
-        return (lambda image, rng: _jitter(image, rng, augment.color_jitter)) if augment.color_jitter else None
-    text = "3a" if augment.policy == "three_augment" else augment.policy  # DeiT-III: grey, solarise or blur
-    settings = {
-        "translate_const": int(size * 0.45),
-        "img_mean": tuple(min(255, round(255 * m)) for m in augment.mean),
-        "interpolation": str_to_pil_interp(augment.interpolation),
-    }
-    try:
-        if text.startswith("rand"):
-            transform = rand_augment_transform(text, settings)
-        elif text.startswith("augmix"):
-            transform = augment_and_mix_transform(text, settings | {"translate_pct": 0.3})
-        else:
-            transform = auto_augment_transform(text, settings)
-    except (AssertionError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"augment.policy={augment.policy!r}: timm doesn't know it ({error}); use 'none', 'three_augment' or timm's text "
-            "form, e.g. 'rand-m9-mstd0.5-inc1'"
-        ) from None
-
-    for op in _ops(transform):
-        if op.aug_fn is posterize:
-            op.aug_fn = _posterize
-
-    def policy(image: PIL.Image.Image, rng: random.Random) -> PIL.Image.Image:
-        with _seeded(rng.getrandbits(32)):
-            image = transform(image)
-        return _jitter(image, rng, augment.color_jitter) if "3a" in text else image
-
-    return policy
-
-
-def _ops(transform: Any) -> list[Any]:
-    if isinstance(transform, AutoAugment):
-        return [op for chain in transform.policy for op in chain]
-    return list(transform.ops)
-
-
-def _posterize(image: PIL.Image.Image, bits: int, **_: Any) -> PIL.Image.Image:
-    """timm asks for 0 bits at the top magnitude (DeiT's rand-m9-mstd0.5-inc1 at +2 sigma), a black image; Pillow 13 refuses."""
-    return posterize(image, bits) if bits > 0 else PIL.Image.new(image.mode, image.size)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """timm's policies draw from the global `random` and numpy generators: seed them around one example and put them back."""
-    ours, theirs = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(theirs)
-
-
-def _jitter(image: PIL.Image.Image, rng: random.Random, strength: float) -> PIL.Image.Image:
-    """torchvision's ColorJitter(s, s, s): brightness, contrast, saturation by 1 - s .. 1 + s, in random order."""
-    if not strength:
-        return image
-    steps = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
-    rng.shuffle(steps)
-    for step in steps:
-        image = step(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))  # pyright: ignore[reportArgumentType]
-    return image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,102 +14,11 @@ from torch.utils.data import Dataset
 from sparsity.types import Selection
 from trainer.config import Config
 from trainer.data.ahead import Ahead, cache_of, refuse_small_cache, rows_of_node, upcoming
-from trainer.data.augment import Transform, draw_keys
-from trainer.data.decode import header
+from trainer.data.batch import Batch, Maker
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows, micro_batches, slice_of
-from trainer.data.reader import Reader
 from trainer.data.shards import DataError
-from trainer.data.workers import Loader, room
-
-NOBODY = -1  # id of a padding slot
-
-
-class Batch(NamedTuple):
-    """A rank's rows of a global batch, b slots. Padding slots come last: id -1, weight 0, black.
-
-    images: (b, 3, S, S) uint8, channels last in memory. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or
-    broken image. flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. draw: (b,) int64 key of all random choices
-    about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    copies: Tensor
-    weights: Tensor
-    flip: Tensor
-    erase: Tensor
-    draw: Tensor
-    broken: list[tuple[int, str]]
-
-
-class Maker:
-    """Rows of a global batch, or of a part of it -> Batch: read, decode, transform."""
-
-    def __init__(self, index: Index, config: Config, train: bool) -> None:
-        self.index, self._seed, self._size = index, config.seed, config.model.image_size
-        self._reader = Reader(index, cache_of(index, config.data))
-        self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
-
-    def batch(self, epoch: int, rows: Rows, slots: int) -> Batch:
-        count, size = len(rows.ids), self._size
-        images = room(slots, size)
-        weights, flip = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
-        erase = torch.zeros(slots, 4, dtype=torch.int32)
-        keys = draw_keys(self._seed, epoch, rows.ids, rows.copies)
-        broken: dict[int, str] = {}
-        distinct, first, place = np.unique(rows.ids, return_index=True, return_inverse=True)
-        data = self._reader.read(distinct)
-        decoded: dict[int, Any] = {}
-        for row in range(count):
-            which = int(place[row])
-            example, raw = int(distinct[which]), data[which]
-            if example in broken:
-                continue
-            if which not in decoded:
-                try:
-                    if isinstance(raw, DataError):
-                        raise raw
-                    decoded[which] = self._transform.decode(raw)
-                except ValueError as error:
-                    broken[example] = f"{self.index.where(example)}: {error}"
-                    continue
-            image = self._transform.finish(decoded[which], int(keys[row]))
-            images[row], weights[row], flip[row] = image.pixels, 1.0, image.flip
-            erase[row] = torch.tensor(image.erase, dtype=torch.int32)
-            if len(first) == count:  # no copies: done with it
-                decoded.clear()
-        images[weights == 0] = 0  # padding and broken images are black
-        return Batch(
-            images,
-            _filled(self.index.labels[rows.ids], slots, 0),
-            _filled(rows.ids, slots, NOBODY),
-            _filled(rows.copies, slots, 0),
-            weights,
-            flip,
-            erase,
-            _filled(keys, slots, 0),
-            sorted(broken.items()),
-        )
-
-    def boxes(self, ids: np.ndarray, keys: np.ndarray) -> list[list[int] | None]:
-        """The crop of each row in its source image (see `Transform.box`); None where the image is broken or the crop has no box."""
-        found: list[list[int] | None] = []
-        for data, key in zip(self._reader.read(ids), keys.tolist(), strict=True):
-            try:
-                image = None if isinstance(data, DataError) else header(data)
-            except ValueError:
-                image = None
-            box = None if image is None else self._transform.box(key, image.height, image.width)
-            found.append(None if box is None else list(box))
-        return found
-
-
-def _filled(values: np.ndarray, slots: int, padding: int) -> Tensor:
-    filled = torch.full((slots,), padding, dtype=torch.int64)
-    filled[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-    return filled
+from trainer.data.workers import Loader
 
 
 class _Task(NamedTuple):

@@ -1,0 +1,118 @@
+"""The one door to TurboJPEG: the part of a JPEG that a crop shows, decoded without the rest.
+
+libjpeg-turbo 3 leaves out the transforms and colours of what lies outside a cropping region, and everything behind its last row.
+The pixels are those of the whole image, bit for bit; a picture that it has anything to say about is left to the full decoder.
+Looked for on the system (Debian's libturbojpeg before 3 can't do it) and in the wheel `turbojpeg`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import threading
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+_DECOMPRESS, _RGB = 1, 0
+_STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLOURS = 0, 4, 5, 6, 7, 8  # TJPARAM_...
+_UNIT_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32}  # pixels of an iMCU by TJSAMP: 4:4:4, 4:2:2, 4:2:0, grey, 4:4:0, 4:1:1
+_COLOURED = (0, 1, 2)  # RGB, YCbCr, grey by TJCS
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """TurboJPEG >= 3 by ctypes, None where there is none. Its calls let go of the interpreter."""
+    for path in _places():
+        try:
+            found = ctypes.CDLL(path)
+            found.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
+        except (OSError, AttributeError):
+            continue
+        found.tj3Init.restype = ctypes.c_void_p
+        found.tj3Init.argtypes = [ctypes.c_int]
+        found.tj3Destroy.argtypes = [ctypes.c_void_p]
+        found.tj3Set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        found.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        source = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        found.tj3DecompressHeader.argtypes = source
+        found.tj3Decompress8.argtypes = [*source, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        return found
+    return None
+
+
+def _places() -> list[str]:
+    try:
+        files = metadata.files("turbojpeg") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    bundled = [str(file.locate()) for file in files if file.name.startswith("libturbojpeg")]
+    return [path for path in (ctypes.util.find_library("turbojpeg"), *bundled) if path]
+
+
+class _Handle:
+    """A decompressor: one for each thread of each process."""
+
+    def __init__(self) -> None:
+        self._library, self.process = library(), os.getpid()
+        self.pointer = self._library.tj3Init(_DECOMPRESS)
+        if not self.pointer:
+            raise MemoryError("TurboJPEG: no memory for a decompressor")
+        self._library.tj3Set(self.pointer, _STOP_ON_WARNING, 1)
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None):
+            self._library.tj3Destroy(self.pointer)
+
+
+_own = threading.local()
+
+
+def _handle() -> Any:
+    handle = getattr(_own, "handle", None)
+    if handle is None or handle.process != os.getpid():
+        handle = _own.handle = _Handle()
+    return handle.pointer
+
+
+def cut(data: bytes | memoryview, box: tuple[int, int, int, int]) -> np.ndarray | None:
+    """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
+
+    None where there is no library, or where TurboJPEG fails or warns: then the full decode has the word. What lies behind the
+    box's last row is not looked at, see `decode.Picture`.
+    """
+    turbo = library()
+    if turbo is None:
+        return None
+    pixels = _cut(turbo, _handle(), np.frombuffer(data, dtype=np.uint8), *box)
+    if pixels is None:
+        _own.handle = None  # one that has failed may go on failing ("two SOI markers")
+    return pixels
+
+
+def _cut(turbo: Any, handle: Any, data: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+    source = handle, data.ctypes.data, data.size
+    if turbo.tj3DecompressHeader(*source):
+        return None
+    unit = _UNIT_WIDTH.get(turbo.tj3Get(handle, _SUBSAMPLING))
+    whole_width, whole_height = turbo.tj3Get(handle, _WIDTH), turbo.tj3Get(handle, _HEIGHT)
+    known = turbo.tj3Get(handle, _PRECISION) == 8 and turbo.tj3Get(handle, _COLOURS) in _COLOURED
+    if unit is None or not known or top + height > whole_height or left + width > whole_width:
+        return None
+    # a region begins between iMCUs; the smooth enlarging of colours looks one sample to each side, and is given up where there
+    # are less than two of them
+    last = min(whole_width, max(left + width + 1, unit))
+    first = max(0, min(left - 1, last - unit)) // unit * unit
+    if turbo.tj3SetCroppingRegion(handle, _Region(first, top, last - first, height)):
+        return None
+    pixels = np.empty((height, last - first, 3), dtype=np.uint8)
+    if turbo.tj3Decompress8(*source, pixels.ctypes.data, 0, _RGB):
+        return None
+    return pixels[:, left - first : left - first + width]
