@@ -48,7 +48,6 @@ def found() -> dict[str, dict[str, Any]]:
     return engines(
         *(f"skipping={mode}" for mode in ALL),
         *(f"averaging={mode}" for mode in AVERAGED),
-        *(f"compiling={mode}" for mode in COMPILED),
         *OTHERS,
     )
 
@@ -87,12 +86,12 @@ def test_the_average_under_zero_3_in_other_precisions(precision: str) -> None:
         assert one["same_everywhere"] and one["given_back"] == [] and one["resumed"] == []
 
 
-@pytest.mark.parametrize("mode", COMPILED)
-def test_compiled_under_zero_each_plan_is_one_graph_and_none_comes_twice(mode: str, found: dict[str, dict[str, Any]]) -> None:
-    """Six steps of three plans that come and go, on two ranks."""
-    one = found[f"compiling={mode}"]
-    assert one["graphs"] == [[1, 2, 3, 3, 3, 3]] * 2
-    assert one["compiled"] == pytest.approx(one["eager"], rel=1e-5)
+@pytest.mark.slow
+def test_compiled_under_zero_each_plan_is_one_graph_and_none_comes_twice() -> None:
+    """Six steps of three plans that come and go, on two ranks; in one process tests/test_compile.py looks every time."""
+    for one in engines(*(f"compiling={mode}" for mode in COMPILED)).values():
+        assert one["graphs"] == [[1, 2, 3, 3, 3, 3]] * 2
+        assert one["compiled"] == pytest.approx(one["eager"], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", [1, 3])

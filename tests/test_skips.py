@@ -74,6 +74,7 @@ def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> Non
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_too_many_stop_the_run_and_a_resume_counts_on(spoiled: Path) -> None:
     """More than `optim.max_skipped`, counted over both attempts."""
     said = job(spoiled.parent.parent, 1, "10", *WORDS, "--resume", "stop_at=30step", "optim.max_skipped=2", code=2)
