@@ -185,6 +185,10 @@ def test_refusals(tmp_path: Path) -> None:
     refused(tmp_path / "d", "3 labels for 2 images", labels=str(numbers))
     numbers.write_text("x.jpg cat\n")
     refused(tmp_path / "d", r"no label for 'y'", labels=str(numbers))
+    for options in ({"name": "train-extra"}, {"name": "a*"}, {"name": "../up"}):
+        refused(tmp_path / "d", r"a name is one word", **options)
+    with pytest.raises(DataError, match=r"\*\?"):
+        pack(str(tmp_path / "d"), tmp_path / "out[1]", progress=False)
     whole = lzma.compress(write_tar(tmp_path / "e.tar", FLAT).read_bytes())
     (tmp_path / "e.tar.xz").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "e.tar.xz", "can't be unpacked")

@@ -312,6 +312,24 @@ def test_shards_sorted_by_class_are_said_to_be(tmp_path: Path, capsys: pytest.Ca
     assert "sorted" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
+def test_what_can_not_be_read_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_shards(tmp_path, [2])
+    with pytest.raises(DataError, match=r"index .*can't be written: .*--index DIR"):
+        build_index(pattern, progress=False, folder=str(tmp_path / "train-0000.tar" / "below"))
+    index_of(pattern)
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    for function in ("fingerprint", "samples"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(DataError, match=r"train-0000.tar: can't be read: Permission denied"),
+        ):
+            patch.setattr(f"trainer.data.index.{function}", forbidden)
+            open_index(pattern) if function == "fingerprint" else index_of(pattern)
+
+
 def test_reads_are_coalesced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of(write_shards(tmp_path, [40, 40]))
     reads: list[int] = []

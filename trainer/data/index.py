@@ -229,7 +229,10 @@ def open_index(
             url = place.url(shard["name"])
             if place.is_remote():
                 return kind == "fast" or hash_of(url) == shard["whole"]
-            return fingerprint(url, whole=kind == "whole") == shard[kind]
+            try:
+                return fingerprint(url, whole=kind == "whole") == shard[kind]
+            except OSError as error:
+                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
 
         if verify is not None:
             for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def write(path: Path, about: dict[str, Any], shards: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
-    """Write an index: `about` and `shards` into its header, with a fingerprint of the shards' bytes and the labels."""
+    """Write an index: `about` and `shards` into its header, with a fingerprint of the shards' bytes and the labels.
+    Raises DataError where there is no room or no right to."""
     places, at = {}, 0
     for name, array in arrays.items():
         places[name] = (at, array.dtype.str, len(array))
@@ -47,13 +49,20 @@ def write(path: Path, about: dict[str, Any], shards: list[dict[str, Any]], array
     digest.update(np.ascontiguousarray(arrays["label"]).tobytes())
     header = about | {"fingerprint": digest.hexdigest(), "shards": shards, "arrays": places, "size": at}
     text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        head = _MAGIC + len(text).to_bytes(8, "little") + text
-        file.write(head + b"\0" * (-len(head) % _ALIGN))
-        for array in arrays.values():
-            file.write(array.tobytes() + b"\0" * (-array.nbytes % _ALIGN))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            head = _MAGIC + len(text).to_bytes(8, "little") + text
+            file.write(head + b"\0" * (-len(head) % _ALIGN))
+            for array in arrays.values():
+                file.write(array.tobytes() + b"\0" * (-array.nbytes % _ALIGN))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise DataError(
+            f"index {path}: can't be written: {error.strerror}; name another folder with --index DIR (data.index)"
+        ) from error

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -46,7 +47,15 @@ def pack(
     Running it again goes on after a kill, and returns at once when all is there. Raises DataError.
     """
     dst = Path(dst)
-    dst.mkdir(parents=True, exist_ok=True)
+    if set("*?[]{},") & set(f"{dst}{name}") or not re.fullmatch(r"\w+", name):
+        raise DataError(
+            f"pack into {dst}, --name {name}: shards are named by patterns, so neither may hold any of *?[]{{}}, and a name is one word "
+            "(`train-*.tar` would find those of `train-extra` too)"
+        )
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"pack into {dst}: {error.strerror}") from error
     splits = images(str(src), labels, name, seed, dst)
     number = _classes(dst, {image.label for part in splits.values() for image in part}, labels)
     packing = "" if short_side is None and quality is None else f"short side {short_side}, JPEG quality {quality or 90}"

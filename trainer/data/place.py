@@ -51,7 +51,10 @@ class Place(NamedTuple):
         """A shard as a file, and what its server says of it. Errors raised inside name the shard, not the cache's file."""
         url = self.url(name)
         if not self.is_remote():
-            yield Path(url), Facts(None, "")
+            try:
+                yield Path(url), Facts(None, "")
+            except OSError as error:
+                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
             return
         with cache.taken(url) as (path, about):
             try:
