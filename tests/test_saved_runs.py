@@ -50,13 +50,15 @@ tracking: {to: journal}
 SCENES = ("training", "evaluating", "writing", "full")
 
 
-def job(folder: Path, digits: Path, world: int, *scenes: str, more: str = "") -> subprocess.CompletedProcess[str]:
+def job(
+    folder: Path, digits: Path, world: int, *scenes: str, more: str = "", timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
     recipe = RECIPE.replace("DIGITS", str(digits))
     (folder / "job.yaml").write_text(recipe.replace("engine: {", f"engine: {{{more}"))
     words = [str(ROOT / "tests" / "saved_runs_job.py"), "job.yaml", *scenes]
     run = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
     return subprocess.run(
-        [sys.executable, *run, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280
+        [sys.executable, *run, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -186,8 +188,9 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_asked_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> None:
-    done = job(tmp_path, digits, 2, "whole", "compiling", more="compile: true, ")
+    done = job(tmp_path, digits, 1, "whole", "compiling", more="compile: true, ", timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert "compiling: preempted\n" in done.stdout and "compiling: finished\n" in done.stdout
     assert lines(tmp_path / "runs" / "compiling", "end")[0]["step"] in (1, 2)
