@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from launch import hosts, local, slurm, sweep
 from launch.arguments import parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher
 from launch.machine import free_port, this_machine
-from launch.processes import start, together
+from launch.processes import start, submit, together
 
 
 def main(words: list[str] | None = None) -> int:
@@ -94,7 +93,7 @@ def _submit(checks: list[Command], script: str, dry_run: bool) -> int:
     if shutil.which("sbatch") is None:
         raise LaunchError("sbatch is not found: start this where jobs are submitted, or use --dry-run to see the script")
     refused = next((code for code in map(start, checks) if code), 0)
-    return refused or subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
+    return refused or submit(script)
 
 
 def _sweep(a: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The one place that starts processes and passes signals on to them: a launcher here, or one ssh per node."""
+"""The one place that starts processes and passes signals on to them: a launcher here, one ssh per node, or sbatch."""
 
 from __future__ import annotations
 
@@ -160,6 +160,11 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
     # a job that was stopped says so on the node that rank 0 was on
     code = code or next((one for one in failed.values() if heard or one == STOPPED), 0)
     return 128 - code if code < 0 else code
+
+
+def submit(script: str) -> int:
+    """Hand a batch script to Slurm; sbatch's exit code."""
+    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
 
 
 def _copy(stream: IO[bytes], name: str, path: Path) -> None:
