@@ -51,8 +51,9 @@ class _Process:
 
 
 def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> dict[str, dict[str, Any]]:
-    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms of processor time:
-    mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent (share of the journal's bytes)}}.
+    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms of processor
+    time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent (share of the
+    journal's bytes)}}.
 
     pause: s between two log lines. On a machine with other work only the processor time speaks of the logging.
     """
