@@ -17,24 +17,29 @@ from trainer.data.ahead import Ahead, cache_of, refuse_small_cache, rows_of_node
 from trainer.data.batch import Batch, Maker
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, Rows, micro_batches, slice_of
+from trainer.data.rooms import NONE, Rooms, sent
 from trainer.data.shards import DataError
 from trainer.data.workers import Loader
 
 
 class _Task(NamedTuple):
-    """What a worker is asked for. turn: counts the epochs asked for, so that a worker notices a new one."""
+    """What a worker is asked for. turn: counts the epochs asked for, so that a worker notices a new one. room: for its pixels."""
 
     turn: int
     epoch: int
     step: int
     dropping: bool
+    room: int = NONE
 
 
 class _Batches(Dataset[Batch]):
     """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
 
-    def __init__(self, maker: Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor) -> None:
+    def __init__(
+        self, maker: Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, rooms: Rooms | None
+    ) -> None:
         self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
+        self._rooms = rooms
         self._order: tuple[int, EpochOrder] | None = None
 
     def __getitem__(self, task: _Task) -> Batch:
@@ -42,17 +47,24 @@ class _Batches(Dataset[Batch]):
             keep = self._keep.numpy().copy() if task.dropping else None
             self._order = task.turn, EpochOrder(self._layout, task.epoch, keep)
         rows = self._order[1].rows(task.step, *self._bounds)
-        return self._maker.batch(task.epoch, rows, self._slots)
+        images = None if self._rooms is None or task.room == NONE else self._rooms[task.room]
+        return sent(self._maker.batch(task.epoch, rows, self._slots, images), self._rooms, task.room)
 
 
 class _Tasks:
-    """The sampler: set before every epoch."""
+    """The sampler: set before every epoch. A task is given its room when the loader takes it, the rank's process knows which are free."""
 
-    def __init__(self) -> None:
+    def __init__(self, rooms: Rooms | None) -> None:
         self.tasks: list[_Task] = []
+        self._rooms = rooms
 
     def __iter__(self) -> Iterator[_Task]:
-        return iter(self.tasks)
+        if self._rooms is None:
+            yield from self.tasks
+            return
+        self._rooms.recall()  # run at the first task: the loader has waited for those of the epoch before
+        for task in self.tasks:
+            yield task._replace(room=self._rooms.take())
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -79,9 +91,11 @@ class Stream:
             self._ahead = Ahead(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
         maker = Maker(index, config, train=True)
-        self._tasks, self._turn = _Tasks(), 0
+        # two tasks a worker, the batch looked at, the one before it, and one to spare
+        rooms = Rooms(2 * data.workers + 3, self.steps.slots, config.model.image_size) if data.workers else None
+        self._tasks, self._turn = _Tasks(rooms), 0
         self._loader = Loader(
-            _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep),
+            _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep, rooms),
             batch_size=None,
             sampler=self._tasks,  # pyright: ignore[reportArgumentType]
             num_workers=data.workers,
@@ -169,7 +183,7 @@ class _Parts(Dataset[Batch]):
         begin = self._begin + number * self._batch
         slots = min(self._batch, self._longest - number * self._batch)
         ids = np.arange(begin, max(begin, min(begin + slots, self._end)))
-        return self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots)
+        return sent(self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots))
 
 
 def check_labels(index: Index, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Decoding processes: deaf to signals while the rank lives, gone when it ends, and their batches in memory that both see."""
+"""Decoding processes: deaf to signals while the rank lives, gone when it ends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -48,13 +46,3 @@ def _end() -> None:
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()
             worker.join()
-
-
-def room(slots: int, size: int) -> Tensor:
-    """(slots, 3, S, S) uint8, not yet filled. Channels last in memory, as decoders and the resize write; in a worker, in the shared
-    memory through which the batch goes to the rank: filling it elsewhere and copying took a tenth of the work of an image."""
-    shape = (slots, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # what torch's own collate takes
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, (size * size * 3, size * 3, 3, 1)).permute(0, 3, 1, 2)
