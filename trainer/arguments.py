@@ -81,7 +81,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("run_directory", metavar="RUN")
     c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
     c.add_argument("--json", metavar="FILE")
-    bench = commands.add_parser("bench", help="measure: input, step", description="Measure a part of a run by itself.")
+    bench = commands.add_parser("bench", help="measure: input, step, engine", description="Measure a part of a run by itself.")
     benches = bench.add_subparsers(required=True, metavar="PART")
     text = "our stream against decoding alone and other loaders, on the same images with the same workers"
     c = benches.add_parser("input", help=text, description=text)
