@@ -80,6 +80,7 @@ def test_the_check_prints_the_plan_and_trains_nothing(job: Path, capsys: Any) ->
     said = capsys.readouterr().out
     assert "17x2 13x1 10x1" in said, said  # 16 patches and [CLS]: ceil(.7 x 16) = 12, ceil(.7 x 12) = 9
     assert "1438 training and 359 validation images" in said and not Path("runs").exists()
+    assert "order: classes in a batch" in said
 
 
 @pytest.fixture
