@@ -71,7 +71,11 @@ def shape_of(model: SparseViT) -> Shape:
         num_patches=num_patches,
         width=vit.embed_dim,
         # from the settings of the layer: under ZeRO 3 its weight is empty here
-        embed=num_patches * convolution.in_channels // convolution.groups * prod(convolution.kernel_size) * convolution.out_channels,
+        embed=num_patches
+        * convolution.in_channels
+        // convolution.groups
+        * prod(convolution.kernel_size)
+        * convolution.out_channels,
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
         blocks=tuple(BlockShape(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),

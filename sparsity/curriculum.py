@@ -48,6 +48,7 @@ class Curriculum:
         updates: int = 0,
         balanced: bool = False,
         ties: str = "spread",
+        restore: str = "random",
         anneal: float = 0.0,
         repeats: int = 1,
     ):
@@ -56,6 +57,7 @@ class Curriculum:
         self.num_examples, self.labels, self.seed = num_examples, np.asarray(labels), seed
         self.removed, self.swap, self.window, self.updates = removed, swap, window, updates
         self.balanced, self.ties, self.epochs, self.repeats = balanced, ties, epochs, repeats
+        self.restore = restore
         self.num_removed = round(removed * num_examples)
         if removed and not 0 < self.num_removed < num_examples:
             raise ValueError(

@@ -8,7 +8,8 @@ whether each example was right; right last time and wrong now is a forgetting ev
     score = events / max(seen - 1, 1) with seen >= 3;  never right in the window: +inf, not to be removed
 
 Ties go by the variance of the last block's [CLS] attention (mean over the window, flattest map first), then by id. Where we
-differ from the authors: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint.
+differ from the authors: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint; with
+`restore` = never_trained those that were never shown come back before others.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Forgetting(Observer):
         self.swaps = bool(self.num_removed and self.num_swap and self.updates)
         self.wants_spread = self.ties == "spread" and self.swaps
         self.active = self._starting_set()
+        self.by_trained = self.restore == "never_trained"
+        self.trained = self.active.copy() if self.by_trained else np.zeros(0, dtype=bool)  # ever shown
         self._forget_everything()
         if self.swaps and (room := int(self._room().sum())) < self.num_swap:
             raise ValueError(
@@ -106,7 +109,10 @@ class Forgetting(Observer):
         easiest_first = scored[np.lexsort((scored, ties, score[scored]))]
         quota = np.minimum(self._quota(), np.bincount(self.group[scored], minlength=len(self._quota())))
         out = first_of_each(easiest_first, self.group, quota)
-        back = first_of_each(self._draw(Draw.RESTORED, number).permutation(np.flatnonzero(~self.active)), self.group, quota)
+        pool = self._draw(Draw.RESTORED, number).permutation(np.flatnonzero(~self.active))
+        if self.by_trained:
+            pool = pool[np.argsort(self.trained[pool], kind="stable")]
+        back = first_of_each(pool, self.group, quota)
         facts = {
             "swapped": len(out),
             "scored": len(scored),
@@ -116,6 +122,8 @@ class Forgetting(Observer):
         }
         self.active[out] = False
         self.active[back] = True
+        if self.by_trained:
+            self.trained |= self.active
         self._forget_everything()
         return facts
 
@@ -136,10 +144,12 @@ class Forgetting(Observer):
             "memory": self.memory,
             "spread": self.spread,
             "updated": np.array(self.updated),
-        }
+        } | ({"trained": np.packbits(self.trained, bitorder="little")} if self.by_trained else {})
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        self.active = np.unpackbits(state["active"], count=self.num_examples, bitorder="little").astype(bool)
+        for name in ("active", "trained"):
+            if name in state:
+                setattr(self, name, np.unpackbits(state[name], count=self.num_examples, bitorder="little").astype(bool))
         self.events, self.seen, self.memory, self.spread = (
             np.array(state[k], dtype=getattr(self, k).dtype) for k in ("events", "seen", "memory", "spread")
         )

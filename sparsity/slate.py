@@ -38,12 +38,13 @@ class Slate:
 
     @torch.no_grad()
     def note(self, ids: Tensor, outcome: Outcome) -> None:
-        """Write down a step's rows, ids (b,) int64; no host sync."""
+        """Write down a step's rows, ids (b,) int64; no host sync. A loss counts also where `correct` is unclear."""
         if self._code is None:
             self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=ids.device)
             if self.value is not None:
                 self._number = torch.zeros(self.num_examples + 1, dtype=torch.float32, device=ids.device)
-        slot = torch.where(outcome.valid, ids, self.num_examples)
+        counts = outcome.valid if outcome.clear is None or self.value == "loss" else outcome.valid & outcome.clear
+        slot = torch.where(counts, ids, self.num_examples)
         self._code.index_copy_(0, slot, outcome.correct.to(torch.uint8) + 1)
         if self._number is not None:
             self._number.index_copy_(0, slot, getattr(outcome, str(self.value)).detach().float())

@@ -139,13 +139,14 @@ class Outcome(NamedTuple):
 
     correct: bool, right under the chosen rule. loss: float32, unweighted. spread: float32, variance of the last
     block's [CLS] attention times n^2 (0 where nobody asked). valid: bool, False for padding, broken images and every
-    copy of an image but the first.
+    copy of an image but the first. clear: bool, whether `correct` is worth counting (mixed images may say little of either), None: all.
     """
 
     correct: Tensor
     loss: Tensor
     spread: Tensor
     valid: Tensor
+    clear: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ model: {name: deit_tiny_patch16_224, classes: 10, image_size: 8, drop_path: 0.1,
 data: {train: "DIGITS/train-00000[0-1].tar", validation: "DIGITS/validation-000000.tar", batch: 64, micro_batch: 32, workers: 0, lanes: 4}
 augment: {crop: none, flip: 0.0, mixup: 0.2, cutmix: 1.0}
 optim: {lr: 2.0e-3, warmup: 1ep, clip: 1.0}
-examples: {swap: 0.05, window: 3ep, updates: 1, anneal: 0.1}
+examples: {swap: 0.05, window: 3ep, updates: 1, anneal: 0.1, rule: dominant}
 tokens: {keep: 0.6, blocks: [1, 2]}
 connections: {keep: 0.4}
 plan: {method: staircase, stairs: [[1ep, 0.8, 0.8], [2ep, 0.6, 0.4]]}

@@ -199,3 +199,21 @@ def test_infobatch_leaves_what_it_has_not_seen():
     selection = method.select(1, alone)
     assert set(range(3, 10)) <= set(kept_ids(selection, 10)) and selection.num_kept == 8
     assert selection.weight is not None and selection.weight[:3].tolist() == [3.0] * 3
+
+
+def test_the_never_trained_come_back_first():
+    """All of the first pool before anybody a second time; over a resume too."""
+    method = swapping(40, removed=0.5, swap=0.25, updates=3, restore="never_trained")
+    first_pool, returned = set(np.flatnonzero(~method.active)), []
+    for epoch in range(16):
+        before = method.active.copy()
+        method.select(epoch, alone)
+        if back := set(np.flatnonzero(method.active & ~before)):
+            returned.append(back)
+        observe(method, np.flatnonzero(method.active).tolist(), [True] * 20)
+        if epoch == 7:
+            resumed = swapping(40, removed=0.5, swap=0.25, updates=3, restore="never_trained")
+            resumed.load_state_dict(method.state_dict(alone))
+            method = resumed
+    assert len(returned) == 3 and returned[0] | returned[1] == first_pool
+    assert "trained" not in swapping(40).state_dict(alone)

@@ -28,7 +28,7 @@ data: {train: "DIGITS/train-*.tar", validation: "DIGITS/validation-*.tar", batch
        window: 256}
 augment: {crop: shift, shift: 2, flip: 0.0, mixup: 0.2, cutmix: 1.0, erasing: 0.25}
 optim: {lr: 2.0e-3, warmup: 1ep, clip: 1.0, ema: 0.9}
-examples: {method: forgetting, removed: 0.4, swap: 0.05, window: 3ep, updates: 1}
+examples: {method: forgetting, removed: 0.4, swap: 0.05, window: 3ep, updates: 1, rule: dominant}
 tokens: {method: topk, keep: 0.7, blocks: [1, 2]}
 connections: {method: shared_keys, keep: 0.5}
 plan: {method: cosine, warmup: 1ep, length: 2ep, plateaus: 2}

@@ -8,7 +8,8 @@ import torch
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from sparsity.types import Record
+from sparsity.slate import Slate
+from sparsity.types import Record, alone
 from trainer.configfile import parse
 from trainer.data.mix import NO_MIX, Mix
 from trainer.objective import Objective
@@ -113,7 +114,7 @@ def test_contradictions_are_refused():
 
 
 def test_unmixed_rows_speak_of_themselves_under_every_rule():
-    for rule in ("dominant", "without_partner", "authors"):
+    for rule in ("clear", "dominant", "without_partner", "authors"):
         assert credited(rule, batch([0, 1, 2, 3]), says(0, 2, 2, 3), NO_MIX) == {100: True, 101: False, 102: True, 103: True}
 
 
@@ -206,3 +207,20 @@ def test_spread_compares_across_token_counts_and_losses_pass_through():
         assert (outcomes[0].spread > 0).all() and outcomes[2].spread.tolist() == [0.0, 0.0]
         assert outcomes[0].loss.tolist() == [1.0, 2.0] and not outcomes[0].loss.requires_grad
         assert outcomes[0].spread.dtype == outcomes[0].loss.dtype == torch.float32
+
+
+def test_clear_counts_where_one_image_dominates_and_spares_the_loss():
+    """Between 1/4 and 3/4 a row says nothing of who was right; an unmixed row (broken partner) always does; losses count everywhere."""
+    rows, record = batch([0, 1, 2, 3], weights=[0.0, 1.0, 1.0, 1.0]), says((1, 0), 1, (3, 2), 3)
+    losses = torch.arange(4).float()
+    for lam, clear in ((0.9, True), (0.75, True), (0.6, False), (0.3, False), (0.1, True)):
+        ids, ours = objective(rule="clear").credit(rows, record, losses, Mix(lam))
+        same_ids, without = objective(rule="without_partner").credit(rows, record, losses, Mix(lam))
+        assert (
+            torch.equal(ids, same_ids) and torch.equal(ours.correct, without.correct) and torch.equal(ours.valid, without.valid)
+        )
+        assert (ours.clear is None) == clear and (clear or ours.clear.tolist() == [True, True, False, False])
+        for value, seen in (("loss", [1, 2, 3]), (None, [1, 2, 3] if clear else [1])):
+            slate = Slate(200, value)
+            slate.note(ids, ours)
+            assert [i - 100 for i in slate.take(alone).ids.tolist()] == seen

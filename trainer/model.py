@@ -54,6 +54,7 @@ def build_examples(config: Config, index: Index) -> Curriculum:
             updates=e.updates,
             balanced=e.balanced,
             ties=e.ties,
+            restore=e.restore,
             anneal=e.anneal,
             repeats=config.data.repeats,
         )

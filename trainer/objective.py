@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from trainer.data.stream import Batch
 
 
+CLEAR = 0.75  # own share from which a mixed image says what an unmixed one would: see docs/results/forgetting-rules.md
+
+
 class Objective:
     """Targets, losses and observations under `optim.loss`, `augment.smoothing` and `examples.rule`. Holds no state.
 
@@ -60,6 +63,7 @@ class Objective:
         In a mixed pair each image dominates exactly one of the two rows, and that row speaks of it (at lam = 1/2 each its
         own). `dominant`: right when the prediction is the dominating label, which is the argmax of the soft target.
         `without_partner`: the same, with the lesser label left out of the argmax, so that a close second isn't an error.
+        `clear`: the same, and only rows in which one image has CLEAR of the picture count: between two halves the prediction is a coin.
         `authors` (Tri-Level's code): each row speaks of its own image and label, however little of it is left.
         Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
         finite: they say nothing of their example.
@@ -76,7 +80,7 @@ class Objective:
                 (batch.copies, partners(batch.copies)),
             )
         )
-        if self.rule == "without_partner":
+        if self.rule in ("without_partner", "clear"):
             out = (mixed & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
             logits = logits.masked_fill(out, float("-inf"))
         spread = torch.zeros_like(losses)
@@ -84,4 +88,6 @@ class Objective:
             attention = record.cls_attention.float()
             spread = attention.var(dim=1, correction=0) * attention.shape[1] ** 2  # comparable across token counts
         valid = there & (copies == 0) & losses.isfinite()
-        return ids, Outcome(correct=logits.argmax(dim=-1) == label, loss=losses.detach(), spread=spread, valid=valid)
+        right = logits.argmax(dim=-1) == label
+        clear = ~mixed if self.rule == "clear" and max(mix.lam, 1 - mix.lam) < CLEAR else None
+        return ids, Outcome(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)

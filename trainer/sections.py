@@ -96,7 +96,9 @@ class Examples(Section):
     swap: Share = 0.05  # share of the data set exchanged at an update (forgetting)
     window: Epochs = 30.0
     updates: int = Field(default=5, ge=0)
-    rule: Literal["dominant", "without_partner", "authors"] = "dominant"
+    # whether a mixed image was right, see `Objective.credit`
+    rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
+    restore: Literal["random", "never_trained"] = "random"  # who comes back from the pool first (forgetting)
     ties: Literal["spread", "id"] = "spread"
     balanced: bool = False  # remove the same share of every class
     anneal: Share = 0.0  # last share of the epochs that shows everything (infobatch)
