@@ -50,6 +50,8 @@ def test_all_rows_run_on_the_same_images(job: Path, workers: int, capsys: Any) -
         else:
             assert 0 < row["min"] <= row["median"] <= row["max"] and row["unit"] in ("images/s", "s"), name
     assert "ours / webdataset: " in said and "by CPU time" in said
+    for path in ("decoding, torchvision", "decoding of the crop", "resize", "shear", "translation", "smoothing"):
+        assert path in said, "the error of every fast path is printed"
     if workers == 0:
         assert {"ours_short_side", "ours_randaugment", "timm_randaugment", "epoch_all", "epoch_dropped"} <= rows.keys()
         assert "short side 256" in rows["ours_short_side"]["did"] and "posterize" in rows["timm_randaugment"]["did"]

@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from rich.table import Table
 from sparsity.types import Selection
 from trainer import bench_peers
 from trainer.bench_peers import PEERS, Peer, Place
+from trainer.bench_pixels import pixel_errors
+from trainer.check import opened
 from trainer.config import Config
-from trainer.data.index import Index, open_index
+from trainer.data import turbo
+from trainer.data.index import Index
 from trainer.data.pack import pack
 from trainer.data.reader import Reader
 from trainer.data.shards import DataError, bar
@@ -54,6 +57,7 @@ class Measured:
 
     rows: dict[str, dict[str, Any]]
     title: str
+    errors: list[str] = field(default_factory=list)  # of the fast paths' pixels against PIL's, a line each
 
     def ratios(self) -> list[tuple[str, str, float, float]]:
         """(row, over, ratio of medians, target); an epoch's time must be below its target, a rate above."""
@@ -75,7 +79,7 @@ class Measured:
             word = "at most" if a.startswith("epoch") else "at least"
             work = self.rows[b]["cpu_ms"] / self.rows[a]["cpu_ms"]
             lines.append(f"{a} / {b}: {ratio:.2f} (target: {word} {target:g}); by CPU time per image {work:.2f}")
-        return "\n".join(lines)
+        return "\n".join(lines + self.errors)
 
 
 def bench(
@@ -95,6 +99,7 @@ def bench(
             warnings.simplefilter("ignore")  # the peers' own
             peers = {name: make() for name, make in known.items() if not only or name in only}
             rates, work = _passes(peers, passes, progress)
+        errors = pixel_errors(place.index, place.size)
     rows: dict[str, dict[str, Any]] = {}
     for name, peer in peers.items():
         unit = "s" if name.startswith("epoch") else "images/s"
@@ -103,7 +108,7 @@ def bench(
         cpu = {"cpu_ms": 1000 * statistics.median(work[name])} if seen else {}
         rows[name] = numbers | {"unit": unit, **cpu, "did": peer.did}
     title = f"{len(place.index)} images, {place.size} px, {workers} workers, batch {batch}, {passes} passes"
-    return Measured(rows, title)
+    return Measured(rows, title, errors)
 
 
 def _passes(peers: dict[str, Peer], passes: int, progress: bool) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -169,9 +174,8 @@ def _ours(place: Place, config: Config, policy: str = "none", selection: Selecti
     def epoch() -> int:
         return sum(len(batch.labels) for batch in stream.epoch(next(turns), selection))
 
-    said = (
-        "our stream: coalesced reads, torchvision decode_jpeg, crop and resize in uint8, keyed draws; uint8 batches, flip drawn"
-    )
+    decoder = "TurboJPEG of the crop alone" if turbo.library() else "torchvision decode_jpeg"
+    said = f"our stream: coalesced reads, {decoder}, crop and resize in uint8, keyed draws; uint8 batches, flip drawn"
     return Peer(did or (said if policy == "none" else f"the same with {policy} on PIL (timm's operations, keyed)"), epoch)
 
 
@@ -184,7 +188,7 @@ def _selection(examples: int) -> Selection:
 def _place(scratch: Path, config: Config, images: str | None, batch: int, workers: int, limit: int) -> Place:
     """Shards and class folders of the same images."""
     if images is None:
-        source = open_index(config.data.train, config.data.labels, verify=None)
+        source = opened(config.data.train, config, None)
     else:
         source = pack(images, scratch / "source", workers=max(workers, 1), progress=False)["train"]
         limit = len(source)
