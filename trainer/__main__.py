@@ -157,6 +157,7 @@ def _bench_input(a: argparse.Namespace) -> None:
 
         planned = plan(_config(a), a.examples, a.shards, a.world)
         _print(planned.table())
+        print(planned.text())
         _json(a.json, planned.rows())
         return
     from trainer.bench_input import bench

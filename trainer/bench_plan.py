@@ -15,8 +15,10 @@ from rich.table import Table
 
 from trainer.config import Config
 from trainer.data.order import EpochOrder, Layout, slice_of
+from trainer.data.quality import Quality, shuffle_quality
 
 BATCHES, KEPT, PER_RANK = 10, 0.8, 32
+QUALITY, CLASSES = 5_000_000, 1000
 
 
 class Planned(NamedTuple):
@@ -33,6 +35,16 @@ class Planned(NamedTuple):
     start: float
     resume: float
     memory: float
+    quality: dict[str, Quality]  # by layout of the classes; empty above QUALITY examples
+
+    def text(self) -> str:
+        if not self.quality:
+            return f"shuffle quality: not measured above {QUALITY:,} examples"
+        return "\n".join(
+            f"shuffle quality, {name}: classes {q.classes:.2f}, shards {q.shards:.2f}, same-class mixup pairs {q.pairs:.2f} "
+            "(1 is a full shuffle)"
+            for name, q in self.quality.items()
+        )
 
     def table(self) -> Table:
         table = Table(
@@ -65,12 +77,15 @@ def plan(config: Config, examples: int, shards: int, world: int) -> Planned:
     keep = _keep(examples)
     bounds = slice_of(batch, world, world // 2)
 
+    def ordered() -> EpochOrder:
+        sizes = np.full(shards, examples // shards, dtype=np.int64)
+        sizes[: examples % shards] += 1
+        return EpochOrder(Layout(sizes, config.seed, batch, d.lanes, d.window, d.homes, d.repeats), 3, keep)
+
     def batches(share: float) -> tuple[float, float]:
         """Seconds until the order is there, and until BATCHES batches from this share of the epoch on are known."""
         started = time.perf_counter()
-        sizes = np.full(shards, examples // shards, dtype=np.int64)
-        sizes[: examples % shards] += 1
-        order = EpochOrder(Layout(sizes, config.seed, batch, d.lanes, d.window, d.homes, d.repeats), 3, keep)
+        order = ordered()
         ready = time.perf_counter()
         first = int(order.steps * share)
         for step in range(first, min(order.steps, first + BATCHES)):
@@ -83,7 +98,15 @@ def plan(config: Config, examples: int, shards: int, world: int) -> Planned:
     batches(0.5)
     memory = tracemalloc.get_traced_memory()[1] + keep.nbytes
     tracemalloc.stop()
-    return Planned(examples, shards, world, batch, d.lanes, d.window, set_up, start, resume, memory / 2**20)
+    quality = {}
+    if examples <= QUALITY:
+        in_order = np.arange(examples) * min(CLASSES, examples) // examples
+        layouts = {
+            "classes mixed over the shards": np.random.default_rng(0).permutation(in_order),
+            "class-sorted shards": in_order,
+        }
+        quality = {name: shuffle_quality(ordered(), labels, 16) for name, labels in layouts.items()}
+    return Planned(examples, shards, world, batch, d.lanes, d.window, set_up, start, resume, memory / 2**20, quality)
 
 
 def _keep(examples: int) -> np.ndarray:
