@@ -190,7 +190,7 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_asked_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> None:
-    done = job(tmp_path, digits, 1, "whole", "compiling", more="compile: true, ", timeout=1700)
+    done = job(tmp_path, digits, 1, "compiling", "whole", more="compile: true, ", timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert "compiling: preempted\n" in done.stdout and "compiling: finished\n" in done.stdout
     assert lines(tmp_path / "runs" / "compiling", "end")[0]["step"] in (1, 2)
