@@ -38,7 +38,11 @@ def deepspeed_config(settings: configuration.Engine, steps: Steps, world: int, c
 def keep_compiled() -> str:
     """The folder where torch.compile's graphs outlive the process, so that a restart finds them: TORCHINDUCTOR_CACHE_DIR, else one
     of the user's for all runs (torch's own default is below /tmp, which a node's next job does not see)."""
-    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/trilevel/compiled").expanduser()))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    if folder == default_cache_dir():  # torch writes its default into the environment when anything asks for it: nobody's wish
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path("~/.cache/trilevel/compiled").expanduser())
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
