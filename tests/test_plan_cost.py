@@ -88,7 +88,14 @@ def test_what_is_refused(config, tmp_path):
 def test_paper_against_real_runs_of_one_two_and_four_processes(digits, tmp_path, trilevel):
     """Bench, plan, run; the bound is wide, for other work on the machine hits the two at different times."""
     given = [*settings(digits), "control=0", "evaluate.every=0ep", "checkpoint.every=0ep", "data.workers=0", "epochs=6"]
-    given += ["optim.warmup=1ep", "examples.window=2ep", "plan.warmup=1ep", "plan.length=3ep", "log_every=5step"]
+    given += [
+        "optim.warmup=1ep",
+        "examples.window=3ep",
+        "examples.updates=1",
+        "plan.warmup=1ep",
+        "plan.length=3ep",
+        "log_every=5step",
+    ]
     loader = ["--rows", "ours", "--passes", "3", "--workers", "0", "--json", "input.json"]
     trilevel(1, "bench", "step", CONFIG, *given, "--pairs", "5", "--json", "step.json", timeout=600)
     trilevel(1, "bench", "input", CONFIG, *given, *loader, timeout=600)
