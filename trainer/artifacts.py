@@ -1,4 +1,4 @@
-"""Files that place a run: its environment and its plan as a table. They go to MLflow with the run."""
+"""What places a run: the facts of its start line, its environment and its plan as files. All of it goes to MLflow with the run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,32 @@ import torch
 
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
+from trainer import run
 from trainer.config import Config
 from trainer.data.index import Index
+from trainer.engine import Engine
 from trainer.model import cost_of, course_of
 
 # Variables that change how a step is computed or where it is sent; others may hold secrets and stay out.
 PREFIXES = ("OMP_", "MKL_", "NCCL_", "GLOO_", "DS_", "TORCH", "PYTORCH_", "CUDA_", "KMP_", "MALLOC_")
 NAMED = ("LD_PRELOAD", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
 MANY_CLASSES = 4096  # above, the start line leaves their names out
+
+
+def start_line(config: Config, engine: Engine, data: dict[str, Index], model: SparseViT) -> dict[str, Any]:
+    """Settings, processes, devices, data and code of an attempt; `data`: the indexes by split."""
+    return {
+        "config": config.resolved(),
+        "world": engine.world,
+        "device": engine.device_name(),
+        "compile_cache": engine.compile_cache,
+        "launcher": run.launcher(),
+        "pixels": sorted({index.packing for index in data.values()} - {""}),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": {name: _described(index, getattr(config.data, name)) for name, index in data.items()},
+        "classes": _class_names(data["validation"]),
+        **run.facts(),
+    }
 
 
 def write(directory: Path, config: Config, model: SparseViT) -> None:
@@ -65,11 +83,11 @@ def plan_table(config: Config, model: SparseViT) -> str:
     return "\n".join([*lines, "Multiply-adds are of one image's forward pass.", ""])
 
 
-def described(index: Index, pattern: str) -> dict[str, Any]:
+def _described(index: Index, pattern: str) -> dict[str, Any]:
     return {"pattern": pattern, "fingerprint": index.fingerprint, "images": len(index), "classes": len(index.classes)}
 
 
-def class_names(index: Index) -> list[str]:
+def _class_names(index: Index) -> list[str]:
     """For the start line; none where there are very many."""
     names = [str(name) for name in index.classes]
     return names if len(names) <= MANY_CLASSES else []

@@ -91,23 +91,9 @@ class Records:
             return
         living = since_start()
         self._totals = Totals(self.directory, self.attempt, self.engine.world, living, rate)
-        artifacts.write(self.directory, self.config, model)
+        about = artifacts.start_line(self.config, self.engine, data, model)
         self._journal.write(
-            "start",
-            config=self.config.resolved(),
-            world=self.engine.world,
-            hosts=hosts,
-            device=self.engine.device_name(),
-            compile_cache=self.engine.compile_cache,
-            launcher=run.launcher(),
-            pixels=sorted({index.packing for index in data.values()} - {""}),
-            parameters=sum(p.numel() for p in model.parameters()),
-            data={name: artifacts.described(index, getattr(self.config.data, name)) for name, index in data.items()},
-            classes=artifacts.class_names(data["validation"]),
-            matrix_tflops=rate / self.engine.world / 1e12,
-            starting=living,
-            **cost,
-            **run.facts(),
+            "start", **about, hosts=hosts, matrix_tflops=rate / self.engine.world / 1e12, starting=living, **cost
         )
         if self.attempt:
             self._journal.write("resume", epoch=state.epoch, batch=state.batch, step=state.step)
@@ -117,6 +103,10 @@ class Records:
             self._console.message(
                 f"{self.config.name}: goes on at epoch {state.epoch}, batch {state.batch} (step {state.step})"
             )
+        try:
+            artifacts.write(self.directory, self.config, model)
+        except OSError as error:
+            self._say(f"{self.directory}: environment.txt and plan.md could not be written: {error}")
         if self.config.tracking.to == "mlflow":
             self._shipper = start(self.directory, self.config.tracking)
 
