@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.arguments import parse
-from trainer.config import Config
+from trainer.benches import BENCHES
+from trainer.commands import configuration, show_table, write_json
 from trainer.values import ConfigError
 
 STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
@@ -37,13 +37,13 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _train(a: argparse.Namespace) -> int:
-    config = _config(a)
+    config = configuration(a)
     if a.check:
         from trainer.check import check
 
         checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")))
         if os.environ.get("RANK", "0") == "0":
-            _print(checked.table())
+            show_table(checked.table())
             print(checked.text())
         return 0
     from trainer.train import train
@@ -93,7 +93,7 @@ def _verify(a: argparse.Namespace) -> int:
     for example in broken:
         print(f"{example.id}\t{example.where}\t{example.reason}")
     print(f"{a.shards}: {len(broken)} broken image(s)")
-    _json(a.json, [example._asdict() for example in broken])
+    write_json(a.json, [example._asdict() for example in broken])
     return int(bool(broken))
 
 
@@ -102,9 +102,9 @@ def _eval(a: argparse.Namespace) -> None:
 
     if a.config and "=" in a.config:  # `eval RUN key=value`: the run's own configuration, changed
         a.config, a.overrides = None, [a.config, *a.overrides]
-    rows = score(a.model, _config(a) if a.config else None, _densities(a.densities), a.overrides)
-    _print(rows.table())
-    _json(a.json, rows.facts())
+    rows = score(a.model, configuration(a) if a.config else None, _densities(a.densities), a.overrides)
+    show_table(rows.table())
+    write_json(a.json, rows.facts())
 
 
 def _densities(text: str | None) -> list[float] | None:
@@ -122,7 +122,7 @@ def _densities(text: str | None) -> list[float] | None:
 def _parity(a: argparse.Namespace) -> int:
     from trainer.parity import parity
 
-    certificate = parity(_config(a), steps=a.steps)
+    certificate = parity(configuration(a), steps=a.steps)
     print(certificate)
     if a.json:
         certificate.write(Path(a.json))
@@ -134,7 +134,7 @@ def _replay(a: argparse.Namespace) -> None:
     from trainer.replay import replay, write
 
     replayed = replay(Past(a.run_directory, a.overrides), a.step)
-    _print(replayed.table())
+    show_table(replayed.table())
     print(replayed.text())
     for path in write(replayed, Path(a.out or f"{a.run_directory}/replay/step-{a.step:08d}")):
         print(path)
@@ -145,37 +145,10 @@ def _audit(a: argparse.Namespace) -> int:
     from trainer.past import Past
 
     found = audit(Past(a.run_directory, a.overrides))
-    _print(found.table())
+    show_table(found.table())
     print(found.text())
-    _json(a.json, found.facts())
+    write_json(a.json, found.facts())
     return 0 if found.equal else 1
-
-
-def _bench_input(a: argparse.Namespace) -> None:
-    if a.plan_only:
-        from trainer.bench_plan import plan
-
-        planned = plan(_config(a), a.examples, a.shards, a.world)
-        _print(planned.table())
-        print(planned.text())
-        _json(a.json, planned.rows())
-        return
-    from trainer.bench_input import bench
-
-    rows = a.rows.split(",") if a.rows else None
-    measured = bench(_config(a), images=a.images, workers=a.workers, batch=a.batch, passes=a.passes, only=rows)
-    _print(measured.table())
-    print(measured.text())
-    _json(a.json, measured.rows)
-
-
-def _bench_remote(a: argparse.Namespace) -> None:
-    from trainer.bench_remote import bench
-
-    measured = bench(_config(a), latency=a.latency, workers=a.workers, batch=a.batch, passes=a.passes, limit=a.limit)
-    _print(measured.table())
-    print(measured.text())
-    _json(a.json, measured.rows)
 
 
 def _show(a: argparse.Namespace) -> None:
@@ -194,69 +167,25 @@ def _kept(a: argparse.Namespace) -> None:
 
     past = Past(a.run_directory, a.overrides)
     kept = kept_of(past, a.epoch)
-    _print(kept.table())
+    show_table(kept.table())
     for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):
         print(path)
-    _json(a.json, kept.facts())
-
-
-def _bench_step(a: argparse.Namespace) -> None:
-    from trainer.bench_step import bench
-    from trainer.configfile import load
-
-    measured = bench(_config(a), load(a.against) if a.against else None, a.pairs)
-    _print(measured.table())
-    print(measured.text())
-    _json(a.json, measured.rows)
+    write_json(a.json, kept.facts())
 
 
 def _plan(a: argparse.Namespace) -> None:
     from trainer.plan_cost import plan, read
 
-    planned = plan(_config(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
-    _print(planned.table())
+    planned = plan(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    show_table(planned.table())
     print(planned.text())
-    _json(a.json, planned.facts())
-
-
-def _bench_checkpoint(a: argparse.Namespace) -> None:
-    from trainer.bench_checkpoint import bench
-
-    if (measured := bench(_config(a), a.saves, a.examples)) is not None:
-        _print(measured.table())
-        print(measured.text())
-        _json(a.json, measured.rows)
+    write_json(a.json, planned.facts())
 
 
 def _export(a: argparse.Namespace) -> None:
     from trainer.export import export
 
     print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
-
-
-def _bench_journal(a: argparse.Namespace) -> None:
-    from trainer.bench_journal import bench, table
-
-    rows = bench(a.lines, a.pause)
-    _print(table(rows))
-    _json(a.json, rows)
-
-
-def _bench_engine(a: argparse.Namespace) -> None:
-    import torch
-
-    from trainer.bench_engine import bench, on_every_device
-
-    words = a.images_per_device or ("256,32" if torch.cuda.is_available() else "8,2")
-    if not all(word.isdigit() and int(word) for word in words.split(",")):
-        raise ConfigError(f"--images-per-device {words}: write numbers with commas between: 256,32")
-    config = _config(a)
-    on_every_device(a.processes)
-    measured = bench(config, [int(word) for word in words.split(",")], a.rounds, a.rows.split(",") if a.rows else None)
-    if os.environ.get("RANK", "0") == "0":
-        _print(measured.table())
-        print(measured.text())
-        _json(a.json, measured.rows)
 
 
 def _sync(a: argparse.Namespace) -> int:
@@ -270,7 +199,7 @@ def _sync(a: argparse.Namespace) -> int:
 def _report(a: argparse.Namespace) -> None:
     from trainer.report import picture, summary, where_to_look
 
-    _print(summary(a.run_directory).table)
+    show_table(summary(a.run_directory).table)
     print(f"picture: {picture(a.run_directory)}")
     print(where_to_look(a.run_directory))
 
@@ -283,7 +212,7 @@ def _compare(a: argparse.Namespace) -> None:
         raise ConfigError("compare: name run directories, or an MLflow experiment with --experiment NAME")
     runs = [Path(run) for run in a.runs] or from_mlflow(a.experiment, Path(a.out) / "runs", a.uri)
     found = compare(runs, base=a.base)
-    _print(compare_page.table(found))
+    show_table(compare_page.table(found))
     for path in compare_page.write(found, Path(a.out)):
         print(path)
 
@@ -292,24 +221,6 @@ def _doctor(a: argparse.Namespace) -> int:
     from trainer.doctor import main as doctor
 
     return doctor(a.hosts, a.ssh_config)
-
-
-def _config(a: argparse.Namespace) -> Config:
-    from trainer.configfile import load
-
-    return load(a.config, a.overrides)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, highlight=False).print(table)
-
-
-def _json(path: str | None, facts: Any) -> None:
-    if path:
-        Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -329,12 +240,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "sync": _sync,
     "compare": _compare,
     "doctor": _doctor,
-    "bench input": _bench_input,
-    "bench step": _bench_step,
-    "bench checkpoint": _bench_checkpoint,
-    "bench engine": _bench_engine,
-    "bench journal": _bench_journal,
-    "bench remote": _bench_remote,
+    **BENCHES,
 }
 
 

@@ -36,7 +36,7 @@ def start_line(config: Config, engine: Engine, data: dict[str, Index], model: Sp
         "compile_cache": engine.compile_cache,
         "launcher": run.launcher(),
         "pixels": sorted({index.packing for index in data.values()} - {""}),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "data": {name: _described(index, getattr(config.data, name)) for name, index in data.items()},
         "classes": _class_names(data["validation"]),
         **run.facts(),

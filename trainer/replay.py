@@ -87,7 +87,8 @@ def replay(past: Past, step: int) -> Replayed:
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
         "progress": progress, "lr": learning_rate(progress, config), "keep_tokens": plan.keep_tokens,
         "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
-        "skipped": past.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept, "broken": [list(one) for one in batch.broken],
+        "skipped": past.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
+        "broken": [list(one) for one in batch.broken],
     }  # fmt: skip
     confirmed = _confirmed(past, step, batch)
     return Replayed(
