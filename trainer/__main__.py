@@ -46,9 +46,11 @@ def _train(a: argparse.Namespace) -> int:
             show_table(checked.table())
             print(checked.text())
         return 0
+    from trainer.stopping import deaf
     from trainer.train import train
 
     ended = train(config, resume=a.resume)
+    deaf()
     code = STOPPED if ended.status == "preempted" else 0
     if told := os.environ.get("TRILEVEL_EXIT_FILE"):  # our launcher reads it there: torchrun takes any exit code for a crash
         if os.environ.get("RANK", "0") == "0":

@@ -54,6 +54,14 @@ def listen() -> Stop:
     return stop
 
 
+def deaf() -> None:
+    """A run that is over has nothing to stop. Python puts the default handlers back on its way out: a signal that is repeated then
+    (our launcher repeats Slurm's after 5 s) would kill the rank and make a failure of a run that has saved and ended."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def launchers() -> list[int]:
     """The processes above this one whose end must end it, the nearest first: torchrun or accelerate, and `python -m launch` above
     them. Empty where a person started the rank: a run outlives its terminal."""
