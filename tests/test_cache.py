@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from trainer.data.cache import Cache
 from trainer.data.index import Index, build_index
 from trainer.data.order import EpochOrder, Layout
 from trainer.data.reader import Reader
+from trainer.data.remote import Facts
 from trainer.data.shards import DataError
 from trainer.data.stream import Stream
 
@@ -128,6 +130,28 @@ def test_a_full_cache_waits_and_never_holds_more(web: Web, index: Index, tmp_pat
     assert 0 < most <= cache.size and web.most <= 2
     with pytest.raises(DataError, match=r"has \d+ bytes, data.cache_size allows 1000"):
         Cache(tmp_path / "small", 1000).fetch(index.source(0))
+
+
+def test_two_shards_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.cache._STEP", 1000)
+    (tmp_path / "x").write_bytes(bytes(8000))
+    cache = Cache(tmp_path / "cache", 9000)
+    half = threading.Barrier(2)
+
+    def slowly(url: str, _size: int | None) -> Iterator[bytes]:
+        yield bytes(4000)
+        half.wait(60)
+        yield bytes(4000)
+
+    monkeypatch.setattr("trainer.data.cache.stream", slowly)
+    monkeypatch.setattr("trainer.data.cache.facts", lambda _: Facts(None, ""))
+
+    def take(url: str) -> int:
+        with cache.taken(url) as (path, _):
+            return path.stat().st_size
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [done.result(60) for done in [pool.submit(take, f"pipe:cat {n}") for n in range(2)]] == [8000, 8000]
 
 
 def test_the_order_says_which_shards_come_next() -> None:

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from sparsity.types import Selection
 from tests.conftest import ROOT, rewritten
 from trainer import tensorfile
-from trainer.checkpoint import CheckpointError, TrainState, latest, load, newest, save_checkpoint
+from trainer.checkpoint import CheckpointError, OnDisk, TrainState, latest, load, newest, retained, save_checkpoint
 from trainer.config import FREE_TO_CHANGE, Config
 from trainer.configfile import parse
 from trainer.disk import Disk
 from trainer.run import claim
+from trainer.sections import Checkpoint
 from trainer.values import ConfigError
 
 PLAIN = {"name": "x", "model": {"name": "m"}, "data": {"train": "a", "validation": "b"}, "checkpoint": {"keep": 2}}
@@ -213,3 +214,9 @@ def test_the_position_moves_through_epochs_of_any_length() -> None:
     assert (state.epoch, state.batch, state.step) == (1, 0, 3)
     assert replace(state, batch=4).advanced(9).batch == 5
     assert json.dumps(state.broken) == "{}"
+
+
+def test_a_damaged_one_ahead_takes_no_good_ones_place() -> None:
+    """After a resume from 200 that passed over a damaged 300: the newest two are those of the run that goes on."""
+    there = [OnDisk(f"step-{step:08d}", step, step / 10) for step in (100, 200, 250, 300)]
+    assert retained(there, Checkpoint(keep=2, best=False), "step-00000250", 0) == {"step-00000200", "step-00000250"}

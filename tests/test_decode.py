@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.drawn import encoded, picture
 from trainer.data import decode as module
 from trainer.data import turbo
-from trainer.data.decode import BrokenImage, Picture, decode, frame, in_order
+from trainer.data.decode import BrokenImage, Picture, decode, decode_exact, frame, in_order
 
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample-1000.tar"
 needs_turbo = pytest.mark.skipif(turbo.library() is None, reason="no TurboJPEG >= 3 on this machine")
@@ -223,3 +223,12 @@ def test_photographs_too() -> None:
             asked += turbo.cut(data, (top, left, high, wide)) is not None and in_order(data, module.frame(data))
             assert torch.equal(Picture(data).box(top, left, high, wide), whole[:, top : top + high, left : left + wide])
     assert asked > 30
+
+
+def test_only_formats_of_photographs_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL's plugin for EPS would start Ghostscript on whatever a shard holds."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    for read in (decode, decode_exact):
+        with pytest.raises(BrokenImage, match="no image"):
+            read(eps)

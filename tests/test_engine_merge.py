@@ -56,6 +56,13 @@ CONFLICTS = [
     ({"train_batch_size": 128}, r"data\.batch=96 but .*ds\.json has train_batch_size=128"),
     ({"train_micro_batch_size_per_gpu": 4}, r"data\.micro_batch=8 but .*ds\.json has train_micro_batch_size_per_gpu=4"),
     ({"gradient_accumulation_steps": 1}, r"accumulation=3 but .*ds\.json has gradient_accumulation_steps=1"),
+    ({"zero_optimization": None}, r"ds\.json has zero_optimization=null: its keys are those of the configuration"),
+    ({"torch_autocast": False}, r"ds\.json has torch_autocast=false: its keys"),
+    (
+        {"zero_optimization": {"compute_grad_norm": False}},
+        r"compute_grad_norm=false: the norm tells which steps are not finite",
+    ),
+    ({"communication_data_type": "bf16"}, r'communication_data_type="?bf16"?: engine\.precision decides'),
     ({"gradient_clipping": 1.0}, r"optim\.clip=0\.5 but .*ds\.json has gradient_clipping=1\.0"),
     ({"zero_optimization": {"stage": 3}}, r"engine\.zero=2 but .*ds\.json has zero_optimization\.stage=3"),
     ({"bf16": {"enabled": True}}, r"engine\.precision=autocast but .*ds\.json has bf16\.enabled=true"),
@@ -76,6 +83,11 @@ CONFLICTS = [
 def test_a_conflict_names_both_values(content: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         render(content, tmp_path)
+
+
+def test_an_empty_section_takes_nothing_away(tmp_path: Path) -> None:
+    told = render({"zero_optimization": {}, "torch_autocast": {}}, tmp_path)
+    assert told["zero_optimization"]["stage"] == 2 and told["torch_autocast"]["enabled"] is True
 
 
 def test_every_conflict_is_named_at_once(tmp_path: Path) -> None:

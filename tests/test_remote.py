@@ -178,6 +178,23 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
         remote.facts("http://127.0.0.1:9/train.tar")
 
 
+def test_a_shard_that_can_not_be_had_is_asked_for_once_a_read(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many runs of images a batch wants of it: every one would wait out all retries."""
+    index = build_index(f"{web.url}/train-0000.tar", progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", 1 << 30))
+    reader, asked = Reader(index, Cache(tmp_path / "b", 1 << 30)), []
+    monkeypatch.setattr("trainer.data.reader._GAP", -1)  # every image is a run of its own
+
+    def gone(source: Any) -> int:
+        asked.append(source)
+        raise DataError("the server is gone")
+
+    monkeypatch.setattr(Cache, "open", lambda _, source: gone(source))
+    found = reader.read(np.arange(len(index)))
+    assert len(asked) == 1 and all("the server is gone" in str(one) for one in found) and len(found) > 1
+
+
 def test_errors_inside_a_remote_shard_name_its_url(web: Web, tmp_path: Path) -> None:
     data = (tmp_path / "www" / "train-0001.tar").read_bytes()
     (tmp_path / "www" / "train-0001.tar").write_bytes(data[:1000])

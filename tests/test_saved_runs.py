@@ -280,7 +280,14 @@ def test_what_a_save_costs_is_measured(digits: Path, tmp_path: Path, trilevel: C
 
 def test_a_signal_after_the_end_makes_no_failure_of_a_run() -> None:
     """Python puts the default handlers back while it ends, and SIGUSR1's default is death: seen as exit code -10 of a saved run."""
-    text = "import sys; from trainer.stopping import deaf, listen; listen(); print(1, flush=True); deaf(); print(2, flush=True); sys.exit(75)"
+    text = """
+import sys
+from trainer.stopping import deaf, listen
+listen()
+print(1, flush=True)
+deaf()
+sys.exit(75)
+"""
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", text], env=environment(), stdout=subprocess.PIPE)
         assert process.stdout is not None

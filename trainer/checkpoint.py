@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,12 +114,13 @@ def save_checkpoint(
         """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
         known = {key: there[key] for key in ("config", "fingerprint")}
         return known == {key: about[key] for key in known} and all(
-            there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step")
+            there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
         )
 
     folder.mkdir(parents=True, exist_ok=True)
     path = shelf.put(folder, state.step, files, about, same, disk)
-    shelf.clear(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
+    with suppress(OSError):  # the new one is whole and `latest`; what is too old goes with the next save
+        shelf.clear(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
     return path
 
 
@@ -133,7 +135,7 @@ class OnDisk(NamedTuple):
 def retained(there: list[OnDisk], settings: Checkpoint, current: str, best_step: int) -> set[str]:
     """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or behind each multiple of `keep_every`,
     and the current one. Of several of one step the last counts."""
-    last = {one.step: one for one in there}
+    last = {one.step: one for one in there if one.step <= shelf.step_of(current)}  # what lies ahead was left behind
     wanted = {one.name for one in list(last.values())[-settings.keep :]} | {current}
     if settings.best and best_step in last:
         wanted.add(last[best_step].name)

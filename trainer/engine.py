@@ -56,7 +56,7 @@ class Engine:
             os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
             plugin = DeepSpeedPlugin(hf_ds_config=told)
             plugin.deepspeed_config |= {"steps_per_print": told["steps_per_print"]}  # accelerate writes its own
-        self.clip = clip
+        self.clip, self._behind = clip, 0  # micro-batches of this step
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
@@ -114,6 +114,8 @@ class Engine:
         """The model's answer; its first argument is cast where parameters are bf16 ("bf16" mode, not autocast)."""
         if self.settings.precision == "bf16":
             args = (args[0].to(torch.bfloat16), *args[1:])
+        if self.settings.kind == "ddp" and self.world > 1:  # DDP decides here, not in backward, whether that one sends
+            self.model.require_backward_grad_sync = self._behind + 1 == self.steps.accumulation or not torch.is_grad_enabled()
         with self._autocast():
             return self.model(*args, **kwargs)
 
@@ -139,8 +141,8 @@ class Engine:
             if not last:
                 self.model.step()  # counts the micro-batch
         else:
-            with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
-                loss.backward()
+            loss.backward()
+            self._behind = 0 if last else self._behind + 1
 
     def step(self) -> bool:
         """One optimizer step; False, on all ranks, where the gradient (or a loss) was not finite: then nothing has moved, no

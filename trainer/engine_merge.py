@@ -31,10 +31,21 @@ OURS = {
     "compression_training": "the network is that of the configuration",
     "autotuning": "it would start runs of its own; see `trilevel bench engine`",
     "tensor_parallel": "only data is parallel here",
+    "communication_data_type": "engine.precision decides in what gradients are summed",
+    "data_types": "engine.precision decides in what gradients are summed",
+    "quantize_training": "the network is that of the configuration",
+    "sparse_gradients": "gradients are dense here",
+    "eigenvalue": "the network is that of the configuration",
+    "hybrid_engine": "nothing is generated here",
     "pipeline": "only data is parallel here",
     "sequence_parallel_size": "only data is parallel here",
 }
-NEEDED = {  # what the loop relies on, where DeepSpeed would let it be turned off
+NEEDED = {  # what the loop and the numbers rely on, where DeepSpeed would let it be changed
+    "zero_optimization.compute_grad_norm": (True, "the norm tells which steps are not finite"),
+    "zero_optimization.zero_quantized_gradients": (False, "it changes the numbers of a run in silence"),
+    "zero_optimization.zero_quantized_weights": (False, "it changes the numbers of a run in silence"),
+    "bf16.bf16_master_weights_and_grads": (False, "engine.precision=bf16 keeps float32 master weights"),
+    "torch_autocast.lower_precision_safe_modules": ([], "engine.precision=autocast is torch's own list"),
     "bf16.check_grad_overflow": (True, "steps that are not finite are skipped"),
     "managed_gradient_accumulation": (True, "micro-batches are counted by DeepSpeed"),
 }
@@ -98,6 +109,9 @@ def merged(
         elif one.key in mine and one.key not in FREE:
             if not _same(mine[one.key], one.value):
                 wrong.append(f"{_setting(one.key, mine[one.key], settings)} but {one.where} has {one.key}={_text(one.value)}")
+        elif any(key.startswith(f"{one.key}.") for key in mine):  # a whole section, not a key of it; {} says nothing
+            if one.value != {}:
+                wrong.append(f"{one.where} has {one.key}={_text(one.value)}: its keys are those of the configuration")
         else:
             before = _flat(config).get(one.key, one.value)
             if one.key not in FREE and not _same(before, one.value):

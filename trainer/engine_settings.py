@@ -42,12 +42,13 @@ def keep_compiled() -> str:
 
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     if folder == default_cache_dir():  # torch writes its default into the environment when anything asks for it: nobody's wish
-        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path("~/.cache/trilevel/compiled").expanduser())
+        folder = "~/.cache/trilevel/compiled"
     try:
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser())
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, as in some containers
         raise ConfigError(
-            f"{folder}: {error.strerror}; name another folder for compiled graphs by TORCHINDUCTOR_CACHE_DIR"
+            f"{folder}: {getattr(error, 'strerror', error)}; name another folder for compiled graphs by TORCHINDUCTOR_CACHE_DIR"
         ) from error
     return folder
 

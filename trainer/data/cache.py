@@ -148,7 +148,7 @@ class Cache:
             at += len(piece)
             if at > taken:
                 taken = at + _STEP
-                self._room(part, file, taken)
+                self._room(part, file, taken, wait=False)  # two files that grow would wait for each other
             digest.update(piece)
             view = memoryview(piece)
             try:
@@ -156,16 +156,19 @@ class Cache:
                     view = view[os.write(file, view) :]
             except OSError as error:
                 raise DataError(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
-        os.ftruncate(file, at)
-        os.fsync(file)
+        try:
+            os.ftruncate(file, at)
+            os.fsync(file)
+        except OSError as error:
+            raise DataError(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
         return digest.hexdigest()
 
-    def _room(self, part: Path, file: int, need: int) -> None:
+    def _room(self, part: Path, file: int, need: int, wait: bool = True) -> None:
         """Take `need` bytes of the cache for a file being written: the longest unused shards go, others' downloads are waited
-        for. A single file larger than all of it takes what it needs."""
+        for. A single file larger than all of it takes what it needs, and so does one whose size nobody knew (`wait` False)."""
         while True:
             with self._counting():
-                if self._evicted(part, need):
+                if self._evicted(part, need) or not wait:
                     os.ftruncate(file, need)  # its size is what counts
                     return
             time.sleep(0.05)

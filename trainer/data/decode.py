@@ -16,6 +16,10 @@ from trainer.data import turbo
 MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a decompression bomb
 
 
+# What PIL may open here, whatever a file is called: its plugin for EPS starts Ghostscript, others raise what they like on torn files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+
+
 class BrokenImage(ValueError):
     """An image that can't be decoded. The message says why, in one line."""
 
@@ -23,7 +27,7 @@ class BrokenImage(ValueError):
 def header(data: bytes | memoryview) -> PIL.Image.Image:
     """The image with only its header read. Raises BrokenImage where it is no image or far too large."""
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise BrokenImage("no image" if isinstance(error, PIL.UnidentifiedImageError) else f"broken image: {error}") from None
     _refuse_bomb(image.width, image.height)

@@ -53,7 +53,7 @@ def _work(cache: Cache, plan: Plan) -> None:
         source = plan.next()
         try:
             cache.fetch(source)
-        except DataError as error:
+        except (DataError, OSError) as error:  # a thread that ended would fetch nothing more
             print(f"not fetched ahead: {error}", file=sys.stderr, flush=True)
         finally:
             plan.done(source)

@@ -43,6 +43,7 @@ class Reader:
         index = self._index
         wanted, place = np.unique(ids, return_inverse=True)  # ids rise with their place in a shard
         found: list[memoryview | DataError] = []
+        lost: dict[int, str] = {}  # shards that can't be had: asked for once, or every run of images would wait out all retries
         if not len(wanted):
             return found
         shard = index.shard_of(wanted)
@@ -53,22 +54,22 @@ class Reader:
         for a, b in itertools.pairwise(run):
             while a < b:
                 c = max(int(a) + 1, int(np.searchsorted(end[a:b], begin[a] + _RUN, side="right")) + int(a))
-                found += self._run(int(shard[a]), begin[a:c], end[a:c])
+                found += self._run(int(shard[a]), begin[a:c], end[a:c], lost)
                 a = c
             if self._cache is not None and (b == len(wanted) or shard[b] != shard[b - 1]):
                 self._close()
         return [found[i] for i in place]
 
-    def _run(self, shard: int, begin: np.ndarray, end: np.ndarray) -> list[memoryview | DataError]:
+    def _run(self, shard: int, begin: np.ndarray, end: np.ndarray, lost: dict[int, str]) -> list[memoryview | DataError]:
         start, stop = int(begin[0]), int(end[-1])
         buffer = np.empty(stop - start, dtype=np.uint8).data
-        got, reason = 0, "the file is shorter than its index says"
+        got, reason = 0, lost.get(shard, "the file is shorter than its index says")
         try:
-            file = self._open(shard)
-            while got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
+            file = -1 if shard in lost else self._open(shard)
+            while file >= 0 and got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
                 got += read
         except (OSError, DataError) as error:
-            reason = str(error)
+            reason = lost[shard] = str(error)
         name = self._index.names[shard]
         return [
             buffer[a - start : b - start] if b - start <= got else DataError(f"shard {name} at byte {a}: {reason}")

@@ -38,8 +38,10 @@ class Rooms:
 
     def take(self) -> int:
         """A room that nobody works in or looks at, NONE where there is none."""
-        for number, held in enumerate(self._held):
-            if number not in self._away and (held is None or held() is None):
+        for number in range(
+            len(self._rooms)
+        ):  # first whether it is away, then who looks at it: `arrived` changes them in reverse
+            if number not in self._away and ((held := self._held[number]) is None or held() is None):
                 self._away.add(number)
                 return number
         return NONE

@@ -33,6 +33,8 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         iterator = super().__iter__()
+        for worker in getattr(iterator, "_workers", ()):
+            worker.terminate = worker.kill  # what a dropped iterator sends to a busy one: deaf workers don't hear SIGTERM
         _live.add(iterator)
         return iterator
 
