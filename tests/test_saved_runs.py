@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,4 +296,5 @@ sys.exit(75)
             assert said.readline() == b"1\n"
             while process.poll() is None:
                 process.send_signal(signal.SIGUSR1)
+                time.sleep(0.0005)  # many in the some 10 ms that Python takes to end, and not one inside the other
         assert process.returncode == 75

@@ -24,16 +24,16 @@ STARTED_BY = (
 
 
 class Stop:
-    """Asked for once, never taken back."""
+    """Asked for once, never taken back. No lock, as an Event has: a signal's handler that interrupts `ask` would wait for itself."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._asked = False
 
     def ask(self) -> None:
-        self._event.set()
+        self._asked = True
 
     def asked(self) -> bool:
-        return self._event.is_set()
+        return self._asked
 
 
 def listen() -> Stop:
