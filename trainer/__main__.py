@@ -12,6 +12,7 @@ from typing import Any
 from trainer.arguments import parse
 from trainer.benches import BENCHES
 from trainer.commands import configuration, show_table, write_json
+from trainer.stopping import deaf
 from trainer.values import ConfigError
 
 STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
@@ -20,7 +21,10 @@ STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     try:
-        return int(COMMANDS[arguments.command](arguments) or 0)
+        code = int(COMMANDS[arguments.command](arguments) or 0)
+        if words is None and arguments.command == "train":  # the process ends; a caller that gave `words` keeps its signals
+            deaf()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -46,11 +50,9 @@ def _train(a: argparse.Namespace) -> int:
             show_table(checked.table())
             print(checked.text())
         return 0
-    from trainer.stopping import deaf
     from trainer.train import train
 
     ended = train(config, resume=a.resume)
-    deaf()
     code = STOPPED if ended.status == "preempted" else 0
     if told := os.environ.get("TRILEVEL_EXIT_FILE"):  # our launcher reads it there: torchrun takes any exit code for a crash
         if os.environ.get("RANK", "0") == "0":
