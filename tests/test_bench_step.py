@@ -35,7 +35,9 @@ def test_rows_ratios_shares_and_the_whole_run(tmp_path: Path, capsys: Any) -> No
     config.write_text(RECIPE)
     assert main(["bench", "step", str(config), "--pairs", "6", "--json", str(out)]) == 0
     rows, said = json.loads(out.read_text()), capsys.readouterr().out
-    run = rows.pop("run")
+    run, counting = rows.pop("run"), rows.pop("bookkeeping")
+    assert 0 < counting["min"] <= counting["median"] and counting["megabytes"] < 20, counting
+    assert f"bookkeeping of examples (random_epoch): {counting['median']:.3f} ms a step" in said
     assert set(rows) == {"ours", "ours from epoch 0", "ours from epoch 2", "against", "timm"} and "whole run:" in said
     assert all(row["unit"] == "ms" and 0 < row["min"] <= row["median"] <= row["max"] for row in rows.values())
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows.values())
@@ -79,5 +81,6 @@ def test_every_round_runs_every_row_and_networks_are_shared() -> None:
         return made
 
     rows = {"a": Row(network("a")), "b": Row(network("b"))}
-    paired(rows, torch.device("cpu"), 2, 2, 3, base="a")
-    assert calls[-6:] == ["a", "b", "b", "a", "a", "b"], "interleaved, every other round backwards"
+    paired(rows, torch.device("cpu"), 2, 2, 12, base="a")
+    rounds = [calls[-24:][i : i + 2] for i in range(0, 24, 2)]
+    assert all(sorted(one) == ["a", "b"] for one in rounds) and ["a", "b"] in rounds and ["b", "a"] in rounds

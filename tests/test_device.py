@@ -34,6 +34,7 @@ def test_a_path_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: A
 def test_step_times_are_paired_ratios(tmp_path: Path, capsys: Any) -> None:
     assert device.main(["step", "--tiny", "--json", str(tmp_path / "step.json")]) == 0
     rows = json.loads((tmp_path / "step.json").read_text())
+    assert rows.pop("bookkeeping")["examples"] == 1_281_167
     assert {"timm", "ours", "tokens 0.7"} <= rows.keys() and rows["timm"]["ratio"] == 1.0
     assert all(row["min"] <= row["median"] <= row["max"] and row["unit"] == "ms" for row in rows.values())
     assert "images/s" in capsys.readouterr().out

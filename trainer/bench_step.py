@@ -1,7 +1,8 @@
 """`trilevel bench step CONFIG`: what a training step costs under each plan of a run, beside its dense control and plain timm.
 
 Forward, backward and optimizer step on random images of the configured size, batch data.micro_batch, one process, no engine and
-no loader. The whole run follows from the plateaus, weighted by their epochs and by the examples each epoch shows.
+no loader; beside it the bookkeeping of examples. The whole run follows from the plateaus, weighted by their epochs and by the
+examples each epoch shows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
+from trainer.bench_bookkeeping import bookkeeping
+from trainer.bench_bookkeeping import told as bookkeeping_told
 from trainer.config import Config
 from trainer.model import build_model, cost_of, course_of, plan_at
 from trainer.optim import build_optimizer
@@ -28,7 +31,8 @@ UNKNOWN = frozenset({"infobatch"})  # methods whose share of the examples only t
 
 @dataclass(frozen=True)
 class Measured:
-    """rows: see `stepbench.paired`; `run` (with a schedule or examples left out): the whole run against `against`, beside its bound."""
+    """rows: see `stepbench.paired`; `run` (with a schedule or examples left out): the whole run against `against`, beside its bound;
+    `bookkeeping` (with a method of level 1): see there."""
 
     about: str
     rows: dict[str, Any]
@@ -39,7 +43,7 @@ class Measured:
         for column in ("ms", "images/s", "of against", "95 % interval", "multiply-adds", "of timm", "peak MiB"):
             table.add_column(column, justify="right")
         for name, r in self.rows.items():
-            if name != "run":
+            if name not in ("run", "bookkeeping"):
                 spread = f"{r['ratio_low']:.3f} - {r['ratio_high']:.3f}"
                 share = f"{r['share']:.3f}" if r["share"] is not None else "-"
                 table.add_row(
@@ -53,11 +57,12 @@ class Measured:
         note = f"; {r['note']}" if r["note"] else ""
         dense = self.rows["against"]
         low, high = dense["of_timm_interval"]
-        return (
-            f"against / timm: {dense['of_timm']:.3f} ({low:.3f} - {high:.3f})\n"
+        lines = [
+            f"against / timm: {dense['of_timm']:.3f} ({low:.3f} - {high:.3f})",
             f"whole run: {r['median']:.3f} of against ({r['min']:.3f} - {r['max']:.3f}), bound {r['bound']:.3f} by multiply-adds; "
-            f"examples left out are in both{note}"
-        )
+            f"examples left out are in both{note}",
+        ]
+        return "\n".join([*lines, bookkeeping_told(self.rows["bookkeeping"])] if "bookkeeping" in self.rows else lines)
 
 
 def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Measured:
@@ -97,6 +102,8 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Mea
     found["run"] = run | {
         "note": "" if known else f"{config.examples.method} decides in the run what it leaves out: counted as nothing"
     }
+    if config.examples.method != "all":
+        found["bookkeeping"] = bookkeeping(config, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32"
     half = "bf16 autocast, " if device.type == "cuda" and config.engine.precision != "float32" else ""
     how = f"{half}{'compiled, ' if config.engine.compile else ''}{pairs} pairs, {where}"

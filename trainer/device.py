@@ -21,11 +21,15 @@ from torch import Tensor
 from sparsity import cost, keyed, methods
 from sparsity.examples import EXAMPLES
 from sparsity.types import DENSE, Outcome, Plan, alone
+from trainer.bench_bookkeeping import bookkeeping, told
+from trainer.configfile import load
 from trainer.data.finish import finish
 from trainer.data.mix import Mix, mix_images
 from trainer.data.stream import Batch
 from trainer.sections import Augment
 from trainer.stepbench import Row, paired, report
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tri_level_deit_small_0.7.yaml"
 
 
 class Finding(NamedTuple):
@@ -205,6 +209,8 @@ def main(words: list[str] | None = None) -> int:
     if a.part == "step":
         rows = step(device, a.tiny or device.type == "cpu")
         print(report(rows, base="timm"))
+        rows["bookkeeping"] = bookkeeping(load(CONFIG), device)
+        print(told(rows["bookkeeping"]))
         if a.json:
             Path(a.json).write_text(json.dumps(rows, indent=1) + "\n")
         return 0
