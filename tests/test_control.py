@@ -74,6 +74,55 @@ def test_it_times_both_and_leaves_everything_as_it_was() -> None:
     assert torch.equal(kept, torch.get_rng_state()), "dropout drew from the run's generator"
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "gradient checkpointing": {"checkpointing": True},
+    "autocast": {"precision": "autocast"},
+    "bf16": {"kind": "deepspeed", "zero": 1, "precision": "bf16"},
+    "compile": {"compile": True},
+    "all at once": {"checkpointing": True, "precision": "autocast", "compile": True},
+}
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.slow) if m == "compile" else m for m in MODES])
+def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: str) -> None:
+    """Two networks, the same two micro-batches of a step; one is controlled between them. Gradients, weights and the numbers that
+    dropout draws are equal to the bit, in each mode of the engine."""
+    settings = {"kind": "ddp", "zero": 0, "precision": "float32"} | MODES[mode]
+    config = tiny(engine=settings)
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+
+    def bare(network: Any, images: torch.Tensor, *args: Any) -> Any:  # as `Engine.bare`
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "autocast"):
+            return network(images.to(dtype), *args)
+
+    def trained(controlled: bool) -> tuple[list[torch.Tensor | None], torch.Tensor, dict[str, Any] | None]:
+        torch.compiler.reset()
+        model = build_model(config).to(dtype).train()
+        if settings.get("compile"):
+            model.compile(backend="aot_eager", fullgraph=True)
+        objective, told = Objective(config), None
+        engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), steps=Steps(4, 2, 8), bare=bare)
+        watcher = Control(config, engine, objective, frozenset({"cls_attention"}))  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)
+        targets, draw = torch.full((4, 4), 0.25), torch.arange(4)
+        torch.manual_seed(1)
+        for part in range(2):
+            images = torch.randn(4, 3, 32, 32, generator=generator)
+            record = bare(model, images, SPARSE, frozenset({"cls_attention"}), draw + 4 * part)
+            objective.losses(record.logits, targets).mean().backward()
+            if controlled and part == 0:  # 10 s a step: a compiled run may take a minute for its first dense pass
+                for number in range(1, 2 + WARM + WATCHED):
+                    told = watcher.look(number / 1000, 1000, SPARSE, Clock(number, 10.0 * number, 0.0), (images, targets, draw))
+        return [p.grad for p in model.parameters()], torch.get_rng_state(), told
+
+    grads, drawn_after, told = trained(controlled=True)
+    expected, drawn_without, nothing = trained(controlled=False)
+    assert nothing is None and told is not None and told["pairs"] >= control.FEWEST and told["dense_ms"] > 0, told
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    assert torch.equal(drawn_after, drawn_without)
+
+
 def test_a_dense_plateau_is_its_own_control() -> None:
     _, told = watched(tiny(tokens={"method": "all"}), DENSE)
     assert told is not None and told["measured"] == told["bound_passes"] == told["step_speedup"] == 1.0
