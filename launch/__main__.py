@@ -7,13 +7,15 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from launch import hosts, local, slurm, sweep
 from launch.arguments import parse
-from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher
-from launch.machine import free_port, this_machine
+from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
+from launch.machine import drawn_port, free_port, this_machine
+from launch.output import folder_of
 from launch.processes import start, submit, together
 
 
@@ -46,16 +48,21 @@ def _node(job: Job, a: argparse.Namespace) -> int:
     place = replace(local.place(this_machine(), a.processes, a.port), address=a.address, nodes=nodes.most, number=a.number)
     if nodes.elastic:
         place = replace(place, least=nodes.least, here=a.here or os.uname().nodename)
-    command = launcher(job, place, sys.executable)
-    if a.dry_run:
-        print(command.text())
-        return 0
-    return start(command)
+    with tempfile.TemporaryDirectory(prefix="trilevel-", ignore_cleanup_errors=True) as tee:
+        command = launcher(job, replace(place, tee=tee), sys.executable)
+        if a.dry_run:
+            print(command.text())
+            return 0
+        return start(command, folder_of(a.logs, name_of(job)) if place.world > 1 else None)
 
 
 def _hosts(job: Job, a: argparse.Namespace) -> int:
     try:
-        found = hosts.read(Path(a.hostfile).read_text(), a.hostfile)
+        found = hosts.read(Path(a.hostfile).read_text(encoding="utf-8-sig"), a.hostfile)
+    except UnicodeDecodeError as error:
+        raise LaunchError(
+            f"--hostfile {a.hostfile}: not text in UTF-8; write one host per line, e.g. `node1 slots=8`"
+        ) from error
     except OSError as error:
         raise LaunchError(
             f"--hostfile {a.hostfile}: {error.strerror}; write one host per line, e.g. `node1 slots=8`"
@@ -63,19 +70,26 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     found, nodes = hosts.chosen(found, a.nodes)
     processes = hosts.processes_of(found, a.processes)
     env, directory = dict(os.environ), Path.cwd()
-    commands = hosts.render(job, found, nodes, processes, a.port, sys.executable, directory, env, a.ssh_config)
+    port = a.port or drawn_port()
+    commands = hosts.render(job, found, nodes, processes, port, sys.executable, directory, env, a.ssh_config, a.logs)
     checks = _checks(job, nodes, processes)
     if a.dry_run:
         print("\n".join(command.text() for command in (*checks, *commands)))
         return 0
-    refused = next((code for code in map(start, checks) if code), 0)
-    return refused or together(commands, [host.name for host in found], Path(a.logs), spare=nodes.most - nodes.least)
+    if refused := next((code for code in map(start, checks) if code), 0):
+        return refused
+    return together(commands, [host.name for host in found], folder_of(a.logs, name_of(job)), nodes.most - nodes.least)
 
 
 def _slurm(job: Job, a: argparse.Namespace) -> int:
     request = _request(a)
     checks = _checks(job, request.nodes, request.processes)
-    return _submit(checks, slurm.render(job, request, a.python or sys.executable), a.dry_run)
+    return _submit(checks, slurm.render(job, request, _python(a)), a.dry_run)
+
+
+def _python(a: argparse.Namespace) -> str:
+    """Of the nodes: ours, or an image's own."""
+    return a.python or ("python" if a.container else sys.executable)
 
 
 def _request(a: argparse.Namespace) -> slurm.Request:
@@ -83,6 +97,7 @@ def _request(a: argparse.Namespace) -> slurm.Request:
         nodes=Nodes.read(a.nodes), processes=a.processes or a.gpus or 1, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
         requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,
         modules=tuple(a.module), setup=tuple(a.setup), extra=tuple(a.sbatch), container=a.container, runtime=a.runtime,
+        logs=a.logs,
     )  # fmt: skip
 
 
@@ -105,7 +120,7 @@ def _sweep(a: argparse.Namespace) -> int:
         request = _request(a)
         checks = [c for point in sweep.unlike(left) for c in _checks(point.job, request.nodes, request.processes)]
         jobs = [point.job for point in left]
-        return _submit(checks, slurm.render_array(jobs, request, a.python or sys.executable, a.name, a.at_once), a.dry_run)
+        return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, a.at_once), a.dry_run)
     node = local.place(this_machine(), a.processes, free_port())
     checks = [check(point.job, node.world, sys.executable) for point in sweep.unlike(left)]
     if a.dry_run:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 from typing import NoReturn
 
-from launch.job import LaunchError
+from launch.job import LOGS, LaunchError
 
 ELASTIC = "MIN:MAX starts with what is there and goes on from the checkpoint while MIN are left"
 
@@ -41,17 +41,18 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--nodes", metavar="N|MIN:MAX", required=True)
     c.add_argument("--number", type=int, metavar="K", required=True, help="of this node, from 0")
     c.add_argument("--address", required=True, help="of node 0")
-    c.add_argument("--port", type=int, required=True, help="free on node 0, the same for all")
+    c.add_argument("--port", type=_port, required=True, help="free on node 0, the same for all")
     c.add_argument("--here", metavar="ADDRESS", help="of this node, where nodes may come and go (default: its name)")
+    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: what each rank says (default: {LOGS})")
     c.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
 
     c = add("hosts", "the hosts of a file, over ssh")
     c.add_argument("--hostfile", metavar="FILE", required=True, help="one host per line: `name slots=8`")
     c.add_argument("--processes", type=int, metavar="N", help="per host, where the file has no slots")
     c.add_argument("--nodes", metavar="N|MIN:MAX", help=f"the first N hosts; {ELASTIC} (default: all)")
-    c.add_argument("--port", type=int, default=29400, help="free on the first host (default: 29400)")
+    c.add_argument("--port", type=_port, help="free on the first host (default: one from 20000 to 29999 by chance)")
     c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config: keys, users, known hosts, ports")
-    c.add_argument("--logs", metavar="DIR", default="logs", help="one file of output per host (default: logs)")
+    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/HOST.txt and rank-N.txt (default: {LOGS})")
     c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
 
     c = add("slurm", "a batch job of Slurm")
@@ -97,6 +98,7 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
     c.add_argument("--no-requeue", action="store_true", help="end at the limit instead of going on in another job")
     for name in ("account", "partition", "qos", "constraint"):
         c.add_argument(f"--{name}")
+    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: what each rank says (default: {LOGS})")
     c.add_argument("--output", help="file of the job's output (default: slurm-%%j.txt, of an array slurm-%%A_%%a.txt)")
     c.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; may be given again")
     c.add_argument(
@@ -107,7 +109,13 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
     )
     c.add_argument("--container", metavar="IMAGE")
     c.add_argument("--runtime", default="apptainer", help="of the container: apptainer or pyxis")
-    c.add_argument("--python", help="on the nodes (default: this one)")
+    c.add_argument("--python", help="on the nodes (default: this one; with --container the image's `python`)")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: a number from 1 to 65535")
+    return int(text)
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.job import Command, Job, LaunchError, Nodes, node_words
+from launch.job import LOGS, Command, Job, LaunchError, Nodes, node_words
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 # what a node needs to know of this shell; credentials are not among it: a command line can be read by others
@@ -18,7 +18,7 @@ PASSED = (
     "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH",
     "MLFLOW_TRACKING_URI",
 )  # fmt: skip
-NAME = re.compile(r"([\w.-]+@)?[\w.-]+")
+NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read(text: str, source: str = "hostfile") -> list[Host]:
         slots = None
         for word in rest:
             key, _, value = word.partition("=")
-            if key != "slots" or not value.isdigit() or not int(value):
+            if key != "slots" or not value.isdecimal() or not int(value):
                 raise LaunchError(f"{source}, line {number}: {word!r} is not understood; a line is `name` or `name slots=8`")
             slots = int(value)
         if name in [host.name for host in hosts]:
@@ -58,6 +58,8 @@ def processes_of(hosts: list[Host], asked: int | None) -> int:
     """Processes per node, the same on all. Raises LaunchError where neither file nor flag says it, or they disagree."""
     slots = {host.slots for host in hosts if host.slots is not None}
     if asked is not None:
+        if asked < 1:
+            raise LaunchError(f"--processes {asked}: at least 1")
         slots.add(asked)
     if len(slots) != 1:
         found = ", ".join(f"{host.name} slots={host.slots}" for host in hosts)
@@ -78,7 +80,7 @@ def chosen(hosts: list[Host], nodes: str | None) -> tuple[list[Host], Nodes]:
 
 def render(
     job: Job, hosts: list[Host], nodes: Nodes, processes: int, port: int, python: str, directory: Path, env: dict[str, str],
-    ssh_config: str | None = None,
+    ssh_config: str | None = None, logs: str = LOGS,
 ) -> list[Command]:  # fmt: skip
     """One ssh per host, in the order of the file; `env` is this shell's, of which what a node needs is passed on."""
     known = {name: env[name] for name in PASSED if name in env and "@" not in env[name]}  # http://user:password@host
@@ -88,7 +90,7 @@ def render(
     commands = []
     for number, host in enumerate(hosts):
         here = host.address if nodes.elastic else ""
-        words = node_words(job, processes, str(nodes), str(number), hosts[0].address, str(port), python, here)
+        words = node_words(job, processes, str(nodes), str(number), hosts[0].address, str(port), python, here, logs)
         line = f"cd {shlex.quote(str(directory))} && exec {' '.join([*set_env, *words])}"
         commands.append(Command((*ssh, host.name, line)))
     return commands

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
 RESTARTS = 3  # of an elastic job, by failing ranks; nodes that come or go don't count
 LAST_CALL = 15  # seconds that an elastic job waits for more nodes once it has enough
+LOGS = "logs"  # the folder of all output, where no other is named
+PREFIX = "[rank ${rank}] "  # before each line of a rank: torchrun fills it in, `output` reads it
 
 
 class LaunchError(ValueError):
@@ -35,6 +37,16 @@ class Job:
     def train(self, *more: str) -> tuple[str, ...]:
         """The words after `trilevel`."""
         return ("train", *self.words(), *more)
+
+
+def name_of(job: Job) -> str:
+    """The run's name where it is given, else the file's; what a shell, a path or Slurm would trip over is left out."""
+    given = [text.partition("=")[2] for text in job.overrides if text.startswith("name=")]
+    return plain(given[-1] if given else job.config.rpartition("/")[2].removesuffix(".yaml"))
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".-") or "run"
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Node:
     threads: int | None = None  # OMP_NUM_THREADS of each process; None leaves the environment's
     least: int | None = None  # an elastic job goes on with that many nodes; None: with all or not at all
     here: str | None = None  # this node's own address, by which the others reach it where its name does not resolve
+    tee: str | None = None  # folder for what each rank says, which then comes with the rank before each line; None: as it comes
 
     @property
     def world(self) -> int:
@@ -96,16 +109,31 @@ class Node:
     def env(self) -> dict[str, str]:
         """Without GPUs accelerate and DeepSpeed must be told so, or every rank believes to be alone."""
         cpu = {} if self.gpus else {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
-        return cpu | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
+        prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": PREFIX} if self.logged() else {}
+        return cpu | prefix | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
+
+    def logged(self) -> list[str]:
+        """Words of torchrun and of `accelerate launch`; one process alone is started by neither."""
+        return [] if self.tee is None or self.world == 1 else ["--tee", "3", "--log_dir", self.tee]
 
 
 def node_words(
-    job: Job | str, processes: int, nodes: str, number: str, address: str, port: str, python: str, here: str = ""
+    job: Job | str,
+    processes: int,
+    nodes: str,
+    number: str,
+    address: str,
+    port: str,
+    python: str,
+    here: str = "",
+    logs: str = LOGS,
 ) -> list[str]:
-    """`python -m launch node`: what a node of many is told. Texts but the job's may be a shell's variables: they stay unquoted."""
+    """`python -m launch node`: what a node of many is told. Numbers and addresses may be a shell's variables: they stay unquoted."""
     words = [job] if isinstance(job, str) else [shlex.quote(word) for word in job.words()]
     told = ["--processes", str(processes), "--nodes", nodes, "--number", number, "--address", address, "--port", port]
-    return [shlex.quote(python), "-m", "launch", "node", *words, *told, *(["--here", here] if here else [])]
+    told += ["--here", here] if here else []
+    told += ["--logs", shlex.quote(logs)] if logs != LOGS else []
+    return [shlex.quote(python), "-m", "launch", "node", *words, *told]
 
 
 def check(job: Job, world: int, python: str) -> Command:
@@ -126,10 +154,11 @@ def torchrun(job: Job, node: Node, python: str) -> Command:
     """
     words = [python, "-m", "torch.distributed.run", "--nnodes", f"{node.least}:{node.nodes}"]
     words += ["--nproc_per_node", str(node.processes), "--max_restarts", str(RESTARTS)]
-    words += ["--rdzv_backend", "c10d", "--rdzv_id", "trilevel", "--rdzv_endpoint", f"{node.address}:{node.port}"]
+    words += ["--rdzv_backend", "c10d", "--rdzv_id", name_of(job), "--rdzv_endpoint", f"{node.address}:{node.port}"]
     # torchrun would guess by the host's name who keeps the meeting place, and by what address it is reached
     words += ["--rdzv_conf", f"is_host={int(node.number == 0)},last_call_timeout={LAST_CALL}"]
     words += ["--local_addr", node.here] if node.here else []
+    words += node.logged()
     return Command((*words, "-m", "trainer", *replace(job, resume=True).train()), node.env())
 
 
@@ -153,4 +182,5 @@ def accelerate(job: Job, node: Node, python: str) -> Command:
         "--rdzv_backend",
         "static",
     ]
+    words += node.logged()
     return Command((*words, "-m", "trainer", *job.train()), node.env())

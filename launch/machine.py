@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -66,3 +67,8 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def drawn_port() -> int:
+    """A port for another machine, which can't be asked: below those that systems give away, and not the same for two jobs at once."""
+    return 20000 + secrets.randbelow(10000)

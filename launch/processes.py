@@ -11,11 +11,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from launch.job import STOPPED, Command
+from launch.output import copy_node, copy_ranks
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN = 5.0  # seconds after which a Slurm signal is repeated: a rank that still imports its libraries ignores the first
@@ -23,11 +24,12 @@ LINGER = 10.0  # seconds a launcher may outlive its ranks
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
 
-def start(command: Command) -> int:
+def start(command: Command, logs: Path | None = None) -> int:
     """Run a command to its end and return its exit code. Signals go to the trainer's processes, past the launchers between.
 
     torchrun answers SIGTERM by killing a rank's whole group after 30 s, loader workers at once: a checkpoint may take
     longer. So the ranks hear of it directly and end by themselves. A third Ctrl-C kills everything.
+    logs: a folder in which each rank's lines go to a file of its own, where the command marks them.
     """
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit"  # rank 0's own exit code: torchrun turns every one into 1
@@ -45,7 +47,8 @@ def start(command: Command) -> int:
                 return _kill(process.pid)
             ranks = _ranks(process.pid)
             told_ranks.update(ranks)
-            for pid in ranks or [process.pid]:
+            # a launcher whose ranks have heard and are gone is on its way out: a signal would turn that into another ending
+            for pid in ranks or ([] if told_ranks else [process.pid]):
                 _send(pid, _passed(number))
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -55,17 +58,27 @@ def start(command: Command) -> int:
             signal.signal(number, signal.SIG_IGN)
         try:
             # a session of its own: a terminal's Ctrl-C reaches us alone
-            process = subprocess.Popen(command.argv, env=env, start_new_session=True)
+            out, both = (subprocess.PIPE, subprocess.STDOUT) if logs else (None, None)
+            process = subprocess.Popen(command.argv, env=env, stdout=out, stderr=both, start_new_session=True)
+            reader = threading.Thread(target=copy_ranks, args=(process.stdout, logs), daemon=True)
+            if logs:
+                reader.start()
             for number in (signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, forward)
             if heard:  # before it was there
                 _send(process.pid, signal.SIGTERM)
             code = _wait(process, heard, told_ranks)
+            if logs:
+                reader.join(5)  # what it still had to say
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         said = int(told.read_text()) if told.exists() else 0
-    return 128 - code if code < 0 else said or code
+    if (
+        code < 0 and -code in [_passed(one) for one in heard] and told_ranks
+    ):  # Slurm signals launchers, too; this one's ranks had ended as they were told
+        code = 0
+    return said or (128 - code if code < 0 else code)
 
 
 def _passed(number: int) -> signal.Signals:
@@ -101,10 +114,9 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
     """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
     lost ones. Returns that one's exit code, or 0.
 
-    Output goes to one file per node, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
+    Output goes to one file per node in `logs`, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
     every node; the third one kills.
     """
-    logs.mkdir(parents=True, exist_ok=True)
     nodes = [
         subprocess.Popen(
             c.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -112,7 +124,7 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
         for c in commands
     ]
     readers = [
-        threading.Thread(target=_copy, args=(node.stdout, name, logs / f"{name}.txt"), daemon=True)
+        threading.Thread(target=copy_node, args=(node.stdout, name, logs), daemon=True)
         for node, name in zip(nodes, names, strict=True)
     ]
     for reader in readers:
@@ -165,16 +177,6 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
 def submit(script: str) -> int:
     """Hand a batch script to Slurm; sbatch's exit code."""
     return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
-
-
-def _copy(stream: IO[bytes], name: str, path: Path) -> None:
-    with path.open("wb") as file:
-        for line in stream:
-            line = line.replace(b"\r\n", b"\n")
-            file.write(line)
-            file.flush()
-            sys.stdout.write(f"[{name}] {line.decode(errors='replace')}")
-            sys.stdout.flush()
 
 
 def _ranks(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from launch.job import STOPPED, Job, LaunchError, Nodes, node_words
+from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_words, plain
 
 # by Slurm's own address: a node's name may resolve nowhere
 ADDRESS_OF = (
@@ -18,6 +18,7 @@ ADDRESS_OF = (
 )
 HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+EARLY = 60  # seconds by which Slurm's signal may come before its time
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,13 @@ class Request:
     extra: tuple[str, ...] = ()  # verbatim #SBATCH options
     container: str | None = None
     runtime: str = "apptainer"
+    logs: str = LOGS
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise LaunchError(f"--processes {self.processes}: at least 1")
+        if self.cpus is not None and self.cpus < 1:
+            raise LaunchError(f"--cpus {self.cpus}: at least 1 core per process")
         if self.nodes.elastic and not self.requeue:
             raise LaunchError(
                 f"--nodes {self.nodes} with --no-requeue: a job that outlives its nodes is one that may go on; leave --no-requeue out"
@@ -55,18 +59,28 @@ class Request:
             )
         if self.time is not None and not TIME.fullmatch(self.time):
             raise LaunchError(f"--time {self.time}: Slurm reads minutes, H:M:S or D-H:M:S, e.g. 1-00:00:00")
+        if self.signal < 1:
+            raise LaunchError(f"--signal {self.signal}: seconds before the limit, at least 1")
+        if self.time is not None and 0 < (limit := _seconds(self.time)) <= self.signal + EARLY:
+            raise LaunchError(
+                f"--time {self.time} with --signal {self.signal}: Slurm sends the signal up to {EARLY} s early, so a job of {limit} s "
+                "would be told to save as soon as it starts; give more time, or a smaller --signal"
+            )
+        for name in ("account", "partition", "qos", "constraint", "output"):
+            if "\n" in (value := getattr(self, name) or "") or (name != "output" and re.search(r"[\s'\"]", value)):
+                raise LaunchError(f"--{name} {value!r}: a name without blanks and quotes")
         if self.runtime not in ("apptainer", "pyxis"):
             raise LaunchError(f"--runtime {self.runtime}: apptainer or pyxis")
         for line in self.extra:
-            if not line.startswith("-"):
-                raise LaunchError(f"--sbatch {line!r}: an option as in `#SBATCH {line}` begins with a dash")
+            if not line.startswith("-") or "\n" in line:
+                raise LaunchError(f"--sbatch {line!r}: one option, as in `#SBATCH --exclusive`; it begins with a dash")
 
 
 def render(job: Job, request: Request, python: str) -> str:
     """The text of the batch script."""
     resumed = replace(job, resume=True) if request.requeue else job
     run = _step(request, python, resumed)
-    return "\n".join([*_head(request, _name(job), request.output or "slurm-%j.txt"), *_meeting(request), *run, ""])
+    return "\n".join([*_head(request, name_of(job), request.output or "slurm-%j.txt"), *_meeting(request), *run, ""])
 
 
 def render_array(jobs: list[Job], request: Request, python: str, name: str, at_once: int | None = None) -> str:
@@ -74,7 +88,7 @@ def render_array(jobs: list[Job], request: Request, python: str, name: str, at_o
     if at_once is not None and at_once < 1:
         raise LaunchError(f"--at-once {at_once}: at least 1")
     limit = f"%{at_once}" if at_once else ""
-    head = _head(request, name, request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
+    head = _head(request, plain(name), request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
     cases = [f"  {number}) set -- {shlex.join(job.words())} ;;" for number, job in enumerate(jobs)]
     table = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     return "\n".join([*head, *table, *_meeting(request), *_step(request, python, None), ""])
@@ -83,7 +97,7 @@ def render_array(jobs: list[Job], request: Request, python: str, name: str, at_o
 def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
     """Options, modules and the user's own lines."""
     options = [f"--job-name={name}", f"--nodes={str(r.nodes).replace(':', '-')}", "--ntasks-per-node=1", *more]
-    options += [f"--output={output}", "--open-mode=append"]
+    options += [f"--output={_quoted(output)}", "--open-mode=append"]
     options += [f"--gpus-per-node={r.gpus}"] if r.gpus else []
     options += [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []
     options += [
@@ -111,7 +125,7 @@ def _step(r: Request, python: str, job: Job | None) -> list[str]:
     """One `launch node` per node; back into the queue where it was stopped. job None: what the script's own words say."""
     # of MIN-MAX nodes Slurm has given some: those are all that can come
     nodes, here = (f'"{r.nodes.least}:$SLURM_NNODES"', HERE) if r.nodes.elastic else (str(r.nodes), "")
-    numbered = node_words(job or '"$@"', r.processes, nodes, '"$SLURM_NODEID"', '"$address"', '"$port"', python, here)
+    numbered = node_words(job or '"$@"', r.processes, nodes, '"$SLURM_NODEID"', '"$address"', '"$port"', python, here, r.logs)
     inner, container = " ".join(numbered), []
     if r.container and r.runtime == "pyxis":
         container = [
@@ -130,8 +144,16 @@ def _step(r: Request, python: str, job: Job | None) -> list[str]:
     return [*lines, 'exit "$code"']
 
 
-def _name(job: Job) -> str:
-    """The run's name where it is given, else the file's; what a shell or Slurm would trip over is left out."""
-    given = [text.partition("=")[2] for text in job.overrides if text.startswith("name=")]
-    found = given[-1] if given else job.config.rpartition("/")[2].removesuffix(".yaml")
-    return re.sub(r"[^\w.-]", "_", found)
+def _quoted(value: str) -> str:
+    """As a #SBATCH line wants it; a percent sign is sbatch's."""
+    return value if re.fullmatch(r"[^\s'\"#\\]+", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _seconds(time: str) -> int:
+    """Slurm's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 means without limit."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not days:
+        parts = [0, *parts] if len(parts) < 3 else parts  # without hours
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -201,7 +201,8 @@ case $HOST in
   late*) export PYTHONPATH={{late}}:{ROOT};;
   early*) export PYTHONPATH={{early}}:{ROOT};;
   older*) export PYTHONPATH={{older}}:{ROOT};;
-  away*) sed -e 's#"token": "[^"]*"#"token": "/nowhere"#' -e 's#"port": [0-9]*#"port": 1#' | sh -c "$*"; exit;;
+  away*) sed -e 's#"token": "[^"]*"#"token": "/nowhere"#' | sh -c "$*"; exit;;
+  127.0.0.9) sed -E 's#\\["127.0.0.2", [0-9]+\\]#["127.0.0.2", 1]#' | sh -c "$*"; exit;;
 esac
 exec sh -c "$*"
 """
@@ -231,8 +232,28 @@ def hosts(tools: Path, tmp_path: Path, monkeypatch):
 
 def test_hosts_that_agree(hosts):
     found = hosts("127.0.0.1", "localhost")
-    assert [line.status for line in found.values()] == ["ok", "ok"], found
-    assert found["localhost"].found == "0 GPU(s), same libraries and code, clock, run directory; reaches 127.0.0.1"
+    assert [line.status for line in found.values()] == ["ok", "ok", "ok"], found
+    assert found["localhost"].found == "0 GPU(s), same libraries and code, clock, run directory"
+    assert found["ports"].found == "the hosts reach each other (2 ways tried)"
+    assert "ports" not in hosts("127.0.0.1")
+
+
+def test_a_way_between_two_hosts_that_is_shut_is_named(hosts):
+    """The first host is reached by all: what fails is between the others, in one direction."""
+    line = hosts("127.0.0.1", "127.0.0.2", "127.0.0.9")["ports"]
+    assert line.status == "fail" and line.found == "127.0.0.9 can't reach 127.0.0.2 ([Errno 111] Connection refused)", line
+    assert "open all TCP ports between the hosts" in line.way_out
+
+
+def test_of_many_hosts_each_tries_a_bounded_number():
+    names = [f"node{number}" for number in range(200)]
+    for number, name in ((0, "node0"), (100, "node100")):
+        tried = [host for host, _ in neighbours._others(name, names, dict.fromkeys(names, 1))]
+        assert len(tried) == neighbours.PEERS + (number > 0) and name not in tried and set(tried) >= {names[number + 1]}
+        assert number == 0 or "node0" in tried
+    few = names[:5]
+    pairs = {(one, other) for one in few for other, _ in neighbours._others(one, few, dict.fromkeys(few, 1))}
+    assert len(pairs) == 20
 
 
 def test_each_host_says_what_is_wrong_with_it(hosts):
@@ -243,7 +264,7 @@ def test_each_host_says_what_is_wrong_with_it(hosts):
         "late": ("its clock is 29", "NTP"),
         "early": ("its clock is 29", "NTP"),
         "older": ("other libraries: timm 0.1", "same environment"),
-        "away": ("does not see the run directory; can't reach 127.0.0.1 on a free port", "runs=DIRECTORY; open the ports"),
+        "away": ("does not see the run directory", "runs=DIRECTORY"),
     }
     assert found["127.0.0.1"].status == "ok"
     for host, (said, way_out) in wanted.items():
@@ -258,7 +279,7 @@ def test_an_interface_that_a_host_lacks_is_named(hosts, monkeypatch):
 
 def test_a_first_host_that_is_away_is_told_by_the_others(hosts):
     found = hosts("locked", "localhost")
-    assert "not tried whether it reaches locked" in found["localhost"].found
+    assert found["ports"] == ("ports", "note", "nobody could try to reach locked", "repair locked first")
 
 
 def test_different_numbers_of_gpus(hosts, tools):
@@ -269,7 +290,8 @@ def test_different_numbers_of_gpus(hosts, tools):
 
 def test_a_hostfile_without_hosts(tmp_path):
     (tmp_path / "hosts").write_text("# nobody\n")
-    for path in (tmp_path / "hosts", tmp_path / "absent"):
+    (tmp_path / "option").write_bytes(b"\xef\xbb\xbf-oProxyCommand=x slots=8\r\n")
+    for path in (tmp_path / "hosts", tmp_path / "absent", tmp_path / "option"):
         (line,) = neighbours.ask(path, tmp_path)
         assert line.status == "fail" and str(path) in line.found
 

@@ -72,6 +72,14 @@ def test_two_hosts_see_what_one_process_sees_and_a_ctrl_c_ends_both(digits, alon
         assert lines(run, "start")[0]["world"] == 2 and (run / "checkpoints" / "latest").is_file()
         seen = chains(run)
         assert {step: seen[step] for step in alone} == alone
+        # each line says where it comes from, and is kept by host and by rank
+        logs = tmp_path / "logs" / "quickstart"
+        assert (
+            "[10.77.13.1] [rank 0] quickstart  epoch" in output
+            and "[rank 0] quickstart" in (logs / "10.77.13.1.txt").read_text()
+        )
+        assert "\nquickstart  epoch" in (logs / "rank-0.txt").read_text() and "[10.77.13.2] [rank 1] " in output
+        assert (logs / "rank-1.txt").stat().st_size and "quickstart  epoch" not in (logs / "rank-1.txt").read_text()
 
 
 @pytest.mark.slow
@@ -84,7 +92,7 @@ def test_the_death_of_one_rank_ends_all_hosts_and_what_was_saved_goes_on_on_four
                 one.kill()
         output = ended(process, made)
         assert process.returncode not in (0, 75) and "ended with" in output, output
-        assert "SIGKILL" in (tmp_path / "logs" / "10.77.13.2.txt").read_text()
+        assert "SIGKILL" in (tmp_path / "logs" / "quickstart" / "10.77.13.2.txt").read_text()
         before = max(chains(tmp_path / "runs" / "quickstart"))
     with hosts(4, tmp_path) as made:
         process = launch(made, *settings(digits, f"stop_at={max(STEPS, before + 1)}step"), "--resume")
@@ -112,8 +120,9 @@ def test_of_two_elastic_hosts_one_is_lost_and_the_other_goes_on(digits, alone, t
 
 
 def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
-    """Both answer; then the wire of the second is cut and nobody says by which interface to meet: each is named, with the way out."""
-    with hosts(2, tmp_path) as made:
+    """All is well; then the second host has no way to the third, which the first does not see; then its wire is cut and nobody says
+    by which interface to meet: each is named, with the way out."""
+    with hosts(3, tmp_path) as made:
         words = ["-m", "trainer", "doctor", "--hosts", str(made.hostfile()), "--ssh-config", str(made.ssh_config)]
 
         def told(**more: str) -> dict[str, str]:
@@ -124,8 +133,14 @@ def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
             return {row[5:].split()[0]: row for row in done.stdout.splitlines() if row[5:].strip()}
 
         rows = told()
-        assert rows["10.77.13.1"].startswith("ok") and "reaches 10.77.13.1" in rows["10.77.13.2"], rows
+        assert rows["10.77.13.1"].startswith("ok") and rows["ports"].startswith("ok") and "6 ways" in rows["ports"], rows
+        subprocess.run(["ip", "-n", made.names[1], "route", "add", "unreachable", "10.77.13.3"], check=True)
+        rows = told()
+        assert rows["10.77.13.2"].startswith("ok") and rows["ports"].startswith("fail"), rows
+        for pair in ("10.77.13.2 can't reach 10.77.13.3 (", "10.77.13.3 can't reach 10.77.13.2 ("):
+            assert pair in rows["ports"] and rows["ports"].count("can't reach") == 2, rows
         subprocess.run(["ip", "-n", made.login, "link", "set", "port1", "down"], check=True)
         rows = told(GLOO_SOCKET_IFNAME="")
         assert rows["10.77.13.1"].startswith("fail") and "GLOO_SOCKET_IFNAME=INTERFACE" in rows["10.77.13.1"], rows
         assert rows["10.77.13.2"].startswith("fail") and "ssh -o BatchMode=yes" in rows["10.77.13.2"], rows
+        assert "nobody could try to reach 10.77.13.2" in rows["ports"], rows

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 import launch.__main__ as program
-from launch import hosts, processes, slurm
+from launch import hosts, output, processes, slurm
 from launch.job import Command, Job, LaunchError, Node, Nodes, launcher
 from tests import told
 from tests.conftest import free_port, wait_for
@@ -70,6 +74,40 @@ def test_an_elastic_job_resumes_and_meets_by_torchruns_agent():
         hosts.chosen(hosts.read("a\nb\nc"), "1:4")
 
 
+# A launcher and its rank, which ends when it is told to and leaves its exit code; the launcher stays a while, as torchrun's does.
+RANK_OF_LAUNCHER = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
+pathlib.Path("up").write_text(str(os.getpid()))
+if sys.argv[1] == "75":
+    pathlib.Path(os.environ["TRILEVEL_EXIT_FILE"]).write_text("75")
+time.sleep(60)
+"""
+LAUNCHER = "import subprocess, sys, time; subprocess.run([sys.executable, *sys.argv[1:]]); time.sleep(60)"
+
+
+@pytest.mark.parametrize("code", [75, 0])
+def test_the_end_of_slurms_step_makes_no_failure_of_a_node_that_has_saved(code, tmp_path, monkeypatch):
+    """One node's end makes srun end the step: SIGTERM to all that still runs on the others, whose ranks have ended as they were told."""
+    monkeypatch.chdir(tmp_path)
+
+    def slurm_signals() -> None:
+        wait_for((tmp_path / "up").exists, 60)
+        wait_for(lambda: (tmp_path / "up").read_text(), 60)
+        rank = psutil.Process(int((tmp_path / "up").read_text()))
+        above = rank.parent()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(lambda: not rank.is_running(), 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        above.terminate()
+
+    thread = threading.Thread(target=slurm_signals)
+    thread.start()
+    words = (sys.executable, "-c", LAUNCHER, "-c", RANK_OF_LAUNCHER, str(code), "trainer")
+    assert processes.start(Command(words)) == code
+    thread.join()
+
+
 @pytest.mark.parametrize(("spare", "code", "took"), [(0, 3, "told to end"), (1, 0, "go on without it")])
 def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, capsys):
     """Two commands in place of ssh: one fails; the other ends well when it is told to, or when it sees that nobody tells it."""
@@ -80,6 +118,58 @@ def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, 
     said = capsys.readouterr()
     assert f"a ended with 3; the others {'go on' if spare else 'are told'}" in said.err and took in said.err
     assert ("alone" if spare else "told") in (tmp_path / "b.txt").read_text()
+
+
+@pytest.mark.parametrize("least", [None, 1])
+def test_torchrun_is_told_to_mark_what_each_rank_says(least):
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.elastic.multiprocessing import Std
+    from torch.distributed.run import get_args_parser
+
+    command = launcher(JOB, Node(2, False, 29400, "node1", nodes=2, threads=1, least=least, tee="/tmp/a b"), "python")
+    words = list(command.argv)
+    read = (get_args_parser() if least else launch_command_parser()).parse_args(words[3:])
+    assert (Std.from_str(read.tee), read.log_dir, read.training_script) == (Std.ALL, "/tmp/a b", "trainer")
+    assert command.env["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "[rank ${rank}] "
+    alone = launcher(JOB, Node(1, False, 29400, tee="/tmp/a b"), "python")  # no torchrun, no ranks to tell apart
+    assert "--tee" not in alone.argv and not any("PREFIX" in name for name in alone.env)
+
+
+@pytest.mark.parametrize("broken", ["terminal", "disk"])
+def test_a_closed_terminal_or_a_full_disk_does_not_stop_the_reading(broken, tmp_path, monkeypatch, capsysbinary):
+    """Who stops reading a pipe stops the job behind it."""
+
+    def gone(line: bytes) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    if broken == "terminal":
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=SimpleNamespace(write=gone)))
+    else:
+        for name in ("node1", "rank-7"):
+            (tmp_path / f"{name}.txt").symlink_to("/dev/full")
+    said = [b"starts\n", b"[rank 7] caf\xe9\n", b"[rank 7] more\r\n"]
+    output.copy_node(io.BytesIO(b"".join(said)), "node1", tmp_path)
+    output.copy_ranks(io.BytesIO(b"".join(said)), tmp_path)
+    if broken == "terminal":
+        rows = (tmp_path / "node1.txt").read_bytes().splitlines()
+        assert rows[0].startswith(b"-- 20") and rows[1:] == [b"starts", b"[rank 7] caf\xe9", b"[rank 7] more"]
+        assert (tmp_path / "rank-7.txt").read_bytes().splitlines()[1:] == [b"caf\xe9", b"more"]
+    else:
+        assert capsysbinary.readouterr().out == b"".join(b"[node1] " + line.replace(b"\r", b"") for line in said) + b"".join(
+            said
+        )
+
+
+def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
+    for word in (b"first", b"second"):
+        output.copy_ranks(io.BytesIO(b"[rank 0] " + word + b"\n"), tmp_path)
+    assert (tmp_path / "rank-0.txt").read_text().splitlines()[1::2] == ["first", "second"]
+
+
+def test_a_folder_of_output_that_can_not_be_made_is_refused(tmp_path):
+    (tmp_path / "logs").touch()
+    with pytest.raises(LaunchError, match=r"--logs .*logs: .* can't be made: .*; name another folder"):
+        output.folder_of(str(tmp_path / "logs"), "run")
 
 
 def test_credentials_in_an_address_stay_here():
@@ -96,6 +186,11 @@ def test_credentials_in_an_address_stay_here():
         ("node1\nnode1", None, ["line 2", "node1 is there twice"]),
         ("-oProxyCommand=x", None, ["line 1", "no host"]),
         ("node1; reboot", None, ["line 1", "no host"]),
+        ("-v", None, ["line 1", "no host"]),
+        ("-v@node1", None, ["line 1", "no host"]),
+        ("../node1", None, ["line 1", "no host"]),
+        ("node1 slots=\u00b2", None, ["line 1", "slots=8"]),
+        ("node1", -1, ["--processes -1", "at least 1"]),
         ("node1\nnode2", None, ["none", "--processes N"]),
         ("node1 slots=8\nnode2 slots=4", None, ["[4, 8]", "node2 slots=4"]),
         ("node1 slots=8\nnode2", 4, ["[4, 8]"]),
@@ -117,6 +212,13 @@ def test_hostfiles_that_are_refused(text, asked, said):
         ("local c.yaml --nodes 2:4", "--nodes: unknown flag"),
         ("slurm c.yaml --gpus 4 --processes 2", "--gpus 4 with --processes 2"),
         ("slurm c.yaml --time 1day", "--time 1day"),
+        ("slurm c.yaml --nodes nan", "--nodes nan: write a number"),
+        ("slurm c.yaml --cpus 0", "--cpus 0: at least 1"),
+        ("slurm c.yaml --signal 0", "--signal 0"),
+        ("slurm c.yaml --time 6:00", "--time 6:00 with --signal 300"),
+        ("slurm c.yaml --account a\tb", "--account 'a\\tb'"),
+        ("hosts c.yaml --hostfile f --port 70000", "70000 is no port"),
+        ("node c.yaml --nodes 1 --number 0 --address a --port nan", "nan is no port"),
         ("slurm c.yaml --container x --runtime docker", "apptainer or pyxis"),
         ("slurm c.yaml --sbatch exclusive", "'exclusive'"),
         ("slurm c.yaml --acount x", "did you mean --account?"),
@@ -127,7 +229,7 @@ def test_hostfiles_that_are_refused(text, asked, said):
 )
 def test_words_that_are_refused(words, said, capsys, monkeypatch):
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
-    assert program.main(words.split()) == 2
+    assert program.main(words.split(" ")) == 2
     assert said in capsys.readouterr().err
 
 
@@ -153,9 +255,10 @@ def over_ssh(folder: Path):
     script(folder / "bin" / "ssh", SSH)
     (folder / "hostfile").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
 
-    def run(*words: str) -> subprocess.Popen[str]:
-        words = ("--hostfile", "hostfile", "--port", str(free_port()), *words)
-        return launched(folder, *words, command="hosts", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+    def run(*words: str, port: int | None = 0, place: Path = folder) -> subprocess.Popen[str]:
+        chosen = () if port is None else ("--port", str(port or free_port()))
+        words = ("--hostfile", "hostfile", *chosen, *words)
+        return launched(place, *words, command="hosts", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
 
     return run
 
@@ -180,8 +283,27 @@ def test_a_host_that_fails_ends_the_others_and_is_named(folder, over_ssh):
     process = over_ssh("crash=1", "wait=1")
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and "localhost ended with 1" in output, output
-    assert "[localhost] no disk" in output and "no disk" in (folder / "logs" / "localhost.txt").read_text()
-    assert "\r" not in (folder / "logs" / "localhost.txt").read_text()
+    logs = folder / "logs" / "c"
+    assert "[localhost] [rank 1] no disk" in output and "[rank 1] no disk" in (logs / "localhost.txt").read_text()
+    assert (logs / "rank-1.txt").read_text().splitlines()[1:] == ["no disk"]
+    assert "\r" not in (logs / "localhost.txt").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_jobs_on_the_same_hosts_at_once_do_not_meet_each_other(folder, over_ssh):
+    places = [folder / "first job", folder / "it's second"]
+    for place in places:
+        shutil.copytree(folder, place, ignore=shutil.ignore_patterns("* *"))
+    jobs = [over_ssh("wait=1", f"name=of {place.name}", port=None, place=place) for place in places]
+    for place in places:
+        wait_for(lambda place=place: (place / "0.json").exists() and (place / "1.json").exists(), 90)
+    for place, process in zip(places, jobs, strict=True):
+        assert read(place / "1.json")["words"][:3] == ["train", "c.yaml", "wait=1"]
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=90)
+        assert process.returncode == 75, said
+        assert {path.name for path in place.glob("logs/*/*")} >= {"127.0.0.1.txt", "localhost.txt"}
 
 
 def test_a_host_that_can_not_be_reached_ends_all(folder, over_ssh):

@@ -66,6 +66,9 @@ def test_a_typo_dies_before_the_queue_and_a_job_told_to_end_is_queued_again_and_
         made.ask("scancel", "--signal=USR1", job)  # what Slurm does --signal seconds before the limit
         whole(made, job, digits)
         assert lines(tmp_path / "runs" / "quickstart", "start")[0]["launcher"] == "slurm"
+        assert "\n[rank 0] quickstart  epoch" in (tmp_path / f"slurm-{job}.txt").read_text()
+        said = (tmp_path / "logs" / "quickstart" / "rank-0.txt").read_text()
+        assert said.count("-- 20") == 2 and "\nquickstart  epoch" in said  # both attempts
 
 
 @pytest.mark.slow

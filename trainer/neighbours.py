@@ -1,7 +1,7 @@
-"""What the hosts of a hostfile say, asked over ssh: same Python, libraries and code, clock, shared directory, way to the first one.
+"""What the hosts of a hostfile say, asked over ssh: same Python, libraries and code, clock, shared directory, ways between them.
 
-A hostfile has one host per line, in DeepSpeed's and MPI's form (`name slots=8`); text behind # is left out. The first host is the
-one all others must reach: a run meets there.
+A hostfile has one host per line, in DeepSpeed's and MPI's form (`name slots=8`); text behind # is left out. A run meets on the first
+host, then gloo and NCCL connect any pair: each host listens once, and all others try to reach it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,13 +26,16 @@ from trainer.installation import Line
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", "mlflow")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 PATIENCE = 60.0  # seconds for all that a host is asked
+PEERS = 64  # others that a host tries to reach: all in files of up to 65 hosts, then those behind it in the file, and the first
+SHOWN = 8  # pairs that are named
 CLOCKS = 2.0  # seconds that clocks may differ
+HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `launch hosts` passes them on
 # runs on the other host by nothing but its Python: prints one line of JSON
 QUESTION = """
-import hashlib, importlib.metadata, importlib.util, json, os, pathlib, shutil, socket, subprocess, sys, time
+import concurrent.futures, hashlib, importlib.metadata, importlib.util, json, os, pathlib, shutil, socket, subprocess, sys, time
 asked = json.loads({asked!r})
-about = {{"time": time.time(), "python": sys.version.split()[0], "versions": {{}}, "reaches": ""}}
+about = {{"time": time.time(), "python": sys.version.split()[0], "versions": {{}}}}
 for name in asked["libraries"]:
     try:
         about["versions"][name] = importlib.metadata.version(name)
@@ -59,34 +63,39 @@ if not about["gpus"] and not asked["interfaces"]:
             about["meets"] = socket.gethostname() + " is " + address + " there"
     except OSError:
         about["meets"] = socket.gethostname() + " is no address of its own there"
-if asked["port"]:
+def knock(door):
     try:
-        socket.create_connection((asked["first"], asked["port"]), 5).close()
+        socket.create_connection((door[0].rpartition("@")[2], door[1]), 5).close()
     except OSError as error:
-        about["reaches"] = str(error)
+        return door[0], str(error)
+with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    about["shut"] = [found for found in pool.map(knock, asked["doors"]) if found]
+about["ended"] = time.time()
 print(json.dumps(about))
 """
-# runs on the first host: a door that others knock at, for some seconds
+# runs on every host: a door that the others knock at, until we hang up
 DOOR = """
-import socket, threading, time
+import select, socket, sys
 door = socket.create_server(("", 0), backlog=128)
 print(door.getsockname()[1], flush=True)
-threading.Timer({seconds}, door.close).start()
-time.sleep({seconds})
+select.select([sys.stdin], [], [], {seconds})
 """
 
 
 def read_hosts(hostfile: Path) -> list[str]:
-    """Names in the order of the file. Raises ValueError for a file without any."""
-    rows = [row.partition("#")[0].split() for row in hostfile.read_text().splitlines()]
+    """Names in the order of the file. Raises ValueError for a file without any, or one that names none."""
+    rows = [row.partition("#")[0].split() for row in hostfile.read_text(encoding="utf-8-sig").splitlines()]
     hosts = [row[0] for row in rows if row]
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise ValueError(f"{hostfile}: {host!r} is no host; a line is `name` or `user@name slots=8`")
     if not hosts:
         raise ValueError(f"{hostfile}: no host in it; write one per line, e.g. `node1 slots=8`")
     return hosts
 
 
 def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]:
-    """One line per host, and one for their agreement about GPUs. ssh_config: read instead of ~/.ssh/config."""
+    """One line per host, one for the ways between them, one where numbers of GPUs differ. ssh_config: instead of ~/.ssh/config."""
     ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     try:
         hosts = read_hosts(hostfile)
@@ -97,19 +106,24 @@ def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]
     token = runs / f".doctor-{uuid.uuid4().hex}"
     runs.mkdir(parents=True, exist_ok=True)
     token.touch()
-    door, port = _open_door(ssh, hosts[0])
-    try:
-        asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0].rpartition("@")[2], "port": port}
-        asked["interfaces"] = [name for key in INTERFACES for name in os.environ.get(key, "").split(",") if name.isidentifier()]
-        with ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(lambda host: _ask(ssh, host, asked), hosts))
-    finally:
-        door.kill()
-        door.wait()
-        token.unlink()
-        if created:
-            runs.rmdir()
-    lines = [_line(host, about, port, hosts[0]) for host, about in zip(hosts, found, strict=True)]
+    asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0].rpartition("@")[2]}
+    asked["interfaces"] = [name for key in INTERFACES for name in os.environ.get(key, "").split(",") if name.isidentifier()]
+    with ThreadPoolExecutor(PEERS) as pool:
+        doors = list(pool.map(lambda host: _open_door(ssh, host), hosts))
+        ports = {host: port for host, (_, port) in zip(hosts, doors, strict=True)}
+        try:
+            found = list(pool.map(lambda host: _ask(ssh, host, asked | {"doors": _others(host, hosts, ports)}), hosts))
+        finally:
+            for door, _ in doors:
+                door.kill()
+                if door.stdin:
+                    door.stdin.close()  # the far end waits for this
+                door.wait()
+            token.unlink()
+            if created:
+                runs.rmdir()
+    lines = [_line(host, about) for host, about in zip(hosts, found, strict=True)]
+    lines += [_ways(hosts, found, ports)] if len(hosts) > 1 else []
     counts = {about["gpus"] for about in found if "gpus" in about}
     if len(counts) > 1:
         numbers = ", ".join(f"{host} {about['gpus']}" for host, about in zip(hosts, found, strict=True) if "gpus" in about)
@@ -146,7 +160,34 @@ def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, An
     return json.loads(done.stdout.splitlines()[-1]) | {"before": started, "after": time.time()}
 
 
-def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
+def _others(host: str, hosts: list[str], ports: dict[str, int]) -> list[tuple[str, int]]:
+    """At whose doors a host knocks."""
+    here = hosts.index(host)
+    near = [hosts[(here + step) % len(hosts)] for step in range(1, min(len(hosts), PEERS + 1))]
+    return [(other, ports[other]) for other in dict.fromkeys([hosts[0], *near]) if other != host and ports[other]]
+
+
+def _ways(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) -> Line:
+    """Whether the hosts reach each other, on ports that the system chose: so do the connections of a run."""
+    tried = sum(len(_others(host, hosts, ports)) for host, about in zip(hosts, found, strict=True) if "shut" in about)
+    shut = [
+        f"{host} can't reach {to} ({why})"
+        for host, about in zip(hosts, found, strict=True)
+        for to, why in about.get("shut", [])
+    ]
+    closed = [host for host in hosts if not ports[host]]
+    if shut:
+        more = f" and {len(shut) - SHOWN} more" if len(shut) > SHOWN else ""
+        remedy = (
+            "open all TCP ports between the hosts (a run takes free ones), or name the hosts by the network that they share"
+        )
+        return Line("ports", "fail", "; ".join(shut[:SHOWN]) + more, remedy)
+    if closed or not tried:
+        return Line("ports", "note", f"nobody could try to reach {', '.join(closed)}", f"repair {', '.join(closed)} first")
+    return Line("ports", "ok", f"the hosts reach each other ({tried} ways tried)")
+
+
+def _line(host: str, about: dict[str, Any]) -> Line:
     if "error" in about:
         return Line(host, "fail", about["error"], about["remedy"])
     wrong: list[tuple[str, str]] = []
@@ -158,7 +199,7 @@ def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
         wrong.append(("the package trainer is not found", "install it there, or put it on PYTHONPATH"))
     elif about["code"] != _code():
         wrong.append(("other code than here", "the same version on every host"))
-    off = max(about["time"] - about["after"], about["before"] - about["time"])  # above 0: outside what the round trip explains
+    off = max(about["ended"] - about["after"], about["before"] - about["time"])  # above 0: outside what the round trip explains
     if off > CLOCKS:
         wrong.append((f"its clock is {off:.0f} s off", "run NTP (chrony) there"))
     if not about["sees"]:
@@ -167,21 +208,17 @@ def _line(host: str, about: dict[str, Any], port: int, first: str) -> Line:
         wrong.append((f"has no interface {', '.join(about['without'])}", f"another name in {' or '.join(INTERFACES)}"))
     if about["meets"]:
         wrong.append((f"gloo would listen where nobody comes: {about['meets']}", "export GLOO_SOCKET_IFNAME=INTERFACE here"))
-    if not port:
-        wrong.append((f"not tried whether it reaches {first}", f"repair {first} first"))
-    elif about["reaches"]:
-        wrong.append((f"can't reach {first} on a free port: {about['reaches']}", "open the ports between the hosts"))
     if wrong:
         return Line(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
-    return Line(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory; reaches {first}")
+    return Line(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory")
 
 
 def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
-    """A listening port on the first host while the others are asked; port 0 where that failed."""
+    """A listening port on a host while all are asked; port 0 where that failed."""
     seconds = int(PATIENCE)
     words = [*ssh, host, f"{_python()} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
     try:
-        door = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        door = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except FileNotFoundError:
         return subprocess.Popen(["true"], text=True), 0
     assert door.stdout is not None

@@ -1,0 +1,64 @@
+"""What processes say: each line goes on to us, and to the file of the node or rank that said it.
+
+Ranks are told apart by torchrun: `--tee` writes what each one says to a file and reads it out again with a prefix before each line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from launch.job import LaunchError
+
+RANK = re.compile(rb"\[rank (\d+)\] ")  # `job.PREFIX`, filled in
+
+
+def folder_of(logs: str, name: str) -> Path:
+    """The folder of a run's output below `logs`. Raises LaunchError where it can't be had."""
+    folder = Path(logs) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"--logs {logs}: {folder} can't be made: {error.strerror}; name another folder") from error
+    return folder
+
+
+def copy_node(stream: IO[bytes], name: str, folder: Path) -> None:
+    """A node's output: with its name before each line here, as it came in NAME.txt."""
+    file = None
+    for line in stream:
+        line = line.replace(b"\r\n", b"\n")
+        file = _write(folder / f"{name}.txt", file, line)
+        _show(f"[{name}] ".encode() + line)
+
+
+def copy_ranks(stream: IO[bytes], folder: Path) -> None:
+    """A launcher's output: as it came here, what each rank says in rank-N.txt."""
+    files: dict[str, IO[bytes] | None] = {}
+    for line in stream:
+        if found := RANK.match(line):
+            name = f"rank-{int(found[1])}.txt"
+            files[name] = _write(folder / name, files.get(name), line[found.end() :])
+        _show(line)
+
+
+# Who reads must go on reading: a pipe that nobody empties stops the job at its next line. So a full disk or a closed terminal
+# costs lines, and nothing else.
+def _write(path: Path, file: IO[bytes] | None, line: bytes) -> IO[bytes] | None:
+    """The line behind what earlier starts wrote (a requeued job goes on in the same files); the open file."""
+    with contextlib.suppress(OSError):
+        if file is None:
+            file = path.open("ab", buffering=0)
+            file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        file.write(line)
+    return file
+
+
+def _show(line: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.buffer.write(line)  # bytes: what ranks say need not fit the terminal's encoding
+        sys.stdout.buffer.flush()
