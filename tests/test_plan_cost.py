@@ -47,7 +47,7 @@ def test_each_resource_can_be_the_wall(config):
     assert plan(config, Bench(PASSES, engine=1.0), 2).wall == "engine"
     slow = plan(config, Bench(PASSES), 4, bandwidth=1e-3)
     assert slow.wall == "all-reduce"
-    travel = STEPS * 2 * 3 / 4 * 918_538 * 4 / 1e6  # parameters of the quickstart's network, 4 bytes each
+    travel = STEPS * 2 * 3 / 4 * 683_242 * 4 / 1e6  # parameters of the quickstart's network, 4 bytes each
     assert slow.parts["all-reduce"] * 3600 == pytest.approx(travel, rel=0.02)
     assert plan(config, Bench(PASSES), 1, bandwidth=1e-3).parts["all-reduce"] == 0
 
