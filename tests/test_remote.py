@@ -18,6 +18,7 @@ from trainer import __main__ as trilevel
 from trainer.data import patience, remote
 from trainer.data.cache import Cache
 from trainer.data.index import Index, build_index, open_index
+from trainer.data.patience import Outage
 from trainer.data.reader import Reader
 from trainer.data.shards import DataError, expand
 from trainer.data.stream import Stream, Validation
@@ -193,6 +194,28 @@ def test_a_shard_that_can_not_be_had_is_asked_for_once_a_read(
     monkeypatch.setattr(Cache, "open", lambda _, source: gone(source))
     found = reader.read(np.arange(len(index)))
     assert len(asked) == 1 and all("the server is gone" in str(one) for one in found) and len(found) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_stays_away_ends_the_run_by_its_name(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """No image is to blame: none is counted as broken, and the error of a worker is told without its stack."""
+    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
+    monkeypatch.setattr(patience, "_TRIES", 2)
+    web.faults = {name: [503] * 99 for name in index.names}
+    settings = config("x", data={"cache": str(tmp_path / "b"), "cache_size": 0.1, "workers": workers, "batch": 4, "window": 4})
+    for batches in (Stream(index, settings, 0, 1).epoch(0, None), iter(Validation(index, settings, 0, 1))):
+        with pytest.raises(Outage, match=r"train-000\d.tar: the server says 503 .*after 2 attempts.*is the server up") as error:
+            next(batches)
+        assert "Traceback" not in str(error.value)
+
+
+def test_a_cache_that_can_not_be_written_ends_the_run_by_its_name(web: Web, tmp_path: Path) -> None:
+    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(Outage, match=r"data.cache=.*file: Not a directory; name a folder"):
+        Reader(index, Cache(tmp_path / "file", ROOM)).read(np.arange(13))
 
 
 def test_errors_inside_a_remote_shard_name_its_url(web: Web, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.patience import DataError
+from trainer.data.patience import DataError, Outage
 from trainer.data.remote import Facts, facts, stream
 
 _USED = 2.0  # seconds within which a second use is not noted
@@ -43,7 +43,7 @@ class Cache:
     size: int
 
     def open(self, source: Source) -> int:
-        """A descriptor of the shard's bytes; fetches it where it is missing. Raises DataError."""
+        """A descriptor of the shard's bytes; fetches it where it is missing. Raises DataError, Outage where the disk fails."""
         path = self._path(source.whole)
         while True:
             try:
@@ -51,6 +51,8 @@ class Cache:
             except FileNotFoundError:
                 self.fetch(source)
                 continue
+            except OSError as error:
+                raise self._outage(error) from error
             stat = os.fstat(file)
             if stat.st_size == source.bytes:
                 if time.time() - stat.st_mtime > _USED:
@@ -105,12 +107,15 @@ class Cache:
             held = sum(entry.stat().st_size for entry in os.scandir(self._shards))
             free = shutil.disk_usage(self._shards).free
         except OSError as error:
-            raise DataError(f"data.cache={self.folder}: {error.strerror}; name a folder on a disk of the node") from error
+            raise self._outage(error) from error
         if held + free < self.size:
             raise DataError(
                 f"data.cache_size={self.size / 2**30:g} (GiB): {self.folder} has room for {(held + free) / 2**30:.1f}; set "
                 "data.cache_size to less, or data.cache to a folder on a larger disk"
             )
+
+    def _outage(self, error: OSError) -> Outage:
+        return Outage(f"data.cache={self.folder}: {error.strerror}; name a folder on a disk of the node")
 
     @property
     def _shards(self) -> Path:
@@ -132,7 +137,7 @@ class Cache:
                     break
                 os.close(file)  # renamed or removed while we waited
         except OSError as error:
-            raise DataError(f"data.cache={self.folder}: {error.strerror}; name a folder on a disk of the node") from error
+            raise self._outage(error) from error
         try:
             yield part, file
         finally:
@@ -155,12 +160,12 @@ class Cache:
                 while view:
                     view = view[os.write(file, view) :]
             except OSError as error:
-                raise DataError(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+                raise Outage(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
         try:
             os.ftruncate(file, at)
             os.fsync(file)
         except OSError as error:
-            raise DataError(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+            raise Outage(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
         return digest.hexdigest()
 
     def _room(self, part: Path, file: int, need: int, wait: bool = True) -> None:

@@ -17,6 +17,10 @@ class DataError(ValueError):
     """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
 
 
+class Outage(DataError):
+    """Storage that can't be reached now. No image is to blame: reading ends, where a single lost shard would only be counted."""
+
+
 class Absent(DataError):
     """What a server says isn't there, or not for us."""
 
@@ -57,7 +61,7 @@ def pause(url: str, error: Exception, failures: int) -> None:
     elif not isinstance(error, (Passing, OSError)) and type(error).__module__.split(".")[0] not in ("botocore", "urllib3"):
         raise error  # our mistake, not the network's (requests' errors are OSErrors)
     if failures >= _TRIES:
-        raise DataError(f"shard {url}: {reason} (after {failures} attempts); is the server up and reachable?") from error
+        raise Outage(f"shard {url}: {reason} (after {failures} attempts); is the server up and reachable?") from error
     longest = min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
     asked = error.wait if isinstance(error, Passing) else 0.0
     time.sleep(min(max(asked, longest * random.uniform(0.5, 1.0)), _LONGEST_WAIT))  # spread: all ranks fail at once

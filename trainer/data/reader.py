@@ -10,6 +10,7 @@ import numpy as np
 
 from trainer.data.cache import Cache, cache_at
 from trainer.data.index import Index
+from trainer.data.patience import Outage
 from trainer.data.shards import DataError
 
 _GAP = 64 << 10  # bytes read in vain rather than starting another read
@@ -39,7 +40,9 @@ class Reader:
             os.close(self._files.popitem()[1])
 
     def read(self, ids: np.ndarray) -> list[memoryview | DataError]:
-        """The bytes of each id, in the order asked; what can't be read comes as the error that says why. ids: (b,) int64."""
+        """The bytes of each id, in the order asked; what can't be read comes as the error that says why. ids: (b,) int64.
+
+        Raises Outage where a server stays away or the cache can't be written: the next image would fare no better."""
         index = self._index
         wanted, place = np.unique(ids, return_inverse=True)  # ids rise with their place in a shard
         found: list[memoryview | DataError] = []
@@ -68,6 +71,8 @@ class Reader:
             file = -1 if shard in lost else self._open(shard)
             while file >= 0 and got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
                 got += read
+        except Outage:
+            raise
         except (OSError, DataError) as error:
             reason = lost[shard] = str(error)
         name = self._index.names[shard]

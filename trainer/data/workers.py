@@ -9,7 +9,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.data.patience import DataError
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -22,21 +24,45 @@ def deaf(_worker: int) -> None:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader with deaf workers that doesn't keep an ending process waiting.
+    """A DataLoader with deaf workers that doesn't keep an ending process waiting. A DataError of a worker is raised here as it was
+    there, without the worker's stack in its text.
 
     Where something still holds the iterator at the end (an uncaught error's traceback does), multiprocessing would send the
     workers SIGTERM and wait for them for ever.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, worker_init_fn=deaf, **settings)
+    def __init__(self, dataset: Dataset[Any], **settings: Any) -> None:
+        super().__init__(_Told(dataset), worker_init_fn=deaf, **settings)
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         iterator = super().__iter__()
         for worker in getattr(iterator, "_workers", ()):
             worker.terminate = worker.kill  # what a dropped iterator sends to a busy one: deaf workers don't hear SIGTERM
         _live.add(iterator)
-        return iterator
+        return _raised(iterator)
+
+
+class _Told(Dataset[Any]):
+    """A data set whose DataErrors are what it gives."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, task: Any) -> Any:
+        try:
+            return self._dataset[task]
+        except DataError as error:
+            return error
+
+
+def _raised(iterator: Iterator[Any]) -> Iterator[Any]:
+    for found in iterator:
+        if isinstance(found, DataError):
+            raise found
+        yield found
 
 
 @atexit.register
