@@ -205,6 +205,8 @@ def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch:
     Path("job.yaml").write_text(text)
     words = ["data.broken_share=0.5", "data.repeats=2", "examples.method=infobatch", "examples.removed=0.5", "epochs=4"]
     assert main(["train", "job.yaml", *words, "stop_at=10step"]) == 0
+    assert main(["train", "job.yaml", *words, "--resume", "stop_at=10step"]) == 0
+    assert [line["step"] for line in lineage("runs/job") if line["kind"] == "step"][-1] == 10, "no step more than was asked"
     assert main(["train", "job.yaml", *words, "--resume"]) == 0
     found = audited(Path("runs/job"))
     assert found.equal, found.problems

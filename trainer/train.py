@@ -82,6 +82,8 @@ def train(config: Config, resume: bool = False) -> Ended:
                 selection = examples.select(state.epoch, engine.gather)
                 engine.agree(selection.facts["hash"], "the selection of examples")
             order = stream.order(state.epoch, selection)
+            if _reached(config.stop_at, state, order.steps):  # a resume of a run that stopped there
+                return records.end(state, "stopped")
             records.epoch(state, selection, order, len(index))
 
             engine.model.train()
