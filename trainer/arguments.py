@@ -18,12 +18,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         command.set_defaults(command=name)
         return command
 
-    def add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
-        command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
-        command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that differ from the file")
-
     c = add("train", "train as CONFIG says")
-    add_config(c)
+    _add_config(c)
     c.add_argument("--check", action="store_true", help="validate everything, print the plan, train nothing")
     c.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (start where there is none)")
 
@@ -63,52 +59,31 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
     c = add("eval", "score a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
-    add_config(c, optional=True)
+    _add_config(c, optional=True)
     c.add_argument("--densities", metavar="1.0,0.7,0.5", help="keep ratios to walk through with the same weights")
     c.add_argument("--json", metavar="FILE")
 
     c = add("parity", "train CONFIG's dense recipe beside timm's own pieces and name the first difference")
-    add_config(c)
+    _add_config(c)
     c.add_argument("--steps", type=int, default=200)
     c.add_argument("--json", metavar="FILE")
 
     c = add("replay", "rebuild one global batch of a run: ids, augmentation, pictures as the model saw them")
-    c.add_argument("run_directory", metavar="RUN")
-    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    _add_run(c)
     c.add_argument("--step", type=int, required=True, help="as the journal counts: the first batch of a run is step 1")
     c.add_argument("--out", metavar="DIR", help="default: RUN/replay/step-STEP")
     c = add("audit", "make the hash chain of what a run saw again and count presentations (exit code 1 on a difference)")
-    c.add_argument("run_directory", metavar="RUN")
-    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    _add_run(c)
     c.add_argument("--json", metavar="FILE")
-    bench = commands.add_parser("bench", help="measure: input, step, engine", description="Measure a part of a run by itself.")
-    benches = bench.add_subparsers(required=True, metavar="PART")
-    text = "our stream against decoding alone and other loaders, on the same images with the same workers"
-    c = benches.add_parser("input", help=text, description=text)
-    c.set_defaults(command="bench input")
-    add_config(c)
-    c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
-    c.add_argument("--workers", type=int, default=2, help="decoding processes of every loader (default: 2)")
-    c.add_argument("--batch", type=int, default=50, help="default: 50")
-    c.add_argument("--passes", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
-    c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
-    c.add_argument("--json", metavar="FILE")
-    c.add_argument("--plan-only", action="store_true", help="measure the order alone, no images needed")
-    c.add_argument("--examples", type=int, default=1_281_167)
-    c.add_argument("--shards", type=int, default=1024)
-    c.add_argument("--world", type=int, default=8)
-    text = "our stream from shards behind a network with latency against the same shards as files"
-    c = benches.add_parser("remote", help=text, description=text)
-    c.set_defaults(command="bench remote")
-    add_config(c)
-    c.add_argument("--latency", type=float, default=30.0, metavar="MS", help="per request (default: 30)")
-    c.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
-    c.add_argument("--batch", type=int, default=50, help="default: 50")
-    c.add_argument("--passes", type=int, default=5, help="measured epochs, after one to warm up (default: 5)")
-    c.add_argument("--limit", type=int, default=4000, metavar="IMAGES", help="first images of data.train (default: 4000)")
-    c.add_argument("--json", metavar="FILE")
+    _add_benches(
+        commands.add_parser(
+            "bench",
+            help="measure: input, remote, step, engine, journal, checkpoint",
+            description="Measure a part of a run by itself.",
+        )
+    )
     c = add("show", "pictures of what an image keeps, tokens and connections, and of the examples forgotten most")
-    c.add_argument("run_directory", metavar="RUN")
+    _add_run(c, overrides=False)
     c.add_argument(
         "images", metavar="IMAGE | key.sub=value", nargs="*", help="image files; settings that differ from the run's"
     )
@@ -116,20 +91,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     c.set_defaults(overrides=[])
     c = add("kept", "the examples an epoch of a run showed, written out, and the keep rate of each class")
-    c.add_argument("run_directory", metavar="RUN")
-    c.add_argument("overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved")
+    _add_run(c)
     c.add_argument("--epoch", type=int, help="counted from 0 (default: the newest)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/kept/lists")
     c.add_argument("--json", metavar="FILE")
-    text = "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved"
-    c = benches.add_parser("step", help=text, description=text)
-    c.set_defaults(command="bench step")
-    add_config(c)
-    c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
-    c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
-    c.add_argument("--json", metavar="FILE")
     c = add("plan", "what a run would take on N nodes, on paper: hours, device hours, the resource that is the wall")
-    add_config(c)
+    _add_config(c)
     c.add_argument("--nodes", type=int, required=True, metavar="N")
     c.add_argument("--processes", type=int, default=1, metavar="N", help="devices of a node (default: 1)")
     c.add_argument(
@@ -140,38 +107,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="C", help="of a node (default: as many as here)")
     c.add_argument("--json", metavar="FILE")
     c = add("export", "write a run's weights as safetensors that plain timm loads, whatever ZeRO stage they were trained with")
-    c.add_argument("run_directory", metavar="RUN")
+    _add_run(c, overrides=False)
     c.add_argument("out", metavar="OUT.safetensors")
     chosen = c.add_mutually_exclusive_group()
     chosen.add_argument("--ema", action="store_const", const=True, help="the moving average (default where there is one)")
     chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the weights themselves")
     c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
-    text = "what the engine costs: DDP and ZeRO 0 to 3 against the bare loop, on every device of this machine, interleaved"
-    c = benches.add_parser("engine", help=text, description=text)
-    c.set_defaults(command="bench engine")
-    add_config(c)
-    c.add_argument("--images-per-device", metavar="256,32", help="batches to measure (default: 256,32; on a CPU 8,2)")
-    c.add_argument("--processes", type=int, help="default: one per GPU; on a CPU 2")
-    c.add_argument("--rounds", type=int, default=20, help="default: 20")
-    c.add_argument("--rows", metavar="ddp,zero1,...", help="only these, beside the bare loop")
-    c.add_argument("--json", metavar="FILE")
-    text = "what a logging step costs, with the tracking server stopped, silent and running; memory of journal and shipper"
-    c = benches.add_parser("journal", help=text, description=text)
-    c.set_defaults(command="bench journal")
-    c.add_argument("--lines", type=int, default=2000, help="log lines towards each server (default: 2000)")
-    c.add_argument("--pause", type=float, default=0.02, metavar="S", help="between two of them (default: .02)")
-    c.add_argument("--json", metavar="FILE")
-    text = "how long training stands still for a save, how long the disk takes, and what share of a run that is"
-    c = benches.add_parser("checkpoint", help=text, description=text)
-    c.set_defaults(command="bench checkpoint")
-    add_config(c)
-    c.add_argument("--saves", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
-    c.add_argument("--examples", type=int, default=1_281_167, help="whose statistics are saved (default: 1,281,167)")
-    c.add_argument("--json", metavar="FILE")
     c = add("report", "table and picture of a run")
-    c.add_argument("run_directory", metavar="RUN")
+    _add_run(c, overrides=False)
     c = add("sync", "send a run's journal to MLflow, as far as it isn't there")
-    c.add_argument("run_directory", metavar="RUN")
+    _add_run(c, overrides=False)
     c = add("compare", "runs side by side: table, and a page with pictures at equal time, work and accuracy")
     c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
     c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
@@ -183,11 +128,76 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c = add("doctor", "what this machine has and lacks, one line each with the way out")
     c.add_argument("--hosts", metavar="FILE", help="one host per line: each is asked over ssh")
     c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config")
-    arguments, rest = parser.parse_known_args(
-        words
-    )  # overrides may stand behind an option: `train CONFIG --resume optim.lr=...`
+    # overrides may stand behind an option: `train CONFIG --resume optim.lr=...`
+    arguments, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _add_benches(bench: argparse.ArgumentParser) -> None:
+    """`trilevel bench PART`: what each measures is in a module of its own."""
+    parts = bench.add_subparsers(required=True, metavar="PART")
+
+    def add(name: str, text: str, config: bool = True) -> argparse.ArgumentParser:
+        part = parts.add_parser(name, help=text, description=text)
+        part.set_defaults(command=f"bench {name}")
+        if config:
+            _add_config(part)
+        part.add_argument("--json", metavar="FILE")
+        return part
+
+    c = add("input", "our stream against decoding alone and other loaders, on the same images with the same workers")
+    c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
+    _add_loader(c, "ones")
+    c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
+    c.add_argument("--plan-only", action="store_true", help="measure the order alone, no images needed")
+    c.add_argument("--examples", type=int, default=1_281_167)
+    c.add_argument("--shards", type=int, default=1024)
+    c.add_argument("--world", type=int, default=8)
+    c = add("remote", "our stream from shards behind a network with latency against the same shards as files")
+    c.add_argument("--latency", type=float, default=30.0, metavar="MS", help="per request (default: 30)")
+    _add_loader(c, "epochs")
+    c.add_argument("--limit", type=int, default=4000, metavar="IMAGES", help="first images of data.train (default: 4000)")
+    c = add("step", "step time and memory under each plan of CONFIG, against its dense control and plain timm, interleaved")
+    c.add_argument("--against", metavar="CONFIG", help="another configuration, at its final plan (default: CONFIG, all dense)")
+    c.add_argument("--pairs", type=int, default=30, help="rounds over all rows (default: 30)")
+    c = add(
+        "engine",
+        "what the engine costs: DDP and ZeRO 0 to 3 against the bare loop, on every device of this machine, interleaved",
+    )
+    c.add_argument("--images-per-device", metavar="256,32", help="batches to measure (default: 256,32; on a CPU 8,2)")
+    c.add_argument("--processes", type=int, help="default: one per GPU; on a CPU 2")
+    c.add_argument("--rounds", type=int, default=20, help="default: 20")
+    c.add_argument("--rows", metavar="ddp,zero1,...", help="only these, beside the bare loop")
+    c = add(
+        "journal",
+        "what a logging step costs, with the tracking server stopped, silent and running; memory of journal and shipper",
+        config=False,
+    )
+    c.add_argument("--lines", type=int, default=2000, help="log lines towards each server (default: 2000)")
+    c.add_argument("--pause", type=float, default=0.02, metavar="S", help="between two of them (default: .02)")
+    c = add("checkpoint", "how long training stands still for a save, how long the disk takes, and what share of a run that is")
+    c.add_argument("--saves", type=int, default=5, help="measured ones, after one to warm up (default: 5)")
+    c.add_argument("--examples", type=int, default=1_281_167, help="whose statistics are saved (default: 1,281,167)")
+
+
+def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
+    command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
+    command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that differ from the file")
+
+
+def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:
+    command.add_argument("run_directory", metavar="RUN")
+    if overrides:
+        command.add_argument(
+            "overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved"
+        )
+
+
+def _add_loader(part: argparse.ArgumentParser, passes: str) -> None:
+    part.add_argument("--workers", type=int, default=2, help="decoding processes of every loader (default: 2)")
+    part.add_argument("--batch", type=int, default=50, help="default: 50")
+    part.add_argument("--passes", type=int, default=5, help=f"measured {passes}, after one to warm up (default: 5)")
