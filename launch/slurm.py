@@ -16,6 +16,13 @@ from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_wor
 ADDRESS_OF = (
     r"""address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }"""
 )
+# An elastic job outlives its nodes, but not its script, which runs on the first one: Slurm (22.05) would leave the others allocated and
+# idle until the limit. So a node that ends without srun there to hear of it puts the job back into the queue.
+SURVIVOR = (
+    'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -eq 0 ]'
+    ' || timeout 20 bash -c ": < /dev/tcp/$SLURM_LAUNCH_NODE_IPADDR/$SLURM_SRUN_COMM_PORT"'
+    ' || scontrol requeue "$SLURM_JOB_ID"; exit "$code"'
+)
 HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 EARLY = 60  # seconds by which Slurm's signal may come before its time
@@ -96,7 +103,11 @@ def render_array(jobs: list[Job], request: Request, python: str, name: str, at_o
 
 def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
     """Options, modules and the user's own lines."""
-    options = [f"--job-name={name}", f"--nodes={str(r.nodes).replace(':', '-')}", "--ntasks-per-node=1", *more]
+    options = [f"--job-name={name}", f"--nodes={str(r.nodes).replace(':', '-')}"]
+    options += [
+        *([] if r.nodes.elastic else ["--ntasks-per-node=1"]),
+        *more,
+    ]  # by a number of tasks Slurm gives the fewest nodes
     options += [f"--output={_quoted(output)}", "--open-mode=append"]
     options += [f"--gpus-per-node={r.gpus}"] if r.gpus else []
     options += [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []
@@ -135,8 +146,9 @@ def _step(r: Request, python: str, job: Job | None) -> list[str]:
         ]
     elif r.container:
         inner = f'apptainer exec {"--nv " if r.gpus else ""}--bind "$PWD" --pwd "$PWD" {shlex.quote(r.container)} {inner}'
+    inner = SURVIVOR.format(inner) if r.nodes.elastic else inner
     cpus = [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []  # srun no longer takes it from the job
-    together = "--no-kill --kill-on-bad-exit=0" if r.nodes.elastic else "--kill-on-bad-exit=1"
+    together = "--no-kill --kill-on-bad-exit=0 --ntasks-per-node=1" if r.nodes.elastic else "--kill-on-bad-exit=1"
     words = [] if job else ["launch", '"$@"']
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words]), "code=$?"]
     if r.requeue:

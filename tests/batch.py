@@ -5,6 +5,7 @@ Both "nodes" are this machine at 127.0.0.1 under names that resolve to nothing, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -86,6 +87,16 @@ class Batch:
             return "" if "Invalid job id" in row else "?"
         return row.partition("JobState=")[2].partition(" ")[0]
 
+    def lose(self, node: str) -> None:
+        """A node is gone with all that was on it, and the controller is told so (by itself it would wait SlurmdTimeout)."""
+        there = [one for one in _family(self.folder) if _variable(one, "SLURMD_NODENAME") == node]
+        above = [parent for one in there if (parent := one.parent()) and parent.name().startswith("slurmstepd")]
+        service = [one for one in psutil.process_iter() if one.name() == "slurmd" and ["-N", node] == one.cmdline()[2:4]]
+        for one in [*service, *above, *there]:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
     def told(self) -> str:
         """The end of every log, for a failed test."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
@@ -145,13 +156,17 @@ def _daemon(made: Batch, name: str, *words: str) -> Iterator[None]:
         out.close()
 
 
+def _variable(process: psutil.Process, name: str) -> str:
+    try:
+        return process.environ().get(name, "")
+    except psutil.Error:
+        return ""
+
+
 def _family(folder: Path) -> list[psutil.Process]:
     """Steps and their processes: slurmstepd leaves its slurmd, so they are known by the configuration in their environment."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get("SLURM_CONF", "") == f"{folder}/slurm.conf" and process.pid != os.getpid():
-                found.append(process)
-        except psutil.Error:
-            continue
+        if _variable(process, "SLURM_CONF") == f"{folder}/slurm.conf" and process.pid != os.getpid():
+            found.append(process)
     return [one for one in found if one.name() not in ("munged", "slurmctld")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.batch import Batch, batch
+from tests.batch import NODES, Batch, batch
 from tests.conftest import ROOT, environment, lines, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -43,12 +44,12 @@ def stepping(made: Batch, job: str, attempt: int = 0) -> bool:
     return any(row["kind"] == "step" and row["attempt"] == attempt for row in rows)
 
 
-def whole(made: Batch, job: str, digits: Path) -> None:
-    """The job has ended well, on two processes, over two attempts, and saw what one process sees."""
+def whole(made: Batch, job: str, digits: Path, worlds: Sequence[int] = (2, 2)) -> None:
+    """The job has ended well, over attempts with so many processes, and saw what one process sees."""
     wait_for(lambda: made.state(job) in OVER, 600)
     assert made.state(job) == "COMPLETED", output(made, job)
     run = made.folder / "runs" / "quickstart"
-    assert [line["world"] for line in lines(run, "start")] == [2, 2] and lines(run, "resume")[0]["step"] > 0
+    assert [line["world"] for line in lines(run, "start")] == [*worlds] and lines(run, "resume")[0]["step"] > 0
     assert [line["step"] for line in lines(run, "step")] == list(range(1, STEPS + 1))
     audit = [sys.executable, "-m", "trainer", "audit", str(run), "--json", str(made.folder / "audit.json")]
     subprocess.run(audit, cwd=made.folder, env=environment(), check=True, capture_output=True, timeout=300)
@@ -80,6 +81,24 @@ def test_a_job_that_the_administrator_requeues_goes_on(digits, tmp_path):
         wait_for(lambda: (tmp_path / "runs" / "quickstart" / "checkpoints" / "latest").exists(), 300)
         made.ask("scontrol", "requeue", job)
         whole(made, job, digits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("nodes", "lost", "worlds"), [("1:2", 1, [2, 1]), ("1:2", 0, [2, 1]), ("1:2", None, [2, 2]), ("1", 0, [1, 1])]
+)
+def test_a_job_outlives_a_node(digits, tmp_path, nodes, lost, worlds):
+    """Of nodes 1:2 the second is lost: the first goes on. The first is lost, and with it the meeting place and the batch script: the
+    other puts the job back into the queue. None is lost, but all are told to end. A job that is not elastic Slurm itself queues again."""
+    with batch(tmp_path) as made:
+        job = submit(made, *settings(digits), "checkpoint.every=5step", "--nodes", nodes, "--cpus", "1")
+        wait_for(lambda: stepping(made, job), 600)
+        wait_for(lambda: (tmp_path / "runs" / "quickstart" / "checkpoints" / "latest").exists(), 300)
+        if lost is None:
+            made.ask("scancel", "--signal=USR1", job)
+        else:
+            made.lose(NODES[lost])
+        whole(made, job, digits, worlds)
 
 
 @pytest.mark.slow
