@@ -16,7 +16,8 @@ from trainer.checkpoint import TrainState, save_checkpoint
 from trainer.config import Config
 from trainer.data.index import build_index
 from trainer.model import build_examples, build_model
-from trainer.show import FADED, Viewer, ranked, show
+from trainer.show import FADED, Viewer, show
+from trainer.show_examples import ranked
 from trainer.values import ConfigError
 from trainer.weights import save_weights
 
@@ -66,6 +67,48 @@ def test_shared_keys_are_the_same_for_all_tokens(tmp_path: Path, photo: Path) ->
     viewer = Viewer(run)
     first, second = (viewer.look(photo, int(token)).seen[1] for token in viewer.look(photo).kept[1][:2])
     assert len(first) == 2 and first.tolist() == second.tolist()
+
+
+def test_a_fused_token_is_a_key_like_any(tmp_path: Path, photo: Path) -> None:
+    settings = {"tokens": {"method": "topk", "keep": 0.5, "blocks": [1], "fuse": True}}
+    run, _ = made(tmp_path / "runs" / "fused", connections={"method": "exact", "keep": 0.88}, **settings)
+    looked = Viewer(run).look(photo)
+    assert len(looked.kept[1]) == 8 and looked.keys == {1: 9} and len(looked.seen[1]) == 8, "8 of 9 keys: one is hidden"
+    (path,) = show(run, [str(photo)], tmp_path / "out")
+    assert PIL.Image.open(path).height > 600, "two rows: the second says what the token sees"
+
+
+def test_settings_stand_beside_images_in_any_order(tmp_path: Path, photo: Path, capsys: Any) -> None:
+    run, _ = made(tmp_path / "runs" / "named")
+    odd = photo.rename(tmp_path / "keep=1.png")  # a file is a file, whatever its name
+    out = ["--out", str(tmp_path / "out")]
+    drawn_as = {}
+    for name, words in {
+        "own": [str(odd), *out],
+        "settings behind": [str(odd), "tokens.keep=0.25", *out],
+        "settings first": ["tokens.keep=0.25", *out, str(odd)],
+        "image behind an option": [*out, "--token", "5", str(odd), "tokens.keep=0.25"],
+        "of another size": [str(odd), "model.image_size=64", *out],
+    }.items():
+        assert main(["show", str(run), *words]) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "keep=1.png")
+        drawn_as[name] = (tmp_path / "out" / "keep=1.png").read_bytes()
+    assert drawn_as["settings behind"] == drawn_as["settings first"] != drawn_as["own"] != drawn_as["of another size"]
+    kept = {keep: Viewer(run, [f"tokens.keep={keep}"]).look(odd).kept for keep in (0.25, 0.5)}
+    assert {keep: [len(ids) for ids in blocks.values()] for keep, blocks in kept.items()} == {0.25: [4, 1], 0.5: [8, 4]}
+    assert main(["show", str(run), str(odd), "tokens.kep=0.25"]) == 2 and "tokens.kep" in capsys.readouterr().err
+    assert main(["show", str(run), "--token", "5", "nowhere.png"]) == 2 and "not readable" in capsys.readouterr().err
+
+
+def test_an_image_is_shown_where_checkpoints_and_shards_are_not(tmp_path: Path, photo: Path, capsys: Any) -> None:
+    """As on a laptop that has the weights alone; who asks for the sheet itself is refused."""
+    more = {"removed": 0.2, "swap": 0.1, "window": "5ep", "updates": 1, "method": "forgetting"}
+    run, _ = made(tmp_path / "runs" / "copied", examples=more)
+    assert main(["show", str(run), str(photo), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert told.out.split() == [str(tmp_path / "out" / "photo.png")] and "no examples.png" in told.err
+    assert main(["show", str(run)]) == 2 and "no checkpoint in it" in capsys.readouterr().err
+    assert main(["show", str(made(tmp_path / "runs" / "plain")[0])]) == 2 and "give an IMAGE" in capsys.readouterr().err
 
 
 def test_examples_by_what_they_were(tmp_path: Path, capsys: Any) -> None:

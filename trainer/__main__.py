@@ -159,9 +159,10 @@ def _show(a: argparse.Namespace) -> None:
     from trainer.show import show
 
     out = Path(a.out or f"{a.run_directory}/show")
-    settings = [word for word in a.images if "=" in word and not Path(word).exists()]
-    images = [word for word in a.images if word not in settings]
-    for path in show(a.run_directory, images, out, a.token, [*settings, *a.overrides]):
+    words = [*a.images, *a.overrides]  # the latter: what stood behind an option
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    images = [word for word in words if word not in settings]
+    for path in show(a.run_directory, images, out, a.token, settings):
         print(path)
 
 

@@ -4,6 +4,7 @@ examples a run forgot most and least. Pictures under the run's final plan, evalu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,25 +19,25 @@ from matplotlib.patches import Rectangle
 
 from sparsity.forgetting import Forgetting
 from sparsity.types import Keys
-from trainer import checkpoint, weights
-from trainer.check import open_indexes
+from trainer import weights
 from trainer.config import Config
 from trainer.configfile import load
 from trainer.data.augment import Transform
 from trainer.data.finish import normalise
-from trainer.data.reader import Reader
-from trainer.model import build_examples, build_model, plan_at
+from trainer.data.shards import DataError
+from trainer.model import build_model, plan_at
+from trainer.show_examples import contact_sheet
 from trainer.values import ConfigError
 
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
 FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white
-SHEET = 12  # pictures in a row of the contact sheet
 WIDTH = 2.4  # inches of a panel
 
 
 class Looked(NamedTuple):
     """One image through the network. pixels: (S, S, 3) uint8. grid: patches down and across. kept: {block: (k,) patch ids, rising}.
-    seen: {block: (j,) ids of the patches that the chosen token sees from there on}; a block where it no longer lives has none."""
+    seen: {block: (j,) ids of the tokens that the chosen one sees from there on, -1 for a fused one}; a block where it no longer
+    lives has none. keys: {block: how many tokens there are to be seen}."""
 
     pixels: np.ndarray
     grid: tuple[int, int]
@@ -44,6 +45,7 @@ class Looked(NamedTuple):
     kept: dict[int, np.ndarray]
     token: int
     seen: dict[int, np.ndarray]
+    keys: dict[int, int]
 
 
 class Viewer:
@@ -92,14 +94,31 @@ class Viewer:
                 seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
         kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
         predicted = int(record.logits[0].argmax())
-        return Looked(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen)
+        keys = {block: len(ids) for block, ids in orders.items()}
+        return Looked(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen, keys)
+
+    @property
+    def faded(self) -> str:
+        """Where the patches that fade went, if they were not simply left out."""
+        if self.config.tokens.method == "tome":
+            return "   ·   faded patches are merged into others"
+        return "   ·   faded patches are fused into one more token" if self.config.tokens.fuse else ""
 
 
 def show(
     run: Path | str, images: Sequence[str], out: Path, token: int | None = None, overrides: Sequence[str] = ()
 ) -> list[Path]:
-    """Write one picture per image, and examples.png where the newest checkpoint counts forgetting; the files written."""
+    """Write one picture per image, and examples.png where the newest checkpoint counts forgetting; the files written.
+
+    Without checkpoint or shards there is no examples.png: that is told where images were asked for, and raised (ConfigError,
+    DataError) where they were not. Raises ConfigError where there is nothing to show.
+    """
     config = _config(run, overrides)
+    counts = config.examples.method == Forgetting.name
+    if not images and not counts:
+        raise ConfigError(
+            f"show {run}: examples.method={config.examples.method} counts no forgetting, so there is no sheet of examples; give an IMAGE"
+        )
     out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     if images:
@@ -107,9 +126,14 @@ def show(
         for image in images:
             path = out / f"{Path(image).stem}.png"
             path = path if path not in paths else out / f"{Path(image).stem}-{len(paths)}.png"
-            paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}"))
-    if config.examples.method == Forgetting.name:
-        paths.append(contact_sheet(Path(run), config, out / "examples.png"))
+            paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}{viewer.faded}"))
+    if counts:
+        try:
+            paths.append(contact_sheet(Path(run), config, out / "examples.png"))
+        except (ConfigError, DataError) as error:
+            if not images:
+                raise
+            print(f"no examples.png: {error}", file=sys.stderr)
     return paths
 
 
@@ -117,7 +141,7 @@ def draw(looked: Looked, path: Path, title: str) -> Path:
     """Upper row: the image, then what is left after each pruning block. Lower row, with level 3: what the chosen token sees."""
     blocks = sorted(looked.kept)
     total = looked.grid[0] * looked.grid[1]
-    connected = any(len(seen) < len(looked.kept[block]) for block, seen in looked.seen.items())
+    connected = any(len(seen) < looked.keys[block] for block, seen in looked.seen.items())
     figure = Figure(figsize=(WIDTH * (1 + len(blocks)), (WIDTH + 0.3) * (1 + connected) + 0.4), dpi=130, layout="constrained")
     panels = np.atleast_2d(figure.subplots(1 + connected, 1 + len(blocks)))
     for axes in panels.flat:
@@ -135,7 +159,7 @@ def draw(looked: Looked, path: Path, title: str) -> Path:
                 continue
             seen = looked.seen[block]
             patches = seen[seen >= 0]
-            _panel(axes, looked, patches, f"it sees {len(seen)} of {len(looked.kept[block])} keys")
+            _panel(axes, looked, patches, f"it sees {len(seen)} of {looked.keys[block]} keys")
             _mark(axes, looked, patches, SEEN)
             _mark(axes, looked, [looked.token], CHOSEN)
             lines = [[_middle(looked, looked.token), _middle(looked, int(key))] for key in patches]
@@ -145,62 +169,11 @@ def draw(looked: Looked, path: Path, title: str) -> Path:
     return path
 
 
-def contact_sheet(run: Path, config: Config, path: Path) -> Path:
-    """The most and the least forgotten examples of the running window, and some that were never right, from the newest checkpoint.
-
-    Raises ConfigError where there is no checkpoint, DataError where the shards aren't there.
-    """
-    found = checkpoint.latest(run / "checkpoints")
-    if found is None:
-        raise ConfigError(f"show {run}: no checkpoint in it, so no statistics of examples")
-    index, _ = open_indexes(config, verify=False)
-    with np.load(found / "examples.npz", allow_pickle=False) as arrays:
-        state = {key.removeprefix("examples."): arrays[key] for key in arrays.files if key.startswith("examples.")}
-    level: Any = build_examples(config, index)
-    level.load_state_dict(state)
-    rows = ranked(level)
-    figure = Figure(figsize=(1.1 * SHEET, 1.55 * max(len(rows), 1) + 0.6), dpi=130, layout="constrained")
-    if not rows:
-        figure.text(0.5, 0.4, "no example was shown three times yet since the last update", ha="center")
-    transform = Transform(config.augment, config.model.image_size, train=False, crop_pct=config.evaluate.crop_pct)
-    reader = Reader(index)
-    panels = np.atleast_2d(figure.subplots(len(rows), SHEET)) if rows else np.empty((0, SHEET), dtype=object)
-    for line, (name, ids) in zip(panels, rows.items(), strict=True):
-        for axes in line:
-            axes.set_axis_off()
-        line[0].text(0, 1.34, name, transform=line[0].transAxes, fontsize=10, fontweight="bold").set_in_layout(False)
-        for axes, number, data in zip(line, ids, reader.read(ids), strict=False):
-            if not isinstance(data, Exception):
-                axes.imshow(transform(data).pixels.permute(1, 2, 0).numpy())
-            label = int(index.labels[number])
-            about = (
-                f"{level.events[number]}/{max(int(level.seen[number]) - 1, 1)}"
-                if name != "never right"
-                else f"0/{level.seen[number]}"
-            )
-            name_of = index.classes[label] if label < len(index.classes) else str(label)
-            axes.set_title(f"{name_of[:14]}  {about}", fontsize=7)
-    note = "times forgotten / chances; never right: times right / presentations"
-    figure.suptitle(f"{run.name}, {found.name}: {note}\n", x=0.01, ha="left", fontsize=10)
-    FigureCanvasAgg(figure).print_png(path)
-    return path
-
-
 def _config(run: Path | str, overrides: Sequence[str]) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"show {run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
     return load(path, list(overrides))
-
-
-def ranked(level: Forgetting) -> dict[str, np.ndarray]:
-    """Up to a row of ids of each kind, in the order in which an update would leave examples out; kinds without any are left out."""
-    scores = level.scores()
-    scored, never = np.flatnonzero(np.isfinite(scores)), np.flatnonzero(np.isinf(scores))
-    ties = level.spread[scored] / level.seen[scored] if level.wants_spread else np.zeros(len(scored))
-    rising = scored[np.lexsort((scored, ties, scores[scored]))]
-    rows = {"most forgotten": rising[::-1][:SHEET], "least forgotten": rising[:SHEET], "never right": never[:SHEET]}
-    return {name: ids for name, ids in rows.items() if len(ids)}
 
 
 def _visible(keys: Keys | None, patch: int, num_prefix: int) -> np.ndarray | None:
