@@ -37,10 +37,16 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
     """Every run of the sweep, seeds innermost. Raises LaunchError for a grid that can't be read, or two runs of one name."""
     numbers = _seeds(seeds)
     axes = [_axis(text) for text in sets]
+    keys = [key for key, _ in axes]
     fixed = {text.partition("=")[0] for text in overrides}
-    for key in ("name", "seed", "tracking.parent", *(key for key, _ in axes)):
+    for key in ("name", "seed", "tracking.parent", *keys):
         if key in fixed:
             raise LaunchError(f"{key}=... is set by the sweep itself: leave it out")
+    for key in keys:
+        if key in ("name", "seed", "tracking.parent", "runs") or keys.count(key) > 1:  # the last one would win, unseen
+            raise LaunchError(
+                f"--set {key}=...: give a setting once; seeds by --seeds, names by --name, runs=DIRECTORY for all"
+            )
     found = []
     for config in configs:
         stem, runs = _about(config, overrides)
@@ -101,7 +107,7 @@ def table(found: list[Point]) -> str:
 
 def _seeds(text: str) -> list[int]:
     words = text.split(",")
-    if not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise LaunchError(f"--seeds {text}: write different whole numbers with commas between, e.g. 0,1,2")
     return [int(word) for word in words]
 
