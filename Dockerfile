@@ -2,8 +2,9 @@
 #   docker build -t trilevel .
 #   docker run --rm --gpus all --shm-size=16g -v "$PWD:/work" trilevel doctor
 #   docker run --rm --gpus all --shm-size=16g -v "$PWD:/work" --entrypoint python trilevel -m launch local CONFIG
-# "devel": DeepSpeed compiles small extensions on first use and looks for nvcc when it is imported.
-FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
+# "devel": DeepSpeed compiles small extensions on first use and looks for nvcc when it is imported. The CUDA that torch of constraints.txt
+# is built for: DeepSpeed refuses to compile its CUDA extensions by another one.
+FROM nvidia/cuda:13.2.1-devel-ubuntu24.04
 
 RUN apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends g++ git python3-dev python3-venv \

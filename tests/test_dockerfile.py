@@ -5,6 +5,10 @@ from __future__ import annotations
 import fnmatch
 import re
 import shlex
+from importlib import metadata
+
+import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -41,3 +45,12 @@ def test_the_base_fits_the_python_and_instructions_are_known():
     known = {"FROM", "RUN", "ENV", "WORKDIR", "COPY", "ENTRYPOINT", "CMD"}
     assert {line.split()[0] for line in LINES} <= known and LINES[0].startswith("FROM ")
     assert "devel" in LINES[0], "without nvcc DeepSpeed complains when it is imported"
+
+
+def test_the_cuda_of_the_base_is_torchs():
+    """DeepSpeed refuses to compile CUDA extensions by another one (assert_no_cuda_mismatch); of 13 it takes no neighbour."""
+    wanted = [re.search(r"^cuda-toolkit.*==(\d+\.\d+)\.", text) for text in metadata.requires("torch") or []]
+    found = [match[1] for match in wanted if match] or [torch.version.cuda]
+    if not found[0]:
+        pytest.skip("this torch is a CPU build, and does not say which CUDA it is built for elsewhere")
+    assert f"nvidia/cuda:{found[0]}." in LINES[0]
