@@ -40,12 +40,12 @@ def test_seeds_are_groups_and_savings_are_what_the_journals_say(both: list[Path]
     dense, sparse = found.groups
     assert [len(group.runs) for group in found.groups] == [3, 3] and dense.against is None
     held = sparse.against
-    assert held and held.paired and held.wrong == []
-    assert held.top1.mean == pytest.approx(0) and held.top1.half == pytest.approx(0)  # the same curve per epoch
+    assert held and held.paired == 3 and warnings(found) == []
+    assert held.top1.mean == pytest.approx(0) and held.top1.high == pytest.approx(0)  # the same curve per epoch
     # dense 1,600 images at 100/s and four evaluations of .5 s; sparse 1,200 at 200/s
     assert held.whole["time"].mean == pytest.approx(18 / 8) and held.whole["images"].mean == pytest.approx(1600 / 1200)
     assert held.whole["multiply-adds"].mean == pytest.approx(1600 * 100 / (800 * 100 + 400 * 50))
-    assert held.equal["images"].mean == pytest.approx(4 / 3) and held.at == pytest.approx(0.85375)
+    assert held.equal["images"].mean == pytest.approx(4 / 3) and held.at.mean == pytest.approx(0.85475)
     assert compare(both, base="sparse").groups[1].against.whole["time"].mean == pytest.approx(8 / 18)  # type: ignore[union-attr]
     assert compare(both, base="sparse-s1").base.name == "sparse"
 
@@ -58,8 +58,10 @@ def test_the_base_is_the_one_dense_run_else_the_first(both: list[Path], tmp_path
 
 def test_spread_is_students():
     spread = Spread.of([1.0, 2.0, 3.0])
-    assert (spread.mean, spread.sd) == (2, 1) and spread.half == pytest.approx(4.302653 / math.sqrt(3))
-    assert math.isnan(Spread.of([1.0]).half) and math.isnan(Spread.of([]).mean)
+    assert (spread.mean, spread.sd) == (2, 1) and spread.high - 2 == 2 - spread.low == pytest.approx(4.302653 / math.sqrt(3))
+    ratio = Spread.of_ratios([0.2, 5.0])  # once a fifth, once five times: no speedup, and none below 0
+    assert ratio.mean == pytest.approx(1) and ratio.low > 0 and ratio.low * ratio.high == pytest.approx(1)
+    assert math.isnan(Spread.of([1.0]).low) and math.isnan(Spread.of_ratios([]).mean) and math.isnan(Spread.of([]).mean)
 
 
 def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
@@ -69,7 +71,7 @@ def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
     assert math.isnan(reached(one, 0.9, "images"))
     longer = run(tmp_path, "longer", sparse=False, epochs=5)  # ends higher: equal at what the first one reached
     held = compare([tmp_path / "one", longer]).groups[1].against
-    assert held and held.at == pytest.approx(0.85375) and held.equal["images"].mean == pytest.approx(1)
+    assert held and held.at.mean == pytest.approx(0.85375) and held.equal["images"].mean == pytest.approx(1)
     assert held.whole["images"].mean == pytest.approx(4 / 5)
 
 
@@ -103,6 +105,57 @@ def test_unfinished_runs_and_seeds_not_shared_are_said(tmp_path: Path):
     assert found.groups[1].against and not found.groups[1].against.paired
     said = " | ".join(warnings(found))
     assert "b is not finished (running)" in said and "share no seed" in said
+
+
+def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
+    """Three seeds on one data set, one on another, one of the three cut short: a mean over all would be of nothing."""
+    elsewhere = {"data": {split: {"fingerprint": "x"} for split in ("train", "validation")}, "dirty": True}
+    found = compare([run(tmp_path, f"s{seed}", seed, start=elsewhere if seed == 3 else None) for seed in range(4)])
+    assert [[r.name for r in group.runs] for group in found.groups] == [["s0", "s1", "s2"], ["s3"]]
+    said = " | ".join(warnings(found))
+    assert "validation set: validation-abc in s0, s1 and s2, x in s3" in said and "s3 ran with uncommitted" in said
+    journal = tmp_path / "s1" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"finished"', '"failed"'))
+    one_group = compare([tmp_path / "s0", tmp_path / "s1"])
+    assert len(one_group.groups) == 1 and warnings(one_group) == [
+        "s1 is not finished (failed); the last score is not the final one"
+    ]
+    assert "s1 is not finished" in page(one_group) and "<h1>s0</h1>" in page(one_group)
+
+
+def test_what_a_resume_changed_and_skipped_steps_are_said(tmp_path: Path):
+    whole = list(lines())
+    first = [line for line in whole if line.get("step", 0) <= 20 and line["kind"] != "end"]
+    again = [whole[0] | {"world": 4, "config": CONFIG | {"epochs": 4, "optim": {"lr": 5e-4, "name": "adamw"}, "stop_at": 7}}]
+    again += [{"kind": "resume", "step": 20}, {"kind": "skipped", "step": 21, "skipped": 1, "in_row": 1}]
+    again += [line for line in whole if line.get("step", 0) > 20]
+    time = first[-1]["time"]
+    write(tmp_path / "a", [*first, *({"time": time} | line | {"attempt": 1} for line in again)])
+    said = warnings(compare([tmp_path / "a"]))
+    assert said == [
+        "tri: 1 of 30 steps were skipped, their loss or gradient was not finite",
+        "tri was changed between its attempts: processes 2 -> 4, optim.lr 0.001 -> 0.0005",
+    ]
+
+
+def test_runs_without_a_score_and_seeds_without_a_partner_are_named(both: list[Path], tmp_path: Path):
+    write(tmp_path / "young", [next(lines())])
+    said = warnings(compare([*both[:3], *both[4:], tmp_path / "young"]))
+    assert said[0] == f"left out, without an evaluation: {tmp_path}/young"
+    assert said[1:] == ["sparse and dense share 2 of 3 seeds: differences are of these alone"]
+
+
+def test_groups_lose_their_seed_from_the_name_and_nothing_else(tmp_path: Path):
+    same = [run(tmp_path / f"{seed}", "keep_0.7", seed) for seed in range(2)]  # one name, two folders
+    assert compare(same).base.name == "keep_0.7"
+    assert compare([run(tmp_path, f"keep_0.7-seed{seed}", seed) for seed in range(2)]).base.name == "keep_0.7"
+    assert compare([run(tmp_path, name, seed) for seed, name in enumerate(("wide10", "wide20"))]).base.name == "wide10"
+
+
+def test_without_a_common_seed_there_is_no_interval(both: list[Path], tmp_path: Path):
+    found = compare([*both[:3], run(tmp_path, "other", seed=7)])
+    row = rows(found)[1]
+    assert "share no seed" in warnings(found)[-1] and not any("[" in value for value in row.values())
 
 
 def test_refusals_name_the_way_out(tmp_path: Path):

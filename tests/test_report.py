@@ -61,6 +61,20 @@ def test_killed_and_resumed_run_counts_the_lineage_once(tmp_path: Path):
     assert history(run).last.trained == pytest.approx(12) and history(run).last.elapsed == pytest.approx(14)
 
 
+def test_work_of_a_window_over_two_plans_is_of_both(tmp_path: Path):
+    """A log line after steps 8 and 20; the plan changes and half of the examples go behind step 14, so half of twelve steps is cheap."""
+    lines = [{"kind": "start"} | START, {"kind": "epoch", "epoch": 0, "step": 0, "kept": 400, "examples": 400}]
+    lines += [{"kind": "plateau", "step": 0, "multiply_adds": 100.0}, {"kind": "step", "step": 8, "images": 80, "seconds": 1.0}]
+    lines += [
+        {"kind": "epoch", "epoch": 1, "step": 14, "kept": 200, "examples": 400},
+        {"kind": "plateau", "step": 14, "multiply_adds": 50.0},
+    ]
+    lines += [{"kind": "step", "step": 20, "images": 120, "seconds": 1.0}]
+    last = history(write(tmp_path, [{"time": 1.0, "attempt": 0} | line for line in lines])).last
+    assert last.multiply_adds == 80 * 100 + 60 * 100 + 60 * 50
+    assert last.dense_multiply_adds == 80 * 100 + 60 * 100 + 60 * 100 / 0.5
+
+
 def test_running_and_empty_runs(tmp_path: Path):
     run = write(tmp_path / "tri", [{"kind": "start", "time": 1.0, "attempt": 0} | START])
     assert summary(run).title == "tri: running, 0 steps, epoch 0" and set(cells(run)) == {"time", "device hours"}

@@ -1,8 +1,8 @@
 """Runs side by side, at equal accuracy: what one saves against another, and when two must not be compared.
 
 Reads journals (run directories, or the journals MLflow holds). Runs that differ only in their seed are one group: mean +- sd, and
-differences to the base paired by seed, with 95 % intervals of Student's t. The score of a run is its last top-1, of the moving
-average where it has one.
+differences to the base paired by seed, with 95 % intervals of Student's t (ratios in logarithms). The score of a run is its last
+top-1, of the moving average where it has one.
 
 Two speedups are told, because each alone misleads: of the whole run (final scores differ), and at equal top-1, the highest that
 both reached (a schedule made for a shorter run is ahead early).
@@ -16,11 +16,11 @@ import os
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.comparable import differences
+from trainer.comparable import INDIFFERENT, fingerprint, objections
 from trainer.history import History, Point, history
 from trainer.measures import flat
 
@@ -30,7 +30,6 @@ COSTS = {  # what a score may be held against: how to read it off a point
     "multiply-adds": lambda point: point.multiply_adds,
     "images": lambda point: float(point.images),
 }
-_SAME_GROUP = frozenset({"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers"})
 
 
 class NothingToCompare(ValueError):
@@ -39,40 +38,49 @@ class NothingToCompare(ValueError):
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over the runs of a group. sd: sample standard deviation; half: half the 95 % interval of the mean; nan for one run."""
+    """A number over the runs of a group. sd: sample standard deviation; low, high: 95 % interval of the mean; nan for one run."""
 
     mean: float
     sd: float
-    half: float
+    low: float
+    high: float
     count: int
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        count, known = len(values), [value for value in values if not math.isnan(value)]
-        if not known:
-            return cls(math.nan, math.nan, math.nan, 0)
-        if len(known) == 1:
-            return cls(known[0], math.nan, math.nan, 1)
+        known = [value for value in values if not math.isnan(value)]
+        if len(known) < 2:
+            return cls(known[0] if known else math.nan, math.nan, math.nan, math.nan, len(known))
         from scipy.stats import t  # takes a second to import
 
-        sd = statistics.stdev(known)
-        return cls(statistics.fmean(known), sd, float(t.ppf(0.975, len(known) - 1)) * sd / math.sqrt(len(known)), count)
+        mean, sd = statistics.fmean(known), statistics.stdev(known)
+        half = float(t.ppf(0.975, len(known) - 1)) * sd / math.sqrt(len(known))
+        return cls(mean, sd, mean - half, mean + half, len(known))
+
+    @classmethod
+    def of_ratios(cls, values: list[float]) -> Spread:
+        """Of how many times one is the other: in logarithms, so that half and double are equally far from 1 and none is below 0."""
+        spread = cls.of([math.log(value) for value in values])
+        return cls(math.exp(spread.mean), math.nan, math.exp(spread.low), math.exp(spread.high), spread.count)
+
+    def alone(self) -> Spread:
+        """Without the interval."""
+        return replace(self, sd=math.nan, low=math.nan, high=math.nan)
 
 
 @dataclass(frozen=True)
 class Against:
-    """A group against the base, paired by seed where both have the seeds (`paired`), else each with each.
+    """A group against the base, paired by seed where both have the seeds (`paired` of them), else each with each, without intervals.
 
     top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
-    up to the score `at` that both reached. wrong: why a difference may not be what it seems, one sentence each.
+    up to the score that both of a pair reached; at: these scores.
     """
 
-    paired: bool
+    paired: int
     top1: Spread
     whole: dict[str, Spread]
     equal: dict[str, Spread]
-    at: float
-    wrong: list[str]
+    at: Spread
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Group:
 class Comparison:
     base: Group
     groups: tuple[Group, ...]  # the base first, then as given
+    wrong: tuple[str, ...] = ()  # why a difference may not be what it seems, one sentence each
 
 
 def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
@@ -120,7 +129,8 @@ def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
     ours = tuple(dict(named)[first])
     found = [Group(first, ours, None)]
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
-    return Comparison(found[0], tuple(found))
+    left = [f"left out, without an evaluation: {run.directory}" for run in read if run not in scored]
+    return Comparison(found[0], tuple(found), (*left, *objections([run for group in found for run in group.runs])))
 
 
 def dense(run: History) -> bool:
@@ -158,18 +168,19 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
     """Hold the runs of a group against those of the base."""
     seeds = {seed(run): run for run in base}
     pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
-    paired = bool(pairs)
+    paired = len(pairs)
     pairs = pairs or [(theirs, run) for theirs in base for run in ours]
     tops = [min(max(float(p["top1"]) for p in score(a)), max(float(p["top1"]) for p in score(b))) for a, b in pairs]
     whole, equal = {}, {}
     for cost, read in COSTS.items():
-        whole[cost] = Spread.of([_ratio(read(a.last), read(b.last)) for a, b in pairs])
+        whole[cost] = Spread.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
         both = zip(pairs, tops, strict=True)
-        equal[cost] = Spread.of([_ratio(reached(a, top, cost), reached(b, top, cost)) for (a, b), top in both])
-    top1 = Spread.of([final(b) - final(a) for a, b in pairs])
-    if not paired and len(pairs) > 1:  # each with each: the pairs are not independent, so no interval
-        top1 = Spread(top1.mean, math.nan, math.nan, top1.count)
-    return Against(paired, top1, whole, equal, min(tops), differences(base[0], ours[0]))
+        equal[cost] = Spread.of_ratios([_ratio(reached(a, top, cost), reached(b, top, cost)) for (a, b), top in both])
+    top1, at = Spread.of([final(b) - final(a) for a, b in pairs]), Spread.of(tops)
+    if not paired:  # each with each: the pairs are not independent, so no interval
+        top1, at = top1.alone(), at.alone()
+        whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))
+    return Against(paired, top1, whole, equal, at)
 
 
 def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Path]:
@@ -191,18 +202,21 @@ def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Pat
 def _sameness(run: History) -> str:
     """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
     config = {
-        key: value for key, value in flat(run.config).items() if key not in _SAME_GROUP and not key.startswith("tracking.")
+        key: value for key, value in flat(run.config).items() if key not in INDIFFERENT and not key.startswith("tracking.")
     }
     known = [run.name] if not run.config else []
-    return json.dumps([known, config, run.start.get("world"), run.start.get("device")], sort_keys=True, default=str)
+    data = [fingerprint(run.start, split) for split in ("train", "validation")]
+    about = [data, *(run.start.get(name) for name in ("pixels", "world", "device"))]
+    return json.dumps([known, config, about], sort_keys=True, default=str)
 
 
 def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
-    """Groups under the name of their first run, less the seed where there are more; numbered where two would be the same."""
+    """Groups under the name of their first run, less the seed where the names differ; numbered where two would be the same."""
     named: dict[str, list[History]] = {}
     for members in groups:
-        name = members[0].name if len(members) == 1 else re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", members[0].name)
-        name = name or members[0].name
+        name = members[0].name
+        if len({run.name for run in members}) > 1:
+            name = re.sub(rf"[-_.]?(seed|s)?[-_.]?(?<!\d){seed(members[0])}$", "", name) or name
         named[name if name not in named else f"{name} ({len(named) + 1})"] = members
     return list(named.items())
 

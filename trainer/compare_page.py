@@ -31,7 +31,7 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row per group, columns by name; the same in all forms of the table."""
     found = []
     for group in comparison.groups:
-        last, against = group.runs[0].last, group.against
+        against = group.against
         row = {
             "run": group.name + " (base)" * (against is None),
             "seeds": ", ".join(str(seed(run)) for run in group.runs),
@@ -43,18 +43,18 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
             "energy kWh": _plus_minus(group.spread(lambda run: _highest(run, "energy_kwh")), 1, "{:.3g}"),
             "time": duration(group.spread(lambda run: run.last.elapsed).mean),
             "device hours": _plus_minus(group.spread(lambda run: run.last.device_seconds / 3600), 1, "{:.3g}"),
-            "multiply-adds": "" if not last.multiply_adds > 0 else f"{last.multiply_adds:.3g}",
+            "multiply-adds": _plus_minus(group.spread(lambda run: run.last.multiply_adds or math.nan).alone(), 1, "{:.3g}"),
         }
         for kept in ("examples", "tokens", "connections"):
-            mean = group.runs[0].mean_share(kept)
-            row[f"{kept} %"] = "" if mean is None else f"{100 * mean:.0f}"
+            shares = [share for run in group.runs if (share := run.mean_share(kept)) is not None]
+            row[f"{kept} %"] = _plus_minus(Spread.of(shares).alone(), 100, "{:.0f}")
         for name, cost in (
             ("whole run: time x", "time"),
             ("whole run: device hours x", "device hours"),
             ("whole run: multiply-adds x", "multiply-adds"),
         ):
             row[name] = "" if against is None else _interval(against.whole[cost], 1, "{:.2f}")
-        row["equal top-1: at %"] = "" if against is None else f"{100 * against.at:.2f}"
+        row["equal top-1: at %"] = "" if against is None else _plus_minus(against.at, 100, "{:.2f}")
         for name, cost in (("equal: time x", "time"), ("equal: device hours x", "device hours"), ("equal: images x", "images")):
             row[name] = "" if against is None else _interval(against.equal[cost], 1, "{:.2f}")
         found.append(row)
@@ -64,7 +64,8 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
 def table(comparison: Comparison) -> Table:
     """For a terminal: runs are columns, so that it stays narrow."""
     found = rows(comparison)
-    shown = Table(title="against " + comparison.base.name, title_justify="left", title_style="bold")
+    alone = len(comparison.groups) == 1
+    shown = Table(title="against " * (not alone) + comparison.base.name, title_justify="left", title_style="bold")
     shown.add_column("", style="dim")
     for row in found:
         shown.add_column(row["run"], justify="right")
@@ -89,19 +90,26 @@ def comma_separated(comparison: Comparison) -> str:
 
 
 def warnings(comparison: Comparison) -> list[str]:
-    """Why runs may not be compared, each once."""
-    found = [text for group in comparison.groups if group.against for text in group.against.wrong]
-    found += [
-        f"{group.name} and {comparison.base.name} share no seed: differences are of all runs with all, without an interval"
-        for group in comparison.groups
-        if group.against and not group.against.paired
-    ]
-    return list(dict.fromkeys(found))
+    """Why runs may not be compared, or only in part."""
+    found, base = list(comparison.wrong), comparison.base
+    for group in comparison.groups:
+        most = max(len(group.runs), len(base.runs))
+        if group.against and not group.against.paired:
+            found.append(
+                f"{group.name} and {base.name} share no seed: differences are of all runs with all, without an interval"
+            )
+        elif group.against and group.against.paired < most:
+            found.append(
+                f"{group.name} and {base.name} share {group.against.paired} of {most} seeds: differences are of these alone"
+            )
+    return found
 
 
 def page(comparison: Comparison) -> str:
     """The whole page: tables, pictures as SVG, what stands against comparing. Loads nothing from anywhere."""
     found, base = rows(comparison), html.escape(comparison.base.name)
+    others = [group.name for group in comparison.groups[1:]]
+    heading = f"{html.escape(_listed(others))} against {base}" if others else base
     first, *rest = found[0]  # runs are columns, so that the page stays narrow
     head = f"<th>{first}</th>" + "".join(f"<th>{html.escape(row[first])}</th>" for row in found)
     body = "".join(
@@ -110,18 +118,18 @@ def page(comparison: Comparison) -> str:
     )
     wrong = "".join(f"<li>{html.escape(text)}</li>" for text in warnings(comparison))
     parts = [
-        f"<h1>{html.escape(_listed([group.name for group in comparison.groups[1:]]))} against {base}</h1>",
+        f"<h1>{heading}</h1>",
         f'<div class="wrong"><b>Mind when comparing</b><ul>{wrong}</ul></div>' if wrong else "",
         f'<h2>Table</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
         '<p class="note">mean &plusmn; standard deviation over seeds; [ ] 95 % interval of the mean, paired by seed. '
-        "x above 1: the run needs less than the base. Equal top-1 is the highest that both reached.</p>",
+        "x above 1: the run needs less than the base. Equal top-1 is the highest that both runs of a pair reached.</p>",
         f"<h2>Accuracy against what it cost</h2><figure>{accuracy(comparison)}</figure>",
         f"<h2>Throughput</h2><figure>{throughput(comparison)}</figure>",
     ]
     classes = per_class(comparison)
     if classes:
         parts.append(f"<h2>Classes that differ most from {base}</h2><figure>{classes}</figure>")
-    title = f"<title>Runs against {base}</title>"
+    title = f"<title>{heading}</title>"
     return f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style>{"".join(parts)}</html>\n'
 
 
@@ -137,7 +145,7 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
 
 def _listed(names: list[str]) -> str:
     """The names of the others, few of them written out."""
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs" if names else "No other run"
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
 
 
 def _middle(run: History, name: str) -> float:
@@ -161,6 +169,6 @@ def _interval(spread: Spread, factor: float, form: str) -> str:
     if math.isnan(spread.mean):
         return ""
     said = form.format(factor * spread.mean)
-    if math.isnan(spread.half):
+    if math.isnan(spread.low):
         return said
-    return f"{said} [{form.format(factor * (spread.mean - spread.half))}, {form.format(factor * (spread.mean + spread.half))}]"
+    return f"{said} [{form.format(factor * spread.low)}, {form.format(factor * spread.high)}]"

@@ -6,6 +6,7 @@ next one went on. Device time is that time by the number of processes (one per d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,23 @@ class Point:
 
 @dataclass(frozen=True)
 class History:
-    """One run. `start`: the first start line; `points`: lines of each kind, oldest first; `last`: where the run stands."""
+    """One run. `starts`: the start line of every attempt; `points`: lines of each kind, oldest first; `last`: where the run stands."""
 
     directory: Path
-    start: dict[str, Any]
-    attempts: int
+    starts: list[dict[str, Any]]
     status: str  # of the last attempt: "finished", "stopped", "failed", or "running" (also: killed without a word)
     reason: str
     points: dict[str, list[Point]]
     last: Point
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """Of the first attempt."""
+        return self.starts[0] if self.starts else {}
+
+    @property
+    def attempts(self) -> int:
+        return len(self.starts)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -99,17 +108,19 @@ def history(directory: Path | str) -> History:
     """Read a run directory. Raises JournalError where it has no journal."""
     directory = Path(directory)
     points: dict[str, list[Point]] = {}
-    start: dict[str, Any] = {}
-    status, reason, attempts = "running", "", 0
+    starts: list[dict[str, Any]] = []
+    status, reason = "running", ""
     step, progress, trained, images = 0, 0.0, 0.0, 0
     cost, dense_cost, per_image, dense, kept = 0.0, 0.0, float("nan"), float("nan"), 1.0
+    logged = 0  # step of the last step line
+    plans: list[tuple[int, float, float]] = []  # since then: (step up to which they held, per_image, kept)
     elapsed, device_seconds, world, clock = 0.0, 0.0, 1, 0.0
     point = Point(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, {})
     for line in lineage(directory):
         kind = line["kind"]
         if kind == "start":
-            start = start or line
-            status, reason, attempts = "running", "", attempts + 1
+            starts.append(line)
+            status, reason = "running", ""
             world, clock = int(line.get("world", 1)), line["time"]
             dense = line.get("multiply_adds", dense)
             continue
@@ -125,15 +136,31 @@ def history(directory: Path | str) -> History:
         if kind == "step":
             trained += line.get("seconds", 0.0)
             images += int(line.get("images", 0))
-            cost += line.get("images", 0) * per_image
-            dense_cost += line.get("images", 0) * dense / kept
-        elif kind == "epoch" and line.get("kept") and line.get("examples"):
-            kept = line["kept"] / line["examples"]
-        elif kind == "plateau":
+            for share, own, shown in _stretches(plans, logged, step, (per_image, kept)):
+                cost += share * line.get("images", 0) * own
+                dense_cost += share * line.get("images", 0) * dense / shown
+            logged, plans = step, []
+        elif kind in ("epoch", "plateau"):
+            plans.append((step, per_image, kept))
             per_image = line.get("multiply_adds", per_image)
+            kept = line["kept"] / line["examples"] if line.get("kept") and line.get("examples") else kept
         point = Point(step, progress, elapsed, trained, images, cost, dense_cost, device_seconds, line)
         points.setdefault(kind, []).append(point)
-    return History(directory, start, attempts, status, reason, points, point)
+    return History(directory, starts, status, reason, points, point)
+
+
+def _stretches(
+    plans: list[tuple[int, float, float]], begin: int, end: int, last: tuple[float, float]
+) -> Iterator[tuple[float, float, float]]:
+    """The steps behind `begin` up to `end` in stretches of one plan and epoch: (share of them, per_image, kept).
+
+    plans: (step up to which they held, per_image, kept) of all but the last one.
+    """
+    done = begin
+    for until, per_image, kept in [*plans, (end, *last)]:
+        if until > done:
+            yield (until - done) / (end - begin), per_image, kept
+            done = until
 
 
 def _share(point: Point, kept: str) -> float | None:
