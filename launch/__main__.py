@@ -15,7 +15,7 @@ from launch import hosts, local, slurm, sweep
 from launch.arguments import parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import drawn_port, free_port, this_machine
-from launch.output import folder_of
+from launch.output import made
 from launch.processes import start, submit, together
 
 
@@ -53,7 +53,7 @@ def _node(job: Job, a: argparse.Namespace) -> int:
         if a.dry_run:
             print(command.text())
             return 0
-        return start(command, folder_of(a.logs, name_of(job)) if place.world > 1 else None)
+        return start(command, _folder(job, a) if place.world > 1 else None)
 
 
 def _hosts(job: Job, a: argparse.Namespace) -> int:
@@ -78,13 +78,19 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
         return 0
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
-    return together(commands, [host.name for host in found], folder_of(a.logs, name_of(job)), nodes.most - nodes.least)
+    folder = _folder(job, a)
+    return together(commands, [host.name for host in found], folder, spare=nodes.most - nodes.least)
+
+
+def _folder(job: Job, a: argparse.Namespace) -> Path:
+    """Where the output of a run goes."""
+    return made(Path(a.logs) / name_of(job), f"--logs {a.logs}")
 
 
 def _slurm(job: Job, a: argparse.Namespace) -> int:
     request = _request(a)
     checks = _checks(job, request.nodes, request.processes)
-    return _submit(checks, slurm.render(job, request, _python(a)), a.dry_run)
+    return _submit(checks, slurm.render(job, request, _python(a)), a)
 
 
 def _python(a: argparse.Namespace) -> str:
@@ -93,22 +99,26 @@ def _python(a: argparse.Namespace) -> str:
 
 
 def _request(a: argparse.Namespace) -> slurm.Request:
+    processes = a.gpus or 1 if a.processes is None else a.processes
     return slurm.Request(
-        nodes=Nodes.read(a.nodes), processes=a.processes or a.gpus or 1, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
+        nodes=Nodes.read(a.nodes), processes=processes, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
         requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,
         modules=tuple(a.module), setup=tuple(a.setup), extra=tuple(a.sbatch), container=a.container, runtime=a.runtime,
         logs=a.logs,
     )  # fmt: skip
 
 
-def _submit(checks: list[Command], script: str, dry_run: bool) -> int:
-    if dry_run:
+def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
+    if a.dry_run:
         print("".join(f"# {command.text()}\n" for command in checks) + script, end="")
         return 0
     if shutil.which("sbatch") is None:
         raise LaunchError("sbatch is not found: start this where jobs are submitted, or use --dry-run to see the script")
-    refused = next((code for code in map(start, checks) if code), 0)
-    return refused or submit(script)
+    if refused := next((code for code in map(start, checks) if code), 0):
+        return refused
+    if a.output and "%" not in (folder := str(Path(a.output).parent)):  # a job whose output has no folder fails without a word
+        made(Path(folder), f"--output {a.output}")
+    return submit(script)
 
 
 def _sweep(a: argparse.Namespace) -> int:
@@ -120,7 +130,7 @@ def _sweep(a: argparse.Namespace) -> int:
         request = _request(a)
         checks = [c for point in sweep.unlike(left) for c in _checks(point.job, request.nodes, request.processes)]
         jobs = [point.job for point in left]
-        return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, a.at_once), a.dry_run)
+        return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, a.at_once), a)
     node = local.place(this_machine(), a.processes, free_port())
     checks = [check(point.job, node.world, sys.executable) for point in sweep.unlike(left)]
     if a.dry_run:

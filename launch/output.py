@@ -17,13 +17,12 @@ from launch.job import LaunchError
 RANK = re.compile(rb"\[rank (\d+)\] ")  # `job.PREFIX`, filled in
 
 
-def folder_of(logs: str, name: str) -> Path:
-    """The folder of a run's output below `logs`. Raises LaunchError where it can't be had."""
-    folder = Path(logs) / name
+def made(folder: Path, asked: str) -> Path:
+    """The folder, which is there now. Raises LaunchError, naming what was asked for, where it can't be had."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(f"--logs {logs}: {folder} can't be made: {error.strerror}; name another folder") from error
+        raise LaunchError(f"{asked}: {folder} can't be made: {error.strerror}; name another folder") from error
     return folder
 
 

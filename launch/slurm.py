@@ -52,6 +52,8 @@ class Request:
     logs: str = LOGS
 
     def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise LaunchError(f"--gpus {self.gpus}: per node, 0 or more")
         if self.processes < 1:
             raise LaunchError(f"--processes {self.processes}: at least 1")
         if self.cpus is not None and self.cpus < 1:

@@ -168,8 +168,8 @@ def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
 
 def test_a_folder_of_output_that_can_not_be_made_is_refused(tmp_path):
     (tmp_path / "logs").touch()
-    with pytest.raises(LaunchError, match=r"--logs .*logs: .* can't be made: .*; name another folder"):
-        output.folder_of(str(tmp_path / "logs"), "run")
+    with pytest.raises(LaunchError, match=r"--logs logs: .* can't be made: .*; name another folder"):
+        output.made(tmp_path / "logs" / "run", "--logs logs")
 
 
 def test_credentials_in_an_address_stay_here():
@@ -213,6 +213,8 @@ def test_hostfiles_that_are_refused(text, asked, said):
         ("slurm c.yaml --gpus 4 --processes 2", "--gpus 4 with --processes 2"),
         ("slurm c.yaml --time 1day", "--time 1day"),
         ("slurm c.yaml --nodes nan", "--nodes nan: write a number"),
+        ("slurm c.yaml --processes 0", "--processes 0: at least 1"),
+        ("slurm c.yaml --gpus -2", "--gpus -2: per node, 0 or more"),
         ("slurm c.yaml --cpus 0", "--cpus 0: at least 1"),
         ("slurm c.yaml --signal 0", "--signal 0"),
         ("slurm c.yaml --time 6:00", "--time 6:00 with --signal 300"),
@@ -339,7 +341,9 @@ def test_a_batch_job_meets_and_goes_back_into_the_queue_when_it_was_stopped(fold
     for name, body in {"sbatch": SBATCH, "scontrol": SCONTROL, "srun": SRUN}.items():
         script(folder / "bin" / name, body)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    process = launched(folder, "wait=1", "--nodes", "2", "--sbatch=--exclusive", command="slurm", PATH=path)
+    process = launched(
+        folder, "wait=1", "--nodes", "2", "--sbatch=--exclusive", "--output=of jobs/%j.txt", command="slurm", PATH=path
+    )
     wait_for(lambda: (folder / "0.json").exists() and (folder / "1.json").exists(), 90)
     ranks = [read(folder / f"{rank}.json") for rank in (0, 1)]
     assert all(r["words"] == ["train", "c.yaml", "wait=1", "--resume"] and r["env"]["WORLD_SIZE"] == "2" for r in ranks)
@@ -350,3 +354,4 @@ def test_a_batch_job_meets_and_goes_back_into_the_queue_when_it_was_stopped(fold
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 75, output
     assert (folder / "requeued").read_text() == "4242\n"
+    assert '#SBATCH --output="of jobs/%j.txt"' in (folder / "script.sh").read_text() and (folder / "of jobs").is_dir()

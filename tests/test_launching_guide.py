@@ -49,5 +49,6 @@ def test_the_guide_names_all_commands_and_flags():
         "--runtime",
         "--python",
         "--ssh-config",
+        "--logs",
     ):
         assert flag in TEXT
