@@ -28,7 +28,8 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Shape:
-    """All that decides the cost of a network. embed: of the patch embedding; head: once per image; pool: per token that is left."""
+    """All that decides the cost of a network. embed: of the patch embedding; head: once per image; pool: per token that is pooled;
+    pools_prefix: whether those of the prefix are."""
 
     num_prefix: int
     num_patches: int
@@ -36,6 +37,7 @@ class Shape:
     embed: int
     head: int
     pool: int
+    pools_prefix: bool
     blocks: tuple[BlockShape, ...]
     selects: frozenset[int]
     position: str
@@ -78,6 +80,7 @@ def shape_of(model: SparseViT) -> Shape:
         * convolution.out_channels,
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
+        pools_prefix=vit.pool_include_prefix,
         blocks=tuple(BlockShape(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
         selects=model.blocks,
         position=model.position,
@@ -103,7 +106,7 @@ def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
         per_block.append(work + (p + in_mlp) * block.mlp)
         tokens.append(seen)
     left = p + patches
-    total = shape.embed + sum(per_block) + shape.head + shape.pool * left
+    total = shape.embed + sum(per_block) + shape.head + shape.pool * (left if shape.pools_prefix else patches)
     return Cost(total, tuple(per_block), tuple(tokens), left)
 
 

@@ -94,6 +94,15 @@ def test_torch_counts_the_same_for_every_family(family, position):
         assert counted(model, plan, images(vit, 1)) == pytest.approx(cost(shape_of(model), plan).total, rel=0.01)
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_what_the_pooling_leaves_out_is_not_counted(include):
+    """Two registers more or less in the pooling are .7 % of this network."""
+    vit = tiny(class_token=False, reg_tokens=2, global_pool="map", pool_include_prefix=include)
+    model = build(vit, tokens="random", blocks=(0,))
+    for plan in (DENSE, Plan(0.5)):
+        assert counted(model, plan, images(vit, 1)) == pytest.approx(cost(shape_of(model), plan).total, rel=1e-4)
+
+
 def test_what_cannot_be_counted_is_refused():
     vit = tiny()
     vit.patch_embed.proj = torch.nn.Sequential(vit.patch_embed.proj)
