@@ -19,7 +19,12 @@ class Duration(BaseModel):
     unit: Literal["ep", "step"]
 
     def __str__(self) -> str:
-        return f"{self.count:g}{self.unit}"
+        return f"{_exact(self.count)}{self.unit}"
+
+
+def _exact(count: float) -> str:
+    """As short as gives the same number again; `:g` alone rounds to six digits, and a run of 1,234,567 steps has seven."""
+    return f"{count:g}" if float(f"{count:g}") == count else repr(count).removesuffix(".0")
 
 
 def _parse_duration(value: Any) -> Any:
@@ -50,7 +55,7 @@ Length = Annotated[Duration, BeforeValidator(_parse_duration), _as_text]
 Epochs = Annotated[
     float,
     BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
-    PlainSerializer(lambda v: f"{v:g}ep", return_type=str),
+    PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part that is taken away; all of it can't be
 Keep = Annotated[float, Field(gt=0.0, le=1.0)]  # a part that stays; nothing can't be
