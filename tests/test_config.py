@@ -27,6 +27,29 @@ def test_what_is_resolved_gives_the_same_run_again(tmp_path: Path) -> None:
     assert again == config and again.fingerprint() == config.fingerprint()
 
 
+def test_a_resolved_length_is_exact(tmp_path: Path) -> None:
+    """Seven digits and thirds: a replay reads config.yaml, and must find the same plan and the same last step."""
+    config = changed("stop_at=1234567step", "plan.length=33.333333333ep", "optim.warmup=2.0000001ep", tmp_path=tmp_path)
+    resolved = config.resolved()
+    assert (resolved["stop_at"], resolved["plan"]["length"]) == ("1234567step", "33.333333333ep")
+    assert parse(resolved) == config
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokens.method=topk", "tokens.keep=0.7"],
+        ["connections.method=exact", "connections.keep=0.3"],
+    ],
+)
+def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], tmp_path: Path) -> None:
+    stairs = ["plan.method=staircase", "plan.stairs=[[0ep, 0.8, 0.8], [2ep, 0.6, 0.4]]"]
+    with pytest.raises(ConfigError, match=r"whose last stair keeps 0\.[64]: the stairs decide"):
+        changed(*stairs, *words, tmp_path=tmp_path)
+    assert changed(*stairs, words[0], tmp_path=tmp_path).plan.stairs[1][1:] == (0.6, 0.4)
+    assert changed(*stairs, "tokens.method=tome", tmp_path=tmp_path).tokens.keep == 1.0, "the stairs say how much is merged"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

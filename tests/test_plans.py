@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from sparsity.plans import PLANS, Course
 from sparsity.types import DENSE, Plan
+from tests import drawn
+from trainer.model import course_of
 
 TRI_LEVEL = {"method": "cosine", "keep_tokens": 0.7, "keep_connections": 0.1, "warmup": 10.0, "length": 100.0}
 
@@ -50,6 +52,18 @@ def test_constant_and_stairs():
         Plan(0.5, 0.25),
     ]
     assert Course("staircase", stairs=stairs).changes(10) == [(0.0, DENSE), (2.0, Plan(0.9)), (5.0, Plan(0.5, 0.25))]
+
+
+def test_a_level_that_is_off_keeps_all_on_every_stair():
+    """Before, a report said 67 % of the connections where none was left out."""
+    plan = {"method": "staircase", "stairs": [["0ep", 0.8, 0.7], ["2ep", 0.6, 0.4]]}
+    found = {
+        level: course_of(drawn.config("nowhere", plan=plan, **{level: {"method": "random" if level == "tokens" else "exact"}}))
+        for level in ("tokens", "connections")
+    }
+    assert found["tokens"].changes(9) == [(0.0, Plan(0.8, 1.0)), (2.0, Plan(0.6, 1.0))]
+    assert found["connections"].changes(9) == [(0.0, Plan(1.0, 0.7)), (2.0, Plan(1.0, 0.4))]
+    assert course_of(drawn.config("nowhere", plan=plan)).changes(9) == [(0.0, DENSE)]
 
 
 @settings(max_examples=60, deadline=None)

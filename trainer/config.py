@@ -68,6 +68,7 @@ class Config(Section):
     stop_at: Length | None = None  # stop there with a checkpoint, as if preempted; schedules stay those of `epochs`
     log_every: Length = Duration(count=20, unit="step")
     control: Share = 0.005  # share of the training time spent on timing a dense control, see `trainer.control`; 0 = none
+    # authors: attention, token order and masks as in the reference code; its correctness rule has a name of its own, examples.rule=authors
     compat: Literal["none", "authors"] = "none"
     model: Model
     data: Data
@@ -97,7 +98,14 @@ class Config(Section):
             )
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
-        if self.tokens.method == "tome" and self.tokens.keep == 1.0:
+        stairs = self.plan.stairs if self.plan.method == "staircase" else ()
+        for name, level, last in (("tokens", self.tokens, 1), ("connections", self.connections, 2)):
+            if stairs and level.method != "all" and level.keep not in (1.0, stairs[-1][last]):
+                raise ValueError(
+                    f"{name}.keep={level.keep} with plan.method=staircase, whose last stair keeps {stairs[-1][last]}: the stairs decide; "
+                    f"leave {name}.keep out, or change the stair"
+                )
+        if self.tokens.method == "tome" and self.tokens.keep == 1.0 and not stairs:
             raise ValueError(
                 "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
             )

@@ -17,13 +17,14 @@ from trainer.values import ConfigError
 
 
 def build_model(config: Config) -> SparseViT:
-    """The timm VisionTransformer of `config.model`, seeded, with the token and connection levels around it. Raises ConfigError."""
+    """The timm VisionTransformer of `config.model`, seeded, with the token and connection levels around it. Raises ConfigError, also
+    for one whose multiply-adds are not known: a run tells its savings."""
     network = weights.create(config.model, config.seed)
     if config.engine.checkpointing:
         network.set_grad_checkpointing()
     t = config.tokens
     try:
-        return methods.build(
+        model = methods.build(
             network,
             tokens=t.method,
             connections=config.connections.method,
@@ -35,6 +36,11 @@ def build_model(config: Config) -> SparseViT:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    try:
+        cost.shape_of(model)
+    except ValueError as error:
+        raise ConfigError(f"model.name={config.model.name}: {error}; choose another vit_* or deit* model") from error
+    return model
 
 
 def build_examples(config: Config, index: Index) -> Curriculum:
@@ -70,14 +76,15 @@ def plan_at(progress: float, config: Config) -> Plan:
 def course_of(config: Config) -> Course:
     """How the run comes down to `tokens.keep` and `connections.keep`; levels that are off keep all."""
     p = config.plan
+    tokens, connections = config.tokens.method != "all", config.connections.method != "all"
     return Course(
         p.method,
-        keep_tokens=config.tokens.keep if config.tokens.method != "all" else 1.0,
-        keep_connections=config.connections.keep if config.connections.method != "all" else 1.0,
+        keep_tokens=config.tokens.keep if tokens else 1.0,
+        keep_connections=config.connections.keep if connections else 1.0,
         warmup=p.warmup,
         length=p.length,
         plateaus=p.plateaus,
-        stairs=p.stairs,
+        stairs=[(start, t if tokens else 1.0, c if connections else 1.0) for start, t, c in p.stairs],
     )
 
 
