@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console as Terminal
 
 from tests.run_of_lines import CONFIG, START, lines, write
 from trainer.compare import NothingToCompare, Spread, compare, reached
 from trainer.compare_page import comma_separated, markdown, page, rows, table, warnings
 from trainer.compare_page import write as write_page
-from trainer.compare_pictures import per_class
+from trainer.compare_pictures import accuracy, per_class, throughput
 from trainer.history import history
 
 
@@ -182,6 +183,19 @@ def test_the_forms_say_the_same_and_the_page_stands_alone(both: list[Path], tmp_
     assert text.count("<svg") == text.count("</svg>") == 2 and "<script" not in text
     loaded = [url for url in re.findall(r'(?:src|href)="([^"]*)"', text) if not url.startswith("#")]
     assert loaded == [] and "@import" not in text and "url(http" not in text
+
+
+def test_no_curve_runs_through_a_legend_and_hours_are_readable(both: list[Path], monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr("trainer.compare_pictures._svg", lambda figure: drawn.append(figure) or "")
+    accuracy(compare(both))
+    throughput(compare(both))
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["dense", "sparse"]
+        assert not any(axes.bbox.overlaps(legend.get_window_extent()) for axes in figure.axes)
+    assert drawn[0].axes[1].get_xlabel() == "device time (seconds)"  # 36 of them, not .01 hours
 
 
 def test_classes_that_moved_are_drawn(tmp_path: Path):

@@ -55,7 +55,12 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
         ):
             row[name] = "" if against is None else _interval(against.whole[cost], 1, "{:.2f}")
         row["equal top-1: at %"] = "" if against is None else _plus_minus(against.at, 100, "{:.2f}")
-        for name, cost in (("equal: time x", "time"), ("equal: device hours x", "device hours"), ("equal: images x", "images")):
+        for name, cost in (
+            ("equal: time x", "time"),
+            ("equal: device hours x", "device hours"),
+            ("equal: multiply-adds x", "multiply-adds"),
+            ("equal: images x", "images"),
+        ):
             row[name] = "" if against is None else _interval(against.equal[cost], 1, "{:.2f}")
         found.append(row)
     return [{name: row[name] for name in row if any(other[name] for other in found)} for row in found]

@@ -16,7 +16,7 @@ from trainer.report_picture import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
 TITLES = {
     "time": "time at work",
-    "device hours": "device hours",
+    "device hours": "device time",
     "multiply-adds": "multiply-adds (forward)",
     "images": "images seen",
 }
@@ -29,6 +29,8 @@ def accuracy(comparison: Comparison) -> str:
     for axes, (cost, read) in zip(panels, COSTS.items(), strict=True):
         longest = max(read(run.last) for group in comparison.groups for run in group.runs)
         scale, unit = _time_unit(longest) if cost == "time" else (1.0, "")
+        if cost == "device hours":
+            scale, unit = _device_unit(longest)
         for group, color in zip(comparison.groups, _colors(comparison), strict=True):
             for i, run in enumerate(group.runs):
                 x, y = [read(point) / scale for point in score(run)], [100 * point["top1"] for point in score(run)]
@@ -41,7 +43,7 @@ def accuracy(comparison: Comparison) -> str:
         _plain(axes)
     for axes in panels[::2]:
         axes.set_ylabel("validation top-1 (%)")
-    panels[0].legend(frameon=False, loc="lower right")
+    _legend(figure, panels[0])
     return _svg(figure)
 
 
@@ -58,7 +60,7 @@ def throughput(comparison: Comparison) -> str:
     axes.set_xlim(left=0)
     axes.set_xlabel("time at work" + unit)
     axes.set_ylabel("images/s in training")
-    axes.legend(frameon=False, loc="lower right")
+    _legend(figure, axes)
     _plain(axes)
     return _svg(figure)
 
@@ -84,7 +86,7 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("accuracy of the class against the base (points)")
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     _plain(axes, "x")
     return _svg(figure)
 
@@ -99,12 +101,28 @@ def _time_unit(longest: float) -> tuple[float, str]:
     return (3600, " (hours)") if longest > 5400 else (60, " (minutes)") if longest > 90 else (1, " (seconds)")
 
 
+def _device_unit(hours: float) -> tuple[float, str]:
+    return (1.0, " (hours)") if hours > 1.5 else (1 / 60, " (minutes)") if hours > 1.5 / 60 else (1 / 3600, " (seconds)")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the panels, where no line runs through it."""
+    lines, names = axes.get_legend_handles_labels()
+    if names:
+        longest = max(map(len, names))
+        figure.legend(
+            lines, names, frameon=False, loc="outside upper left", ncols=max(1, min(len(names), 120 // (longest + 8)))
+        )
+
+
 def _colors(comparison: Comparison) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(comparison.groups))]
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # the last tick of one panel stays off the first of the next
+    return figure
 
 
 def _plain(axes: Axes, grid: str = "y") -> None:
