@@ -29,6 +29,7 @@ import pytest
 from tests.run_of_lines import CONFIG, START, lines, write
 from trainer import shipment, tracking
 from trainer.compare import NothingToCompare, compare, from_mlflow
+from trainer.compare_page import warnings
 from trainer.journal import Journal, JournalError, read
 from trainer.measures import Measure, drift, measures, params, tags
 from trainer.report import where_to_look
@@ -108,6 +109,8 @@ def test_a_shipper_that_cannot_start_or_dies_is_a_message(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     done, message = start(tmp_path, Tracking()).finish()
     assert not done and "ended with code 1" in message
+    with pytest.raises(JournalError, match="no such run"):
+        tracking.sync(tmp_path / "nowhere")
     with pytest.raises(JournalError, match="no such journal"):
         tracking.sync(tmp_path)
     write(tmp_path, [{"kind": "step", "time": 0.0, "attempt": 0, "step": 1}])
@@ -296,16 +299,42 @@ def test_sqlite_default_has_everything_once(default_run: Path):
 @pytest.mark.dist
 def test_compare_reads_an_experiment_here_or_from_mlflow(default_run: Path, tmp_path: Path):
     uri = f"sqlite:///{default_run.parent}/mlflow.db"
-    assert from_mlflow("trilevel", tmp_path, uri) == [default_run]
+    assert from_mlflow("trilevel", tmp_path, uri) == ([default_run], [])
+    state = (default_run / "mlflow.json").read_text()
+    (default_run / "mlflow.json").write_text(state.replace(State.load(default_run).run_id, "0" * 32))
+    try:  # the folder is another run's by now
+        (here,), _ = from_mlflow("trilevel", tmp_path / "other", uri)
+        assert here.parent == tmp_path / "other"
+    finally:
+        (default_run / "mlflow.json").write_text(state)
     away = default_run.rename(default_run.parent / "away")  # as on another machine
     try:
-        (here,) = from_mlflow("trilevel", tmp_path, uri)
+        (here,), _ = from_mlflow("trilevel", tmp_path, uri)
         assert here.parent == tmp_path and list(read(here)) == list(read(away))
         assert [group.name for group in compare([here]).groups] == ["tri"]
     finally:
         away.rename(default_run)
-    with pytest.raises(NothingToCompare, match=r"'other' at sqlite.*no run with a journal there"):
+
+
+@slow_server
+@pytest.mark.dist
+def test_experiments_that_cannot_be_read_are_refused_and_nothing_is_made(default_run: Path, tmp_path: Path):
+    shutil.copy(default_run.parent / "mlflow.db", tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(NothingToCompare, match=r"'other': not at sqlite.*there are Default, trilevel"):
         from_mlflow("other", tmp_path, uri)
+    mlflow = client(uri)
+    mlflow.create_run(mlflow.get_experiment_by_name("trilevel").experiment_id, run_name="young")
+    assert from_mlflow("trilevel", tmp_path / "out", uri)[1] == ["young"]
+    said = warnings(compare([default_run], missing=["young"]))
+    assert said == ["left out, without a journal in MLflow: young; bring it there by trilevel sync RUN"]
+    with pytest.raises(NothingToCompare, match="no such database"):
+        from_mlflow("trilevel", tmp_path, f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
+    assert not (tmp_path / "elsewhere").exists()
+    began = time.monotonic()
+    with pytest.raises(NothingToCompare, match="give run directories"):
+        from_mlflow("trilevel", tmp_path, "http://127.0.0.1:9")
+    assert time.monotonic() - began < 10  # MLflow's own retries: four minutes
 
 
 @slow_server

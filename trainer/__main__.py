@@ -215,8 +215,8 @@ def _compare(a: argparse.Namespace) -> None:
 
     if not a.runs and not a.experiment:
         raise ConfigError("compare: name run directories, or an MLflow experiment with --experiment NAME")
-    runs = [Path(run) for run in a.runs] or from_mlflow(a.experiment, Path(a.out) / "runs", a.uri)
-    found = compare(runs, base=a.base)
+    theirs, missing = from_mlflow(a.experiment, Path(a.out) / "runs", a.uri) if a.experiment else ([], [])
+    found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
     show_table(compare_page.table(found))
     for path in compare_page.write(found, Path(a.out)):
         print(path)

@@ -119,7 +119,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     _add_run(c, overrides=False)
     c = add("compare", "runs side by side: table, and a page with pictures at equal time, work and accuracy")
     c.add_argument("runs", metavar="RUN", nargs="*", help="run directories")
-    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
+    c.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment, beside those named")
     c.add_argument("--uri", help="of the tracking server (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
     c.add_argument(
         "--base", metavar="NAME", help="the run that speedups refer to (default: the dense one if there is one, else the first)"

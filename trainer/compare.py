@@ -102,9 +102,9 @@ class Comparison:
     wrong: tuple[str, ...] = ()  # why a difference may not be what it seems, one sentence each
 
 
-def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
+def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequence[str] = ()) -> Comparison:
     """Compare run directories (at least one). `base`: the name of the run all others are held against; without it the dense one
-    where there is exactly one (seeds apart), else the first.
+    where there is exactly one (seeds apart), else the first. `missing`: names of runs that have no journal, to be told.
 
     Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
     """
@@ -130,6 +130,7 @@ def compare(runs: Sequence[Path | str], base: str | None = None) -> Comparison:
     found = [Group(first, ours, None)]
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
     left = [f"left out, without an evaluation: {run.directory}" for run in read if run not in scored]
+    left += [f"left out, without a journal in MLflow: {name}; bring it there by trilevel sync RUN" for name in missing]
     return Comparison(found[0], tuple(found), (*left, *objections([run for group in found for run in group.runs])))
 
 
@@ -183,20 +184,30 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
     return Against(paired, top1, whole, equal, at)
 
 
-def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> list[Path]:
-    """Journals of the runs of an experiment: the run directory where it is on this machine, else the journal MLflow holds.
+def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[list[Path], list[str]]:
+    """Journals of the runs of an experiment, and names of its runs without one. Of each the run directory where it is on this
+    machine, else the journal MLflow holds.
 
-    Raises NothingToCompare where the experiment has no runs with a journal.
+    Raises NothingToCompare where MLflow does not answer, has no such experiment, or no run of it with a journal.
     """
     from trainer.store import journals_of
 
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
-    found = journals_of(uri, experiment, into)
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.is_file():  # or MLflow would make an empty one there
+        raise NothingToCompare(f"{file}: no such database; name yours by --uri, or give run directories")
+    try:
+        found, missing = journals_of(uri, experiment, into)
+    except LookupError as error:
+        raise NothingToCompare(f"experiment {experiment!r}: not at {uri}; there are {error}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise NothingToCompare(f"{uri}: {type(error).__name__}: {text}; or give run directories") from error
     if not found:
         raise NothingToCompare(
             f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN"
         )
-    return found
+    return found, missing
 
 
 def _sameness(run: History) -> str:

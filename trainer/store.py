@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.measures import Measure, datasets, drift, params, tags
-from trainer.shipper import STATE
+from trainer.shipper import STATE, State
 
 
 class Gone(RuntimeError):
@@ -132,25 +132,40 @@ class Store:
         return run
 
 
-def journals_of(uri: str, experiment: str, into: Path) -> list[Path]:
-    """Run directories of an experiment's active runs: those on this machine, the others as a journal downloaded under `into`."""
+def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list[str]]:
+    """Run directories of an experiment's active runs, and names of those without a journal.
+
+    A run that is on this machine is read there, another as a journal downloaded under `into`. Raises LookupError for an experiment
+    that is not there, with those that are; MLflow's own errors as they come, after seconds.
+    """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    timeout(30)
     client = MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name(experiment)
-    found = []
-    for run in client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000) if place else []:
-        here = Path(run.data.tags.get("run_directory", "/nowhere"))
-        if not (here / "journal.jsonl").is_file():
-            here = into / run.info.run_id
-            here.mkdir(parents=True, exist_ok=True)
-            try:
-                client.download_artifacts(run.info.run_id, "journal.jsonl", str(here))
-            except (MlflowException, OSError):  # not shipped to its end yet
-                continue
-        found.append(here)
-    return found
+    if place is None:
+        raise LookupError(", ".join(sorted(other.name for other in client.search_experiments())))
+    found, missing, token = [], [], None
+    while True:
+        page = client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000, page_token=token)
+        for run in page:
+            here = Path(run.data.tags.get("run_directory", "/nowhere"))
+            # another run may be in that folder by now, or on this machine
+            if not ((here / "journal.jsonl").is_file() and State.load(here).run_id == run.info.run_id):
+                here = into / run.info.run_id
+                here.mkdir(parents=True, exist_ok=True)
+                try:
+                    client.download_artifacts(run.info.run_id, "journal.jsonl", str(here))
+                except (MlflowException, OSError):  # not shipped to its end yet, or the parent of a sweep
+                    with contextlib.suppress(OSError):
+                        here.rmdir()
+                    if "trilevel_parent" not in run.data.tags:
+                        missing.append(str(run.info.run_name or run.info.run_id))
+                    continue
+            found.append(here)
+        if not (token := page.token):
+            return found, missing
 
 
 def timeout(seconds: int | None = None) -> int:

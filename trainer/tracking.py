@@ -33,6 +33,7 @@ from pathlib import Path
 
 import psutil
 
+from trainer.journalfile import JournalError
 from trainer.shipment import Shipment
 from trainer.shipper import Shipped
 from trainer.store import Gone, timeout
@@ -47,6 +48,8 @@ def sync(directory: Path | str, patience: float = 60.0) -> Shipped:
     Raises JournalError where there is no journal, or no start line in it.
     """
     directory = Path(directory).resolve()
+    if not directory.is_dir():
+        raise JournalError(f"{directory}: no such run; give the directory of a run, e.g. runs/NAME")
     with _only_shipper(directory, lambda: False) as alone:
         if not alone:
             return Shipped(False, f"{directory}: a shipper is at work on this run; try again when it is done")
