@@ -206,6 +206,20 @@ def test_full_disk_holds_lines_until_there_is_room(tmp_path: Path, capsys: pytes
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_lines_that_a_full_disk_takes_to_the_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        journal.write("step", step=2)
+        journal.write("end", step=3)
+        journal.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "its last 2 line(s) are lost" in capsys.readouterr().err and list(read(tmp_path)) == []
+
+
 def test_a_line_costs_microseconds_and_memory_stays(tmp_path: Path):
     with Journal(tmp_path) as journal:
         took = []

@@ -6,6 +6,7 @@ The "training" of these tests is a process or this one writing a journal; the sh
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import http.server
 import json
@@ -183,6 +184,27 @@ def test_whatever_fails_each_key_and_step_arrives_once(tmp_path: Path, monkeypat
         found.setdefault((m.key, m.step), []).append(m.value)
     assert found == expected(tmp_path) and len(found) == 257
     assert Memory.taken == {"status": "FINISHED", "journal.jsonl": (tmp_path / "journal.jsonl").stat().st_size}
+
+
+def test_a_full_disk_does_not_end_the_shipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither the note of how far it is nor its own log can be written; what the journal has goes to MLflow all the same."""
+    write(tmp_path, lines())
+    Memory.rows, Memory.taken = [], {}
+    monkeypatch.setattr(Memory, "_fail", lambda self, chance: None)
+    monkeypatch.setattr(shipment, "Store", Memory)
+    save = State.save
+
+    def full(state: State, directory: Path) -> None:
+        if state.run_id:  # the key that finds the run again was still noted
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, directory)
+
+    monkeypatch.setattr(State, "save", full)
+    assert tracking.sync(tmp_path, patience=1).done and Memory.taken["status"] == "FINISHED"
+    assert tracking.sync(tmp_path, patience=1).done and len(Memory.rows) == 257  # nothing twice, though nothing was noted
+    code = "from trainer import tracking as t; t._follow = lambda *_: t.Shipped(True, 'all'); raise SystemExit(t.main(['.', '--follow']))"
+    with open("/dev/full", "w") as log:
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log).returncode == 0
 
 
 # -- against MLflow ------------------------------------------------------------------------------------------------------

@@ -121,6 +121,9 @@ class Journal:
         if self._file >= 0:
             if self._pending:
                 self._flush()
+            if self._pending:
+                lost = self._pending.count(b"\n")
+                print(f"{self.path}: still no room; its last {lost} line(s) are lost", file=sys.stderr)
             os.close(self._file)
             self._file = -1
 

@@ -90,7 +90,7 @@ class Shipment:
         state.refused += len(refused)
         for measure in refused[:3]:
             print(f"MLflow does not take {measure}", flush=True)
-        state.save(self.directory)
+        self._note()
         return True
 
     def upload(self, first: bool = False) -> None:
@@ -107,7 +107,7 @@ class Shipment:
             self.state.uploaded[name] = seen
         if fresh or self.state.trouble:
             self.state.trouble = ""
-            self.state.save(self.directory)
+            self._note()
 
     def bury(self, by_hand: bool) -> None:
         """All lines are sent and the run said no goodbye: it was killed (by hand: if it is silent for long)."""
@@ -120,6 +120,10 @@ class Shipment:
         if text != self.state.trouble:
             print(time.strftime("%F %T"), text, flush=True)
         self.state.trouble = text
+        self._note()
+
+    def _note(self) -> None:
+        """How far it is, where there is room for that on the disk; else the next shipper asks MLflow, see `_ready`."""
         with contextlib.suppress(OSError):
             self.state.save(self.directory)
 
@@ -138,7 +142,7 @@ class Shipment:
             state.save(self.directory)  # the key first: a run made and not noted is found again by it
             place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
             state.experiment_id, state.run_id = place, run
-            state.save(self.directory)
+            self._note()
         if not self._sure:
             for key, step in self._store.last_steps(state.run_id).items():
                 state.last[key] = max(step, state.last.get(key, -1))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import io
 import math
 import os
 import select
@@ -158,6 +159,15 @@ def _only_shipper(directory: Path, wait: Callable[[], bool]) -> Iterator[bool]:
         os.close(handle)
 
 
+class _Log(io.TextIOBase):
+    """Standard output, our own log: what it does not take (a full disk) is left out, or the shipper would end of it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            os.write(1, text.encode(errors="replace"))
+        return len(text)
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description="Ship the journal of a run to MLflow.")
     parser.add_argument("run", type=Path, help="run directory")
@@ -167,6 +177,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--linger", type=float, default=60.0, help="seconds to live on when the training is gone")
     asked = parser.parse_args(words)
     run = asked.run.resolve()
+    sys.stdout = sys.stderr = _Log()
     shipped = _follow(run, asked.parent, asked.every, asked.linger) if asked.follow else sync(run, asked.linger)
     print(time.strftime("%F %T"), shipped.message, flush=True)
     return 0 if shipped.done else 3
