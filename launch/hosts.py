@@ -46,9 +46,10 @@ def read(text: str, source: str = "hostfile") -> list[Host]:
             if key != "slots" or not value.isdecimal() or not int(value):
                 raise LaunchError(f"{source}, line {number}: {word!r} is not understood; a line is `name` or `name slots=8`")
             slots = int(value)
-        if name in [host.name for host in hosts]:
-            raise LaunchError(f"{source}, line {number}: {name} is there twice; give its processes by slots=N")
-        hosts.append(Host(name, slots))
+        host = Host(name, slots)
+        if host.address in [other.address for other in hosts]:
+            raise LaunchError(f"{source}, line {number}: {host.address} is there twice; give its processes by slots=N")
+        hosts.append(host)
     if not hosts:
         raise LaunchError(f"{source}: no host in it; write one per line, e.g. `node1 slots=8`")
     return hosts

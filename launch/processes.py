@@ -117,18 +117,7 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
     Output goes to one file per node in `logs`, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
     every node; the third one kills.
     """
-    nodes = [
-        subprocess.Popen(
-            c.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        for c in commands
-    ]
-    readers = [
-        threading.Thread(target=copy_node, args=(node.stdout, name, logs), daemon=True)
-        for node, name in zip(nodes, names, strict=True)
-    ]
-    for reader in readers:
-        reader.start()
+    nodes: list[subprocess.Popen[bytes]] = []
     heard = 0
 
     def stop(*_: Any) -> None:
@@ -143,13 +132,26 @@ def together(commands: list[Command], names: list[str], logs: Path, spare: int =
                     node.stdin.flush()
 
     before = {number: signal.signal(number, stop) for number in STOP}
-    code, deadline = 0, float("inf")
+    pipe = subprocess.PIPE
+    for c in commands:
+        if heard:  # before all are there: nothing is trained yet
+            for node in nodes:
+                _kill(node.pid)
+            break
+        nodes.append(subprocess.Popen(c.argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True))
+    readers = [
+        threading.Thread(target=copy_node, args=(node.stdout, name, logs), daemon=True)
+        for node, name in zip(nodes, names, strict=False)
+    ]
+    for reader in readers:
+        reader.start()
+    code, deadline = 0 if len(nodes) == len(commands) else 128 + signal.SIGINT, float("inf")
     failed: dict[str, int] = {}  # in the order in which they ended
     try:
         running = True
         while running:
             running = None in [node.poll() for node in nodes]
-            for node, name in zip(nodes, names, strict=True):
+            for node, name in zip(nodes, names, strict=False):
                 if node.returncode and name not in failed:
                     failed[name] = node.returncode
                     if len(failed) <= spare and not heard:

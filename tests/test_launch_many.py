@@ -160,6 +160,21 @@ def test_a_closed_terminal_or_a_full_disk_does_not_stop_the_reading(broken, tmp_
         )
 
 
+def test_a_ctrl_c_before_all_nodes_are_started_leaves_none_behind(tmp_path, monkeypatch):
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*words, **more) -> subprocess.Popen[bytes]:
+        started.append(made := real(*words, **more))
+        os.kill(os.getpid(), signal.SIGINT)
+        return made
+
+    real = subprocess.Popen
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    waits = Command((sys.executable, "-c", "import time; time.sleep(60)"))
+    assert processes.together([waits] * 3, ["a", "b", "c"], tmp_path) == 128 + signal.SIGINT
+    assert len(started) == 1 and started[0].poll() is not None
+
+
 def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
     for word in (b"first", b"second"):
         output.copy_ranks(io.BytesIO(b"[rank 0] " + word + b"\n"), tmp_path)
@@ -184,6 +199,7 @@ def test_credentials_in_an_address_stay_here():
         ("", None, ["no host"]),
         ("node1 slot=8", None, ["line 1", "'slot=8'", "slots=8"]),
         ("node1\nnode1", None, ["line 2", "node1 is there twice"]),
+        ("node1\nme@node1", None, ["line 2", "node1 is there twice"]),
         ("-oProxyCommand=x", None, ["line 1", "no host"]),
         ("node1; reboot", None, ["line 1", "no host"]),
         ("-v", None, ["line 1", "no host"]),
