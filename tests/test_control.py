@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparsity import attention
 from sparsity.types import DENSE, Plan
+from sparsity.vit import SparseViT
 from tests import drawn
 from tests.conftest import ROOT, environment, lines, torchrun
 from tests.run_of_lines import lines as made_up
@@ -154,6 +156,41 @@ def test_a_plan_that_changes_too_often_is_said_once() -> None:
     watcher = Control(tiny(), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
     told = [watcher.look(0.0, 9, Plan(1 - n / 20, 1.0), Clock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
     assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["said"]
+
+
+def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
+    """Not of a dense stretch, which is its own control, and not where control=0 asked for none."""
+
+    def told(plan: Plan, **more: Any) -> list[dict[str, Any]]:
+        watcher = Control(tiny(**more), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+        given: Any = (None, None, None)
+        looks = [watcher.look(n / 17, 17, plan, Clock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)]
+        assert looks[:-1] == [None] * 16
+        return [look for look in looks if look]
+
+    (line,) = told(SPARSE)
+    assert control.told(line).endswith(
+        "0.5, connections 1: not measured: training ended after 17 steps of it, 25 are watched first"
+    )
+    assert told(DENSE) == told(SPARSE, control=0.0) == []
+
+
+def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all is kept, and compiled where the run is: one control network for the whole run."""
+    made: list[Any] = []
+    monkeypatch.setattr(SparseViT, "compile", lambda self: made.append(self))
+    passed: list[Any] = []
+    one = Control._pass
+    monkeypatch.setattr(Control, "_pass", lambda self, network, *args: passed.append(network) or one(self, network, *args))
+    settings = {"kind": "ddp", "zero": 0, "precision": "float32", "compile": True}
+    engine, told = watched(tiny(compat="authors", engine=settings), DENSE, step=10.0)
+    assert told is not None and told["measured"] != 1.0 and told["bound_passes"] == 1.0
+    (dense,) = made
+    assert dense.attend is attention.fused and dense.vit is engine.module.vit
+    assert set(map(id, passed)) == {id(engine.module), id(dense)}
+    plan = {"keep_tokens": 1.0, "keep_connections": 1.0}
+    lines: list[dict[str, Any]] = [{"kind": "start", "multiply_adds": 1}, {"kind": "step", **plan, "seconds": 2.0, "images": 9}]
+    assert savings([*lines, {"kind": "control", **plan, "step_speedup": 0.8}]).speedup == pytest.approx(0.8)
 
 
 def test_what_eats_the_saving() -> None:

@@ -41,14 +41,21 @@ class Control:
         self._began = self._from = Clock(0, 0.0, 0.0)
         self._done, self._told_short = False, False
         self._spent = 0.0
+        self._dense: SparseViT | None = None
 
     def look(
-        self, progress: float, steps: int, plan: Plan, clock: Clock, at_hand: tuple[Tensor, Tensor, Tensor]
+        self,
+        progress: float,
+        steps: int,
+        plan: Plan,
+        clock: Clock,
+        at_hand: tuple[Tensor, Tensor, Tensor],
+        ending: bool = False,
     ) -> dict[str, Any] | None:
         """After each step, on all ranks, no collectives; the facts of a `control` line once per plateau, else None.
 
         steps: batches in this epoch. clock: of the real steps so far. at_hand: a micro-batch, images (b, 3, H, W) float, targets (b, C),
-        draw (b,).
+        draw (b,). ending: no step comes after this one.
         """
         if plan != self._plan:
             lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
@@ -58,8 +65,12 @@ class Control:
             if short and last is not None:
                 self._told_short = True  # a plan that changes every step would say it every step
                 return self._not_measured(last, f"the plan changed after {lasted} steps, {WARM + WATCHED} are watched first")
-            return None
         passed = clock.steps - self._began.steps
+        if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._told_short:
+            self._done = True
+            return self._not_measured(
+                plan, f"training ended after {passed + 1} steps of it, {WARM + WATCHED} are watched first"
+            )
         if self._done or passed < WARM + WATCHED:
             self._from = clock if passed == WARM else self._from
             return None
@@ -79,10 +90,13 @@ class Control:
         step = (clock.seconds - self._from.seconds) / WATCHED
         wait = (clock.waited - self._from.waited) / WATCHED
         own_pass = step / self.engine.steps.accumulation  # at most
+        dense = self._control(model)
+        compared = plan != DENSE or dense is not model
         end = min([border for border in self._borders if border > progress] + [float(self.config.epochs)])
         allowed = self.config.control * (clock.seconds + (end - progress) * steps * step) - self._spent
-        fixed = COMPILING if self.config.engine.compile and DENSE not in self._plans_seen else 0.0
-        one = own_pass if plan == DENSE else own_pass * (1 + 1 / bound)
+        known = DENSE in self._plans_seen if dense is model else self._dense is not None
+        fixed = COMPILING if compared and self.config.engine.compile and not known else 0.0
+        one = own_pass * (1 + 1 / bound) if compared else own_pass
         pairs = min(MOST, int((allowed - fixed) / one) - 1)  # less one to warm up
         if pairs < FEWEST:
             return self._not_measured(
@@ -90,11 +104,10 @@ class Control:
                 f"this plateau is too short: control={self.config.control:g} of the training time leaves {max(allowed, 0):.2g} s for it, "
                 f"{fixed + (FEWEST + 1) * one:.2g} s are needed",
             )
-        dense = (
-            model if model.attend is attention.fused else SparseViT(model.vit)
-        )  # the authors' attention is slower than timm's
+        if dense is not model:
+            self._dense = dense
         passes: dict[str, Callable[[], float]] = {"own": lambda: self._pass(model, plan, self.want, *at_hand)}
-        if plan != DENSE:
+        if compared:
             passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
         try:
             times = interleaved(passes, pairs, self.engine.device)
@@ -102,6 +115,18 @@ class Control:
             torch.cuda.empty_cache()
             return self._not_measured(plan, "a dense pass over this micro-batch does not fit into the memory of the device")
         return facts(plan, bound, times, step, wait, self.engine.steps.accumulation)
+
+    def _control(self, model: SparseViT) -> SparseViT:
+        """The network of the dense passes: the run's own, or under `compat: authors`, whose attention is slower than timm's, one with
+        the same weights and timm's attention, compiled where the run's is."""
+        if model.attend is attention.fused:
+            return model
+        if self._dense is not None:
+            return self._dense
+        dense = SparseViT(model.vit)
+        if self.config.engine.compile:
+            dense.compile()
+        return dense
 
     def _pass(
         self, network: SparseViT, plan: Plan, want: frozenset[str], images: Tensor, targets: Tensor, draw: Tensor

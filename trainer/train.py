@@ -131,7 +131,7 @@ def train(config: Config, resume: bool = False) -> Ended:
                     state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
                     state = state if taken else records.skipped(before, state, chain.last)
                 with meters.paused():
-                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw)):
+                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw), ending):
                         records.control(state, progress, told)
                     if scoring:
                         state = score(state, progress, kept=saving)
