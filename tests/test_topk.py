@@ -55,6 +55,14 @@ def test_everything_stays_untouched_where_all_are_kept():
         assert reduce.count(10, DENSE) == 10
 
 
+def test_a_softmax_so_sharp_that_all_dropped_weigh_nothing_fuses_to_nothing():
+    """Level 3 ranks by the fused token's q and k: a NaN among them would have spoiled every row of its map."""
+    tokens, seen = scene(1, 5)
+    after, carried = TopK(given([[0.6, 0.4, 0.0, 0.0, 0.0]]), fuse=True)(tokens, seen, Plan(0.4))
+    assert after.ids.tolist() == [[0, 1, -1]] and after.x[0, -1].eq(0).all()
+    assert all(part[0, :, -1].eq(0).all() for part in carried[:3])
+
+
 def test_the_fused_token_is_the_weighted_sum_and_its_gradient_reaches_the_scores():
     tokens, seen = scene(2, 6)
     seen.q.requires_grad_()
