@@ -67,7 +67,7 @@ class Curriculum:
         # whole rounds only: an epoch in the middle of a round shows what the round began with
         self.anneal_from = -(-(epochs - round(anneal * epochs)) // repeats) * repeats
         self.updated = 0  # how often what is shown was chosen anew
-        self.group = self.labels if balanced else np.zeros(num_examples, dtype=np.int8)
+        self.group = self.labels if balanced else np.broadcast_to(np.int8(0), num_examples)  # one byte, not N
         self._start()
 
     def _start(self) -> None:

@@ -39,7 +39,9 @@ class Forgetting(Observer):
         self.wants_spread = self.ties == "spread" and self.swaps
         self.active = self._starting_set()
         self.by_trained = self.restore == "never_trained"
-        self.trained = self.active.copy() if self.by_trained else np.zeros(0, dtype=bool)  # ever shown
+        self.trained = (
+            np.packbits(self.active, bitorder="little") if self.by_trained else np.zeros(0, np.uint8)
+        )  # ever shown: bits
         self._forget_everything()
         if self.swaps and (room := int(self._room().sum())) < self.num_swap:
             raise ValueError(
@@ -111,7 +113,8 @@ class Forgetting(Observer):
         out = first_of_each(easiest_first, self.group, quota)
         pool = self._draw(Draw.RESTORED, number).permutation(np.flatnonzero(~self.active))
         if self.by_trained:
-            pool = pool[np.argsort(self.trained[pool], kind="stable")]
+            trained = np.unpackbits(self.trained, count=self.num_examples, bitorder="little")
+            pool = pool[np.argsort(trained[pool], kind="stable")]
         back = first_of_each(pool, self.group, quota)
         facts = {
             "swapped": len(out),
@@ -123,7 +126,7 @@ class Forgetting(Observer):
         self.active[out] = False
         self.active[back] = True
         if self.by_trained:
-            self.trained |= self.active
+            self.trained |= np.packbits(self.active, bitorder="little")
         self._forget_everything()
         return facts
 
@@ -144,12 +147,12 @@ class Forgetting(Observer):
             "memory": self.memory,
             "spread": self.spread,
             "updated": np.array(self.updated),
-        } | ({"trained": np.packbits(self.trained, bitorder="little")} if self.by_trained else {})
+        } | ({"trained": self.trained} if self.by_trained else {})
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        for name in ("active", "trained"):
-            if name in state:
-                setattr(self, name, np.unpackbits(state[name], count=self.num_examples, bitorder="little").astype(bool))
+        self.active = np.unpackbits(state["active"], count=self.num_examples, bitorder="little").astype(bool)
+        if self.by_trained:
+            self.trained = np.array(state["trained"], dtype=np.uint8)
         self.events, self.seen, self.memory, self.spread = (
             np.array(state[k], dtype=getattr(self, k).dtype) for k in ("events", "seen", "memory", "spread")
         )
