@@ -100,6 +100,16 @@ def test_one_set_of_weights_at_many_densities(
     assert "density" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "tokens.method=all", "--densities", "0.5"]) == 2
     assert "the configuration prunes no tokens" in capsys.readouterr().err
+    merging = ["tokens.method=tome", "tokens.merged=2"]
+    assert main(["eval", "weights.safetensors", "c.yaml", *merging, "--densities", "0.9,0.5"]) == 2
+    assert "merges as many at every density" in capsys.readouterr().err
+    hidden = ["connections.method=exact", "connections.keep=0.5", "--json", "out.json"]  # a density says nothing of connections
+    found = []
+    for words in ([], ["--densities", "0.7"]):
+        assert main(["eval", "weights.safetensors", "c.yaml", *hidden, *words]) == 0
+        found += json.loads(Path("out.json").read_text())["rows"]
+    assert [(row["density"], row["connections"]) for row in found] == [(0.7, 0.5), (0.7, 1.0)]
+    assert "connections" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1,abc"]) == 2
     assert "write shares of tokens in (0, 1]" in capsys.readouterr().err
     assert main(["eval", "weights.safetensors", "c.yaml", "model.classes=12"]) == 2

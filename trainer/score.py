@@ -22,9 +22,11 @@ from trainer.values import ConfigError
 
 
 class Row(NamedTuple):
-    """density: share of tokens kept at each pruning block. tokens: in the last block. gmacs: of one image's forward pass / 1e9."""
+    """density, connections: shares of tokens and keys kept at each pruning block. tokens: in the last block. gmacs: of one image's
+    forward pass / 1e9."""
 
     density: float
+    connections: float
     tokens: int
     gmacs: float
     scores: Scores
@@ -36,14 +38,13 @@ class Rows(NamedTuple):
 
     def table(self) -> Table:
         table = Table(title=self.model, title_justify="left")
-        for column in ("density", "tokens", "GMACs", "top-1", "top-5", "worst class", "images", "images/s"):
+        for column in ("density", "connections", "tokens", "GMACs", "top-1", "top-5", "worst class", "images", "images/s"):
             table.add_column(column, justify="right")
         for r in self.rows:
             s = r.scores
             shares = [f"{100 * x:.2f} %" for x in (s.top1, s.top5, s.worst_class)]
-            table.add_row(
-                f"{r.density:g}", str(r.tokens), f"{r.gmacs:.4g}", *shares, str(s.images), f"{s.images_per_second:.0f}"
-            )
+            numbers = [f"{r.density:g}", f"{r.connections:g}", str(r.tokens), f"{r.gmacs:.4g}"]
+            table.add_row(*numbers, *shares, str(s.images), f"{s.images_per_second:.0f}")
         return table
 
     def facts(self) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class Rows(NamedTuple):
         rows = [
             {
                 "density": r.density,
+                "connections": r.connections,
                 "tokens": r.tokens,
                 "gmacs": r.gmacs,
                 "images_per_second": r.scores.images_per_second,
@@ -68,7 +70,8 @@ class Rows(NamedTuple):
 def score(model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None) -> Rows:
     """Score `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
-    `config` None: the run's own, with `overrides`. densities None: the final plan of the configuration. Raises ConfigError.
+    `config` None: the run's own, with `overrides`. densities: shares of tokens, with all connections kept; None: the final plan of the
+    configuration. Raises ConfigError.
     """
     config, network = _load(model, config, overrides or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,13 +80,17 @@ def score(model: str, config: Config | None, densities: list[float] | None = Non
     plans = [Plan(d, 1.0) for d in densities] if densities else [plan_at(float(config.epochs), config)]
     if densities and config.tokens.method == "all" and any(d < 1 for d in densities):
         raise ConfigError(f"--densities {densities}: the configuration prunes no tokens; add tokens.method=topk")
+    if densities and config.tokens.merged and any(d < 1 for d in densities):
+        raise ConfigError(
+            f"--densities {densities}: tokens.merged={config.tokens.merged} merges as many at every density; add tokens.merged=0"
+        )
     rows = []
     half = config.engine.precision != "float32" and device.type == "cuda"
     for plan in plans:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             scores = evaluate(network, Validation(index, config, 0, 1), plan, config, device)
         cost = cost_of(network, plan)
-        rows.append(Row(plan.keep_tokens, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores))
+        rows.append(Row(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores))
     return Rows(model, rows)
 
 
