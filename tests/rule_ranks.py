@@ -124,10 +124,11 @@ def main(words: list[str]) -> None:
     found = [ranks(epochs, seed) for seed in seeds]
     for rule in RULES:
         each = [one[rule] for one in found]
-        numbers = " ".join(f"{one.correlation:.3f}" for one in each)
+        correlation, easiest = ([getattr(one, name) for one in each] for name in ("correlation", "easiest"))
+        of_seeds = [" ".join(f"{number:.3f}" for number in numbers) for numbers in (correlation, easiest)]
         print(
-            f"{rule:16} correlation {np.mean([one.correlation for one in each]):.3f} ({numbers})  easiest "
-            f"{np.mean([one.easiest for one in each]):.3f}  events per example {np.mean([one.events for one in each]):.2f}"
+            f"{rule:16} correlation {np.mean(correlation):.3f} ({of_seeds[0]})  easiest {np.mean(easiest):.3f} ({of_seeds[1]})  "
+            f"events per example {np.mean([one.events for one in each]):.2f}"
         )
 
 
