@@ -60,7 +60,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c = add("eval", "score a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
     _add_config(c, optional=True)
-    c.add_argument("--densities", metavar="1.0,0.7,0.5", help="keep ratios of tokens to walk through with the same weights, all connections kept")
+    c.add_argument(
+        "--densities",
+        metavar="1.0,0.7,0.5",
+        help="keep ratios of tokens to walk through with the same weights, all connections kept",
+    )
     c.add_argument("--json", metavar="FILE")
 
     c = add("parity", "train CONFIG's dense recipe beside timm's own pieces and name the first difference")
