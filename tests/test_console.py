@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_plain_lines_one_per_log_step():
     assert "kept % examples 50 tokens 50 connections 50" in said[-1]
 
 
+def test_the_last_accuracy_is_told_at_the_end():
+    out = io.StringIO()
+    with Console("tri", 4, file=out) as console:
+        told(console)
+        console.end("finished", 30)
+    assert out.getvalue().splitlines()[-1] == "tri: finished at step 30, epoch 4.0  top-1 84.4 %  (EMA 85.4 %)"
+
+
 def test_live_line_on_a_terminal_stays_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setenv("TERM", "xterm")
@@ -48,6 +57,20 @@ def test_live_line_on_a_terminal_stays_one_line(monkeypatch: pytest.MonkeyPatch)
     drawn = out.getvalue().replace("\x1b", "\n").replace("\r", "\n").split("\n")
     assert max(map(len, drawn)) < 75  # cut at the width, not wrapped
     assert out.getvalue().count("\n") == 2  # the message and the line that stays
+
+
+@pytest.mark.parametrize(
+    ("columns", "seen"),
+    [(76, "kept 50/50/50 %"), (80, "tri epoch"), (110, "top-1 78.8 %"), (160, "kept % examples 50 tokens 50")],
+)
+def test_the_live_line_has_the_wanted_facts_at_any_width(monkeypatch: pytest.MonkeyPatch, columns: int, seen: str):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    with Console("tri", 4, file=out, terminal=True) as console:
+        told(console)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).rstrip().splitlines()[-1]
+    assert all(fact in last for fact in ("epoch 4.0/4", "left", "loss 0.460", "100 im", "wait 10 %", seen)), last
 
 
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]):

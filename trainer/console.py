@@ -10,6 +10,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+WIDE = 120  # columns from which on there is room for a bar
+
 
 class Console:
     """Shows the facts of step, epoch and eval lines as the journal has them. On ranks other than 0: `show=False`, says nothing.
@@ -32,14 +34,18 @@ class Console:
         self._clock = Clock()
         self._terminal = Terminal(file=file or sys.stdout, force_terminal=terminal, highlight=False)
         self._live: Progress | None = None
+        self._bar = False
         self._task = TaskID(0)
         if show and self._terminal.is_terminal:
+            self._bar = self._terminal.width >= WIDE
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=16),
                 TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
-            self._live = Progress(*columns, console=self._terminal, refresh_per_second=4, expand=False)
+            self._live = Progress(
+                *(columns if self._bar else columns[::2]), console=self._terminal, refresh_per_second=4, expand=False
+            )
             self._task = self._live.add_task(name, total=until, said="starting")
             self._live.update(self._task, completed=start)
             self._live.start()
@@ -59,9 +65,21 @@ class Console:
         left = self._clock.left(progress, self._until)
         said = described(self._facts, self._until, left)
         if self._live:
-            self._live.update(self._task, completed=min(progress, self._until), said=said)
+            name, width = self._name, self._terminal.width
+            if len(name) + len(said) + (18 if self._bar else 1) > width:
+                said = described(self._facts, self._until, left, short=True)
+                wanted = described(self._facts | {"top1": None, "top1_ema": None}, self._until, left, short=True)
+                name = name if len(name) + len(wanted) < width else ""
+                room = width - len(name) - 1
+                said = said if len(said) <= room else f"{said[: room - 1]}…"
+            self._live.update(self._task, completed=min(progress, self._until), said=said, description=name)
         else:
             self._say(f"{self._name}  {said}")
+
+    def end(self, status: str, step: int) -> None:
+        """How it ended, with the last accuracy: no step follows that would show it."""
+        said = f"{self._name}: {status} at step {step:,}, epoch {self._facts.get('progress', 0.0):.1f}"
+        self.message("  ".join([said, *_accuracy(self._facts)]))
 
     def message(self, text: str) -> None:
         """A line that stays."""
@@ -109,28 +127,32 @@ class Clock:
         return None if self._pace is None else max(0.0, until - progress) * self._pace
 
 
-def described(facts: dict[str, Any], until: float, left: float | None) -> str:
-    """The facts as one line of about 100 characters, the most wanted first."""
+def described(facts: dict[str, Any], until: float, left: float | None, short: bool = False) -> str:
+    """The facts as one line of about 100 characters, the most wanted first; short: 80, what is kept of examples/tokens/connections."""
     parts = [f"epoch {facts.get('progress', 0.0):.1f}/{until:g}"]
     if left is not None:
         parts.append(f"{duration(left)} left")
     if "loss" in facts:
         parts.append(f"loss {facts['loss']:.3f}")
-    if "top1" in facts:
-        parts.append(f"top-1 {100 * facts['top1']:.1f} %")
-    if "top1_ema" in facts:
-        parts.append(f"(EMA {100 * facts['top1_ema']:.1f} %)")
+    if not short:
+        parts += _accuracy(facts)
     if "images_per_second" in facts:
-        parts.append(f"{facts['images_per_second']:,.0f} images/s")
+        parts.append(f"{facts['images_per_second']:,.0f} {'img/s' if short else 'images/s'}")
     if "data_wait" in facts:
         parts.append(f"wait {100 * facts['data_wait']:.0f} %")
-    kept = []
+    kept = {name: facts[f"keep_{name}"] for name in ("tokens", "connections") if f"keep_{name}" in facts}
     if facts.get("examples"):
-        kept.append(f"examples {100 * facts['kept'] / facts['examples']:.0f}")
-    kept += [f"{name} {100 * facts[f'keep_{name}']:.0f}" for name in ("tokens", "connections") if f"keep_{name}" in facts]
-    if kept:
-        parts.append("kept % " + " ".join(kept))
-    return "  ".join(parts)
+        kept = {"examples": facts["kept"] / facts["examples"]} | kept
+    if kept and short:
+        parts.append(f"kept {'/'.join(f'{100 * share:.0f}' for share in kept.values())} %")
+    elif kept:
+        parts.append("kept % " + " ".join(f"{name} {100 * share:.0f}" for name, share in kept.items()))
+    return "  ".join(parts + (_accuracy(facts) if short else []))
+
+
+def _accuracy(facts: dict[str, Any]) -> list[str]:
+    parts = [f"top-1 {100 * facts['top1']:.1f} %"] if facts.get("top1") is not None else []
+    return parts + ([f"(EMA {100 * facts['top1_ema']:.1f} %)"] if facts.get("top1_ema") is not None else [])
 
 
 def duration(seconds: float) -> str:

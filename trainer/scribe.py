@@ -139,6 +139,7 @@ class Scribe:
             report.write(self.directory)
         except Exception as error:  # table and picture can be made again; a run must not fail over them
             print(f"no report: {error}; try `trilevel report {self.directory}`")
+        self.console.end(status, state.step)
         self.console.close()
         if self.shipper is not None and (said := self.shipper.finish(timeout=SENDING).message):
             print(said)
