@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import lines
 from trainer.phases import PHASES
+from trainer.sections import Trace as TraceSettings
+from trainer.trace import Trace
 
 pytestmark = pytest.mark.dist
 SETTINGS = """
@@ -74,3 +76,16 @@ def test_a_run_tells_where_its_time_goes(trilevel: Callable, settings: str, tmp_
     ]
     assert "torch==" in (run / "environment.txt").read_text() and "| 0 - " in (run / "plan.md").read_text()
     assert not (run / "mlflow.json").exists() and sorted(path.name for path in run.parent.iterdir()) == ["seen"]
+
+
+def test_a_trace_of_steps_that_never_came_is_told(tmp_path: Path):
+    said: list[str] = []
+    trace = Trace(TraceSettings(steps=(200, 210)), tmp_path, 0, False, said.append)
+    for step in range(5):
+        trace.at(step)
+    trace.close(5)
+    trace.close(5)
+    assert said == ["trace.steps=[200, 210]: this attempt made none of them, it ends at step 5; no trace"]
+    trace = Trace(TraceSettings(), tmp_path, 0, False, said.append)
+    trace.close(5)
+    assert len(said) == 1 and list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ from trainer.report import where_to_look
 from trainer.report import write as write_report
 from trainer.sections import Tracking
 from trainer.shipment import FIRST, Shipment
-from trainer.shipper import State, start
+from trainer.shipper import Shipper, State, start
 
 ROOT = Path(__file__).resolve().parent.parent
 slow_server = pytest.mark.xdist_group("mlflow")
@@ -117,6 +117,17 @@ def test_a_shipper_that_cannot_start_or_dies_is_a_message(tmp_path: Path, monkey
     write(tmp_path, [{"kind": "step", "time": 0.0, "attempt": 0, "step": 1}])
     with pytest.raises(JournalError, match="no start line"):
         tracking.sync(tmp_path)
+
+
+def test_the_end_does_not_wait_for_a_shipper_without_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its trouble can't be noted where we look for it."""
+    monkeypatch.setattr("trainer.shipper._no_room", lambda directory: True)
+    process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE)
+    began = time.monotonic()
+    done, message = Shipper(tmp_path, process).finish(30)
+    process.kill()
+    process.wait()
+    assert not done and "no room at" in message and "the journal has" not in message and time.monotonic() - began < 10
 
 
 class Memory:

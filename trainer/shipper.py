@@ -106,10 +106,14 @@ class Shipper:
                 process.stdin.write(b"stop\n")
                 process.stdin.close()
         while process.poll() is None and (waited := time.monotonic() - began) < timeout:
-            if waited > 3 and State.load(self._directory).trouble:
+            if waited > 3 and (State.load(self._directory).trouble or _no_room(self._directory)):
                 break
             time.sleep(0.05)
         state = State.load(self._directory)
+        if _no_room(self._directory) and process.returncode != 0:  # its trouble could not be noted either
+            return Shipped(
+                False, f"MLflow does not have all of the run: no room at {self._directory}; make room, then trilevel sync RUN"
+            )
         if process.returncode == 0:
             return Shipped(True, f"MLflow has all of it ({state.uri})")
         ended = f"the shipper ended with code {process.returncode}, see {self._directory / LOG}"
@@ -119,3 +123,10 @@ class Shipper:
         return (
             f"MLflow does not have all of the run yet: {why}; the journal has; bring it there: trilevel sync {self._directory}"
         )
+
+
+def _no_room(directory: Path) -> bool:
+    try:
+        return os.statvfs(directory).f_bavail == 0
+    except OSError:
+        return False

@@ -45,10 +45,15 @@ class Trace:
             self._start(behind + 1)
 
     def close(self, behind: int) -> None:
-        """The run ends: what was recorded until now is written."""
+        """The attempt ends: what was recorded until now is written; steps that it never came to are named."""
         if self._profiler is not None:
             self._span.__exit__(None, None, None)
             self._write(behind)
+        elif self._wanted and self._settings.steps is not None:
+            self._say(
+                f"trace.steps={list(self._settings.steps)}: this attempt made none of them, it ends at step {behind}; no trace"
+            )
+            self._wanted = False
 
     def _name(self, step: int) -> None:
         """The journal's number over the operators of a step."""
