@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sparsity.plans import PLANS, Course
 from sparsity.types import DENSE, Plan
 from tests import drawn
-from trainer.model import course_of
+from trainer.model import course_of, last_plan
 
 TRI_LEVEL = {"method": "cosine", "keep_tokens": 0.7, "keep_connections": 0.1, "warmup": 10.0, "length": 100.0}
 
@@ -64,6 +64,16 @@ def test_a_level_that_is_off_keeps_all_on_every_stair():
     assert found["tokens"].changes(9) == [(0.0, Plan(0.8, 1.0)), (2.0, Plan(0.6, 1.0))]
     assert found["connections"].changes(9) == [(0.0, Plan(1.0, 0.7)), (2.0, Plan(1.0, 0.4))]
     assert course_of(drawn.config("nowhere", plan=plan)).changes(9) == [(0.0, DENSE)]
+
+
+@pytest.mark.parametrize(("epochs", "from_epoch"), [(60, 47.5), (110, 97.5), (111, 110.0)])
+def test_a_change_at_the_very_end_is_not_the_last_plan(epochs, from_epoch):
+    """A run scores under the plan that it trained under; `eval RUN` and `show` have to take the same."""
+    levels = {"tokens": {"method": "topk", "keep": 0.7}, "connections": {"method": "exact", "keep": 0.1}}
+    config = drawn.config("nowhere", plan={"method": "cosine"}, **levels).model_copy(update={"epochs": epochs})
+    assert course_of(config).changes(epochs)[-1] == (from_epoch, last_plan(config))
+    constant = config.model_copy(update={"plan": config.plan.model_copy(update={"method": "constant"})})
+    assert last_plan(constant) == Plan(0.7, 0.1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.configfile import parse
 from trainer.data.order import Steps
 from trainer.engine import Engine
-from trainer.model import build_model, plan_at
+from trainer.model import build_model, last_plan
 from trainer.objective import Objective
 from trainer.optim import build_optimizer
 from trainer.stepbench import interval
@@ -202,7 +202,7 @@ def _batch(config: Config, count: int, device: torch.device) -> tuple[Tensor, Te
     size, classes = config.model.image_size, config.model.classes
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     targets = nn.functional.one_hot(torch.arange(count) % classes, classes).float().to(device)
-    return images, targets, torch.arange(count, device=device), plan_at(float(config.epochs), config)
+    return images, targets, torch.arange(count, device=device), last_plan(config)
 
 
 def _memory(device: torch.device, peak: bool) -> float:

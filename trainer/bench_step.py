@@ -22,7 +22,7 @@ from sparsity.vit import SparseViT
 from trainer.bench_bookkeeping import bookkeeping
 from trainer.bench_bookkeeping import told as bookkeeping_told
 from trainer.config import Config
-from trainer.model import build_model, cost_of, course_of, plan_at
+from trainer.model import build_model, cost_of, course_of, last_plan
 from trainer.optim import build_optimizer
 from trainer.stepbench import Row, paired
 
@@ -76,7 +76,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Mea
     theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
     for network, of in ((ours, config), (theirs, other), (timm, config)):
         _compile(network, of)
-    final, base = plan_at(float(config.epochs), config), DENSE if against is None else plan_at(float(other.epochs), other)
+    final, base = last_plan(config), DENSE if against is None else last_plan(other)
     whole = cost_of(theirs, base)["multiply_adds"]
     named = {"ours": final} | {f"ours from epoch {start:g}": plan for start, plan in stretches(config) if plan != final}
     rows = {name: Row(ours, plan, cost_of(ours, plan)["multiply_adds"] / whole) for name, plan in named.items()}

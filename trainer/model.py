@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sparsity import cost, methods
@@ -71,6 +72,11 @@ def build_examples(config: Config, index: Index) -> Curriculum:
 def plan_at(progress: float, config: Config) -> Plan:
     """What a step at this progress (in epochs) keeps."""
     return course_of(config).at(progress)
+
+
+def last_plan(config: Config) -> Plan:
+    """What the last step of a run keeps, and so its last score: a change that falls on the very end is never trained under."""
+    return plan_at(math.nextafter(float(config.epochs), 0.0), config)
 
 
 def course_of(config: Config) -> Course:

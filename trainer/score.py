@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.configfile import load
 from trainer.data.stream import Validation
 from trainer.evaluate import Scores, evaluate
-from trainer.model import build_model, cost_of, plan_at
+from trainer.model import build_model, cost_of, last_plan
 from trainer.values import ConfigError
 
 
@@ -77,7 +77,7 @@ def score(model: str, config: Config | None, densities: list[float] | None = Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     _, index = open_indexes(config)
-    plans = [Plan(d, 1.0) for d in densities] if densities else [plan_at(float(config.epochs), config)]
+    plans = [Plan(d, 1.0) for d in densities] if densities else [last_plan(config)]
     if densities and config.tokens.method == "all" and any(d < 1 for d in densities):
         raise ConfigError(f"--densities {densities}: the configuration prunes no tokens; add tokens.method=topk")
     if densities and config.tokens.merged and any(d < 1 for d in densities):

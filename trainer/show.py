@@ -25,7 +25,7 @@ from trainer.configfile import load
 from trainer.data.augment import Transform
 from trainer.data.finish import normalise
 from trainer.data.shards import DataError
-from trainer.model import build_model, plan_at
+from trainer.model import build_model, last_plan
 from trainer.show_examples import contact_sheet
 from trainer.values import ConfigError
 
@@ -64,7 +64,7 @@ class Viewer:
             raise ConfigError(f"show {run}: no weights at {file}; a run writes them with its first checkpoint")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
-        self.plan = plan_at(float(self.config.epochs), self.config)
+        self.plan = last_plan(self.config)
         self.transform = Transform(
             self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
         )
