@@ -45,6 +45,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up run on MLflow's sqlite default; its tests copy it."""
+    from tests.tracked import shipped
+
+    return shipped(tmp_path_factory.mktemp("default") / "runs" / "tri")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
