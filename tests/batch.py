@@ -144,9 +144,9 @@ def _daemon(made: Batch, name: str, *words: str) -> Iterator[None]:
     try:
         yield
     finally:
-        family = _family(made.folder) if name == "slurmd" else []
-        family += psutil.Process(service.pid).children(recursive=True) if service.poll() is None else []
-        service.kill()
+        family = psutil.Process(service.pid).children(recursive=True) if service.poll() is None else []
+        service.kill()  # first: a slurmd that still lives may start another step
+        family += _family(made.folder) if name == "slurmd" else []
         for one in family:
             try:
                 one.kill()
