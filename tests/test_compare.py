@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console as Terminal
 
 from tests.run_of_lines import CONFIG, START, lines, write
+from trainer.__main__ import main
 from trainer.compare import NothingToCompare, Spread, compare, reached
 from trainer.compare_page import comma_separated, markdown, page, rows, table, warnings
 from trainer.compare_page import write as write_page
@@ -208,6 +209,12 @@ def test_classes_that_moved_are_drawn(tmp_path: Path):
     journal = tmp_path / "b" / "journal.jsonl"
     journal.write_text(journal.read_text().replace("[0.9, 0.5, 0.8]", '["NaN", 0.5, 0.8]'))  # a class without images
     assert "class 0" not in per_class(compare([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_the_terminal_says_what_stands_against_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [run(tmp_path, "a", sparse=False), run(tmp_path, "b", start={"device": "H200"})]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    assert "mind: device: cpu in a, H200 in b; times and device hours are not comparable" in capsys.readouterr().out
 
 
 def test_names_are_escaped(tmp_path: Path):

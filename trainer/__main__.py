@@ -218,6 +218,8 @@ def _compare(a: argparse.Namespace) -> None:
     theirs, missing = from_mlflow(a.experiment, Path(a.out) / "runs", a.uri) if a.experiment else ([], [])
     found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
     show_table(compare_page.table(found))
+    for text in compare_page.warnings(found):
+        print(f"mind: {text}")
     for path in compare_page.write(found, Path(a.out)):
         print(path)
 
