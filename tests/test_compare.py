@@ -199,6 +199,16 @@ def test_no_curve_runs_through_a_legend_and_hours_are_readable(both: list[Path],
     assert drawn[0].axes[1].get_xlabel() == "device time (seconds)"  # 36 of them, not .01 hours
 
 
+def test_no_two_of_many_runs_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr("trainer.compare_pictures._svg", lambda figure: drawn.append(figure) or "")
+    found = compare([run(tmp_path, f"r{i}", start={"config": CONFIG | {"name": f"r{i}", "epochs": i}}) for i in range(12)])
+    accuracy(found)
+    throughput(found)
+    for figure in drawn:
+        assert len({(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}) == 12
+
+
 def test_classes_that_moved_are_drawn(tmp_path: Path):
     for name, values in (("a", [0.9, 0.8, 0.7]), ("b", [0.9, 0.5, 0.8])):
         path = run(tmp_path, name, sparse=name == "b") / "journal.jsonl"

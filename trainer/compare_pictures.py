@@ -14,6 +14,7 @@ from trainer.compare import COSTS, Comparison, Group, score
 from trainer.report_picture import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
+LINES = ("-", "--", ":", "-.")
 TITLES = {
     "time": "time at work",
     "device hours": "device time",
@@ -31,10 +32,10 @@ def accuracy(comparison: Comparison) -> str:
         scale, unit = _time_unit(longest) if cost == "time" else (1.0, "")
         if cost == "device hours":
             scale, unit = _device_unit(longest)
-        for group, color in zip(comparison.groups, _colors(comparison), strict=True):
+        for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
             for i, run in enumerate(group.runs):
                 x, y = [read(point) / scale for point in score(run)], [100 * point["top1"] for point in score(run)]
-                axes.plot(x, y, color=color, linewidth=1.8, alpha=0.85, label=group.name if i == 0 else None)
+                axes.plot(x, y, line, color=color, linewidth=1.8, alpha=0.85, label=group.name if i == 0 else None)
                 axes.plot(x[-1:], y[-1:], "o", color=color, markersize=4)
         axes.set_xlabel(TITLES[cost] + unit)
         axes.set_xlim(left=0)
@@ -53,9 +54,9 @@ def throughput(comparison: Comparison) -> str:
     longest = max(run.last.elapsed for group in comparison.groups for run in group.runs)
     scale, unit = _time_unit(longest)
     tops = []
-    for group, color in zip(comparison.groups, _colors(comparison), strict=True):
+    for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
         for i, run in enumerate(group.runs):
-            tops.append(draw_throughput(axes, run, scale, color, group.name if i == 0 else None))
+            tops.append(draw_throughput(axes, run, scale, color, group.name if i == 0 else None, line))
     axes.set_ylim(0, 1.15 * max(tops) or 1)
     axes.set_xlim(left=0)
     axes.set_xlabel("time at work" + unit)
@@ -77,7 +78,7 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
         return ""
     figure = _figure(10, 1 + 0.32 * len(moved))
     axes, high = figure.subplots(), 0.8 / len(others)
-    colors = dict(zip((g.name for g in comparison.groups), _colors(comparison), strict=True))
+    colors = {group.name: color for group, (color, _) in zip(comparison.groups, _styles(comparison), strict=True)}
     for i, (group, values) in enumerate(others):
         y = [row + high * (i + 0.5) - 0.4 for row in range(len(moved))]
         axes.barh(y, [100 * (values[c] - base[c]) for c in moved], high * 0.9, color=colors[group.name], label=group.name)
@@ -115,8 +116,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
         )
 
 
-def _colors(comparison: Comparison) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(comparison.groups))]
+def _styles(comparison: Comparison) -> list[tuple[str, str]]:
+    """Colour and line of each group; beyond the colours that can be told apart the lines differ."""
+    return [(COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]) for i in range(len(comparison.groups))]
 
 
 def _figure(width: float, height: float) -> Figure:

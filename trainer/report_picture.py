@@ -82,7 +82,7 @@ def _draw_throughput(axes: Axes, run: History, scale: float) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: str | None = None) -> float:
+def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: str | None = None, line: str = "-") -> float:
     """Images/s over time, thin as logged and thick as a running median; returns how high the picture must be, 0 without steps."""
     steps = [point for point in run.of("step") if point.get("images_per_second") is not None]
     if not steps:
@@ -90,7 +90,7 @@ def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: s
     x = np.array([point.elapsed / scale for point in steps])
     y = np.array([float(point["images_per_second"]) for point in steps])
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
-    axes.plot(x, _running(y, max(1, len(y) // 40), np.median), color=color, linewidth=2, label=label)
+    axes.plot(x, _running(y, max(1, len(y) // 40), np.median), line, color=color, linewidth=2, label=label)
     return float(np.percentile(y, 99))
 
 
