@@ -55,7 +55,7 @@ FAMILIES: dict[str, Callable[[], VisionTransformer]] = {
     "registers_without_cls": lambda: tiny(class_token=False, reg_tokens=2, global_pool="avg", no_embed_class=True),
     "prr_pooling": lambda: tiny(global_pool="prr"),
     "many_tokens": lambda: tiny(img_size=48, patch_size=4),
-    "px_384": lambda: tiny(img_size=384, patch_size=16, depth=2),
+    "px_384": lambda: tiny(img_size=384, patch_size=16),
     "not_square": lambda: tiny(img_size=(16, 24)),
     "patch_8": lambda: tiny(img_size=32, patch_size=8),
     "patch_drop": lambda: tiny(patch_drop_rate=0.4),
