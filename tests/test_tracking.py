@@ -101,6 +101,21 @@ def test_the_end_does_not_wait_for_a_shipper_without_room_on_the_disk(tmp_path: 
     assert not done and "no room at" in message and "the journal has" not in message and time.monotonic() - began < 10
 
 
+def test_a_run_goes_on_to_its_server_from_a_shell_that_does_not_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = write(tmp_path / "tri", lines())
+    assert Shipment(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    State(uri="http://host:5000", run_id="abc", offset=7).save(run)
+    assert (Shipment(run).uri, Shipment(run).state.run_id) == ("http://host:5000", "abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")  # the same with a slash
+    assert Shipment(run).state.run_id == "abc"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")  # asked for: all of it, anew
+    assert (Shipment(run).uri, Shipment(run).state.run_id, Shipment(run).state.offset) == ("http://other:5000", "", 0)
+    (run / "mlflow.json").unlink()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    State(uri="sqlite:////moved/away/mlflow.db", run_id="abc").save(run)
+    assert Shipment(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
 class Memory:
     """Stands for a store that keeps every row it is sent, and fails by a seed: before a batch is taken or behind it."""
 

@@ -22,8 +22,12 @@ FORGOTTEN = 15 * 60  # seconds without a line after which `sync` calls a run wit
 
 
 def uri_of(directory: Path, settings: Tracking) -> str:
-    """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite beside the run directories (RUNS/mlflow.db)."""
-    return settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve().parent}/mlflow.db"
+    """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else the server it went to before (a shell without that variable must
+    not ship it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
+    before = State.load(directory).uri
+    server = before if before.startswith(("http", "databricks")) else ""
+    asked = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or server
+    return asked.rstrip("/") or f"sqlite:///{directory.resolve().parent}/mlflow.db"
 
 
 class Shipment:
@@ -44,7 +48,7 @@ class Shipment:
         self._experiment, self._parent = settings.experiment, settings.parent
         self._name, self._began = str(config.get("name") or directory.name), starts[0]["time"]
         self.state = State.load(directory)
-        if self.state.uri != self.uri:
+        if self.state.uri.rstrip("/") != self.uri:
             self.state = State(uri=self.uri)
         self._store: Store | None = None
         self._sure = False  # state.last is what MLflow has; no more once a request is on its way
