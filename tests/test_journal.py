@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from trainer.configfile import parse
 from trainer.journal import FILE, Journal, JournalError, last_attempt, lineage, read, read_from
+from trainer.records import Records
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,6 +116,22 @@ def test_one_writer_and_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_resume_of_a_living_run_leaves_its_files_alone(tmp_path: Path):
+    sections = {
+        "name": "x",
+        "runs": str(tmp_path),
+        "model": {"name": "deit_tiny_patch16_224"},
+        "data": {"train": "a", "validation": "b"},
+    }
+    config = parse(sections | {"log_every": "7step"})
+    engine: Any = SimpleNamespace(is_main=True, share=lambda item: item)
+    with Journal(tmp_path / "x"):
+        (tmp_path / "x" / "config.yaml").write_text("of the living one")
+        with pytest.raises(JournalError, match="another process writes it"):
+            Records(config, engine, resume=True)
+        assert (tmp_path / "x" / "config.yaml").read_text() == "of the living one"
 
 
 def test_attempts_count_up_and_none_is_used_twice(tmp_path: Path):

@@ -22,7 +22,7 @@ from trainer.data.order import EpochOrder
 from trainer.data.shards import DataError
 from trainer.engine import Engine
 from trainer.evaluate import Scores
-from trainer.journal import Journal
+from trainer.journal import FILE, Journal
 from trainer.machine import matrix_rate, since_start
 from trainer.meters import Window
 from trainer.scribe import Scribe
@@ -55,8 +55,12 @@ class Records:
         failure: Exception | None = None
         if engine.is_main:
             try:
+                if (
+                    resume and (self.directory / FILE).exists()
+                ):  # refuses a run that lives, before its config.yaml is written over
+                    self._journal = Journal(self.directory)
                 run.claim(config, resume)
-                self._journal = Journal(self.directory)
+                self._journal = self._journal or Journal(self.directory)
             except Exception as error:
                 failure = error
         if (failure := engine.share(failure)) is not None:  # a pickled copy on the other ranks, so that none of them waits
