@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -254,3 +255,24 @@ def test_a_line_costs_microseconds_and_memory_stays(tmp_path: Path):
 def test_missing_journal_is_named(tmp_path: Path):
     with pytest.raises(JournalError, match=r"no such journal.*runs/NAME"):
         list(read(tmp_path / "nowhere"))
+
+
+def test_a_disk_that_refuses_to_be_sure_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A full quota on NFS is told when the file is synchronised, not when it is written."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with Journal(tmp_path) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            journal.write("start")
+            journal.write("checkpoint", step=1)
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EBADF, "our mistake")))
+            with pytest.raises(OSError, match="our mistake"):
+                journal.sync()
+        journal.write("checkpoint", step=2)
+    assert capsys.readouterr().err.count("may now lose the last lines") == 1
+    assert [line["kind"] for line in read(tmp_path)] == ["start", "checkpoint", "checkpoint"]

@@ -70,6 +70,7 @@ from trainer.journalfile import JournalError, finite, lock, plain, repair
 
 FILE = "journal.jsonl"
 DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # what may be over when there is room, or the file system is back
 PENDING_BYTES = 16 << 20  # what is held in memory while the disk is full, before the run must stop
 
 # What makes a line the same line when an attempt writes it again after its resume point.
@@ -89,7 +90,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._pending = b""
-        self._warned = False
+        self._warned = self._unsafe = False
         try:
             lock(self._file, self.path)
             self._size = repair(self._file)
@@ -113,9 +114,22 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Bring all lines to the disk. Before a checkpoint becomes the latest: a crash of the node then loses no line."""
-        if not self._pending:
+        """Bring all lines to the disk. Before a checkpoint becomes the latest: a crash of the node then loses no line.
+
+        Where the disk refuses (NFS reports a full quota here, not at the write), the run goes on and says so once.
+        """
+        if self._pending:
+            return
+        try:
             os.fsync(self._file)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            if not self._unsafe:
+                print(f"{self.path}: {error.strerror}; a crash of this node may now lose the last lines", file=sys.stderr)
+            self._unsafe = True
+        else:
+            self._unsafe = False
 
     def close(self) -> None:
         if self._file >= 0:
@@ -139,7 +153,7 @@ class Journal:
             while written < len(self._pending):
                 written += os.write(self._file, self._pending[written:])
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            if error.errno not in DISK:
                 raise
             os.ftruncate(self._file, self._size)  # no half line; the whole is tried again with the next one
             if len(self._pending) > PENDING_BYTES:
