@@ -103,7 +103,7 @@ def one(name: str, resume: bool, *overrides: str) -> str:
         told = str(error)
     AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
     if RANK == 0:
-        print(f"{name}: {told}", flush=True)
+        print(f"told {name}: {told}", flush=True)
     return told
 
 

@@ -74,7 +74,9 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(runs: Path, scene: str) -> list[str]:
-    return [line.split(": ", 1)[1] for line in (runs / "told.txt").read_text().splitlines() if line.startswith(f"{scene}: ")]
+    return [
+        line.split(": ", 1)[1] for line in (runs / "told.txt").read_text().splitlines() if line.startswith(f"told {scene}: ")
+    ]
 
 
 def seen(run: Path) -> dict[str, Any]:
