@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sparsity.types import Selection
 from tests import drawn
 from tests.test_refusals import RECIPE as DENSE
 from trainer import kept
-from trainer.__main__ import main
+from trainer.__main__ import COMMANDS, main
 from trainer.audit import Audit, audit
 from trainer.data.index import build_index
 from trainer.data.stream import Stream
@@ -239,3 +241,24 @@ def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_
         assert one["kept"] == keep[of].sum() and one["rate"] == pytest.approx(keep[of].mean())
     assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept.csv").is_file(), "the newest"
     assert main(["kept", str(run), "--epoch", "9"]) != 0 and "--epoch 9" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_failure_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """`trilevel kept RUN | head -1`."""
+    monkeypatch.setitem(COMMANDS, "kept", lambda _: print("a list\n" * 9999))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", nobody)
+        assert main(["kept", "run"]) == 141
+    assert capsys.readouterr().err == ""
+
+    def away(_: Any) -> None:
+        raise BrokenPipeError("a connection's")
+
+    monkeypatch.setitem(COMMANDS, "kept", away)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as read, os.fdopen(reading), monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", read)
+        with pytest.raises(BrokenPipeError, match="a connection's"):
+            main(["kept", "run"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     try:
         code = int(COMMANDS[arguments.command](arguments) or 0)
+        sys.stdout.flush()
         if words is None and arguments.command == "train":  # the process ends; a caller that gave `words` keeps its signals
             deaf()
         return code
@@ -29,10 +31,22 @@ def main(words: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141  # as a shell tells a SIGPIPE
         if not _is_ours(error):
             raise
         print(f"trilevel: {error}", file=sys.stderr)
         return 2
+
+
+def _unread() -> bool:
+    """Whether nobody reads our output any more (`| head`), rather than a connection's other end; the rest of it then goes nowhere."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), 0)  # errors are always told
+    if not look.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _is_ours(error: Exception) -> bool:
