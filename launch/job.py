@@ -11,7 +11,8 @@ STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
 RESTARTS = 3  # of an elastic job, by failing ranks; nodes that come or go don't count
 LAST_CALL = 15  # seconds that an elastic job waits for more nodes once it has enough
 LOGS = "logs"  # the folder of all output, where no other is named
-PREFIX = "[rank ${rank}] "  # before each line of a rank: torchrun fills it in, `output` reads it
+# before each line of a rank: torchrun fills it in, `output` reads it and takes away the record separator, which no rank prints
+PREFIX = "\x1e[rank ${rank}] "
 
 
 class LaunchError(ValueError):

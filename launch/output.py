@@ -1,6 +1,7 @@
 """What processes say: each line goes on to us, and to the file of the node or rank that said it.
 
-Ranks are told apart by torchrun: `--tee` writes what each one says to a file and reads it out again with a prefix before each line.
+Ranks are told apart by torchrun: `--tee` writes what each one says to a file and reads it out again with a prefix before each line. It
+reads half lines, too (a progress bar, a print without an end), and then another rank's prefix stands in the middle of a line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import IO
 
 from launch.job import LaunchError
 
-RANK = re.compile(rb"\[rank (\d+)\] ")  # `job.PREFIX`, filled in
+RANK = re.compile(rb"\x1e(?=\[rank (\d+)\] )")  # `job.PREFIX`, filled in
 
 
 def made(folder: Path, asked: str) -> Path:
@@ -36,13 +37,18 @@ def copy_node(stream: IO[bytes], name: str, folder: Path) -> None:
 
 
 def copy_ranks(stream: IO[bytes], folder: Path) -> None:
-    """A launcher's output: as it came here, what each rank says in rank-N.txt."""
+    """A launcher's output: a line here for each piece, and what each rank says, as it came, in rank-N.txt."""
     files: dict[str, IO[bytes] | None] = {}
     for line in stream:
-        if found := RANK.match(line):
-            name = f"rank-{int(found[1])}.txt"
-            files[name] = _write(folder / name, files.get(name), line[found.end() :])
-        _show(line)
+        found = list(RANK.finditer(line))
+        ends = [one.start() for one in found[1:]] + [len(line)]
+        if not found or found[0].start():  # the launcher's own words
+            _show(line[: found[0].start()] + b"\n" if found else line)
+        for one, end in zip(found, ends, strict=False):
+            piece = line[one.end() : end]
+            name = f"rank-{int(one[1])}.txt"
+            files[name] = _write(folder / name, files.get(name), piece.partition(b"] ")[2])
+            _show(piece if piece.endswith(b"\n") else piece + b"\n")
 
 
 # Who reads must go on reading: a pipe that nobody empties stops the job at its next line. So a full disk or a closed terminal

@@ -130,7 +130,7 @@ def test_torchrun_is_told_to_mark_what_each_rank_says(least):
     words = list(command.argv)
     read = (get_args_parser() if least else launch_command_parser()).parse_args(words[3:])
     assert (Std.from_str(read.tee), read.log_dir, read.training_script) == (Std.ALL, "/tmp/a b", "trainer")
-    assert command.env["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "[rank ${rank}] "
+    assert command.env["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "\x1e[rank ${rank}] "
     alone = launcher(JOB, Node(1, False, 29400, tee="/tmp/a b"), "python")  # no torchrun, no ranks to tell apart
     assert "--tee" not in alone.argv and not any("PREFIX" in name for name in alone.env)
 
@@ -149,7 +149,7 @@ def test_a_closed_terminal_or_a_full_disk_does_not_stop_the_reading(broken, tmp_
             (tmp_path / f"{name}.txt").symlink_to("/dev/full")
     said = [b"starts\n", b"[rank 7] caf\xe9\n", b"[rank 7] more\r\n"]
     output.copy_node(io.BytesIO(b"".join(said)), "node1", tmp_path)
-    output.copy_ranks(io.BytesIO(b"".join(said)), tmp_path)
+    output.copy_ranks(io.BytesIO(b"".join(said).replace(b"[rank", b"\x1e[rank")), tmp_path)
     if broken == "terminal":
         rows = (tmp_path / "node1.txt").read_bytes().splitlines()
         assert rows[0].startswith(b"-- 20") and rows[1:] == [b"starts", b"[rank 7] caf\xe9", b"[rank 7] more"]
@@ -177,8 +177,18 @@ def test_a_ctrl_c_before_all_nodes_are_started_leaves_none_behind(tmp_path, monk
 
 def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
     for word in (b"first", b"second"):
-        output.copy_ranks(io.BytesIO(b"[rank 0] " + word + b"\n"), tmp_path)
+        output.copy_ranks(io.BytesIO(b"\x1e[rank 0] " + word + b"\n"), tmp_path)
     assert (tmp_path / "rank-0.txt").read_text().splitlines()[1::2] == ["first", "second"]
+
+
+def test_half_lines_of_ranks_stay_apart(tmp_path, capsysbinary):
+    """torchrun reads a progress bar or a print without an end as it finds it, and goes on with another rank behind it."""
+    said = b"W torch\x1e[rank 0] par\x1e[rank 11] [rank 0] fake\n\x1e[rank 0] tial\n\x1e[rank 11] no end"
+    output.copy_ranks(io.BytesIO(said), tmp_path)
+    kept = [(tmp_path / f"rank-{rank}.txt").read_text().partition("\n")[2] for rank in (0, 11)]
+    assert kept == ["partial\n", "[rank 0] fake\nno end"]
+    shown = capsysbinary.readouterr().out.decode().splitlines()
+    assert shown == ["W torch", "[rank 0] par", "[rank 11] [rank 0] fake", "[rank 0] tial", "[rank 11] no end"]
 
 
 def test_a_folder_of_output_that_can_not_be_made_is_refused(tmp_path):
