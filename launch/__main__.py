@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import hosts, local, slurm, sweep
-from launch.arguments import parse
+from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import drawn_port, free_port, this_machine
 from launch.output import made
@@ -123,6 +123,8 @@ def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
 
 def _sweep(a: argparse.Namespace) -> int:
     """Exit code: 0 all are finished (or submitted), 75 stopped, 1 a run failed, 2 refused."""
+    if ignored := [] if a.slurm else given_for_slurm(a):
+        raise LaunchError(f"{', '.join(ignored)} without --slurm: a sweep here has no use for it; add --slurm, or leave it out")
     found = sweep.points(a.config, a.overrides, a.set, a.seeds, a.name)
     found = [sweep.standing(point) for point in found]
     left = [point for point in found if not point.finished]

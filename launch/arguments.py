@@ -112,6 +112,15 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
     c.add_argument("--python", help="on the nodes (default: this one; with --container the image's `python`)")
 
 
+def given_for_slurm(found: argparse.Namespace) -> list[str]:
+    """The flags of a sweep that mean something to Slurm alone, and differ from their defaults."""
+    blank = argparse.ArgumentParser(add_help=False)
+    _add_slurm(blank)
+    blank.add_argument("--at-once")
+    unlike = [name for name, value in vars(blank.parse_args([])).items() if getattr(found, name) != value]
+    return [f"--{name.replace('_', '-')}" for name in unlike if name != "processes"]
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is no port: a number from 1 to 65535")

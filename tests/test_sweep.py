@@ -45,6 +45,8 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
         ("sweep a.yaml optim.lr=1 --set optim.lr=1,2", "optim.lr=... is set by the sweep"),
         ("sweep a.yaml a.yaml", "the name of two runs"),
         ("sweep b.yaml", "b.yaml: No such file"),
+        ("sweep a.yaml --gpus 8 --at-once 2", "--gpus, --at-once without --slurm"),
+        ("sweep a.yaml --nodes 2", "--nodes without --slurm"),
         ("sweep seed=1", "no configuration"),
         ("sweep a.yaml --sed 1", "did you mean --seeds?"),
     ],
