@@ -152,7 +152,8 @@ def _step(r: Request, python: str, job: Job | None) -> list[str]:
     cpus = [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []  # srun no longer takes it from the job
     together = "--no-kill --kill-on-bad-exit=0 --ntasks-per-node=1" if r.nodes.elastic else "--kill-on-bad-exit=1"
     words = [] if job else ["launch", '"$@"']
-    lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words]), "code=$?"]
+    lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
+    lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
         lines += [f'if [ "$code" -eq {STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi']
     return [*lines, 'exit "$code"']

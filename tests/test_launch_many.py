@@ -181,6 +181,26 @@ def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
     assert (tmp_path / "rank-0.txt").read_text().splitlines()[1::2] == ["first", "second"]
 
 
+def test_a_users_set_e_does_not_keep_a_job_out_of_the_queue():
+    stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", "srun() { return 75; }", 'scontrol() { echo "$@"; }')
+    text = slurm.render(JOB, slurm.Request(Nodes(1, 1), 1, setup=stands_in), "python")
+    ended = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (75, "requeue 7\n"), ended.stderr
+
+
+def test_an_exit_file_that_a_full_disk_left_empty_is_no_exit_code():
+    writes = "import os, sys; open(os.environ['TRILEVEL_EXIT_FILE'], 'w'); sys.exit(1)"
+    assert processes.start(Command((sys.executable, "-c", writes))) == 1
+
+
+def test_hosts_without_ssh_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
+    assert program.main(["hosts", "c.yaml", "--hostfile", str(tmp_path / "hosts")]) == 2
+    assert "ssh is not found" in capsys.readouterr().err
+
+
 def test_half_lines_of_ranks_stay_apart(tmp_path, capsysbinary):
     """torchrun reads a progress bar or a print without an end as it finds it, and goes on with another rank behind it."""
     said = b"W torch\x1e[rank 0] par\x1e[rank 11] [rank 0] fake\n\x1e[rank 0] tial\n\x1e[rank 11] no end"

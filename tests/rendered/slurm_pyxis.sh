@@ -11,7 +11,7 @@ address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
 port=$((20000 + SLURM_JOB_ID % 20000))
 export address port
-srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"'
-code=$?
+code=0
+srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' || code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

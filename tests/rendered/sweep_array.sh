@@ -20,7 +20,7 @@ address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
 port=$((20000 + SLURM_JOB_ID % 20000))
 export address port
-srun --kill-on-bad-exit=1 bash -c '/env/bin/python -m launch node "$@" --processes 8 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' launch "$@"
-code=$?
+code=0
+srun --kill-on-bad-exit=1 bash -c '/env/bin/python -m launch node "$@" --processes 8 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' launch "$@" || code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
