@@ -73,7 +73,7 @@ def start(command: Command, logs: Path | None = None) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        said = int(told.read_text()) if told.exists() else 0
+        said = int(told.read_text() or 0) if told.exists() else 0  # empty where the disk is full
     if (
         code < 0 and -code in [_passed(one) for one in heard] and told_ranks
     ):  # Slurm signals launchers, too; this one's ranks had ended as they were told
