@@ -76,6 +76,8 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     if a.dry_run:
         print("\n".join(command.text() for command in (*checks, *commands)))
         return 0
+    if shutil.which("ssh") is None:
+        raise LaunchError("ssh is not found: install openssh-client, or use --dry-run to see the commands")
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
     folder = _folder(job, a)

@@ -133,6 +133,8 @@ def _about(config: str, overrides: list[str]) -> tuple[str, Path]:
         content = yaml.safe_load(Path(config).read_text())
     except OSError as error:
         raise LaunchError(f"config {config}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"config {config}: not text in UTF-8") from error
     except yaml.YAMLError as error:
         raise LaunchError(f"config {config}: not valid YAML: {error}") from error
     content = content if isinstance(content, dict) else {}

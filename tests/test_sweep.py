@@ -47,6 +47,7 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
         ("sweep b.yaml", "b.yaml: No such file"),
         ("sweep a.yaml --gpus 8 --at-once 2", "--gpus, --at-once without --slurm"),
         ("sweep a.yaml --nodes 2", "--nodes without --slurm"),
+        ("sweep c.yaml", "c.yaml: not text in UTF-8"),
         ("sweep seed=1", "no configuration"),
         ("sweep a.yaml --sed 1", "did you mean --seeds?"),
     ],
@@ -54,6 +55,7 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
 def test_sweeps_that_are_refused(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config(tmp_path, "a")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main(words.split()) == 2
     assert said in capsys.readouterr().err
