@@ -127,7 +127,7 @@ def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
 def _meeting(r: Request) -> list[str]:
     """Where the nodes meet: on the first of the job's list."""
     lines = [ADDRESS_OF, 'address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")']
-    lines += ["port=$((20000 + SLURM_JOB_ID % 20000))", "export address port"]
+    lines += ["port=$((20000 + SLURM_JOB_ID % 10000))", "export address port"]
     if r.nodes.elastic:
         lines += ['addresses=$(for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do address_of "$name"; done)']
         lines += ["export addresses"]

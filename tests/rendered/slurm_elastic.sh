@@ -11,7 +11,7 @@
 
 address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
 addresses=$(for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do address_of "$name"; done)
 export addresses

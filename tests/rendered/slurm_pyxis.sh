@@ -9,7 +9,7 @@
 
 address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
 code=0
 srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' || code=$?

@@ -18,7 +18,7 @@ case "$SLURM_ARRAY_TASK_ID" in
 esac
 address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
 code=0
 srun --kill-on-bad-exit=1 bash -c '/env/bin/python -m launch node "$@" --processes 8 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' launch "$@" || code=$?
