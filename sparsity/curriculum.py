@@ -90,6 +90,12 @@ class Curriculum:
         if state:
             raise ValueError(f"examples.method={self.name} keeps no state, the checkpoint holds {sorted(state)}")
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the state on the host, the labels left out: the index holds them."""
+        arrays = [v for v in vars(self).values() if isinstance(v, np.ndarray) and v is not self.labels]
+        return sum(v.nbytes if any(v.strides) else v.itemsize for v in arrays)  # without strides it is one value, shown N times
+
     def _gathered(self, gather: Gather) -> None: ...
 
     def _choose(self, epoch: int) -> Selection:
@@ -133,6 +139,11 @@ class Observer(Curriculum):
     def __init__(self, num_examples: int, labels: np.ndarray, **settings: Any):
         super().__init__(num_examples, labels, **settings)
         self._slate = Slate(num_examples, "spread" if self.wants_spread else self.observes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the state on host and device."""
+        return super().held_bytes + self._slate.held_bytes
 
     def observe(self, ids: Tensor, outcome: Outcome) -> None:
         self._slate.note(ids, outcome)

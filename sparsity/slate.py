@@ -63,5 +63,9 @@ class Slate:
         value = gather(number).cpu().numpy() if self.value is not None and number is not None else None
         return Observed(whole >> 1, (whole & 1).astype(bool), value)
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(t.nbytes for t in (self._code, self._number) if t is not None)
+
     def wipe(self) -> None:
         self._code = self._number = None

@@ -48,11 +48,8 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
     times = []
     for _ in range(STEPS):
         times.append(_timed(one, device))
-    arrays = [v for v in vars(level).values() if isinstance(v, np.ndarray) and v is not level.labels]
-    held = sum(v.nbytes if any(v.strides) else v.itemsize for v in arrays)  # without strides it is one value, shown N times
-    held += sum(v.nbytes for v in vars(getattr(level, "_slate", object)).values() if isinstance(v, torch.Tensor))
     about = {"median": median(times), "min": min(times), "max": max(times), "unit": "ms of bookkeeping"}
-    return about | {"megabytes": held / 1e6, "examples": examples, "method": config.examples.method}
+    return about | {"megabytes": level.held_bytes / 1e6, "examples": examples, "method": config.examples.method}
 
 
 def told(row: dict[str, Any]) -> str:
