@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.data.patience import DataError, Passing, good, patiently, pause
 
@@ -136,8 +136,6 @@ def _opened(url: str, at: int) -> Generator[bytes, None, None]:
             while piece := file.read(1 << 22):
                 yield piece
     elif kind == "pipe":
-        from trainer.data.shards import open_pipe
-
         with closing(open_pipe(url)) as file:
             while piece := file.read(_CHUNK):
                 yield piece
@@ -155,6 +153,13 @@ def _opened(url: str, at: int) -> Generator[bytes, None, None]:
                 if skip < len(piece):
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
+
+
+def open_pipe(url: str) -> BinaryIO:
+    """The output of a `pipe:` command, as webdataset opens it; a failure of the command is an error at the end."""
+    from webdataset.gopen import gopen  # imports torch, which the fetching process does without
+
+    return gopen(url)  # pyright: ignore[reportReturnType]
 
 
 def _stat(path: str) -> os.stat_result:

@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
@@ -82,11 +81,6 @@ def _expand_url(kind: str, pattern: str) -> tuple[str, str, list[str]]:
     literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
     root, _, stem = re.sub(r"\.tar$", "", literal).rpartition("/")
     return root, re.sub(r"[-_.]?\d*$", "", stem) or "shards", sorted(url.removeprefix(root + "/") for url in urls)
-
-
-def open_pipe(url: str) -> BinaryIO:
-    """The output of a `pipe:` command, as webdataset opens it; a failure of the command is an error at the end."""
-    return gopen(url)  # pyright: ignore[reportReturnType]
 
 
 def samples(path: str | Path) -> Iterator[Sample]:
