@@ -30,6 +30,7 @@ from trainer.data.index import Index, build_index, open_index
 from trainer.data.shards import DataError, bar
 from trainer.data.stream import Stream
 from trainer.sections import Augment
+from trainer.source_tree import python_path
 
 TARGET = 0.9
 LANES = 2
@@ -128,9 +129,8 @@ def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[d
     if os.path.isfile(os.path.join(source.root, "classes.txt")):
         os.symlink(os.path.abspath(os.path.join(source.root, "classes.txt")), folder / "classes.txt")
     command = [sys.executable, "-m", "trainer.data.faraway", str(folder), str(latency)]
-    root = str(Path(__file__).resolve().parents[1])
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": python_path()}
     )
     before = {name: os.environ.get(name) for name in (*_S3, *_DIRECT, "AWS_ENDPOINT_URL")}
     try:

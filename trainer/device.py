@@ -27,9 +27,10 @@ from trainer.data.finish import finish
 from trainer.data.mix import Mix, mix_images
 from trainer.data.stream import Batch
 from trainer.sections import Augment
+from trainer.source_tree import SOURCE_ROOT
 from trainer.stepbench import Row, paired, report
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tri_level_deit_small_0.7.yaml"
+CONFIG = SOURCE_ROOT / "configs" / "tri_level_deit_small_0.7.yaml"
 
 
 class Finding(NamedTuple):

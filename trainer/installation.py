@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from trainer.source_tree import SOURCE_ROOT
+
 Status = Literal["ok", "note", "fail"]
 GIB = 2**30
 
@@ -32,7 +34,7 @@ class Line(NamedTuple):
 
 def constraints_file() -> Path:
     """Beside the package in a source tree; a wheel has none."""
-    return Path(__file__).resolve().parent.parent / "constraints.txt"
+    return SOURCE_ROOT / "constraints.txt"
 
 
 def versions(constraints: Path) -> list[Line]:

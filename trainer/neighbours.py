@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.installation import Line
+from trainer.source_tree import SOURCE_ROOT
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", "mlflow")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
@@ -243,7 +244,7 @@ def _version(name: str) -> str:
 
 
 def _code() -> str:
-    home, digest = Path(__file__).resolve().parent, hashlib.blake2b(digest_size=8)
+    home, digest = SOURCE_ROOT / "trainer", hashlib.blake2b(digest_size=8)
     for path in sorted(home.rglob("*.py")):
         digest.update(str(path.relative_to(home)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -20,6 +20,7 @@ import yaml
 
 from trainer.config import Config
 from trainer.disk import Disk
+from trainer.source_tree import SOURCE_ROOT
 from trainer.values import ConfigError
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
@@ -56,7 +57,7 @@ def log_to(path: Path) -> None:
 
 def source() -> str:
     """Commit and uncommitted changes of the code that runs, so that a run can be told from another."""
-    home = Path(__file__).resolve().parent.parent
+    home = SOURCE_ROOT
     if shutil.which("git") is None or not (home / ".git").exists():
         return "commit unknown (not a git checkout)\n"
     commit = _git(home, "rev-parse", "HEAD")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.sections import Tracking
+from trainer.source_tree import python_path
 
 STATE = "mlflow.json"
 LOG = "logs/tracking.txt"
@@ -68,9 +69,7 @@ def start(directory: Path | str, settings: Tracking, *, every: float = 5.0, ling
     if settings.to == "journal":
         return Shipper(directory, None)
     words = ["--follow", "--parent", str(os.getpid()), "--every", str(every), "--linger", str(linger)]
-    source = str(Path(__file__).resolve().parent.parent)  # a source tree that nobody installed works too
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     try:
         (directory / LOG).parent.mkdir(parents=True, exist_ok=True)
         with (directory / LOG).open("ab") as log:
@@ -80,7 +79,7 @@ def start(directory: Path | str, settings: Tracking, *, every: float = 5.0, ling
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the training, which then says goodbye in order
-                env=os.environ | threads | {"PYTHONPATH": path},
+                env=os.environ | threads | {"PYTHONPATH": python_path()},
             )
     except OSError as error:
         return Shipper(directory, None, f"the shipper did not start: {error}")

@@ -14,7 +14,6 @@ import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from trainer.data.index import Index
 from trainer.data.order import EpochOrder, Layout, slice_of
 from trainer.data.patience import DataError
 from trainer.sections import Data
+from trainer.source_tree import python_path
 
 T = TypeVar("T")
 
@@ -76,10 +76,12 @@ class Ahead:
     def _running(self) -> IO[str]:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
             command = [sys.executable, "-m", "trainer.data.fetcher", str(self._cache.folder), str(self._cache.size)]
-            root = str(Path(__file__).resolve().parents[2])
-            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": paths}
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+                env=os.environ | {"PYTHONPATH": python_path()},
             )
             self._owner = os.getpid()
             weakref.finalize(self, _end, self._process, self._owner)
