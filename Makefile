@@ -29,7 +29,7 @@ check: $(READY)
 
 # On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network, MLflow off.
 gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m trainer.device $(PART)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m trainer.bench.gpu $(PART)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ...")'

@@ -15,8 +15,8 @@ from launch import hosts, local, slurm, sweep
 from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import drawn_port, free_port, this_machine
-from launch.output import made
 from launch.processes import start, submit, together
+from launch.rank_logs import made
 
 
 def main(words: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from launch.job import STOPPED, Command
-from launch.output import copy_node, copy_ranks
+from launch.rank_logs import copy_node, copy_ranks
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN = 5.0  # seconds after which a Slurm signal is repeated: a rank that still imports its libraries ignores the first

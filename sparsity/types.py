@@ -6,6 +6,7 @@ p prefix tokens ([CLS], distillation, registers), T = p + n (+ fused tokens), N 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -187,3 +188,46 @@ class Examples(Protocol):
 def alone(tensor: torch.Tensor) -> torch.Tensor:
     """The `Gather` of a single process."""
     return tensor
+
+
+class Wish(NamedTuple):
+    """What a mechanism may ask about the run it is made for."""
+
+    has_class_token: bool = True
+    fuse: bool = False
+    merged: int = 0
+    authors: bool = False
+    carry_seen: bool = True  # level 3 comes after level 2 and reads q, k, v of the tokens that are left
+
+
+@dataclass(frozen=True)
+class ConnectAll:
+    """The identity: all keys visible."""
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+        return tokens
+
+    def visible(self, num_patches: int, plan: Plan) -> int:
+        return num_patches
+
+    def work(self, place: Place, plan: Plan) -> int:
+        return 0
+
+
+def kept(num: int, share: float) -> int:
+    """ceil(num * share): how many of `num` stay. At least one, for share > 0. In float64 as in the reference code: .55 of 100 are 56."""
+    return math.ceil(num * share)
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """The identity."""
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
+        return tokens, seen
+
+    def count(self, num_patches: int, plan: Plan) -> int:
+        return num_patches
+
+    def work(self, place: Place, plan: Plan) -> int:
+        return 0

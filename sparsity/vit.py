@@ -17,10 +17,9 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsity import attention, keyed, scores
-from sparsity.connections import ConnectAll
-from sparsity.topk import KeepAll
-from sparsity.types import DENSE, Connect, Keys, Plan, Record, Reduce, Tokens
+from sparsity import attention, keyed_random
+from sparsity.tokens import scores
+from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, Keys, Plan, Record, Reduce, Tokens
 
 PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
 NUM_GRAPHS = 128  # plans of a run x training and evaluation x weights and their average
@@ -67,7 +66,7 @@ class SparseViT(nn.Module):
         tokens = self._embedded(images, draw)
         paths = None
         if draw is not None and self.vit.training:
-            drawn = keyed.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+            drawn = keyed_random.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
             paths = drawn.movedim(0, 2)[..., None, None].unbind()  # per block (2, B, 1, 1): views, no kernels in the blocks
         kept, keys, cls_attention, importance = {}, {}, None, None
         for number in range(len(self.vit.blocks)):
@@ -102,7 +101,7 @@ class SparseViT(nn.Module):
                 ids = cast(Tensor, index)
             else:
                 num_kept = max(1, int(ids.shape[1] * (1.0 - drop.prob)))
-                index = scores.ranked(keyed.uniform(draw, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
+                index = scores.ranked(keyed_random.uniform(draw, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
                 ids = index.sort(dim=1).values if drop.ordered else index
                 x = torch.cat((x[:, :p], attention.take(x[:, p:], ids, 1)), dim=1)
         return Tokens(vit.norm_pre(x), ids, p, draw=draw)

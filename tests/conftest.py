@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of scikit-learn's 1,797 handwritten digits: train-*.tar (1,438) and validation-*.tar (359), with indexes."""
-    from trainer.data.pack import pack
+    from trainer.data.shards.pack import pack
 
     folder = tmp_path_factory.mktemp("digits")
     pack("sklearn:digits", folder, shard_size=20_000, progress=False)
@@ -48,7 +48,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up run on MLflow's sqlite default; its tests copy it."""
-    from tests.tracked import shipped
+    from tests.support.mlflow_runs import shipped
 
     return shipped(tmp_path_factory.mktemp("default") / "runs" / "tri")
 
@@ -134,7 +134,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of one kind in the surviving lineage of a run's journal."""
-    from trainer.journal import lineage
+    from trainer.journal.reader import lineage
 
     return [line for line in lineage(run) if line["kind"] == kind]
 

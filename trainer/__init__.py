@@ -1,1 +1,21 @@
-"""How to train: configuration, data, model, engine, loop, checkpoint, metrics, evaluation."""
+"""How to train: one package per concern. Start reading at `trainer/train.py`.
+
+    cli/          the command line: arguments, one handler per command, printing
+    config/       the YAML: schema, values with units, loading, checks across sections
+    storage/      files that survive a crash (fsync and rename), streamed safetensors, where the source tree lies
+    journal/      the run's own record: one JSON line per event; writer and reader
+    data/         order of the examples, remote files, shards, augmentation, loading
+    engine/       the only importer of accelerate and DeepSpeed: step, collectives, full (unsharded) state
+    model/        network, weights, loss, optimizer, EMA, schedule, one evaluation pass
+    telemetry/    meters, phases of a step, hardware load, efficiency (MFU, goodput), profiler
+    checkpoint/   what is saved, crash-safe directories, retention, export
+    tracking/     the journal to MLflow, in a process of its own; the only importer of mlflow
+    provenance/   which examples a run used: hash chain, kept lists, replay, audit
+    analysis/     results of runs: history, report, compare, densities, pictures
+    run/          one attempt: run directory, recorder, console, checkpointer, dense baseline, signals
+    preflight/    before the GPU-hours: check, estimate, doctor, hosts, parity with timm, shard verification
+    bench/        measurements: input, remote, step, engine, checkpoint, journal, GPU check
+    train.py      the training loop
+
+Lower packages never import higher ones; `pyproject.toml` holds the layers as contracts.
+"""

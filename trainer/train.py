@@ -11,26 +11,31 @@ import torch
 from torch import nn
 
 from sparsity.types import DENSE
-from trainer import checkpoint
-from trainer.check import open_indexes
-from trainer.config import Config
-from trainer.control import Control
-from trainer.data.finish import finish
-from trainer.data.mix import draw_mix, mix_images
+from trainer.checkpoint import save_load
+from trainer.checkpoint.state import TrainState
+from trainer.config.run_config import Config
+from trainer.data.augment.mixup import draw_mix, mix_images
+from trainer.data.augment.on_device import finish
+from trainer.data.batch import Batch
+from trainer.data.loader.dataset import check_classes, open_indexes
+from trainer.data.loader.stream import Stream
+from trainer.data.loader.validation import Validation
 from trainer.data.order import micro_batches
-from trainer.data.stream import Batch, Stream, Validation, check_classes
-from trainer.engine import Engine
-from trainer.engine_settings import is_first_of_node, world_size
-from trainer.evaluate import evaluate
-from trainer.meters import Meters
-from trainer.model import build_examples, build_model, cost_of, plan_at
-from trainer.objective import Objective
-from trainer.optim import Ema, build_optimizer, learning_rate, set_learning_rate
-from trainer.records import Ended, Records
-from trainer.saver import Saver
-from trainer.seen import Chain
-from trainer.stopping import Stop, listen
-from trainer.values import Duration
+from trainer.engine.engine import Engine
+from trainer.engine.environment import is_first_of_node, world_size
+from trainer.model.build import build_examples, build_model, cost_of
+from trainer.model.ema import Ema
+from trainer.model.evaluate import evaluate
+from trainer.model.objective import Objective
+from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import learning_rate, plan_at, set_learning_rate
+from trainer.provenance.hash_chain import Chain
+from trainer.run.cadence import due, reached
+from trainer.run.checkpointer import Saver
+from trainer.run.dense_baseline import Control
+from trainer.run.recorder import Ended, Records
+from trainer.run.shutdown import Stop, listen
+from trainer.telemetry.meters import Meters
 
 
 def train(config: Config, resume: bool = False) -> Ended:
@@ -47,8 +52,8 @@ def train(config: Config, resume: bool = False) -> Ended:
     stopping = listen()
     stream = Stream(index, config, engine.rank, engine.world)
     validation = Validation(validation_index, config, engine.rank, engine.world)
-    found = checkpoint.newest(config.directory() / "checkpoints") if resume else checkpoint.NOTHING
-    saved = checkpoint.load(found.path, config, index.fingerprint) if found.path else None
+    found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
+    saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
     engine.agree(f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from")
 
     records = Records(config, engine, resume)
@@ -61,7 +66,7 @@ def train(config: Config, resume: bool = False) -> Ended:
             engine.state.load(saved.weights, saved.optimizer)
             ema.load_state_dict(saved.ema)
             examples.load_state_dict(saved.examples)
-        state = replace(saved.state if saved else checkpoint.TrainState(), attempt=records.attempt)
+        state = replace(saved.state if saved else TrainState(), attempt=records.attempt)
         selection = saved.selection if saved else None
         chain, meters = Chain(state.chain), Meters(engine)
         want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
@@ -82,7 +87,7 @@ def train(config: Config, resume: bool = False) -> Ended:
                 selection = examples.select(state.epoch, engine.gather)
                 engine.agree(selection.facts["hash"], "the selection of examples")
             order = stream.order(state.epoch, selection)
-            if _reached(config.stop_at, state, order.steps):  # a resume of a run that stopped there
+            if reached(config.stop_at, state, order.steps):  # a resume of a run that stopped there
                 return records.end(state, "stopped")
             records.epoch(state, selection, order, len(index))
 
@@ -117,11 +122,11 @@ def train(config: Config, resume: bool = False) -> Ended:
                 meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
                 finished = state.epoch == config.epochs
-                ending = finished or stop or _reached(config.stop_at, state, order.steps)
-                saving = ending or _due(config.checkpoint.every, before, state, order.steps)
-                scoring = finished or _due(config.evaluate.every, before, state, order.steps)
+                ending = finished or stop or reached(config.stop_at, state, order.steps)
+                saving = ending or due(config.checkpoint.every, before, state, order.steps)
+                scoring = finished or due(config.evaluate.every, before, state, order.steps)
                 # what is saved, may be saved, or was skipped, is also told: see `audit`
-                if saving or scoring or not taken or _due(config.log_every, before, state, order.steps):
+                if saving or scoring or not taken or due(config.log_every, before, state, order.steps):
                     facts = {
                         "progress": progress,
                         "lr": lr,
@@ -166,34 +171,14 @@ def _timed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
         yield batch, time.perf_counter() - started
 
 
-def _progress(state: checkpoint.TrainState, batches: int) -> float:
-    """Epochs behind, with the started one in part; `batches`: of the epoch the last step belonged to."""
-    return state.epoch + state.batch / batches
-
-
-def _due(every: Duration, before: checkpoint.TrainState, after: checkpoint.TrainState, batches: int) -> bool:
-    """Whether a multiple of `every` lies in the step from `before` to `after`; never where it is 0."""
-    if every.count == 0:
-        return False
-    if every.unit == "step":
-        return after.step % int(every.count) == 0
-    return _progress(after, batches) // every.count > _progress(before, batches) // every.count
-
-
-def _reached(end: Duration | None, state: checkpoint.TrainState, batches: int) -> bool:
-    if end is None:
-        return False
-    return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
-
-
 class _CutShort(Exception):
     """An evaluation that all ranks left, being asked to stop."""
 
 
 def _scored(
     config: Config, engine: Engine, records: Records, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
-    state: checkpoint.TrainState, at: float, *, kept: bool,
-) -> checkpoint.TrainState:  # fmt: skip
+    state: TrainState, at: float, *, kept: bool,
+) -> TrainState:  # fmt: skip
     """Score the weights, and their average where there is one, under the plan of progress `at`; collective. A stop that is asked for
     meanwhile leaves nothing of it but a state that owes it: the resume does it whole."""
 

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import PIL.Image
-import torch
 from torch import Tensor
-
-from trainer.config import Config
-from trainer.data.ahead import cache_of
-from trainer.data.augment import Transform, draw_keys
-from trainer.data.decode import BrokenImage, Picture, header
-from trainer.data.index import Index
-from trainer.data.order import Rows
-from trainer.data.reader import Reader
-from trainer.data.rooms import room
-from trainer.data.shards import DataError
 
 NOBODY = -1  # id of a padding slot
 
@@ -39,70 +26,3 @@ class Batch(NamedTuple):
     erase: Tensor
     draw: Tensor
     broken: list[tuple[int, str]]
-
-
-class Maker:
-    """Rows of a global batch, or of a part of it -> Batch."""
-
-    def __init__(self, index: Index, config: Config, train: bool) -> None:
-        self.index, self._seed, self._size = index, config.seed, config.model.image_size
-        self._reader = Reader(index, cache_of(index, config.data))
-        self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
-
-    def batch(self, epoch: int, rows: Rows, slots: int, images: Tensor | None = None) -> Batch:
-        """images: where the pixels go, see `rooms`."""
-        images = room(slots, self._size) if images is None else images
-        pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy sets a row in a tenth of the time that torch takes
-        weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
-        keys = draw_keys(self._seed, epoch, rows.ids, rows.copies)
-        broken: dict[int, str] = {}
-        distinct, place = np.unique(rows.ids, return_inverse=True)
-        data, copies = self._reader.read(distinct), len(distinct) < len(rows.ids)
-        opened: dict[int, Picture | PIL.Image.Image] = {}
-        for row, (which, key) in enumerate(zip(place.tolist(), keys.tolist(), strict=True)):
-            example, raw = int(distinct[which]), data[which]
-            if example in broken:
-                continue
-            try:
-                if isinstance(raw, DataError):
-                    raise raw
-                if which not in opened:
-                    opened[which] = self._transform.opened(raw, copies)
-                image = self._transform.finish(opened[which], key)
-            except (BrokenImage, DataError) as error:
-                broken[example] = f"{self.index.where(example)}: {error}"
-                continue
-            pixels[row] = image.pixels.permute(1, 2, 0).numpy()
-            weights[row], flip[row], erase[row] = 1.0, image.flip, image.erase
-            if not copies:
-                opened.clear()  # done with it
-        pixels[weights == 0] = 0  # padding and broken images are black
-        return Batch(
-            images,
-            _filled(self.index.labels[rows.ids], slots, 0),
-            _filled(rows.ids, slots, NOBODY),
-            _filled(rows.copies, slots, 0),
-            torch.from_numpy(weights),
-            torch.from_numpy(flip),
-            torch.from_numpy(erase),
-            _filled(keys, slots, 0),
-            sorted(broken.items()),
-        )
-
-    def boxes(self, ids: np.ndarray, keys: np.ndarray) -> list[list[int] | None]:
-        """The crop of each row in its source image (see `Transform.box`); None where the image is broken or the crop has no box."""
-        found: list[list[int] | None] = []
-        for data, key in zip(self._reader.read(ids), keys.tolist(), strict=True):
-            try:
-                image = None if isinstance(data, DataError) else header(data)
-            except BrokenImage:
-                image = None
-            box = None if image is None else self._transform.box(key, image.height, image.width)
-            found.append(None if box is None else list(box))
-        return found
-
-
-def _filled(values: np.ndarray, slots: int, padding: int) -> Tensor:
-    filled = torch.full((slots,), padding, dtype=torch.int64)
-    filled[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-    return filled

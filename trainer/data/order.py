@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.hashing import hashed, permutation
+from trainer.data.keyed_hash import hashed, permutation
 
 _DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # what a random number is about
 

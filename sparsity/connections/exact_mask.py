@@ -1,0 +1,46 @@
+"""Level 3: which keys the following blocks may see, from P, the head-mean attention among the kept patches (methods 1.3).
+
+`exact` gives every query its own m = ceil(k * keep) largest keys, by a mask: faithful, and no faster than dense on any dense kernel.
+`shared_keys` [ours] gives all queries of an image the same m keys, gathered: the attention that is left out really costs nothing.
+Prefix tokens see and are seen by all, in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sparsity.tokens import scores
+from sparsity.tokens.scores import among_patches, work
+from sparsity.types import Keys, Place, Plan, Seen, Tokens, kept
+
+
+@dataclass(frozen=True)
+class ExactMask:
+    """A mask (B, 1, T, T) with exactly m ones in every patch row (prefix apart), ties by index.
+
+    authors: all keys whose P reaches the m-th largest [code], so a row full of ties at their epsilon turns dense.
+    """
+
+    authors: bool = False
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+        num, p = tokens.ids.shape[1], tokens.num_prefix
+        num_keys = kept(num, plan.keep_connections)
+        if num_keys == num:
+            return tokens.with_(keys=None)
+        among = among_patches(tokens, seen)  # (B, k, k)
+        if self.authors:
+            mask = among >= among.topk(num_keys, dim=-1).values[..., -1:]
+        else:
+            mask = torch.zeros_like(among, dtype=torch.bool).scatter(-1, scores.ranked(among)[..., :num_keys], True)
+        return tokens.with_(keys=Keys(mask=F.pad(mask, (p, 0, p, 0), value=True)[:, None]))
+
+    def visible(self, num_patches: int, plan: Plan) -> int:
+        return num_patches  # hidden ones are computed too
+
+    def work(self, place: Place, plan: Plan) -> int:
+        return work(place, plan, place.num_prefix + place.num_patches)

@@ -1,0 +1,39 @@
+"""Shared keys: all queries of an image see the same, fewer keys, so the saving is real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparsity.tokens import scores
+from sparsity.tokens.scores import among_patches, work
+from sparsity.types import Keys, Place, Plan, Seen, Tokens, kept
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """m keys of each image for all its queries, ranked by the [CLS] row, or by the column mean of P.
+
+    The column mean asks every query, but needs the full map in the selecting blocks: at 224 px that takes back a fifth of what is saved.
+    """
+
+    by: Literal["cls", "column"] = "cls"
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+        num, p = tokens.ids.shape[1], tokens.num_prefix
+        num_keys = kept(num, plan.keep_connections)
+        if num_keys == num:
+            return tokens.with_(keys=None)
+        value = scores.cls_row(tokens, seen) if self.by == "cls" else among_patches(tokens, seen).mean(dim=1)  # (B, k)
+        chosen = scores.ranked(value)[:, :num_keys].sort(dim=1).values
+        prefix = torch.arange(p, device=chosen.device).expand(chosen.shape[0], -1)
+        return tokens.with_(keys=Keys(index=torch.cat((prefix, chosen + p), dim=1)))
+
+    def visible(self, num_patches: int, plan: Plan) -> int:
+        return kept(num_patches, plan.keep_connections)
+
+    def work(self, place: Place, plan: Plan) -> int:
+        return work(place, plan, 1 if self.by == "cls" else place.num_prefix + place.num_patches)

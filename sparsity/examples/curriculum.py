@@ -1,0 +1,214 @@
+"""What all methods of level 1 share: settings, observations gathered once per epoch, draws by class, the selection of an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import Tensor
+
+from sparsity.examples.observations import Observed, Slate
+from sparsity.types import Gather, Outcome, Selection
+
+
+class Draw(IntEnum):
+    """What a random draw is about; each purpose has its own stream of numbers."""
+
+    START = 0
+    CYCLE = 1
+    RESTORED = 2
+    PRUNED = 3
+
+
+class Curriculum:
+    """A method of level 1. A subclass says what it remembers (`_fold`) and what an epoch shows (`_choose`).
+
+    num_examples: N. labels: (N,) int class of each example. removed, swap: shares of the data set. window: epochs between
+    updates. anneal: last share of the epochs that shows everything. repeats: epochs in which the stream presents every kept
+    example (repeated augmentation); what is shown changes only between such rounds. Raises ValueError for settings that can't
+    be met, naming key, value and way out.
+    """
+
+    name: ClassVar[str]
+    observes: ClassVar[Literal["loss"] | None] = None
+    wants_spread = False
+
+    def __init__(
+        self,
+        num_examples: int,
+        labels: np.ndarray,
+        *,
+        epochs: int,
+        seed: int = 0,
+        removed: float = 0.0,
+        swap: float = 0.0,
+        window: float = 30.0,
+        updates: int = 0,
+        balanced: bool = False,
+        ties: str = "spread",
+        restore: str = "random",
+        anneal: float = 0.0,
+        repeats: int = 1,
+    ):
+        if len(labels) != num_examples:
+            raise ValueError(f"examples: {len(labels)} labels for {num_examples} examples: rebuild the index of the shards")
+        self.num_examples, self.labels, self.seed = num_examples, np.asarray(labels), seed
+        self.removed, self.swap, self.window, self.updates = removed, swap, window, updates
+        self.balanced, self.ties, self.epochs, self.repeats = balanced, ties, epochs, repeats
+        self.restore = restore
+        self.num_removed = round(removed * num_examples)
+        if removed and not 0 < self.num_removed < num_examples:
+            raise ValueError(
+                f"examples.removed={removed} leaves out {self.num_removed} of {num_examples} examples: take a share that "
+                "removes some and keeps some, or examples.method=all"
+            )
+        # whole rounds only: an epoch in the middle of a round shows what the round began with
+        self.anneal_from = -(-(epochs - round(anneal * epochs)) // repeats) * repeats
+        self.updated = 0  # how often what is shown was chosen anew
+        self.group = self.labels if balanced else np.broadcast_to(np.int8(0), num_examples)  # one byte, not N
+        self._start()
+
+    def _start(self) -> None:
+        """Refuse settings and make the state of epoch 0."""
+
+    def observe(self, ids: Tensor, outcome: Outcome) -> None:
+        """Every step; a method that watches nothing has nothing to do."""
+
+    def select(self, epoch: int, gather: Gather) -> Selection:
+        """What `epoch` shows, the same on all ranks; collective. Asked twice, it shows the same."""
+        self._gathered(gather)
+        return self._everything() if epoch >= self.anneal_from else self._choose(epoch)
+
+    def state_dict(self, gather: Gather) -> dict[str, np.ndarray]:
+        """Whole and the same on all ranks; collective. What was seen so far in this epoch is folded in first."""
+        self._gathered(gather)
+        return {}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state:
+            raise ValueError(f"examples.method={self.name} keeps no state, the checkpoint holds {sorted(state)}")
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the state on the host, the labels left out: the index holds them."""
+        arrays = [v for v in vars(self).values() if isinstance(v, np.ndarray) and v is not self.labels]
+        return sum(v.nbytes if any(v.strides) else v.itemsize for v in arrays)  # without strides it is one value, shown N times
+
+    def _gathered(self, gather: Gather) -> None: ...
+
+    def _choose(self, epoch: int) -> Selection:
+        raise NotImplementedError
+
+    def _everything(self) -> Selection:
+        return self._selection(np.ones(self.num_examples, dtype=bool))
+
+    def _selection(self, keep: np.ndarray, weight: np.ndarray | None = None, **facts: Any) -> Selection:
+        """keep: (N,) bool. weight: (N,) float32 or None."""
+        packed = np.packbits(keep, bitorder="little")
+        rates = keep_rates(keep, self.labels)
+        num_kept = int(keep.sum())
+        about = {
+            "method": self.name,
+            "hash": selection_hash(packed, weight),
+            "kept": num_kept,
+            "kept_share": num_kept / self.num_examples,
+            "swapped": 0,
+            "update": self.updated,
+            "class_keep_min": float(np.nanmin(rates)),
+            "class_keep_max": float(np.nanmax(rates)),
+        }
+        return Selection(packed, num_kept, weight, about | facts)
+
+    def _draw(self, purpose: Draw, number: int = 0) -> np.random.Generator:
+        """The same stream of random numbers on every rank."""
+        return np.random.default_rng((self.seed, int(purpose), number))
+
+    def _starting_set(self) -> np.ndarray:
+        """(N,) bool: all but the last `removed` share of one permutation; of every class alike where balanced."""
+        order = self._draw(Draw.START).permutation(self.num_examples)
+        keep = np.ones(self.num_examples, dtype=bool)
+        keep[first_of_each(order[::-1], self.group, quotas(np.bincount(self.group), self.num_removed))] = False
+        return keep
+
+
+class Observer(Curriculum):
+    """A method that remembers what it saw."""
+
+    def __init__(self, num_examples: int, labels: np.ndarray, **settings: Any):
+        super().__init__(num_examples, labels, **settings)
+        self._slate = Slate(num_examples, "spread" if self.wants_spread else self.observes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the state on host and device."""
+        return super().held_bytes + self._slate.held_bytes
+
+    def observe(self, ids: Tensor, outcome: Outcome) -> None:
+        self._slate.note(ids, outcome)
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Raises ValueError for the state of another method or another data set."""
+        mine = self._arrays()
+        found, wanted = ({key: value.shape for key, value in arrays.items()} for arrays in (state, mine))
+        if found != wanted:
+            raise ValueError(
+                f"examples.method={self.name} with examples.ties={self.ties} keeps {wanted}, the checkpoint holds {found}: "
+                "go on with the method, the ties and the shards of the checkpoint"
+            )
+        self._slate.wipe()
+        self._restore(state)
+
+    def state_dict(self, gather: Gather) -> dict[str, np.ndarray]:
+        self._gathered(gather)
+        return {key: value.copy() for key, value in self._arrays().items()}
+
+    def _gathered(self, gather: Gather) -> None:
+        self._fold(self._slate.take(gather))
+
+    def _fold(self, observed: Observed) -> None:
+        raise NotImplementedError
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
+        raise NotImplementedError
+
+
+def selection_hash(keep: np.ndarray, weight: np.ndarray | None) -> str:
+    """Name of a selection: packed bits and weights (N,) float32 or None -> 16 hex digits."""
+    digest = hashlib.blake2b(keep.tobytes(), digest_size=8)
+    if weight is not None:
+        digest.update(weight.tobytes())
+    return digest.hexdigest()
+
+
+def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
+    """`total`, or all there is, shared out by `sizes` (G,), largest remainder first; none above its size. (G,) int64"""
+    sizes = sizes.astype(np.int64)
+    total = min(total, int(sizes.sum()))
+    whole, rest = np.divmod(sizes * total, max(int(sizes.sum()), 1))
+    missing = total - int(whole.sum())
+    whole[np.lexsort((np.arange(len(sizes)), -rest))[:missing]] += 1
+    return whole
+
+
+def first_of_each(ids: np.ndarray, group: np.ndarray, quota: np.ndarray, skip: int = 0) -> np.ndarray:
+    """The first quota[g] of each group g in the order of `ids` (n,); with `skip`, the skip-th such part, going round."""
+    of = group[ids]
+    by = np.argsort(of, kind="stable")
+    ids, of = ids[by], of[by]
+    sizes = np.bincount(of, minlength=len(quota))
+    rank = np.arange(len(ids)) - (np.cumsum(sizes) - sizes)[of]
+    if skip:
+        rank = (rank - skip * quota[of]) % sizes[of]
+    return ids[rank < quota[of]]
+
+
+def keep_rates(keep: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of each class that is kept, (C,) float64; NaN for a class without examples. keep: (N,) bool."""
+    sizes = np.bincount(labels)
+    kept = np.bincount(labels[keep], minlength=len(sizes))
+    return np.divide(kept, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)

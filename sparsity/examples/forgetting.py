@@ -1,0 +1,159 @@
+"""Forgetting-based curriculum: level 1 of Tri-Level E-ViT (Kong et al., AAAI 2023, arXiv 2211.10801; events after
+Toneva et al., ICLR 2019, arXiv 1812.05159).
+
+A random share of the data set (`removed`) waits in a pool. While the rest is trained, the training forward pass itself says
+whether each example was right; right last time and wrong now is a forgetting event. Every `window` epochs, `updates` times, the
+`swap` share that was forgotten least goes to the pool and as many random ones come back.
+
+    score = events / max(seen - 1, 1) with seen >= 3;  never right in the window: +inf, not to be removed
+
+Ties go by the variance of the last block's [CLS] attention (mean over the window, flattest map first), then by id. Where we
+differ from the authors: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint; with
+`restore` = never_trained those that were never shown come back before others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsity.examples.curriculum import Draw, Observer, first_of_each, quotas
+from sparsity.examples.observations import Observed
+from sparsity.types import Selection
+
+FEWEST_SEEN = 3  # presentations that a score needs
+RIGHT, LEARNED = np.uint8(1), np.uint8(2)  # bits of `memory`: right last time, right at least once in this window
+
+
+class Forgetting(Observer):
+    """State per example: active (bool), events, seen (uint16), memory (2 bits), spread (float32 sum over the window)."""
+
+    name = "forgetting"
+
+    def _start(self) -> None:
+        self.num_swap = round(self.swap * self.num_examples)
+        self._refuse()
+        # without a pool or without updates nothing is ever swapped: events are still counted, ties are never broken
+        self.swaps = bool(self.num_removed and self.num_swap and self.updates)
+        self.wants_spread = self.ties == "spread" and self.swaps
+        self.active = self._starting_set()
+        self.by_trained = self.restore == "never_trained"
+        self.trained = (
+            np.packbits(self.active, bitorder="little") if self.by_trained else np.zeros(0, np.uint8)
+        )  # ever shown: bits
+        self._forget_everything()
+        if self.swaps and (room := int(self._room().sum())) < self.num_swap:
+            raise ValueError(
+                f"examples.swap={self.swap} exchanges {self.num_swap} examples, but with examples.removed={self.removed} only "
+                f"{room} can be: set examples.swap<={room / self.num_examples:.4g}, or change examples.removed"
+            )
+
+    def _refuse(self) -> None:
+        if not self.removed or not self.updates or not self.swap:
+            return
+        if self.num_swap == 0:
+            raise ValueError(
+                f"examples.swap={self.swap} of {self.num_examples} examples is none: raise it, or set 0 to swap nothing"
+            )
+        if self.num_swap > self.num_removed:
+            raise ValueError(
+                f"examples.swap={self.swap} ({self.num_swap} examples) is more than the pool of examples.removed="
+                f"{self.removed} ({self.num_removed}) holds: set examples.swap<={self.removed}, or raise examples.removed"
+            )
+        passes = self.window / self.repeats
+        if passes != int(passes):
+            raise ValueError(
+                f"examples.window={self.window:g}ep is not a multiple of data.repeats={self.repeats} epochs: an update "
+                f"falls between two passes over the kept examples; try {max(round(passes), FEWEST_SEEN) * self.repeats}ep"
+            )
+        if passes < FEWEST_SEEN:
+            raise ValueError(
+                f"examples.window={self.window:g}ep with data.repeats={self.repeats} presents an example {passes:g} time(s) "
+                f"between updates, a score needs {FEWEST_SEEN}: set examples.window>={FEWEST_SEEN * self.repeats}ep"
+            )
+
+    def _forget_everything(self) -> None:
+        n = self.num_examples
+        self.events, self.seen = np.zeros(n, np.uint16), np.zeros(n, np.uint16)
+        self.memory = np.zeros(n, np.uint8)
+        self.spread = np.zeros(n if self.wants_spread else 0, np.float32)
+
+    def _fold(self, observed: Observed) -> None:
+        ids, correct = observed.ids, observed.correct
+        before = self.memory[ids]
+        self.events[ids] += (before & RIGHT).astype(bool) & ~correct
+        self.seen[ids] += np.uint16(1)
+        self.memory[ids] = (before & LEARNED) | correct * (RIGHT | LEARNED)
+        if observed.value is not None:
+            self.spread[ids] += observed.value
+
+    def scores(self) -> np.ndarray:
+        """(N,) float64: events per chance to forget in this window; +inf: never right; NaN: fewer than 3 presentations."""
+        score = self.events / np.maximum(self.seen.astype(np.int64) - 1, 1)
+        score[(self.memory & LEARNED) == 0] = np.inf
+        score[self.seen < FEWEST_SEEN] = np.nan
+        return score
+
+    def _choose(self, epoch: int) -> Selection:
+        due = min(int(epoch // self.window), self.updates) if self.swaps else 0
+        if due <= self.updated:
+            return self._selection(self.active)
+        self.updated = due
+        facts = self._update(due)
+        return self._selection(self.active, **facts)
+
+    def _update(self, number: int) -> dict[str, Any]:
+        """Exchange the least forgotten for random ones of the pool, and start counting again. |active| stays."""
+        score = self.scores()
+        scored = np.flatnonzero(self.active & np.isfinite(score))
+        ties = self.spread[scored] / self.seen[scored] if self.wants_spread else np.zeros(len(scored))
+        easiest_first = scored[np.lexsort((scored, ties, score[scored]))]
+        quota = np.minimum(self._quota(), np.bincount(self.group[scored], minlength=len(self._quota())))
+        out = first_of_each(easiest_first, self.group, quota)
+        pool = self._draw(Draw.RESTORED, number).permutation(np.flatnonzero(~self.active))
+        if self.by_trained:
+            trained = np.unpackbits(self.trained, count=self.num_examples, bitorder="little")
+            pool = pool[np.argsort(trained[pool], kind="stable")]
+        back = first_of_each(pool, self.group, quota)
+        facts = {
+            "swapped": len(out),
+            "scored": len(scored),
+            "unforgettable": int((score[scored] == 0).sum()),
+            "never_learned": int((self.active & np.isinf(score)).sum()),
+            "cut": float(score[out].max()) if len(out) else 0.0,
+        }
+        self.active[out] = False
+        self.active[back] = True
+        if self.by_trained:
+            self.trained |= np.packbits(self.active, bitorder="little")
+        self._forget_everything()
+        return facts
+
+    def _room(self) -> np.ndarray:
+        """(G,) how many of each group can change places."""
+        sizes = np.bincount(self.group)
+        active = np.bincount(self.group[self.active], minlength=len(sizes))
+        return np.minimum(active, sizes - active)
+
+    def _quota(self) -> np.ndarray:
+        return quotas(self._room(), self.num_swap)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "active": np.packbits(self.active, bitorder="little"),
+            "events": self.events,
+            "seen": self.seen,
+            "memory": self.memory,
+            "spread": self.spread,
+            "updated": np.array(self.updated),
+        } | ({"trained": self.trained} if self.by_trained else {})
+
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
+        self.active = np.unpackbits(state["active"], count=self.num_examples, bitorder="little").astype(bool)
+        if self.by_trained:
+            self.trained = np.array(state["trained"], dtype=np.uint8)
+        self.events, self.seen, self.memory, self.spread = (
+            np.array(state[k], dtype=getattr(self, k).dtype) for k in ("events", "seen", "memory", "spread")
+        )
+        self.updated = int(state["updated"])

@@ -1,0 +1,72 @@
+"""InfoBatch, a control of level 1 (Qin et al., ICLR 2024, arXiv 2303.04947): soft pruning below the mean loss.
+
+Each epoch a random share `removed` of the examples whose latest loss lies below the mean is left out, and the others below
+the mean weigh more, so that the expected gradient stays that of the whole data set. The last `anneal` share of the epochs
+shows everything.
+`removed` is the paper's r: of those below the mean, not of the data set; what that comes to is in the facts ("kept_share").
+Unlike the authors' code, ids stay whole numbers: there they are packed with the losses into one half-precision tensor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsity.examples.curriculum import Draw, Observer
+from sparsity.examples.observations import Observed
+from sparsity.types import Selection
+
+
+class InfoBatch(Observer):
+    """State: the latest loss of each example (float32, NaN = never seen) and what the current round of epochs shows."""
+
+    name = "infobatch"
+    observes = "loss"
+
+    def _start(self) -> None:
+        if self.balanced:
+            raise ValueError(
+                "examples.balanced=true: infobatch prunes by loss and corrects by weight, it has no balanced form; set it to "
+                "false, or take examples.method=forgetting|random_fixed|random_epoch"
+            )
+        self.loss = np.full(self.num_examples, np.nan, np.float32)
+        self.keep = np.ones(self.num_examples, dtype=bool)
+        self.below = np.zeros(self.num_examples, dtype=bool)
+        self.updated = -1  # the round of epochs that is chosen for
+
+    def _fold(self, observed: Observed) -> None:
+        assert observed.value is not None
+        self.loss[observed.ids] = observed.value
+
+    def _choose(self, epoch: int) -> Selection:
+        if epoch // self.repeats != self.updated:
+            self.updated = epoch // self.repeats
+            self._prune()
+        kept_below = int((self.below & self.keep).sum())
+        weight = None
+        if kept_below < int(self.below.sum()):
+            # 1 / (1 - r), exact for the number really left out
+            weight = np.where(self.below, np.float32(self.below.sum() / kept_below), np.float32(1.0))
+        return self._selection(self.keep, weight, below_mean=int(self.below.sum()))
+
+    def _prune(self) -> None:
+        seen = np.isfinite(self.loss)
+        mean = self.loss[seen].mean(dtype=np.float64) if seen.any() else -np.inf
+        self.below = seen & (self.loss < mean)
+        candidates = self._draw(Draw.PRUNED, self.updated).permutation(np.flatnonzero(self.below))
+        self.keep = np.ones(self.num_examples, dtype=bool)
+        self.keep[candidates[: int(self.removed * len(candidates))]] = False
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "loss": self.loss,
+            "keep": np.packbits(self.keep, bitorder="little"),
+            "below": np.packbits(self.below, bitorder="little"),
+            "updated": np.array(self.updated),
+        }
+
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
+        self.loss = np.array(state["loss"], dtype=np.float32)
+        self.keep, self.below = (
+            np.unpackbits(state[k], count=self.num_examples, bitorder="little").astype(bool) for k in ("keep", "below")
+        )
+        self.updated = int(state["updated"])

@@ -1,0 +1,40 @@
+"""Random subsets, the controls of level 1: one for the whole run, or another one each epoch.
+
+Random per epoch is RS2 without replacement (Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy
+of Learning", 2023): epochs take consecutive parts of a permutation, which is drawn anew when no whole part is left, so
+keeping a third shows every example once in three epochs. Balanced draws do that class by class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsity.examples.curriculum import Curriculum, Draw, first_of_each, quotas
+from sparsity.types import Selection
+
+
+class RandomFixed(Curriculum):
+    """The same random share for the whole run: forgetting's active set before its first update."""
+
+    name = "random_fixed"
+
+    def _start(self) -> None:
+        self.active = self._starting_set()
+
+    def _choose(self, epoch: int) -> Selection:
+        return self._selection(self.active)
+
+
+class RandomEpoch(Curriculum):
+    """A new random share each epoch (each round of `repeats` epochs)."""
+
+    name = "random_epoch"
+
+    def _choose(self, epoch: int) -> Selection:
+        num_kept = self.num_examples - self.num_removed
+        parts = self.num_examples // num_kept
+        cycle, part = divmod(epoch // self.repeats, parts)
+        order = self._draw(Draw.CYCLE, cycle).permutation(self.num_examples)
+        keep = np.zeros(self.num_examples, dtype=bool)
+        keep[first_of_each(order, self.group, quotas(np.bincount(self.group), num_kept), skip=part)] = True
+        return self._selection(keep)

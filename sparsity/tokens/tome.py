@@ -1,0 +1,104 @@
+"""Token merging (Bolya et al., ToMe, ICLR 2023): patches that look alike to the attention are averaged, none is dropped.
+
+Bipartite soft matching, section 3 of the paper: tokens go alternately to sets A and B; each of A draws one edge to its most similar of B
+(cosine of the keys, mean over heads); the r strongest edges are merged, averages weighted by size. Attention then counts a token as
+many times as it has patches (`attention.fused`). The prefix is never merged, and the tokens stay in the order [prefix, rest of A, B].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsity.attention import take
+from sparsity.tokens.scores import ranked
+from sparsity.types import Place, Plan, Seen, Tokens, kept
+
+
+@dataclass(frozen=True)
+class Merge:
+    """merged: r, tokens merged per block wherever the plan keeps less than all; 0: r follows the plan, n - ceil(n * keep).
+
+    At most half of the patches of a block can be merged. carry_seen as in `topk`.
+    """
+
+    merged: int = 0
+    carry_seen: bool = True
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
+        num = tokens.ids.shape[1]
+        num_merged = num - self.count(num, plan)
+        if num_merged == 0:
+            return tokens, seen
+        return merge(tokens, seen, num_merged, self.carry_seen)
+
+    def count(self, num_patches: int, plan: Plan) -> int:
+        """Patch tokens after the merge."""
+        if plan.keep_tokens == 1.0:
+            return num_patches
+        wanted = self.merged or num_patches - kept(num_patches, plan.keep_tokens)
+        return num_patches - min(wanted, num_patches // 2)
+
+    def work(self, place: Place, plan: Plan) -> int:
+        """The edges between A and B, and the sums of what is merged (x and sizes; q, k, v too where they are carried)."""
+        num_merged = place.num_patches - self.count(place.num_patches, plan)
+        b = (place.num_patches + place.num_prefix % 2) // 2
+        summed = place.width + 1 + (3 * place.heads * place.head_width if self.carry_seen else 0)
+        edges = (place.num_patches - b) * b * place.head_width
+        return edges + b * num_merged * summed if num_merged else 0
+
+
+def merge(tokens: Tokens, seen: Seen, num_merged: int, carry_seen: bool) -> tuple[Tokens, Seen]:
+    """`num_merged` patches of A averaged into their nearest of B. A merged token has the id of its B, sizes add up."""
+    p = tokens.num_prefix
+    a, b = _sets(tokens)
+    near, order = _match(tokens, seen, a, b)
+    source, rest = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
+    nearest = near.gather(1, source)  # (B, r), positions in B
+    # Sums by a product, not by scattering: in one order, on any device and at any run.
+    to = F.one_hot(nearest, b.shape[0]).transpose(1, 2).to(torch.float32)  # (B, |B|, r)
+    prefix = torch.arange(p, device=a.device).expand(source.shape[0], -1)
+    stay = torch.cat((prefix, a[rest]), dim=1)  # positions in T
+    leave, into = a[source], b.expand(source.shape[0], -1)
+    size = tokens.size if tokens.size is not None else torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
+    sums = size.gather(1, into) + (to @ size.gather(1, leave)[..., None])[..., 0]  # (B, |B|)
+
+    def average(whole: Tensor, dim: int) -> Tensor:
+        """Weighted by size along `dim`: (B, ..., T, ...) -> (B, ..., T - r, ...)."""
+        shape = [size.shape[0]] + [1] * (whole.ndim - 1)
+        weigh = lambda weights: weights.view(*shape[:dim], -1, *shape[dim + 1 :])  # noqa: E731
+        moved = take(whole, leave, dim).float() * weigh(size.gather(1, leave))
+        matrix = to if dim == 1 else to[:, None]
+        together = take(whole, into, dim).float() * weigh(size.gather(1, into)) + matrix @ moved
+        return torch.cat((take(whole, stay, dim), (together / weigh(sums)).to(whole.dtype)), dim=dim)
+
+    with torch.autocast(tokens.x.device.type, enabled=False):
+        after = tokens.with_(
+            x=average(tokens.x, 1),
+            ids=torch.cat((tokens.ids.gather(1, a[rest] - p), tokens.ids.gather(1, into - p)), dim=1),
+            size=torch.cat((size.gather(1, stay), sums), dim=1),
+            keys=None,
+        )
+        if not carry_seen:
+            return after, seen
+        return after, Seen(average(seen.q, 2), average(seen.k, 2), average(seen.v, 2), seen.scale)
+
+
+def _sets(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Positions in T of the patches in A (even) and B (odd)."""
+    positions = torch.arange(tokens.num_prefix, tokens.x.shape[1], device=tokens.x.device)
+    first = tokens.num_prefix % 2
+    return positions[first::2], positions[1 - first :: 2]
+
+
+@torch.no_grad()
+def _match(tokens: Tokens, seen: Seen, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of A: its nearest in B, and A from the strongest edge to the weakest; (B, |A|) positions in B and in A."""
+    with torch.autocast(tokens.x.device.type, enabled=False):
+        metric = F.normalize(seen.k.float().mean(dim=1), dim=-1)  # (B, T, d)
+        edges = metric[:, a] @ metric[:, b].transpose(1, 2)  # (B, |A|, |B|)
+        strongest, near = edges.max(dim=-1)
+    return near, ranked(strongest)

@@ -1,0 +1,100 @@
+"""Level 2 by score: the k = ceil(n * keep) best patches and all prefix tokens stay, the rest leaves (methods 1.2).
+
+Which score decides makes the method: [CLS] attention is Tri-Level's and EViT's, a random order is the control. With `fuse` (EViT,
+Liang et al. 2022, section 3.2) the dropped tokens become one more token: their sum weighted by score, not renormalised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsity.attention import take
+from sparsity.tokens import scores
+from sparsity.tokens.scores import Score, ranked
+from sparsity.types import Place, Plan, Seen, Tokens, kept
+
+
+@dataclass(frozen=True)
+class TopK:
+    """score: what ranks. carry_seen: gather q, k, v too, for a level 3 that comes after. authors: their order of tokens [code].
+
+    Ours leaves the kept tokens in their order, so that a later tie is broken by patch id, and does nothing where all stay. The
+    authors put them in the order of the scores, also where all stay.
+    """
+
+    score: Score
+    fuse: bool = False
+    carry_seen: bool = True
+    authors: bool = False
+
+    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
+        num = tokens.ids.shape[1]
+        num_kept = kept(num, plan.keep_tokens)
+        if num_kept == num and not self.authors:
+            return tokens, seen
+        if self.fuse:  # the fused token carries the gradient of the scores, as in EViT
+            value = self.score(tokens, seen)
+        else:
+            with torch.no_grad():
+                value = self.score(tokens, seen)
+        order = ranked(value.detach())  # (B, n)
+        chosen = order[:, :num_kept] if self.authors else order[:, :num_kept].sort(dim=1).values
+        after, carried = select(tokens, seen, chosen, self.carry_seen)
+        if self.fuse and num_kept < num:
+            after, carried = _with_fused(after, carried, tokens, seen, value, order[:, num_kept:], self.carry_seen)
+        return after, carried
+
+    def count(self, num_patches: int, plan: Plan) -> int:
+        """Patch tokens (a fused one included) after the selection."""
+        num_kept = kept(num_patches, plan.keep_tokens)
+        return num_kept + 1 if self.fuse and num_kept < num_patches else num_kept
+
+    def work(self, place: Place, plan: Plan) -> int:
+        """q K^T of the queries whose attention is the score: one row of [CLS], all rows of what patches receive, none of a random order."""
+        if kept(place.num_patches, plan.keep_tokens) == place.num_patches:
+            return 0
+        return scores.NUM_QUERIES[self.score](place) * (place.num_prefix + place.num_patches) * place.heads * place.head_width
+
+
+def select(tokens: Tokens, seen: Seen, chosen: Tensor, carry_seen: bool) -> tuple[Tokens, Seen]:
+    """The prefix and the patches at `chosen` (B, k), positions among the patches; keys of level 3 are cleared."""
+    prefix = torch.arange(tokens.num_prefix, device=chosen.device).expand(chosen.shape[0], -1)
+    index = torch.cat((prefix, chosen + tokens.num_prefix), dim=1)  # (B, p + k)
+    after = tokens.with_(
+        x=take(tokens.x, index, 1),
+        ids=tokens.ids.gather(1, chosen),
+        size=None if tokens.size is None else tokens.size.gather(1, index),
+        keys=None,
+    )
+    if not carry_seen:
+        return after, seen
+    attention = None if seen.attention is None else take(take(seen.attention, index, 1), index, 2)
+    return after, Seen(take(seen.q, index, 2), take(seen.k, index, 2), take(seen.v, index, 2), seen.scale, attention)
+
+
+def _with_fused(
+    after: Tokens, carried: Seen, tokens: Tokens, seen: Seen, value: Tensor, dropped: Tensor, carry_seen: bool
+) -> tuple[Tokens, Seen]:
+    """One more token at the end, id -1: the dropped (B, n - k) times their scores, summed; its q, k, v are weighted means [ours]."""
+    index = dropped + tokens.num_prefix
+    weights = value.gather(1, dropped)  # (B, n - k)
+    fused = (take(tokens.x, index, 1) * weights.to(tokens.x.dtype)[..., None]).sum(dim=1, keepdim=True)
+    x = torch.cat((after.x, fused), dim=1)
+    ids = torch.cat((after.ids, torch.full_like(after.ids[:, :1], -1)), dim=1)
+    size = after.size
+    if size is not None and tokens.size is not None:
+        size = torch.cat((size, tokens.size.gather(1, index).sum(dim=1, keepdim=True)), dim=1)
+    after = after.with_(x=x, ids=ids, size=size)
+    if not carry_seen:
+        return after, carried
+    total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # a sharp softmax gives all of them 0
+    share = (weights / total).detach()
+
+    def mean(kept: Tensor, whole: Tensor) -> Tensor:
+        fused = (take(whole, index, 2) * share[:, None, :, None].to(whole.dtype)).sum(dim=2, keepdim=True)
+        return torch.cat((kept, fused), dim=2)
+
+    return after, Seen(mean(carried.q, seen.q), mean(carried.k, seen.k), mean(carried.v, seen.v), seen.scale)

@@ -1,0 +1,121 @@
+"""Evaluation: every image once on any world, timm's pixels, one set of weights at many densities."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import timm.data
+import torch
+import yaml
+
+from sparsity.types import DENSE, Plan, Record
+from tests.support import images as drawn
+from trainer.__main__ import main
+from trainer.analysis.densities import score
+from trainer.data.loader.validation import Validation
+from trainer.data.shards.index import build_index, open_index
+from trainer.data.shards.reader import Reader
+from trainer.model.evaluate import evaluate
+from trainer.model.weights import save_weights
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pattern = drawn.write_shards(tmp_path_factory.mktemp("drawn"), [7, 1, 15], broken={9})
+    build_index(pattern, progress=False)
+    return pattern
+
+
+def small(pattern: str, **sections: Any) -> Any:
+    config = drawn.config(pattern, evaluate={"batch": 4}, **sections)
+    args = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    return config.model_copy(update={"model": config.model.model_copy(update={"args": args})})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_image_once_on_any_world(shards: str, world: int) -> None:
+    config, index = small(shards), open_index(shards)
+    seen: list[int] = []
+    sums = []
+
+    def spy(images: torch.Tensor, plan: Plan) -> Record:
+        return Record(torch.eye(4)[torch.zeros(len(images), dtype=torch.int64)])  # always class 0
+
+    for rank in range(world):
+        batches = list(Validation(index, config, rank, world))
+        seen += [int(i) for b in batches for i, w in zip(b.ids, b.weights, strict=True) if w > 0]
+        assert len(batches) == len(list(Validation(index, config, 0, world))), "the same number of batches on every rank"
+        scores = evaluate(spy, batches, DENSE, config, torch.device("cpu"))
+        sums.append((scores.top1 * scores.images, scores.images, scores.broken))
+    assert sorted(seen) == sorted(set(range(23)) - {9})
+    right, images, broken = np.sum(sums, axis=0)
+    assert (right, images, broken) == (6, 22, 1)  # ids 0, 4, ... 20 are class 0
+
+
+def test_the_score_is_timms_own_evaluation(shards: str, tmp_path: Path) -> None:
+    """The same weights, timm's transform on PIL images, timm's forward: the same logits to the bit."""
+    config, index = small(shards), open_index(shards)
+    torch.manual_seed(3)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3
+    )
+    save_weights(tmp_path / "weights.safetensors", network.state_dict())
+    transform = timm.data.create_transform(32, is_training=False, interpolation="bicubic", crop_pct=0.875)
+    network.eval()
+    right = 0
+    for example, data in enumerate(Reader(index).read(np.arange(23))):
+        if example == 9:
+            continue
+
+        image = PIL.Image.open(io.BytesIO(bytes(data))).convert("RGB")
+        with torch.no_grad():
+            right += int(network(transform(image)[None]).argmax()) == index.labels[example]
+    rows = score(str(tmp_path / "weights.safetensors"), config)
+    assert rows.rows[0].scores.top1 == right / 22 and rows.rows[0].scores.images == 22
+
+
+def test_one_set_of_weights_at_many_densities(
+    shards: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small(shards, tokens={"method": "topk", "keep": 0.7, "blocks": [1, 2]})
+    network = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3
+    )
+    save_weights("weights.safetensors", network.state_dict())
+
+    Path("c.yaml").write_text(yaml.safe_dump(config.resolved()))
+    assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1.0,0.7,0.5", "--json", "out.json"]) == 0
+    found = json.loads(Path("out.json").read_text())
+    assert [(r["density"], r["tokens"]) for r in found["rows"]] == [(1.0, 17), (0.7, 10), (0.5, 5)]
+    costs = [r["gmacs"] for r in found["rows"]]
+    assert costs == sorted(costs, reverse=True) and found["images"] == 22
+    assert "density" in capsys.readouterr().out
+    assert main(["eval", "weights.safetensors", "c.yaml", "tokens.method=all", "--densities", "0.5"]) == 2
+    assert "the configuration prunes no tokens" in capsys.readouterr().err
+    merging = ["tokens.method=tome", "tokens.merged=2"]
+    assert main(["eval", "weights.safetensors", "c.yaml", *merging, "--densities", "0.9,0.5"]) == 2
+    assert "merges as many at every density" in capsys.readouterr().err
+    hidden = ["connections.method=exact", "connections.keep=0.5", "--json", "out.json"]  # a density says nothing of connections
+    found = []
+    for words in ([], ["--densities", "0.7"]):
+        assert main(["eval", "weights.safetensors", "c.yaml", *hidden, *words]) == 0
+        found += json.loads(Path("out.json").read_text())["rows"]
+    assert [(row["density"], row["connections"]) for row in found] == [(0.7, 0.5), (0.7, 1.0)]
+    assert "connections" in capsys.readouterr().out
+    assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1,abc"]) == 2
+    assert "write shares of tokens in (0, 1]" in capsys.readouterr().err
+    assert main(["eval", "weights.safetensors", "c.yaml", "model.classes=12"]) == 2
+    assert "the CONFIG these weights were trained with" in capsys.readouterr().err
+    assert main(["eval", "timm:deit_tiny_patch16_224", "c.yaml"]) == 2
+    assert "knows 1000 classes, the configuration has model.classes=4" in capsys.readouterr().err
+    assert main(["eval", "weights.safetensors"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
+    assert main(["eval", "timm:vit_tinny_patch16_224", "c.yaml"]) == 2
+    assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err

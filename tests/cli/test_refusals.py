@@ -1,0 +1,156 @@
+"""Bad input at the command line: one message that names what is wrong and the way out, exit code 2, nothing written or lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import images
+from trainer.__main__ import main
+from trainer.data.shards.index import build_index
+from trainer.journal.reader import lineage
+
+RECIPE = """
+name: job
+epochs: 2
+log_every: 1step
+model: {name: deit_tiny_patch16_224, classes: 10, image_size: 32, args: {patch_size: 8, embed_dim: 48, depth: 4, num_heads: 3}}
+data: {train: "DIGITS/train-*.tar", validation: "DIGITS/validation-*.tar", batch: 64, micro_batch: 64, workers: 0, lanes: 4}
+augment: {crop: shift, shift: 2, flip: 0.0}
+optim: {lr: 2.0e-3, warmup: 1ep}
+tokens: {method: topk, keep: 0.7, blocks: [1, 2]}
+engine: {kind: ddp, zero: 0, precision: float32}
+tracking: {to: journal}
+"""
+
+
+@pytest.fixture
+def job(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "job.yaml"
+    path.write_text(RECIPE.replace("DIGITS", str(digits)))
+    return path
+
+
+def refused(capsys: Any, *words: object) -> str:
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trilevel: ") and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train=nowhere/train-*.tar", ["nowhere/train-*.tar", "no "]),
+        ("model.name=deit_tny_patch16_224", ["model.name", "deit_tny_patch16_224", "deit_tiny_patch16_224"]),
+        ("model.name=resnet50", ["resnet50"]),
+        ("model={name: vit_tiny_r_s16_p8_224, classes: 10, image_size: 32}", ["vit_tiny_r_s16_p8_224", "HybridEmbed"]),
+        ("model.classes=5", ["label", "model.classes=5", "model.classes=10"]),
+        ("tokens.blocks=[2, 7]", ["tokens.blocks=[2, 7]", "blocks 0 to 3"]),
+        ("tokens.method=topp", ["tokens.method='topp'", "topk"]),
+        ("examples.method=forget", ["examples.method='forget'", "forgetting"]),
+        ("examples.removed=0.2", ["examples.removed=0.2", "examples.method"]),
+        ("data.batch=2048", ["2048"]),
+        ("model.init=nowhere.safetensors", ["nowhere.safetensors"]),
+        ("data.labels=key", ["data.labels='key'"]),
+        ("optim.name=adamww", ["optim.name", "adamw"]),
+    ],
+)
+def test_what_a_run_can_not_be_is_said_before_it_starts(override: str, words: list[str], job: Path, capsys: Any) -> None:
+    said = refused(capsys, "train", job, override, "--check")
+    assert all(word in said for word in words), said
+    assert not Path("runs").exists()
+
+
+def test_a_batch_that_does_not_fit_the_world(job: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRILEVEL_WORLD", "64")
+    assert "64" in refused(capsys, "train", job, "--check")
+    monkeypatch.setenv("TRILEVEL_WORLD", "3")
+    assert main(["train", str(job), "--check"]) == 0
+    assert "3 process(es)" in capsys.readouterr().out
+
+
+def test_the_check_prints_the_plan_and_trains_nothing(job: Path, capsys: Any) -> None:
+    assert (
+        main(["train", str(job), "plan.method=cosine", "plan.warmup=0ep", "plan.length=1ep", "plan.plateaus=2", "--check"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "17x2 13x1 10x1" in said, said  # 16 patches and [CLS]: ceil(.7 x 16) = 12, ceil(.7 x 12) = 9
+    assert "1438 training and 359 validation images" in said and not Path("runs").exists()
+    assert "order: classes in a batch" in said
+
+
+@pytest.fixture
+def copied(job: Path, digits: Path) -> Path:
+    """Shards of our own to be damaged, and the recipe over them."""
+    shutil.copytree(digits, "mine")
+    job.write_text(RECIPE.replace("DIGITS", "mine"))
+    return sorted(Path("mine").glob("train-*.tar"))[1]
+
+
+def test_a_shard_that_changed_is_refused_by_name(job: Path, copied: Path, capsys: Any) -> None:
+    content = bytearray(copied.read_bytes())
+    content[len(content) // 2] ^= 1
+    copied.write_bytes(content)
+    assert copied.name in refused(capsys, "train", job)
+    copied.unlink()
+    said = refused(capsys, "train", job)
+    assert copied.name in said and "missing" in said
+
+
+def test_a_truncated_tar_is_refused_by_name(job: Path, copied: Path, capsys: Any) -> None:
+    copied.write_bytes(copied.read_bytes()[:-15000])
+    assert copied.name in refused(capsys, "train", job)
+    assert copied.name in refused(capsys, "index", "mine/train-*.tar"), "and it can't be indexed away"
+
+
+def test_a_run_that_exists_is_not_overwritten(job: Path, capsys: Any) -> None:
+    assert main(["train", str(job), "stop_at=2step"]) == 0
+    before = Path("runs/job/journal.jsonl").read_bytes()
+    assert "--resume" in refused(capsys, "train", job)
+    assert Path("runs/job/journal.jsonl").read_bytes() == before
+
+
+def test_what_another_run_left_is_not_taken_for_ones_own(job: Path, capsys: Any) -> None:
+    assert main(["train", str(job), "stop_at=2step"]) == 0
+    Path("runs/job/journal.jsonl").unlink()
+    assert "--resume" in refused(capsys, "train", job, "optim.lr=0.5")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(job: Path, capsys: Any) -> None:
+    assert main(["train", str(job), "stop_at=2step"]) == 0
+    capsys.readouterr()
+    said = refused(capsys, "train", job, "--resume", "optim.lr=0.5")
+    assert "optim.lr: checkpoint 0.002, now 0.5" in said
+    assert main(["train", str(job), "--resume", "data.workers=1"]) == 0
+
+
+def test_broken_images_keep_their_slot_and_count_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Named in the journal and the console; the run goes on, and stops past the set share."""
+    monkeypatch.chdir(tmp_path)
+    build_index(images.write_shards(Path("drawn"), [30, 34], classes=2, broken={5, 40}), progress=False)
+    text = RECIPE.replace("DIGITS/validation", "drawn/train").replace("DIGITS", "drawn").replace("classes: 10", "classes: 2")
+    Path("job.yaml").write_text(
+        text.replace("batch: 64", "batch: 16").replace("{method: topk, keep: 0.7, blocks: [1, 2]}", "{}")
+    )
+    assert main(["train", "job.yaml", "data.broken_share=0.5"]) == 0
+    found = [line for line in lineage("runs/job") if line["kind"] == "broken"]
+    assert {line["id"] for line in found} == {5, 40} and all(line["reason"] for line in found)
+    assert [line["images"] for line in lineage("runs/job") if line["kind"] == "eval"][-1] == 62
+    assert "broken image" in capsys.readouterr().out
+    said = refused(capsys, "train", "job.yaml", "name=strict", "data.broken_share=0.02")
+    assert "2 of 64 images are broken, more than data.broken_share=0.02" in said
+    assert lineage_end("runs/strict") == "failed"
+    build_index(images.write_shards(Path("none"), [32], classes=2, broken=range(32)), progress=False)
+    said = refused(capsys, "train", "job.yaml", "name=none", "data.train=none/train-*.tar")
+    assert "images are broken" in said and "optim.lr" not in said, "no image at all is no matter of the learning rate"
+
+
+def lineage_end(run: str) -> str:
+    return [line["status"] for line in lineage(run) if line["kind"] == "end"][-1]

@@ -1,0 +1,131 @@
+"""The configuration: strict, with the nearest key in the error, durations with units, the same run after a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config.errors import ConfigError
+from trainer.config.load import load, parse
+from trainer.config.run_config import Config, differences
+
+PLAIN = {"name": "x", "model": {"name": "deit_tiny_patch16_224"}, "data": {"train": "a", "validation": "b"}}
+
+
+def changed(*overrides: str, tmp_path: Path) -> Config:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(PLAIN))
+    return load(path, list(overrides))
+
+
+def test_what_is_resolved_gives_the_same_run_again(tmp_path: Path) -> None:
+    config = changed("optim.lr=1e-3", "optim.warmup=2.5ep", "tokens.blocks=[2, 5]", "stop_at=7step", tmp_path=tmp_path)
+    assert (config.optim.lr, config.optim.warmup, config.tokens.blocks) == (1e-3, 2.5, (2, 5))
+    again = parse(yaml.safe_load(yaml.safe_dump(config.resolved())))
+    assert again == config and again.fingerprint() == config.fingerprint()
+
+
+def test_a_resolved_length_is_exact(tmp_path: Path) -> None:
+    """Seven digits and thirds: a replay reads config.yaml, and must find the same plan and the same last step."""
+    config = changed("stop_at=1234567step", "plan.length=33.333333333ep", "optim.warmup=2.0000001ep", tmp_path=tmp_path)
+    resolved = config.resolved()
+    assert (resolved["stop_at"], resolved["plan"]["length"]) == ("1234567step", "33.333333333ep")
+    assert parse(resolved) == config
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokens.method=topk", "tokens.keep=0.7"],
+        ["connections.method=exact", "connections.keep=0.3"],
+    ],
+)
+def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], tmp_path: Path) -> None:
+    stairs = ["plan.method=staircase", "plan.stairs=[[0ep, 0.8, 0.8], [2ep, 0.6, 0.4]]"]
+    with pytest.raises(ConfigError, match=r"whose last stair keeps 0\.[64]: the stairs decide"):
+        changed(*stairs, *words, tmp_path=tmp_path)
+    assert changed(*stairs, words[0], tmp_path=tmp_path).plan.stairs[1][1:] == (0.6, 0.4)
+    assert changed(*stairs, "tokens.method=tome", tmp_path=tmp_path).tokens.keep == 1.0, "the stairs say how much is merged"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|known here"),
+        ("data.lr=3", "did you mean optim.lr?"),
+        ("modle.name=x", "did you mean model?"),
+        ("tokens.keep=0", "tokens.keep=0: Input should be greater than 0"),
+        ("tokens.keep=1.2", "tokens.keep=1.2: Input should be less than or equal to 1"),
+        ("examples.removed=1.0", "examples.removed=1.0: Input should be less than 1"),
+        ("epochs=0", "epochs=0: Input should be greater than 0"),
+        ("optim.warmup=500step", "write it in epochs, e.g. '5ep'"),
+        ("optim.warmup=5", "write epochs as '5ep' or optimizer steps as '500step'"),
+        ("optim.warmup=5.0", "write epochs as '5ep' or optimizer steps as '500step'"),
+        ("log_every=1.5step", "is no duration"),
+        ("optim.warmup=300ep", "does not end before epochs=300"),
+        ("data.batch=1000", "is not a multiple of data.lanes x data.repeats = 16 x 1"),
+        ("data.micro_batch=31", "both must be even"),
+        ("tokens.blocks=[3, 3]", "each named once, in rising order"),
+        ("engine.zero=4", "engine.zero=4"),
+        ("optim.name=lamb", "set engine.zero=0"),
+        ("name=../x", "name='../x'"),
+        ("tokens.method=tome", "merges nothing"),
+        ("optim.name=lars", "set engine.zero=0"),
+        ("optim.name=muon", "set engine.zero=0"),
+        ("optim.betas=[1.5, 0.9]", "optim.betas.0=1.5"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(override, tmp_path=tmp_path)
+    assert any(part in str(error.value) for part in words.split("|")), error.value
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("engine.kind=ddp", "engine.precision=bf16"),
+        ("engine.zero=0", "engine.precision=bf16"),
+        ("engine.zero=3", "engine.compile=true"),
+    ],
+)
+def test_what_an_engine_can_not_do_is_said_before_it_starts(overrides: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(*overrides, tmp_path=tmp_path)
+    assert all(text.split("=")[1].lower() in str(error.value).lower() for text in overrides), error.value
+
+
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    assert changed("data.train=*.tar", tmp_path=tmp_path).data.train == "*.tar"
+    assert changed("data.train={a,b}.tar", tmp_path=tmp_path).data.train == "{a,b}.tar"
+
+
+def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed("epochs=0", "tokens.keep=2", "optim.lrr=1", tmp_path=tmp_path)
+    assert all(
+        key in str(error.value) for key in ("epochs=0", "tokens.keep=2", "optim.lrr=1: unknown key; did you mean optim.lr?")
+    )
+
+
+def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("name: x\n")
+    with pytest.raises(ConfigError, match=r"did you mean .*quickstart\.yaml"):
+        load(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match="model: this key is required"):
+        load(tmp_path / "quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"write it as key\.sub=value"):
+        load(tmp_path / "quickstart.yaml", ["--lr"])
+
+
+def test_a_resume_may_change_where_it_runs_and_not_what_is_computed(tmp_path: Path) -> None:
+    ours = changed(tmp_path=tmp_path)
+    same = changed(
+        "data.workers=1", "data.micro_batch=8", "engine.zero=3", "log_every=1step", "data.train=elsewhere", tmp_path=tmp_path
+    )
+    assert differences(same, ours) == {} and same.fingerprint() == ours.fingerprint()
+    other = changed("optim.lr=0.5", "engine.precision=bf16", tmp_path=tmp_path)
+    assert differences(other, ours) == {"engine.precision": ("bf16", "autocast"), "optim.lr": (0.5, 1e-3)}
+    assert other.fingerprint() != ours.fingerprint()

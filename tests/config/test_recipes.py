@@ -1,0 +1,97 @@
+"""Every recipe loads strictly, fits the libraries it names, passes the check, and differs from its control in nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config.load import load
+from trainer.config.run_config import Config
+from trainer.data.augment.transform import Transform
+from trainer.data.order import micro_batches
+from trainer.model.objective import Objective
+from trainer.model.optimizer import refuse_unknown
+from trainer.model.schedule import learning_rate
+from trainer.preflight.check import check
+from trainer.preflight.parity import parity
+from trainer.preflight.timm_recipe import Timm
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+IMAGENET = [name for name in ALL if "in1k" in name or name.startswith("tri_level")]
+TRI_LEVEL = [name for name in ALL if name.startswith("tri_level")]
+SMALL = ["model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3}"]
+# 1,437 digits in place of ImageNet, in batches a CPU computes
+DIGITS = ["data.batch=48", "data.micro_batch=24", "data.lanes=4", "data.window=64", "data.workers=0", "model.classes=10"]
+
+
+def shards(folder: Path) -> list[str]:
+    return [f"data.train={folder}/train-*.tar", f"data.validation={folder}/validation-*.tar"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_file_loads_and_says_what_it_is(name):
+    path = FOLDER / f"{name}.yaml"
+    config = load(path)
+    assert config.name == name
+    head = re.match(r"(#.*\n)+", path.read_text())
+    assert head, "a recipe begins with a comment"
+    for word in ("Command:", "Expect:", "Measured:"):
+        assert word in head.group(), f"the head comment has no {word!r}"
+    assert f"{name}.yaml" in head.group() or "make " in head.group()
+    assert max(map(len, path.read_text().splitlines())) <= 128
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_file_fits_what_it_names(name):
+    config = load(FOLDER / f"{name}.yaml")
+    refuse_unknown(config.optim.name)
+    Objective(config)
+    Transform(config.augment, config.model.image_size, train=True)
+    assert config.plan.method == "constant" or config.plan.warmup + config.plan.length <= config.epochs
+    assert learning_rate(config.optim.warmup, config) > 0.9 * config.optim.lr
+    for world in (1, 8, 16, 32) if name in IMAGENET else (1, 2, 3):
+        steps = micro_batches(config.data.batch, config.data.micro_batch, world)
+        assert steps.micro_batch <= config.data.micro_batch
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_recipes_pass_the_check_against_given_shards(name, digits):
+    overrides = [o for o in DIGITS if "classes" not in o]
+    found = check(load(FOLDER / f"{name}.yaml", [*shards(digits), *overrides]), world=2)
+    size = {"tiny": 5.7, "small": 22.0, "base": 86.6}[re.search("tiny|small|base", name).group()]
+    assert found.parameters / 1e6 == pytest.approx(size, rel=0.01)
+    assert found.steps > 0 and (found.share() < 0.95) == (name in TRI_LEVEL)
+
+
+@pytest.mark.parametrize("name", TRI_LEVEL)
+def test_tri_level_differs_from_its_control_in_the_three_levels_only(name):
+    ours, control = (
+        yaml.safe_load((FOLDER / f"{stem}.yaml").read_text()) for stem in (name, f"deit_{name.split('_')[3]}_in1k")
+    )
+    levels = {"examples", "tokens", "connections", "plan"}
+    assert {k: v for k, v in ours.items() if k not in levels | {"name"}} == {k: v for k, v in control.items() if k != "name"}
+    assert levels <= ours.keys()
+    ratio = float(name.split("_")[-1])
+    assert ours["tokens"]["keep"] == ratio and ours["examples"]["removed"] == {0.9: 0.1, 0.8: 0.2, 0.7: 0.2}[ratio]
+
+
+def test_tokens_and_cost_of_the_tri_level_recipes_are_the_published_ones(digits):
+    golden = {"0.9": ([177, 160, 144], 0.133), "0.8": ([157, 126, 101], 0.251), "0.7": ([138, 97, 68], 0.348)}
+    for ratio, (tokens, saved) in golden.items():
+        overrides = [*shards(digits), *(o for o in DIGITS if "classes" not in o), "connections.method=all"]
+        last = check(load(FOLDER / f"tri_level_deit_small_{ratio}.yaml", overrides), world=1).plateaus[-1]
+        assert last.start == 110
+        assert sorted({n - 1 for n in last.tokens} - {196}, reverse=True) == tokens
+        dense = check(load(FOLDER / "deit_small_in1k.yaml", overrides), world=1).dense
+        assert 1 - last.multiply_adds / dense == pytest.approx(saved, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_in1k", "deit3_small_in1k_90ep", "quickstart_dense"])
+def test_dense_recipes_equal_timm_to_the_bit_on_a_tiny_model_of_the_family(name, digits):
+    small = SMALL if name in IMAGENET else []
+    config: Config = load(FOLDER / f"{name}.yaml", [*shards(digits), *DIGITS, *small])
+    certificate = parity(config, steps=12)
+    assert certificate.equal, str(certificate)
+    assert Timm(config, 10, "cpu").optimizer.__class__.__name__ == ("Lamb" if "deit3" in name else "AdamW")

@@ -1,0 +1,219 @@
+"""The stream on real shards: the same batches on any world, dropped images cost no decode, broken ones keep their slot."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from timm.data.transforms_factory import create_transform
+from torchvision.io import decode_jpeg
+
+from sparsity.types import Selection
+from tests.conftest import environment
+from tests.support.images import config, jpeg, write_shards, write_tar
+from trainer.data.augment import decode
+from trainer.data.batch import Batch
+from trainer.data.errors import DataError
+from trainer.data.loader.dataset import check_classes
+from trainer.data.loader.stream import Stream
+from trainer.data.loader.validation import Validation
+from trainer.data.shards.index import Index, build_index
+from trainer.preflight.verify_shards import verify
+
+SIZES = [11, 1, 20, 8, 10]  # 50 images
+AUGMENT = {"policy": "rand-m9-mstd0.5-inc1", "erasing": 0.5}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index(write_shards(tmp_path_factory.mktemp("shards"), SIZES), progress=False)
+
+
+def selection(n: int, removed: list[int], weight: np.ndarray | None = None) -> Selection:
+    keep = np.ones(n, dtype=bool)
+    keep[removed] = False
+    return Selection(np.packbits(keep, bitorder="little"), int(keep.sum()), weight, {})
+
+
+def joined(batches: list[Batch], field: str) -> torch.Tensor:
+    """Rows of all ranks of one step, padding left out, in rank order."""
+    return torch.cat([getattr(b, field)[b.ids >= 0] for b in batches])
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return all(torch.equal(joined(a, f), joined(b, f)) for f in Batch._fields if f != "broken")
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 1), (4, 0), (6, 0)])
+def test_any_world_and_workers_give_the_same_global_batches(index: Index, world: int, workers: int) -> None:
+    chosen = selection(50, list(range(0, 50, 7)))
+    sections: dict[str, Any] = {"augment": AUGMENT}
+    whole = Stream(index, config("x", **sections), 0, 1)
+    streams = [Stream(index, config("x", data={"workers": workers}, **sections), rank, world) for rank in range(world)]
+    for epoch in (0, 1, 0):  # persistent workers must see each epoch's own kept examples
+        kept = chosen if epoch else None
+        reference = list(whole.epoch(epoch, kept))
+        assert len(reference) == (42 // 12 if epoch else 50 // 12)
+        parts = [list(s.epoch(epoch, kept)) for s in streams]
+        assert {len(p) for p in parts} == {len(reference)}
+        for step, batch in enumerate(reference):
+            ranks = [p[step] for p in parts]
+            assert equal(ranks, [batch])
+            assert {len(b.ids) for b in ranks} == {streams[0].steps.slots}
+            for b in ranks:
+                padding = b.ids < 0
+                assert (b.weights[padding] == 0).all() and (b.images[padding] == 0).all() and (b.weights[~padding] == 1).all()
+        shown = torch.cat([b.ids for b in reference])
+        if kept is not None:
+            assert not set(shown.tolist()) & set(range(0, 50, 7))
+        assert (joined(reference, "labels") == shown % 4).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_in_mid_epoch_is_the_same(index: Index, workers: int) -> None:
+    chosen = selection(50, [3, 4])
+    one = list(Stream(index, config("x", augment=AUGMENT), 0, 1).epoch(3, chosen))
+    two = Stream(index, config("x", augment=AUGMENT, data={"workers": workers}), 0, 1)
+    for batch in two.epoch(7, None):  # another epoch dropped half way
+        assert batch.images.shape == (12, 3, 32, 32)
+        break
+    rest = list(two.epoch(3, chosen, first_batch=2))
+    assert len(rest) == len(one) - 2 and all(equal([a], [b]) for a, b in zip(one[2:], rest, strict=True))
+
+
+def test_dropped_examples_are_not_decoded(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    box = decode.Picture.box
+    monkeypatch.setattr(decode.Picture, "box", lambda self, *at: decoded.append(1) or box(self, *at))
+    removed = list(range(0, 50, 3))
+    stream = Stream(index, config("x"), 0, 1)
+    shown = sum(len(b.ids) for b in stream.epoch(0, selection(50, removed)))
+    assert len(decoded) == shown == (50 - len(removed)) // 12 * 12
+    decoded.clear()
+    repeated = Stream(index, config("x", data={"repeats": 3}), 0, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(decode, "decode_jpeg", lambda *a, **k: decoded.append(1) or decode_jpeg(*a, **k))
+    shown = sum(len(b.ids) for b in repeated.epoch(0, None))
+    assert len(decoded) == shown // 3, "copies of an image share one decode"
+
+
+def test_copies_differ_and_epochs_differ(index: Index) -> None:
+    stream = Stream(index, config("x", data={"repeats": 2}), 0, 1)
+    for batch in stream.epoch(0, None):
+        assert (batch.ids[0::2] != batch.ids[1::2]).all() and set(batch.copies.tolist()) == {0, 1}
+        for i in batch.ids.unique():
+            a, b = (batch.ids == i).nonzero().flatten().tolist()
+            assert not torch.equal(batch.images[a], batch.images[b]) and batch.draw[a] != batch.draw[b]
+    stream = Stream(index, config("x"), 0, 1)
+    first, second = (torch.cat([b.draw for b in stream.epoch(e, None)]) for e in (0, 1))
+    assert not set(first.tolist()) & set(second.tolist())
+
+
+def test_weights_of_a_selection_reach_their_rows(index: Index) -> None:
+    weight = np.arange(50, dtype=np.float32) + 1
+    for batch in Stream(index, config("x"), 1, 4).epoch(0, selection(50, [0], weight)):
+        assert torch.equal(batch.weights, torch.where(batch.ids >= 0, batch.ids + 1.0, 0.0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_keep_their_slot_and_are_named(tmp_path: Path, workers: int) -> None:
+    files: dict[str, bytes] = {}
+    for i in range(24):
+        good = jpeg(i)
+        files |= {f"k{i:02d}.jpg": {5: good[:300], 6: b"no image", 7: b""}.get(i, good), f"k{i:02d}.cls": b"0"}
+    write_tar(tmp_path / "b-0.tar", files)
+    pattern = str(tmp_path / "b-0.tar")
+    index = build_index(pattern, progress=False)
+    stream = Stream(index, config("x", classes=2, data={"workers": workers, "repeats": 2, "batch": 24}), 0, 2)
+    seen: dict[int, str] = {}
+    for epoch in range(2):
+        for batch in stream.epoch(epoch, None):
+            bad = {i for i, _ in batch.broken}
+            assert [int(i) in bad for i in batch.ids] == (batch.weights == 0).tolist()
+            assert (batch.images[batch.weights == 0] == 0).all()
+            seen |= dict(batch.broken)
+    assert set(seen) <= {5, 6, 7} and seen
+    assert all(f"b-0.tar key 'k0{i}'" in reason for i, reason in seen.items())
+    found = verify(pattern, workers=2, progress=False)
+    assert [b.id for b in found] == [5, 6, 7] and "k06" in found[1].where and "no image" in found[1].reason
+
+
+@pytest.mark.parametrize(("world", "batch", "workers"), [(1, 8, 0), (2, 8, 1), (3, 7, 0), (4, 100, 0), (7, 3, 0), (64, 2, 0)])
+def test_validation_shows_every_image_once(index: Index, world: int, batch: int, workers: int) -> None:
+    settings = config("x", evaluate={"batch": batch}, data={"workers": workers})
+    parts = [list(Validation(index, settings, rank, world)) for rank in range(world)]
+    lengths = {len(Validation(index, settings, rank, world)) for rank in range(world)}
+    assert lengths == {len(p) for p in parts} and len(lengths) == 1
+    shown = torch.cat([b.ids[b.weights > 0] for p in parts for b in p])
+    assert shown.tolist() == list(range(50))
+    for step in range(len(parts[0])):
+        assert len({len(p[step].ids) for p in parts}) == 1, "ranks compute batches of equal shape"
+    for again in (0, 1):  # the same on a second pass
+        assert torch.equal(next(iter(Validation(index, settings, 0, world))).images, parts[0][0].images), again
+
+
+def test_validation_pixels_are_timms(index: Index) -> None:
+    theirs = create_transform(32, crop_pct=0.875, interpolation="bicubic", normalize=False)
+    batch = next(iter(Validation(index, config("x"), 0, 1)))
+    for i in range(5):
+        assert torch.equal(batch.images[i], theirs(PIL.Image.open(io.BytesIO(jpeg(i)))))  # pyright: ignore
+
+
+def test_refusals(index: Index) -> None:
+    with pytest.raises(DataError, match=r"train-0000.tar key 'img00002': label 2 is outside model.classes=2 .*model.classes=4"):
+        Stream(index, config("x", classes=2), 0, 1)
+    with pytest.raises(DataError, match=r"outside model.classes=3"):
+        Validation(index, config("x", classes=3), 0, 1)
+    with pytest.raises(ValueError, match=r"data.batch=12 on 7 processes"):
+        Stream(index, config("x"), 0, 7)
+    with pytest.raises(ValueError, match=r"50 kept examples make no batch of data.batch=64"):
+        next(Stream(index, config("x", data={"batch": 64}), 0, 1).epoch(0, None))
+    with pytest.raises(ValueError, match=r"augment.policy='rend'"):
+        Stream(index, config("x", augment={"policy": "rend"}), 0, 1)
+
+
+def test_training_and_validation_must_name_the_same_classes(tmp_path: Path) -> None:
+    def of(stem: str, names: str, labels: str = "key") -> Index:
+        write_tar(tmp_path / f"{stem}.tar", {f"{n}_{i}.jpg": jpeg(i) for i, n in enumerate(names)})
+        return build_index(str(tmp_path / f"{stem}.tar"), labels, progress=False)
+
+    check_classes(of("a", "xyz"), of("b", "zyx"))
+    with pytest.raises(DataError, match=r"class 1 is 'y' in .*a-\w+.index and 'z' in .*c-\w+.index.*classes.txt"):
+        check_classes(of("a", "xyz"), of("c", "xz"))
+
+
+def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:
+    index = build_index(write_shards(tmp_path, [12, 12]), progress=False)
+    os.truncate(tmp_path / "train-0001.tar", 100)
+    batches = list(Stream(index, config("x"), 0, 1).epoch(0, None))
+    broken = dict(b for batch in batches for b in batch.broken)
+    assert sorted(broken) == list(range(12, 24)) and "train-0001.tar" in broken[12]
+    assert sum(float(b.weights.sum()) for b in batches) == 12
+
+
+def test_a_process_that_fails_with_workers_running_ends(index: Index, tmp_path: Path) -> None:
+    """An uncaught error's traceback holds the stream to the end; its workers don't hear multiprocessing's SIGTERM."""
+    script = f"""
+from tests.drawn import config
+from trainer.data.index import Index
+from trainer.data.stream import Stream
+
+def fail():
+    stream = Stream(Index({str(index.path)!r}), config({str(index.root)!r}, data={{"workers": 2}}), 0, 1)
+    next(stream.epoch(0, None))
+    raise RuntimeError("on purpose")
+
+fail()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "on purpose" in done.stderr and "DataLoader worker" not in done.stderr

@@ -1,0 +1,55 @@
+"""A restart finds the graphs of the run before it: real code generation, two starts, one folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment, lines
+from tests.laws.test_main_job import RECIPE
+
+WORDS = [
+    "engine.compile=true",
+    "tokens.method=all",
+    "connections.method=all",
+    "examples.method=all",
+    "examples.removed=0",
+    "control=0",
+]
+SMALL = ["model.drop_path=0", "model.args={patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}", "checkpoint.every=2step"]
+
+
+def start(folder: Path, *words: str) -> dict[str, int]:
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "jobs" / "compile_cache.py"),
+        "train",
+        str(folder / "job.yaml"),
+        *WORDS,
+        *SMALL,
+        *words,
+    ]
+    env = environment(HOME=str(folder))
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"hits"')))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_restart_generates_no_code_again(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
+    first = start(tmp_path, "stop_at=2step")
+    again = start(tmp_path, "--resume", "stop_at=4step")
+    assert first["misses"] > 0
+    assert again["hits"] > 0 and again["misses"] == 0
+    run = tmp_path / "runs" / "job"
+    assert {line["compile_cache"] for line in lines(run, "start")} == {str(tmp_path / ".cache/trilevel/compiled")}
+    told = [line["time_to_first_step"] for line in lines(run, "step") if "time_to_first_step" in line]
+    assert len(told) == 2 and all(seconds > 0 for seconds in told)
+    print(f"start to first step: {told[0]:.1f} s, at the restart {told[1]:.1f} s")

@@ -1,0 +1,122 @@
+"""The engine for real: DeepSpeed and DDP over gloo, every ZeRO stage, saved and resumed, on the same and on another world."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, environment, torchrun
+from trainer.config import run_config
+from trainer.data.order import Steps
+from trainer.engine.deepspeed_config import deepspeed_config
+
+pytestmark = pytest.mark.dist
+
+
+def job(
+    world: int, kind: str, zero: int, precision: str, accumulation: int, start: int, stop: int, folder: Path, *more: str
+) -> Any:
+    words = [
+        str(ROOT / "tests" / "support" / "jobs" / "one_engine.py"),
+        kind,
+        str(zero),
+        precision,
+        str(accumulation),
+        str(start),
+        str(stop),
+        str(folder),
+    ]
+    done = subprocess.run(
+        [sys.executable, *torchrun(world), *words], env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["step"]: (line["loss"], line["norm"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Plain DDP's way through the same steps, on one process."""
+    return job(1, "ddp", 0, "float32", 1, 0, 5, tmp_path_factory.mktemp("control"))
+
+
+MODES = [
+    ("deepspeed", 3, "float32", 1e-6)
+]  # ZeRO 0, 1, 2 and DDP: resumed to the bit in test_engine_steps, elastic in test_main_job
+MORE = [
+    ("deepspeed", 1, "float32", 1e-6),
+    ("deepspeed", 1, "autocast", 4e-3),
+    ("deepspeed", 0, "float32", 1e-6),
+    ("deepspeed", 2, "float32", 1e-6),
+    ("deepspeed", 0, "autocast", 4e-3),
+    ("deepspeed", 2, "bf16", 1e-2),
+    ("ddp", 0, "float32", 1e-6),
+    ("ddp", 0, "autocast", 4e-3),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero", "precision", "near"), MODES + [pytest.param(*mode, marks=pytest.mark.slow) for mode in MORE]
+)
+def test_resumed_is_uninterrupted_and_any_world_goes_on(
+    kind: str, zero: int, precision: str, near: float, control: Any, tmp_path: Path
+) -> None:
+    whole = job(2, kind, zero, precision, 1, 0, 5, tmp_path)
+    for step, (loss, norm) in whole.items():
+        assert (loss, norm) == pytest.approx(control[step], rel=near), step
+    again = job(2, kind, zero, precision, 1, 3, 5, tmp_path)
+    assert again == {step: whole[step] for step in (3, 4)}, "the same world: bit for bit"
+    alone = job(1, kind, zero, precision, 1, 3, 5, tmp_path)
+    for step in (3, 4):
+        assert alone[step] == pytest.approx(whole[step], rel=near), "another world: to rounding"
+
+
+def test_an_optimizer_that_counts_its_steps_in_its_groups_resumes_too(tmp_path: Path) -> None:
+    """timm's LAMB, whose bias correction would start again."""
+    whole = job(1, "deepspeed", 0, "float32", 1, 0, 5, tmp_path, "lamb")
+    assert job(1, "deepspeed", 0, "float32", 1, 3, 5, tmp_path, "lamb") == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.slow  # with checkpointing and clipping in test_engine_steps
+def test_accumulated_micro_batches_are_one_batch(control: Any, tmp_path: Path) -> None:
+    split = job(2, "deepspeed", 1, "float32", 3, 0, 4, tmp_path)
+    for step, found in split.items():
+        assert found == pytest.approx(control[step], rel=1e-6)
+
+
+def test_every_rank_believing_to_be_alone_is_refused(tmp_path: Path) -> None:
+    """What accelerate makes of WORLD_SIZE=2 where it may not see the ranks: one process each, and checkpoints that collide."""
+    text = """
+import os
+os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+import accelerate.state
+from accelerate import PartialState
+from trainer import config
+from trainer.data.order import Steps
+from trainer.engine import Engine, EngineError
+import trainer.engine.engine
+import accelerate
+class Alone(accelerate.Accelerator):
+    num_processes = 1
+    def __init__(self, *a, **k): pass
+accelerate.Accelerator = Alone
+try:
+    Engine(run_config.Engine(kind="ddp"), Steps(2, 1, 2))
+except EngineError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", text], env=environment(), capture_output=True, text=True, timeout=120)
+    assert "refused: accelerate counts 1 process(es), the launcher started WORLD_SIZE=2" in done.stdout, done.stderr[-2000:]
+
+
+def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:
+    told = deepspeed_config(run_config.Engine(zero=2, precision="bf16"), Steps(8, 3, 24), world=4, clip=0.5)
+    assert told["train_batch_size"] == 96 and told["gradient_accumulation_steps"] == 3
+    assert told["train_micro_batch_size_per_gpu"] == 8 and told["gradient_clipping"] == 0.5
+    assert told["zero_optimization"]["stage"] == 2 and told["bf16"]["enabled"] and not told["torch_autocast"]["enabled"]
+    assert '"auto"' not in json.dumps(told)

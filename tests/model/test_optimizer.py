@@ -1,0 +1,189 @@
+"""Optimizer groups, learning rate and weight average against timm's own."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse
+from trainer.config.schema import Optim
+from trainer.model.ema import Ema
+from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import learning_rate, set_learning_rate
+
+
+class Wrapped(nn.Module):
+    """A timm model inside another, as SparseViT holds it."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+
+def vit(name="deit_tiny_patch16_224", **kwargs):
+    return timm.create_model(name, img_size=32, num_classes=5, embed_dim=16, depth=2, num_heads=2, **kwargs)
+
+
+def groups(optimizer, model):
+    """{name: (weight decay, lr scale)} of every parameter, and the options all groups share."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        found |= {names[id(p)]: (group["weight_decay"], group.get("lr_scale", 1.0)) for p in group["params"]}
+    options = [{k: v for k, v in g.items() if k not in ("params", "weight_decay", "lr_scale")} for g in optimizer.param_groups]
+    assert all(option == options[0] for option in options)
+    return found, options[0]
+
+
+def config(epochs=10, **optim):
+    return parse(
+        {
+            "name": "t",
+            "epochs": epochs,
+            "model": {"name": "deit_tiny_patch16_224"},
+            "data": {"train": "x", "validation": "x"},
+            "optim": optim,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224"])
+@pytest.mark.parametrize("layer_decay", [None, 0.65])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_groups_and_options_are_timms(name, layer_decay, optimizer):
+    model = vit(name)
+    options = {"weight_decay": 0.07, "layer_decay": layer_decay, "betas": (0.8, 0.95), "eps": 1e-7}
+    ours = build_optimizer(Wrapped(model), Optim(name=optimizer, lr=3e-3, **options))
+    theirs = create_optimizer_v2(model, optimizer, lr=3e-3, filter_bias_and_bn=True, **options)
+    assert type(ours) is type(theirs)
+    assert groups(ours, model) == groups(theirs, model)
+
+
+def test_what_is_not_decayed_by_hand():
+    model = vit()
+    found, _ = groups(build_optimizer(Wrapped(model), Optim(weight_decay=0.05)), model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    free = {name for name, (decay, _) in found.items() if decay == 0}
+    assert free == {n for n in found if n.endswith("bias") or ".norm" in n or n in ("norm.weight", "pos_embed", "cls_token")}
+    assert found["blocks.0.attn.qkv.weight"] == found["head.weight"] == found["patch_embed.proj.weight"] == (0.05, 1.0)
+
+
+def test_unknown_names_and_forgotten_parameters_are_refused():
+    with pytest.raises(ConfigError, match=r"optim.name='adammw'.*did you mean .*adamw"):
+        build_optimizer(vit(), Optim(name="adammw"))
+    model = Wrapped(vit())
+    model.gate = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"gate.weight, gate.bias: trainable parameters outside"):
+        build_optimizer(model, Optim())
+
+
+def test_an_optimizer_without_betas_is_built_too():
+    assert isinstance(build_optimizer(vit(), Optim(name="sgd")), torch.optim.SGD)
+
+
+@pytest.mark.parametrize("warmup", ["0ep", "2ep", "2.5ep"])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_learning_rate_is_timms_at_every_step(warmup, layer_decay):
+    settings = config(epochs=8, lr=2e-3, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, layer_decay=layer_decay)
+    model, batches = vit(), 6
+    ours, theirs = build_optimizer(model, settings.optim), build_optimizer(model, settings.optim)
+    scheduler = CosineLRScheduler(
+        theirs, 8 * batches, lr_min=1e-5, warmup_t=int(settings.optim.warmup * batches), warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    for step in range(8 * batches + 3):
+        scheduler.step_update(step)
+        set_learning_rate(ours, learning_rate(step / batches, settings))
+        for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
+            assert a["lr"] == pytest.approx(b["lr"], rel=1e-12)
+
+
+def test_fewer_batches_in_an_epoch_do_not_shift_the_schedule():
+    settings = config(epochs=8, lr=2e-3, warmup="2ep")
+    assert learning_rate(5 + 3 / 6, settings) == learning_rate(5 + 2 / 4, settings)
+    assert learning_rate(8.0, settings) == settings.optim.min_lr
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99996])
+def test_average_is_timms_to_the_bit(decay):
+    model = nn.Sequential(vit(), nn.BatchNorm1d(5))  # float and integer buffers
+    ours, theirs = Ema(model, decay), ModelEmaV3(model, decay=decay)
+    for step in range(20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            model[1].running_mean.add_(1)
+            model[1].num_batches_tracked.fill_(step)
+        ours.update(model)
+        theirs.update(model)
+    expected = theirs.module.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+def test_average_accumulates_in_float32_where_weights_are_bf16():
+    model = nn.Linear(4, 4).bfloat16()
+    ema = Ema(model, 0.9999)
+    before = ema.state_dict()["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update(model)
+    moved = ema.state_dict()["weight"] - before
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=2e-2, atol=0)
+
+
+def test_applied_swaps_and_gives_back_even_after_an_error():
+    model = vit()
+    ema = Ema(model, 0.5)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    ema.update(model)
+    weights, averages = copy.deepcopy(model.state_dict()), ema.state_dict()
+    with pytest.raises(KeyboardInterrupt), ema.applied(model):
+        assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_average_survives_saving_and_refuses_another_models():
+    model = vit()
+    first, second = Ema(model, 0.9), Ema(model, 0.9)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    first.update(model)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
+    with pytest.raises(ConfigError, match="another model"):
+        Ema(nn.Linear(2, 2), 0.9).load_state_dict(first.state_dict())
+
+
+def test_without_a_decay_nothing_is_kept():
+    model = vit()
+    ema = Ema(model, None)
+    before = copy.deepcopy(model.state_dict())
+    ema.update(model)
+    with ema.applied(model):
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert ema.state_dict() == {}
+    ema.load_state_dict({})
+
+
+def test_a_fused_step_is_asked_for_by_name_and_refused_where_there_is_none():
+    assert all(group["fused"] for group in build_optimizer(vit(), Optim(fused=True)).param_groups)
+    assert not any(group.get("fused") for group in build_optimizer(vit(), Optim()).param_groups)
+    with pytest.raises(ConfigError, match=r"optim.fused=true: lamb has no fused step"):
+        build_optimizer(vit(), Optim(name="lamb", fused=True))
+
+
+def test_layer_decay_scales_the_rate_of_every_group_at_every_step():
+    model = vit()
+    optimizer = build_optimizer(model, Optim(layer_decay=0.5))
+    set_learning_rate(optimizer, 1e-2)
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    assert len(rates) == 4 and all(lr == pytest.approx(1e-2 * scale) for scale, lr in rates.items())

@@ -1,0 +1,103 @@
+"""The console: a live line on a terminal, plain lines elsewhere, nothing on other ranks, a time left that follows the pace."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from tests.support.journals import lines
+from trainer.analysis.units import duration
+from trainer.run.console import Clock, Console
+
+
+def told(console: Console) -> int:
+    """Tell a whole run; the number of log steps."""
+    steps = 0
+    for line in lines():
+        if line["kind"] in ("epoch", "eval", "step"):
+            getattr(console, line["kind"])(**line)
+            steps += line["kind"] == "step"
+    return steps
+
+
+def test_plain_lines_one_per_log_step():
+    out = io.StringIO()
+    with Console("tri", 4, file=out) as console:
+        console.message("packed")
+        steps = told(console)
+    said = out.getvalue().splitlines()
+    assert len(said) == steps + 1 and said[0] == "packed"
+    assert "\x1b" not in out.getvalue()
+    assert said[1].startswith(
+        "tri  epoch 0.2/4  loss 1.917  100 images/s  wait 10 %  kept % examples 100 tokens 100 connections 100"
+    )
+    assert "epoch 4.0/4  0:00 left" in said[-1] and "top-1 78.8 %  (EMA 79.8 %)" in said[-1]
+    assert "kept % examples 50 tokens 50 connections 50" in said[-1]
+
+
+def test_the_last_accuracy_is_told_at_the_end():
+    out = io.StringIO()
+    with Console("tri", 4, file=out) as console:
+        told(console)
+        console.end("finished", 30)
+    assert out.getvalue().splitlines()[-1] == "tri: finished at step 30, epoch 4.0  top-1 84.4 %  (EMA 85.4 %)"
+
+
+def test_live_line_on_a_terminal_stays_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    console = Console("tri", 4, file=out, terminal=True)
+    told(console)
+    console.message("checkpoint [step 30] written")
+    console.close()
+    console.close()
+    assert "\x1b[" in out.getvalue() and "loss" in out.getvalue() and "checkpoint [step 30] written" in out.getvalue()
+    drawn = out.getvalue().replace("\x1b", "\n").replace("\r", "\n").split("\n")
+    assert max(map(len, drawn)) < 75  # cut at the width, not wrapped
+    assert out.getvalue().count("\n") == 2  # the message and the line that stays
+
+
+@pytest.mark.parametrize(
+    ("columns", "seen"),
+    [(76, "kept 50/50/50 %"), (80, "tri epoch"), (110, "top-1 78.8 %"), (160, "kept % examples 50 tokens 50")],
+)
+def test_the_live_line_has_the_wanted_facts_at_any_width(monkeypatch: pytest.MonkeyPatch, columns: int, seen: str):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    with Console("tri", 4, file=out, terminal=True) as console:
+        told(console)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).rstrip().splitlines()[-1]
+    assert all(fact in last for fact in ("epoch 4.0/4", "left", "loss 0.460", "100 im", "wait 10 %", seen)), last
+
+
+def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]):
+    console = Console("tri", 4, show=False)
+    told(console)
+    console.message("x")
+    console.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_facts_that_are_missing_are_not_shown():
+    out = io.StringIO()
+    Console("tri", 4, file=out).step(progress=1.0, loss=float("nan"))
+    assert out.getvalue() == "tri  epoch 1.0/4  loss nan\n"
+
+
+def test_time_left_follows_the_pace_of_now():
+    clock = Clock(half_life=10)
+    assert clock.left(0.0, 10, now=0.0) is None
+    assert clock.left(1.0, 10, now=100.0) == pytest.approx(900)
+    assert clock.left(1.0, 10, now=130.0) == pytest.approx(900)  # no progress: no news
+    for epoch in range(2, 6):  # epochs became shorter
+        left = clock.left(epoch, 10, now=100 + 30.0 * epoch)
+    assert left == pytest.approx(150, rel=0.1)
+    assert clock.left(11.0, 10, now=500.0) == 0.0
+
+
+def test_duration():
+    assert [duration(s) for s in (0.4, 59.6, 3600, 86400 * 2 + 3 * 3600)] == ["0:00", "1:00", "1:00:00", "2d 03:00"]

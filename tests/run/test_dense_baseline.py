@@ -1,0 +1,262 @@
+"""The control a run carries: it changes nothing, keeps to its budget, and says what it saw and what the run saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sparsity import attention
+from sparsity.types import DENSE, Plan
+from sparsity.vit import SparseViT
+from tests.conftest import ROOT, environment, lines, torchrun
+from tests.support import images as drawn
+from tests.support.journals import lines as made_up
+from tests.support.journals import write
+from trainer.analysis.report import summary
+from trainer.analysis.savings import savings, savings_of
+from trainer.config.run_config import Config
+from trainer.data.order import Steps
+from trainer.model.build import build_model
+from trainer.model.objective import Objective
+from trainer.run import dense_baseline
+from trainer.run.dense_baseline import WARM, WATCHED, Control
+from trainer.telemetry.meters import Clock
+
+SPARSE = Plan(0.5, 1.0)
+TINY = {"name": "deit_tiny_patch16_224", "classes": 4, "image_size": 32, "drop_path": 0.1}
+TINY["args"] = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "proj_drop_rate": 0.1}
+
+
+def tiny(**more: Any) -> Config:
+    tokens = {"method": "topk", "keep": 0.5, "blocks": [1, 2]}
+    return drawn.config(
+        "nowhere", **{"model": TINY, "tokens": tokens, "engine": {"kind": "ddp", "zero": 0, "precision": "float32"}} | more
+    )
+
+
+def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
+    """A Control led through the first steps of a plateau, each `step` seconds; what it tells at the end."""
+    model = build_model(config).train()
+    engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), steps=Steps(4, 2, 8))
+    engine.bare = lambda network, *args: network(*args)
+    watcher = Control(config, engine, Objective(config), frozenset({"cls_attention"}))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    at_hand = (torch.randn(4, 3, 32, 32, generator=generator), torch.full((4, 4), 0.25), torch.arange(4))
+    told = None
+    for number in range(1, 2 + WARM + WATCHED):
+        assert told is None
+        told = watcher.look(number / steps, steps, plan, Clock(number, step * number, 0.01 * number), at_hand)
+    assert watcher.look(0.1, steps, plan, Clock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
+    return engine, told
+
+
+def test_it_times_both_and_leaves_everything_as_it_was() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    engine, told = watched(tiny())
+    assert told is not None and told["pairs"] == dense_baseline.MOST
+    # blocks 1 and 2 halve 16 patches: 8, then 4 (prefix apart)
+    assert 0.4 < told["bound_passes"] < 0.7 and told["own_ms"] > 0 and told["dense_ms"] > 0
+    assert told["measured_min"] <= told["measured"] <= told["measured_max"]
+    assert told["step_ms"] == pytest.approx(100) and told["data_wait"] == pytest.approx(0.1)
+    assert told["seconds"] < 0.005 * 1000 * 10 * 0.1
+    untouched = build_model(tiny()).state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in engine.module.state_dict().items())
+    assert all(p.grad is None for p in engine.module.parameters())
+    torch.manual_seed(5)
+    assert torch.equal(before, torch.get_rng_state())
+    model, kept = build_model(tiny()).train(), torch.get_rng_state()
+    dense_baseline.interleaved(
+        {"own": lambda: float(model(torch.zeros(1, 3, 32, 32)).logits.detach().sum())}, 2, torch.device("cpu")
+    )
+    assert torch.equal(kept, torch.get_rng_state()), "dropout drew from the run's generator"
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "gradient checkpointing": {"checkpointing": True},
+    "autocast": {"precision": "autocast"},
+    "bf16": {"kind": "deepspeed", "zero": 1, "precision": "bf16"},
+    "compile": {"compile": True},
+    "all at once": {"checkpointing": True, "precision": "autocast", "compile": True},
+}
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.slow) if m == "compile" else m for m in MODES])
+def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: str) -> None:
+    """Two networks, the same two micro-batches of a step; one is controlled between them. Gradients, weights and the numbers that
+    dropout draws are equal to the bit, in each mode of the engine."""
+    settings = {"kind": "ddp", "zero": 0, "precision": "float32"} | MODES[mode]
+    config = tiny(engine=settings)
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+
+    def bare(network: Any, images: torch.Tensor, *args: Any) -> Any:  # as `Engine.bare`
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "autocast"):
+            return network(images.to(dtype), *args)
+
+    def trained(controlled: bool) -> tuple[list[torch.Tensor | None], torch.Tensor, dict[str, Any] | None]:
+        torch.compiler.reset()
+        model = build_model(config).to(dtype).train()
+        if settings.get("compile"):
+            model.compile(backend="aot_eager", fullgraph=True)
+        objective, told = Objective(config), None
+        engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), steps=Steps(4, 2, 8), bare=bare)
+        watcher = Control(config, engine, objective, frozenset({"cls_attention"}))  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)
+        targets, draw = torch.full((4, 4), 0.25), torch.arange(4)
+        torch.manual_seed(1)
+        for part in range(2):
+            images = torch.randn(4, 3, 32, 32, generator=generator)
+            record = bare(model, images, SPARSE, frozenset({"cls_attention"}), draw + 4 * part)
+            objective.losses(record.logits, targets).mean().backward()
+            if controlled and part == 0:  # 10 s a step: a compiled run may take a minute for its first dense pass
+                for number in range(1, 2 + WARM + WATCHED):
+                    told = watcher.look(number / 1000, 1000, SPARSE, Clock(number, 10.0 * number, 0.0), (images, targets, draw))
+        return [p.grad for p in model.parameters()], torch.get_rng_state(), told
+
+    grads, drawn_after, told = trained(controlled=True)
+    expected, drawn_without, nothing = trained(controlled=False)
+    assert nothing is None and told is not None and told["pairs"] >= dense_baseline.FEWEST and told["dense_ms"] > 0, told
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    assert torch.equal(drawn_after, drawn_without)
+
+
+def test_a_dense_plateau_is_its_own_control() -> None:
+    _, told = watched(tiny(tokens={"method": "all"}), DENSE)
+    assert told is not None and told["measured"] == told["bound_passes"] == told["step_speedup"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "words"),
+    [
+        ({}, 20, ["too short", "control=0.005", "s are needed"]),
+        ({"engine": {"zero": 3, "precision": "float32"}}, 1000, ["engine.zero=3"]),
+    ],
+)
+def test_what_is_not_measured_is_said(more: dict[str, Any], steps: int, words: list[str]) -> None:
+    _, told = watched(tiny(**more), steps=steps)
+    assert told is not None and "measured" not in told and all(word in told["said"] for word in words), told
+    assert all(word in dense_baseline.told(told) for word in words)
+
+
+def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(dense_baseline, "interleaved", full)
+    _, told = watched(tiny())
+    assert told is not None and "does not fit" in told["said"]
+
+
+def test_a_plan_that_changes_too_often_is_said_once() -> None:
+    watcher = Control(tiny(), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+    told = [watcher.look(0.0, 9, Plan(1 - n / 20, 1.0), Clock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
+    assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["said"]
+
+
+def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
+    """Not of a dense stretch, which is its own control, and not where control=0 asked for none."""
+
+    def told(plan: Plan, **more: Any) -> list[dict[str, Any]]:
+        watcher = Control(tiny(**more), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+        given: Any = (None, None, None)
+        looks = [watcher.look(n / 17, 17, plan, Clock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)]
+        assert looks[:-1] == [None] * 16
+        return [look for look in looks if look]
+
+    (line,) = told(SPARSE)
+    assert dense_baseline.told(line).endswith(
+        "0.5, connections 1: not measured: training ended after 17 steps of it, 25 are watched first"
+    )
+    assert told(DENSE) == told(SPARSE, control=0.0) == []
+
+
+def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all is kept, and compiled where the run is: one control network for the whole run."""
+    made: list[Any] = []
+    monkeypatch.setattr(SparseViT, "compile", lambda self: made.append(self))
+    passed: list[Any] = []
+    one = Control._pass
+    monkeypatch.setattr(Control, "_pass", lambda self, network, *args: passed.append(network) or one(self, network, *args))
+    settings = {"kind": "ddp", "zero": 0, "precision": "float32", "compile": True}
+    engine, told = watched(tiny(compat="authors", engine=settings), DENSE, step=10.0)
+    assert told is not None and told["measured"] != 1.0 and told["bound_passes"] == 1.0
+    (dense,) = made
+    assert dense.attend is attention.fused and dense.vit is engine.module.vit
+    assert set(map(id, passed)) == {id(engine.module), id(dense)}
+    plan = {"keep_tokens": 1.0, "keep_connections": 1.0}
+    lines: list[dict[str, Any]] = [{"kind": "start", "multiply_adds": 1}, {"kind": "step", **plan, "seconds": 2.0, "images": 9}]
+    assert savings([*lines, {"kind": "control", **plan, "step_speedup": 0.8}]).speedup == pytest.approx(0.8)
+
+
+def test_what_eats_the_saving() -> None:
+    def said(own: float, dense: float, step: float, wait: float = 0.0) -> dict[str, Any]:
+        return dense_baseline.facts(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
+
+    fine = said(0.5, 1.0, 1.05)
+    assert fine["said"] == "nothing eats the saving" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)
+    assert "launch overhead" in said(0.8, 1.0, 1.7)["said"]
+    assert "the engine: 50%" in said(0.5, 1.0, 2.0)["said"]
+    waiting = said(0.5, 1.0, 2.5, wait=1.5)
+    assert "the loader: a step waits for data 60%" in waiting["said"]
+    assert waiting["step_speedup"] == 1.0, "a dense step would only have waited less"
+    assert said(1.2, 1.0, 2.5)["step_speedup"] == pytest.approx(2.1 / 2.5), "slower than dense is told as slower"
+
+
+def test_the_whole_run_is_weighted_by_time_and_by_the_examples_left_out(tmp_path: Path) -> None:
+    journal = list(made_up())  # 8 s dense on all examples, then 4 s at half of everything on half of the examples
+    without = savings(journal)
+    assert (without.speedup, without.timed) == (pytest.approx(1.0), pytest.approx(8 / 12)), "what was not timed is not claimed"
+    line = {"kind": "control", "attempt": 0, "time": journal[-2]["time"], "step": 25, "step_speedup": 1.5, "measured": 0.6}
+    line |= {"keep_tokens": 0.5, "keep_connections": 0.5, "bound_passes": 0.5, "said": "nothing eats the saving"}
+    found = savings_of(write(tmp_path / "tri", [*journal[:-1], line, journal[-1]]))
+    assert found.speedup == pytest.approx((8 + 4 * 2 * 1.5) / 12) and found.timed == 1.0
+    assert found.bound == pytest.approx((800 + 400 * 2) / (800 + 400 * 0.5))  # images at full cost / images at their cost
+    row = next(row for row in summary(tmp_path / "tri").rows if row.what == "speedup, certified")
+    assert row.value == f"{found.speedup:.3f}x" and "bound 1.600x" in row.note
+
+
+JOB = """
+name: job
+epochs: 3
+log_every: 1step
+model: {name: deit_tiny_patch16_224, classes: 10, image_size: 32, drop_path: 0.1,
+        args: {patch_size: 8, embed_dim: 48, depth: 4, num_heads: 3, proj_drop_rate: 0.1}}
+data: {train: "DIGITS/train-*.tar", validation: "DIGITS/validation-*.tar", batch: 32, micro_batch: 8, workers: 0, lanes: 4}
+augment: {crop: shift, shift: 2, flip: 0.0, mixup: 0.2, cutmix: 1.0, erasing: 0.25}
+optim: {lr: 2.0e-3, warmup: 1ep, clip: 1.0, ema: 0.9}
+tokens: {method: topk, keep: 0.7, blocks: [1, 2]}
+connections: {method: shared_keys, keep: 0.5}
+engine: {precision: float32}
+evaluate: {every: 0ep}
+tracking: {to: journal}
+stop_at: 30step
+"""
+
+
+@pytest.mark.dist
+def test_a_run_with_its_control_is_the_run_without_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+    """DeepSpeed on two processes, ZeRO 1 and 2, whose hooks sit on the parameters; drop path, dropout and mixing on."""
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.replace("DIGITS", str(digits)))
+    runs = [(f"zero-{zero}-{share}", f"engine.zero={zero} control={share}") for zero in (1, 2) for share in (0.0, 0.9)]
+    words = [
+        str(ROOT / "tests" / "support" / "jobs" / "runs.py"),
+        str(path),
+        *(f"name={name} {settings}" for name, settings in runs),
+    ]
+    launch = [sys.executable, *torchrun(2)]
+    done = subprocess.run([*launch, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = [tmp_path / "runs" / name for name, _ in runs]
+    numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines(run, "step")] for run in found]
+    told = [lines(run, "control") for run in found]
+    assert [len(one) for one in told] == [0, 1, 0, 1] and len(numbers[0]) == 30
+    assert all(line["step"] < 30 and line["run_speedup"] > 0 for line in told[1] + told[3])
+    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]

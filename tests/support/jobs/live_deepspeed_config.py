@@ -1,0 +1,29 @@
+"""`trilevel WORD ...` that leaves in FILE what the live DeepSpeed engine was told: live_deepspeed_config.py FILE WORD ..."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from trainer import train
+from trainer.__main__ import main
+
+torch.set_num_threads(1)
+prepare = train.Engine.prepare
+
+
+def watched(self, *args):
+    prepare(self, *args)
+    live = self.model
+    told = {"kind": type(live).__name__, "stage": live.zero_optimization_stage(), "config": live.config}
+    told["reduce_bucket_size"] = live.zero_reduce_bucket_size()
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1]).write_text(json.dumps(told, default=str))
+
+
+train.Engine.prepare = watched
+sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,260 @@
+"""What tests/engine/test_skipped_steps_and_ema.py starts on several processes: many engines one after the other on a small
+network, facts as JSON lines.
+
+many_engines.py TASK=MODE ...; a MODE is KIND:ZERO:PRECISION:ACCUMULATION. Tasks: see the functions at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sparsity import build
+from sparsity.types import Plan
+from sparsity.vit import SparseViT
+from trainer.config import run_config
+from trainer.data.order import Steps, slice_of
+from trainer.engine.engine import Engine
+from trainer.engine.environment import world_size
+from trainer.model.ema import Ema
+from trainer.model.optimizer import build_optimizer
+
+BATCH, CLIP, DECAY = 12, 1.0, 0.9
+State = dict[str, Tensor]
+Spoil = Callable[[Tensor], Tensor]
+torch.set_num_threads(1)
+
+
+class Run:
+    """One engine over the network: `states[s]` is everything (rank 0) after s steps, `taken[s]` whether step s was taken."""
+
+    def __init__(self, mode: str, saved: State | None = None, **optim: Any):
+        kind, zero, precision, accumulation = mode.split(":")
+        rows = BATCH // world_size()
+        self.steps = Steps(rows // int(accumulation), int(accumulation), rows)
+        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, deepspeed=os.environ.get("DEEPSPEED_FILE"))  # type: ignore[arg-type]
+        self.engine = Engine(settings, self.steps, clip=CLIP)
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
+        if saved is not None:
+            self.model.load_state_dict(part(saved, "w:"))
+        self.engine.prepare(self.model, build_optimizer(self.model, run_config.Optim(weight_decay=0.1, **optim)))
+        self.ema = Ema(self.model, DECAY)
+        if saved is not None:
+            self.engine.state.load(part(saved, "w:"), part(saved, "o:"))
+            self.ema.load_state_dict(part(saved, "e:"))
+        self.states: dict[int, State] = {}
+        self.taken: dict[int, bool] = {}
+        self.facts: dict[int, tuple[float, float]] = {}
+
+    def step(self, step: int, spoil: Spoil | None = None) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 1e-2 * (step + 1)
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 16, generator=generator)
+        labels = torch.randint(0, 5, (BATCH,), generator=generator)
+        first, last = slice_of(BATCH, self.engine.world, self.engine.rank)
+        total = torch.zeros(())
+        for begin in range(first, last, self.steps.micro_batch):
+            rows = slice(begin, begin + self.steps.micro_batch)
+            logits = self.engine.forward(images[rows]).float()
+            losses = nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+            if spoil and self.engine.rank == self.engine.world - 1 and begin == first:
+                losses = spoil(losses)
+            self.engine.backward(losses.sum() / BATCH, rows.stop >= last)
+            total += losses.detach().sum() / BATCH
+        self.taken[step] = self.engine.step()
+        if self.taken[step]:
+            self.ema.update(self.model)
+        state = self.engine.state
+        kept = {"w:": state.weights(), "o:": state.moments(), "e:": self.ema.state_dict()}
+        self.states[step + 1] = {prefix + name: value for prefix, of in kept.items() for name, value in of.items()}
+        self.facts[step] = (float(self.engine.sum(total)), self.engine.grad_norm())
+
+    def answer(self) -> Tensor:
+        """Logits of a batch under the averages, then what the weights are after it."""
+        self.engine.model.eval()
+        with torch.no_grad(), self.ema.applied(self.model):
+            found = self.engine.forward(torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(99)))
+        self.engine.model.train()
+        return found.float()
+
+    def end(self) -> Run:
+        self.engine.forget()
+        return self
+
+
+def part(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def differing(one: State, other: State) -> list[str]:
+    names = sorted(one.keys() ^ other.keys())
+    return names + [name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])]
+
+
+SPOILS: dict[int, Spoil] = {
+    1: lambda losses: losses * math.nan,
+    2: lambda losses: losses + torch.tensor([math.inf] + [0.0] * (len(losses) - 1)),  # its gradient is finite
+    3: lambda losses: losses + (losses.detach() * 0 + losses - losses.detach()).mul(0).abs().sqrt(),  # only the gradient is not
+}
+
+
+def skipping(mode: str) -> dict[str, Any]:
+    """Steps 0 .. 5, of which SPOILS are spoiled on the last rank; beside steps 0, 4, 5 alone; and resumed after step 2."""
+    spoiled, clean = Run(mode), None
+    for step in range(6):
+        spoiled.step(step, SPOILS.get(step))
+    spoiled.end()
+    clean = Run(mode)
+    for step in (0, 4, 5):
+        clean.step(step)
+    clean.end()
+    saved = spoiled.engine.share(spoiled.states[3])
+    resumed = Run(mode, saved)
+    for step in range(3, 6):
+        resumed.step(step, SPOILS.get(step))
+    resumed.end()
+    return {
+        "taken": [spoiled.taken[step] for step in range(6)],
+        "clean": all(clean.taken.values()),
+        "held": [differing(spoiled.states[1], spoiled.states[step]) for step in (2, 3, 4)],
+        "after": [differing(spoiled.states[step], clean.states[step]) for step in (5, 6)],
+        "resumed": differing(spoiled.states[6], resumed.states[6]),
+        "finite": all(bool(value.isfinite().all()) for value in spoiled.states[6].values()),
+        "names": len(spoiled.states[6]),
+        "norm": spoiled.facts[1][1],
+    }
+
+
+def averaging(mode: str) -> dict[str, Any]:
+    """Four steps with an average; its values, the answer under it, and whether the weights are as before it was applied."""
+    run = Run(mode)
+    for step in range(4):
+        run.step(step)
+    answer = run.engine.gather(run.answer()[None])
+    after = run.engine.state.weights()
+    run.step(4)
+    run.end()
+    saved = run.engine.share(run.states[2])
+    resumed = Run(mode, saved)
+    for step in (2, 3, 4):
+        resumed.step(step)
+    resumed.end()
+    return {
+        "same_everywhere": bool((answer == answer[0]).all()),
+        "answer": answer[0].flatten().tolist(),
+        "average": {name: value.flatten().tolist() for name, value in part(run.states[4], "e:").items()},
+        "given_back": differing(
+            {"w:" + name: value for name, value in after.items()}, {k: v for k, v in run.states[4].items() if k[0] == "w"}
+        ),
+        "resumed": differing(run.states[5], resumed.states[5]),
+        "last": run.facts[4],
+    }
+
+
+def tiny(**settings: Any) -> Any:
+    about = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("deit_tiny_patch16_224", **about, **settings)
+
+
+def compiling(mode: str) -> dict[str, Any]:
+    """Steps under plans that come and go, compiled beside eager: graphs after each, and the losses of both."""
+    kind, zero, precision, _ = mode.split(":")
+    plans = [Plan(keep, keep) for keep in (1.0, 0.8, 0.6, 0.8, 1.0, 0.6)]
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    graphs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build.build(tiny(), tokens="topk", connections="shared_keys", blocks=(0,))
+        counter = CompileCounterWithBackend("aot_eager")  # no code is generated: graphs are what counts here
+        model.compile = partial(SparseViT.compile, model, backend=counter)
+        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, compile=compiled)  # type: ignore[arg-type]
+        engine = Engine(settings, Steps(4, 1, 4), CLIP)
+        engine.prepare(model, build_optimizer(model, run_config.Optim()))
+        for step, plan in enumerate(plans):
+            generator = torch.Generator().manual_seed(step + 100 * engine.rank)
+            images, draw = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+            logits = engine.forward(images, plan, frozenset(), draw).logits.float()
+            loss = nn.functional.cross_entropy(logits, torch.arange(4))
+            engine.backward(loss / engine.world, last=True)
+            engine.step()
+            losses[compiled].append(float(engine.sum(loss.detach())))
+            if compiled:
+                graphs.append(counter.frame_count)
+        engine.forget()
+    return {"graphs": engine.everyones([graphs]), "eager": losses[False], "compiled": losses[True]}
+
+
+def accumulating(mode: str) -> dict[str, Any]:
+    """Gradient checkpointing, clipping and accumulation together, beside one micro-batch without checkpointing: (loss, norm) of 4 steps."""
+    kind, zero, precision, accumulation = mode.split(":")
+    found = {}
+    for name, parts, checkpointing in (("split", int(accumulation), True), ("whole", 1, False)):
+        torch.manual_seed(0)
+        vit = tiny(drop_path_rate=0.3)
+        vit.set_grad_checkpointing(checkpointing)
+        model = build.build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
+        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, checkpointing=checkpointing)  # type: ignore[arg-type]
+        rows = BATCH // world_size()
+        engine = Engine(settings, Steps(rows // parts, parts, rows), clip=0.1)
+        engine.prepare(model, build_optimizer(model, run_config.Optim(lr=1e-2)))
+        found[name] = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            images, labels = torch.randn(BATCH, 3, 32, 32, generator=generator), torch.arange(BATCH) % 5
+            begin, end = slice_of(BATCH, engine.world, engine.rank)
+            total = torch.zeros(())
+            for first in range(begin, end, rows // parts):
+                part = slice(first, first + rows // parts)
+                draw = torch.arange(BATCH)[part] + 100 * step
+                logits = engine.forward(images[part], Plan(0.7, 0.5), frozenset(), draw).logits.float()
+                loss = nn.functional.cross_entropy(logits, labels[part], reduction="sum") / BATCH
+                engine.backward(loss, last=part.stop >= end)
+                total += loss.detach()
+            engine.step()
+            found[name].append((float(engine.sum(total)), engine.grad_norm()))
+        engine.forget()
+    return found
+
+
+def fusing(mode: str) -> dict[str, Any]:
+    """Three steps with and without the fused kernel; and a fused run that goes on from the other's state."""
+    runs: dict[bool, Run] = {}
+    for fused in (False, True):
+        runs[fused] = Run(mode, fused=fused)
+        for step in range(3):
+            runs[fused].step(step)
+        runs[fused].end()
+    on = Run(mode, runs[True].engine.share(runs[False].states[2]), fused=True)
+    on.step(2)
+    on.end()
+    return {
+        "fused": [group.get("fused") for group in on.engine.state._base_optimizer().param_groups],
+        "names": [sorted(runs[fused].states.get(3, {})) for fused in (False, True)],
+        "furthest": max(
+            float((runs[False].states[3][name].float() - other.states[3][name].float()).abs().max())
+            for other in (runs[True], on)
+            for name in other.states[3]
+        ),
+    }
+
+
+TASKS = {f.__name__: f for f in (skipping, averaging, compiling, accumulating, fusing)}
+
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        task, _, mode = word.partition("=")
+        facts = TASKS[task](mode)
+        if os.environ["RANK"] == "0":
+            print(json.dumps({"name": word, **facts}), flush=True)

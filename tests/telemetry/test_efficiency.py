@@ -1,0 +1,72 @@
+"""What a run cost over all attempts, rates that follow from the meters, and what a machine tells of itself."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.journals import START, write
+from trainer.run import description
+from trainer.telemetry.efficiency import Totals
+from trainer.telemetry.hardware import Gpu, Node, matrix_rate, since_start
+from trainer.telemetry.meters import Window
+
+
+def test_killed_attempts_are_paid_for_and_gaps_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """100 s on 2 processes, of them 10 before the start line; an hour of nothing; then 50 s on 4."""
+    first = [{"kind": "start", "time": 1010.0, "attempt": 0, "starting": 10.0} | START]
+    first += [{"kind": "step", "time": 1000.0 + t, "attempt": 0, "step": t, "joules": 1000.0 * t} for t in (50, 100)]
+    write(tmp_path, first)
+    monkeypatch.setattr("time.time", lambda: 4700.0)
+    totals = Totals(tmp_path, attempt=1, world=4, living=20.0, rate=1e12)
+    monkeypatch.setattr("time.time", lambda: 4730.0)
+    totals.kept, totals.cost = 0.5, {"tokens": [10, 5], "multiply_adds": 1e9}
+    window = Window({"images_per_second": 40.0, "joules": 5e4}, {}, {}, {}, first_step=4705.0)
+    found = totals.of(window, useful=90.0)
+    assert found["goodput"] == pytest.approx(90 / 150) and found["device_hours"] == pytest.approx((200 + 200) / 3600)
+    assert found["energy_kwh"] == pytest.approx(1.5e5 / 3.6e6) and found["keep_examples"] == 0.5
+    assert found["tokens_per_second"] == 40 * 7.5 and found["mfu"] == pytest.approx(40 * 6e9 / 1e12)
+    assert found["time_to_first_step"] == pytest.approx(25)
+    assert "time_to_first_step" not in totals.of(window, 90.0)
+    assert totals.so_far(90.0).keys() == {"goodput", "device_hours", "energy_kwh"}
+
+
+def test_energy_is_absent_where_nobody_counts(tmp_path: Path):
+    totals = Totals(tmp_path, attempt=0, world=1, living=1.0, rate=1e12)
+    assert "energy_kwh" not in totals.of(Window({"images_per_second": 1.0}, {}, {}, {}), 0.5)
+    assert Gpu(torch.device("cpu")).load() == {} and Gpu(torch.device("cpu")).joules() != Gpu(torch.device("cpu")).joules()
+
+
+def test_a_gpu_as_nvml_tells_it(monkeypatch: pytest.MonkeyPatch):
+    energy = iter([1000, 6000])
+    fake: Any = types.ModuleType("pynvml")
+    fake.nvmlInit = lambda: None
+    fake.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(energy)
+    fake.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=1, total=4)
+    fake.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=90)
+    fake.nvmlDeviceGetPowerUsage = lambda handle: 250_000
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2"))
+    gpu = Gpu(torch.device("cuda"))
+    assert gpu.joules() == 5.0 and gpu.joules() != gpu.joules()  # a driver that stops answering is no failure
+    assert gpu.load() == dict(zip(Gpu.FIELDS, (90.0, 25.0, 250.0), strict=True))
+    fake.nvmlInit = lambda: 1 / 0
+    assert Gpu(torch.device("cuda")).load() == {}
+
+
+def test_the_machine_tells_of_itself():
+    assert 1e7 < matrix_rate(torch.device("cpu"), "float32") < 1e15 and matrix_rate(torch.device("cpu"), "autocast") > 0
+    assert set(Node().load()) == set(Node.FIELDS) and 0 < since_start() < 1e6
+
+
+def test_the_environment_is_listed_and_holds_no_secrets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    text = description.environment()
+    assert "torch==" + torch.__version__.split("+")[0] in text and "NCCL_DEBUG=WARN" in text and "hunter2" not in text

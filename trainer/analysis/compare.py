@@ -1,0 +1,236 @@
+"""Runs side by side, at equal accuracy: what one saves against another, and when two must not be compared.
+
+Reads journals (run directories, or the journals MLflow holds). Runs that differ only in their seed are one group: mean +- sd, and
+differences to the base paired by seed, with 95 % intervals of Student's t (ratios in logarithms). The score of a run is its last
+top-1, of the moving average where it has one.
+
+Two speedups are told, because each alone misleads: of the whole run (final scores differ), and at equal top-1, the highest that
+both reached (a schedule made for a shorter run is ahead early).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.analysis.comparability import INDIFFERENT, fingerprint, objections
+from trainer.analysis.history import History, Point, history
+from trainer.config.run_config import flat
+
+COSTS = {  # what a score may be held against: how to read it off a point
+    "time": lambda point: point.elapsed,
+    "device hours": lambda point: point.device_seconds / 3600,
+    "multiply-adds": lambda point: point.multiply_adds,
+    "images": lambda point: float(point.images),
+}
+
+
+class NothingToCompare(ValueError):
+    """Runs that can't be found or have no score; the text names them and the way out."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over the runs of a group. sd: sample standard deviation; low, high: 95 % interval of the mean; nan for one run."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        known = [value for value in values if not math.isnan(value)]
+        if len(known) < 2:
+            return cls(known[0] if known else math.nan, math.nan, math.nan, math.nan, len(known))
+        from scipy.stats import t  # takes a second to import
+
+        mean, sd = statistics.fmean(known), statistics.stdev(known)
+        half = float(t.ppf(0.975, len(known) - 1)) * sd / math.sqrt(len(known))
+        return cls(mean, sd, mean - half, mean + half, len(known))
+
+    @classmethod
+    def of_ratios(cls, values: list[float]) -> Spread:
+        """Of how many times one is the other: in logarithms, so that half and double are equally far from 1 and none is below 0."""
+        spread = cls.of([math.log(value) for value in values])
+        return cls(math.exp(spread.mean), math.nan, math.exp(spread.low), math.exp(spread.high), spread.count)
+
+    def alone(self) -> Spread:
+        """Without the interval."""
+        return replace(self, sd=math.nan, low=math.nan, high=math.nan)
+
+
+@dataclass(frozen=True)
+class Against:
+    """A group against the base, paired by seed where both have the seeds (`paired` of them), else each with each, without intervals.
+
+    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
+    up to the score that both of a pair reached; at: these scores.
+    """
+
+    paired: int
+    top1: Spread
+    whole: dict[str, Spread]
+    equal: dict[str, Spread]
+    at: Spread
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed, by seed."""
+
+    name: str
+    runs: tuple[History, ...]
+    against: Against | None  # None for the base
+
+    def spread(self, value: Any) -> Spread:
+        return Spread.of([value(run) for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    base: Group
+    groups: tuple[Group, ...]  # the base first, then as given
+    wrong: tuple[str, ...] = ()  # why a difference may not be what it seems, one sentence each
+
+
+def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequence[str] = ()) -> Comparison:
+    """Compare run directories (at least one). `base`: the name of the run all others are held against; without it the dense one
+    where there is exactly one (seeds apart), else the first. `missing`: names of runs that have no journal, to be told.
+
+    Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
+    """
+    read = [history(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)]
+    scored = [run for run in read if score(run)]
+    if not scored:
+        said = ", ".join(str(run.directory) for run in read) or "no runs given"
+        raise NothingToCompare(f"no evaluation in {said}: let a run come to its first evaluation (evaluate.every)")
+    groups: dict[tuple[str, int], list[History]] = {}
+    for run in scored:  # the same settings and the same seed again are a group of their own: something else must differ
+        same = _sameness(run)
+        turn = next(i for i in range(len(scored)) if seed(run) not in [seed(other) for other in groups.get((same, i), [])])
+        groups.setdefault((same, turn), []).append(run)
+    named = _named([sorted(members, key=seed) for members in groups.values()])
+    if base is None:
+        plain = [name for name, members in named if all(dense(run) for run in members)]
+        first = plain[0] if len(plain) == 1 else named[0][0]
+    else:
+        first = next((n for n, members in named if base == n or base in [run.name for run in members]), None)
+    if first is None:
+        raise NothingToCompare(f"base {base!r}: no such run here; there are {', '.join(run.name for run in scored)}")
+    ours = tuple(dict(named)[first])
+    found = [Group(first, ours, None)]
+    found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
+    left = [f"left out, without an evaluation: {run.directory}" for run in read if run not in scored]
+    left += [f"left out, without a journal in MLflow: {name}; bring it there by trilevel sync RUN" for name in missing]
+    return Comparison(found[0], tuple(found), (*left, *objections([run for group in found for run in group.runs])))
+
+
+def dense(run: History) -> bool:
+    """Whether the run left nothing out: no example, no token, no connection."""
+    return all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
+
+
+def score(run: History) -> list[Point]:
+    """Evaluations that count for the run: of the moving average where there is one."""
+    return run.evals(ema=True) or run.evals(ema=False)
+
+
+def seed(run: History) -> int:
+    return int(run.config.get("seed", 0))
+
+
+def final(run: History) -> float:
+    return float(score(run)[-1]["top1"])
+
+
+def reached(run: History, top1: float, cost: str) -> float:
+    """What it took to come to `top1` first, between two evaluations by straight line; nan where it never did or nobody counted."""
+    before: tuple[float, float] | None = None  # (cost, best so far)
+    for point in score(run):
+        here = (COSTS[cost](point), float(point["top1"]))
+        if here[1] >= top1:
+            if before is None or here[1] == before[1]:
+                return here[0]
+            return before[0] + (here[0] - before[0]) * (top1 - before[1]) / (here[1] - before[1])
+        before = (here[0], max(here[1], before[1]) if before else here[1])
+    return math.nan
+
+
+def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
+    """Hold the runs of a group against those of the base."""
+    seeds = {seed(run): run for run in base}
+    pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
+    paired = len(pairs)
+    pairs = pairs or [(theirs, run) for theirs in base for run in ours]
+    tops = [min(max(float(p["top1"]) for p in score(a)), max(float(p["top1"]) for p in score(b))) for a, b in pairs]
+    whole, equal = {}, {}
+    for cost, read in COSTS.items():
+        whole[cost] = Spread.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
+        both = zip(pairs, tops, strict=True)
+        equal[cost] = Spread.of_ratios([_ratio(reached(a, top, cost), reached(b, top, cost)) for (a, b), top in both])
+    top1, at = Spread.of([final(b) - final(a) for a, b in pairs]), Spread.of(tops)
+    if not paired:  # each with each: the pairs are not independent, so no interval
+        top1, at = top1.alone(), at.alone()
+        whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))
+    return Against(paired, top1, whole, equal, at)
+
+
+def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[list[Path], list[str]]:
+    """Journals of the runs of an experiment, and names of its runs without one. Of each the run directory where it is on this
+    machine, else the journal MLflow holds.
+
+    Raises NothingToCompare where MLflow does not answer, has no such experiment, or no run of it with a journal.
+    """
+    from trainer.tracking.mlflow_client import journals_of
+
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.is_file():  # or MLflow would make an empty one there
+        raise NothingToCompare(f"{file}: no such database; name yours by --uri, or give run directories")
+    try:
+        found, missing = journals_of(uri, experiment, into)
+    except LookupError as error:
+        raise NothingToCompare(f"experiment {experiment!r}: not at {uri}; there are {error}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise NothingToCompare(f"{uri}: {type(error).__name__}: {text}; or give run directories") from error
+    if not found:
+        raise NothingToCompare(
+            f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN"
+        )
+    return found, missing
+
+
+def _sameness(run: History) -> str:
+    """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
+    config = {
+        key: value for key, value in flat(run.config).items() if key not in INDIFFERENT and not key.startswith("tracking.")
+    }
+    known = [run.name] if not run.config else []
+    data = [fingerprint(run.start, split) for split in ("train", "validation")]
+    about = [data, *(run.start.get(name) for name in ("pixels", "world", "device"))]
+    return json.dumps([known, config, about], sort_keys=True, default=str)
+
+
+def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
+    """Groups under the name of their first run, less the seed where the names differ; numbered where two would be the same."""
+    named: dict[str, list[History]] = {}
+    for members in groups:
+        name = members[0].name
+        if len({run.name for run in members}) > 1:
+            name = re.sub(rf"[-_.]?(seed|s)?[-_.]?(?<!\d){seed(members[0])}$", "", name) or name
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = members
+    return list(named.items())
+
+
+def _ratio(base: float, ours: float) -> float:
+    return base / ours if ours > 0 and base > 0 else math.nan

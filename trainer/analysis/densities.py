@@ -1,0 +1,150 @@
+"""`trilevel eval`: one set of weights at one or many densities, with timm's evaluation transform, beside what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import timm.data
+import torch
+from rich.table import Table
+
+from sparsity.types import Plan
+from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.config.run_config import Config
+from trainer.data.loader.dataset import open_indexes
+from trainer.data.loader.validation import Validation
+from trainer.model import weights
+from trainer.model.build import build_model, cost_of
+from trainer.model.evaluate import Scores, evaluate
+from trainer.model.schedule import last_plan
+
+
+class Row(NamedTuple):
+    """density, connections: shares of tokens and keys kept at each pruning block. tokens: in the last block. gmacs: of one image's
+    forward pass / 1e9."""
+
+    density: float
+    connections: float
+    tokens: int
+    gmacs: float
+    scores: Scores
+
+
+class Rows(NamedTuple):
+    model: str
+    rows: list[Row]
+
+    def table(self) -> Table:
+        table = Table(title=self.model, title_justify="left")
+        for column in ("density", "connections", "tokens", "GMACs", "top-1", "top-5", "worst class", "images", "images/s"):
+            table.add_column(column, justify="right")
+        for r in self.rows:
+            s = r.scores
+            shares = [f"{100 * x:.2f} %" for x in (s.top1, s.top5, s.worst_class)]
+            numbers = [f"{r.density:g}", f"{r.connections:g}", str(r.tokens), f"{r.gmacs:.4g}"]
+            table.add_row(*numbers, *shares, str(s.images), f"{s.images_per_second:.0f}")
+        return table
+
+    def facts(self) -> dict[str, Any]:
+        """For --json; top1, top5, images are those of the first row."""
+        rows = [
+            {
+                "density": r.density,
+                "connections": r.connections,
+                "tokens": r.tokens,
+                "gmacs": r.gmacs,
+                "images_per_second": r.scores.images_per_second,
+                "top1": r.scores.top1,
+                "top5": r.scores.top5,
+                "worst_class": r.scores.worst_class,
+                "broken": r.scores.broken,
+            }
+            for r in self.rows
+        ]
+        first = self.rows[0].scores
+        return {"model": self.model, "top1": first.top1, "top5": first.top5, "images": first.images, "rows": rows}
+
+
+def score(model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None) -> Rows:
+    """Score `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
+
+    `config` None: the run's own, with `overrides`. densities: shares of tokens, with all connections kept; None: the final plan of the
+    configuration. Raises ConfigError.
+    """
+    config, network = _load(model, config, overrides or [])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device).eval()
+    _, index = open_indexes(config)
+    plans = [Plan(d, 1.0) for d in densities] if densities else [last_plan(config)]
+    if densities and config.tokens.method == "all" and any(d < 1 for d in densities):
+        raise ConfigError(f"--densities {densities}: the configuration prunes no tokens; add tokens.method=topk")
+    if densities and config.tokens.merged and any(d < 1 for d in densities):
+        raise ConfigError(
+            f"--densities {densities}: tokens.merged={config.tokens.merged} merges as many at every density; add tokens.merged=0"
+        )
+    rows = []
+    half = config.engine.precision != "float32" and device.type == "cuda"
+    for plan in plans:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            scores = evaluate(network, Validation(index, config, 0, 1), plan, config, device)
+        cost = cost_of(network, plan)
+        rows.append(Row(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores))
+    return Rows(model, rows)
+
+
+def _refuse_change(text: str) -> None:
+    """A head that starts anew or a resized embedding is a way to train, not a thing to score."""
+    raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
+
+
+def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Config, Any]:
+    if model.startswith("timm:"):
+        if config is None:
+            raise ConfigError(f"eval {model}: which images? Give a CONFIG whose data.validation names the shards")
+        name = model.removeprefix("timm:")
+        config = _as_timm_evaluates(config, name)
+        return config, build_model(config)
+    path = Path(model)
+    if path.is_dir():
+        config = config or load(path / "config.yaml", overrides)
+        path = path / "weights.safetensors"
+    if config is None:
+        raise ConfigError(f"eval {model}: a weights file needs a CONFIG that says which model it is of")
+    if not path.is_file():
+        raise ConfigError(f"eval {model}: no weights at {path}; a run writes them with its first checkpoint")
+    network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
+    weights.fit(network.vit, weights.load_weights(path), str(path), say=_refuse_change)
+    return config, network
+
+
+def _as_timm_evaluates(config: Config, name: str) -> Config:
+    """The configuration with a pretrained model's own size, crop, interpolation and normalisation. Raises ConfigError."""
+    weights.refuse_unknown(name)
+    network = timm.create_model(name, pretrained=False)
+    about, classes = timm.data.resolve_model_data_config(network), getattr(network, "num_classes", 0)
+    if classes != config.model.classes:
+        raise ConfigError(f"timm:{name} knows {classes} classes, the configuration has model.classes={config.model.classes}")
+    if about.get("crop_mode", "center") != "center":
+        raise ConfigError(
+            f"timm:{name} is evaluated with crop_mode={about['crop_mode']}, this evaluation crops the centre only"
+        )
+    model = config.model.model_copy(
+        update={
+            "name": name,
+            "init": "timm",
+            "image_size": about["input_size"][-1],
+            "args": {},
+            "classes": config.model.classes,
+        }
+    )
+    augment = config.augment.model_copy(update={k: about[k] for k in ("interpolation", "mean", "std")})
+    return config.model_copy(
+        update={
+            "model": model,
+            "augment": augment,
+            "evaluate": config.evaluate.model_copy(update={"crop_pct": about["crop_pct"]}),
+        }
+    )

@@ -1,0 +1,170 @@
+"""A run as its journal tells it: counters along the lineage that survives, ready for a table, a picture or a comparison.
+
+Time is time at work: the gaps between attempts are left out, and so is what a killed attempt did behind the point where the
+next one went on. Device time is that time by the number of processes (one per device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.journal.reader import lineage
+
+
+@dataclass(frozen=True)
+class Point:
+    """What lies behind a line of the journal. Multiply-adds: forward, over all images; nan where the journal doesn't tell."""
+
+    step: int
+    progress: float
+    elapsed: float  # seconds at work, evaluation and checkpoints included
+    trained: float  # seconds of training steps alone
+    images: int  # presented to the model in training
+    multiply_adds: float
+    dense_multiply_adds: float  # of a dense model on every example; a run that keeps half of both takes a quarter
+    device_seconds: float
+    line: dict[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.line[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.line.get(name, default)
+
+
+@dataclass(frozen=True)
+class History:
+    """One run. `starts`: the start line of every attempt; `points`: lines of each kind, oldest first; `last`: where the run stands."""
+
+    directory: Path
+    starts: list[dict[str, Any]]
+    status: str  # of the last attempt: "finished", "stopped", "failed", or "running" (also: killed without a word)
+    reason: str
+    points: dict[str, list[Point]]
+    last: Point
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """Of the first attempt."""
+        return self.starts[0] if self.starts else {}
+
+    @property
+    def attempts(self) -> int:
+        return len(self.starts)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.start.get("config") or {}
+
+    @property
+    def name(self) -> str:
+        return self.config.get("name") or self.directory.name
+
+    def of(self, kind: str) -> list[Point]:
+        return self.points.get(kind, [])
+
+    def evals(self, ema: bool = False) -> list[Point]:
+        return [point for point in self.of("eval") if bool(point.get("ema")) == ema]
+
+    @property
+    def images_per_second(self) -> float:
+        """Over the whole of training, evaluation and checkpoints left out; 0 before the first step line."""
+        return self.last.images / self.last.trained if self.last.trained > 0 else 0.0
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the multiply-adds saved, of those a dense model takes on every example of these epochs; None if not told."""
+        dense = self.last.dense_multiply_adds
+        return 1 - self.last.multiply_adds / dense if dense > 0 else None
+
+    def shares(self, kept: str) -> list[tuple[Point, float]]:
+        """How much is kept from each point on, of "examples", "tokens" or "connections"; empty where nothing tells.
+
+        "examples" is kept / all. "tokens" is what is computed: tokens in all blocks / tokens of a dense model, where the
+        plateaus list them, else the keep ratio of the plan.
+        """
+        if kept == "examples":
+            return [(point, point["kept"] / point["examples"]) for point in self.of("epoch") if point.get("examples")]
+        pairs = ((point, _share(point, kept)) for point in self.of("plateau") or self.of("step"))
+        return [(point, share) for point, share in pairs if share is not None]
+
+    def mean_share(self, kept: str) -> float | None:
+        """`shares` averaged over epochs (examples) or over the images presented (tokens, connections)."""
+        shares = self.shares(kept)
+        if not shares:
+            return None
+        if kept == "examples":
+            return sum(share for _, share in shares) / len(shares)
+        ends = [point.images for point, _ in shares[1:]] + [self.last.images]
+        weights = [end - point.images for (point, _), end in zip(shares, ends, strict=True)]
+        total = sum(weights)
+        return sum(w * share for w, (_, share) in zip(weights, shares, strict=True)) / total if total else shares[-1][1]
+
+
+def history(directory: Path | str) -> History:
+    """Read a run directory. Raises JournalError where it has no journal."""
+    directory = Path(directory)
+    points: dict[str, list[Point]] = {}
+    starts: list[dict[str, Any]] = []
+    status, reason = "running", ""
+    step, progress, trained, images = 0, 0.0, 0.0, 0
+    cost, dense_cost, per_image, dense, kept = 0.0, 0.0, float("nan"), float("nan"), 1.0
+    logged = 0  # step of the last step line
+    plans: list[tuple[int, float, float]] = []  # since then: (step up to which they held, per_image, kept)
+    elapsed, device_seconds, world, clock = 0.0, 0.0, 1, 0.0
+    point = Point(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, {})
+    for line in lineage(directory):
+        kind = line["kind"]
+        if kind == "start":
+            starts.append(line)
+            status, reason = "running", ""
+            world, clock = int(line.get("world", 1)), line["time"]
+            dense = line.get("multiply_adds", dense)
+            continue
+        if kind == "end":
+            status, reason = str(line.get("status", "finished")), str(line.get("reason") or "")
+        passed = max(0.0, line["time"] - clock)
+        clock = max(clock, line["time"])
+        elapsed += passed
+        device_seconds += passed * world
+        if isinstance(line.get("step"), int):
+            step = max(step, line["step"])  # a checkpoint is told when it is durable, after later steps
+        progress = line.get("progress", progress)
+        if kind == "step":
+            trained += line.get("seconds", 0.0)
+            images += int(line.get("images", 0))
+            for share, own, shown in _stretches(plans, logged, step, (per_image, kept)):
+                cost += share * line.get("images", 0) * own
+                dense_cost += share * line.get("images", 0) * dense / shown
+            logged, plans = step, []
+        elif kind in ("epoch", "plateau"):
+            plans.append((step, per_image, kept))
+            per_image = line.get("multiply_adds", per_image)
+            kept = line["kept"] / line["examples"] if line.get("kept") and line.get("examples") else kept
+        point = Point(step, progress, elapsed, trained, images, cost, dense_cost, device_seconds, line)
+        points.setdefault(kind, []).append(point)
+    return History(directory, starts, status, reason, points, point)
+
+
+def _stretches(
+    plans: list[tuple[int, float, float]], begin: int, end: int, last: tuple[float, float]
+) -> Iterator[tuple[float, float, float]]:
+    """The steps behind `begin` up to `end` in stretches of one plan and epoch: (share of them, per_image, kept).
+
+    plans: (step up to which they held, per_image, kept) of all but the last one.
+    """
+    done = begin
+    for until, per_image, kept in [*plans, (end, *last)]:
+        if until > done:
+            yield (until - done) / (end - begin), per_image, kept
+            done = until
+
+
+def _share(point: Point, kept: str) -> float | None:
+    tokens = point.get("tokens")
+    if kept == "tokens" and isinstance(tokens, list) and tokens:
+        return sum(tokens) / (len(tokens) * max(tokens))
+    return point.get(f"keep_{kept}")

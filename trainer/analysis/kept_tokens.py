@@ -1,0 +1,218 @@
+"""`trilevel show RUN IMAGE ...`: which tokens of an image survive each pruning block, which keys a token still sees, and which
+examples a run forgot most and least. Pictures under the run's final plan, evaluation transform and newest weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from sparsity.examples.forgetting import Forgetting
+from sparsity.types import Keys
+from trainer.analysis.forgotten_examples import contact_sheet
+from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.config.run_config import Config
+from trainer.data.augment.on_device import normalise
+from trainer.data.augment.transform import Transform
+from trainer.data.errors import DataError
+from trainer.model import weights
+from trainer.model.build import build_model
+from trainer.model.schedule import last_plan
+
+CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
+FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white
+WIDTH = 2.4  # inches of a panel
+
+
+class Looked(NamedTuple):
+    """One image through the network. pixels: (S, S, 3) uint8. grid: patches down and across. kept: {block: (k,) patch ids, rising}.
+    seen: {block: (j,) ids of the tokens that the chosen one sees from there on, -1 for a fused one}; a block where it no longer
+    lives has none. keys: {block: how many tokens there are to be seen}."""
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+    predicted: int
+    kept: dict[int, np.ndarray]
+    token: int
+    seen: dict[int, np.ndarray]
+    keys: dict[int, int]
+
+
+class Viewer:
+    """A run's network, ready to look. Raises ConfigError for a run without weights, or one that leaves out no tokens and no keys."""
+
+    def __init__(self, run: Path | str, overrides: Sequence[str] = ()) -> None:
+        self.run, self.config = Path(run), _config(run, overrides)
+        settings = self.config.model.model_copy(update={"init": "random"})
+        self.model = build_model(self.config.model_copy(update={"model": settings}))
+        if not self.model.blocks:
+            raise ConfigError(
+                f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
+            )
+        file = self.run / "weights.safetensors"
+        if not file.is_file():
+            raise ConfigError(f"show {run}: no weights at {file}; a run writes them with its first checkpoint")
+        weights.fit(self.model.vit, weights.load_weights(file), str(file))
+        self.model.eval()
+        self.plan = last_plan(self.config)
+        self.transform = Transform(
+            self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
+        )
+
+    @torch.no_grad()
+    def look(self, image: Path | str, token: int | None = None) -> Looked:
+        """token: a patch id, counted from 0 in reading order; None: the survivor nearest to the middle. Raises ConfigError."""
+        try:
+            pixels = self.transform(memoryview(Path(image).read_bytes())).pixels
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"show {image}: not readable as an image: {error}") from error
+        images = normalise(pixels[None], self.config.augment)
+        record = self.model(images, self.plan, frozenset({"kept", "keys"}))
+        across, down = self.model.vit.patch_embed.grid_size[::-1]
+        if token is not None and not 0 <= token < across * down:
+            raise ConfigError(f"--token {token}: this network has patches 0 to {across * down - 1}, in reading order")
+        orders = {block: ids[0].numpy() for block, ids in record.kept.items()}  # fused tokens have id -1
+        last = orders[max(orders)]
+        if token is None:
+            survivors = last[last >= 0]
+            away = np.hypot(survivors // across - (down - 1) / 2, survivors % across - (across - 1) / 2)
+            token = int(survivors[away.argmin()])
+        seen = {}
+        for block, ids in orders.items():
+            if token in ids:
+                among = _visible(record.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
+                seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
+        kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
+        predicted = int(record.logits[0].argmax())
+        keys = {block: len(ids) for block, ids in orders.items()}
+        return Looked(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen, keys)
+
+    @property
+    def faded(self) -> str:
+        """Where the patches that fade went, if they were not simply left out."""
+        if self.config.tokens.method == "tome":
+            return "   ·   faded patches are merged into others"
+        return "   ·   faded patches are fused into one more token" if self.config.tokens.fuse else ""
+
+
+def show(
+    run: Path | str, images: Sequence[str], out: Path, token: int | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
+    """Write one picture per image, and examples.png where the newest checkpoint counts forgetting; the files written.
+
+    Without checkpoint or shards there is no examples.png: that is told where images were asked for, and raised (ConfigError,
+    DataError) where they were not. Raises ConfigError where there is nothing to show.
+    """
+    config = _config(run, overrides)
+    counts = config.examples.method == Forgetting.name
+    if not images and not counts:
+        raise ConfigError(
+            f"show {run}: examples.method={config.examples.method} counts no forgetting, so there is no sheet of examples; give an IMAGE"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    if images:
+        viewer = Viewer(run, overrides)
+        for image in images:
+            path = out / f"{Path(image).stem}.png"
+            path = path if path not in paths else out / f"{Path(image).stem}-{len(paths)}.png"
+            paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}{viewer.faded}"))
+    if counts:
+        try:
+            paths.append(contact_sheet(Path(run), config, out / "examples.png"))
+        except (ConfigError, DataError) as error:
+            if not images:
+                raise
+            print(f"no examples.png: {error}", file=sys.stderr)
+    return paths
+
+
+def draw(looked: Looked, path: Path, title: str) -> Path:
+    """Upper row: the image, then what is left after each pruning block. Lower row, with level 3: what the chosen token sees."""
+    blocks = sorted(looked.kept)
+    total = looked.grid[0] * looked.grid[1]
+    connected = any(len(seen) < looked.keys[block] for block, seen in looked.seen.items())
+    figure = Figure(figsize=(WIDTH * (1 + len(blocks)), (WIDTH + 0.3) * (1 + connected) + 0.4), dpi=130, layout="constrained")
+    panels = np.atleast_2d(figure.subplots(1 + connected, 1 + len(blocks)))
+    for axes in panels.flat:
+        axes.set_axis_off()
+    _panel(panels[0, 0], looked, None, f"input, predicted class {looked.predicted}")
+    for axes, block in zip(panels[0, 1:], blocks, strict=True):
+        left = looked.kept[block]
+        _panel(axes, looked, left, f"after block {block}: {len(left)} of {total} tokens")
+    if connected:
+        _panel(panels[1, 0], looked, None, f"token {looked.token}")
+        _mark(panels[1, 0], looked, [looked.token], CHOSEN)
+        for axes, block in zip(panels[1, 1:], blocks, strict=True):
+            if block not in looked.seen:
+                _panel(axes, looked, looked.kept[block], f"token {looked.token} is gone")
+                continue
+            seen = looked.seen[block]
+            patches = seen[seen >= 0]
+            _panel(axes, looked, patches, f"it sees {len(seen)} of {looked.keys[block]} keys")
+            _mark(axes, looked, patches, SEEN)
+            _mark(axes, looked, [looked.token], CHOSEN)
+            lines = [[_middle(looked, looked.token), _middle(looked, int(key))] for key in patches]
+            axes.add_collection(LineCollection(lines, colors=SEEN, linewidths=0.7, alpha=0.8))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
+def _config(run: Path | str, overrides: Sequence[str]) -> Config:
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"show {run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
+    return load(path, list(overrides))
+
+
+def _visible(keys: Keys | None, patch: int, num_prefix: int) -> np.ndarray | None:
+    """Positions among the patches that are left which the patch at position `patch` sees; None: all."""
+    if keys is None:
+        return None
+    if keys.mask is not None:
+        positions = keys.mask[0, 0, num_prefix + patch].nonzero().flatten()
+    else:
+        assert keys.index is not None
+        positions = keys.index[0]
+    return (positions[positions >= num_prefix] - num_prefix).numpy()
+
+
+def _panel(axes: Axes, looked: Looked, bright: np.ndarray | None, title: str) -> None:
+    """The image; patches that are not `bright` fade."""
+    pixels = looked.pixels.astype(np.float32)
+    if bright is not None:
+        shown = np.zeros(looked.grid[0] * looked.grid[1], dtype=bool)
+        shown[bright] = True
+        high, wide = (side // count for side, count in zip(pixels.shape, looked.grid, strict=False))
+        whole = shown.reshape(looked.grid).repeat(high, 0).repeat(wide, 1)[..., None]
+        pixels = np.where(whole, pixels, FADED + 0.15 * (pixels - FADED))
+    axes.imshow(pixels.astype(np.uint8), interpolation="nearest")
+    axes.add_patch(Rectangle((-0.5, -0.5), pixels.shape[1], pixels.shape[0], fill=False, edgecolor="#B0B0B0", linewidth=0.8))
+    axes.set_title(title, fontsize=9)
+
+
+def _mark(axes: Axes, looked: Looked, patches: Any, color: str) -> None:
+    wide, high = looked.pixels.shape[1] / looked.grid[1], looked.pixels.shape[0] / looked.grid[0]
+    for patch in patches:
+        x, y = _middle(looked, int(patch))
+        corner = (x - wide / 2, y - high / 2)
+        axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, linewidth=2.0 if color == CHOSEN else 0.9))
+
+
+def _middle(looked: Looked, patch: int) -> tuple[float, float]:
+    """x, y in pixels of a patch's middle."""
+    across = looked.grid[1]
+    wide, high = looked.pixels.shape[1] / across, looked.pixels.shape[0] / looked.grid[0]
+    return (patch % across + 0.5) * wide - 0.5, (patch // across + 0.5) * high - 0.5

@@ -1,0 +1,71 @@
+"""What a run saved so far, from its own journal: training time against the dense control that the run timed beside it.
+
+A plateau's `control` line says how long a dense step would have taken there; the examples left out would have been more such
+steps. Time-weighted over the plateaus: sum of (seconds x dense step / own step / kept share) against sum of seconds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.journal.reader import lineage
+
+EVERYTHING = (1.0, 1.0)  # keep_tokens, keep_connections of a dense plan
+
+
+class Savings(NamedTuple):
+    """kept: share of the examples shown in the newest epoch. speedup: training time of a dense run on every example / own
+    time, over the stretches that were timed (None where there is none), in x; bound: the same in multiply-adds, over the
+    same stretches. timed: share of the training time that they are."""
+
+    kept: float
+    speedup: float | None
+    bound: float | None
+    timed: float
+
+    def text(self) -> str:
+        part = f"; {self.timed:.0%} of it timed" if self.timed < 0.995 else ""
+        return f"training time, dense on every example / own; bound {self.bound or float('nan'):.3f}x{part}"
+
+
+def savings(lines: Iterable[dict[str, Any]]) -> Savings:
+    """From the lines of a journal, oldest first. Stretches under a dense plan are their own control and need no timing (under
+    `compat: authors` they get one: that attention is slower than timm's)."""
+    seconds: dict[tuple[float, float], float] = defaultdict(float)
+    whole: dict[tuple[float, float], float] = defaultdict(float)  # seconds, had every example been shown
+    images: dict[tuple[float, float], float] = defaultdict(float)
+    presented: dict[tuple[float, float], float] = defaultdict(float)  # images, had every example been shown
+    share, speedup = {EVERYTHING: 1.0}, {EVERYTHING: 1.0}
+    dense, kept = float("nan"), 1.0
+    for line in lines:
+        kind, plan = line["kind"], (line.get("keep_tokens", 1.0), line.get("keep_connections", 1.0))
+        if kind == "start":
+            dense = line.get("multiply_adds", dense)
+        elif kind == "epoch" and line.get("kept") and line.get("examples"):
+            kept = line["kept"] / line["examples"]
+        elif kind == "plateau" and plan != EVERYTHING:
+            share[plan] = line.get("multiply_adds", float("nan")) / dense
+        elif kind == "control" and "step_speedup" in line:
+            speedup[plan] = line["step_speedup"]
+        elif kind == "step":
+            seconds[plan] += line.get("seconds", 0.0)
+            whole[plan] += line.get("seconds", 0.0) / kept
+            images[plan] += line.get("images", 0)
+            presented[plan] += line.get("images", 0) / kept
+    timed = [plan for plan in seconds if plan in speedup]
+    own = sum(seconds[plan] for plan in timed)
+    work = sum(images[plan] * share.get(plan, float("nan")) for plan in timed)
+    return Savings(
+        kept,
+        sum(whole[plan] * speedup[plan] for plan in timed) / own if own > 0 else None,
+        sum(presented[plan] for plan in timed) / work if work > 0 else None,
+        own / sum(seconds.values()) if own > 0 else 0.0,
+    )
+
+
+def savings_of(run: Path | str) -> Savings:
+    """Of a run directory, along the lineage that survives. Raises JournalError where it has no journal."""
+    return savings(lineage(run))

@@ -1,0 +1,226 @@
+"""`make gpu`: on a GPU host, from the source tree, with its own torch and no network. Correctness first, then step times.
+
+`check`: what the device computes against what the CPU computes, for every path a run takes on it. `step`: paired step times of
+our dense step, timm's own with torch.compile, and Tri-Level at its last plateau. On a CPU both run in a tiny form (the tests do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from sparsity import build, cost, keyed_random
+from sparsity.examples import EXAMPLES
+from sparsity.types import DENSE, Outcome, Plan, alone
+from trainer.bench.bookkeeping import bookkeeping, told
+from trainer.bench.paired import Row, paired, report
+from trainer.config.load import load
+from trainer.config.schema import Augment
+from trainer.data.augment.mixup import Mix, mix_images
+from trainer.data.augment.on_device import finish
+from trainer.data.batch import Batch
+from trainer.storage.source_tree import SOURCE_ROOT
+
+CONFIG = SOURCE_ROOT / "configs" / "tri_level_deit_small_0.7.yaml"
+
+
+class Finding(NamedTuple):
+    """One comparison: the largest difference seen and what is allowed."""
+
+    what: str
+    difference: float
+    allowed: float
+
+    @property
+    def good(self) -> bool:
+        return self.difference <= self.allowed
+
+    def text(self) -> str:
+        return f"{'ok  ' if self.good else 'FAIL'}  {self.what:<58} {self.difference:.2e} (allowed {self.allowed:.0e})"
+
+
+def check(device: torch.device) -> Iterator[Finding]:
+    """Every device path against the CPU: keyed draws, augmentation, dense and pruned forward and backward passes, bookkeeping."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    keys = torch.arange(512) * 7919 - 12345
+    yield _same("keyed uniform draws", lambda d: keyed_random.uniform(keys.to(d), 3, 5), device, 0.0)
+    yield _same("keyed normal draws", lambda d: keyed_random.normal(keys.to(d), 9, shape=(16,)), device, 1e-5)
+    augment = Augment(erasing=1.0, mixup=0.8)
+    batch = _batch(8, 32)
+    yield _same("normalise, flip, erase", lambda d: finish(_to(batch, d), augment), device, 1e-5)
+    mix = Mix(0.3, None)
+    yield _same("mixup", lambda d: mix_images(finish(_to(batch, d), augment), mix, batch.weights.to(d)), device, 1e-5)
+
+    plan = Plan(0.7, 0.5)
+    for tokens, connections in (("all", "all"), ("topk", "all"), ("topk", "exact"), ("topk", "shared_keys"), ("tome", "all")):
+        for what in ("logits", "gradients"):
+            name = f"{what} with tokens={tokens} connections={connections}"
+            settings = {"tokens": tokens, "connections": connections, "blocks": (1, 2), "merged": 2 if tokens == "tome" else 0}
+            yield _same(name, lambda d, w=what, s=settings: _passes(d, plan, w, **s), device, 2e-4)
+    yield from _kept_ids(device, plan)
+    yield _bookkeeping(device)
+    if device.type == "cuda":
+        yield from _bfloat16(device)
+
+
+def step(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Step times (forward, backward, AdamW) in one process, interleaved: ours dense / timm eager / timm compiled / Tri-Level .7."""
+    name, images = ("deit_small_patch16_224", 256) if not tiny else ("deit_tiny_patch16_224", 4)
+    size = {} if not tiny else {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    blocks = (3, 6, 9) if not tiny else (1, 2)
+    pairs = 30 if not tiny else 2
+
+    def network() -> Any:
+        return timm.create_model(name, **size)  # pyright: ignore[reportArgumentType]
+
+    ours = build.build(network(), tokens="topk", blocks=blocks)
+    both = build.build(network(), tokens="topk", connections="shared_keys", blocks=blocks)
+    dense = cost.cost(cost.shape_of(ours)).total
+
+    def row(model: Any, plan: Plan = DENSE) -> Row:
+        return Row(model, plan, cost.cost(cost.shape_of(model), plan).total / dense)
+
+    rows = {"timm": Row(network(), DENSE, 1.0), "ours": row(build.build(network())), "tokens 0.7": row(ours, Plan(0.7, 1.0))}
+    if not tiny:  # compiling takes longer than everything else in a test
+        rows["ours compiled"] = row(_compiled(build.build(network())))
+        rows["timm compiled"] = Row(_compiled(network()), DENSE, 1.0)
+        ours, both = _compiled(build.build(network(), tokens="topk", blocks=blocks)), _compiled(both)
+        rows |= {f"tokens {keep} compiled": row(ours, Plan(keep, 1.0)) for keep in (0.9, 0.8, 0.7)}
+        rows["tokens 0.7, shared keys 0.1 compiled"] = row(both, Plan(0.7, 0.1))
+    return paired(rows, device, images, size.get("img_size", 224), pairs, base="timm")
+
+
+def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Finding:
+    here, there = compute(torch.device("cpu")).double(), compute(device).cpu().double()
+    return Finding(what, float((here - there).abs().max() / here.abs().max().clamp(min=1e-12)), allowed)
+
+
+def _batch(rows: int, size: int) -> Batch:
+    rng = np.random.default_rng(0)
+    erase = torch.tensor([[2, 3, 9, 11]] * rows, dtype=torch.int32)
+    return Batch(
+        images=torch.from_numpy(rng.integers(0, 256, (rows, 3, size, size), dtype=np.uint8)),
+        labels=torch.arange(rows),
+        ids=torch.arange(rows) + 1281166,
+        copies=torch.zeros(rows, dtype=torch.int64),
+        weights=torch.ones(rows),
+        flip=torch.arange(rows) % 2 == 0,
+        erase=erase,
+        draw=torch.arange(rows) * 104729,
+        broken=[],
+    )
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(field.to(device) for field in batch[:-1]), broken=batch.broken)
+
+
+def _network(device: torch.device, **settings: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit: Any = timm.create_model(
+            "deit_tiny_patch16_224",
+            img_size=32,
+            patch_size=4,
+            embed_dim=48,
+            depth=4,
+            num_heads=3,
+            num_classes=10,
+            drop_path_rate=0.1,
+        )
+        for parameter in vit.parameters():
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    return build.build(vit, **settings).to(device)
+
+
+def _passes(device: torch.device, plan: Plan, what: str, **settings: Any) -> Tensor:
+    network = _network(device, **settings)
+    images = torch.from_numpy(np.random.default_rng(1).standard_normal((8, 3, 32, 32), dtype=np.float32)).to(device)
+    logits = network(images, plan, draw=torch.arange(8, device=device)).logits
+    if what == "logits":
+        return logits.detach()
+    logits.square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Finding]:
+    images = torch.from_numpy(np.random.default_rng(2).standard_normal((8, 3, 32, 32), dtype=np.float32))
+    kept = [
+        _network(d, tokens="topk", blocks=(1, 2)).eval()(images.to(d), plan, frozenset({"kept"})).kept
+        for d in (torch.device("cpu"), device)
+    ]
+    for block in kept[0]:
+        differ = (kept[0][block].sort(-1).values != kept[1][block].cpu().sort(-1).values).float().mean()
+        yield Finding(f"patch ids kept at block {block} (share that differs)", float(differ), 0.01)
+
+
+def _bookkeeping(device: torch.device) -> Finding:
+    """Forgetting on the device and on the CPU from the same observations: the same examples are kept."""
+    hashes = []
+    for d in (torch.device("cpu"), device):
+        labels = np.arange(200) % 10
+        level = EXAMPLES["forgetting"](200, labels, epochs=12, seed=1, removed=0.2, swap=0.05, window=3, updates=2)
+        for epoch in range(7):
+            chosen = level.select(epoch, alone)
+            ids = torch.arange(200)
+            right = torch.from_numpy(np.random.default_rng(epoch).random(200) < 0.6)
+            level.observe(
+                ids.to(d),
+                Outcome(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)),
+            )
+        hashes.append(chosen.facts["hash"])
+    return Finding("forgetting keeps the same examples", float(hashes[0] != hashes[1]), 0.0)
+
+
+def _bfloat16(device: torch.device) -> Iterator[Finding]:
+    """bf16 autocast: our error against float64 is at most twice timm's own (law 1)."""
+    images = torch.from_numpy(np.random.default_rng(3).standard_normal((16, 3, 32, 32), dtype=np.float32)).to(device)
+    ours = _network(device).eval()
+    with torch.no_grad():
+        exact = _network(device).double().eval().vit(images.double())
+        with torch.autocast("cuda", torch.bfloat16):
+            errors = [float((out.double() - exact).abs().max()) for out in (ours(images).logits, ours.vit(images))]
+    yield Finding("bf16 error against float64, ours / timm's", errors[0] / max(errors[1], 1e-12), 2.0)
+
+
+def _compiled(network: Any) -> Any:
+    network.compile()
+    return network
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("make gpu PART=...")
+    parser.add_argument("part", choices=["check", "step"])
+    parser.add_argument("--tiny", action="store_true", help="the small form that the tests run on a CPU")
+    parser.add_argument("--json", metavar="FILE")
+    a = parser.parse_args(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device: correctness of nothing but itself"
+    print(f"{a.part} on {where}, torch {torch.__version__}, timm {timm.__version__}")
+    if a.part == "step":
+        rows = step(device, a.tiny or device.type == "cpu")
+        print(report(rows, base="timm"))
+        rows["bookkeeping"] = bookkeeping(load(CONFIG), device)
+        print(told(rows["bookkeeping"]))
+        if a.json:
+            Path(a.json).write_text(json.dumps(rows, indent=1) + "\n")
+        return 0
+    bad = 0
+    for finding in check(device):
+        print(finding.text(), flush=True)
+        bad += not finding.good
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

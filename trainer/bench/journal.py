@@ -1,0 +1,171 @@
+"""`trilevel bench journal`: what a logging step costs the training, with the tracking server stopped, silent and running.
+
+A logging step is what rank 0 does at a log line: close the meters, write the line, show it. Beside it the real shipper works, in its
+own process, towards a server that refuses (stopped), takes every request and never answers (silent: the worst), or serves
+(a real `mlflow server` on sqlite, started here). `alone` has no shipper: what the journal costs by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from sparsity.types import Outcome
+from trainer.config.schema import Tracking
+from trainer.journal.writer import Journal
+from trainer.run.console import Console
+from trainer.telemetry.efficiency import Totals
+from trainer.telemetry.meters import Meters
+from trainer.tracking.shipper import start
+from trainer.tracking.state import State
+
+STATES = ("alone", "stopped", "silent", "running")
+STEP, EVERY = 0.05, 20  # s of a training step, steps per log line (the default) that the share is told for
+MIB = 2**20
+
+
+class _Process:
+    """The one process of a run without an engine, as far as meters ask for it."""
+
+    device, world, rank = torch.device("cpu"), 1, 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def everyones(self, items: list[Any]) -> list[Any]:
+        return list(items)
+
+
+def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> dict[str, dict[str, Any]]:
+    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms of processor
+    time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent (share of the
+    journal's bytes)}}.
+
+    pause: s between two log lines. On a machine with other work only the processor time speaks of the logging.
+    """
+    return {state: _measured(state, lines, pause) for state in states}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Table:
+    title = f"a logging step; share of {EVERY} steps of {1000 * STEP:g} ms"
+    shown = Table(title=title, title_justify="left")
+    for column in (
+        "server",
+        "ms",
+        "p99",
+        "max",
+        "share",
+        "cpu ms",
+        "cpu p99",
+        "cpu share",
+        "training MiB",
+        "shipper MiB",
+        "sent",
+    ):
+        shown.add_column(column, justify="left" if column == "server" else "right")
+    for state, r in rows.items():
+        memory = [" -> ".join(f"{mib:.0f}" for mib in r[name]) for name in ("memory_mib", "shipper_mib")]
+        times = [f"{r[name]:.3f}" for name in ("median", "p99", "max")]
+        cpu = [f"{r['cpu']:.3f}", f"{r['cpu_p99']:.3f}", f"{r['cpu_share']:.3%}"]
+        shown.add_row(state, *times, f"{r['share']:.3%}", *cpu, *memory, f"{r['sent']:.0%}")
+    return shown
+
+
+def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, _server(state, Path(folder)) as uri, open(os.devnull, "w") as nowhere:
+        run = Path(folder) / "runs" / state
+        settings = Tracking(to="journal" if state == "alone" else "mlflow", uri=uri)
+        with Journal(run) as journal, Console(state, until=lines, file=nowhere) as console:
+            journal.write("start", config={"name": state, "tracking": settings.model_dump()}, world=1)
+            shipper = start(run, settings, every=0.5, linger=0.0)
+            meters, totals = Meters(_Process()), Totals(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
+            totals.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
+            took, cpu, own, other = [], [], [], []
+            for number in track(range(lines), description=state, transient=True):
+                _step(meters)
+                began, busy = time.perf_counter(), time.thread_time()
+                window = meters.close()
+                line = {"step": number + 1, "progress": float(number), "lr": 1e-3} | window.facts | totals.of(window, 1.0)
+                journal.write("step", **line)
+                console.step(**line)
+                cpu.append(1000 * (time.thread_time() - busy))
+                took.append(1000 * (time.perf_counter() - began))
+                if number in (lines // 4, lines - 1):
+                    own.append(psutil.Process().memory_info().rss / MIB)
+                    other += [] if shipper.process is None else [_resident(shipper.process)]
+                time.sleep(pause)
+            sent = State.load(run).offset / journal.path.stat().st_size
+            if shipper.process is not None:
+                shipper.process.kill()
+                shipper.process.wait()
+    return {
+        "median": float(np.median(took)), "p99": float(np.percentile(took, 99)), "min": min(took), "max": max(took), "unit": "ms",
+        "share": float(np.mean(took)) / 1000 / (STEP * EVERY), "cpu": float(np.mean(cpu)), "cpu_p99": float(np.percentile(cpu, 99)),
+        "cpu_share": float(np.mean(cpu)) / 1000 / (STEP * EVERY), "memory_mib": own, "shipper_mib": other, "sent": sent,
+    }  # fmt: skip
+
+
+def _step(meters: Meters) -> None:
+    right = torch.ones(8, dtype=torch.bool)
+    meters.add(torch.ones(8), torch.ones(8), Outcome(right, torch.ones(8), torch.zeros(8), right))
+    for _ in range(2):  # the second one is a sample
+        for phase in ("rest", "host_to_device", "forward", "backward", "optimizer"):
+            meters.mark(phase)
+        meters.count(8, [], 0.0)
+
+
+def _resident(process: subprocess.Popen[bytes]) -> float:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).memory_info().rss / MIB
+    return float("nan")
+
+
+@contextlib.contextmanager
+def _server(state: str, folder: Path) -> Iterator[str]:
+    """The address of a tracking server in the wanted state."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{door.getsockname()[1]}"
+        if state == "silent":
+            door.listen(128)  # connections are made, nobody reads them
+            yield uri
+            return
+    if state != "running":
+        yield uri
+        return
+    words = ["--backend-store-uri", f"sqlite:///{folder}/bench.db", "--artifacts-destination", str(folder / "served")]
+    words += ["--host", "127.0.0.1", "--port", uri.rpartition(":")[2], "--workers", "1"]
+    with open(os.devnull, "wb") as nowhere:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *words], stdout=nowhere, stderr=nowhere, start_new_session=True
+        )
+    try:
+        _wait(uri)
+        yield uri
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+def _wait(uri: str, patience: float = 120.0) -> None:
+    ends = time.monotonic() + patience
+    while time.monotonic() < ends:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"mlflow server at {uri} did not come up within {patience:g} s; try `mlflow server` by hand")

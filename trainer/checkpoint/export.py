@@ -1,0 +1,117 @@
+"""`trilevel export`: the weights of a checkpoint as one safetensors file that plain timm loads, from any ZeRO stage and world.
+
+A checkpoint holds every weight whole and by timm's name, so nothing is converted. What the file is of stands in its header.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+
+from trainer.checkpoint import directory, save_load
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse
+from trainer.config.run_config import Config
+from trainer.journal.file import JournalError
+from trainer.journal.reader import lineage
+from trainer.model.weights import save_weights
+
+
+class Exported(NamedTuple):
+    """The file, and what its header says."""
+
+    path: Path
+    about: dict[str, str]
+
+    def text(self) -> str:
+        about = self.about
+        words = f"timm.create_model({about['model']!r}, num_classes={about['classes']}, img_size={about['image_size']}"
+        more = "".join(f", {key}={value!r}" for key, value in json.loads(about["args"]).items())
+        which = "their moving average" if about["ema"] == "true" else "weights"
+        top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not scored"
+        return f"{self.path}: {which} of step {about['step']}{top1}\n{words}{more}, checkpoint_path={str(self.path)!r})"
+
+
+def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | None = None) -> Exported:
+    """Write the weights of a run's checkpoint to `out`. which: "latest", "best" or the checkpoint's folder. ema: the moving average, the
+    weights themselves, or (None) the average where there is one.
+
+    Raises ConfigError or CheckpointError with the way out; an existing `out` is replaced whole.
+    """
+    path, about = _chosen(Path(run), which)
+    config = parse(about["config"], str(path))
+    averages = load_file(path / "ema.safetensors")
+    if ema and not averages:
+        raise ConfigError(f"export --ema: {path} has no moving average, the run had optim.ema=null; use --raw")
+    use_ema = bool(averages) if ema is None else ema
+    weights = averages if use_ema else load_file(path / "weights.safetensors")
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"export {out}: name it *.safetensors, timm tells the format by it")
+    header = _header(config, about["state"], use_ema, _top1(Path(run), about["state"]["step"], use_ema))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(out, weights, header)
+    return Exported(out, header)
+
+
+def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint and what its `state.json` says, all files of it being whole."""
+    folder = run / "checkpoints"
+    if which not in ("latest", "best"):
+        path = Path(which)
+        path = path if path.is_dir() else folder / which
+    else:
+        found = save_load.latest(folder)
+        if found is None:
+            raise ConfigError(f"export {run}: no checkpoint in it; give the directory of a run, e.g. runs/NAME")
+        path = found
+    about = _examined(path)
+    if which == "best":
+        step = about["state"]["best_step"]
+        names = [name for name in directory.by_age([p.name for p in folder.iterdir()]) if directory.step_of(name) == step]
+        if not names:
+            raise ConfigError(
+                f"export {run} --checkpoint best: no checkpoint of it was scored and kept (save_load.best); use latest"
+            )
+        path = folder / names[-1]
+        about = _examined(path)
+    return path, about
+
+
+def _examined(path: Path) -> dict[str, Any]:
+    try:
+        return directory.examine(path)
+    except directory.Damaged as error:
+        raise save_load.CheckpointError(f"{path.parent}: {error}; export another one by --checkpoint PATH") from error
+
+
+def _header(config: Config, state: dict[str, Any], ema: bool, top1: float | None) -> dict[str, str]:
+    """All texts: safetensors knows no other metadata."""
+    model, augment = config.model, config.augment
+    pixels = {"mean": augment.mean, "std": augment.std, "interpolation": augment.interpolation}
+    about = {
+        "model": model.name,
+        "classes": str(model.classes),
+        "image_size": str(model.image_size),
+        "args": json.dumps(model.args),
+        "pixels": json.dumps({**pixels, "crop_pct": config.evaluate.crop_pct}),
+        "run": config.name,
+        "config": config.fingerprint(),
+        "step": str(state["step"]),
+        "progress": f"{state.get('progress') or state['epoch']:g}",
+        "ema": json.dumps(ema),
+        "chain": state["chain"],
+    }
+    return about if top1 is None else about | {"top1": str(top1)}
+
+
+def _top1(run: Path, step: int, ema: bool) -> float | None:
+    """What the run's own evaluation gave these weights, None where it made none."""
+    try:
+        scores = [line for line in lineage(run) if line["kind"] == "eval" and (line["step"], line["ema"]) == (step, ema)]
+    except JournalError:
+        return None
+    return scores[-1]["top1"] if scores else None

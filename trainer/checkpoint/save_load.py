@@ -1,0 +1,176 @@
+"""Checkpoints: what a run must know to go on, whole, elastic, readable without pickle.
+
+A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA), one npz (example statistics and
+selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Everything is stored by timm's
+parameter name and whole, so any world size and any ZeRO stage can go on from it. How it gets to the disk: see `shelf`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsity.types import Selection
+from trainer.checkpoint import directory
+from trainer.checkpoint.directory import Found
+from trainer.checkpoint.state import Saved, TrainState
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse
+from trainer.config.run_config import Config, differences
+from trainer.config.schema import Checkpoint
+from trainer.storage import safetensors_stream
+from trainer.storage.disk import Disk
+
+NOTHING = Found(None, [])
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be used; the text says what differs and the way out."""
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    config: Config,
+    fingerprint: str,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    examples: dict[str, np.ndarray],
+    selection: Selection | None,
+    disk: Disk | None = None,
+) -> Path:
+    """Write one checkpoint below `folder` and point `latest` at it, then delete what retention no longer wants. Rank 0 only.
+
+    OSError (a full disk) leaves the previous checkpoint in place and no half-written folder behind.
+    """
+    disk = disk or Disk()
+    arrays = {f"examples.{k}": v for k, v in examples.items()}
+    if selection is not None:
+        arrays["selection.keep"] = selection.keep
+        if selection.weight is not None:
+            arrays["selection.weight"] = selection.weight
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    files: dict[str, Iterable[Any]] = {
+        "weights.safetensors": safetensors_stream.pieces(weights, {}),
+        "optimizer.safetensors": safetensors_stream.pieces(optimizer, {}),
+        "ema.safetensors": safetensors_stream.pieces(ema, {}),
+        "examples.npz": [buffer.getbuffer()],
+    }
+    about = {
+        "state": asdict(state),
+        "config": config.resolved(),
+        "fingerprint": fingerprint,
+        "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
+    }
+
+    def same(there: dict[str, Any]) -> bool:
+        """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
+        known = {key: there[key] for key in ("config", "fingerprint")}
+        return known == {key: about[key] for key in known} and all(
+            there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = directory.put(folder, state.step, files, about, same, disk)
+    with suppress(OSError):  # the new one is whole and `latest`; what is too old goes with the next save
+        directory.clear(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
+    return path
+
+
+class OnDisk(NamedTuple):
+    """A usable checkpoint: its folder's name, and where it stands."""
+
+    name: str
+    step: int
+    progress: float  # in epochs
+
+
+def retained(there: list[OnDisk], settings: Checkpoint, current: str, best_step: int) -> set[str]:
+    """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or behind each multiple of `keep_every`,
+    and the current one. Of several of one step the last counts."""
+    last = {one.step: one for one in there if one.step <= directory.step_of(current)}  # what lies ahead was left behind
+    wanted = {one.name for one in list(last.values())[-settings.keep :]} | {current}
+    if settings.best and best_step in last:
+        wanted.add(last[best_step].name)
+    if (every := settings.keep_every).count > 0:
+        reached = 0
+        for one in last.values():
+            multiple = int((one.step if every.unit == "step" else one.progress) // every.count)
+            if multiple > reached:
+                wanted.add(one.name)
+            reached = max(multiple, reached)
+    return wanted
+
+
+def _on(folder: Path, disk: Disk) -> list[OnDisk]:
+    found = []
+    for name in directory.by_age(disk.names(folder)):
+        try:
+            state = directory.examine(folder / name, disk, content=False)["state"]
+        except directory.Damaged:
+            continue
+        found.append(OnDisk(name, state["step"], state.get("progress") or state["epoch"]))
+    return found
+
+
+def newest(folder: Path) -> Found:
+    """The checkpoint a resume starts from, every file of it read and held against its hash. Raises CheckpointError where there are
+    some and all are damaged: starting anew in their place must be said."""
+    try:
+        return directory.newest(folder)
+    except directory.Damaged as error:
+        raise CheckpointError(str(error)) from error
+
+
+def latest(folder: Path) -> Path | None:
+    return newest(folder).path
+
+
+def load(path: Path, config: Config, fingerprint: str) -> Saved:
+    """Read a checkpoint. Raises CheckpointError where resuming would silently change the run: every difference is named."""
+    try:
+        about = directory.examine(path, content=False)
+    except directory.Damaged as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
+    if about["format"] > directory.FORMAT:
+        raise CheckpointError(
+            f"{path}: format {about['format']}, this version reads up to {directory.FORMAT}: use the version that wrote it"
+        )
+    try:
+        theirs = parse(about["config"], str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its configuration is not readable by this version:\n{error}") from error
+    wrong = [f"  {key}: checkpoint {b!r}, now {a!r}" for key, (a, b) in differences(config, theirs).items()]
+    if about["fingerprint"] != fingerprint:
+        wrong.append(f"  shards: checkpoint was trained on {about['fingerprint']}, data.train now holds {fingerprint}")
+    if wrong:
+        raise CheckpointError(
+            f"{path} belongs to another run:\n"
+            + "\n".join(wrong)
+            + "\nGo on with the settings of the checkpoint, or start a new run with another name=..."
+        )
+    arrays = np.load(path / "examples.npz", allow_pickle=False)
+    selection = None
+    if about["selection"] is not None:
+        weight = arrays.get("selection.weight")
+        selection = Selection(arrays["selection.keep"], about["selection"]["num_kept"], weight, about["selection"]["facts"])
+    return Saved(
+        state=TrainState(**about["state"]),
+        weights=load_file(path / "weights.safetensors"),
+        optimizer=load_file(path / "optimizer.safetensors"),
+        ema=load_file(path / "ema.safetensors"),
+        examples={k.removeprefix("examples."): arrays[k] for k in arrays.files if k.startswith("examples.")},
+        selection=selection,
+        path=path,
+    )

@@ -1,0 +1,227 @@
+"""One handler per command of `trilevel`; each imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.cli.bench import BENCHES
+from trainer.cli.output import configuration, show_table, write_json
+from trainer.config.errors import ConfigError
+
+STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
+
+
+def _train(a: argparse.Namespace) -> int:
+    config = configuration(a)
+    if a.check:
+        from trainer.preflight.check import check
+
+        checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            show_table(checked.table())
+            print(checked.text())
+        return 0
+    from trainer.train import train
+
+    ended = train(config, resume=a.resume)
+    code = STOPPED if ended.status == "preempted" else 0
+    if told := os.environ.get("TRILEVEL_EXIT_FILE"):  # our launcher reads it there: torchrun takes any exit code for a crash
+        if os.environ.get("RANK", "0") == "0":
+            Path(told).write_text(str(code))
+        return 0
+    return code
+
+
+def _pack(a: argparse.Namespace) -> None:
+    from trainer.data.shards.pack import pack
+
+    for split, index in pack(
+        a.source, a.destination, labels=a.labels, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
+        workers=a.workers, short_side=a.short_side, quality=a.quality,
+    ).items():  # fmt: skip
+        print(f"{split}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards in {a.destination}")
+
+
+def _index(a: argparse.Namespace) -> None:
+    from trainer.data.loader.shuffle_quality import runs_of_class
+    from trainer.data.remote.cache import cache_at
+    from trainer.data.shards.index import build_index
+
+    cache = cache_at(a.cache, a.cache_size)
+    index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
+    print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
+    share, chance = runs_of_class(index)
+    if share > 0.5 and share > 2 * chance:
+        print(
+            f"sorted by class: {share:.0%} of neighbours share a label ({chance:.1%} when shuffled); `trilevel train CONFIG --check` says "
+            "how well a run's order mixes them, `trilevel pack` shuffles"
+        )
+
+
+def _verify(a: argparse.Namespace) -> int:
+    from trainer.data.remote.cache import cache_at
+    from trainer.data.remote.url import scheme
+    from trainer.preflight.verify_shards import verify
+
+    cache = cache_at(a.cache, a.cache_size) if scheme(a.shards) or a.cache else None
+    broken = verify(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
+    for example in broken:
+        print(f"{example.id}\t{example.where}\t{example.reason}")
+    print(f"{a.shards}: {len(broken)} broken image(s)")
+    write_json(a.json, [example._asdict() for example in broken])
+    return int(bool(broken))
+
+
+def _eval(a: argparse.Namespace) -> None:
+    from trainer.analysis.densities import score
+
+    if a.config and "=" in a.config:  # `eval RUN key=value`: the run's own configuration, changed
+        a.config, a.overrides = None, [a.config, *a.overrides]
+    rows = score(a.model, configuration(a) if a.config else None, _densities(a.densities), a.overrides)
+    show_table(rows.table())
+    write_json(a.json, rows.facts())
+
+
+def _densities(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < density <= 1 for density in found):
+        raise ConfigError(f"--densities {text}: write shares of tokens in (0, 1], with commas between: 1.0,0.7,0.5")
+    return found
+
+
+def _parity(a: argparse.Namespace) -> int:
+    from trainer.preflight.parity import parity
+
+    certificate = parity(configuration(a), steps=a.steps)
+    print(certificate)
+    if a.json:
+        certificate.write(Path(a.json))
+    return 0 if certificate.equal else 1
+
+
+def _replay(a: argparse.Namespace) -> None:
+    from trainer.provenance.recorded_run import Past
+    from trainer.provenance.replay import replay, write
+
+    replayed = replay(Past(a.run_directory, a.overrides), a.step)
+    show_table(replayed.table())
+    print(replayed.text())
+    for path in write(replayed, Path(a.out or f"{a.run_directory}/replay/step-{a.step:08d}")):
+        print(path)
+
+
+def _audit(a: argparse.Namespace) -> int:
+    from trainer.provenance.audit import audit
+    from trainer.provenance.recorded_run import Past
+
+    found = audit(Past(a.run_directory, a.overrides))
+    show_table(found.table())
+    print(found.text())
+    write_json(a.json, found.facts())
+    return 0 if found.equal else 1
+
+
+def _show(a: argparse.Namespace) -> None:
+    from trainer.analysis.kept_tokens import show
+
+    out = Path(a.out or f"{a.run_directory}/show")
+    words = [*a.images, *a.overrides]  # the latter: what stood behind an option
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    images = [word for word in words if word not in settings]
+    for path in show(a.run_directory, images, out, a.token, settings):
+        print(path)
+
+
+def _kept(a: argparse.Namespace) -> None:
+    from trainer.provenance.kept_table import kept_of, write
+    from trainer.provenance.recorded_run import Past
+
+    past = Past(a.run_directory, a.overrides)
+    kept = kept_of(past, a.epoch)
+    show_table(kept.table())
+    for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):
+        print(path)
+    write_json(a.json, kept.facts())
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from trainer.preflight.estimate import plan, read
+
+    planned = plan(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    show_table(planned.table())
+    print(planned.text())
+    write_json(a.json, planned.facts())
+
+
+def _export(a: argparse.Namespace) -> None:
+    from trainer.checkpoint.export import export
+
+    print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
+
+
+def _sync(a: argparse.Namespace) -> int:
+    from trainer.tracking.sync import sync
+
+    done = sync(Path(a.run_directory))
+    print(done.message)
+    return 0 if done.done else 1
+
+
+def _report(a: argparse.Namespace) -> None:
+    from trainer.analysis.report import summary, where_to_look
+    from trainer.analysis.report_plot import picture
+
+    show_table(summary(a.run_directory).table)
+    print(f"picture: {picture(a.run_directory)}")
+    print(where_to_look(a.run_directory))
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from trainer.analysis import compare_page
+    from trainer.analysis.compare import compare, from_mlflow
+
+    if not a.runs and not a.experiment:
+        raise ConfigError("compare: name run directories, or an MLflow experiment with --experiment NAME")
+    theirs, missing = from_mlflow(a.experiment, Path(a.out) / "runs", a.uri) if a.experiment else ([], [])
+    found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
+    show_table(compare_page.table(found))
+    for text in compare_page.warnings(found):
+        print(f"mind: {text}")
+    for path in compare_page.write(found, Path(a.out)):
+        print(path)
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from trainer.preflight.doctor import main as doctor
+
+    return doctor(a.hosts, a.ssh_config)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "train": _train,
+    "pack": _pack,
+    "index": _index,
+    "verify": _verify,
+    "eval": _eval,
+    "parity": _parity,
+    "replay": _replay,
+    "audit": _audit,
+    "show": _show,
+    "kept": _kept,
+    "plan": _plan,
+    "export": _export,
+    "report": _report,
+    "sync": _sync,
+    "compare": _compare,
+    "doctor": _doctor,
+    **BENCHES,
+}

@@ -1,0 +1,105 @@
+"""Reads a configuration: YAML, `key.sub=value` overrides, and errors that name the key, the value and the way out."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.config.values import Section
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML strictly and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {path}: the file must hold keys and values, it holds {type(raw).__name__}")
+    for text in overrides or []:
+        _override(raw, text)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], source: str = "config") -> Config:
+    """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and what is near."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{source}:"] + [_explain(e) for e in error.errors()])) from None
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: write it as key.sub=value, e.g. optim.lr=1e-3")
+    node = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {text!r}: {part} is a value, it has no {last!r} under it")
+        node = child
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:  # a glob or a brace pattern is YAML's syntax for other things
+        parsed = value
+    if isinstance(parsed, dict) and not value.strip().endswith("}"):
+        parsed = value
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text; people mean the number
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
+    node[last] = parsed
+
+
+def _explain(error: Any) -> str:
+    where = [str(p) for p in error["loc"]]
+    key = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = list(_section(where[:-1]).model_fields)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        elsewhere = [k for k in _all_keys() if k.split(".")[-1] == where[-1]]
+        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        if elsewhere and not near:
+            hint = f"did you mean {elsewhere[0]}?"
+        return f"  {key}={error['input']!r}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"  {key}: this key is required; add it to the file or give {key}=VALUE"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"  {message}"
+    return f"  {key}={error['input']!r}: {message}"
+
+
+def _section(parts: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in parts:
+        found = section.model_fields.get(part)
+        kind = found.annotation if found else None
+        for option in (kind, *get_args(kind)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                section = option
+                break
+    return section
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += [f"{name}.{k}" for k in kind.model_fields]
+        else:
+            keys.append(name)
+    return keys

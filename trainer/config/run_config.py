@@ -1,0 +1,185 @@
+"""The configuration of a run, and what its sections must agree on. `sections` holds the settings, `configfile` reads a YAML.
+
+Defaults are the plain case (dense DeiT from scratch); a YAML states only what differs. Durations carry their unit ("5ep",
+"500step"); schedules follow progress in epochs, so `ep` is all they take. What can be judged from the file alone is judged
+here; what needs the shards, the world or the model is judged by `check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.schema import (
+    Augment,
+    Checkpoint,
+    Connections,
+    Data,
+    Engine,
+    Evaluate,
+    Examples,
+    Model,
+    Optim,
+    Schedule,
+    TokenReduction,
+    Trace,
+    Tracking,
+)
+from trainer.config.values import Duration, Length, Section, Share
+
+# Optimizers (timm's names) whose step looks at each weight alone, so that ZeRO's flat pieces change nothing.
+ELEMENTWISE = frozenset(
+    [
+        "adam",
+        "adamw",
+        "nadam",
+        "nadamw",
+        "radam",
+        "radamw",
+        "sgd",
+        "momentum",
+        "nesterov",
+        "rmsprop",
+        "rmsproptf",
+        "adamax",
+        "adadelta",
+        "adagrad",
+        "adabelief",
+        "lion",
+        "cadamw",
+        "clion",
+        "adopt",
+        "adoptw",
+    ]
+)
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=300, gt=0)
+    stop_at: Length | None = None  # stop there with a checkpoint, as if preempted; schedules stay those of `epochs`
+    log_every: Length = Duration(count=20, unit="step")
+    control: Share = (
+        0.005  # share of the training time spent on timing a dense control, see `trainer.run.dense_baseline`; 0 = none
+    )
+    # authors: attention, token order and masks as in the reference code; its correctness rule has a name of its own, examples.rule=authors
+    compat: Literal["none", "authors"] = "none"
+    model: Model
+    data: Data
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    examples: Examples = Examples()
+    tokens: TokenReduction = TokenReduction()
+    connections: Connections = Connections()
+    plan: Schedule = Schedule()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    trace: Trace = Trace()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        d, o = self.data, self.optim
+        if d.batch % (d.lanes * d.repeats):
+            raise ValueError(
+                f"data.batch={d.batch} is not a multiple of data.lanes x data.repeats = {d.lanes} x {d.repeats}: "
+                "a global batch takes the same number of images from every lane"
+            )
+        if d.batch % 2 or d.micro_batch % 2:
+            raise ValueError(
+                f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even, mixup pairs neighbours"
+            )
+        if o.warmup >= self.epochs:
+            raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
+        stairs = self.plan.stairs if self.plan.method == "staircase" else ()
+        for name, level, last in (("tokens", self.tokens, 1), ("connections", self.connections, 2)):
+            if stairs and level.method != "all" and level.keep not in (1.0, stairs[-1][last]):
+                raise ValueError(
+                    f"{name}.keep={level.keep} with plan.method=staircase, whose last stair keeps {stairs[-1][last]}: the stairs decide; "
+                    f"leave {name}.keep out, or change the stair"
+                )
+        if self.tokens.method == "tome" and self.tokens.keep == 1.0 and not stairs:
+            raise ValueError(
+                "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
+            )
+        if self.engine.compile and self.plan.method == "cosine" and self.plan.plateaus == 0:
+            raise ValueError(
+                "engine.compile=true with plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
+            )
+        e = self.engine
+        if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
+            raise ValueError(
+                f"optim.name={o.name} with engine.zero={e.zero}: ZeRO steps flat pieces of all parameters, which is the same only for "
+                f"optimizers that treat each weight alone ({', '.join(sorted(ELEMENTWISE))}); set engine.zero=0"
+            )
+        if e.precision == "bf16" and (e.kind == "ddp" or e.zero == 0):
+            raise ValueError(
+                f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: it needs DeepSpeed's ZeRO; set engine.zero=1, "
+                "or engine.precision=autocast"
+            )
+        if e.kind == "deepspeed" and e.zero == 3 and e.compile:
+            raise ValueError(
+                "engine.zero=3 with engine.compile=true: torch.compile does not get through DeepSpeed's hooks on parameters cut over "
+                "ranks; use engine.zero<=2, or compile=false"
+            )
+        return self
+
+    def directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as plain YAML types; `Config.model_validate` of it gives the same run."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the numbers of a run; what may change at a resume (see `FREE_TO_CHANGE`) is left out."""
+        return hashlib.blake2b(
+            json.dumps(_flat(self.resolved(), FREE_TO_CHANGE), sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+
+
+# What a resume may change without changing the run: where it is computed and what is written about it.
+FREE_TO_CHANGE = (
+    "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint", "evaluate.every", "evaluate.batch",
+    "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
+    "data.index", "data.cache", "data.cache_size", "data.allow_pipe",
+    "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",
+    "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
+)  # fmt: skip
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that decide the numbers and differ: {key: (ours, theirs)}; empty when a resume is allowed."""
+    a, b = _flat(ours.resolved(), FREE_TO_CHANGE), _flat(theirs.resolved(), FREE_TO_CHANGE)
+    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def _flat(tree: dict[str, Any], without: tuple[str, ...] = (), prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, less the keys (or sections) named in `without`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if key in without:
+            continue
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, without, key + ".")
+        else:
+            flat[key] = value
+    return flat
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty section stays as it is."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return leaves

@@ -1,0 +1,71 @@
+"""The kinds of values a configuration holds: durations that carry their unit, shares that have bounds, block numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+
+class Duration(BaseModel):
+    """A length of training: `5ep` (epochs, may be fractional) or `500step` (optimizer steps)."""
+
+    model_config = ConfigDict(frozen=True)
+    count: float
+    unit: Literal["ep", "step"]
+
+    def __str__(self) -> str:
+        return f"{_exact(self.count)}{self.unit}"
+
+
+def _exact(count: float) -> str:
+    """As short as gives the same number again; `:g` alone rounds to six digits, and a run of 1,234,567 steps has seven."""
+    return f"{count:g}" if float(f"{count:g}") == count else repr(count).removesuffix(".0")
+
+
+def _parse_duration(value: Any) -> Any:
+    if isinstance(value, Duration):
+        return value
+    text = str(value).strip()
+    for unit in ("step", "ep"):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                count = float(number)
+            except ValueError:
+                break
+            if not 0 <= count < float("inf") or (unit == "step" and count != int(count)):
+                break
+            return Duration(count=count, unit=unit)
+    raise ValueError(f"{value!r} is no duration: write epochs as '5ep' or optimizer steps as '500step'")
+
+
+def _epochs_only(value: Duration) -> float:
+    if value.unit != "ep":
+        raise ValueError(f"'{value}' is in steps: a schedule follows progress, write it in epochs, e.g. '5ep'")
+    return value.count
+
+
+_as_text = PlainSerializer(str, return_type=str)
+Length = Annotated[Duration, BeforeValidator(_parse_duration), _as_text]
+Epochs = Annotated[
+    float,
+    BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
+    PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
+]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part that is taken away; all of it can't be
+Keep = Annotated[float, Field(gt=0.0, le=1.0)]  # a part that stays; nothing can't be
+Chance = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _no_duplicates(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    if list(blocks) != sorted(set(blocks)) or any(b < 0 for b in blocks):
+        raise ValueError(f"{list(blocks)}: blocks are counted from 0, each named once, in rising order")
+    return blocks
+
+
+Blocks = Annotated[tuple[int, ...], AfterValidator(_no_duplicates)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

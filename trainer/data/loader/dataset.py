@@ -1,0 +1,55 @@
+"""The indexes of a run's data sets, checked against each other and the configuration."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Literal
+
+import numpy as np
+
+from trainer.config.run_config import Config
+from trainer.config.schema import Data
+from trainer.data.errors import DataError
+from trainer.data.remote.cache import Cache, cache_at
+from trainer.data.shards.index import Index, open_index
+
+
+def cache_of(index: Index, data: Data) -> Cache | None:
+    """The cache that these shards are read through; None: they are read where they are."""
+    return cache_at(data.cache, data.cache_size) if index.is_remote() or data.cache else None
+
+
+def check_labels(index: Index, classes: int) -> None:
+    """Raise DataError, naming shard and key, where a label is no class of the model."""
+    wrong = np.flatnonzero((index.labels < 0) | (index.labels >= classes))
+    if len(wrong):
+        raise DataError(
+            f"shard {index.where(int(wrong[0]))}: label {index.labels[wrong[0]]} is outside model.classes={classes} "
+            f"({len(wrong)} such images); set model.classes={int(index.labels.max()) + 1} or mend the labels"
+        )
+
+
+def check_classes(train: Index, validation: Index) -> None:
+    """Raise DataError where the two name their classes differently; sets that only number them, from 0, can't be compared."""
+    named = [index for index in (train, validation) if index.classes != [str(i) for i in range(len(index.classes))]]
+    if len(named) < 2 or train.classes == validation.classes:
+        return
+    pairs = zip_longest(train.classes, validation.classes)
+    number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise DataError(
+        f"class {number} is {ours!r} in {train.path} and {theirs!r} in {validation.path}: the labels don't mean the same; put "
+        "one classes.txt (a name per line, in order) beside both sets of shards and run `trilevel index` again"
+    )
+
+
+def open_indexes(config: Config, verify: bool = True) -> tuple[Index, Index]:
+    """The indexes of training and validation shards, held against the shards unless `verify` is off."""
+    how = config.data.verify if verify else None
+    train, validation = (opened(p, config, how) for p in (config.data.train, config.data.validation))
+    return train, validation
+
+
+def opened(pattern: str, config: Config, verify: Literal["fast", "full"] | None) -> Index:
+    """The index of shards that a configuration names, held against them as `verify` says."""
+    data = config.data
+    return open_index(pattern, data.labels, verify, folder=data.index, allow_pipe=data.allow_pipe)

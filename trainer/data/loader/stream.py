@@ -1,0 +1,130 @@
+"""Global batches as a rank sees them: its slice, decoded, and nothing that depends on ranks or workers in the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sparsity.types import Selection
+from trainer.config.run_config import Config
+from trainer.data.batch import Batch
+from trainer.data.loader.batch_maker import Maker
+from trainer.data.loader.dataset import cache_of, check_labels
+from trainer.data.loader.prefetch import Ahead, refuse_small_cache, rows_of_node, upcoming
+from trainer.data.loader.shared_buffers import NONE, Rooms, sent
+from trainer.data.loader.workers import Loader
+from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
+from trainer.data.shards.index import Index
+
+
+class _Task(NamedTuple):
+    """What a worker is asked for. turn: counts the epochs asked for, so that a worker notices a new one. room: for its pixels."""
+
+    turn: int
+    epoch: int
+    step: int
+    dropping: bool
+    room: int = NONE
+
+
+class _Batches(Dataset[Batch]):
+    """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
+
+    def __init__(
+        self, maker: Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, rooms: Rooms | None
+    ) -> None:
+        self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
+        self._rooms = rooms
+        self._order: tuple[int, EpochOrder] | None = None
+
+    def __getitem__(self, task: _Task) -> Batch:
+        if self._order is None or self._order[0] != task.turn:
+            keep = self._keep.numpy().copy() if task.dropping else None
+            self._order = task.turn, EpochOrder(self._layout, task.epoch, keep)
+        rows = self._order[1].rows(task.step, *self._bounds)
+        images = None if self._rooms is None or task.room == NONE else self._rooms[task.room]
+        return sent(self._maker.batch(task.epoch, rows, self._slots, images), self._rooms, task.room)
+
+
+class _Tasks:
+    """The sampler: set before every epoch. A task is given its room when the loader takes it, the rank's process knows which are free."""
+
+    def __init__(self, rooms: Rooms | None) -> None:
+        self.tasks: list[_Task] = []
+        self._rooms = rooms
+
+    def __iter__(self) -> Iterator[_Task]:
+        if self._rooms is None:
+            yield from self.tasks
+            return
+        self._rooms.recall()  # run at the first task: the loader has waited for those of the epoch before
+        for task in self.tasks:
+            yield task._replace(room=self._rooms.take())
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class Stream:
+    """Training batches of one rank. `steps` holds micro_batch, accumulation and slots: the rows of a Batch.
+
+    The same global batches on any world and with any number of workers; a worker takes every n-th batch. Raises DataError
+    for labels outside model.classes and ValueError where the batch does not fit the world.
+    """
+
+    def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
+        check_labels(index, config.model.classes)
+        data = config.data
+        self.layout = Layout(index.sizes, config.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
+        self.steps = micro_batches(data.batch, data.micro_batch, world)
+        self.bounds = slice_of(data.batch, world, rank)
+        self._ahead = None
+        if cache := cache_of(index, data):
+            rows, ranks = rows_of_node(data.batch, world, rank)
+            refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.removed)
+            cache.refuse_full_disk()
+            self._ahead = Ahead(index, cache, 1 / ranks)
+        self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
+        maker = Maker(index, config, train=True)
+        # two tasks a worker, the batch looked at, the one before it, and one to spare
+        rooms = Rooms(2 * data.workers + 3, self.steps.slots, config.model.image_size) if data.workers else None
+        self._tasks, self._turn = _Tasks(rooms), 0
+        self._loader = Loader(
+            _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep, rooms),
+            batch_size=None,
+            sampler=self._tasks,  # pyright: ignore[reportArgumentType]
+            num_workers=data.workers,
+            persistent_workers=data.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def order(self, epoch: int, selection: Selection | None) -> EpochOrder:
+        return EpochOrder(self.layout, epoch, None if selection is None else selection.keep)
+
+    def epoch(self, epoch: int, selection: Selection | None, first_batch: int = 0) -> Iterator[Batch]:
+        """This rank's slice of global batches first_batch .. steps of the epoch. Finish or drop one epoch before the next."""
+        self._turn += 1
+        dropping = selection is not None and selection.num_kept < int(self.layout.first[-1])
+        order = self.order(epoch, selection)
+        if selection is not None:
+            self._keep.copy_(torch.from_numpy(selection.keep))
+        self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, order.steps)]
+        for batch in self._loader if self._ahead is None else self._fetched(self._ahead, order, first_batch):
+            if selection is not None and selection.weight is not None:
+                weight = torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
+                batch = batch._replace(weights=batch.weights * weight)
+            yield batch
+
+    def _fetched(self, ahead: Ahead, order: EpochOrder, first_batch: int) -> Iterator[Batch]:
+        """The loader's batches, their shards fetched ahead; those of the next epoch too, guessed from what this one keeps."""
+
+        def shards(step: int) -> Iterable[int]:
+            yield from upcoming(order, step, self.bounds)
+            following = EpochOrder(self.layout, order.epoch + 1, order.keep)
+            yield from upcoming(following, 0, self.bounds)
+
+        return ahead.followed(self._loader, first_batch, lambda step: order.window_at(step).tobytes(), shards)

@@ -1,0 +1,17 @@
+"""The progress bar of long commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def bar(title: str, total: int, unit: str, show: bool = True) -> Iterator[Progress]:
+    """A progress bar over `total` things; `progress.advance(progress.task_ids[0])` per thing done."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, disable=not show) as progress:
+        progress.add_task(title, total=total)
+        yield progress

@@ -1,0 +1,6 @@
+"""Remote shards: http, S3, pipes, and a bounded cache on the node.
+
+In: URLs.
+Out: bytes, or local paths of complete shards.
+Never: opens a tar or decodes an image.
+"""

@@ -1,0 +1,41 @@
+"""Schemes of shard URLs: which one a name has, which are refused."""
+
+from __future__ import annotations
+
+import re
+
+from trainer.data.errors import DataError
+
+_SCHEME = re.compile(r"^(?:(pipe):|([A-Za-z][A-Za-z0-9+.-]*)://)")
+
+
+def scheme(name: str) -> str:
+    """ "http", "https", "s3", "pipe" or another scheme of a URL; "" for a path."""
+    found = _SCHEME.match(name)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def refuse(pattern: str, allow_pipe: bool) -> None:
+    """Raise DataError for URLs that are not read, or that carry credentials."""
+    kind = scheme(pattern)
+    if kind == "pipe":
+        if not allow_pipe:
+            raise DataError(
+                f"shards {pattern!r}: pipe: runs a command in a shell; set data.allow_pipe=true (`--allow-pipe`) if you "
+                "trust whoever wrote it"
+            )
+        return
+    if kind not in ("http", "https", "s3"):
+        raise DataError(f"shards {pattern!r}: {kind}:// is not read; use a path, http(s)://, s3:// or pipe:")
+    host = pattern.split("://", 1)[1].split("/", 1)[0]
+    if "@" in host:
+        shown = pattern.replace(host, host.rpartition("@")[2])
+        raise DataError(
+            f"shards {shown!r}: the URL carries a user or password, which would end up in logs; take it out and give "
+            "credentials in the environment (http: a netrc file, NETRC=FILE; s3: AWS_ACCESS_KEY_ID and its like)"
+        )
+    if kind != "s3" and re.search(r"[*?\[#]", pattern):
+        raise DataError(
+            f"shards {pattern.split('?')[0]!r}: a web server can't be listed, and queries (signed URLs) carry credentials; "
+            "name the shards with braces, as in train-{0000..1023}.tar"
+        )

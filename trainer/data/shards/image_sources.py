@@ -1,0 +1,165 @@
+"""Where images to be packed come from: folders, tars, tars of tars, scikit-learn's digits. Lists them and reads none."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import shutil
+from bz2 import BZ2File
+from collections.abc import Iterator
+from gzip import GzipFile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.data.errors import DataError
+from trainer.data.keyed_hash import permutation
+from trainer.data.shards.labels import label_table
+from trainer.data.shards.tar import IMAGES, members
+
+SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+_OPENERS = {".xz": lzma.LZMAFile, ".gz": GzipFile, ".tgz": GzipFile, ".bz2": BZ2File}
+
+
+class Image(NamedTuple):
+    """An image to pack. label: a class name, or a class number as text. Its bytes: `data`, else a range of a file."""
+
+    key: str
+    label: str
+    extension: str
+    path: str = ""
+    offset: int = 0
+    length: int = 0
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        with open(self.path, "rb") as file:
+            return os.pread(file.fileno(), self.length, self.offset)
+
+
+class _Found(NamedTuple):
+    name: str
+    path: str
+    offset: int
+    length: int
+
+
+def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) -> dict[str, list[Image]]:
+    """{split: its images} of a source. Top folders named train, val, test ... are splits of their own; else all is `name`.
+
+    Compressed tars are unpacked to one plain tar in `scratch` first. Raises DataError: nothing there, no class to be read
+    from the names, two images with one key.
+    """
+    if src == "sklearn:digits":
+        return _digits(seed)
+    path = Path(src)
+    if path.is_dir():
+        found = list(_folder(path))
+    elif path.is_file():
+        found = list(_tar(_plain(path, scratch)))
+    else:
+        raise DataError(f"pack {src}: no such file or folder (or `sklearn:digits`)")
+    found = [f for f in found if _is_image(f.name)]
+    if not found:
+        raise DataError(f"pack {src}: no images in it; known endings: {', '.join(sorted(IMAGES))}")
+    parts = [tuple(f.name.split("/")) for f in found]
+    while len(firsts := {p[0] for p in parts if len(p) > 1}) == 1 and all(len(p) > 1 for p in parts):
+        rest = [p[1:] for p in parts]
+        if labels is None and all(len(p) == 1 for p in rest) and not all("_" in p[0] for p in rest):
+            break  # one class only: its folder is all that names it
+        parts = rest
+    if len(firsts) > 1 and firsts <= SPLITS.keys() and all(len(p) > 1 for p in parts):
+        groups = {
+            split: [i for i, p in enumerate(parts) if SPLITS[p[0]] == split] for split in sorted({SPLITS[f] for f in firsts})
+        }
+        parts = [p[1:] for p in parts]
+    else:
+        groups = {name: list(range(len(parts)))}
+    return {split: _named(src, [found[i] for i in g], [parts[i] for i in g], labels) for split, g in groups.items()}
+
+
+def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: str | None) -> list[Image]:
+    stems = ["/".join(p).rpartition(".")[0] for p in parts]
+    table = label_table(Path(labels), stems) if labels is not None else None
+    result, seen = [], {}
+    for one, part, stem in zip(found, parts, stems, strict=True):
+        file, extension = part[-1].rpartition(".")[0], part[-1].rpartition(".")[2].lower()
+        if table is not None:
+            label = table[stem]
+        elif len(part) > 1:
+            label = part[0]
+        elif "_" in file:
+            label = file.partition("_")[0]
+        else:
+            raise DataError(
+                f"pack {src}: {one.name!r} names no class: neither a class folder nor `class_name`; pass --labels FILE"
+            )
+        key = file if len(part) == 1 or file.startswith(f"{label}_") else stem.replace("/", "_")
+        key = key.replace(".", "_")  # webdataset's keys end at the first dot
+        if key in seen:
+            raise DataError(f"pack {src}: {seen[key]!r} and {one.name!r} would both have the key {key!r}; rename one")
+        seen[key] = one.name
+        extension = {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension)
+        result.append(Image(key, label, extension, one.path, one.offset, one.length))
+    return result
+
+
+def _is_image(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any((p.startswith(".") and p != ".") or p == "__MACOSX" for p in parts)
+    return not hidden and parts[-1].rpartition(".")[2].lower() in IMAGES
+
+
+def _folder(root: Path) -> Iterator[_Found]:
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            yield _Found(os.path.relpath(path, root), path, 0, os.path.getsize(path))
+
+
+def _tar(path: Path) -> Iterator[_Found]:
+    for member in members(path):
+        name = member.name.removeprefix("./")
+        if name.endswith(".tar"):  # ILSVRC2012_img_train.tar: a tar of one tar per class
+            stem = name.rpartition("/")[2].removesuffix(".tar")
+            for inner in members(path, member.offset, member.offset + member.length):
+                yield _Found(f"{stem}/{inner.name.removeprefix('./')}", str(path), inner.offset, inner.length)
+        else:
+            yield _Found(name, str(path), member.offset, member.length)
+
+
+def _plain(path: Path, scratch: Path) -> Path:
+    """The tar itself, or an unpacked copy: shuffling needs any image at any time."""
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        return path
+    target = scratch / f".{path.name}.{path.stat().st_size}.unpacked"
+    if not target.is_file():
+        partial = target.with_suffix(".partial")
+        try:
+            with opener(path, "rb") as source, open(partial, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 22)
+        except (EOFError, lzma.LZMAError) as error:
+            raise DataError(f"pack {path}: can't be unpacked: {error}; is the download complete?") from error
+        partial.rename(target)
+    return target
+
+
+def _digits(seed: int) -> dict[str, list[Image]]:
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8 grey PNG; a fifth, drawn by seed, is for validation."""
+    import PIL.Image
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    shuffled = permutation(len(digits.target), seed, len(digits.target))
+    held_out = set(shuffled[: len(shuffled) // 5].tolist())
+    splits: dict[str, list[Image]] = {"train": [], "validation": []}
+    for i, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = io.BytesIO()
+        PIL.Image.fromarray((grey * (255 / 16)).round().astype("uint8")).save(file, "PNG")
+        image = Image(f"digit_{i:04d}", str(label), "png", length=file.tell(), data=file.getvalue())
+        splits["validation" if i in held_out else "train"].append(image)
+    return splits

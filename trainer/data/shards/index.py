@@ -1,0 +1,260 @@
+"""The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
+
+It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `place`; what is in it:
+`indexfile`). A shard that changed after indexing is refused at the start of a run, by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from trainer.data.errors import DataError
+from trainer.data.progress import bar
+from trainer.data.remote.cache import Cache, Source, cache_at
+from trainer.data.remote.client import facts
+from trainer.data.remote.url import scheme
+from trainer.data.shards import index_file
+from trainer.data.shards.labels import label_of, label_table, numbered
+from trainer.data.shards.location import Place, hash_of, joined, place_of
+from trainer.data.shards.samples import Sample, fingerprint, samples
+
+_BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
+
+
+class Index:
+    """An opened index. root: directory or URL of the shards; names: relative to it. sizes: (S,) int64 examples per shard;
+    first: (S + 1,) int64 first id of each; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32;
+    classes: names in label order; packing: how pixels were changed when packed ("" = not). Cheap to pickle: it is opened
+    again on the other side."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header, arrays = index_file.read(self.path)
+        self.root: str = header.get("root") or str(self.path.parent)
+        self.label_source: str = header["labels"]
+        self.packing: str = header["packing"]
+        self.classes: list[str] = header["classes"]
+        self.fingerprint: str = header["fingerprint"]
+        self.shards: list[dict[str, Any]] = header["shards"]
+        self.names: list[str] = [s["name"] for s in self.shards]
+        self.sizes = np.array([s["examples"] for s in self.shards], dtype=np.int64)
+        self.first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.offset, self.length, self.labels = arrays["offset"], arrays["length"], arrays["label"]
+        self._key_end, self._keys = arrays["key_end"], arrays["keys"]
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
+        return Index, (self.path,)
+
+    def key(self, example: int) -> str:
+        begin = int(self._key_end[example - 1]) if example else 0
+        return self._keys[begin : int(self._key_end[example])].tobytes().decode("utf-8", "surrogateescape")
+
+    def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
+        """Number of the shard of each id."""
+        return np.searchsorted(self.first, ids, side="right") - 1
+
+    def is_remote(self) -> bool:
+        return bool(scheme(self.root) or scheme(self.names[0]))
+
+    def source(self, shard: int) -> Source:
+        """Where a shard comes from and what its bytes are."""
+        name = self.names[shard]
+        url = name if scheme(name) else joined(self.root, name)
+        return Source(url, self.shards[shard]["bytes"], self.shards[shard]["whole"])
+
+    def where(self, example: int) -> str:
+        """An example for people: shard and key."""
+        return f"{self.names[int(self.shard_of(example))]} key {self.key(example)!r}"
+
+
+class _Scan(NamedTuple):
+    """What one shard holds, compact. values: distinct label texts; label: (n,) place in values."""
+
+    shard: dict[str, Any]
+    offset: np.ndarray
+    length: np.ndarray
+    keys: bytes
+    key_length: np.ndarray
+    values: list[str]
+    label: np.ndarray
+
+
+def build_index(
+    pattern: str,
+    labels: str = "cls",
+    *,
+    workers: int = 8,
+    packing: str = "",
+    progress: bool = True,
+    folder: str | None = None,
+    cache: Cache | None = None,
+    allow_pipe: bool = False,
+) -> Index:
+    """Read the headers and labels of all shards once, in parallel, write the index and open it.
+
+    labels: "cls" (member .cls), "json:FIELD" (member .json), "key" (the key's directory, else its start up to "_"), or
+    "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Whole numbers from .cls, JSON or a
+    file are class numbers; everything else is a name, and classes are the sorted names: those of `classes.txt` beside
+    the shards where it exists, so that training and validation agree. folder: of the index, see `place_of`. Remote shards
+    pass through `cache` (None: the default one), which keeps them as far as it can. Raises DataError.
+    """
+    place = place_of(pattern, folder, allow_pipe)
+    source, cache = label_of(labels), cache or cache_at(None, 64)
+
+    def scan(name: str) -> _Scan:
+        with place.opened(name, cache) as (path, about):
+            scanned = _scan(path, name, source)
+            return scanned._replace(shard=scanned.shard | {"tag": about.tag})
+
+    with ThreadPoolExecutor(workers) as pool, bar("index", len(place.names), "shards", progress) as shown:
+        scans = []
+        try:
+            for one in pool.map(scan, place.names):
+                scans.append(one)
+                shown.advance(shown.task_ids[0])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if not any(len(scan.offset) for scan in scans):
+        raise DataError(f"shards {pattern!r}: no example in them; were they packed to the end?")
+    if labels.startswith("file:"):
+        scans = _from_file(Path(labels.removeprefix("file:")), scans)
+    texts = {text for scan in scans for text in scan.values}
+    number, classes = numbered(texts, labels, place.classes(), f"shards {pattern!r}")
+    arrays = {
+        "offset": np.concatenate([s.offset for s in scans]),
+        "length": np.concatenate([s.length for s in scans]),
+        "label": np.concatenate([np.array([number[v] for v in s.values], dtype=np.int32)[s.label] for s in scans]),
+        "key_end": np.cumsum(np.concatenate([s.key_length for s in scans]), dtype=np.int64),
+        "keys": np.frombuffer(b"".join(s.keys for s in scans), dtype=np.uint8),
+    }
+    root = "" if place.beside() else place.root if place.is_remote() else os.path.abspath(place.root)
+    about = {"labels": labels, "packing": packing, "classes": classes, "root": root}
+    index_file.write(place.index, about, [s.shard for s in scans], arrays)
+    return Index(place.index)
+
+
+def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
+    stat = path.stat()
+    found = list(samples(path))
+    values, label = np.unique(np.array([source(path, s) for s in found], dtype=object).astype(str), return_inverse=True)
+    keys = [s.key.encode("utf-8", "surrogateescape") for s in found]
+    record = {
+        "name": name,
+        "examples": len(found),
+        "bytes": stat.st_size,
+        "time": stat.st_mtime_ns,
+        "fast": fingerprint(path),
+        "whole": fingerprint(path, whole=True),
+    }
+    return _Scan(
+        record,
+        np.array([s.image.offset for s in found], dtype=np.int64),
+        np.array([s.image.length for s in found], dtype=np.uint32),
+        b"".join(keys),
+        np.array([len(k) for k in keys], dtype=np.int64),
+        values.tolist(),
+        label.astype(np.int32),
+    )
+
+
+def _from_file(path: Path, scans: list[_Scan]) -> list[_Scan]:
+    """Fill in labels from a file of lines."""
+    keys = []
+    for scan in scans:
+        ends = np.cumsum(scan.key_length)
+        keys.append(
+            [scan.keys[b - n : b].decode("utf-8", "surrogateescape") for b, n in zip(ends, scan.key_length, strict=True)]
+        )
+    table = label_table(path, [k for part in keys for k in part])
+    filled = []
+    for scan, part in zip(scans, keys, strict=True):
+        values, label = np.unique(np.array([table[k] for k in part], dtype=object).astype(str), return_inverse=True)
+        filled.append(scan._replace(values=values.tolist(), label=label.astype(np.int32)))
+    return filled
+
+
+def open_index(
+    pattern: str,
+    labels: str = "cls",
+    verify: Literal["fast", "full"] | None = "fast",
+    workers: int = 16,
+    folder: str | None = None,
+    allow_pipe: bool = False,
+) -> Index:
+    """Open the index of these shards and hold the shards against it. Raises DataError naming the first shard that differs.
+
+    fast: names, sizes, a hash of 16 blocks, and all bytes of shards whose time stamp is new (up to 2 GiB of them); full: all
+    bytes; None: names and sizes (for all ranks of a node but the first). Of remote shards fast asks for sizes and tags, None
+    asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
+    """
+    place = place_of(pattern, folder, allow_pipe)
+    root, again = place.root, f"run `trilevel index {pattern!r}`"
+    index = _index_of(place)
+    if index is None:
+        raise DataError(f"shards {pattern!r}: no index {place.index}; {again} (labels={labels})")
+    path = index.path
+    if index.label_source != labels:
+        raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
+    for name in sorted(set(place.names) - set(index.names)):
+        raise DataError(f"shard {joined(root, name)} is not in the index {path}; {again}")
+    for name in sorted(set(index.names) - set(place.names)):
+        raise DataError(
+            f"shard {joined(root, name)} is in the index {path}, but missing in {pattern!r}; put it back or {again}"
+        )
+    if place.is_remote() and verify is None:
+        return index
+
+    with ThreadPoolExecutor(workers) as pool:
+        budget = 0
+        checks = []
+        for shard, (size, stamp) in zip(index.shards, pool.map(lambda s: _now(place, s), index.shards), strict=True):
+            if size is not None and size != shard["bytes"]:
+                raise DataError(
+                    f"shard {place.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
+                    f"restore it or {again}"
+                )
+            touched = stamp != shard["tag" if place.is_remote() else "time"] and budget + shard["bytes"] <= _BUDGET
+            budget += shard["bytes"] * touched
+            checks.append((shard, "whole" if verify == "full" or touched else "fast"))
+
+        def same(check: tuple[dict[str, Any], str]) -> bool:
+            shard, kind = check
+            url = place.url(shard["name"])
+            if place.is_remote():
+                return kind == "fast" or hash_of(url) == shard["whole"]
+            try:
+                return fingerprint(url, whole=kind == "whole") == shard[kind]
+            except OSError as error:
+                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
+
+        if verify is not None:
+            for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):
+                if not good:
+                    raise DataError(f"shard {place.url(shard['name'])} changed since it was indexed; restore it or {again}")
+    return index
+
+
+def _index_of(place: Place) -> Index | None:
+    """The index of a pattern, or one that another pattern with the same shards has (`train-*.tar`, as `trilevel pack` names them)."""
+    if place.index.is_file():
+        return Index(place.index)
+    other = Index(place.shared) if place.shared.is_file() else None
+    return other if other is not None and other.names == place.names else None
+
+
+def _now(place: Place, shard: dict[str, Any]) -> tuple[int | None, int | str]:
+    """(size, time stamp or tag) of a shard at this moment."""
+    if place.is_remote():
+        return facts(place.url(shard["name"]))
+    stat = os.stat(place.url(shard["name"]))
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,101 @@
+"""Where a set of shards lies and where its index is: beside the shards, or in a folder of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.data.errors import Absent, DataError
+from trainer.data.remote.cache import Cache, home
+from trainer.data.remote.client import Facts, stream
+from trainer.data.remote.url import scheme
+from trainer.data.shards.pattern import expand
+
+
+class Place(NamedTuple):
+    """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the file, of
+    this pattern alone; shared: a name that other patterns may have too, looked at where `index` is missing."""
+
+    root: str
+    names: list[str]
+    index: Path
+    shared: Path
+
+    def is_remote(self) -> bool:
+        return self.root == "" or bool(scheme(self.root))
+
+    def url(self, name: str) -> str:
+        return joined(self.root, name)
+
+    def beside(self) -> bool:
+        """Whether the index lies with the shards, so that both may be moved together."""
+        return not self.is_remote() and self.index.parent == Path(self.root)
+
+    def classes(self) -> list[str] | None:
+        """The names in `classes.txt` beside the shards; None where there is no such file."""
+        if not self.root:
+            return None
+        if not self.is_remote():
+            path = Path(self.root, "classes.txt")
+            return path.read_text().splitlines() if path.is_file() else None
+        try:
+            return b"".join(stream(self.url("classes.txt"))).decode().splitlines()
+        except Absent:
+            return None
+
+    @contextmanager
+    def opened(self, name: str, cache: Cache) -> Iterator[tuple[Path, Facts]]:
+        """A shard as a file, and what its server says of it. Errors raised inside name the shard, not the cache's file."""
+        url = self.url(name)
+        if not self.is_remote():
+            try:
+                yield Path(url), Facts(None, "")
+            except OSError as error:
+                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
+            return
+        with cache.taken(url) as (path, about):
+            try:
+                yield path, about
+            except DataError as error:
+                raise DataError(str(error).replace(str(path), url)) from error
+
+
+def joined(root: str, name: str) -> str:
+    return name if not root else os.path.join(root, name)
+
+
+def place_of(pattern: str, folder: str | None = None, allow_pipe: bool = False) -> Place:
+    """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`.
+
+    `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) a name of its own, so that
+    two that begin alike don't write over each other's.
+    """
+    root, stem, names = expand(pattern, allow_pipe)
+    if scheme(pattern):
+        written = pattern.removeprefix(root) if root else pattern
+    else:
+        written = "*.tar" if os.path.isdir(pattern) else os.path.relpath(pattern, root)
+    if folder is None and not scheme(pattern):
+        shared = Path(root, f"{stem}.index")
+        own = shared if written == f"{stem}-*.tar" else Path(root, f"{stem}-{_short(written)}.index")
+        return Place(root, names, own, shared)
+    where = Path(os.path.expanduser(os.path.expandvars(folder))) if folder else home() / "index"
+    about = pattern if not root else root if scheme(root) else os.path.abspath(root)
+    named = where / f"{stem}-{_short(f'{about} {written}')}.index"
+    return Place(root, names, named, where / f"{stem}-{_short(about)}.index")
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
+def hash_of(url: str) -> str:
+    """Hash of all bytes of a remote shard, read through once."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in stream(url):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""`trilevel pack`: images -> shuffled webdataset shards, classes.txt and index.
+
+A shard is written under another name and renamed when it is complete, so a killed run goes on where it was; what a shard holds
+depends on the source, the seed and the settings only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from webdataset.writer import TarWriter
+
+from trainer.data.errors import DataError
+from trainer.data.keyed_hash import permutation
+from trainer.data.progress import bar
+from trainer.data.shards.image_sources import Image, images
+from trainer.data.shards.index import Index, build_index, open_index
+from trainer.data.shards.labels import numbered
+
+
+def pack(
+    src: str,
+    dst: str | Path,
+    *,
+    labels: str | None = None,
+    name: str = "train",
+    seed: int = 0,
+    shard_size: int = 128 << 20,
+    workers: int = 4,
+    short_side: int | None = None,
+    quality: int | None = None,
+    progress: bool = True,
+) -> dict[str, Index]:
+    """Pack a source into `dst`: {split: its index}; shards `dst/SPLIT-000000.tar`, each about `shard_size` bytes of source.
+
+    src: class folders, flat `<class>_...` files, a tar(.xz, .gz, .bz2) of either, a tar of class tars, a flat folder or tar
+    with `labels` (a file, see `label_table`), or `sklearn:digits`. Sources with train/, val/, test/ folders give several
+    splits, others one called `name`. Splits packed into one `dst` share the order of classes. Images keep their bytes unless
+    `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; that is written into the index.
+    Running it again goes on after a kill, and returns at once when all is there. Raises DataError.
+    """
+    dst = Path(dst)
+    if set("*?[]{},") & set(f"{dst}{name}") or not re.fullmatch(r"\w+", name):
+        raise DataError(
+            f"pack into {dst}, --name {name}: shards are named by patterns, so neither may hold any of *?[]{{}}, and a name is one word "
+            "(`train-*.tar` would find those of `train-extra` too)"
+        )
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"pack into {dst}: {error.strerror}") from error
+    splits = images(str(src), labels, name, seed, dst)
+    number = _classes(dst, {image.label for part in splits.values() for image in part}, labels)
+    packing = "" if short_side is None and quality is None else f"short side {short_side}, JPEG quality {quality or 90}"
+    indexes = {}
+    for split, part in splits.items():
+        part.sort(key=lambda image: image.key)
+        part = [part[i] for i in permutation(len(part), seed, len(part))]
+        shards = -(-sum(image.length for image in part) // shard_size) or 1
+        borders = np.arange(shards + 1) * len(part) // shards
+        _same_plan(dst, split, str(src), part, [seed, shards, packing, sorted(number.items())])
+        todo = [i for i in range(shards) if not _shard(dst, split, i).is_file()]
+        with ThreadPoolExecutor(max(workers, 1)) as pool, bar(f"pack {split}", shards, "shards", progress) as shown:
+            shown.advance(shown.task_ids[0], shards - len(todo))
+            jobs = [
+                pool.submit(_write, _shard(dst, split, i), part[borders[i] : borders[i + 1]], number, short_side, quality)
+                for i in todo
+            ]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    shown.advance(shown.task_ids[0])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
+    for left in dst.glob(".*.unpacked"):
+        left.unlink()
+    return indexes
+
+
+def _shard(dst: Path, split: str, i: int) -> Path:
+    return dst / f"{split}-{i:06d}.tar"
+
+
+def _index(pattern: str, packing: str, changed: bool, workers: int, progress: bool) -> Index:
+    if not changed:
+        try:
+            return open_index(pattern)
+        except DataError:
+            pass  # killed between the last shard and the index
+    return build_index(pattern, workers=max(workers, 1), packing=packing, progress=progress)
+
+
+def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
+    """{label text: number}; classes.txt is written once and holds for every split packed into `dst`."""
+    listed = dst / "classes.txt"
+    known = listed.read_text().splitlines() if listed.is_file() else None
+    number, classes = numbered(texts, "key" if labels is None else "file", known, f"pack into {dst}")
+    if known is None:
+        partial = listed.with_suffix(".partial")
+        partial.write_text("".join(f"{c}\n" for c in classes))
+        partial.rename(listed)
+    return number
+
+
+def _same_plan(dst: Path, split: str, src: str, part: list[Image], settings: list[object]) -> None:
+    """Write down what the shards of a split are made of, or hold it against what is written there."""
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    for image in part:
+        digest.update(f"{image.key}\0{image.label}\0{image.length}\n".encode("utf-8", "surrogateescape"))
+    plan, file = {"source": src, "images": len(part), "hash": digest.hexdigest()}, dst / f".{split}.plan.json"
+    shards = list(dst.glob(f"{split}-*.tar"))
+    there = json.loads(file.read_text()) if file.is_file() else None
+    if shards and (there is None or there["hash"] != plan["hash"]):
+        raise DataError(
+            f"pack into {dst}: it holds {split} shards of another source or setting "
+            f"({there['source'] if there else 'unknown'}); pack under another name, into another "
+            f"folder, or remove {dst}/{split}-*.tar"
+        )
+    if there != plan:
+        file.write_text(json.dumps(plan))
+
+
+def _write(path: Path, part: list[Image], number: dict[str, int], short_side: int | None, quality: int | None) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+                for image in part:
+                    data, extension = image.read(), image.extension
+                    if len(data) != image.length:
+                        raise DataError(f"pack: {image.path} got shorter while packing")
+                    if short_side is not None or quality is not None:
+                        data, extension = _smaller(data, extension, short_side, quality or 90)
+                    tar.write({"__key__": image.key, extension: data, "cls": str(number[image.label]).encode()})
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(f"pack: writing {path}: {error}; finished shards stay, run the same command again") from error
+    partial.rename(path)
+
+
+def _smaller(data: bytes, extension: str, short_side: int | None, quality: int) -> tuple[bytes, str]:
+    """Shrink and encode as JPEG. A broken image stays as it is: `trilevel verify` and the run's ledger will name it."""
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        if short_side is not None and min(image.size) > short_side:
+            scale = short_side / min(image.size)
+            size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
+            image = image.convert("RGB").resize(size, PIL.Image.Resampling.BICUBIC)
+        elif short_side is not None:
+            return data, extension
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "JPEG", quality=quality)
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        return data, extension
+    return file.getvalue(), "jpg"

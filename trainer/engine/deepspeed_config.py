@@ -1,0 +1,32 @@
+"""What DeepSpeed is told, rendered from our configuration, and what the launcher says of the world."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import schema
+from trainer.data.order import Steps
+from trainer.engine.deepspeed_conflicts import merged
+
+
+def deepspeed_config(settings: schema.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:
+    """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `engine_merge`).
+
+    Raises ConfigError that names both values where the user's files or accelerate's environment contradict the configuration.
+    """
+    ours = {
+        "train_micro_batch_size_per_gpu": steps.micro_batch,
+        "gradient_accumulation_steps": steps.accumulation,
+        "train_batch_size": steps.micro_batch * steps.accumulation * world,
+        "gradient_clipping": clip,
+        "steps_per_print": 2**31 - 1,
+        "zero_allow_untested_optimizer": True,  # timm's factory, not DeepSpeed's list
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": settings.zero,
+            "stage3_gather_16bit_weights_on_model_save": settings.zero == 3,
+        },
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "torch_autocast": {"enabled": settings.precision == "autocast", "dtype": "bfloat16"},
+    }
+    return merged(ours, settings)

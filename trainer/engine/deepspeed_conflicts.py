@@ -1,0 +1,220 @@
+"""A user's own words to DeepSpeed: a `ds_config.json` (`engine.deepspeed`), and what `accelerate launch --config_file` says.
+
+accelerate passes its file on through the environment (and a DeepSpeed file by name). What the configuration of the run decides is
+not theirs to change: every such value must be equal, "auto" or absent, else the error names both. All other keys (buckets, overlap,
+offload, timers) go to DeepSpeed as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.config import schema
+from trainer.config.errors import ConfigError
+
+AUTO = "auto"
+# Sections that would do what the configuration of a run does, or what this trainer's loop can't follow.
+OURS = {
+    "optimizer": "the optimizer is built from optim.*",
+    "scheduler": "the learning rate is a function of progress, from optim.*",
+    "fp16": "engine.precision knows autocast (bf16), bf16 and float32",
+    "amp": "engine.precision knows autocast (bf16), bf16 and float32",
+    "data_efficiency": "the data and its order are those of the configuration",
+    "curriculum_learning": "the data and its order are those of the configuration",
+    "progressive_layer_drop": "model.drop_path drops layers",
+    "elasticity": "a run is elastic by itself: any number of processes may resume it",
+    "load_universal_checkpoint": "checkpoints are elastic without it",
+    "compression_training": "the network is that of the configuration",
+    "autotuning": "it would start runs of its own; see `trilevel bench engine`",
+    "tensor_parallel": "only data is parallel here",
+    "communication_data_type": "engine.precision decides in what gradients are summed",
+    "data_types": "engine.precision decides in what gradients are summed",
+    "quantize_training": "the network is that of the configuration",
+    "sparse_gradients": "gradients are dense here",
+    "eigenvalue": "the network is that of the configuration",
+    "hybrid_engine": "nothing is generated here",
+    "pipeline": "only data is parallel here",
+    "sequence_parallel_size": "only data is parallel here",
+}
+NEEDED = {  # what the loop and the numbers rely on, where DeepSpeed would let it be changed
+    "zero_optimization.compute_grad_norm": (True, "the norm tells which steps are not finite"),
+    "zero_optimization.zero_quantized_gradients": (False, "it changes the numbers of a run in silence"),
+    "zero_optimization.zero_quantized_weights": (False, "it changes the numbers of a run in silence"),
+    "bf16.bf16_master_weights_and_grads": (False, "engine.precision=bf16 keeps float32 master weights"),
+    "torch_autocast.lower_precision_safe_modules": ([], "engine.precision=autocast is torch's own list"),
+    "bf16.check_grad_overflow": (True, "steps that are not finite are skipped"),
+    "managed_gradient_accumulation": (True, "micro-batches are counted by DeepSpeed"),
+}
+DECIDES = {  # the setting behind a key of DeepSpeed
+    "train_batch_size": "data.batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.batch over data.micro_batch and the processes: accumulation",
+    "gradient_clipping": "optim.clip",
+    "zero_optimization.stage": "engine.zero",
+    "bf16.enabled": "engine.precision",
+    "torch_autocast.enabled": "engine.precision",
+    "torch_autocast.dtype": "engine.precision",
+    "zero_allow_untested_optimizer": "optim.name",
+}
+FREE = frozenset(
+    ["steps_per_print", "zero_force_ds_cpu_optimizer", "zero_optimization.stage3_gather_16bit_weights_on_model_save"]
+)
+# accelerate's variables that are keys of DeepSpeed under another name
+VARIABLES = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_optimization.stage",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "zero_optimization.offload_optimizer.nvme_path",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "zero_optimization.offload_param.nvme_path",
+}
+ELSEWHERE = {  # ways to wrap a model that are not ours: variable, the value that is harmless
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "none",
+}
+
+
+class Said(NamedTuple):
+    """A value that somebody else gives for a key of DeepSpeed, and where it stands."""
+
+    where: str
+    key: str
+    value: Any
+
+
+def merged(ours: dict[str, Any], settings: schema.Engine, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """`ours` (see `engine_settings.deepspeed_config`) with what the user says beside it. Raises ConfigError that names every conflict."""
+    environment = os.environ if environment is None else environment
+    config, wrong = json.loads(json.dumps(ours)), outside(settings, environment)
+    mine = _flat(ours)
+    given = said(settings, environment) if settings.kind == "deepspeed" else []
+    for one in given:
+        if one.value == AUTO:
+            continue
+        section = one.key.split(".")[0]
+        if section in OURS:
+            off = one.key == f"{section}.enabled" and one.value in (False, 0)
+            if not off and not _off(given, one.where, section):
+                wrong.append(f"{one.where} has {one.key}={_text(one.value)}: {OURS[section]}")
+        elif one.key in NEEDED and one.value != NEEDED[one.key][0]:
+            wrong.append(f"{one.where} has {one.key}={_text(one.value)}: {NEEDED[one.key][1]}")
+        elif one.key in mine and one.key not in FREE:
+            if not _same(mine[one.key], one.value):
+                wrong.append(f"{_setting(one.key, mine[one.key], settings)} but {one.where} has {one.key}={_text(one.value)}")
+        elif any(key.startswith(f"{one.key}.") for key in mine):  # a whole section, not a key of it; {} says nothing
+            if one.value != {}:
+                wrong.append(f"{one.where} has {one.key}={_text(one.value)}: its keys are those of the configuration")
+        else:
+            before = _flat(config).get(one.key, one.value)
+            if one.key not in FREE and not _same(before, one.value):
+                first = next(other for other in given if other.key == one.key)
+                wrong.append(f"{first.where} has {one.key}={_text(before)} but {one.where} has {_text(one.value)}")
+            _put(config, one.key, one.value)
+    if wrong:
+        raise ConfigError(
+            "what DeepSpeed or accelerate is told contradicts the configuration: " + "; ".join(dict.fromkeys(wrong)) + ". The "
+            'configuration of a run decides these: take the key out there (or write "auto"), or change the setting here'
+        )
+    return config
+
+
+def said(settings: schema.Engine, environment: Mapping[str, str]) -> list[Said]:
+    """What the user's files and accelerate's variables give, key by key."""
+    found: list[Said] = []
+    files = {"engine.deepspeed": settings.deepspeed}
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        files["accelerate's deepspeed_config_file"] = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        for variable, key in VARIABLES.items():
+            text = environment.get(variable)
+            if text is not None and not (text == "none" and "offload" in key):
+                found.append(Said(f"accelerate ({variable})", key, _value(text)))
+    for what, name in files.items():
+        if name not in (None, "none"):
+            found += [Said(str(name), key, value) for key, value in _flat(_read(str(name), what)).items()]
+    return found
+
+
+def outside(settings: schema.Engine, environment: Mapping[str, str]) -> list[str]:
+    """Conflicts that are not about a key of DeepSpeed."""
+    wrong = []
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.kind != "deepspeed":
+        wrong.append(
+            f"engine.kind={settings.kind} but accelerate has distributed_type=DEEPSPEED (ACCELERATE_USE_DEEPSPEED=true)"
+        )
+    if settings.deepspeed is not None and settings.kind != "deepspeed":
+        wrong.append(f"engine.kind={settings.kind} but engine.deepspeed={settings.deepspeed}")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16") or (precision == "bf16" and settings.precision == "float32"):
+        wrong.append(
+            f"engine.precision={settings.precision} but accelerate has mixed_precision={precision} (ACCELERATE_MIXED_PRECISION)"
+        )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        compiled = str(settings.compile).lower()
+        wrong.append(f"engine.compile={compiled} but accelerate has dynamo_backend={backend} (ACCELERATE_DYNAMO_BACKEND)")
+    for variable, harmless in ELSEWHERE.items():
+        if (value := environment.get(variable, harmless)).lower() != harmless:
+            wrong.append(f"engine.kind={settings.kind} but accelerate has {variable}={value}")
+    return wrong
+
+
+def _read(name: str, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(name).read_text())
+    except OSError as error:
+        raise ConfigError(f"{what}={name}: {error.strerror}; give the path of a JSON file that DeepSpeed reads") from error
+    except ValueError as error:
+        raise ConfigError(f"{what}={name}: no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what}={name}: DeepSpeed's settings are an object, this is a {type(content).__name__}")
+    return content
+
+
+def _off(given: list[Said], where: str, section: str) -> bool:
+    """Whether a section is there but turned off."""
+    return any(one[:2] == (where, f"{section}.enabled") and one.value in (False, 0) for one in given)
+
+
+def _setting(key: str, value: Any, settings: schema.Engine) -> str:
+    name = DECIDES.get(key, key)
+    return f"{name}={settings.precision if name == 'engine.precision' else _text(value)}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return float(one) == float(other)
+    return one == other
+
+
+def _value(text: str) -> Any:
+    """A variable's text as the value it would have in JSON."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = value

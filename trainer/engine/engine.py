@@ -1,0 +1,270 @@
+"""The engine: DeepSpeed through accelerate, or plain DDP as a control. With `engine_state` the one door to both libraries.
+
+What the rest of the trainer knows of processes is here: rank, world, device, collectives, one optimizer step. The loss
+it is given is already sum(weight x loss) / sum of weights of the *global* batch, so neither accumulation nor the
+number of processes appears in a gradient.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import platform
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.config import schema
+from trainer.config.errors import ConfigError
+from trainer.data.keyed_hash import hashed
+from trainer.data.order import Steps
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.environment import describe_world, keep_compiled, world_size
+from trainer.engine.errors import EngineError
+from trainer.engine.full_state import State
+
+
+class Engine:
+    """One process of a run. Building it starts the process group; `prepare` wraps the model; `close` ends both.
+
+    Raises EngineError where accelerate counts other processes than the launcher started (on CPU that happens silently:
+    every rank believes to be alone and checkpoints collide).
+    """
+
+    def __init__(self, settings: schema.Engine, steps: Steps, clip: float = 0.0):
+        self.settings, self.steps = settings, steps
+        self.on_gpu = torch.cuda.is_available()
+        describe_world()
+        if not self.on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+        if settings.kind == "deepspeed" and not self.on_gpu:
+            # DeepSpeed would compile an all-reduce over shared memory at every first start, under one lock for all runs of a user:
+            # they wait for each other without a word (seen: minutes). gloo does the same sums.
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        told = deepspeed_config(settings, steps, world_size(), clip)  # for DDP too: its conflicts are refused here
+        plugin = None
+        self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+        if settings.kind == "deepspeed":
+            # told that it is on a CPU, accelerate forgets DeepSpeed (state.py: "and not cpu") and wraps in DDP; it finds the CPU itself
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            # accelerate raises where its file and a DeepSpeed file both say something, equal or not; here both were compared
+            os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+            plugin = DeepSpeedPlugin(hf_ds_config=told)
+            plugin.deepspeed_config |= {"steps_per_print": told["steps_per_print"]}  # accelerate writes its own
+        self.clip, self._behind = clip, 0  # micro-batches of this step
+        self._accelerator = Accelerator(
+            cpu=not self.on_gpu and settings.kind == "ddp",
+            mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo")],
+        )
+        expected = world_size()
+        if self._accelerator.num_processes != expected:
+            raise EngineError(
+                f"accelerate counts {self._accelerator.num_processes} process(es), the launcher started WORLD_SIZE={expected}: every "
+                "rank would train alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
+                "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
+            )
+        atexit.register(self.close)
+        self.rank, self.world = self._accelerator.process_index, expected
+        self.is_main = self.rank == 0
+        self.device = self._accelerator.device
+        self._late: list[tuple[Tensor, Any]] = []
+        self.model: Any = None
+        self.optimizer: Any = None
+        self.compile_cache: str | None = None  # folder of compiled graphs
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
+        would shard it a second time, silently (accelerate#4199)."""
+        if self.settings.compile:
+            self.compile_cache = keep_compiled()
+            model.compile()  # in place, so that parameter names stay timm's
+        if self.settings.kind == "deepspeed":
+            if self.settings.zero == 3 and self.settings.compile:
+                raise ConfigError(
+                    "engine.compile=true with engine.zero=3 crashes inside DeepSpeed: use engine.zero<=2 or compile=false"
+                )
+            # both in one call: DeepSpeed builds its own optimizer around the parameters it owns
+            self.model, wrapped = self._accelerator.prepare(model, optimizer)
+            self.optimizer = wrapped.optimizer
+        else:
+            model.to(self.device)
+            self.optimizer = optimizer
+            self.model = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+
+    @property
+    def module(self) -> Any:
+        """The model without its wrapper; parameters are whole on every rank for ZeRO 0 to 2."""
+        return getattr(self.model, "module", self.model)
+
+    def reseed(self, seed: int, step: int) -> None:
+        """Make what still draws from the global generator (dropout; drop path is keyed by example) depend on the position alone,
+        so that a resumed run draws what the uninterrupted one would have."""
+        torch.manual_seed(int(hashed(seed, step, self.rank)) >> 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's answer; its first argument is cast where parameters are bf16 ("bf16" mode, not autocast)."""
+        if self.settings.precision == "bf16":
+            args = (args[0].to(torch.bfloat16), *args[1:])
+        if self.settings.kind == "ddp" and self.world > 1:  # DDP decides here, not in backward, whether that one sends
+            self.model.require_backward_grad_sync = self._behind + 1 == self.steps.accumulation or not torch.is_grad_enabled()
+        with self._autocast():
+            return self.model(*args, **kwargs)
+
+    def bare(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
+        """The answer of a network in this engine's precision with neither DeepSpeed nor DDP around it: nothing is hooked or sent."""
+        if self.settings.precision == "bf16":
+            images = images.to(torch.bfloat16)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast"):
+            return network(images, *args)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.kind == "ddp" and self.settings.precision == "autocast":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()  # DeepSpeed has its own
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean."""
+        # Times 1, or NaN where the loss is infinite: its gradient may be finite all the same. Then the norm below speaks for the loss too.
+        loss = loss * (1.0 + 0.0 * loss.detach())
+        loss = loss * self.world  # both libraries average over ranks; the parts of a mean are to be added
+        if self.settings.kind == "deepspeed":
+            self.model.backward(loss, scale_wrt_gas=False)
+            if not last:
+                self.model.step()  # counts the micro-batch
+        else:
+            loss.backward()
+            self._behind = 0 if last else self._behind + 1
+
+    def step(self) -> bool:
+        """One optimizer step; False, on all ranks, where the gradient (or a loss) was not finite: then nothing has moved, no
+        weight, no moment and no count.
+
+        The norm of the reduced gradient decides, which all ranks hold. That is one number read by the host per step: DeepSpeed's
+        ZeRO reads it in its own step whatever is asked, so DDP and ZeRO 0 do the same.
+        """
+        if self.settings.kind == "deepspeed" and self.settings.zero > 0:
+            self.model.step()
+            return not self.optimizer.overflow
+        if self.settings.kind == "deepspeed":  # it keeps no norm for plain gradients, and steps whatever they are
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            taken = bool(self._norm.isfinite())
+            if not taken:
+                self.model.zero_grad()
+                self.model.set_gradient_accumulation_boundary(False)
+            self.model.step()  # off a boundary it only counts the micro-batch
+            self.model.set_gradient_accumulation_boundary(None)
+            return taken
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+        taken = bool(self._norm.isfinite())
+        if taken:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return taken
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step before clipping; a host sync, so for logging steps only."""
+        if self.settings.kind == "deepspeed" and self.settings.zero > 0:
+            return float(self.model.get_global_grad_norm())
+        return float(self._norm)
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenation over ranks along dimension 0, in rank order; lengths may differ."""
+        if self.world == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=self.device))
+        counts = [int(n) for n in lengths]
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank (small Python objects)."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def everyones(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in rank order (small Python objects)."""
+        if self.world == 1:
+            return list(items)
+        lists: list[Any] = [None] * self.world
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def later(self, value: Tensor) -> bool:
+        """Whether a number that all ranks share was above 0, read two steps late on a GPU so that no step waits for it."""
+        if not self.on_gpu:
+            return bool(value > 0)
+        host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._late.append((host, event))
+        if len(self._late) <= 2:
+            return False
+        host, event = self._late.pop(0)
+        event.synchronize()
+        return bool(host > 0)
+
+    def agree(self, value: str, what: str) -> None:
+        """Raise EngineError unless every rank holds the same text."""
+        if self.world == 1:
+            return
+        values = self.everyones([value])
+        if len(set(values)) > 1:
+            raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
+
+    def device_name(self) -> str:
+        """What computes, in words: the GPU's name, or the processor."""
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.processor() or platform.machine()})"
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def forget(self) -> None:
+        """Let the process build another engine beside this one, which still steps: accelerate's singletons and what it wrote into the
+        environment are put back. The process group stays."""
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ |= self._environment
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Weights and optimizer, whole and by timm's names: what a checkpoint holds."""
+        return State(getattr(self.module, "vit", self.module), self.optimizer, self.rank, self.world, self.device)

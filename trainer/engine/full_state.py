@@ -1,0 +1,150 @@
+"""Weights and optimizer state, whole and by parameter name, out of DeepSpeed's flat pieces and back: any ZeRO stage, any world.
+
+DeepSpeed's own checkpoints are tied to the world size and need a conversion ("universal checkpoint") and pickle. Its
+`safe_get_full_*` accessors give every tensor by parameter, so that a checkpoint can be elastic by construction: measured
+bitwise on the same world, and to rounding on another (tests/engine/test_engine.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.errors import EngineError
+from trainer.engine.partition import is_pieces
+
+GROUP_STEP = "group.step"
+
+
+class State:
+    """A view of a prepared model and its optimizer. Reading is collective; rank 0 gets everything, on the CPU, the others {}."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, rank: int, world: int, device: torch.device):
+        self.module, self.optimizer = module, optimizer
+        self.rank, self.world, self.device = rank, world, device
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter (float32) and buffer, whole; collective."""
+        saved = self.module.state_dict().keys()  # less the buffers that are not persistent
+        state = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers() if name in saved}
+        for name, parameter in self.module.named_parameters():
+            whole = self._whole(parameter).detach()
+            if self.rank == 0:  # one copy per run, not one per rank of a node
+                state[name] = whole.float().cpu().clone()
+        return state if self.rank == 0 else {}
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state by parameter, whole and independent of the world size: {"name|key": tensor}; collective.
+
+        DeepSpeed keeps it in flat pieces per rank. Naming it by parameter instead makes a checkpoint elastic (any world
+        size, any ZeRO stage) without a conversion, and readable without pickle. Scalars (step counts) are "|key".
+        """
+        self._link()
+        base = self._base_optimizer()
+        first = base.state.get(self._holders()[0], {})
+        scalars = {key: value for key, value in first.items() if torch.as_tensor(value).ndim == 0}
+        if "step" in base.param_groups[0]:  # timm's LAMB counts its steps there
+            scalars[GROUP_STEP] = base.param_groups[0]["step"]
+        state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
+        for name, parameter in self.module.named_parameters():
+            holder = (
+                first if is_pieces(parameter) else base.state.get(parameter, {})
+            )  # whole parameters may differ in what they keep
+            keys = sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
+            for key in keys if parameter.requires_grad else []:
+                whole = self._whole(parameter, key).detach()
+                if self.rank == 0:
+                    state[f"{name}|{key}"] = whole.cpu().clone()
+        return state if self.rank == 0 else {}
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Put back what `weights` and `moments` gave, on any world size. Raises EngineError on unknown names."""
+        scalars = {name[1:]: value for name, value in optimizer.items() if name.startswith("|")}
+        keys = sorted({name.split("|")[1] for name in optimizer} - set(scalars))
+        if GROUP_STEP in scalars:
+            count = scalars.pop(GROUP_STEP)
+            for group in self._base_optimizer().param_groups:
+                group["step"] = count.clone()
+        self._make_state(keys, scalars)
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in weights:
+                    buffer.copy_(weights[name])
+            for name, parameter in self.module.named_parameters():
+                if name not in weights:
+                    raise EngineError(f"checkpoint has no weight {name!r}: it is of another model")
+                self._put(parameter, weights[name].to(self.device))
+                for key in keys:
+                    if (value := optimizer.get(f"{name}|{key}")) is not None:
+                        self._put(parameter, value.to(self.device), key)
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        inner = self.optimizer
+        while hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        return inner
+
+    def _holders(self) -> list[Tensor]:
+        """The tensors the base optimizer really steps: flat pieces under ZeRO, parameters otherwise."""
+        flat = getattr(
+            self.optimizer, "fp32_partitioned_groups_flat", None
+        )  # ZeRO 3 keeps them out of the groups between steps
+        return flat or [p for group in self._base_optimizer().param_groups for p in group["params"]]
+
+    def _make_state(self, keys: list[str], scalars: dict[str, Tensor]) -> None:
+        """Create the optimizer's state before its first step, so that there is something to fill."""
+        base = self._base_optimizer()
+        # a step count lives where the optimizer's kernels look for it: on the device only if fused or capturable
+        on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
+        for holder in self._holders():
+            state = base.state[holder]
+            state.update({key: torch.zeros_like(holder) for key in keys})
+            state.update({key: value.clone().to(holder.device if on_device else "cpu") for key, value in scalars.items()})
+        self._link()
+
+    def _link(self) -> None:
+        """Let DeepSpeed find the state of every parameter. Its own linking (ZeRO 1, 2) runs inside the first group's first step,
+        when the other groups have no state yet, and never again (seen in 0.19.8)."""
+        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        """A parameter in float32, or its optimizer state `key`, whole; collective."""
+        if is_pieces(parameter):
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+            assert found is not None
+            return found
+        return parameter if key is None else self._base_optimizer().state[parameter][key]
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """The reverse of `_whole`; every rank takes its own piece."""
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+            piece: Tensor = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+            size = piece.numel()  # pieces are padded to equal length
+            padded = value.new_zeros(size * self.world)
+            padded[: value.numel()] = value.flatten()
+            mine = padded.narrow(0, size * self.rank, size)
+            if key is None:
+                safe_set_local_fp32_param(parameter, mine)
+                piece.data.copy_(mine)
+            else:
+                safe_set_local_optimizer_state(parameter, mine, key)
+        elif is_pieces(parameter):
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+                parameter.data.copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+        elif key is None:
+            parameter.data.copy_(value)
+        else:
+            self._base_optimizer().state[parameter][key].copy_(value)

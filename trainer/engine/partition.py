@@ -1,0 +1,67 @@
+"""ZeRO 3 parameters: local parts, full tensors, and copies between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of every parameter and persistent buffer, by name: the module's own tensors, under ZeRO 3 its flat and
+    padded pieces of the parameters."""
+    values = dict(module.state_dict())
+    return values | {name: parameter.ds_tensor for name, parameter in _cut(module)}
+
+
+def gathered(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `held` gives them, whole, on the CPU; collective under ZeRO 3, where the ranks but the first get {}."""
+    cut = dict(_cut(module))
+    if not cut:
+        return {name: value.cpu().clone() for name, value in values.items()}
+    world, first, found = dist.get_world_size(), dist.get_rank() == 0, {}
+    for name, value in values.items():
+        if name in cut:
+            parts = [torch.empty_like(value) for _ in range(world)]
+            dist.all_gather(parts, value.contiguous())
+            value = torch.cat(parts)[: cut[name].ds_numel].view(cut[name].ds_shape)
+        if first:
+            found[name] = value.cpu().clone()
+    return found
+
+
+@torch.no_grad()
+def take(module: nn.Module, into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """The reverse of `gathered`: each rank copies its own part of the whole `values` over `into`, which is as `held` gives it."""
+    cut = dict(_cut(module))
+    for name, value in values.items():
+        if name in cut:
+            size = into[name].numel()
+            begin = size * dist.get_rank()
+            mine = value.flatten()[begin : begin + size]
+            into[name][: mine.numel()].copy_(mine)
+        else:
+            into[name].copy_(value)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy tensors as `held` gives them into the module."""
+    cut = [parameter for _, parameter in _cut(module)]
+    if gathered_ones := [p for p in cut if p.data.numel() == p.ds_numel]:
+        # small parameters stay gathered between steps: let them go, or the network would go on with the copies
+        gathered_ones[0].partition(param_list=gathered_ones, has_been_updated=False)
+    own = held(module)
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def _cut(module: nn.Module) -> list[tuple[str, Any]]:
+    """The parameters that ZeRO 3 has cut over the ranks."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")]
+
+
+def is_pieces(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

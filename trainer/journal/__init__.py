@@ -1,0 +1,6 @@
+"""The run's own record.
+
+In: one JSON object per event, from rank 0.
+Out: `journal.jsonl`, and readers that survive torn lines and follow resumed runs.
+Never: talks to MLflow or to a network.
+"""

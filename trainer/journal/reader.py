@@ -1,0 +1,97 @@
+"""Read a journal: all lines, from an offset, or only the lines whose weights survived the restarts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.journal.file import JournalError, finite
+
+FILE = "journal.jsonl"
+
+
+# What makes a line the same line when an attempt writes it again after its resume point.
+_IDENTITY = {"step": ("step",), "epoch": ("epoch",), "plateau": ("step",), "eval": ("step", "ema"), "checkpoint": ("step",)}
+
+
+def read(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """Every whole line, oldest first; a torn last line is left out, an unreadable one elsewhere is left out with a warning.
+
+    `directory` is a run directory or a journal file; raises JournalError where there is none.
+    """
+    for _, line in read_from(directory, 0):
+        yield line
+
+
+def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines from byte `offset` on, each with the offset behind it: what a follower stores to go on from there."""
+    path = _file_of(directory)
+    with path.open("rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            try:
+                line = json.loads(raw)
+                kind = line["kind"]
+            except (ValueError, TypeError, KeyError):
+                warnings.warn(f"{path}: the line that ends at byte {offset} is no journal line; it is left out", stacklevel=2)
+                continue
+            line = finite(line)
+            line["kind"] = kind
+            yield offset, line
+
+
+def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """The lines behind the weights that survive, oldest first. What a killed attempt did after the point where a later attempt
+    went on is left out, and what the later attempt wrote again at that very point. `start` and `end` lines all stay.
+
+    A line without `step` stands where the line before it in its attempt stands. Memory: one entry per eval, epoch and plateau.
+    """
+    cuts = _cuts(directory)
+    seen: set[tuple[Any, ...]] = set()
+    position: dict[int, int] = {}
+    for line in read(directory):
+        kind, attempt = line["kind"], line.get("attempt", 0)
+        position[attempt] = line["step"] if isinstance(line.get("step"), int) else position.get(attempt, 0)
+        if kind not in ("start", "end"):
+            if position[attempt] > min((step for later, step in cuts.items() if later > attempt), default=position[attempt]):
+                continue
+            if kind in _IDENTITY and kind != "step":  # steps can't come twice: the later attempt begins behind the cut
+                name = (kind, *(line.get(field) for field in _IDENTITY[kind]))
+                if name in seen:
+                    continue
+                seen.add(name)
+        yield line
+
+
+def last_attempt(directory: Path | str) -> int:
+    """The highest attempt in the journal, -1 where there is none."""
+    path = _file_of(directory, must=False)
+    return max((line.get("attempt", 0) for line in read(path)), default=-1) if path.exists() else -1
+
+
+def _cuts(directory: Path | str) -> dict[int, int]:
+    """{attempt: the step it went on from}, for attempts after the first that did any work."""
+    cuts: dict[int, int] = {}
+    first: int | None = None
+    for line in read(directory):
+        attempt = line.get("attempt", 0)
+        first = attempt if first is None else first
+        if line["kind"] == "resume":
+            cuts[attempt] = line["step"]
+        elif attempt != first and attempt not in cuts and line["kind"] in _IDENTITY:
+            cuts[attempt] = 0  # it worked without a resume line: from the beginning
+    return cuts
+
+
+def _file_of(directory: Path | str, must: bool = True) -> Path:
+    path = Path(directory)
+    path = path if path.suffix == ".jsonl" else path / FILE
+    if must and not path.is_file():
+        raise JournalError(f"{path}: no such journal; give the directory of a run, e.g. runs/NAME")
+    return path

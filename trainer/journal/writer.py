@@ -1,0 +1,176 @@
+"""The journal: one JSON line per event in RUN/journal.jsonl, appended, whole after a kill. MLflow, report and compare read it.
+
+Every line has `kind`, `time` (unix seconds) and `attempt` (0, then one more at each start of the same run). `step` counts the
+optimizer steps that lie behind the line; `epoch` and `batch` count from 0; `progress` is epoch + batch / batches in this epoch.
+Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow by name, lists as one metric per position.
+
+| kind       | when                         | fields                                                                           |
+|------------|------------------------------|----------------------------------------------------------------------------------|
+| start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
+|            |                              | compile_cache (folder of torch.compile's graphs, or nothing),                    |
+|            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
+|            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
+|            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
+|            |                              | classes (names), matrix_tflops (a device's rate of matrix products, measured),   |
+|            |                              | starting (seconds from the start of the process to this line)                    |
+| resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
+|            | step                         |                                                                                  |
+| epoch      | before the first batch of an | epoch, batch (0, or where a resume goes on), step, kept (examples), examples (in |
+|            | epoch                        | the data set), steps (batches), leftover (count, or {count, ids} when few),      |
+|            |                              | facts {of the selection; hash: its list is RUN/kept/HASH.npz}                    |
+| plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
+|            |                              | block), multiply_adds (per image, forward)                                       |
+| control    | the own passes of a plateau  | epoch, step, progress, keep_tokens, keep_connections; where it was measured:     |
+|            | were timed beside dense ones | bound_passes (multiply-adds, own / dense), bound (the same with the examples     |
+|            | (see `control`), or could    | left out), measured (time of a pass, own / dense: median; measured_min, _max,    |
+|            | not be                       | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
+|            |                              | data_wait, passes_share (of the step time), step_speedup (x, a dense step / own),|
+|            |                              | run_speedup, run_bound (x, whole run so far against dense on every example),     |
+|            |                              | timed (share of the training time these two speak of), seconds (it took); said   |
+|            |                              | (what eats the saving, or why it was not measured)                               |
+| step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
+|            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
+|            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
+|            |                              | keep_tokens, keep_connections (shares), chain (of all batches so far: `seen`),   |
+|            |                              | phases {phase: {min, median, max over ranks, slowest, slowest_host}} (shares of  |
+|            |                              | a sampled step; of one rank the median alone); the rest: see docs/mlflow.md      |
+| ranks      | beside a step line, of more  | step; for each phase its share of the sampled step on every rank (list)          |
+|            | than one process             |                                                                                  |
+| system     | beside a step line, every    | step; for each host {load of the node, in MLflow's names of system metrics}      |
+|            | 10 s at most                 |                                                                                  |
+| eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
+|            |                              | ema (bool: weights of the moving average), per_class (accuracy of every class)   |
+| checkpoint | after it is durable, which   | epoch, batch, step, path, bytes, blocking (seconds that training stood still for |
+|            | may be steps later           | it), seconds (of writing; beside the training where `checkpoint.asynchronous`)   |
+| broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
+| skipped    | a step was not taken: its    | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
+|            | gradient was not finite      | the batch, see `seen`), skipped, in_row (steps so far)                           |
+| message    | a person should know it      | text                                                                             |
+| end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
+|            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours (of all      |
+|            |                              | attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in `control`)  |
+
+Numbers that are not finite stand as the texts "NaN", "Infinity", "-Infinity" (JSON has no word for them), read back as floats.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+from trainer.journal.file import JournalError, lock, plain, repair
+from trainer.journal.reader import FILE, last_attempt
+
+DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # what may be over when there is room, or the file system is back
+PENDING_BYTES = 16 << 20  # what is held in memory while the disk is full, before the run must stop
+
+_open: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+class Journal:
+    """The one writer of a run's journal. When `write` returns, the line is whole in the file, or held while the disk is full.
+
+    `attempt` None: one more than the last in the file (a checkpoint can't tell: it knows no attempt that saved nothing).
+    Raises JournalError where another process writes the same journal.
+    """
+
+    def __init__(self, directory: Path | str, attempt: int | None = None):
+        self.path = Path(directory) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._pending = b""
+        self._warned = self._unsafe = False
+        try:
+            lock(self._file, self.path)
+            self._size = repair(self._file)
+            last = last_attempt(directory)
+            if attempt is not None and attempt <= last:
+                raise JournalError(
+                    f"{self.path}: attempt {attempt} is in it already (the last one is {last}); leave `attempt` out"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.attempt = last + 1 if attempt is None else attempt
+        _open.add(self)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
+        line = {"kind": kind, "time": round(time.time(), 6), "attempt": self.attempt} | fields
+        self._pending += json.dumps(plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._flush()
+        if kind in DURABLE:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk. Before a checkpoint becomes the latest: a crash of the node then loses no line.
+
+        Where the disk refuses (NFS reports a full quota here, not at the write), the run goes on and says so once.
+        """
+        if self._pending:
+            return
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            if not self._unsafe:
+                print(f"{self.path}: {error.strerror}; a crash of this node may now lose the last lines", file=sys.stderr)
+            self._unsafe = True
+        else:
+            self._unsafe = False
+
+    def close(self) -> None:
+        if self._file >= 0:
+            if self._pending:
+                self._flush()
+            if self._pending:
+                lost = self._pending.count(b"\n")
+                print(f"{self.path}: still no room; its last {lost} line(s) are lost", file=sys.stderr)
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        try:
+            written = 0
+            while written < len(self._pending):
+                written += os.write(self._file, self._pending[written:])
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            os.ftruncate(self._file, self._size)  # no half line; the whole is tried again with the next one
+            if len(self._pending) > PENDING_BYTES:
+                raise JournalError(
+                    f"{self.path}: {error.strerror} for {len(self._pending)} bytes: make room, then resume"
+                ) from error
+            if not self._warned:
+                print(
+                    f"{self.path}: {error.strerror}; lines are held in memory and written when there is room", file=sys.stderr
+                )
+                self._warned = True
+            return
+        self._size += len(self._pending)
+        self._pending, self._warned = b"", False
+
+
+def _forget_in_child() -> None:
+    """A forked worker must not keep the lock of a dead parent, nor write into its journal."""
+    for journal in list(_open):
+        journal._pending = b""
+        journal.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,65 @@
+"""The exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.errors import ConfigError
+from trainer.engine.partition import fill, gathered, held, take
+
+
+class Ema:
+    """Exponential moving average of the weights in float32, on their device: average <- decay * average + (1 - decay) * weight.
+
+    As timm's ModelEmaV3 with a constant decay: floating point buffers are averaged too, others copied. `decay` None: nothing is
+    kept and every method does nothing. Names are those of `module`. Under ZeRO 3 each rank averages its own pieces: build it after
+    `Engine.prepare`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float | None):
+        self.decay, self._module = decay, module
+        self._averages: dict[str, Tensor] = {}
+        if decay is None:
+            return
+        for name, value in held(module).items():
+            self._averages[name] = value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """After every optimizer step; no host sync, nothing is sent."""
+        if self.decay is None:
+            return
+        averages, weights = [], []
+        for name, value in held(module).items():
+            if value.is_floating_point():
+                averages.append(self._averages[name])
+                weights.append(value.float())
+            else:
+                self._averages[name].copy_(value)
+        torch._foreach_lerp_(averages, weights, weight=1.0 - self.decay)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Inside the block `module` holds the averages; after it, whatever happens, the weights it had before, to the bit."""
+        weights = {name: value.detach().clone() for name, value in held(module).items()} if self._averages else {}
+        try:
+            fill(module, self._averages)
+            yield
+        finally:
+            fill(module, weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every average whole on the CPU, {} without a decay; under ZeRO 3 collective, and {} on all ranks but the first."""
+        return gathered(self._module, self._averages)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ConfigError where the names are not those of this model."""
+        wrong = sorted(state.keys() ^ self._averages.keys())
+        if wrong:
+            raise ConfigError(f"the saved average (optim.ema={self.decay}) is of another model: {', '.join(wrong[:4])} ...")
+        take(self._module, self._averages, state)

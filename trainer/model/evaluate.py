@@ -1,0 +1,82 @@
+"""Evaluation: every image once on any world size, timm's evaluation transform, the final keep ratios or chosen ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsity.types import Plan
+from trainer.config.run_config import Config
+from trainer.data.augment.on_device import normalise
+from trainer.data.batch import Batch
+
+
+class Scores(NamedTuple):
+    """top1, top5, worst_class (lowest accuracy of a class) in [0, 1]; loss in nats; images: each counted once; broken: left out
+    of all of these, and reported; per_class: accuracy of every class, nan of one without images."""
+
+    top1: float
+    top5: float
+    loss: float
+    worst_class: float
+    images: int
+    broken: int
+    seconds: float
+    per_class: list[float]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor, Plan], Any],
+    batches: Iterable[Batch],
+    plan: Plan,
+    config: Config,
+    device: torch.device,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    between: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Score `forward` (images (b, 3, H, W) float, plan -> Record) over the batches of this rank; `add_up` sums over ranks.
+    `between` is called with every batch: what it raises ends the evaluation.
+
+    The model is put in evaluation mode by the caller. Collective where `add_up` is.
+    """
+    classes = config.model.classes
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # right, right in five, loss, images, broken
+    right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)
+    started = time.perf_counter()
+    for batch in batches:
+        between()
+        images = normalise(batch.images.to(device, non_blocking=True), config.augment)
+        labels = batch.labels.to(device)
+        counted = batch.weights.to(device) > 0
+        logits = forward(images, plan).logits.float()
+        ranked = logits.topk(min(5, classes), dim=-1).indices == labels[:, None]
+        losses = F.cross_entropy(logits, labels.clamp(0, classes - 1), reduction="none")
+        right = ranked[:, 0] & counted
+        sums += torch.stack(
+            [
+                right.sum(),
+                (ranked.any(-1) & counted).sum(),
+                (losses * counted).sum(),
+                counted.sum(),
+                counted.new_tensor(len(batch.broken), dtype=torch.int64),
+            ]
+        ).double()
+        right_of[0].index_add_(0, labels[counted], right[counted].double())
+        right_of[1].index_add_(0, labels[counted], torch.ones_like(right[counted], dtype=torch.float64))
+    add_up(sums)
+    add_up(right_of)
+    top1, top5, loss, images, broken = sums.tolist()
+    per_class = (right_of[0] / right_of[1]).tolist()  # 0 / 0 is nan
+    worst = min((accuracy for accuracy in per_class if accuracy == accuracy), default=0.0)
+    took, many = time.perf_counter() - started, max(images, 1)
+    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), took, per_class)

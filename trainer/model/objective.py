@@ -1,0 +1,93 @@
+"""What a step minimises, and what it says about its examples.
+
+Losses are timm's: soft-target cross entropy (DeiT), or binary cross entropy against "is this class in the picture" (Wightman et
+al. 2021; DeiT III), per example in float32; the caller weighs them and divides by the weight of the global batch. `credit`
+turns the same forward pass into one observation per image, which is all that level 1 ever learns: no extra pass.
+
+Letters: b rows of a micro-batch, C classes, n_last patch tokens in the last block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsity.types import Outcome, Record
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.augment.mixup import Mix, mix_targets, partners
+
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
+
+
+CLEAR = 0.75  # own share from which a mixed image says what an unmixed one would: see docs/results/forgetting-rules.md
+
+
+class Objective:
+    """Targets, losses and observations under `optim.loss`, `augment.smoothing` and `examples.rule`. Holds no state.
+
+    Raises ConfigError where the settings contradict each other.
+    """
+
+    def __init__(self, config: Config):
+        self.classes, self.smoothing = config.model.classes, config.augment.smoothing
+        self.loss, self.rule = config.optim.loss, config.examples.rule
+        if self.loss == "bce" and self.smoothing > 0:
+            raise ConfigError(
+                f"optim.loss=bce with augment.smoothing={self.smoothing}: binary targets are 1 wherever soft ones are above 0, "
+                "so smoothing would make every class right; set augment.smoothing=0"
+            )
+
+    def targets(self, labels: Tensor, mix: Mix, weights: Tensor) -> Tensor:
+        """Soft targets: labels (b,) int64 -> (b, C) float32, as timm's `mixup_target`."""
+        return mix_targets(labels, mix, weights, self.classes, self.smoothing)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row: logits and targets (b, C) -> (b,) float32, unweighted."""
+        if not isinstance(logits, Tensor):
+            raise ConfigError("the model returns two logits (distillation), but nothing here teaches the second one")
+        logits = logits.float()
+        if self.loss == "soft":
+            return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
+        present = targets.gt(0.0).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=-1)
+
+    @torch.no_grad()
+    def credit(self, batch: Batch, record: Record, losses: Tensor, mix: Mix) -> tuple[Tensor, Outcome]:
+        """One observation per image: ids (b,) int64, the example each row speaks of, and what it says.
+
+        In a mixed pair each image dominates exactly one of the two rows, and that row speaks of it (at lam = 1/2 each its
+        own). `dominant`: right when the prediction is the dominating label, which is the argmax of the soft target.
+        `without_partner`: the same, with the lesser label left out of the argmax, so that a close second isn't an error.
+        `clear`: the same, and only rows in which one image has CLEAR of the picture count: between two halves the prediction is a coin.
+        `authors` (Tri-Level's code): each row speaks of its own image and label, however little of it is left.
+        Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
+        finite: they say nothing of their example.
+        """
+        logits, labels, there = record.logits.float(), batch.labels, batch.weights > 0
+        mixed = there & partners(there) & (mix.lam < 1.0)
+        swap = mixed & (mix.lam < 0.5) if self.rule != "authors" else torch.zeros_like(mixed)
+        ids, label, lesser, copies = (
+            torch.where(swap, theirs, own)
+            for own, theirs in (
+                (batch.ids, partners(batch.ids)),
+                (labels, partners(labels)),
+                (partners(labels), labels),
+                (batch.copies, partners(batch.copies)),
+            )
+        )
+        if self.rule in ("without_partner", "clear"):
+            out = (mixed & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
+            logits = logits.masked_fill(out, float("-inf"))
+        spread = torch.zeros_like(losses)
+        if record.cls_attention is not None:
+            attention = record.cls_attention.float()
+            spread = attention.var(dim=1, correction=0) * attention.shape[1] ** 2  # comparable across token counts
+        valid = there & (copies == 0) & losses.isfinite()
+        right = logits.argmax(dim=-1) == label
+        clear = ~mixed if self.rule == "clear" and max(mix.lam, 1 - mix.lam) < CLEAR else None
+        return ids, Outcome(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)

@@ -1,0 +1,137 @@
+"""`trilevel train CONFIG --check`: everything that can be wrong before a GPU is paid for, and the plan of the run as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich.table import Table
+
+from sparsity.types import DENSE, Plan, alone
+from sparsity.vit import SparseViT
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.errors import DataError
+from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
+from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
+from trainer.data.loader.stream import Stream
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.model.build import build_examples, build_model, cost_of
+from trainer.model.objective import Objective
+from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import course_of
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """A stretch of the run under one plan. start, end in epochs; tokens per block (prefix included); multiply-adds per image."""
+
+    start: float
+    end: float
+    plan: Plan
+    tokens: list[int]
+    multiply_adds: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run will do, as far as its configuration, its shards and the world tell."""
+
+    config: Config
+    world: int
+    images: int
+    validation_images: int
+    steps: int  # in the first epoch
+    micro_batch: int
+    accumulation: int
+    dense: float  # multiply-adds of an image's forward pass with everything kept
+    parameters: int
+    plateaus: list[Plateau]
+    quality: Quality  # of the first epoch's order, from a sample of its batches
+
+    def share(self) -> float:
+        """Multiply-adds of the token and connection levels over the whole run, dense = 1 (examples left out not counted)."""
+        return sum((p.end - p.start) * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.config.name}: the plan of the run", title_justify="left")
+        for column, side in (("epochs", "left"), ("tokens", "right"), ("connections", "right"), ("tokens per block", "left")):
+            table.add_column(column, justify=side)  # pyright: ignore[reportArgumentType]
+        table.add_column("GMACs", justify="right")
+        table.add_column("of dense", justify="right")
+        for p in self.plateaus:
+            table.add_row(
+                f"{p.start:g} - {p.end:g}",
+                f"{p.plan.keep_tokens:.3f}",
+                f"{p.plan.keep_connections:.3f}",
+                _runs(p.tokens),
+                f"{p.multiply_adds / 1e9:.4g}",
+                f"{p.multiply_adds / self.dense:.3f}",
+            )
+        return table
+
+    def text(self) -> str:
+        c = self.config
+        removed = f", {c.examples.removed:.0%} of the examples left out ({c.examples.method})" if c.examples.removed else ""
+        return (
+            f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters, {c.model.image_size} px, {self.dense / 1e9:.4g} GMACs dense\n"
+            f"{self.images} training and {self.validation_images} validation images{removed}\n"
+            f"{c.epochs} epochs, {self.steps} steps in the first one, global batch {c.data.batch} = {self.world} process(es) x "
+            f"{self.accumulation} x micro-batch {self.micro_batch}{' (last slots may be padding)' if self.padded() else ''}\n"
+            f"multiply-adds of the token and connection levels over the run: {self.share():.3f} of dense\n{self.quality.text()}"
+        )
+
+    def padded(self) -> bool:
+        return self.world * self.accumulation * self.micro_batch != self.config.data.batch
+
+
+def check(config: Config, world: int) -> Checked:
+    """Hold a configuration against its shards, its model and a world of `world` processes. Raises ConfigError or DataError."""
+    train, validation = open_indexes(config)
+    check_labels(validation, config.model.classes)
+    check_classes(train, validation)
+    model, examples = build_model(config), build_examples(config, train)
+    try:
+        stream = Stream(train, config, 0, world)
+        order = stream.order(0, examples.select(0, alone))
+    except DataError:
+        raise
+    except ValueError as error:  # the batch doesn't fit the world, or the epoch
+        raise ConfigError(str(error)) from error
+    deepspeed_config(config.engine, stream.steps, world, config.optim.clip)  # its conflicts are told here too
+    Objective(config)
+    build_optimizer(model, config.optim)
+    return Checked(
+        config=config,
+        world=world,
+        images=len(train),
+        validation_images=len(validation),
+        steps=order.steps,
+        micro_batch=stream.steps.micro_batch,
+        accumulation=stream.steps.accumulation,
+        dense=float(cost_of(model, DENSE)["multiply_adds"]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        plateaus=_plateaus(config, model),
+        quality=shuffle_quality(order, train.labels, batches=16),
+    )
+
+
+def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
+    changes = course_of(config).changes(config.epochs)
+    borders = [*[start for start, _ in changes], float(config.epochs)]
+    found = []
+    for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
+        about = cost_of(model, plan)
+        found.append(Plateau(start, end, plan, about["tokens"], float(about["multiply_adds"])))
+    return found
+
+
+def _runs(tokens: list[int]) -> str:
+    """[17, 17, 12, 12] -> "17x2 12x2"."""
+    text: list[list[int]] = []
+    for n in tokens:
+        if text and text[-1][0] == n:
+            text[-1][1] += 1
+        else:
+            text.append([n, 1])
+    return " ".join(f"{n}x{count}" for n, count in text)

@@ -1,0 +1,237 @@
+"""`trilevel plan CONFIG --nodes N --from BENCH.json`: what a run would take on machines that are not there yet. A simulation on paper.
+
+What was measured on one device (`bench step --json`), of the loader (`bench input --json`) and, where it is given, in a short run of
+one process (its directory: what a step takes beyond its passes) is put together for N nodes:
+  step = max(loader, images per device x passes + engine + all-reduce), nothing overlapped but the loader.
+So it errs on the slow side where the engine reduces gradients during the backward pass. Evaluation and checkpoints come on top.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.loader.dataset import open_indexes
+from trainer.journal.reader import lineage
+from trainer.model.schedule import UNKNOWN, stretches
+from trainer.preflight.check import check
+
+GRADIENT_BYTES = {"bf16": 2, "autocast": 4, "float32": 4}  # per parameter, as the engine sends them
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured. passes: {row: seconds per image of forward, backward and optimizer}; decode: core seconds per image;
+    engine: seconds per step beyond the passes. cpu: the passes were made on a CPU, by `threads` cores."""
+
+    passes: dict[str, float]
+    decode: float | None = None
+    engine: float | None = None
+    cpu: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run on paper. parts: hours of each resource, were it alone; demand: images/s that a node must be fed at its busiest."""
+
+    about: str
+    steps: int
+    hours: float
+    devices: int
+    parts: dict[str, float]
+    images_per_second: float  # of a node, mean over the run
+    demand: float
+    bytes_per_second: float  # of a node, at its busiest
+    cores: int
+    supply: float | None  # images/s that the cores of a node decode
+    multiply_adds: float  # of the whole run, forward
+    notes: tuple[str, ...]
+
+    @property
+    def wall(self) -> str:
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "simulation": True, "steps": self.steps, "hours": self.hours, "device_hours": self.hours * self.devices,
+            "images_per_second_per_node": self.images_per_second, "images_per_second_per_node_peak": self.demand,
+            "bytes_per_second_per_node": self.bytes_per_second, "images_per_second_per_core": self.demand / self.cores,
+            "images_per_second_decoded": self.supply, "multiply_adds": self.multiply_adds, "hours_of": self.parts,
+            "wall": self.wall, "notes": list(self.notes),
+        }  # fmt: skip
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.about}: on paper, nothing of this was run", title_justify="left", show_header=False)
+        table.add_column(justify="left")
+        table.add_column(justify="right")
+        table.add_column(justify="left")
+        table.add_row("steps", f"{self.steps:,}", "")
+        table.add_row("hours", f"{self.hours:.4g}", "training steps; evaluation and checkpoints come on top")
+        table.add_row("device hours", f"{self.hours * self.devices:.4g}", f"{self.devices} device(s)")
+        table.add_row("multiply-adds", f"{self.multiply_adds:.3g}", "forward, whole run")
+        table.add_row("images/s per node", f"{self.images_per_second:,.0f}", f"mean; {self.demand:,.0f} at its busiest")
+        table.add_row("MB/s per node", f"{self.bytes_per_second / 1e6:,.1f}", "read, at its busiest")
+        have = "not measured" if self.supply is None else f"{self.supply / self.cores:,.0f} were decoded"
+        table.add_row("images/s per core", f"{self.demand / self.cores:,.1f}", f"needed, of {self.cores} core(s); {have}")
+        for name, hours in self.parts.items():
+            table.add_row(f"{name} alone", f"{hours:.4g} h", "<- the wall" if name == self.wall else "")
+        return table
+
+    def text(self) -> str:
+        return "\n".join(f"note: {note}" for note in self.notes)
+
+
+def read(paths: list[str]) -> Bench:
+    """JSON files of `bench step` and `bench input`, and run directories. Raises ConfigError for what is none of them."""
+    passes, decode, runs, cpu, threads = {}, None, [], False, 1
+    for path in paths:
+        if Path(path).is_dir():
+            runs.append(Path(path))
+            continue
+        try:
+            rows = json.loads(Path(path).read_text())
+            unit = rows["ours"]["unit"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--from {path}: {type(error).__name__}: {error}; give JSON of `bench step` or `bench input`, or a run"
+            ) from error
+        if unit == "ms":
+            passes = {name: 1 / row["images_per_second"] for name, row in rows.items() if row.get("unit") == "ms"}
+            cpu, threads = bool(rows["run"].get("cpu", False)), int(rows["run"].get("threads", 1))
+        else:
+            decode = rows["ours"]["cpu_ms"] / 1000
+    if not passes:
+        raise ConfigError(f"--from {' '.join(paths)}: the step was not measured: trilevel bench step CONFIG --json FILE")
+    found = Bench(passes, decode, None, cpu, threads)
+    beyond = [seconds for run in runs for seconds in _beyond(run, found)]
+    return Bench(passes, decode, max(0.0, median(beyond)) if beyond else None, cpu, threads)
+
+
+def plan(
+    config: Config, bench: Bench, nodes: int, processes: int = 1, bandwidth: float | None = None, cores: int = 1
+) -> Planned:
+    """The run on `nodes` x `processes` devices; bandwidth: GB/s of a node's network (of the processes on one node). Raises ConfigError."""
+    for name, value in (("--nodes", nodes), ("--processes", processes), ("--cores", cores)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: at least 1")
+    if bandwidth is not None and bandwidth <= 0:
+        raise ConfigError(f"--bandwidth {bandwidth:g}: GB/s, above 0")
+    world = nodes * processes
+    checked, (index, _) = check(config, world), open_indexes(config, verify=False)
+    local = config.data.batch / world  # images of a device in a step
+    # a GPU has itself to itself; on a CPU the cores of a node are shared, by the passes and by decoding
+    slower = processes * bench.threads / cores if bench.cpu else 1.0
+    decode = bench.decode or 0.0
+    ring = nodes if nodes > 1 else processes
+    sent = 2 * (ring - 1) / ring * checked.parameters * GRADIENT_BYTES[config.engine.precision] * _volume(config)
+    reduce = sent / (bandwidth * 1e9) if bandwidth else 0.0
+    engine = bench.engine or 0.0
+    parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
+    steps = total = images = multiply_adds = 0.0
+    fastest = float("inf")
+    for spell in _spells(config, checked.images, bench.passes):
+        compute = local * spell.passes * slower
+        load = local * processes * decode / cores
+        one = compute + engine + reduce + (load if bench.cpu else 0.0)
+        one = max(one, load)
+        parts["compute"] += spell.steps * compute
+        parts["loader"] += spell.steps * load
+        parts["engine"] += spell.steps * engine
+        parts["all-reduce"] += spell.steps * reduce
+        steps, total, fastest = steps + spell.steps, total + spell.steps * one, min(fastest, one)
+        images += spell.steps * config.data.batch
+    for p in checked.plateaus:
+        multiply_adds += (p.end - p.start) / config.epochs * images * p.multiply_adds
+    demand = config.data.batch / fastest / nodes
+    notes = [
+        f"passes on a {'CPU' if bench.cpu else 'GPU'}, {bench.passes['ours'] * 1000:.3g} ms per image under the final plan"
+    ]
+    notes += (
+        [] if bench.decode else ["the loader was not measured: --from the JSON of `trilevel bench input CONFIG --json FILE`"]
+    )
+    notes += (
+        []
+        if bench.engine is not None
+        else ["what a step takes beyond its passes was not measured: --from a short run's directory"]
+    )
+    notes += [] if bandwidth or world == 1 else ["gradients are taken to travel at once: --bandwidth GB/s"]
+    if bandwidth and nodes == 1 and world > 1:
+        notes.append("one node: --bandwidth is taken for what its processes have between them")
+    if config.examples.method in UNKNOWN:
+        notes.append(f"examples.method={config.examples.method} decides in the run what it leaves out: counted as nothing")
+    size = float(index.length.mean()) if len(index) else 0.0
+    return Planned(
+        about=f"{config.name}, {nodes} node(s) x {processes}", steps=round(steps), hours=total / 3600, devices=world,
+        parts={name: seconds / 3600 for name, seconds in parts.items()}, images_per_second=images / total / nodes,
+        demand=demand, bytes_per_second=demand * size, cores=cores,
+        supply=cores / bench.decode if bench.decode else None, multiply_adds=multiply_adds, notes=tuple(notes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Spell:
+    """Steps under one plan in one epoch; passes: seconds per image."""
+
+    steps: float
+    passes: float
+
+
+def _spells(config: Config, examples: int, passes: dict[str, float]) -> list[_Spell]:
+    """Every stretch of the schedule by what was measured of it. Raises ConfigError where the bench is of another schedule."""
+    changes = stretches(config)
+    removed = 0.0 if config.examples.method in UNKNOWN else config.examples.removed
+    rounds = config.data.repeats
+    everything = -(-(config.epochs - round(config.examples.anneal * config.epochs)) // rounds) * rounds  # as in `bench step`
+    found = []
+    for (start, end), (_, under) in zip(pairwise([*[s for s, _ in changes], float(config.epochs)]), changes, strict=True):
+        row = "ours" if under == changes[-1][1] else f"ours from epoch {start:g}"
+        if row not in passes:
+            raise ConfigError(
+                f"--from: the step bench has no row {row!r} ({', '.join(passes)}): it is of another schedule; measure this "
+                "configuration: trilevel bench step CONFIG --json FILE"
+            )
+        for epoch in range(int(start), -(-int(end * 1e6) // 10**6)):
+            inside = max(0.0, min(end, epoch + 1) - max(start, epoch))
+            shown = examples - round(removed * examples) if epoch < everything else examples
+            found.append(_Spell(inside * (shown // config.data.batch), passes[row]))
+    return found
+
+
+def _volume(config: Config) -> float:
+    """ZeRO 3 gathers the parameters twice in a step where the others send as much once."""
+    return 1.5 if config.engine.kind == "deepspeed" and config.engine.zero == 3 else 1.0
+
+
+def _beyond(run: Path, bench: Bench) -> list[float]:
+    """Seconds per step that a run of one process took beyond its passes and its waiting, by step line under the final plan's row."""
+    found: list[float] = []
+    world, batch, config, first = 1, 1, None, True
+    for line in lineage(run):
+        if line["kind"] == "start":
+            world, batch, first = line["world"], line["config"]["data"]["batch"], True
+            config = Config.model_validate(line["config"])
+        elif line["kind"] == "step" and config is not None:
+            if not first and line.get("images"):  # the first line has the warm-up in it
+                under = [row for start, row in _rows(config) if start <= line["progress"]][-1]
+                steps = line["images"] / batch
+                found.append(line["seconds"] * (1 - line["data_wait"]) / steps - batch * bench.passes.get(under, 0.0))
+            first = False
+    if world != 1:
+        raise ConfigError(f"--from {run}: its {world} processes waited for each other; give a short run of one process")
+    if not found:
+        raise ConfigError(f"--from {run}: too short, it has no second step line; train some steps with log_every=10step")
+    return found
+
+
+def _rows(config: Config) -> list[tuple[float, str]]:
+    changes = stretches(config)
+    return [(start, "ours" if under == changes[-1][1] else f"ours from epoch {start:g}") for start, under in changes]

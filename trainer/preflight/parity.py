@@ -1,0 +1,236 @@
+"""`trilevel parity CONFIG`: our recipe and timm's own pieces, step by step on the same batches, until something differs.
+
+Ours: SparseViT at keep 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and average.
+timm's: see `reference`. Both run freely from their own initialisation, in float32 without drop path and dropout, and every
+tensor on the way is compared: to the bit unless a tolerance is given.
+
+Not compared here: decoding and the augmentation on the host (held against timm in the tests), the engine, gradient clipping
+(the same call on both sides), and the noise of erasing (timm's is not keyed; both sides get ours).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+
+from sparsity.types import DENSE
+from trainer.config.run_config import Config
+from trainer.data.augment.mixup import mix_images, sample
+from trainer.data.augment.on_device import finish
+from trainer.data.batch import Batch
+from trainer.data.loader.dataset import opened
+from trainer.data.loader.stream import Stream
+from trainer.model.build import build_model
+from trainer.model.ema import Ema
+from trainer.model.objective import Objective
+from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import learning_rate, set_learning_rate
+from trainer.preflight.timm_recipe import (
+    Legacy,
+    Thing,
+    Timm,
+    clip,
+    gradients,
+    initial,
+    parameters,
+    rates,
+    schedule_points,
+    seed_of,
+)
+
+SCHEDULE_TOLERANCE = 1e-12  # progress in epochs against a count of steps: the last bit of a double
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first thing that differs: at which step (-1: before the first) and by how much at most.
+
+    `relative` is the difference over the largest value of timm's tensor; `ours` and `theirs` are the values there.
+    """
+
+    step: int
+    what: str
+    name: str
+    difference: float
+    relative: float
+    ours: float
+    theirs: float
+
+    def __str__(self) -> str:
+        when = "before the first step" if self.step < 0 else f"at step {self.step}"
+        which = f"{self.what} {self.name}".strip()
+        return (
+            f"first divergence {when}: {which}, ours {self.ours:.9g}, timm's {self.theirs:.9g} (relative {self.relative:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared and how it ended. `first` None: equal (within `tolerance`, 0 = to the bit) over all `steps`."""
+
+    steps: int
+    first: Divergence | None
+    tolerance: float
+    largest: dict[str, float] = field(default_factory=dict)  # kind of thing -> largest relative difference seen
+    losses: tuple[float, float] = (float("nan"), float("nan"))  # of the first and the last step
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def equal(self) -> bool:
+        return self.first is None
+
+    def __str__(self) -> str:
+        if self.first is not None:
+            return str(self.first)
+        how = "to the bit" if self.tolerance == 0 else f"within {self.tolerance:g}"
+        loss = f"loss {self.losses[0]:.4f} -> {self.losses[1]:.4f}"
+        return f"equal {how} over {self.steps} steps ({loss}): {', '.join(self.largest)}"
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps({"equal": self.equal, **asdict(self)}, indent=1) + "\n")
+
+
+def parity(
+    config: Config,
+    steps: int = 200,
+    *,
+    against: Config | None = None,
+    tolerance: float = 0.0,
+    rows: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Certificate:
+    """Run `steps` optimizer steps of both sides on the first `rows` (default: a micro-batch) of each global batch.
+
+    `against`: what timm's side is built from, where that should not be `config`. Raises DataError without shards, ConfigError
+    where timm has no such thing.
+    """
+    config, against = _plain(config), _plain(against or config)
+    device, rows = torch.device(device), rows or config.data.micro_batch
+    index = opened(config.data.train, config, config.data.verify)
+    stream = Stream(index, config, 0, 1)
+    batches = stream.order(0, None).steps
+    ours = _Ours(config, batches, device)
+    theirs = Timm(against, batches, device, ours.model.state_dict() if config.model.init != "random" else None)
+    facts = {
+        "config": config.name,
+        "fingerprint": config.fingerprint(),
+        "model": config.model.name,
+        "optimizer": config.optim.name,
+        "loss": config.optim.loss,
+        "initialisation": "compared" if config.model.init == "random" else "timm's side takes ours",
+        "changed": "float32, drop path and dropout 0, every token and connection kept",
+        "rows": rows,
+        "device": device.type,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }  # fmt: skip
+    seen: dict[str, float] = {}
+    losses: list[float] = []
+
+    def first(step: int, a: Iterator[Thing], b: Iterator[Thing]) -> Divergence | None:
+        for x, y in itertools.zip_longest(a, b):
+            if x is None or y is None or x[:2] != y[:2]:
+                alone = x or y
+                assert alone is not None
+                return Divergence(step, alone.what, f"{alone.name} (on one side only)", *[float("nan")] * 4)
+            if x.what == "loss" and x.name == "mean":
+                losses.append(float(x.value.detach()))
+            allowed = SCHEDULE_TOLERANCE if x.what == "learning rate" else tolerance
+            relative, found = _compare(step, x, y)
+            seen[x.what] = max(seen.get(x.what, 0.0), relative)
+            if not relative <= allowed:
+                return found
+        return None
+
+    found = first(-1, ours.start(), theirs.start())
+    presented = itertools.chain.from_iterable(stream.epoch(epoch, None) for epoch in itertools.count())
+    step = 0
+    while found is None and step < steps:
+        batch = _whole_pairs(next(presented), rows, device)
+        found = first(step, ours.step(step, batch), theirs.step(step, batch))
+        step += 1
+    ends = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
+    return Certificate(step, found, tolerance, seen, ends, facts)
+
+
+def _compare(step: int, ours: Thing, theirs: Thing) -> tuple[float, Divergence | None]:
+    """Largest difference relative to the largest value of timm's tensor; NaN where either holds one."""
+    a, b = ours.value.detach(), theirs.value.detach()
+    if torch.equal(a, b):
+        return 0.0, None
+    if a.shape != b.shape:
+        text = f"{ours.name} {list(a.shape)} against {list(b.shape)}"
+        return float("nan"), Divergence(step, ours.what, text, *[float("nan")] * 4)
+    distance = (a.double() - b.double()).abs().flatten()
+    worst = int(distance.argmax())
+    scale = float(b.double().abs().max()) or 1.0
+    relative = float(distance[worst]) / scale
+    values = (float(side.flatten()[worst]) for side in (a, b))
+    return relative, Divergence(step, ours.what, ours.name, float(distance[worst]), relative, *values)
+
+
+class _Ours:
+    """The recipe as `train` runs it, on one device without an engine."""
+
+    def __init__(self, config: Config, batches: int, device: torch.device):
+        self.config, self.batches = config, batches
+        wrapped = build_model(config)
+        self.wrapped, self.model = wrapped.to(device), wrapped.vit
+        self.objective, self.optimizer = Objective(config), build_optimizer(wrapped, config.optim)
+        self.ema = Ema(self.model, config.optim.ema)
+
+    def start(self) -> Iterator[Thing]:
+        yield from initial(self.model, self.optimizer)
+        for t in schedule_points(self.config, self.batches):
+            set_learning_rate(self.optimizer, learning_rate(self._progress(t), self.config))
+            yield from rates(self.optimizer, f"of step {t}")
+
+    def step(self, step: int, batch: Batch) -> Iterator[Thing]:
+        config, w = self.config, batch.weights
+        self.wrapped.train()
+        set_learning_rate(self.optimizer, learning_rate(self._progress(step), config))
+        yield from rates(self.optimizer, f"of step {step}")
+        images = finish(batch, config.augment)
+        yield Thing("images", "before mixing", images)
+        rng: Any = Legacy(np.random.RandomState(seed_of(config, step)))
+        mix = sample(config.augment, rng, config.model.image_size)
+        images, targets = mix_images(images, mix, w), self.objective.targets(batch.labels, mix, w)
+        yield Thing("images", "mixed", images)
+        yield Thing("targets", "", targets)
+        logits = self.wrapped(images, DENSE).logits
+        yield Thing("logits", "", logits)
+        loss = (self.objective.losses(logits, targets) * w).sum() / w.sum()
+        yield Thing("loss", "mean", loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        yield from gradients(self.model)
+        clip(self.model, config)
+        self.optimizer.step()
+        yield from parameters("weight", self.model)
+        self.ema.update(self.model)
+        yield from (Thing("average", name, value) for name, value in self.ema.state_dict().items())
+
+    def _progress(self, step: int) -> float:
+        return step // self.batches + step % self.batches / self.batches
+
+
+def _plain(config: Config) -> Config:
+    """The same run without drop path and dropout, whose masks would be drawn from two generators."""
+    rates = {name: 0.0 for name in config.model.args if name.endswith(("drop_rate", "drop_path_rate"))}
+    model = config.model.model_copy(update={"drop_path": 0.0, "args": {**config.model.args, **rates}})
+    return config.model_copy(update={"model": model})
+
+
+def _whole_pairs(batch: Batch, rows: int, device: torch.device) -> Batch:
+    """The first rows of a batch, less the pairs with a broken image or padding in them: timm's losses know no weights."""
+    whole = (batch.weights.view(-1, 2) > 0).all(1).repeat_interleave(2)
+    kept = whole.nonzero().flatten()[: rows - rows % 2]
+    return Batch(*(value[kept].to(device) for value in batch[:-1]), batch.broken)  # pyright: ignore

@@ -1,0 +1,63 @@
+"""`trilevel verify`: decode every example of a set of shards, list those that can't be."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.data.augment.decode import decode_exact
+from trainer.data.errors import DataError
+from trainer.data.progress import bar
+from trainer.data.remote.cache import Cache
+from trainer.data.remote.url import scheme
+from trainer.data.shards.index import open_index
+from trainer.data.shards.reader import Reader
+
+_CHUNK = 256  # examples read and decoded together
+
+
+class Broken(NamedTuple):
+    """An example that can't be decoded. id: as in the index; where: shard and key; reason: for people."""
+
+    id: int
+    where: str
+    reason: str
+
+
+def verify(
+    pattern: str,
+    labels: str = "cls",
+    *,
+    workers: int = 4,
+    progress: bool = True,
+    folder: str | None = None,
+    cache: Cache | None = None,
+    allow_pipe: bool = False,
+) -> list[Broken]:
+    """Every example that can't be read or decoded, in order of ids. Raises DataError where shards and index don't fit.
+
+    All bytes are held against the index: of files first, of remote shards when they come through the cache. Images are decoded
+    whole, as evaluation does, in threads: the decoder lets go of the interpreter. folder, cache, allow_pipe: see `build_index`.
+    """
+    index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder, allow_pipe=allow_pipe)
+    chunks = [np.arange(at, min(at + _CHUNK, len(index))) for at in range(0, len(index), _CHUNK)]
+
+    def broken(ids: np.ndarray) -> list[Broken]:
+        found = []
+        for example, data in zip(ids.tolist(), Reader(index, cache).read(ids), strict=True):
+            try:
+                if isinstance(data, DataError):
+                    raise data
+                decode_exact(data)
+            except ValueError as error:
+                found.append(Broken(example, index.where(example), str(error)))
+        return found
+
+    result: list[Broken] = []
+    with ThreadPoolExecutor(max(workers, 1)) as pool, bar("verify", len(index), "images", progress) as shown:
+        for ids, found in zip(chunks, pool.map(broken, chunks), strict=True):
+            result += found
+            shown.advance(shown.task_ids[0], len(ids))
+    return result

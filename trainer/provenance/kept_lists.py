@@ -1,0 +1,66 @@
+"""The kept lists of a run: which examples each epoch showed, whole, so that any batch can be rebuilt and every batch audited.
+
+RUN/kept/HASH.npz holds the packed bits of a selection and its weights where it has any. HASH is the selection's own hash, which
+the journal's `epoch` lines carry: equal selections share a file (a method that changes nothing writes one), attempts can't
+overwrite each other's, and a file that was touched no longer has its name. An ImageNet list is 160 kB before compression.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+from sparsity.examples.curriculum import selection_hash
+from sparsity.types import Selection
+from trainer.storage.disk import Disk
+
+FOLDER = "kept"
+
+
+class KeptError(ValueError):
+    """A kept list that is missing or not what it was; the text names the file and the way out."""
+
+
+def path_of(run: Path | str, name: str) -> Path:
+    return Path(run) / FOLDER / f"{name}.npz"
+
+
+def write(run: Path | str, selection: Selection) -> Path:
+    """Write the list of a selection, unless it is there. Raises OSError (a full disk) and leaves no half file."""
+    path = path_of(run, selection.facts["hash"])
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    weight = {} if selection.weight is None else {"weight": selection.weight}
+    np.savez_compressed(content, allow_pickle=False, keep=selection.keep, **weight)
+    partial, disk = path.with_name(f".{path.name}.{os.getpid()}"), Disk()
+    try:
+        disk.write(partial, [content.getbuffer()])
+        disk.rename(partial, path)
+        disk.sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read(run: Path | str, name: str, num_examples: int) -> Selection:
+    """The selection with this hash. Raises KeptError: missing, unreadable, of another data set, or not the one of that name."""
+    path = path_of(run, name)
+    if not path.is_file():
+        raise KeptError(f"kept list {path} is missing: copy the folder {FOLDER}/ of the run too")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            keep, weight = arrays["keep"], arrays.get("weight")
+    except Exception as error:  # zip, zlib, numpy: each has its own
+        raise KeptError(f"kept list {path} can't be read ({error}): bring it back from a copy of the run") from error
+    if keep.dtype != np.uint8 or keep.shape != (-(-num_examples // 8),) or (weight is not None and len(weight) != num_examples):
+        raise KeptError(f"kept list {path} is no list over {num_examples} examples: is data.train the data of the run?")
+    if selection_hash(keep, weight) != name:
+        raise KeptError(
+            f"kept list {path} was changed: it no longer has the hash in its name; bring it back from a copy of the run"
+        )
+    return Selection(keep, int(np.bitwise_count(keep).sum()), weight, {"hash": name})

@@ -1,0 +1,167 @@
+"""`trilevel replay RUN --step S`: one global batch of a run as the model saw it, from configuration, index and kept list alone.
+
+Rows, keys and pixels are made by the stream's own code, flip, normalisation, erasing and mixing by the device's own code (on the
+CPU here); pictures are denormalised for viewing. No checkpoint and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from trainer.config.schema import Augment
+from trainer.data.augment.mixup import Mix, draw_mix, mix_images, shares
+from trainer.data.augment.on_device import finish
+from trainer.data.batch import Batch
+from trainer.data.loader.batch_maker import Maker
+from trainer.model.schedule import learning_rate, plan_at
+from trainer.provenance.hash_chain import digest, linked
+from trainer.provenance.recorded_run import Past
+
+ACROSS, SHEET = 16, 256  # pictures in a row and on a contact sheet
+SHOWN = 24  # rows of the printed table
+_PART = 64  # rows finished at a time, so that a batch of 4,096 fits a laptop
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A global batch of b rows. batch: what the host made. images: (b, 3, S, S) uint8, as the model saw them, denormalised.
+
+    rows: one dict per row; facts: about the step. confirmed: whether the journal's chain says that it was this batch
+    (None where it has no line behind the step).
+    """
+
+    batch: Batch
+    images: Tensor
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any]
+    confirmed: bool | None
+
+    def table(self) -> Table:
+        table = Table(title=self.facts["title"], title_justify="left")
+        names = ("row", "id", "key", "label", "weight", "flip", "erase", "crop", "partner", "own_share")
+        for name in names:
+            table.add_column(name.replace("_", " "), justify="left" if name in ("key", "label") else "right")
+        for row in self.rows[:SHOWN]:
+            table.add_row(*[_text(row[name]) for name in names])
+        return table
+
+    def text(self) -> str:
+        more = f"the first {SHOWN} of {len(self.rows)} rows\n" if len(self.rows) > SHOWN else ""
+        said = {True: "the journal's chain confirms these rows", None: "the journal has no chain behind this step yet"}
+        broken = [f"broken: {number}: {reason}\n" for number, reason in self.batch.broken]
+        if self.facts["skipped"]:
+            broken.append("this step was not taken: its loss or its gradient was not finite\n")
+        return more + "".join(broken) + said.get(self.confirmed, "NOT what the journal's chain says: see `trilevel audit`")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def replay(past: Past, step: int) -> Replayed:
+    """Rebuild the batch of a step, as the journal counts. Raises PastError, KeptError or DataError."""
+    config, stretch = past.config, past.stretch(step)
+    rows, order, selection = past.rows(stretch, step), past.order(stretch), past.selection(stretch.kept)
+    maker = Maker(past.index, config, train=True)
+    batch = maker.batch(stretch.epoch, rows, len(rows.ids))
+    if selection.weight is not None:
+        batch = batch._replace(weights=batch.weights * torch.from_numpy(selection.weight)[batch.ids])
+    mix = draw_mix(config.augment, config.seed, step - 1, config.model.image_size)
+    number = stretch.batch + step - stretch.first - 1
+    progress = stretch.epoch + number / order.steps
+    plan = plan_at(progress, config)
+    facts = {
+        "title": f"{past.run} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",
+        "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
+        "progress": progress, "lr": learning_rate(progress, config), "keep_tokens": plan.keep_tokens,
+        "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
+        "skipped": past.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
+        "broken": [list(one) for one in batch.broken],
+    }  # fmt: skip
+    confirmed = _confirmed(past, step, batch)
+    return Replayed(
+        batch, _seen(batch, mix, config.augment), _rows(past, maker, batch, mix), facts | {"confirmed": confirmed}, confirmed
+    )
+
+
+def _seen(batch: Batch, mix: Mix, augment: Augment) -> Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
+    found = []
+    for start in range(0, len(batch.ids), _PART):  # even: pairs stay together
+        part = Batch(*[field[start : start + _PART] for field in batch[:-1]], broken=[])
+        images = mix_images(finish(part, augment), mix, part.weights)
+        found.append(((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8))
+    return torch.cat(found)
+
+
+def _rows(past: Past, maker: Maker, batch: Batch, mix: Mix) -> list[dict[str, Any]]:
+    index, own = past.index, shares(mix, batch.weights)[0].tolist()
+    broken = dict(batch.broken)
+    boxes = maker.boxes(batch.ids.numpy(), batch.draw.numpy())
+    found = []
+    for row, number in enumerate(batch.ids.tolist()):
+        label = int(batch.labels[row])
+        found.append({
+            "row": row, "id": number, "key": index.key(number), "shard": index.names[int(index.shard_of(number))],
+            "label": label, "class": index.classes[label] if label < len(index.classes) else str(label),
+            "copy": int(batch.copies[row]), "weight": float(batch.weights[row]), "flip": bool(batch.flip[row]),
+            "erase": batch.erase[row].tolist(), "crop": boxes[row], "draw": f"{int(batch.draw[row]) & (1 << 64) - 1:016x}",
+            "partner": row ^ 1, "own_share": own[row], "broken": broken.get(number),
+        })  # fmt: skip
+    return found
+
+
+def _confirmed(past: Past, step: int, batch: Batch) -> bool | None:
+    """Whether the chain's window around the step closes with this batch in it."""
+    before = max((mark for mark in past.marks if mark.step < step), default=None)
+    mark = min((mark for mark in past.marks if mark.step >= step), default=None)
+    if mark is None:
+        return None
+    head, first = (before.chain, before.step) if before else ("", 0)
+    for at in range(first + 1, mark.step + 1):
+        stretch = past.stretch(at)
+        rows = past.rows(stretch, at)
+        ids, keys, weights = rows.ids, past.keys(stretch, rows), ~np.isin(rows.ids, list(mark.broken)) * 1.0
+        if at == step:
+            ids, keys, weights = batch.ids.numpy(), batch.draw.numpy(), batch.weights.numpy()
+        head = linked(head, digest(ids, keys, weights))
+    return head == mark.chain
+
+
+def write(replayed: Replayed, folder: Path) -> list[Path]:
+    """batch.json (facts and rows), rows.csv, images.npz (ids and pictures, uint8) and contact sheets; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "batch.json", folder / "rows.csv", folder / "images.npz"]
+    paths[0].write_text(json.dumps(replayed.facts | {"rows": replayed.rows}, indent=1) + "\n")
+    with open(paths[1], "w", newline="") as file:
+        table = csv.DictWriter(file, replayed.rows[0].keys())
+        table.writeheader()
+        table.writerows(replayed.rows)
+    np.savez(paths[2], ids=replayed.batch.ids.numpy(), images=replayed.images.numpy())
+    for start in range(0, len(replayed.images), SHEET):
+        paths.append(folder / f"sheet-{start // SHEET:02d}.png")
+        _sheet(replayed.images[start : start + SHEET]).save(paths[-1])
+    return paths
+
+
+def _sheet(images: Tensor) -> PIL.Image.Image:
+    """(b, 3, S, S) -> one picture, rows of the batch in reading order, mixing partners side by side."""
+    b, _, side, _ = images.shape
+    cell = side + 2
+    sheet = torch.full((-(-b // ACROSS) * cell, min(b, ACROSS) * cell, 3), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // ACROSS * cell, i % ACROSS * cell
+        sheet[top : top + side, left : left + side] = image.permute(1, 2, 0)
+    return PIL.Image.fromarray(sheet.numpy())

@@ -1,0 +1,215 @@
+"""Every run carries its own control: at each plateau it times dense forward and backward passes beside its own.
+
+Same process, same weights, same batch, interleaved, so that a slow node is slow for both. Nothing of the run is touched:
+gradients are taken by `torch.autograd.grad` on the network without DeepSpeed's or DDP's wrapper, so no hook fires, nothing is sent
+and nothing is accumulated; random generators are put back. `Control.look` gives the `control` line of the journal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity import attention
+from sparsity.types import DENSE, Plan
+from sparsity.vit import SparseViT
+from trainer.config.run_config import Config
+from trainer.engine.engine import Engine
+from trainer.model.build import cost_of
+from trainer.model.objective import Objective
+from trainer.model.schedule import course_of
+from trainer.telemetry.meters import Clock
+
+WARM, WATCHED = 5, 20  # steps under a new plan before real steps are timed, and how many are
+FEWEST, MOST = 3, 10  # pairs of passes
+COMPILING = 60.0  # s that the first dense pass may take under torch.compile (DeiT-S on a GPU takes less)
+TELLING = 0.05  # share of a dense pass, or of a step, from which on a loss is named
+
+
+class Control:
+    """Watches the plateaus of a run and times its control, within `config.control` (a share of the training time)."""
+
+    def __init__(self, config: Config, engine: Engine, objective: Objective, want: frozenset[str]):
+        self.config, self.engine, self.objective, self.want = config, engine, objective, want
+        self._borders = [start for start, _ in course_of(config).changes(config.epochs)]
+        self._plan: Plan | None = None
+        self._plans_seen: set[Plan] = set()
+        self._began = self._from = Clock(0, 0.0, 0.0)
+        self._done, self._told_short = False, False
+        self._spent = 0.0
+        self._dense: SparseViT | None = None
+
+    def look(
+        self,
+        progress: float,
+        steps: int,
+        plan: Plan,
+        clock: Clock,
+        at_hand: tuple[Tensor, Tensor, Tensor],
+        ending: bool = False,
+    ) -> dict[str, Any] | None:
+        """After each step, on all ranks, no collectives; the facts of a `control` line once per plateau, else None.
+
+        steps: batches in this epoch. clock: of the real steps so far. at_hand: a micro-batch, images (b, 3, H, W) float, targets (b, C),
+        draw (b,). ending: no step comes after this one.
+        """
+        if plan != self._plan:
+            lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
+            short = not self._done and last is not None and not self._told_short
+            self._began, self._done = clock, self.config.control == 0.0
+            self._plans_seen.add(plan)
+            if short and last is not None:
+                self._told_short = True  # a plan that changes every step would say it every step
+                return self._not_measured(last, f"the plan changed after {lasted} steps, {WARM + WATCHED} are watched first")
+        passed = clock.steps - self._began.steps
+        if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._told_short:
+            self._done = True
+            return self._not_measured(
+                plan, f"training ended after {passed + 1} steps of it, {WARM + WATCHED} are watched first"
+            )
+        if self._done or passed < WARM + WATCHED:
+            self._from = clock if passed == WARM else self._from
+            return None
+        self._done = True
+        started = time.perf_counter()
+        facts = self._measured(progress, steps, plan, clock, at_hand)
+        self._spent += time.perf_counter() - started
+        return facts | {"seconds": time.perf_counter() - started}
+
+    def _measured(
+        self, progress: float, steps: int, plan: Plan, clock: Clock, at_hand: tuple[Tensor, Tensor, Tensor]
+    ) -> dict[str, Any]:
+        model: SparseViT = self.engine.module
+        if self.config.engine.kind == "deepspeed" and self.config.engine.zero == 3:
+            return self._not_measured(plan, "with engine.zero=3 no process holds the parameters that a pass of its own needs")
+        bound = cost_of(model, plan)["multiply_adds"] / cost_of(model, DENSE)["multiply_adds"]
+        step = (clock.seconds - self._from.seconds) / WATCHED
+        wait = (clock.waited - self._from.waited) / WATCHED
+        own_pass = step / self.engine.steps.accumulation  # at most
+        dense = self._control(model)
+        compared = plan != DENSE or dense is not model
+        end = min([border for border in self._borders if border > progress] + [float(self.config.epochs)])
+        allowed = self.config.control * (clock.seconds + (end - progress) * steps * step) - self._spent
+        known = DENSE in self._plans_seen if dense is model else self._dense is not None
+        fixed = COMPILING if compared and self.config.engine.compile and not known else 0.0
+        one = own_pass * (1 + 1 / bound) if compared else own_pass
+        pairs = min(MOST, int((allowed - fixed) / one) - 1)  # less one to warm up
+        if pairs < FEWEST:
+            return self._not_measured(
+                plan,
+                f"this plateau is too short: control={self.config.control:g} of the training time leaves {max(allowed, 0):.2g} s for it, "
+                f"{fixed + (FEWEST + 1) * one:.2g} s are needed",
+            )
+        if dense is not model:
+            self._dense = dense
+        passes: dict[str, Callable[[], float]] = {"own": lambda: self._pass(model, plan, self.want, *at_hand)}
+        if compared:
+            passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
+        try:
+            times = interleaved(passes, pairs, self.engine.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return self._not_measured(plan, "a dense pass over this micro-batch does not fit into the memory of the device")
+        return facts(plan, bound, times, step, wait, self.engine.steps.accumulation)
+
+    def _control(self, model: SparseViT) -> SparseViT:
+        """The network of the dense passes: the run's own, or under `compat: authors`, whose attention is slower than timm's, one with
+        the same weights and timm's attention, compiled where the run's is."""
+        if model.attend is attention.fused:
+            return model
+        if self._dense is not None:
+            return self._dense
+        dense = SparseViT(model.vit)
+        if self.config.engine.compile:
+            dense.compile()
+        return dense
+
+    def _pass(
+        self, network: SparseViT, plan: Plan, want: frozenset[str], images: Tensor, targets: Tensor, draw: Tensor
+    ) -> float:
+        """Seconds of one forward and backward pass over a micro-batch."""
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        self._synchronize()
+        started = time.perf_counter()
+        record = self.engine.bare(network, images, plan, want, draw)
+        torch.autograd.grad(self.objective.losses(record.logits, targets).mean(), parameters, allow_unused=True)
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.engine.on_gpu:
+            torch.cuda.synchronize(self.engine.device)
+
+    def _not_measured(self, plan: Plan, why: str) -> dict[str, Any]:
+        return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "said": f"not measured: {why}"}
+
+
+def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torch.device) -> dict[str, list[float]]:
+    """Each pass once to warm up, then `pairs` rounds, every other one backwards; random generators are as before."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for one in passes.values():
+            one()
+        for number in range(pairs):
+            for name in list(passes)[:: 1 if number % 2 == 0 else -1]:
+                times[name].append(passes[name]())
+    return times
+
+
+def facts(
+    plan: Plan, bound: float, times: dict[str, list[float]], step: float, wait: float, accumulation: int
+) -> dict[str, Any]:
+    """The measured fields of a `control` line. bound: multiply-adds, own / dense; times: s per pass; step, wait: s per real step."""
+    own, dense = (median(times.get(name, times["own"])) for name in ("own", "dense"))
+    ratios = [a / b for a, b in zip(times["own"], times.get("dense", times["own"]), strict=True)]
+    measured, longer = median(ratios), accumulation * (dense - own)
+    # a loader that makes the own step wait has that much more time in a dense one
+    dense_step = step + (max(longer - wait, 0.0) if longer > 0 else longer)
+    about = {
+        "keep_tokens": plan.keep_tokens,
+        "keep_connections": plan.keep_connections,
+        "bound_passes": bound,
+        "measured": measured,
+        "measured_min": min(ratios),
+        "measured_max": max(ratios),
+        "pairs": len(ratios),
+        "own_ms": 1000 * own,
+        "dense_ms": 1000 * dense,
+        "step_ms": 1000 * step,
+        "data_wait": wait / step,
+        "passes_share": accumulation * own / step,
+        "step_speedup": max(dense_step, 0.0) / step,
+    }
+    return about | {"said": losses(about)}
+
+
+def losses(about: dict[str, Any]) -> str:
+    """What eats the saving, in words."""
+    found = []
+    if about["data_wait"] > TELLING:
+        found.append(f"the loader: a step waits for data {about['data_wait']:.0%} of its time")
+    if (small := about["measured"] - about["bound_passes"]) > TELLING:
+        found.append(
+            f"launch overhead, small kernels and what is no matrix product: a pass takes {about['measured']:.2f} of dense, its "
+            f"multiply-adds are {about['bound_passes']:.2f} ({small:+.2f})"
+        )
+    outside = 1 - about["passes_share"] - about["data_wait"]
+    if outside > 3 * TELLING:
+        found.append(
+            f"the engine: {outside:.0%} of a step is neither pass nor waiting for data (optimizer, all-reduce, bookkeeping)"
+        )
+    return "; ".join(found) or "nothing eats the saving"
+
+
+def told(line: dict[str, Any]) -> str:
+    """A `control` line for a person."""
+    head = f"control at tokens {line['keep_tokens']:.3g}, connections {line['keep_connections']:.3g}: "
+    if "measured" not in line:
+        return head + line["said"]
+    run = f"; whole run {line['run_speedup']:.3f}x so far (bound {line['run_bound']:.3f}x)" if line.get("run_speedup") else ""
+    return f"{head}a pass takes {line['measured']:.3f} of dense (bound {line['bound_passes']:.3f}){run}; {line['said']}"

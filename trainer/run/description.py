@@ -1,0 +1,94 @@
+"""What places a run: the facts of its start line, its environment and its plan as files. All of it goes to MLflow with the run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sparsity.types import DENSE
+from sparsity.vit import SparseViT
+from trainer.config.run_config import Config
+from trainer.data.shards.index import Index
+from trainer.engine.engine import Engine
+from trainer.model.build import cost_of
+from trainer.model.schedule import course_of
+from trainer.run import directory as run
+
+# Variables that change how a step is computed or where it is sent; others may hold secrets and stay out.
+PREFIXES = ("OMP_", "MKL_", "NCCL_", "GLOO_", "DS_", "TORCH", "PYTORCH_", "CUDA_", "KMP_", "MALLOC_")
+NAMED = ("LD_PRELOAD", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
+MANY_CLASSES = 4096  # above, the start line leaves their names out
+
+
+def start_line(config: Config, engine: Engine, data: dict[str, Index], model: SparseViT) -> dict[str, Any]:
+    """Settings, processes, devices, data and code of an attempt; `data`: the indexes by split."""
+    return {
+        "config": config.resolved(),
+        "world": engine.world,
+        "device": engine.device_name(),
+        "compile_cache": engine.compile_cache,
+        "launcher": run.launcher(),
+        "pixels": sorted({index.packing for index in data.values()} - {""}),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "data": {name: _described(index, getattr(config.data, name)) for name, index in data.items()},
+        "classes": _class_names(data["validation"]),
+        **run.facts(),
+    }
+
+
+def write(directory: Path, config: Config, model: SparseViT) -> None:
+    """RUN/environment.txt and RUN/plan.md. Rank 0 only."""
+    (directory / "environment.txt").write_text(environment())
+    (directory / "plan.md").write_text(plan_table(config, model))
+
+
+def environment() -> str:
+    """Python, system, devices, settings of the surroundings, installed packages; no secrets, no host names."""
+    cores, memory = psutil.cpu_count(logical=True), psutil.virtual_memory().total / 2**30
+    lines = [f"python {sys.version.split()[0]}", f"system {platform.system()} {platform.release()} {platform.machine()}"]
+    lines += [f"cores {cores}", f"memory {memory:.1f} GiB", f"threads {torch.get_num_threads()}"]
+    lines += [f"cuda {torch.version.cuda or 'absent'}"]
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        lines.append(f"device {number}: {about.name}, {about.total_memory / 2**30:.1f} GiB")
+    kept = {k: v for k, v in os.environ.items() if k.startswith(PREFIXES) or k in NAMED}
+    lines += ["", "[environment]", *(f"{name}={value}" for name, value in sorted(kept.items()))]
+    found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]}
+    return "\n".join([*lines, "", "[packages]", *sorted(found, key=str.lower), ""])
+
+
+def plan_table(config: Config, model: SparseViT) -> str:
+    """The stretches of the run under one plan each, as Markdown: epochs, what is kept, tokens per block, multiply-adds."""
+    dense = cost_of(model, DENSE)["multiply_adds"]
+    changes = course_of(config).changes(config.epochs)
+    borders = [*[start for start, _ in changes], float(config.epochs)]
+    lines = [
+        "| epochs | tokens kept at a pruning block | connections kept | tokens per block | multiply-adds | of dense |",
+        "|---|---:|---:|---|---:|---:|",
+    ]
+    for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
+        about = cost_of(model, plan)
+        tokens, cost = " ".join(map(str, about["tokens"])), about["multiply_adds"]
+        kept = f"{plan.keep_tokens:.3f} | {plan.keep_connections:.3f}"
+        lines.append(f"| {start:g} - {end:g} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
+    examples = config.examples
+    lines += ["", f"Examples: {examples.method}, removed {examples.removed:g} of the data set."]
+    return "\n".join([*lines, "Multiply-adds are of one image's forward pass.", ""])
+
+
+def _described(index: Index, pattern: str) -> dict[str, Any]:
+    return {"pattern": pattern, "fingerprint": index.fingerprint, "images": len(index), "classes": len(index.classes)}
+
+
+def _class_names(index: Index) -> list[str]:
+    """For the start line; none where there are very many."""
+    names = [str(name) for name in index.classes]
+    return names if len(names) <= MANY_CLASSES else []

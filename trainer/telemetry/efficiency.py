@@ -1,0 +1,68 @@
+"""What follows from a run's meters: rates of tokens and of arithmetic, and what all attempts cost, killed ones too."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.journal.reader import read
+from trainer.telemetry.meters import Window
+
+TRAINING = 3  # a step takes about three times the multiply-adds of its forward pass: backward twice as many
+
+
+class Totals:
+    """The attempts that lie behind, from the journal, and the one that runs. An attempt lasts from the start of its process to its
+    last line; the time between two attempts, when nothing ran, is nobody's."""
+
+    def __init__(self, directory: Path, attempt: int, world: int, living: float, rate: float):
+        """attempt: the one that runs, of `world` processes; living: seconds that its process lived until now; rate: FLOP/s that
+        its devices reach together in products of large matrices."""
+        self._world, self._began, self._rate = world, time.time() - living, rate
+        self.kept = 1.0  # share of the examples that this epoch shows
+        self.cost: dict[str, Any] = {}  # of an image under this plan, see `model.cost_of`
+        self._joules_now: float | None = None
+        self._first = False  # the first step is told
+        self._wall = self._device = self._joules = 0.0
+        spans: dict[int, tuple[float, float, int, float]] = {}  # attempt: begin, last line, processes, joules
+        if (directory / "journal.jsonl").exists():
+            for line in read(directory):
+                number = line.get("attempt", 0)
+                if number >= attempt:
+                    continue
+                if line["kind"] == "start":
+                    spans[number] = (line["time"] - line.get("starting", 0.0), line["time"], int(line.get("world", 1)), 0.0)
+                elif number in spans:
+                    begin, _, processes, joules = spans[number]
+                    spans[number] = (begin, line["time"], processes, line.get("joules", joules))
+        for begin, last, processes, joules in spans.values():
+            self._wall += last - begin
+            self._device += (last - begin) * processes
+            self._joules += joules
+
+    def of(self, window: Window, useful: float) -> dict[str, float]:
+        """Of a log line: keep_examples; tokens_per_second (computed ones, mean over blocks); mfu: multiply-adds of the model under its
+        plan x 2 x 3 as a share of `rate` (none for what gradient checkpointing computes again); time_to_first_step (s, from
+        the start of the process, once); and `so_far`."""
+        facts, per_second = {"keep_examples": self.kept}, window.facts["images_per_second"]
+        if self.cost:
+            facts["tokens_per_second"] = per_second * sum(self.cost["tokens"]) / len(self.cost["tokens"])
+            facts["mfu"] = per_second * TRAINING * 2 * self.cost["multiply_adds"] / self._rate
+        if not self._first and window.first_step is not None:
+            facts["time_to_first_step"] = window.first_step - self._began
+            self._first = True
+        self._joules_now = window.facts.get("joules")
+        return facts | self.so_far(useful)
+
+    def so_far(self, useful: float) -> dict[str, float]:
+        """goodput: `useful` (seconds of steps in the lineage that survives) as a share of the wall time of all attempts;
+        device_hours: of all of them, useful or not; energy_kwh of the devices where NVML tells."""
+        now = time.time() - self._began
+        facts = {
+            "goodput": min(1.0, useful / max(self._wall + now, 1e-9)),
+            "device_hours": (self._device + now * self._world) / 3600,
+        }
+        if self._joules_now is None:
+            return facts
+        return facts | {"energy_kwh": (self._joules + self._joules_now) / 3.6e6}

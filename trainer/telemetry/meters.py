@@ -1,0 +1,187 @@
+"""Sums kept on the device between two log lines and reduced over ranks once per line: no host sync in a step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsity.types import Outcome
+from trainer.engine.engine import Engine
+from trainer.telemetry.hardware import Gpu, Node, peak_memory
+from trainer.telemetry.step_phases import PHASES, Phases
+
+SYSTEM_EVERY = 10.0  # seconds between two looks at the load of a node, at least
+_SHARES = (*PHASES, "communication")
+_OWN: tuple[str, ...] = (
+    *_SHARES,
+    "memory_peak_mib",
+    "joules",
+    *Node.FIELDS,
+    *Gpu.FIELDS,
+)  # what every rank tells of itself, in this order
+
+
+class Clock(NamedTuple):
+    """Since the start of the attempt, on this rank: steps, seconds (pauses left out), seconds of them waiting for data."""
+
+    steps: int
+    seconds: float
+    waited: float
+
+
+class Window(NamedTuple):
+    """What lies between two log lines. facts: see `Meters.close`; broken: images, {id: reason}; ranks: {phase: its share of a
+    step on every rank}; nodes: {host: {its load}}, where one was looked at; first_step: when (unix) the attempt's first was done."""
+
+    facts: dict[str, Any]
+    broken: dict[int, str]
+    ranks: dict[str, list[float]]
+    nodes: dict[str, dict[str, float]]
+    first_step: float | None = None
+
+
+class Meters:
+    """Weighted loss, accuracy under the correctness rule, images, times, memory; since the last `close`. Collective."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # w * loss, w, right, judged
+        self._images = 0
+        self._broken: list[tuple[int, str]] = []
+        self._waited = 0.0
+        self._started = self._step_began = time.perf_counter()
+        self._steps, self._step_seconds = 0, []
+        self._began, self._all_steps, self._all_waited = self._started, 0, 0.0
+        self._phases = Phases(engine.device, engine.world == 1)
+        self._gpu, self._node = Gpu(engine.device), Node()
+        self._looked = 0.0
+        self.hosts = engine.everyones([os.uname().nodename])
+        self._looks = self.hosts.index(self.hosts[engine.rank]) == engine.rank  # one rank per node tells of it
+        self.mark = self._phases.mark
+        self._first_step: float | None = None
+
+    def add(self, losses: Tensor, weights: Tensor, outcome: Outcome) -> None:
+        """One micro-batch; losses float32 (b,), weights (b,), both on the device. Losses that are not finite are left out."""
+        valid = outcome.valid
+        with torch.no_grad():
+            finite = losses.isfinite()
+            losses, weights = (torch.where(finite, values.detach(), 0.0) for values in (losses, weights))
+            parts = [(losses * weights).sum(), weights.sum(), (outcome.correct & valid).sum(), valid.sum()]
+            self._sums += torch.stack([part.to(torch.float64) for part in parts])
+
+    def count(self, images: int, broken: list[tuple[int, str]], waited: float) -> None:
+        """One step on this rank: images of weight above 0, broken ones (id, reason), seconds spent waiting for the batch."""
+        self._phases.end(waited)
+        now = time.perf_counter()
+        self._first_step = self._first_step or time.time()
+        self._step_seconds.append(now - self._step_began)
+        self._step_began = now
+        self._images += images
+        self._broken += broken
+        self._waited += waited
+        self._steps += 1
+        self._all_steps += 1
+        self._all_waited += waited
+        if self._steps == 1:  # the second step of a window is a sample: nothing is logged in it
+            self._phases.begin()
+
+    def close(self) -> Window:
+        """Collective, a host sync: over all ranks since the last call, and start again.
+
+        facts: loss (nats), train_top1 (share, under the correctness rule), images_per_second (all ranks) and per device, step_ms
+        (mean) and its 50th and 95th percentile on this rank, data_wait (share of the time, mean over ranks), images (over all
+        ranks), seconds, phases {phase: {min, median, max over ranks, slowest: the rank of max, slowest_host}} as shares of a
+        sampled step (of one rank: the median alone), memory_peak_mib (largest of a rank so far), joules (of all devices in this
+        attempt; where NVML tells).
+        """
+        world, device = self._engine.world, self._engine.device
+        counts = torch.tensor([self._images, len(self._broken), self._waited], dtype=torch.float64, device=device)
+        own = torch.zeros(world, len(_OWN), dtype=torch.float64)
+        own[self._engine.rank] = torch.tensor(self._own(), dtype=torch.float64)  # the others add 0: a gather
+        totals = self._engine.sum(torch.cat([self._sums, counts, own.flatten().to(device)])).cpu()
+        loss, weight, right, judged, images, broken, waited = totals[:7].tolist()
+        table = dict(zip(_OWN, totals[7:].view(world, len(_OWN)).numpy().T, strict=True))
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        half, most = np.percentile(self._step_seconds or [0.0], (50, 95))
+        facts: dict[str, Any] = {
+            "loss": loss / weight if weight else float("nan"),
+            "train_top1": right / judged if judged else 0.0,
+            "images_per_second": images / seconds,
+            "images_per_second_per_device": images / seconds / world,
+            "step_ms": 1000 * seconds / max(self._steps, 1),
+            "step_ms_p50": 1000 * half,
+            "step_ms_p95": 1000 * most,
+            "data_wait": waited / world / seconds,
+            "images": images,
+            "seconds": seconds,
+            "memory_peak_mib": round(float(table["memory_peak_mib"].max()), 1),
+        }
+        joules = table["joules"]
+        if not np.isnan(joules).all():
+            facts["joules"] = float(np.nansum(joules))
+        known = {phase: table[phase] for phase in _SHARES if not np.isnan(table[phase]).all()}
+        if known:
+            facts["phases"] = {phase: self._spread(shares) for phase, shares in known.items()}
+        ranks = {phase: [round(float(share), 4) for share in shares] for phase, shares in known.items()} if world > 1 else {}
+        found = dict(self._engine.everyones(self._broken)) if broken else {}
+        self._again()
+        return Window(facts, found, ranks, self._nodes(table), self._first_step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that evaluation or a checkpoint takes."""
+        started = time.perf_counter()
+        yield
+        away = time.perf_counter() - started
+        self._started += away
+        self._began += away
+        self._step_began += away
+        self._phases.away(away)
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self._all_steps, time.perf_counter() - self._began, self._all_waited)
+
+    def _again(self) -> None:
+        alone = self._steps == 1  # every step is logged: then each one is a sample
+        self._sums.zero_()
+        self._broken, self._step_seconds = [], []
+        self._images = self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+        if alone:
+            self._phases.begin()
+
+    def _own(self) -> list[float]:
+        """The row of this rank, nan where it has nothing to tell."""
+        told = self._phases.taken() | {"memory_peak_mib": peak_memory(self._engine.device), "joules": self._gpu.joules()}
+        if time.monotonic() - self._looked >= SYSTEM_EVERY:
+            self._looked = time.monotonic()
+            told |= (self._node.load() if self._looks else {}) | self._gpu.load()
+        return [told.get(name, float("nan")) for name in _OWN]
+
+    def _spread(self, shares: np.ndarray) -> dict[str, Any]:
+        slowest = int(np.nanargmax(shares))
+        if len(shares) == 1:
+            return {"median": round(float(shares[0]), 4)}
+        spread = {"min": float(np.nanmin(shares)), "median": float(np.nanmedian(shares)), "max": float(np.nanmax(shares))}
+        return {k: round(v, 4) for k, v in spread.items()} | {"slowest": slowest, "slowest_host": self.hosts[slowest]}
+
+    def _nodes(self, table: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        nodes: dict[str, dict[str, float]] = {}
+        gpus: dict[str, int] = {}
+        for rank, host in enumerate(self.hosts):
+            load = {name: table[name][rank] for name in Node.FIELDS}
+            number = gpus[host] = gpus.get(host, -1) + 1
+            load |= {name.replace("gpu_", f"gpu_{number}_", 1): table[name][rank] for name in Gpu.FIELDS}
+            known = {name: round(float(value), 3) for name, value in load.items() if not np.isnan(value)}
+            if known:
+                nodes.setdefault(host, {}).update(known)
+        return nodes

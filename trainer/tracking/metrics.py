@@ -1,0 +1,131 @@
+"""What a journal line is in MLflow's words: metrics, parameters, tags, data sets. Pure; knows MLflow's limits, not MLflow.
+
+Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `system/HOST/cpu_utilization_percentage` (per
+node), `run/device_hours` (end). Their step
+is the global optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from trainer.config.run_config import flat
+
+PREFIX = {
+    "step": "train",
+    "system": "system",
+    "epoch": "epoch",
+    "plateau": "plan",
+    "checkpoint": "checkpoint",
+    "control": "control",
+    "end": "run",
+}
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+PARAM_LENGTH = 500  # older servers take no more; newer ones take 6000
+TAG_LENGTH = 5000
+KEY_LENGTH = 250
+LONGEST_LIST = 64
+
+_POSITION = frozenset({"kind", "time", "attempt", "step", "epoch", "batch"})
+_NO_TAG = frozenset({"kind", "time", "attempt", "config", "data", "versions", "classes", "tokens"})
+_JOURNAL_ONLY = frozenset({"id", "ids", "per_class"})
+
+
+class Measure(NamedTuple):
+    key: str
+    value: float
+    time: int  # milliseconds since 1970
+    step: int
+
+
+def measures(line: dict[str, Any], step: int) -> list[Measure]:
+    """The metrics of a journal line; `step` is where it stands."""
+    kind = line["kind"]
+    prefix = ("eval_ema" if line.get("ema") else "eval") if kind == "eval" else PREFIX.get(kind)
+    if prefix is None or (kind == "epoch" and line.get("batch")):  # a resume tells its epoch again: it is known
+        return []
+    facts = {k: v for k, v in line.items() if k not in _POSITION and not (k == "progress" and kind != "step")}
+    if kind == "epoch" and facts.get("examples"):
+        facts["kept_share"] = facts.get("kept", 0) / facts["examples"]
+    time = int(line["time"] * 1000)
+    return [Measure(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
+
+
+def params(config: dict[str, Any]) -> dict[str, str]:
+    """Every setting by its dotted key; a value too long for MLflow is cut and says so."""
+    return {_key(key): _cut(str(value), PARAM_LENGTH, "config.yaml") for key, value in flat(config).items()}
+
+
+def tags(start: dict[str, Any]) -> dict[str, str]:
+    """What a start line says of the attempt beside its settings: commit, dirty, hosts, launcher, versions, own tags."""
+    said = {f"version.{name}": value for name, value in (start.get("versions") or {}).items()}
+    for name, value in start.items():
+        if name not in _NO_TAG and not isinstance(value, dict) and value is not None:
+            said[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    said["attempts"] = start.get("attempt", 0) + 1
+    if start.get("commit"):
+        said["mlflow.source.git.commit"] = start["commit"]
+    said |= ((start.get("config") or {}).get("tracking") or {}).get("tags") or {}
+    return {_key(name): _cut(str(value), TAG_LENGTH, "the journal") for name, value in said.items()}
+
+
+def drift(have: dict[str, str], want: dict[str, str], before: dict[str, str], attempt: int) -> dict[str, str]:
+    """MLflow's parameters can't change: what a resume changed becomes tags `param_drift.KEY`, an entry per change.
+
+    have: the parameters in MLflow; want: those of this attempt; before: the tags in MLflow.
+    """
+    changed = {}
+    for key in have:
+        new = want.get(key, "(absent)")
+        name = _key(f"param_drift.{key}")
+        said = before.get(name, "")
+        last = said.rpartition(" -> ")[2] or have[key]
+        if new != last:
+            changed[name] = _cut(f"{said}; " * bool(said) + f"attempt {attempt}: {last} -> {new}", TAG_LENGTH, "the journal")
+    return changed
+
+
+def datasets(start: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data sets of a start line: name, digest (the index fingerprint), source, images, classes, context."""
+    found = []
+    for split, facts in (start.get("data") or {}).items():
+        if isinstance(facts, dict) and facts.get("fingerprint"):
+            found.append(
+                {
+                    "name": str(facts.get("pattern") or split)[-500:],
+                    "digest": str(facts["fingerprint"])[:36],
+                    "source": {"uri": facts.get("pattern")},
+                    "profile": {"num_rows": facts.get("images"), "classes": facts.get("classes")},
+                    "context": {"train": "training"}.get(split, split),
+                }
+            )
+    return found
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _JOURNAL_ONLY:
+                yield from _numbers(inner, f"{name}/{key}")
+    elif isinstance(value, list) and len(value) <= LONGEST_LIST:
+        for i, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}/{i:02}")
+
+
+def _key(name: str) -> str:
+    """MLflow takes letters, digits and _ - . : / and a space."""
+    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:KEY_LENGTH]
+
+
+def _cut(text: str, length: int, whole: str) -> str:
+    if len(text) <= length:
+        return text
+    note = f" ... (cut, {len(text)} characters; whole in {whole})"
+    return text[: length - len(note)] + note

@@ -1,0 +1,190 @@
+"""One run in MLflow. The only importer of mlflow for logging: an upgrade of it touches this file."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.tracking.metrics import Measure, datasets, drift, params, tags
+from trainer.tracking.state import STATE, State
+
+
+class Gone(RuntimeError):
+    """What we shipped to was deleted in MLflow: trying again won't help."""
+
+
+class Store:
+    """Requests about one run, each bounded by `timeout`. Whatever goes wrong raises; Gone where trying again won't help."""
+
+    def __init__(self, uri: str, runs: Path):
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._uri, self._runs = uri, runs
+        with _one_at_a_time(runs) if uri.startswith("sqlite") else contextlib.nullcontext():
+            self._client = MlflowClient(tracking_uri=uri)  # makes the tables of a new sqlite file, which takes seconds
+
+    def find_or_make(self, experiment: str, name: str, key: str, began: float, parent: str | None = None) -> tuple[str, str]:
+        """(experiment id, run id) of the run tagged with `key`, made where there is none; below the run named `parent`, made too."""
+        found = self._client.get_experiment_by_name(experiment)
+        if found is not None and found.lifecycle_stage != "active":
+            raise Gone(f"experiment {experiment!r} is deleted there: restore it, or set tracking.experiment to another name")
+        if found is None:
+            local = None if self._uri.startswith(("http", "databricks")) else (self._runs / "mlflow-artifacts").as_uri()
+            place = self._client.create_experiment(experiment, artifact_location=local)
+        else:
+            place = found.experiment_id
+        mine = f"tags.trilevel_key = '{key}'"
+        if not self._client.search_runs([place], mine):
+            self._client.create_run(
+                place, int(began * 1000), {"trilevel_key": key, "mlflow.source.name": "trilevel train"}, name
+            )
+        first, *others = sorted(self._client.search_runs([place], mine), key=lambda run: run.info.run_id)
+        for other in others:  # a request that timed out here and was carried out there
+            self._client.delete_run(other.info.run_id)
+        if parent is not None:
+            self._client.set_tag(first.info.run_id, "mlflow.parentRunId", self._parent(place, parent))
+        return place, first.info.run_id
+
+    def _parent(self, place: str, name: str) -> str:
+        """Run id of the parent of that name: the first that was made, should two children have made one at the same moment."""
+        mine = f"tags.trilevel_parent = '{name}'"
+        if not self._client.search_runs([place], mine):
+            made = self._client.create_run(place, None, {"trilevel_parent": name, "mlflow.source.name": "launch sweep"}, name)
+            self._client.set_terminated(made.info.run_id)  # it computes nothing itself
+        return min(self._client.search_runs([place], mine), key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id
+
+    def last_steps(self, run_id: str) -> dict[str, int]:
+        """{metric: its highest step in MLflow}, in one request."""
+        return {metric.key: metric.step for metric in self._run(run_id).data.to_proto().metrics}
+
+    def begin(self, run_id: str, line: dict[str, Any], directory: Path) -> None:
+        """An attempt starts: parameters, tags, data sets; the run is running (again). May be repeated."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        run, want = self._run(run_id), params(line.get("config") or {})
+        said = tags(line) | {"run_directory": str(directory)}
+        if line.get("attempt", 0):
+            said |= drift(run.data.params, want, run.data.tags, line["attempt"])
+        new = [Param(k, v) for k, v in want.items() if k not in run.data.params]
+        for i in range(0, len(new), 100):
+            self._client.log_batch(run_id, params=new[i : i + 100])
+        new = [RunTag(k, v) for k, v in said.items()]
+        for i in range(0, len(new), 100):
+            self._client.log_batch(run_id, tags=new[i : i + 100])
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    data["name"], data["digest"], "webdataset", json.dumps(data["source"]), None, json.dumps(data["profile"])
+                ),
+                [InputTag("mlflow.data.context", data["context"])],
+            )
+            for data in datasets(line)
+        ]
+        if inputs:
+            self._client.log_inputs(run_id, inputs)
+        self._client.update_run(run_id, status="RUNNING")
+
+    def send(self, run_id: str, batch: list[Measure]) -> list[Measure]:
+        """Metrics in one request. Those that MLflow calls invalid come back: one bad number must not hold up the rest."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if batch:
+                self._client.log_batch(run_id, metrics=[Metric(m.key, m.value, m.time, m.step) for m in batch])
+            return []
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+                raise
+        self._run(run_id)  # raises where it is the run that is wrong
+        if len(batch) == 1:
+            return batch
+        half = len(batch) // 2
+        return self.send(run_id, batch[:half]) + self.send(run_id, batch[half:])
+
+    def upload(self, run_id: str, path: Path, folder: str = ".") -> None:
+        self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
+        if path.name == "report.md":  # shown as the description of the run
+            self._client.set_tag(run_id, "mlflow.note.content", path.read_text()[:5000])
+
+    def end(self, run_id: str, status: str, when: float) -> None:
+        self._client.set_terminated(run_id, status, int(when * 1000))
+
+    def _run(self, run_id: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            raise Gone(f"run {run_id} was deleted there: delete {STATE} in the run directory to ship the journal to a new one")
+        return run
+
+
+def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list[str]]:
+    """Run directories of an experiment's active runs, and names of those without a journal.
+
+    A run that is on this machine is read there, another as a journal downloaded under `into`. Raises LookupError for an experiment
+    that is not there, with those that are; MLflow's own errors as they come, after seconds.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    timeout(30)
+    client = MlflowClient(tracking_uri=uri)
+    place = client.get_experiment_by_name(experiment)
+    if place is None:
+        raise LookupError(", ".join(sorted(other.name for other in client.search_experiments())))
+    found, missing, token = [], [], None
+    while True:
+        page = client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000, page_token=token)
+        for run in page:
+            here = Path(run.data.tags.get("run_directory", "/nowhere"))
+            # another run may be in that folder by now, or on this machine
+            if not ((here / "journal.jsonl").is_file() and State.load(here).run_id == run.info.run_id):
+                here = into / run.info.run_id
+                here.mkdir(parents=True, exist_ok=True)
+                try:
+                    client.download_artifacts(run.info.run_id, "journal.jsonl", str(here))
+                except (MlflowException, OSError):  # not shipped to its end yet, or the parent of a sweep
+                    with contextlib.suppress(OSError):
+                        here.rmdir()
+                    if "trilevel_parent" not in run.data.tags:
+                        missing.append(str(run.info.run_name or run.info.run_id))
+                    continue
+            found.append(here)
+        if not (token := page.token):
+            return found, missing
+
+
+def timeout(seconds: int | None = None) -> int:
+    """Seconds a request of this process may take; MLflow reads it at every request."""
+    if seconds is not None:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # we try again ourselves, and ask first what arrived
+        os.environ["MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"] = str(max(30, seconds))
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    return int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Two runs that begin together must not both make the tables of RUNS/mlflow.db."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
