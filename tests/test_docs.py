@@ -1,0 +1,115 @@
+"""Documents: every link, path, module and test that one names exists, and code names no document that is not here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+SOURCES = sorted(path for folder in ("trainer", "sparsity", "launch") for path in (ROOT / folder).rglob("*.py"))
+NAMING = [
+    *SOURCES,
+    *sorted((ROOT / "tests").rglob("*.py")),
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+]  # files that name documents
+
+PATH = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch|configs|docs)/[\w./*{},-]*")
+MODULE = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch)(?:\.[A-Za-z_]\w*)+")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+TEST = re.compile(r"`(tests/[\w/]+\.py)`|`(test_\w+)`")
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def sections(text: str) -> list[str]:
+    """Titles of a Markdown text, code blocks left out."""
+    return re.findall(r"^#+ +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+
+
+def anchor(title: str) -> str:
+    """The anchor that GitHub gives a title."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def exists(name: str) -> bool:
+    """A path below the root. `*`, {a,b}, words in capitals (tri_level_KEEP.yaml) and single letters (configs/a.yaml) stand for any name."""
+    if braces := re.search(r"\{([^{}]*)\}", name):
+        return all(exists(name[: braces.start()] + part + name[braces.end() :]) for part in braces[1].split(","))
+    pattern = re.sub(r"[A-Z]{3,}(?!\w*\.md)|(?<=/)[a-z](?=\.yaml)", "*", name.rstrip(".,/"))
+    return any(ROOT.glob(pattern))
+
+
+def module_exists(name: str) -> bool:
+    """A module, or a name that its module's text holds."""
+    parts = name.split(".")
+    for length in range(len(parts), 1, -1):
+        base = ROOT.joinpath(*parts[:length])
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if file.is_file():
+                return all(re.search(rf"\b{part}\b", file.read_text()) for part in parts[length:])
+    return False
+
+
+def functions_of(path: str) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=short)
+def test_what_a_document_names_exists(document: Path) -> None:
+    text = document.read_text()
+    missing = [name for name in PATH.findall(text) if not exists(name)]
+    missing += [name for name in MODULE.findall(text) if not exists(name) and not module_exists(name)]
+    for target, title in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = (document.parent / target).resolve() if target else document
+        if not file.exists() or (title and title not in map(anchor, sections(file.read_text()))):
+            missing.append(f"{target}#{title}" if title else target)
+    assert not missing
+
+
+def test_every_law_names_tests_and_every_test_it_names_exists() -> None:
+    text = (ROOT / "docs" / "laws.md").read_text()
+    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    for law in re.split(r"^## (?=\d)", text, flags=re.M)[1:]:
+        file, named = "", 0
+        for path, test in TEST.findall(law.split("\n# ")[0]):
+            file = path or file
+            assert not test or test in functions_of(file), f"{file}: {test}"
+            named += 1
+        assert named, law.splitlines()[0]
+
+
+def test_every_test_that_the_methods_name_exists() -> None:
+    known = {name for path in (ROOT / "tests").rglob("test_*.py") for name in functions_of(short(path))}
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "methods.md").read_text())
+    assert len(named) > 20 and not set(named) - known
+
+
+def test_code_names_documents_that_are_here() -> None:
+    """`docs/laws.md, law 3`, `docs/methods.md, section Tokens`: file, law and section exist; and no other document is spoken of."""
+    titles = {short(document): sections(document.read_text()) for document in DOCUMENTS}
+    laws = {re.match(r"(\d+)\.", title)[1] for title in titles["docs/laws.md"] if re.match(r"\d+\.", title)}  # pyright: ignore[reportOptionalSubscript]
+    elsewhere = re.compile(r"\bmethods \d|\[(?:code|ours|calc|paper)\]|\bthe issue\b|\bof the design\b|\.\./shared\b")
+    wrong = []
+    for file in NAMING:
+        if file == Path(__file__).resolve():
+            continue
+        text = re.sub(r"\s*\n\s*(?:# )?", " ", file.read_text())
+        wrong += [f"{short(file)}: {name}" for name in re.findall(r"\bdocs/[\w/.-]+\.md\b", text) if name not in titles]
+        wrong += [
+            f"{short(file)}: section {name}"
+            for of, name in re.findall(r"(docs/[\w/.-]+\.md), section ([A-Z]\w+)", text)
+            if not any(title.startswith(name) for title in titles.get(of, []))
+        ]
+        for before, numbers in re.findall(r"(.{15})\b[Ll]aws? (\d+(?:, \d+)*(?: and \d+)?(?: of docs/laws\.md)?)", text):
+            if "laws.md" not in before + numbers or set(re.findall(r"\d+", numbers)) - laws:
+                wrong.append(f"{short(file)}: law {numbers} without docs/laws.md, or not in it")
+        wrong += [f"{short(file)}: {match[0]}" for match in elsewhere.finditer(text)]
+    assert not wrong
