@@ -39,7 +39,8 @@ def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Seen]:
 
 
 def authors(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Seen]:
-    """(A + eps/T) / (sum A + eps) with A = exp(S - max S) * mask, the max over hidden keys too [code].
+    """(A + eps/T) / (sum A + eps) with A = exp(S - max S) * mask, the max over hidden keys too (Tri-Level's code;
+    docs/methods.md, section Compat).
 
     Keeps the head mean of the map in `Seen.attention`, which their selections read: ties at eps/T included.
     """

@@ -76,7 +76,7 @@ def _constant(progress: float, course: Course) -> Plan:
 
 
 def _cosine(progress: float, course: Course) -> Plan:
-    """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length (methods 1.2).
+    """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length (EViT's cosine; docs/methods.md, section Schedule).
 
     Quantised: each of `plateaus` equal stretches has the value of its middle, so the work over the run is that of the curve.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step keeps, as shares in (0, 1]; 1.0 is dense. A pure function of progress (see `plans`), so all ranks agree."""
+    """What a step keeps, as shares in (0, 1]; 1.0 is dense. A pure function of progress (see `schedule`), so all ranks agree."""
 
     keep_tokens: float = 1.0
     keep_connections: float = 1.0
@@ -52,7 +52,7 @@ class Tokens:
     x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
     size: (B, T) float32 number of patches each token stands for, or None (all 1). keys: None = all keys visible.
     offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
-    draw: (B,) int64 key of each image for random choices (see `keyed`), or None.
+    draw: (B,) int64 key of each image for random choices (see `keyed_random`), or None.
     """
 
     x: Tensor

@@ -1,7 +1,9 @@
-"""Level 3: which keys the following blocks may see, from P, the head-mean attention among the kept patches (methods 1.3).
+"""Level 3: which keys the following blocks may see, from P, the head-mean attention among the kept patches
+(docs/methods.md, section Connections).
 
 `exact` gives every query its own m = ceil(k * keep) largest keys, by a mask: faithful, and no faster than dense on any dense kernel.
-`shared_keys` [ours] gives all queries of an image the same m keys, gathered: the attention that is left out really costs nothing.
+`shared_keys` (ours, not in the paper) gives all queries of an image the same m keys, gathered: the attention that is left out really
+costs nothing.
 Prefix tokens see and are seen by all, in both.
 """
 
@@ -21,7 +23,7 @@ from sparsity.types import Keys, Place, Plan, Seen, Tokens, kept
 class ExactMask:
     """A mask (B, 1, T, T) with exactly m ones in every patch row (prefix apart), ties by index.
 
-    authors: all keys whose P reaches the m-th largest [code], so a row full of ties at their epsilon turns dense.
+    authors: all keys whose P reaches the m-th largest, as in Tri-Level's code, so a row full of ties at their epsilon turns dense.
     """
 
     authors: bool = False

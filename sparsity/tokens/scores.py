@@ -22,7 +22,8 @@ SALT = 0x72616E6B  # of the random order
 
 
 def cls_row(tokens: Tokens, seen: Seen) -> Tensor:
-    """Attention of the [CLS] query over patches, mean over heads, [CLS] key in the softmax but left out (methods 1.2)."""
+    """Attention of the [CLS] query over patches, mean over heads; the [CLS] key counts in the softmax, not in the result (docs/methods.md,
+    section Tokens)."""
     if seen.attention is not None:
         return seen.attention[:, 0, tokens.num_prefix :].float()
     return rows(tokens, seen, 1).mean(dim=(1, 2))[:, tokens.num_prefix :]
@@ -48,7 +49,9 @@ NUM_QUERIES: dict[Score, Callable[[Place], int]] = {
 
 
 def importance(tokens: Tokens, seen: Seen) -> Tensor:
-    """Mean of the prefix tokens' rows over patches, renormalised: rows sum to 1 (SaiT, methods 2). `received` without prefix."""
+    """Mean of the prefix tokens' rows over patches, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832).
+
+    `received` without prefix."""
     if tokens.num_prefix == 0:
         return received(tokens, seen)
     row = rows(tokens, seen, tokens.num_prefix).mean(dim=(1, 2))[:, tokens.num_prefix :]

@@ -1,4 +1,5 @@
-"""Level 2 by score: the k = ceil(n * keep) best patches and all prefix tokens stay, the rest leaves (methods 1.2).
+"""Level 2 by score: the k = ceil(n * keep) best patches and all prefix tokens stay, the rest leaves (docs/methods.md,
+section Tokens).
 
 Which score decides makes the method: [CLS] attention is Tri-Level's and EViT's, a random order is the control. With `fuse` (EViT,
 Liang et al. 2022, section 3.2) the dropped tokens become one more token: their sum weighted by score, not renormalised.
@@ -19,7 +20,8 @@ from sparsity.types import Place, Plan, Seen, Tokens, kept
 
 @dataclass(frozen=True)
 class TopK:
-    """score: what ranks. carry_seen: gather q, k, v too, for a level 3 that comes after. authors: their order of tokens [code].
+    """score: what ranks. carry_seen: gather q, k, v too, for a level 3 that comes after. authors: the order of tokens of
+    Tri-Level's code.
 
     Ours leaves the kept tokens in their order, so that a later tie is broken by patch id, and does nothing where all stay. The
     authors put them in the order of the scores, also where all stay.
@@ -78,7 +80,7 @@ def select(tokens: Tokens, seen: Seen, chosen: Tensor, carry_seen: bool) -> tupl
 def _with_fused(
     after: Tokens, carried: Seen, tokens: Tokens, seen: Seen, value: Tensor, dropped: Tensor, carry_seen: bool
 ) -> tuple[Tokens, Seen]:
-    """One more token at the end, id -1: the dropped (B, n - k) times their scores, summed; its q, k, v are weighted means [ours]."""
+    """One more token at the end, id -1: the dropped (B, n - k) times their scores, summed; its q, k, v are weighted means (ours)."""
     index = dropped + tokens.num_prefix
     weights = value.gather(1, dropped)  # (B, n - k)
     fused = (take(tokens.x, index, 1) * weights.to(tokens.x.dtype)[..., None]).sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""`bench step`: every row the issue asks for, ratios with honest intervals, and the whole run by the schedule."""
+"""`bench step`: every plan of the run beside dense and timm, ratios with their intervals, and the whole run by the schedule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_rows_ratios_shares_and_the_whole_run(tmp_path: Path, capsys: Any) -> No
 
 @pytest.mark.parametrize(("ratio", "bound"), [("0.9", 0.804), ("0.8", 0.639), ("0.7", 0.575)])
 def test_bounds_of_the_published_recipes(ratio: str, bound: float) -> None:
-    """methods.md 1.2: the whole run of DeiT-S with warm-up, cosine and the examples removed."""
+    """docs/methods.md, section Cost: the whole run of DeiT-S with warm-up, cosine and the examples removed."""
     config = load(ROOT / "configs" / f"tri_level_deit_small_{ratio}.yaml")
     with torch.device("meta"):
         model = build_model(config.model_copy(update={"connections": Connections()}))

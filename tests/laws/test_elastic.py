@@ -1,4 +1,4 @@
-"""One run over many worlds: 4 processes on two nodes, then 2, 3 and 1, each with another ZeRO stage. Law 3 of the design."""
+"""One run over many worlds: 4 processes on two nodes, then 2, 3 and 1, each with another ZeRO stage. Law 3 of docs/laws.md."""
 
 from __future__ import annotations
 

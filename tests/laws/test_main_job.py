@@ -1,4 +1,5 @@
-"""The main job for real: processes, DeepSpeed over gloo, digits in shards, dropping active. Laws 2, 3, 4 and 6 of the design."""
+"""The main job for real: processes, DeepSpeed over gloo, digits in shards, dropping active. Laws 2, 3, 4 and 6 of
+docs/laws.md."""
 
 from __future__ import annotations
 

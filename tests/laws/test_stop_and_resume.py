@@ -1,5 +1,5 @@
 """What is saved is enough: a run that was asked to stop, wherever it was, goes on as if nobody had asked; and plain timm has its weights.
-Laws 2 and 6 of the design."""
+Laws 2 and 6 of docs/laws.md."""
 
 from __future__ import annotations
 

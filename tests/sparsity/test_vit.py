@@ -1,4 +1,4 @@
-"""Law 1: with everything kept, timm bit for bit. And what may change when not everything is kept, and what is refused."""
+"""Law 1 of docs/laws.md: with everything kept, timm bit for bit. And what may change when not everything is kept, and what is refused."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_ids_survive_patch_drop():
 
 @pytest.mark.parametrize("tokens", ["topk", "random", "tome"])
 def test_a_draw_makes_an_image_independent_of_its_batch(tokens):
-    """Law 3 with drop path and patch drop: masks follow the image's key, not its place, and no generator is touched."""
+    """Law 3 of docs/laws.md, with drop path and patch drop: masks follow the image's key, not its place, and no generator is touched."""
     vit = tiny(drop_path_rate=0.5, patch_drop_rate=0.3).train()
     ours, x, draw = build(vit, tokens=tokens, connections="shared_keys", blocks=(1,)), images(vit, 6), torch.arange(6) * 977
     state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Tiny networks of every family of timm's VisionTransformer that law 1 is held over."""
+"""Tiny networks of every family of timm's VisionTransformer that law 1 of docs/laws.md is tested on."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _bookkeeping(device: torch.device) -> Finding:
 
 
 def _bfloat16(device: torch.device) -> Iterator[Finding]:
-    """bf16 autocast: our error against float64 is at most twice timm's own (law 1)."""
+    """bf16 autocast: our error against float64 is at most twice timm's own (docs/laws.md, law 1)."""
     images = torch.from_numpy(np.random.default_rng(3).standard_normal((16, 3, 32, 32), dtype=np.float32)).to(device)
     ours = _network(device).eval()
     with torch.no_grad():

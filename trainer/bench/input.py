@@ -38,7 +38,7 @@ from trainer.data.shards.reader import Reader
 
 POLICY = "rand-m9-mstd0.5-inc1"
 DROPPED, SHORT_SIDE = 0.2, 256
-_TARGETS = (  # row, over which row, at least (issue: the loader is as fast as decoding allows)
+_TARGETS = (  # row, over which row, at least (the loader is as fast as decoding allows)
     ("ours", "webdataset", 2.2),
     ("ours", "imagefolder", 1.8),
     ("ours", "timm", 1.8),

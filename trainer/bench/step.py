@@ -29,7 +29,7 @@ from trainer.model.schedule import UNKNOWN, last_plan, stretches, whole_run
 
 @dataclass(frozen=True)
 class Measured:
-    """rows: see `stepbench.paired`; `run` (with a schedule or examples left out): the whole run against `against`, beside its bound;
+    """rows: see `paired.paired`; `run` (with a schedule or examples left out): the whole run against `against`, beside its bound;
     `bookkeeping` (with a method of level 1): see there."""
 
     about: str

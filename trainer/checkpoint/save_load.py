@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA), one npz (example statistics and
 selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Everything is stored by timm's
-parameter name and whole, so any world size and any ZeRO stage can go on from it. How it gets to the disk: see `shelf`.
+parameter name and whole, so any world size and any ZeRO stage can go on from it. How it gets to the disk: see `directory`.
 """
 
 from __future__ import annotations

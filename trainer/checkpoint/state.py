@@ -21,7 +21,7 @@ class TrainState:
     images: int = 0  # presented with a weight above 0
     seconds: float = 0.0  # of training, over all attempts
     attempt: int = 0
-    chain: str = ""  # hash chain of what was seen, see `seen`
+    chain: str = ""  # hash chain of all batches, see `hash_chain`
     best: float = float("-inf")
     best_step: int = -1
     broken: dict[str, str] = field(default_factory=dict)  # example id -> reason

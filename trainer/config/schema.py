@@ -89,7 +89,7 @@ class Optim(Section):
 
 
 class Examples(Section):
-    """Level 1, which examples an epoch shows (methods in `sparsity.EXAMPLES`)."""
+    """Level 1, which examples an epoch shows (names in `sparsity.examples.EXAMPLES`; docs/methods.md, section Examples)."""
 
     method: str = "all"
     removed: Share = 0.0  # share of the data set left out of an epoch (infobatch: of those below the mean loss)
@@ -105,7 +105,7 @@ class Examples(Section):
 
 
 class TokenReduction(Section):
-    """Level 2, which tokens the following blocks see (methods in `sparsity.TOKENS`)."""
+    """Level 2, which tokens the following blocks see (names in `sparsity.tokens.TOKENS`; docs/methods.md, section Tokens)."""
 
     method: str = "all"
     keep: Keep = 1.0
@@ -116,14 +116,14 @@ class TokenReduction(Section):
 
 
 class Connections(Section):
-    """Level 3, which keys the following blocks see (methods in `sparsity.CONNECTIONS`)."""
+    """Level 3, which keys the following blocks see (names in `sparsity.connections.CONNECTIONS`; docs/methods.md, section Connections)."""
 
     method: str = "all"
     keep: Keep = 1.0
 
 
 class Schedule(Section):
-    """How both keep ratios come down over the run (plans in `sparsity.PLANS`)."""
+    """How both keep ratios come down over the run (names in `sparsity.schedule.PLANS`; docs/methods.md, section Schedule)."""
 
     method: str = "constant"
     warmup: Epochs = 10.0

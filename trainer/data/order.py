@@ -8,14 +8,14 @@ An epoch is a pure function of (seed, epoch, kept examples, shard sizes, batch, 
    windows, so neither window borders nor the leftovers at its end fall on the same examples twice.
 3. Global batch b takes the same number of rows from every lane, in lane order, two lanes at a time in turn: neighbours 2i and
    2i + 1, which mixup pairs, come from different lanes, so from different shards (on shards sorted by class neighbours of
-   one lane are of one class two hundred times too often: `quality`).
+   one lane are of one class two hundred times too often: `shuffle_quality`).
 
 With `repeats` R the order is that of epoch div R and the epoch shows part (epoch mod R) of every lane, each example R times in
 one batch. Position is (epoch, step) and nothing else, so resuming anywhere on any number of ranks costs nothing. Memory
 grows with the number of shards and with lanes x window, beside the packed bits of `keep`.
 
 Letters: S shards, N examples, K kept examples, L lanes, R repeats, m = batch / (L R) examples a lane gives to a batch.
-Permutations come from `hashing`.
+Permutations come from `keyed_hash`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from trainer.engine.deepspeed_conflicts import merged
 
 
 def deepspeed_config(settings: schema.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `engine_merge`).
+    """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `deepspeed_conflicts`).
 
     Raises ConfigError that names both values where the user's files or accelerate's environment contradict the configuration.
     """

@@ -89,7 +89,7 @@ class Said(NamedTuple):
 
 
 def merged(ours: dict[str, Any], settings: schema.Engine, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """`ours` (see `engine_settings.deepspeed_config`) with what the user says beside it. Raises ConfigError that names every conflict."""
+    """`ours` (see `deepspeed_config.deepspeed_config`) with what the user says beside it. Raises ConfigError that names every conflict."""
     environment = os.environ if environment is None else environment
     config, wrong = json.loads(json.dumps(ours)), outside(settings, environment)
     mine = _flat(ours)

@@ -22,8 +22,8 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | block), multiply_adds (per image, forward)                                       |
 | control    | the own passes of a plateau  | epoch, step, progress, keep_tokens, keep_connections; where it was measured:     |
 |            | were timed beside dense ones | bound_passes (multiply-adds, own / dense), bound (the same with the examples     |
-|            | (see `control`), or could    | left out), measured (time of a pass, own / dense: median; measured_min, _max,    |
-|            | not be                       | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
+|            | (see `dense_baseline`), or   | left out), measured (time of a pass, own / dense: median; measured_min, _max,    |
+|            | could not be                 | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
 |            |                              | data_wait, passes_share (of the step time), step_speedup (x, a dense step / own),|
 |            |                              | run_speedup, run_bound (x, whole run so far against dense on every example),     |
 |            |                              | timed (share of the training time these two speak of), seconds (it took); said   |
@@ -31,7 +31,7 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 | step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
-|            |                              | keep_tokens, keep_connections (shares), chain (of all batches so far: `seen`),   |
+|            |                              | keep_tokens, keep_connections (shares), chain (of all batches, see `hash_chain`),|
 |            |                              | phases {phase: {min, median, max over ranks, slowest, slowest_host}} (shares of  |
 |            |                              | a sampled step; of one rank the median alone); the rest: see docs/mlflow.md      |
 | ranks      | beside a step line, of more  | step; for each phase its share of the sampled step on every rank (list)          |
@@ -44,7 +44,7 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            | may be steps later           | it), seconds (of writing; beside the training where `checkpoint.asynchronous`)   |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
 | skipped    | a step was not taken: its    | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
-|            | gradient was not finite      | the batch, see `seen`), skipped, in_row (steps so far)                           |
+|            | gradient was not finite      | the batch, see `hash_chain`), skipped, in_row (steps so far)                     |
 | message    | a person should know it      | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours (of all      |

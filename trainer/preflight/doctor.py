@@ -1,6 +1,6 @@
 """`trilevel doctor`: what this machine has and lacks for a run, one line each with the way out. Looks, and changes nothing.
 
-With a hostfile it also asks every host (see `neighbours`).
+With a hostfile it also asks every host (see `hosts`).
 """
 
 from __future__ import annotations

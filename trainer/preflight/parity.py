@@ -1,7 +1,7 @@
 """`trilevel parity CONFIG`: our recipe and timm's own pieces, step by step on the same batches, until something differs.
 
 Ours: SparseViT at keep 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and average.
-timm's: see `reference`. Both run freely from their own initialisation, in float32 without drop path and dropout, and every
+timm's: see `timm_recipe`. Both run freely from their own initialisation, in float32 without drop path and dropout, and every
 tensor on the way is compared: to the bit unless a tolerance is given.
 
 Not compared here: decoding and the augmentation on the host (held against timm in the tests), the engine, gradient clipping

@@ -119,7 +119,7 @@ class Records:
 
     def skipped(self, before: TrainState, state: TrainState, seen: str) -> TrainState:
         """The step from `before` to `state` was not taken; its batch has the digest `seen`. Raises EngineError where there are too
-        many of them, see `skips`."""
+        many of them, see `nonfinite_steps`."""
         state = self._state = replace(state, skipped=[*state.skipped, state.step])
         if self._scribe:
             self._scribe.skipped(nonfinite_steps.facts(before.epoch, before.batch, seen, state.skipped))

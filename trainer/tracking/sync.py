@@ -6,7 +6,7 @@
 
 **Nothing twice.** MLflow keeps a row for every call, so a (key, step) sent twice shows twice. RUN/mlflow.json holds the MLflow
 run, how far the journal is sent and the last step of every key; it is written after each batch. A step at or below that last
-one is not sent: what a killed attempt logged and its successor does again (the same values, by law 2) stays as it was seen
+one is not sent: what a killed attempt logged and its successor does again (the same values: docs/laws.md, law 2) stays as it was seen
 first; the journal has both. After a start and after every failure MLflow itself is asked for the last steps, so a batch that
 arrived without our hearing of it counts as sent. One shipper per run: it locks the run directory.
 

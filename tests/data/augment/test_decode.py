@@ -13,13 +13,12 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.support.images import encoded, picture
 from trainer.data.augment import decode as module
 from trainer.data.augment import turbojpeg
 from trainer.data.augment.decode import BrokenImage, Picture, decode, decode_exact, frame, in_order
 
-SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample-1000.tar"
+SAMPLE = os.environ.get("TRILEVEL_IMAGENET_TAR", "")  # a tar of photographs, as for test_transform
 needs_turbo = pytest.mark.skipif(turbojpeg.library() is None, reason="no TurboJPEG >= 3 on this machine")
 Box = tuple[int, int, int, int]
 
@@ -209,7 +208,7 @@ def test_without_the_library_everything_works(monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_turbo
-@pytest.mark.skipif(not SAMPLE.exists(), reason="no sample of ImageNet beside the checkout (../shared/data)")
+@pytest.mark.skipif(not SAMPLE, reason="TRILEVEL_IMAGENET_TAR names no tar of ImageNet images")
 def test_photographs_too() -> None:
     rng, asked = np.random.default_rng(0), 0
     with tarfile.open(SAMPLE) as tar:

@@ -29,7 +29,7 @@ class Maker:
         self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
 
     def batch(self, epoch: int, rows: Rows, slots: int, images: Tensor | None = None) -> Batch:
-        """images: where the pixels go, see `rooms`."""
+        """images: where the pixels go, see `shared_buffers`."""
         images = room(slots, self._size) if images is None else images
         pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy sets a row in a tenth of the time that torch takes
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)

@@ -1,6 +1,6 @@
 """The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
 
-It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `place`; what is in it:
+It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `location`; what is in it:
 `indexfile`). A shard that changed after indexing is refused at the start of a run, by name.
 """
 
