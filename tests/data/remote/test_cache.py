@@ -30,7 +30,7 @@ SIZES = [4] * 8
 FETCH = """
 import sys
 from pathlib import Path
-from trainer.data.cache import Cache, Source
+from trainer.data.remote.cache import Cache, Source
 cache = Cache(Path(sys.argv[1]), int(sys.argv[2]))
 for source in sys.argv[3:]:
     url, size, whole = source.split("|")
@@ -55,7 +55,7 @@ def index(web: Web, tmp_path: Path) -> Index:
 
 
 def total(cache: Cache) -> int:
-    return sum(p.stat().st_size for p in (cache.folder / "shards").iterdir())
+    return sum(p.stat().st_size for p in cache.directory.iterdir() if p.suffix in (".tar", ".part"))
 
 
 def fetching(cache: Cache, index: Index, shards: list[int]) -> subprocess.Popen[bytes]:
@@ -120,7 +120,7 @@ def test_a_full_cache_waits_and_never_holds_more(web: Web, index: Index, tmp_pat
     with ThreadPoolExecutor(6) as pool:
         done = [pool.submit(cache.fetch, index.source(s)) for s in range(8)]
         while not all(d.done() for d in done):
-            if (cache.folder / "shards").is_dir():
+            if cache.directory.is_dir():
                 try:
                     most = max(most, total(cache))
                 except FileNotFoundError:
@@ -143,8 +143,8 @@ def test_two_shards_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, m
         half.wait(60)
         yield bytes(4000)
 
-    monkeypatch.setattr("trainer.data.remote.client.stream", slowly)
-    monkeypatch.setattr("trainer.data.remote.client.facts", lambda _: Facts(None, ""))
+    monkeypatch.setattr("trainer.data.remote.cache.stream", slowly)
+    monkeypatch.setattr("trainer.data.remote.cache.facts", lambda _: Facts(None, ""))
 
     def take(url: str) -> int:
         with cache.taken(url) as (path, _):

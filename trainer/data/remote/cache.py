@@ -3,7 +3,8 @@
 A file is named by the hash of its bytes and appears by a rename, whole and checked, so it is never wrong or half there. It is
 written as `.part` under a lock of its own, which the kernel drops with the process: what a killed process leaves is noticed
 and removed by the next one that needs room. Room is counted and made under one lock of the folder; the shards longest unused
-go first. A reader that has a file open may lose its name, never its bytes.
+go first. A reader that has a file open may lose its name, never its bytes. `cache_folder` says which files these are: no other
+file is ever deleted or written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.errors import DataError, Outage
+from trainer.data.remote import cache_folder
 from trainer.data.remote.client import Facts, facts, stream
+from trainer.data.remote.url import scheme
 
 _USED = 2.0  # seconds within which a second use is not noted
 _WHOLE_TRIES = 3  # downloads of a shard whose bytes are not those of the index
@@ -46,26 +49,29 @@ class Cache:
         """A descriptor of the shard's bytes; fetches it where it is missing. Raises DataError, Outage where the disk fails."""
         path = self._path(source.whole)
         while True:
-            try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+            with self._disk():
+                self._prepare(source.url)
+                try:
+                    file = cache_folder.open_regular(path, os.O_RDONLY)
+                except FileNotFoundError:
+                    file = -1
+            if file < 0:
                 self.fetch(source)
                 continue
-            except OSError as error:
-                raise self._outage(error) from error
-            stat = os.fstat(file)
-            if stat.st_size == source.bytes:
-                if time.time() - stat.st_mtime > _USED:
+            about = os.fstat(file)
+            if about.st_size == source.bytes:
+                if time.time() - about.st_mtime > _USED:
                     with suppress(OSError):
                         os.utime(file)
                 return file
-            os.close(file)  # somebody else's doing
-            path.unlink(missing_ok=True)
+            os.close(file)  # changed by another program
+            with self._disk():
+                path.unlink(missing_ok=True)
 
     def holds(self, source: Source) -> bool:
         """Whether the shard is here; counts as a use."""
         with suppress(OSError):
-            os.utime(self._path(source.whole))
+            os.utime(self._path(source.whole), follow_symlinks=False)
             return True
         return False
 
@@ -74,7 +80,7 @@ class Cache:
         final = self._path(source.whole)
         if source.bytes > self.size:
             raise DataError(f"shard {source.url} has {source.bytes} bytes, data.cache_size allows {self.size}; raise it")
-        with self._part(source.whole) as (part, file):
+        with self._part(source.whole, source.url) as (part, file):
             if final.exists():
                 return
             self._room(part, file, source.bytes)
@@ -93,7 +99,7 @@ class Cache:
         about = facts(url)
         if about.bytes is not None and about.bytes > self.size:
             raise DataError(f"shard {url} has {about.bytes} bytes, the cache may hold {self.size}; raise --cache-size")
-        with self._part(hashlib.blake2b(url.encode(), digest_size=16).hexdigest()) as (part, file):
+        with self._part(hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), url) as (part, file):
             self._room(part, file, about.bytes or 0)
             whole = self._written(url, about.bytes, part, file)
             yield part, about
@@ -102,47 +108,59 @@ class Cache:
 
     def refuse_full_disk(self) -> None:
         """Raise DataError where the disk has no room for a cache of this size."""
-        try:
-            self._shards.mkdir(parents=True, exist_ok=True)
-            held = sum(entry.stat().st_size for entry in os.scandir(self._shards))
-            free = shutil.disk_usage(self._shards).free
-        except OSError as error:
-            raise self._outage(error) from error
+        with self._disk():
+            own = self._prepare()
+            held = sum(about.st_size for _, about in cache_folder.files(own))
+            free = shutil.disk_usage(own).free
         if held + free < self.size:
             raise DataError(
                 f"data.cache_size={self.size / 2**30:g} (GiB): {self.folder} has room for {(held + free) / 2**30:.1f}; set "
                 "data.cache_size to less, or data.cache to a folder on a larger disk"
             )
 
-    def _outage(self, error: OSError) -> Outage:
-        return Outage(f"data.cache={self.folder}: {error.strerror}; name a folder on a disk of the node")
-
     @property
-    def _shards(self) -> Path:
-        return self.folder / "shards"
-
-    def _path(self, whole: str) -> Path:
-        return self._shards / f"{whole}.tar"
+    def directory(self) -> Path:
+        """The only folder the cache writes to and deletes from."""
+        return self.folder / cache_folder.NAME
 
     @contextmanager
-    def _part(self, name: str) -> Iterator[tuple[Path, int]]:
-        """(path, descriptor) of a file being written, ours alone; waits for whoever writes it now, removes it at the end."""
-        part = self._shards / f"{name}.part"
+    def _disk(self) -> Iterator[None]:
+        """What the disk refuses ends the run by its name: no image is to blame."""
         try:
-            self._shards.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise Outage(f"data.cache={self.folder}: {error.strerror}{where}; name a folder on a disk of the node") from error
+
+    def _prepare(self, url: str = "") -> Path:
+        """The folder, made where it is missing. Raises OSError; Outage where it is not the cache's, or holds the shard `url`."""
+        if url and not scheme(url):
+            shards, own = Path(os.path.realpath(url)).parent, Path(os.path.realpath(self.directory))
+            if shards == own.parent or shards.is_relative_to(own):
+                raise Outage(f"data.cache={self.folder}: this folder holds the shards that are read; name another one")
+        return cache_folder.prepare(self.folder)
+
+    def _path(self, whole: str) -> Path:
+        return self.directory / f"{whole}.tar"
+
+    @contextmanager
+    def _part(self, name: str, url: str) -> Iterator[tuple[Path, int]]:
+        """(path, descriptor) of a file being written, ours alone; waits for whoever writes it now, removes it at the end."""
+        part = self.directory / f"{name}.part"
+        with self._disk():
+            self._prepare(url)
             while True:
-                file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                file = cache_folder.open_part(part)
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if _same(part, file):
+                if cache_folder.is_same(part, file):
                     break
                 os.close(file)  # renamed or removed while we waited
-        except OSError as error:
-            raise self._outage(error) from error
         try:
             yield part, file
         finally:
-            if _same(part, file):
-                part.unlink(missing_ok=True)
+            with suppress(OSError):
+                if cache_folder.is_same(part, file):
+                    part.unlink(missing_ok=True)
             os.close(file)
 
     def _written(self, url: str, size: int | None, part: Path, file: int) -> str:
@@ -181,54 +199,29 @@ class Cache:
     @contextmanager
     def _counting(self) -> Iterator[None]:
         """The lock of the folder. A rename needs it too: a file that changes its name in the middle of a count is missed."""
-        with open(self.folder / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._disk(), cache_folder.locked(self.directory):
             yield
 
     def _evicted(self, part: Path, need: int) -> bool:
         """Whether `need` bytes are free beside `part`, or could be made so."""
         shards, total, writing = [], need, False
-        for entry in os.scandir(self._shards):
-            if entry.name == part.name:
+        for path, about in cache_folder.files(self.directory):
+            if path.name == part.name:
                 continue
-            with suppress(FileNotFoundError):
-                stat = entry.stat()
-                if entry.name.endswith(".tar"):
-                    shards.append((stat.st_mtime_ns, stat.st_size, entry.path))
-                elif _left(entry.path):
-                    continue
-                else:
-                    writing = True
-                total += stat.st_size
+            if path.suffix == ".tar":
+                shards.append((about.st_mtime_ns, about.st_size, path))
+            elif (written := cache_folder.remove_unfinished(path)) is None:
+                continue
+            else:
+                writing = writing or written
+            total += about.st_size
         for _, size, path in sorted(shards):
             if total <= self.size:
                 break
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            total -= size
+            with suppress(OSError):  # gone, or of another user
+                path.unlink()
+                total -= size
         return total <= self.size or not writing
-
-
-def _same(path: Path, file: int) -> bool:
-    """Whether the descriptor is of the file that has this name now."""
-    try:
-        return os.stat(path).st_ino == os.fstat(file).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _left(path: str) -> bool:
-    """Remove a `.part` that nobody writes any more; False where somebody does."""
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _same(Path(path), file):
-            os.unlink(path)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
 
 
 def home() -> Path:
