@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,22 @@ def test_code_names_documents_that_are_here() -> None:
                 wrong.append(f"{short(file)}: law {numbers} without docs/laws.md, or not in it")
         wrong += [f"{short(file)}: {match[0]}" for match in elsewhere.finditer(text)]
     assert not wrong
+
+
+def test_the_picture_of_the_packages_shows_the_contracts() -> None:
+    """docs/architecture.md draws every layer of the import contracts, in their order."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {contract["containers"][0]: contract["layers"] for contract in contracts if "containers" in contract}
+    picture = re.search(r"^```\n(launch .*?)^```", (ROOT / "docs" / "architecture.md").read_text(), re.M | re.S)
+    assert picture and layers.keys() == {"trainer", "trainer.data", "sparsity"}
+    drawn: dict[str, list[str]] = {name: [] for name in layers}
+    package = ""
+    for line in picture[1].splitlines():
+        words = re.split(r" {2,}", line.strip())[0]
+        if line.startswith(("trainer", "sparsity")):
+            package = words
+        elif package and re.match(r" {3}\w\w", line):
+            drawn[package].append(words)
+        elif package == "trainer" and re.match(r" {6}\w", line):
+            drawn["trainer.data"].append(words)
+    assert drawn == layers
