@@ -30,7 +30,7 @@ from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import learning_rate, plan_at, set_learning_rate
 from trainer.provenance.hash_chain import Chain
-from trainer.run.cadence import due, reached
+from trainer.run.cadence import after_step, reached
 from trainer.run.checkpointer import Saver
 from trainer.run.dense_baseline import Control
 from trainer.run.recorder import Ended, Records
@@ -121,32 +121,25 @@ def train(config: Config, resume: bool = False) -> Ended:
 
                 meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
-                finished = state.epoch == config.epochs
-                ending = finished or stop or reached(config.stop_at, state, order.steps)
-                saving = ending or due(config.checkpoint.every, before, state, order.steps)
-                scoring = finished or due(config.evaluate.every, before, state, order.steps)
-                # what is saved, may be saved, or was skipped, is also told: see `audit`
-                if saving or scoring or not taken or due(config.log_every, before, state, order.steps):
-                    facts = {
-                        "progress": progress,
-                        "lr": lr,
-                        "keep_tokens": plan.keep_tokens,
-                        "keep_connections": plan.keep_connections,
-                    }
-                    state = records.step(state, meters.close(), chain.close(engine), engine.grad_norm(), **facts)
-                    state = state if taken else records.skipped(before, state, chain.last)
+                due = after_step(config, before, state, order.steps, stop=stop, skipped=not taken)
+                if due.log:
+                    state = records.step(
+                        state, meters.close(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan
+                    )
+                    if not taken:
+                        state = records.skipped(before, state, chain.last)
                 with meters.paused():
-                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw), ending):
+                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw), due.end):
                         records.control(state, progress, told)
-                    if scoring:
-                        state = score(state, progress, kept=saving)
-                        stop = stop or bool(state.owed)
-                        finished, ending = finished and not state.owed, ending or bool(state.owed)
-                    if saving or ending:
-                        saver.save(state, selection, last=ending)
+                    if due.evaluate:
+                        state = score(state, progress, kept=due.save)
+                        if state.owed:  # a signal cut it short: save, and let the resume do it
+                            due = due._replace(save=True, end=True, status="preempted")
+                    if due.save:
+                        saver.save(state, selection, last=due.end)
                     saver.look()
-                if ending:
-                    return records.end(state, "finished" if finished else "preempted" if stop else "stopped")
+                if due.end:
+                    return records.end(state, due.status)
         return records.end(state, "finished")  # a resume of a run that was over
 
 

@@ -55,7 +55,7 @@ class Measured(NamedTuple):
         both = blocking + writing
         return (
             f"training stands still for {blocking:.3f} s of a save, the disk takes {writing:.3f} s more beside it: at hourly saves "
-            f"{blocking:.3f} / {HOUR:.0f} = {blocking / HOUR:.4%} of the run; save_load.asynchronous=false: {both:.3f} / {HOUR:.0f} = "
+            f"{blocking:.3f} / {HOUR:.0f} = {blocking / HOUR:.4%} of the run; checkpoint.asynchronous=false: {both:.3f} / {HOUR:.0f} = "
             f"{both / HOUR:.4%}. Once more in the memory of the first node while it is written: {size:.0f} MiB"
         )
 

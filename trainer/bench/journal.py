@@ -27,6 +27,7 @@ from rich.table import Table
 
 from sparsity.types import Outcome
 from trainer.config.schema import Tracking
+from trainer.engine.processes import Processes
 from trainer.journal.writer import Journal
 from trainer.run.console import Console
 from trainer.telemetry.efficiency import Totals
@@ -37,18 +38,6 @@ from trainer.tracking.state import State
 STATES = ("alone", "stopped", "silent", "running")
 STEP, EVERY = 0.05, 20  # s of a training step, steps per log line (the default) that the share is told for
 MIB = 2**20
-
-
-class _Process:
-    """The one process of a run without an engine, as far as meters ask for it."""
-
-    device, world, rank = torch.device("cpu"), 1, 0
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def everyones(self, items: list[Any]) -> list[Any]:
-        return list(items)
 
 
 def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> dict[str, dict[str, Any]]:
@@ -93,7 +82,7 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
         with Journal(run) as journal, Console(state, until=lines, file=nowhere) as console:
             journal.write("start", config={"name": state, "tracking": settings.model_dump()}, world=1)
             shipper = start(run, settings, every=0.5, linger=0.0)
-            meters, totals = Meters(_Process()), Totals(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
+            meters, totals = Meters(Processes()), Totals(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
             totals.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
             took, cpu, own, other = [], [], [], []
             for number in track(range(lines), description=state, transient=True):

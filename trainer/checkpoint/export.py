@@ -74,7 +74,7 @@ def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:
         names = [name for name in directory.by_age([p.name for p in folder.iterdir()]) if directory.step_of(name) == step]
         if not names:
             raise ConfigError(
-                f"export {run} --checkpoint best: no checkpoint of it was scored and kept (save_load.best); use latest"
+                f"export {run} --checkpoint best: no checkpoint of it was scored and kept (checkpoint.best); use latest"
             )
         path = folder / names[-1]
         about = _examined(path)

@@ -1,7 +1,7 @@
-"""The engine: DeepSpeed through accelerate, or plain DDP as a control. With `engine_state` the one door to both libraries.
+"""The engine: DeepSpeed through accelerate, or plain DDP as a control. This package is the only importer of both libraries.
 
-What the rest of the trainer knows of processes is here: rank, world, device, collectives, one optimizer step. The loss
-it is given is already sum(weight x loss) / sum of weights of the *global* batch, so neither accumulation nor the
+The engine is what the rest of the trainer knows of processes: rank, world size, device, collectives, one optimizer step. The
+loss that it gets is already sum(weight x loss) / sum of weights of the *global* batch, so neither accumulation nor the
 number of processes appears in a gradient.
 """
 
@@ -25,9 +25,10 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.environment import describe_world, keep_compiled, world_size
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import State
+from trainer.engine.processes import Processes
 
 
-class Engine:
+class Engine(Processes):
     """One process of a run. Building it starts the process group; `prepare` wraps the model; `close` ends both.
 
     Raises EngineError where accelerate counts other processes than the launcher started (on CPU that happens silently:
@@ -74,10 +75,7 @@ class Engine:
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
         atexit.register(self.close)
-        self.rank, self.world = self._accelerator.process_index, expected
-        self.is_main = self.rank == 0
-        self.device = self._accelerator.device
-        self._late: list[tuple[Tensor, Any]] = []
+        super().__init__(self._accelerator.process_index, expected, self._accelerator.device)
         self.model: Any = None
         self.optimizer: Any = None
         self.compile_cache: str | None = None  # folder of compiled graphs
@@ -179,74 +177,9 @@ class Engine:
             return float(self.model.get_global_grad_norm())
         return float(self._norm)
 
-    # -- processes -----------------------------------------------------------------------------------------------------
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenation over ranks along dimension 0, in rank order; lengths may differ."""
-        if self.world == 1:
-            return tensor
-        tensor = tensor.to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=self.device))
-        counts = [int(n) for n in lengths]
-        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank (small Python objects)."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def everyones(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks, in rank order (small Python objects)."""
-        if self.world == 1:
-            return list(items)
-        lists: list[Any] = [None] * self.world
-        dist.all_gather_object(lists, items)
-        return [item for part in lists for item in part]
-
-    def later(self, value: Tensor) -> bool:
-        """Whether a number that all ranks share was above 0, read two steps late on a GPU so that no step waits for it."""
-        if not self.on_gpu:
-            return bool(value > 0)
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._late.append((host, event))
-        if len(self._late) <= 2:
-            return False
-        host, event = self._late.pop(0)
-        event.synchronize()
-        return bool(host > 0)
-
-    def agree(self, value: str, what: str) -> None:
-        """Raise EngineError unless every rank holds the same text."""
-        if self.world == 1:
-            return
-        values = self.everyones([value])
-        if len(set(values)) > 1:
-            raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
-
     def device_name(self) -> str:
         """What computes, in words: the GPU's name, or the processor."""
         return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.processor() or platform.machine()})"
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
 
     def forget(self) -> None:
         """Let the process build another engine beside this one, which still steps: accelerate's singletons and what it wrote into the

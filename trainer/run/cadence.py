@@ -1,17 +1,40 @@
-"""When to log, save, evaluate and stop, as functions of the position in the run."""
+"""What is due after a step: log, evaluate, save, end. Pure functions of the configuration and the position in the run."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from trainer.checkpoint.state import TrainState
+from trainer.config.run_config import Config
 from trainer.config.values import Duration
 
 
-def _progress(state: TrainState, batches: int) -> float:
-    """Epochs behind, with the started one in part; `batches`: of the epoch the last step belonged to."""
-    return state.epoch + state.batch / batches
+class Due(NamedTuple):
+    """What follows a step, in this order: a log line, an evaluation, a checkpoint, the end of the attempt."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+    end: bool
+    status: str  # of the end: "finished", "preempted" (by a signal) or "stopped" (at `stop_at`); "" where the run goes on
 
 
-def due(every: Duration, before: TrainState, after: TrainState, batches: int) -> bool:
+def after_step(config: Config, before: TrainState, after: TrainState, batches: int, *, stop: bool, skipped: bool) -> Due:
+    """What is due after the step from `before` to `after`, in an epoch of `batches` steps.
+
+    stop: a signal asks all ranks to end. skipped: the gradient was not finite and the step was not taken; the journal names it.
+    Everything that is saved or evaluated has a log line before it: the audit compares hashes at log lines.
+    """
+    finished = after.epoch == config.epochs
+    end = finished or stop or reached(config.stop_at, after, batches)
+    save = end or crosses(config.checkpoint.every, before, after, batches)
+    evaluate = finished or crosses(config.evaluate.every, before, after, batches)
+    log = save or evaluate or skipped or crosses(config.log_every, before, after, batches)
+    status = "" if not end else "finished" if finished else "preempted" if stop else "stopped"
+    return Due(log, evaluate, save, end, status)
+
+
+def crosses(every: Duration, before: TrainState, after: TrainState, batches: int) -> bool:
     """Whether a multiple of `every` lies in the step from `before` to `after`; never where it is 0."""
     if every.count == 0:
         return False
@@ -21,6 +44,12 @@ def due(every: Duration, before: TrainState, after: TrainState, batches: int) ->
 
 
 def reached(end: Duration | None, state: TrainState, batches: int) -> bool:
+    """Whether the run is at `end` or past it; never where there is none."""
     if end is None:
         return False
     return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
+
+
+def _progress(state: TrainState, batches: int) -> float:
+    """Finished epochs, with the started one in part; `batches`: of the epoch that the last step belonged to."""
+    return state.epoch + state.batch / batches

@@ -33,7 +33,7 @@ class Saver:
         self._write: Write | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
-        """Collective. Returns when the state is copied; when it is on the disk if `last`, or without `save_load.asynchronous`."""
+        """Collective. Returns when the state is copied; when it is on the disk if `last`, or without `checkpoint.asynchronous`."""
         self.wait()
         began = time.perf_counter()
         weights, optimizer = self.engine.state.weights(), self.engine.state.moments()

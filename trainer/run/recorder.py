@@ -102,9 +102,12 @@ class Records:
         if self._scribe:
             self._scribe.control(state, progress, facts)
 
-    def step(self, state: TrainState, window: Window, chain: str, norm: float, **facts: Any) -> TrainState:
+    def step(
+        self, state: TrainState, window: Window, chain: str, norm: float, *, progress: float, lr: float, plan: Plan
+    ) -> TrainState:
         """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`."""
         meters, broken = window.facts, window.broken
+        facts = {"progress": progress, "lr": lr, "keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections}
         state = self._state = replace(
             state,
             images=state.images + int(meters["images"]),

@@ -1,0 +1,84 @@
+"""The processes of a run: rank, number of ranks, and the collectives that the trainer uses. With one process all are the identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.engine.errors import EngineError
+
+
+class Processes:
+    """rank: of this process; world: number of ranks; device: of the tensors that are sent. The process group must exist if world > 1."""
+
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+        self.rank, self.world = rank, world
+        self.is_main = rank == 0
+        self.device = torch.device(device)
+        self._delayed: list[tuple[Tensor, Any]] = []
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenation over ranks along dimension 0, in rank order; lengths may differ."""
+        if self.world == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=self.device))
+        counts = [int(n) for n in lengths]
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank (small Python objects)."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def everyones(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in rank order (small Python objects)."""
+        if self.world == 1:
+            return list(items)
+        lists: list[Any] = [None] * self.world
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def later(self, value: Tensor) -> bool:
+        """Whether a number that all ranks share was above 0, read two steps late on a GPU so that no step waits for it."""
+        if self.device.type != "cuda":
+            return bool(value > 0)
+        host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._delayed.append((host, event))
+        if len(self._delayed) <= 2:
+            return False
+        host, event = self._delayed.pop(0)
+        event.synchronize()
+        return bool(host > 0)
+
+    def agree(self, value: str, what: str) -> None:
+        """Raise EngineError unless every rank holds the same text."""
+        if self.world == 1:
+            return
+        values = self.everyones([value])
+        if len(set(values)) > 1:
+            raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
