@@ -204,7 +204,7 @@ def test_asked_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> No
 RANK = """
 import sys, time
 from pathlib import Path
-from trainer.stopping import listen
+from trainer.run.shutdown import listen
 stop = listen()
 Path("started").touch()
 while not stop.asked():
@@ -285,7 +285,7 @@ def test_a_signal_after_the_end_makes_no_failure_of_a_run() -> None:
     """Python puts the default handlers back while it ends, and SIGUSR1's default is death: seen as exit code -10 of a saved run."""
     text = """
 import sys
-from trainer.stopping import deaf, listen
+from trainer.run.shutdown import deaf, listen
 listen()
 print(1, flush=True)
 deaf()

@@ -202,9 +202,9 @@ def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:
 def test_a_process_that_fails_with_workers_running_ends(index: Index, tmp_path: Path) -> None:
     """An uncaught error's traceback holds the stream to the end; its workers don't hear multiprocessing's SIGTERM."""
     script = f"""
-from tests.drawn import config
-from trainer.data.index import Index
-from trainer.data.stream import Stream
+from tests.support.images import config
+from trainer.data.shards.index import Index
+from trainer.data.loader.stream import Stream
 
 def fail():
     stream = Stream(Index({str(index.path)!r}), config({str(index.root)!r}, data={{"workers": 2}}), 0, 1)

@@ -118,17 +118,17 @@ for scene in sys.argv[2:]:
         one(scene, False, *([] if scene == "whole" else [f"engine.zero={scene[-1]}", "epochs=2"]))
         continue
     if scene == "evaluating":
-        trainer.data.loader.validation.Validation = Interrupted
+        trainer.train.Validation = Interrupted
     elif scene == "writing":
-        trainer.storage.disk.Disk = Hearing
-        trainer.run.recorder.Records = Telling
+        trainer.checkpoint.save_load.Disk = Hearing
+        trainer.train.Records = Telling
     elif scene == "full":
-        trainer.storage.disk.Disk, trainer.run.recorder.Records = Full, Waiting
+        trainer.checkpoint.save_load.Disk, trainer.train.Records = Full, Waiting
     elif scene == "training":
         Engine.reseed = at_step  # pyright: ignore
     elif scene == "compiling":
         callback_handler.register_start_callback(once(hear))
     one(scene, False, *(["checkpoint.every=3step"] if scene == "full" else []))
-    trainer.data.loader.validation.Validation, trainer.run.recorder.Records = Validation, Records
-    trainer.storage.disk.Disk, Engine.reseed = Disk, reseed
+    trainer.train.Validation, trainer.train.Records = Validation, Records
+    trainer.checkpoint.save_load.Disk, Engine.reseed = Disk, reseed
     one(scene, True)
