@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from typing import NoReturn
 
 from launch.job import LOGS, LaunchError
 
 ELASTIC = "MIN:MAX starts with what is there and goes on from the checkpoint while MIN are left"
+ALLOWED = "data.allow_pipe=true"  # how the trainer's command line takes it
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +32,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             "overrides", metavar="key.sub=value", nargs="*", default=[], help="settings that differ from the file"
         )
         command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        _add_pipe(command)
         return command
 
     c = add("local", "this machine: all GPUs, or CPU processes")
@@ -62,6 +65,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     text = "configurations x settings x seeds, one run each; the same command again goes on"
     c = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
     c.add_argument("words", metavar="CONFIG|key.sub=value", nargs="+", help="YAMLs, and settings that differ from all of them")
+    _add_pipe(c)
     c.add_argument("--seeds", default="0", metavar="0,1,2", help="default: 0")
     c.add_argument("--set", action="append", default=[], metavar="key.sub=A,B", help="a run for each; may be given again")
     c.add_argument("--name", default="sweep", help="begins the runs' names, and names their parent in MLflow (default: sweep)")
@@ -83,7 +87,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         if not found.config:
             raise LaunchError("sweep: no configuration is named")
     found.overrides = [*found.overrides, *rest]
+    allowed = found.allow_pipe or os.environ.get("TRILEVEL_ALLOW_PIPE") == "1"
+    if allowed and ALLOWED not in found.overrides:  # as a word, so that every node gets it
+        found.overrides.append(ALLOWED)
     return found
+
+
+def _add_pipe(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--allow-pipe", action="store_true", help="run the commands of `pipe:COMMAND` shards in a shell")
 
 
 def _add_slurm(c: argparse.ArgumentParser) -> None:

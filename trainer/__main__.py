@@ -8,13 +8,15 @@ import sys
 
 from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
+from trainer.config.pipes import pipes_granted
 from trainer.run.shutdown import deaf
 
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     try:
-        code = int(COMMANDS[arguments.command](arguments) or 0)
+        with pipes_granted(getattr(arguments, "allow_pipe", False)):
+            code = int(COMMANDS[arguments.command](arguments) or 0)
         sys.stdout.flush()
         if words is None and arguments.command == "train":  # the process ends; a caller that gave `words` keeps its signals
             deaf()

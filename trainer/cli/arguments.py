@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--index", metavar="DIR", help="folder of the index, as data.index (default: beside the shards)")
         command.add_argument("--cache", metavar="DIR", help="as data.cache: remote shards pass through it (~/.cache/trilevel)")
         command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="as data.cache_size (default: 64)")
-        command.add_argument("--allow-pipe", action="store_true", help="as data.allow_pipe: run pipe: shards in a shell")
+        _add_pipe(command)
 
     c = add("index", "index shards that were made elsewhere, local or remote, in one parallel pass")
     c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s):// or s3:// pattern")
@@ -132,6 +133,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c = add("doctor", "what this machine has and lacks, one line each with the way out")
     c.add_argument("--hosts", metavar="FILE", help="one host per line: each is asked over ssh")
     c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config")
+    # the grant is written like a setting too, as a launcher passes it on; it is one of this command line alone
+    words = ["--allow-pipe" if word == "data.allow_pipe=true" else word for word in (sys.argv[1:] if words is None else words)]
     # overrides may stand behind an option: `train CONFIG --resume optim.lr=...`
     arguments, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
@@ -188,13 +191,19 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
     c.add_argument("--examples", type=int, default=1_281_167, help="whose statistics are saved (default: 1,281,167)")
 
 
+def _add_pipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allow-pipe", action="store_true", help="run the commands of `pipe:COMMAND` shards in a shell")
+
+
 def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
+    _add_pipe(command)
     command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
     command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that differ from the file")
 
 
 def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:
     command.add_argument("run_directory", metavar="RUN")
+    _add_pipe(command)
     if overrides:
         command.add_argument(
             "overrides", metavar="key.sub=value", nargs="*", help="e.g. data.train=PATTERN where the shards moved"

@@ -52,7 +52,7 @@ def _index(a: argparse.Namespace) -> None:
     from trainer.data.shards.index import build_index
 
     cache = cache_at(a.cache, a.cache_size)
-    index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
+    index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
     print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
     share, chance = runs_of_class(index)
     if share > 0.5 and share > 2 * chance:
@@ -68,7 +68,7 @@ def _verify(a: argparse.Namespace) -> int:
     from trainer.preflight.verify_shards import verify
 
     cache = cache_at(a.cache, a.cache_size) if scheme(a.shards) or a.cache else None
-    broken = verify(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache, allow_pipe=a.allow_pipe)
+    broken = verify(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
     for example in broken:
         print(f"{example.id}\t{example.where}\t{example.reason}")
     print(f"{a.shards}: {len(broken)} broken image(s)")

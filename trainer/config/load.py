@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.errors import ConfigError
+from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.run_config import Config
 from trainer.config.values import Section
 
@@ -27,6 +28,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: the file must hold keys and values, it holds {type(raw).__name__}")
+    refuse_grant_by_file(raw, str(path))
     for text in overrides or []:
         _override(raw, text)
     return parse(raw, str(path))
@@ -44,6 +46,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: write it as key.sub=value, e.g. optim.lr=1e-3")
+    if key == "data.allow_pipe":
+        raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, give {ALLOW_HINT}")
     node = raw
     *parents, last = key.split(".")
     for part in parents:

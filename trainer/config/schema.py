@@ -38,7 +38,12 @@ class Data(Section):
     index: str | None = None  # folder of the indexes; None: beside the shards, of remote shards ~/.cache/trilevel/index
     cache: str | None = None  # folder on a disk of the node to read all shards through; None: remote ones, ~/.cache/trilevel
     cache_size: float = Field(default=64.0, gt=0)  # GiB that the shards in the cache take together
-    allow_pipe: bool = False  # whether shards may be `pipe:COMMAND`, run in a shell
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_grant(cls, raw: Any) -> Any:
+        """Files of earlier versions hold allow_pipe: it never counts, see `pipes`."""
+        return {key: value for key, value in raw.items() if key != "allow_pipe"} if isinstance(raw, dict) else raw
 
 
 class Augment(Section):

@@ -34,14 +34,13 @@ def verify(
     progress: bool = True,
     folder: str | None = None,
     cache: Cache | None = None,
-    allow_pipe: bool = False,
 ) -> list[Broken]:
     """Every example that can't be read or decoded, in order of ids. Raises DataError where shards and index don't fit.
 
     All bytes are held against the index: of files first, of remote shards when they come through the cache. Images are decoded
-    whole, as evaluation does, in threads: the decoder lets go of the interpreter. folder, cache, allow_pipe: see `build_index`.
+    whole, as evaluation does, in threads: the decoder lets go of the interpreter. folder, cache: see `build_index`.
     """
-    index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder, allow_pipe=allow_pipe)
+    index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder)
     chunks = [np.arange(at, min(at + _CHUNK, len(index))) for at in range(0, len(index), _CHUNK)]
 
     def broken(ids: np.ndarray) -> list[Broken]:

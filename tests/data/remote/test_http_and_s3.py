@@ -234,7 +234,7 @@ def test_errors_inside_a_remote_shard_name_its_url(web: Web, tmp_path: Path) -> 
         ("http://host/train-*.tar", "can't be listed.*braces"),
         ("https://host/x.tar?X-Amz-Signature=abc", "queries"),
         ("gs://bucket/x.tar", "gs:// is not read"),
-        ("pipe:cat x.tar", "data.allow_pipe=true"),
+        ("pipe:cat x.tar", "would run 'cat x.tar' in a shell.*--allow-pipe"),
     ],
 )
 def test_refused_patterns(pattern: str, reason: str) -> None:
@@ -250,17 +250,18 @@ def test_http_credentials_come_from_netrc(web: Web, tmp_path: Path, monkeypatch:
     assert request.headers["Authorization"].startswith("Basic ")
 
 
-def test_pipes_where_allowed(tmp_path: Path) -> None:
+def test_pipes_where_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRILEVEL_ALLOW_PIPE", "1")
     pattern = write_shards(tmp_path / "shards", SIZES)
     pipe = f"pipe:cat {tmp_path}/shards/train-{{0000..0002}}.tar"
-    index = build_index(pipe, allow_pipe=True, progress=False)
+    index = build_index(pipe, progress=False)
     local = build_index(pattern, progress=False)
     assert index.sizes.tolist() == SIZES and (index.labels == local.labels).all()
-    assert len(open_index(pipe, allow_pipe=True, verify="full")) == 13
+    assert len(open_index(pipe, verify="full")) == 13
     reader = Reader(index, Cache(tmp_path / "fresh", ROOM))
     assert [bytes(d) for d in reader.read(np.arange(13))] == [jpeg(i) for i in range(13)]  # pyright: ignore
     with pytest.raises(DataError, match=r"exit"):
-        build_index("pipe:echo no; exit 3", allow_pipe=True, progress=False)
+        build_index("pipe:echo no; exit 3", progress=False)
 
 
 class Trap:

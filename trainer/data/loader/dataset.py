@@ -52,4 +52,4 @@ def open_indexes(config: Config, verify: bool = True) -> tuple[Index, Index]:
 def opened(pattern: str, config: Config, verify: Literal["fast", "full"] | None) -> Index:
     """The index of shards that a configuration names, held against them as `verify` says."""
     data = config.data
-    return open_index(pattern, data.labels, verify, folder=data.index, allow_pipe=data.allow_pipe)
+    return open_index(pattern, data.labels, verify, folder=data.index)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from trainer.data.errors import DataError
 from trainer.data.remote.retry import Passing, good, patiently, pause
-from trainer.data.remote.url import scheme
+from trainer.data.remote.url import refuse, scheme
 
 _CHUNK = 1 << 18
 _PROGRESS = 1 << 20  # bytes that count as progress
@@ -126,6 +126,7 @@ def _opened(url: str, at: int) -> Generator[bytes, None, None]:
 
 def open_pipe(url: str) -> BinaryIO:
     """The output of a `pipe:` command, as webdataset opens it; a failure of the command is an error at the end."""
+    refuse(url)  # however the name came here: patterns are checked before, an index or a cache only names shards
     from webdataset.gopen import gopen  # imports torch, which the fetching process does without
 
     return gopen(url)  # pyright: ignore[reportReturnType]

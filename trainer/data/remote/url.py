@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from trainer.config.pipes import ALLOW_HINT, pipes_allowed
 from trainer.data.errors import DataError
 
 _SCHEME = re.compile(r"^(?:(pipe):|([A-Za-z][A-Za-z0-9+.-]*)://)")
@@ -15,15 +16,13 @@ def scheme(name: str) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-def refuse(pattern: str, allow_pipe: bool) -> None:
+def refuse(pattern: str) -> None:
     """Raise DataError for URLs that are not read, or that carry credentials."""
     kind = scheme(pattern)
     if kind == "pipe":
-        if not allow_pipe:
-            raise DataError(
-                f"shards {pattern!r}: pipe: runs a command in a shell; set data.allow_pipe=true (`--allow-pipe`) if you "
-                "trust whoever wrote it"
-            )
+        if not pipes_allowed():
+            command = pattern.removeprefix("pipe:")
+            raise DataError(f"shards {pattern!r}: this would run {command!r} in a shell; if you trust it, give {ALLOW_HINT}")
         return
     if kind not in ("http", "https", "s3"):
         raise DataError(f"shards {pattern!r}: {kind}:// is not read; use a path, http(s)://, s3:// or pipe:")

@@ -97,7 +97,6 @@ def build_index(
     progress: bool = True,
     folder: str | None = None,
     cache: Cache | None = None,
-    allow_pipe: bool = False,
 ) -> Index:
     """Read the headers and labels of all shards once, in parallel, write the index and open it.
 
@@ -107,7 +106,7 @@ def build_index(
     the shards where it exists, so that training and validation agree. folder: of the index, see `place_of`. Remote shards
     pass through `cache` (None: the default one), which keeps them as far as it can. Raises DataError.
     """
-    place = place_of(pattern, folder, allow_pipe)
+    place = place_of(pattern, folder)
     source, cache = label_of(labels), cache or cache_at(None, 64)
 
     def scan(name: str) -> _Scan:
@@ -189,7 +188,6 @@ def open_index(
     verify: Literal["fast", "full"] | None = "fast",
     workers: int = 16,
     folder: str | None = None,
-    allow_pipe: bool = False,
 ) -> Index:
     """Open the index of these shards and hold the shards against it. Raises DataError naming the first shard that differs.
 
@@ -197,7 +195,7 @@ def open_index(
     bytes; None: names and sizes (for all ranks of a node but the first). Of remote shards fast asks for sizes and tags, None
     asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
     """
-    place = place_of(pattern, folder, allow_pipe)
+    place = place_of(pattern, folder)
     root, again = place.root, f"run `trilevel index {pattern!r}`"
     index = _index_of(place)
     if index is None:

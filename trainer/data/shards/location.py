@@ -68,13 +68,13 @@ def joined(root: str, name: str) -> str:
     return name if not root else os.path.join(root, name)
 
 
-def place_of(pattern: str, folder: str | None = None, allow_pipe: bool = False) -> Place:
+def place_of(pattern: str, folder: str | None = None) -> Place:
     """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`.
 
     `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) a name of its own, so that
     two that begin alike don't write over each other's.
     """
-    root, stem, names = expand(pattern, allow_pipe)
+    root, stem, names = expand(pattern)
     if scheme(pattern):
         written = pattern.removeprefix(root) if root else pattern
     else:

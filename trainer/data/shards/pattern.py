@@ -13,13 +13,13 @@ from trainer.data.remote.client import listed
 from trainer.data.remote.url import refuse, scheme
 
 
-def expand(pattern: str, allow_pipe: bool = False) -> tuple[str, str, list[str]]:
+def expand(pattern: str) -> tuple[str, str, list[str]]:
     """(root, stem, names): the directory or URL above the pattern's first wildcard, the literal start of the file names, the
     shards relative to root, sorted. A directory (s3: a URL ending with "/") stands for all its tars. Web servers are not
     asked here. Raises DataError: a URL of another kind or with a password, no match, a named file missing."""
     kind = scheme(pattern)
     if kind:
-        refuse(pattern, allow_pipe)
+        refuse(pattern)
         return _expand_url(kind, pattern)
     if os.path.isdir(pattern):
         pattern = os.path.join(pattern, "*.tar")
