@@ -21,6 +21,7 @@ from trainer.data.errors import DataError
 from trainer.data.loader.prefetch import Ahead, refuse_small_cache, rows_of_node, upcoming
 from trainer.data.loader.stream import Stream
 from trainer.data.order import EpochOrder, Layout
+from trainer.data.remote import cache_folder
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.client import Facts
 from trainer.data.shards.index import Index, build_index
@@ -73,6 +74,18 @@ def test_two_processes_fetch_a_shard_once(web: Web, index: Index, tmp_path: Path
     assert [p.wait() for p in processes] == [0, 0]
     assert web.gets == dict.fromkeys(index.names, 1)
     assert not list(cache.folder.rglob("*.part"))
+
+
+def test_many_threads_make_a_new_folder_at_once(tmp_path: Path) -> None:
+    for turn in range(40):
+        start = threading.Barrier(8)
+
+        def prepare(folder: Path, start: threading.Barrier = start) -> Path:
+            start.wait(60)
+            return cache_folder.prepare(folder)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(pool.map(prepare, [tmp_path / str(turn)] * 8))) == 1
 
 
 def test_a_killed_fetch_leaves_nothing_broken(web: Web, index: Index, tmp_path: Path) -> None:

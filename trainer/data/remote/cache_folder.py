@@ -63,7 +63,10 @@ def _marked(own: Path) -> bool:
 def _refuse_foreign(folder: Path, own: Path) -> None:
     """An empty folder may be taken; beside the lock and an empty mark, nothing may be in it."""
     found = sorted(set(os.listdir(own)) - {"lock"})
-    if not found or (found == [_MARK] and not (own / _MARK).lstat().st_size):
+    with suppress(FileNotFoundError):
+        if not found or (found == [_MARK] and not (own / _MARK).lstat().st_size):
+            return
+    if _marked(own):  # by another process, after the caller looked
         return
     raise Outage(
         f"data.cache={folder}: {own} holds {found[0]!r}, and its {_MARK} was not written by trilevel: files in it may not be deleted; "
