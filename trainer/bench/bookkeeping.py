@@ -5,20 +5,21 @@ Part of `trilevel bench step`, and of `make gpu PART=step`, where a read of the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from sparsity.types import Record
+from trainer.bench.result import stats
 from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix
 from trainer.data.batch import Batch
+from trainer.data.shards.index import Index
 from trainer.model.build import build_examples
 from trainer.model.objective import Objective
+from trainer.telemetry.timing import seconds
 
 EXAMPLES = 1_281_167  # ImageNet-1k
 WARM_UP, STEPS, AT_ONCE = 5, 40, 10  # AT_ONCE steps are timed together: one takes less than a clock and a synchronisation say
@@ -31,8 +32,7 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
     time ends when the device is done, and RuntimeError is raised where the host would wait for it.
     """
     rows = config.data.micro_batch
-    index: Any = _Index(examples, config.model.classes)
-    level, objective = build_examples(config, index), Objective(config)
+    level, objective = build_examples(config, stand_in(examples, config.model.classes)), Objective(config)
     batch = _batch(rows, examples, config, device)
     mix = draw_mix(config.augment, config.seed, 0, config.model.image_size)
     logits = torch.randn(rows, config.model.classes, generator=torch.Generator().manual_seed(0)).to(device)
@@ -45,11 +45,12 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
 
     for _ in range(WARM_UP):
         one()
-    times = []
-    for _ in range(STEPS):
-        times.append(_timed(one, device))
-    about = {"median": median(times), "min": min(times), "max": max(times), "unit": "ms of bookkeeping"}
-    return about | {"megabytes": level.held_bytes / 1e6, "examples": examples, "method": config.examples.method}
+    times = [_timed(one, device) for _ in range(STEPS)]
+    return stats(times, "ms of bookkeeping") | {
+        "megabytes": level.held_bytes / 1e6,
+        "examples": examples,
+        "method": config.examples.method,
+    }
 
 
 def told(row: dict[str, Any]) -> str:
@@ -60,34 +61,34 @@ def told(row: dict[str, Any]) -> str:
     )
 
 
-class _Index:
-    """As much of an index as a method of level 1 asks for."""
-
-    def __init__(self, examples: int, classes: int) -> None:
-        self.labels = np.arange(examples, dtype=np.int32) % classes
+class _Labels:
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
+def stand_in(examples: int, classes: int) -> Index:
+    """As much of an index as a method of level 1 asks for."""
+    return cast(Index, _Labels(np.arange(examples, dtype=np.int32) % classes))
+
+
 def _timed(one: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of a step, mean of AT_ONCE."""
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.synchronize(device)
-    before = torch.cuda.get_sync_debug_mode() if gpu else 0
-    started = time.perf_counter()
-    if gpu:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(AT_ONCE):
-            one()
-    finally:
-        if gpu:
-            torch.cuda.set_sync_debug_mode(before)
-    if gpu:
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - started) / AT_ONCE
+    """Milliseconds of a step, mean of AT_ONCE. On a GPU torch raises where the host would wait for it."""
+
+    def several() -> None:
+        mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            for _ in range(AT_ONCE):
+                one()
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(mode)
+
+    return 1000 * seconds(several, device) / AT_ONCE
 
 
 def _batch(rows: int, examples: int, config: Config, device: torch.device) -> Batch:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from sparsity.types import Plan
 from trainer.bench.paired import interval
+from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
@@ -31,42 +30,31 @@ from trainer.model.build import build_model
 from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import last_plan
+from trainer.telemetry import timing
+from trainer.telemetry.timing import interleave
 
 BARE = "bare"
 ENGINES = {"ddp": ("ddp", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 WARM_UP = 3
 EQUAL = 1.02  # a ratio below which one engine is not worth changing for another
-TARGETS = {256: 1.05, 32: 1.3}  # x the bare loop, on a GPU
 Step = Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """rows: {"ROW@IMAGES": {median, min, max, unit: "ms", images_per_second, ratio (of bare, median over rounds), ratio_low,
-    ratio_high (95 % interval), memory_mib}}, or {said} where a row could not be measured."""
+COLUMNS = {
+    "ms": "{median:.2f}",
+    "images/s": "{images_per_second:.0f}",
+    "of bare": "{ratio:.3f}",
+    "95 % interval": "{ratio_low:.2f} - {ratio_high:.2f}",
+    "memory MiB": "{memory_mib:.0f}",
+}
 
-    about: str
-    rows: dict[str, dict[str, Any]]
-    advice: list[str]
 
-    def table(self) -> Table:
-        table = Table(title=self.about, title_justify="left")
-        table.add_column("")
-        for column in ("images per device", "ms", "images/s", "of bare", "95 % interval", "memory MiB"):
-            table.add_column(column, justify="right")
-        for name, r in self.rows.items():
-            row, _, images = name.partition("@")
-            if "said" in r:
-                table.add_row(row, images, "-", "-", "-", "-", "-")
-                continue
-            spread = f"{r['ratio_low']:.2f} - {r['ratio_high']:.2f}"
-            rate = f"{r['images_per_second']:.0f}"
-            table.add_row(row, images, f"{r['median']:.2f}", rate, f"{r['ratio']:.3f}", spread, f"{r['memory_mib']:.0f}")
-        return table
-
-    def text(self) -> str:
-        said = [f"{name}: {row['said']}" for name, row in self.rows.items() if "said" in row]
-        return "\n".join([*said, *self.advice])
+def batches(text: str | None) -> list[int]:
+    """Images per device, from `256,32`; None: what is worth measuring on this machine. Raises ConfigError."""
+    words = (text or ("256,32" if torch.cuda.is_available() else "8,2")).split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise ConfigError(f"--images-per-device {text}: write numbers with commas between: 256,32")
+    return [int(word) for word in words]
 
 
 def on_every_device(processes: int | None) -> None:
@@ -84,11 +72,15 @@ def on_every_device(processes: int | None) -> None:
     os.execv(sys.executable, [*agent, "-m", "trainer", *sys.argv[1:]])
 
 
-def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] | None = None) -> Measured:
-    """Measure, on all ranks of this world; the answer is the same on all. Raises ConfigError for a row that there is not."""
+def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] | None = None) -> BenchResult:
+    """Measure, on all ranks of this world; the answer is the same on all. Raises ConfigError for an unknown row.
+
+    Rows "ROW@IMAGES": {median, min, max, unit: "ms", images_per_second, ratio (of bare, median over rounds), ratio_low, ratio_high
+    (95 % interval), memory_mib}, or {said} where a row could not be measured.
+    """
     names = [BARE, *ENGINES]
     if unknown := [name for name in only or [] if name not in names]:
-        raise ConfigError(f"--rows {','.join(unknown)}: unknown; there are {', '.join(names)}")
+        raise ConfigError(f"--rows: unknown value {', '.join(unknown)!r}; valid values: {', '.join(names)}")
     names = [name for name in names if only is None or name in {BARE, *only}]
     rows: dict[str, dict[str, Any]] = {}
     world, where = 1, ""
@@ -96,10 +88,10 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
         found, engine = _at(config, count, rounds, names)
         rows |= {f"{name}@{count}": row for name, row in found.items()}
         world, where = engine.world, engine.device_name()
-    on_gpu = torch.cuda.is_available()
     half = {"float32": "float32", "autocast": "bf16 autocast", "bf16": "bf16"}[config.engine.precision]
     about = f"{config.name}: {config.model.name}, {config.model.image_size} px, {world} process(es), {half}, {rounds} rounds, {where}"
-    return Measured(about, rows, [advice(config, rows, count, on_gpu) for count in images])
+    notes = [f"{name}: {row['said']}" for name, row in rows.items() if "said" in row]
+    return BenchResult(about, rows, COLUMNS, [*notes, *(advice(config, rows, count) for count in images)])
 
 
 def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict[str, dict[str, Any]], Engine]:
@@ -119,15 +111,13 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             found[name] = {"said": "does not fit beside the others: try --rows" if oom else str(error).splitlines()[-1].strip()}
             continue
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
-    times = _interleaved(steps, rounds, engine)
+    own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds)
+    everyones = engine.everyones([own])
+    times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in everyones), strict=True)] for name in own}
     for name, seconds in times.items():
         ratios = [mine / bare for mine, bare in zip(seconds, times[BARE], strict=True)]
         low, high = interval(ratios)
-        found[name] |= {
-            "median": 1000 * median(seconds),
-            "min": 1000 * min(seconds),
-            "max": 1000 * max(seconds),
-            "unit": "ms",
+        found[name] |= stats([1000 * one for one in seconds], "ms") | {
             "images_per_second": engine.world * count / median(seconds),
             "ratio": median(ratios),
             "ratio_low": low,
@@ -136,18 +126,10 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
     return found, engine
 
 
-def _interleaved(steps: dict[str, Step], rounds: int, engine: Engine) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            engine.barrier()
-            _synchronize(engine.device)
-            started = time.perf_counter()
-            steps[name]()
-            _synchronize(engine.device)
-            times[name].append(time.perf_counter() - started)
-    everyones = engine.everyones([times])
-    return {name: [max(rank[name][i] for rank in everyones) for i in range(rounds)] for name in times}
+def _timed(engine: Engine, step: Step) -> float:
+    """Seconds, on this rank, of a step that all ranks begin together."""
+    engine.barrier()
+    return timing.seconds(step, engine.device)
 
 
 def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
@@ -216,12 +198,7 @@ def _memory(device: torch.device, peak: bool) -> float:
     return float(torch.cuda.memory_allocated(device))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def advice(config: Config, rows: dict[str, dict[str, Any]], count: int, on_gpu: bool) -> str:
+def advice(config: Config, rows: dict[str, dict[str, Any]], count: int) -> str:
     """One line: what the configured engine costs, and which one to take."""
     ratios = {name: rows[f"{name}@{count}"]["ratio"] for name in ENGINES if "ratio" in rows.get(f"{name}@{count}", {})}
     head = f"{count} images per device: "
@@ -231,11 +208,9 @@ def advice(config: Config, rows: dict[str, dict[str, Any]], count: int, on_gpu: 
     best = min(ratios, key=lambda name: ratios[name])
     fits = "this model fits" if best in ("ddp", "zero0") else "DDP does not fit or is no faster"
     costs = ", ".join(f"{_told(name)} {ratio:.2f} x" for name, ratio in ratios.items())
-    target = next((limit for images, limit in TARGETS.items() if on_gpu and images == count), None)
-    goal = f" (target for {_told(mine)}: {target} x)" if target and mine in ratios else ""
     if mine in ratios and ratios[mine] <= EQUAL * ratios[best]:
-        return f"{head}{fits}; against the bare loop {costs}{goal}: {_told(mine)}, as configured, is as good as any"
-    return f"{head}{fits}; against the bare loop {costs}{goal}: take {_keys(best)}"
+        return f"{head}{fits}; against the bare loop {costs}: {_told(mine)}, as configured, is as good as any"
+    return f"{head}{fits}; against the bare loop {costs}: take {_keys(best)}"
 
 
 def _told(name: str) -> str:

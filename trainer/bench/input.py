@@ -7,134 +7,100 @@ leaves it to the device; what each row did is printed beside it.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
-from rich.table import Table
 
 from sparsity.types import Selection
 from trainer.bench import input_peers
 from trainer.bench.input_peers import PEERS, Peer, Place
 from trainer.bench.pixel_errors import pixel_errors
+from trainer.bench.result import SPREAD, BenchResult, stats
 from trainer.config.run_config import Config
 from trainer.config.schema import Augment
 from trainer.data.augment import turbojpeg
 from trainer.data.errors import DataError
 from trainer.data.loader.dataset import opened
 from trainer.data.loader.stream import Stream
-from trainer.data.progress import bar
 from trainer.data.shards.index import Index
 from trainer.data.shards.pack import pack
 from trainer.data.shards.reader import Reader
+from trainer.telemetry.timing import cpu_seconds, interleave
 
 POLICY = "rand-m9-mstd0.5-inc1"
 DROPPED, SHORT_SIDE = 0.2, 256
-_TARGETS = (  # row, over which row, at least (the loader is as fast as decoding allows)
-    ("ours", "webdataset", 2.2),
-    ("ours", "imagefolder", 1.8),
-    ("ours", "timm", 1.8),
-    ("ours", "mosaicml_streaming", 1.8),
-    ("ours", "litdata", 1.8),
-    ("ours", "bare_decode", 0.6),
-    ("ours_short_side", "ours", 2.0),
-    ("ours_randaugment", "timm_randaugment", 1.5),
-    ("epoch_dropped", "epoch_all", 1 - 0.18),
+COLUMNS = SPREAD | {"CPU ms/image": "{cpu_ms:.2f}", "what it did": "{did}"}
+RATIOS = (  # row, over which row
+    ("ours", "webdataset"),
+    ("ours", "imagefolder"),
+    ("ours", "timm"),
+    ("ours", "mosaicml_streaming"),
+    ("ours", "litdata"),
+    ("ours", "bare_decode"),
+    ("ours_short_side", "ours"),
+    ("ours_randaugment", "timm_randaugment"),
+    ("epoch_dropped", "epoch_all"),
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """rows: {row: {median, min, max, unit, cpu_ms, did}}, cpu_ms per image over all processes; a row without a median was not
-    measured, `did` says why."""
-
-    rows: dict[str, dict[str, Any]]
-    title: str
-    errors: list[str] = field(default_factory=list)  # of the fast paths' pixels against PIL's, a line each
-
-    def ratios(self) -> list[tuple[str, str, float, float]]:
-        """(row, over, ratio of medians, target); an epoch's time must be below its target, a rate above."""
-        have = {name for name, row in self.rows.items() if "median" in row}
-        return [(a, b, self.rows[a]["median"] / self.rows[b]["median"], target) for a, b, target in _TARGETS if {a, b} <= have]
-
-    def table(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in ("row", "median", "min", "max", "unit", "CPU ms/image", "what it did"):
-            table.add_column(column, justify="left" if column in ("row", "unit", "what it did") else "right")
-        for name, row in self.rows.items():
-            numbers = [f"{row[k]:.4g}" if k in row else "" for k in ("median", "min", "max")]
-            table.add_row(name, *numbers, row["unit"], f"{row['cpu_ms']:.2f}" if "cpu_ms" in row else "", row["did"])
-        return table
-
-    def text(self) -> str:
-        lines = []
-        for a, b, ratio, target in self.ratios():
-            word = "at most" if a.startswith("epoch") else "at least"
-            work = self.rows[b]["cpu_ms"] / self.rows[a]["cpu_ms"]
-            lines.append(f"{a} / {b}: {ratio:.2f} (target: {word} {target:g}); by CPU time per image {work:.2f}")
-        return "\n".join(lines + self.errors)
 
 
 def bench(
     config: Config, *, images: str | None = None, workers: int = 2, batch: int = 50, passes: int = 5, limit: int = 2000,
     only: list[str] | None = None, progress: bool = True,
-) -> Measured:  # fmt: skip
+) -> BenchResult:  # fmt: skip
     """Measure all rows (or those in `only`). images: a folder or tar; None: the first `limit` images of data.train.
 
-    Needs room in the temporary folder for three copies of the images. Raises DataError.
+    Writes three copies of the images to the temporary folder. Raises DataError.
     """
     with tempfile.TemporaryDirectory(prefix="trilevel-bench-") as scratch:
         place = _place(Path(scratch), config, images, batch, workers, limit)
         known = _rows(place, config, Path(scratch))
         if unknown := sorted(set(only or []) - known.keys()):
-            raise DataError(f"bench input: no row {', '.join(unknown)}; there are {', '.join(known)}")
+            raise DataError(f"--rows: unknown value {', '.join(unknown)!r}; valid values: {', '.join(known)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the peers' own
             peers = {name: make() for name, make in known.items() if not only or name in only}
-            rates, work = _passes(peers, passes, progress)
+            rows = measured(peers, passes, "bench input" if progress else None)
         errors = pixel_errors(place.index, place.size)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, peer in peers.items():
-        unit = "s" if name.startswith("epoch") else "images/s"
-        seen = rates[name]
-        numbers = {"median": statistics.median(seen), "min": min(seen), "max": max(seen)} if seen else {}
-        cpu = {"cpu_ms": 1000 * statistics.median(work[name])} if seen else {}
-        rows[name] = numbers | {"unit": unit, **cpu, "did": peer.did}
     title = f"{len(place.index)} images, {place.size} px, {workers} workers, batch {batch}, {passes} passes"
-    return Measured(rows, title, errors)
+    return BenchResult(title, rows, COLUMNS, [*ratios(rows, RATIOS), *errors])
 
 
-def _passes(peers: dict[str, Peer], passes: int, progress: bool) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Of every pass but the first: rates (times, for rows that begin with `epoch`), and CPU seconds per image of all processes."""
-    found: dict[str, list[float]] = {name: [] for name in peers}
-    work: dict[str, list[float]] = {name: [] for name in peers}
-    with bar("bench input", (passes + 1) * len(peers), "passes", progress) as shown:
-        for turn in range(passes + 1):
-            for name, peer in peers.items():
-                if peer.epoch is not None:
-                    busy, started = _cpu(), time.perf_counter()
-                    count = peer.epoch()
-                    seconds = time.perf_counter() - started
-                    if turn:
-                        found[name].append(seconds if name.startswith("epoch") else count / seconds)
-                        work[name].append((_cpu() - busy) / count)
-                shown.advance(shown.task_ids[0])
-    return found, work
+def measured(peers: dict[str, Peer], passes: int, show: str | None, without: int | None = None) -> dict[str, dict[str, Any]]:
+    """Rows {median, min, max, unit, cpu_ms (per image, of all our processes, median), did}; of a library that is not installed
+    {unit, did}. images/s, or seconds for rows that begin with `epoch`. without: see `cpu_seconds`."""
+    rows: dict[str, dict[str, Any]]
+    rows = {name: {"unit": "s" if name.startswith("epoch") else "images/s", "did": peer.did} for name, peer in peers.items()}
+    passed = {name: partial(_pass, peer, without) for name, peer in peers.items() if peer.epoch is not None}
+    for name, found in interleave(passed, passes, warm_up=1, show=show).items():
+        unit = rows[name]["unit"]
+        values = [seconds if unit == "s" else images / seconds for images, seconds, _ in found]
+        rows[name] |= stats(values, unit) | {"cpu_ms": 1000 * median(work / images for images, _, work in found)}
+    return rows
 
 
-def _cpu() -> float:
-    """CPU seconds of this process and its workers so far: what a neighbour on the machine hardly changes."""
-    process = psutil.Process()
-    times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
-    return sum(t.user + t.system for t in times) + times[0].children_user + times[0].children_system
+def _pass(peer: Peer, without: int | None) -> tuple[int, float, float]:
+    """Images, seconds, processor seconds of a pass."""
+    peer.prepare()
+    busy, started = cpu_seconds(without), time.perf_counter()
+    images = peer.epoch() if peer.epoch is not None else 0
+    seconds = time.perf_counter() - started
+    return images, seconds, cpu_seconds(without) - busy
+
+
+def ratios(rows: dict[str, dict[str, Any]], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Ratios of the medians of the rows that were measured, and of images per processor time."""
+    return [
+        f"{a} / {b}: {rows[a]['median'] / rows[b]['median']:.2f}; by CPU time per image {rows[b]['cpu_ms'] / rows[a]['cpu_ms']:.2f}"
+        for a, b in pairs
+        if "median" in rows.get(a, {}) and "median" in rows.get(b, {})
+    ]
 
 
 def _rows(place: Place, config: Config, scratch: Path) -> dict[str, Callable[[], Peer]]:
@@ -144,7 +110,7 @@ def _rows(place: Place, config: Config, scratch: Path) -> dict[str, Callable[[],
             scratch / "short",
             short_side=SHORT_SIDE,
             workers=place.workers,
-            shard_size=_share(place),
+            shard_size=_shard_size(place.index.length, place.workers),
             progress=False,
         )["train"]
         return _ours(place._replace(shards=f"{scratch}/short/train-*.tar", index=index), config, did=f"ours, {index.packing}")
@@ -197,16 +163,14 @@ def _place(scratch: Path, config: Config, images: str | None, batch: int, worker
     if count < 2 * batch:
         raise DataError(f"bench input: {count} images make no two batches of {batch}; give more, or a smaller --batch")
     folder = _unpacked(source, count, scratch / "folder")
-    size = int(source.length[:count].astype(np.int64).sum())
-    shards = scratch / "shards"
-    index = pack(str(folder), shards, workers=max(workers, 1), shard_size=size // (8 * max(workers, 1)) + 1, progress=False)[
-        "train"
-    ]
-    return Place(f"{shards}/train-*.tar", folder, index, config.model.image_size, batch, workers)
+    size = _shard_size(source.length[:count], workers)
+    index = pack(str(folder), scratch / "shards", workers=max(workers, 1), shard_size=size, progress=False)["train"]
+    return Place(f"{scratch}/shards/train-*.tar", folder, index, config.model.image_size, batch, workers)
 
 
-def _share(place: Place) -> int:
-    return int(place.index.length.astype(np.int64).sum()) // (8 * max(place.workers, 1)) + 1
+def _shard_size(lengths: np.ndarray, workers: int) -> int:
+    """Bytes of a shard, for eight shards per worker."""
+    return int(lengths.astype(np.int64).sum()) // (8 * max(workers, 1)) + 1
 
 
 def _unpacked(index: Index, count: int, folder: Path) -> Path:

@@ -37,11 +37,16 @@ class Place(NamedTuple):
     workers: int
 
 
+def _nothing() -> None: ...
+
+
 class Peer(NamedTuple):
-    """One row. did: in words. epoch: one pass, returns the images it gave; None where the library is not there."""
+    """One row. did: in words. epoch: one pass, returns the images it gave; None where the library is not installed. prepare: runs
+    before a pass and is not timed."""
 
     did: str
     epoch: Callable[[], int] | None
+    prepare: Callable[[], None] = _nothing
 
 
 def bare_decode(place: Place) -> Peer:

@@ -23,9 +23,9 @@ import numpy as np
 import psutil
 import torch
 from rich.progress import track
-from rich.table import Table
 
 from sparsity.types import Outcome
+from trainer.bench.result import BenchResult, stats
 from trainer.config.schema import Tracking
 from trainer.engine.processes import Processes
 from trainer.journal.writer import Journal
@@ -38,41 +38,29 @@ from trainer.tracking.state import State
 STATES = ("alone", "stopped", "silent", "running")
 STEP, EVERY = 0.05, 20  # s of a training step, steps per log line (the default) that the share is told for
 MIB = 2**20
+COLUMNS = {
+    "ms": "{median:.3f}",
+    "p99": "{p99:.3f}",
+    "max": "{max:.3f}",
+    "share": "{share:.3%}",
+    "cpu ms": "{cpu:.3f}",
+    "cpu p99": "{cpu_p99:.3f}",
+    "cpu share": "{cpu_share:.3%}",
+    "training MiB": "{memory_mib[0]:.0f} -> {memory_mib[1]:.0f}",
+    "shipper MiB": "{shipper_mib[0]:.0f} -> {shipper_mib[1]:.0f}",
+    "sent": "{sent:.0%}",
+}
 
 
-def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> dict[str, dict[str, Any]]:
-    """{state: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms of processor
-    time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent (share of the
-    journal's bytes)}}.
+def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> BenchResult:
+    """Rows {state of the server: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms
+    of processor time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent
+    (share of the journal's bytes)}}.
 
     pause: s between two log lines. On a machine with other work only the processor time speaks of the logging.
     """
-    return {state: _measured(state, lines, pause) for state in states}
-
-
-def table(rows: dict[str, dict[str, Any]]) -> Table:
-    title = f"a logging step; share of {EVERY} steps of {1000 * STEP:g} ms"
-    shown = Table(title=title, title_justify="left")
-    for column in (
-        "server",
-        "ms",
-        "p99",
-        "max",
-        "share",
-        "cpu ms",
-        "cpu p99",
-        "cpu share",
-        "training MiB",
-        "shipper MiB",
-        "sent",
-    ):
-        shown.add_column(column, justify="left" if column == "server" else "right")
-    for state, r in rows.items():
-        memory = [" -> ".join(f"{mib:.0f}" for mib in r[name]) for name in ("memory_mib", "shipper_mib")]
-        times = [f"{r[name]:.3f}" for name in ("median", "p99", "max")]
-        cpu = [f"{r['cpu']:.3f}", f"{r['cpu_p99']:.3f}", f"{r['cpu_share']:.3%}"]
-        shown.add_row(state, *times, f"{r['share']:.3%}", *cpu, *memory, f"{r['sent']:.0%}")
-    return shown
+    title = f"a logging step by state of the server; share of {EVERY} steps of {1000 * STEP:g} ms"
+    return BenchResult(title, {state: _measured(state, lines, pause) for state in states}, COLUMNS)
 
 
 def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
@@ -102,8 +90,8 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
             if shipper.process is not None:
                 shipper.process.kill()
                 shipper.process.wait()
-    return {
-        "median": float(np.median(took)), "p99": float(np.percentile(took, 99)), "min": min(took), "max": max(took), "unit": "ms",
+    return stats(took, "ms") | {
+        "p99": float(np.percentile(took, 99)),
         "share": float(np.mean(took)) / 1000 / (STEP * EVERY), "cpu": float(np.mean(cpu)), "cpu_p99": float(np.percentile(cpu, 99)),
         "cpu_share": float(np.mean(cpu)) / 1000 / (STEP * EVERY), "memory_mib": own, "shipper_mib": other, "sent": sent,
     }  # fmt: skip

@@ -8,67 +8,24 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from typing import NamedTuple
 
 import numpy as np
-from rich.table import Table
 
+from trainer.bench.result import BenchResult, stats
 from trainer.config.run_config import Config
-from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
+from trainer.data.loader.shuffle_quality import shuffle_quality
 from trainer.data.order import EpochOrder, Layout, slice_of
 
 BATCHES, KEPT, PER_RANK = 10, 0.8, 32
 QUALITY, CLASSES = 5_000_000, 1000
 
 
-class Planned(NamedTuple):
-    """Seconds and MiB of one rank. set_up: layout and epoch; start, resume: the next 10 batches from the epoch's start, from its
-    middle (the set-up included); memory: allocated at the largest moment."""
+def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult:
+    """Measure one rank (the middle one) of `world`. The batch of CONFIG is raised to 32 per rank where it is smaller.
 
-    examples: int
-    shards: int
-    world: int
-    batch: int
-    lanes: int
-    window: int
-    set_up: float
-    start: float
-    resume: float
-    memory: float
-    quality: dict[str, Quality]  # by layout of the classes; empty above QUALITY examples
-
-    def text(self) -> str:
-        if not self.quality:
-            return f"shuffle quality: not measured above {QUALITY:,} examples"
-        return "\n".join(
-            f"shuffle quality, {name}: classes {q.classes:.2f}, shards {q.shards:.2f}, same-class mixup pairs {q.pairs:.2f} "
-            "(1 is a full shuffle)"
-            for name, q in self.quality.items()
-        )
-
-    def table(self) -> Table:
-        table = Table(
-            title=f"order of {self.examples:,} examples in {self.shards:,} shards, one rank of {self.world:,}",
-            title_justify="left",
-        )
-        for column in ("batch", "lanes", "window", "set-up", f"first {BATCHES} batches", "resume in mid-epoch", "memory"):
-            table.add_column(column, justify="right")
-        times = [f"{1000 * t:.0f} ms" for t in (self.set_up, self.start, self.resume)]
-        table.add_row(str(self.batch), str(self.lanes), str(self.window), *times, f"{self.memory:.0f} MiB")
-        return table
-
-    def rows(self) -> dict[str, dict[str, float | str]]:
-        """As the other bench commands give their numbers; one measurement each, a second one would find warm memory."""
-        numbers = {"set_up": self.set_up, "start": self.start, "resume": self.resume}
-        found: dict[str, dict[str, float | str]] = {
-            k: {"median": v, "min": v, "max": v, "unit": "s"} for k, v in numbers.items()
-        }
-        found["memory"] = {"median": self.memory, "min": self.memory, "max": self.memory, "unit": "MiB"}
-        return found
-
-
-def plan(config: Config, examples: int, shards: int, world: int) -> Planned:
-    """Measure one rank (the middle one) of `world`. The batch of CONFIG is raised to 32 a rank where it is smaller."""
+    set_up: layout and epoch; start, resume: the next 10 batches from the epoch's start, from its middle (the set-up included);
+    memory: allocated at the largest moment. One measurement each: a second one would find warm memory.
+    """
     if not 0 < shards <= examples:
         raise ValueError(f"--examples {examples} --shards {shards}: there must be a shard, and an example for each")
     d = config.data
@@ -98,15 +55,26 @@ def plan(config: Config, examples: int, shards: int, world: int) -> Planned:
     batches(0.5)
     memory = tracemalloc.get_traced_memory()[1] + keep.nbytes
     tracemalloc.stop()
-    quality = {}
-    if examples <= QUALITY:
-        in_order = np.arange(examples) * min(CLASSES, examples) // examples
-        layouts = {
-            "classes mixed over the shards": np.random.default_rng(0).permutation(in_order),
-            "class-sorted shards": in_order,
-        }
-        quality = {name: shuffle_quality(ordered(), labels, 16) for name, labels in layouts.items()}
-    return Planned(examples, shards, world, batch, d.lanes, d.window, set_up, start, resume, memory / 2**20, quality)
+    title = f"order of {examples:,} examples in {shards:,} shards, one rank of {world:,}; batch {batch}, {d.lanes} lanes, window {d.window}"
+    times = {"set_up": set_up, "start": start, "resume": resume}
+    rows = {name: stats([seconds], "s") for name, seconds in times.items()} | {"memory": stats([memory / 2**20], "MiB")}
+    return BenchResult(title, rows, {"measured": "{median:.3g}", "unit": "{unit}"}, _quality(ordered(), examples))
+
+
+def _quality(order: EpochOrder, examples: int) -> list[str]:
+    if examples > QUALITY:
+        return [f"shuffle quality: not measured above {QUALITY:,} examples"]
+    in_order = np.arange(examples) * min(CLASSES, examples) // examples
+    layouts = {
+        "classes mixed over the shards": np.random.default_rng(0).permutation(in_order),
+        "class-sorted shards": in_order,
+    }
+    found = {name: shuffle_quality(order, labels, 16) for name, labels in layouts.items()}
+    return [
+        f"shuffle quality, {name}: classes {q.classes:.2f}, shards {q.shards:.2f}, same-class mixup pairs {q.pairs:.2f} "
+        "(1 is a full shuffle)"
+        for name, q in found.items()
+    ]
 
 
 def _keep(examples: int) -> np.ndarray:

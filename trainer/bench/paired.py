@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import comb
-from random import Random
 from statistics import median
 from typing import Any
 
 import torch
+from scipy.stats import quantile_test
 from torch import nn
 from torch.nn import functional as F
 
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
+from trainer.bench.result import stats
+from trainer.telemetry import timing
+from trainer.telemetry.timing import interleave
 
 WARM_UP = 3
 CONFIDENCE = 0.95
@@ -47,7 +48,7 @@ def paired(
     base: str,
     precision: torch.dtype | None = torch.bfloat16,
     optimizer: Optimizer = adamw,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda numbers: numbers,
+    show: str | None = None,
 ) -> dict[str, Any]:
     """Time forward + backward + optimizer step of each row `rounds` times, one after the other, each round in an order of its own.
 
@@ -70,20 +71,12 @@ def paired(
         for _ in range(WARM_UP):
             one()
     peaks = {name: _peak(one, device) for name, one in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in progress(range(rounds)):
-        # a step pays for memory that the step before it gave back in other sizes: in a fixed order the row after a sparse one pays
-        for name in Random(number).sample(list(steps), len(steps)):
-            times[name].append(steps[name]())
+    times = interleave(steps, rounds, show=show)
     found = {}
     for name, seconds in times.items():
         ratios = [mine / its for mine, its in zip(seconds, times[base], strict=True)]
         low, high = interval(ratios)
-        found[name] = {
-            "median": 1000 * median(seconds),
-            "min": 1000 * min(seconds),
-            "max": 1000 * max(seconds),
-            "unit": "ms",
+        found[name] = stats([1000 * one for one in seconds], "ms") | {
             "images_per_second": images / median(seconds),
             "ratio": median(ratios),
             "ratio_low": low,
@@ -101,11 +94,10 @@ def paired(
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the median by order statistics, no distribution assumed; of fewer than 6 values it is their range."""
-    values, n = sorted(values), len(values)
-    outside = list(accumulate(comb(n, k) / 2**n for k in range(n // 2)))  # chance that the median is below the k-th value
-    rank = sum(2 * chance <= 1 - CONFIDENCE for chance in outside)
-    rank = max(rank, 1)
-    return values[rank - 1], values[n - rank]
+    if len(values) < 6:
+        return min(values), max(values)
+    low, high = quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
+    return float(low), float(high)
 
 
 def _step(
@@ -119,20 +111,14 @@ def _step(
     labels = torch.arange(len(inputs), device=device) % 2
     draw = torch.arange(len(inputs), device=device)  # a run keys drop path by example: its cost belongs to the step
 
-    def one() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
+    def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             out = network(inputs, plan, frozenset(), draw).logits if isinstance(network, SparseViT) else network(inputs)
         F.cross_entropy(out.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
 
-    return one
+    return lambda: timing.seconds(one, device)
 
 
 def _peak(one: Callable[[], Any], device: torch.device) -> float:

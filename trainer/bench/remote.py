@@ -10,97 +10,77 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import psutil
-from rich.table import Table
-
+from trainer.bench.input import COLUMNS, measured, ratios
+from trainer.bench.input_peers import Peer
+from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
 from trainer.config.schema import Augment
 from trainer.data.errors import DataError
 from trainer.data.loader.stream import Stream
-from trainer.data.progress import bar
 from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.storage.source_tree import python_path
 
-TARGET = 0.9
 LANES = 2
 _S3 = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
 _DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """rows: {row: {median, min, max, unit, cpu_ms, did}}, cpu_ms per image over all our processes."""
-
-    rows: dict[str, dict[str, Any]]
-    title: str
-
-    def table(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in ("row", "median", "min", "max", "unit", "CPU ms/image", "what it did"):
-            table.add_column(column, justify="left" if column in ("row", "unit", "what it did") else "right")
-        for name, row in self.rows.items():
-            numbers = [f"{row[k]:.4g}" for k in ("median", "min", "max")]
-            table.add_row(name, *numbers, row["unit"], f"{row['cpu_ms']:.2f}", row["did"])
-        return table
-
-    def text(self) -> str:
-        local = self.rows["local"]
-        lines = [
-            f"{name} / local: {row['median'] / local['median']:.2f} (target: at least {TARGET:g}); by CPU time per image "
-            f"{local['cpu_ms'] / row['cpu_ms']:.2f}"
-            for name, row in self.rows.items()
-            if name != "local"
-        ]
-        return "\n".join([*lines, *([] if "s3" in self.rows else ["s3: not measured, boto3 is not installed"])])
-
-
 def bench(
     config: Config, *, latency: float = 30.0, workers: int = 2, batch: int = 50, passes: int = 5, limit: int = 4000,
     progress: bool = True,
-) -> Measured:  # fmt: skip
+) -> BenchResult:  # fmt: skip
     """Measure an epoch over the first shards of data.train that hold `limit` images. latency: ms per request. Raises DataError."""
     source = open_index(config.data.train, config.data.labels, verify=None, folder=config.data.index)
     if source.is_remote():
         raise DataError(f"bench remote: data.train={config.data.train} is remote itself; give shards of this machine")
-    with tempfile.TemporaryDirectory(prefix="trilevel-bench-") as scratch, _far(Path(scratch), source, limit, latency) as where:
-        streams, steps, count, shards = {}, 0, 0, 0
-        for name, pattern in where.items():
-            cache = Cache(Path(scratch, "cache", name), 1 << 40)
-            index = build_index(pattern, config.data.labels, folder=f"{scratch}/index", cache=cache, progress=False)
-            settings = _settings(config, name, pattern, Path(scratch), index, workers, batch)
-            streams[name] = Stream(index, settings, 0, 1)
-            steps, count, shards = streams[name].order(0, None).steps, len(index), len(index.names)
-        rates, work = _passes(streams, Path(scratch, "cache"), passes, progress)
     did = {
         "local": "files of this machine, in its page cache",
         "http": f"http, {latency:g} ms per request, through an empty cache",
         "s3": f"s3 (boto3), {latency:g} ms per request, through an empty cache",
     }
-    rows = {
-        name: {
-            "median": statistics.median(seen), "min": min(seen), "max": max(seen), "unit": "images/s",
-            "cpu_ms": 1000 * statistics.median(work[name]), "did": did[name],
-        }
-        for name, seen in rates.items()
-    }  # fmt: skip
-    window = streams["local"].layout.window
+    with tempfile.TemporaryDirectory(prefix="trilevel-bench-") as scratch, _far(Path(scratch), source, limit, latency) as far:
+        streams, peers, count, shards = {}, {}, 0, 0
+        for name, pattern in far.patterns.items():
+            folder = Path(scratch, "cache", name)
+            index = build_index(
+                pattern, config.data.labels, folder=f"{scratch}/index", cache=Cache(folder, 1 << 40), progress=False
+            )
+            streams[name] = Stream(index, _settings(config, name, pattern, Path(scratch), index, workers, batch), 0, 1)
+            peers[name] = Peer(did[name], partial(_epoch, streams[name], iter(range(1 << 30))), partial(_emptied, folder))
+            count, shards = len(index), len(index.names)
+        rows = measured(peers, passes, "bench remote" if progress else None, far.server)
+    order = streams["local"].order(0, None)
     title = (
         f"{count} images in {shards} shards, {config.model.image_size} px, {workers} workers, batch {batch}, {LANES} lanes, windows of "
-        f"{window}, {passes} passes of {steps} batches"
+        f"{streams['local'].layout.window}, {passes} passes of {order.steps} batches"
     )
-    return Measured(rows, title)
+    notes = ratios(rows, [(name, "local") for name in rows if name != "local"])
+    return BenchResult(title, rows, COLUMNS, notes if "s3" in rows else [*notes, "s3: not measured, boto3 is not installed"])
+
+
+def _epoch(stream: Stream, turns: Iterator[int]) -> int:
+    """Images of the next epoch."""
+    count = 0
+    for batch in stream.epoch(next(turns), None):
+        if batch.broken:
+            raise DataError(f"bench remote: {batch.broken[0][1]}")
+        count += len(batch.labels)
+    return count
+
+
+def _emptied(cache: Path) -> None:
+    for shard in cache.glob("shards/*.tar"):
+        shard.unlink()
 
 
 def _settings(config: Config, name: str, pattern: str, scratch: Path, index: Index, workers: int, batch: int) -> Config:
@@ -116,9 +96,16 @@ def _settings(config: Config, name: str, pattern: str, scratch: Path, index: Ind
     return config.model_copy(update={"augment": Augment(), "data": data, "model": model})
 
 
+class Far(NamedTuple):
+    """patterns: {row: of its shards}; server: process id."""
+
+    patterns: dict[str, str]
+    server: int
+
+
 @contextmanager
-def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[dict[str, str]]:
-    """{row: pattern} of the first shards of `source`, served as long as this lasts."""
+def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[Far]:
+    """The first shards of `source`, served as long as this lasts."""
     folder = scratch / "shards"
     folder.mkdir()
     count = 0
@@ -142,7 +129,7 @@ def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[d
         if importlib.util.find_spec("boto3"):
             os.environ.update(_S3 | {"AWS_ENDPOINT_URL": url})  # the fetching process inherits it
             found["s3"] = f"s3://bucket/{names}"
-        yield found
+        yield Far(found, process.pid)
     finally:
         process.kill()
         process.wait()
@@ -150,34 +137,3 @@ def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[d
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def _passes(
-    streams: dict[str, Stream], caches: Path, passes: int, progress: bool
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Of every pass but the first: images per second, CPU seconds per image."""
-    rates: dict[str, list[float]] = {name: [] for name in streams}
-    work: dict[str, list[float]] = {name: [] for name in streams}
-    with bar("bench remote", (passes + 1) * len(streams), "epochs", progress) as shown:
-        for turn in range(passes + 1):
-            for name, stream in streams.items():
-                for held in caches.glob(f"{name}/shards/*.tar"):
-                    held.unlink()
-                busy, started, count = _cpu(), time.perf_counter(), 0
-                for batch in stream.epoch(turn, None):
-                    if batch.broken:
-                        raise DataError(f"bench remote: {batch.broken[0][1]}")
-                    count += len(batch.labels)
-                if turn:
-                    rates[name].append(count / (time.perf_counter() - started))
-                    work[name].append((_cpu() - busy) / count)
-                shown.advance(shown.task_ids[0])
-    return rates, work
-
-
-def _cpu() -> float:
-    """CPU seconds of this process and its children so far, the server's left out."""
-    process = psutil.Process()
-    ours = [one for one in process.children(recursive=True) if "trainer.bench.latency_server" not in one.cmdline()]
-    times = [one.cpu_times() for one in [process, *ours]]
-    return sum(t.user + t.system for t in times)

@@ -1,92 +1,60 @@
-"""`trilevel bench PART`: what each part measures is in a module of its own."""
+"""`trilevel bench PART`: what each part measures is in a module of its own, imported when it is asked for."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer.cli.output import configuration, show_table, write_json
-from trainer.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.bench.result import BenchResult
+
+PARTS = ("input", "step", "checkpoint", "engine", "journal", "remote")
 
 
-def _input(a: argparse.Namespace) -> None:
-    if a.plan_only:
-        from trainer.bench.order import plan
-
-        planned = plan(configuration(a), a.examples, a.shards, a.world)
-        show_table(planned.table())
-        print(planned.text())
-        write_json(a.json, planned.rows())
-        return
-    from trainer.bench.input import bench
-
-    rows = a.rows.split(",") if a.rows else None
-    measured = bench(configuration(a), images=a.images, workers=a.workers, batch=a.batch, passes=a.passes, only=rows)
-    show_table(measured.table())
-    print(measured.text())
-    write_json(a.json, measured.rows)
+def bench(a: argparse.Namespace) -> None:
+    """Measure, print title, table and notes, write the JSON: on rank 0 where there are several."""
+    result = _measured(a.command.removeprefix("bench "), a)
+    if result is not None and os.environ.get("RANK", "0") == "0":
+        print(result.title)
+        show_table(result.table())
+        print("\n".join(result.notes))
+        write_json(a.json, result.facts())
 
 
-def _remote(a: argparse.Namespace) -> None:
-    from trainer.bench.remote import bench
+def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
+    if part == "journal":
+        from trainer.bench import journal
 
-    measured = bench(configuration(a), latency=a.latency, workers=a.workers, batch=a.batch, passes=a.passes, limit=a.limit)
-    show_table(measured.table())
-    print(measured.text())
-    write_json(a.json, measured.rows)
-
-
-def _step(a: argparse.Namespace) -> None:
-    from trainer.bench.step import bench
-    from trainer.config.load import load
-
-    measured = bench(configuration(a), load(a.against) if a.against else None, a.pairs)
-    show_table(measured.table())
-    print(measured.text())
-    write_json(a.json, measured.rows)
-
-
-def _checkpoint(a: argparse.Namespace) -> None:
-    from trainer.bench.checkpoint import bench
-
-    if (measured := bench(configuration(a), a.saves, a.examples)) is not None:
-        show_table(measured.table())
-        print(measured.text())
-        write_json(a.json, measured.rows)
-
-
-def _journal(a: argparse.Namespace) -> None:
-    from trainer.bench.journal import bench, table
-
-    rows = bench(a.lines, a.pause)
-    show_table(table(rows))
-    write_json(a.json, rows)
-
-
-def _engine(a: argparse.Namespace) -> None:
-    import torch
-
-    from trainer.bench.engine import bench, on_every_device
-
-    words = a.images_per_device or ("256,32" if torch.cuda.is_available() else "8,2")
-    if not all(word.isdigit() and int(word) for word in words.split(",")):
-        raise ConfigError(f"--images-per-device {words}: write numbers with commas between: 256,32")
+        return journal.bench(a.lines, a.pause)
     config = configuration(a)
-    on_every_device(a.processes)
-    measured = bench(config, [int(word) for word in words.split(",")], a.rounds, a.rows.split(",") if a.rows else None)
-    if os.environ.get("RANK", "0") == "0":
-        show_table(measured.table())
-        print(measured.text())
-        write_json(a.json, measured.rows)
+    if part == "input" and a.plan_only:
+        from trainer.bench import order
 
+        return order.bench(config, a.examples, a.shards, a.world)
+    if part == "input":
+        from trainer.bench import input
 
-BENCHES: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "bench input": _input,
-    "bench step": _step,
-    "bench checkpoint": _checkpoint,
-    "bench engine": _engine,
-    "bench journal": _journal,
-    "bench remote": _remote,
-}
+        rows = a.rows.split(",") if a.rows else None
+        return input.bench(config, images=a.images, workers=a.workers, batch=a.batch, passes=a.passes, only=rows)
+    if part == "remote":
+        from trainer.bench import remote
+
+        options = {"latency": a.latency, "workers": a.workers, "batch": a.batch, "passes": a.passes, "limit": a.limit}
+        return remote.bench(config, **options)
+    if part == "step":
+        from trainer.bench import step
+        from trainer.config.load import load
+
+        return step.bench(config, load(a.against) if a.against else None, a.pairs)
+    if part == "checkpoint":
+        from trainer.bench import checkpoint
+
+        return checkpoint.bench(config, a.saves, a.examples)
+    from trainer.bench import engine
+
+    images = engine.batches(a.images_per_device)
+    engine.on_every_device(a.processes)
+    return engine.bench(config, images, a.rounds, a.rows.split(",") if a.rows else None)

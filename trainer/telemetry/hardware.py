@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from trainer.telemetry.timing import seconds
+
 MEASURING = 0.1  # seconds given to the matrix rate
 SIZES = {"cpu": 512, "cuda": 8192}  # rows of the square matrices, so large that the rate no longer grows with them
 MIB = 2**20
@@ -28,13 +30,9 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     out, best = torch.empty_like(a), float("inf")
     ends = time.perf_counter() + MEASURING
     for turn in range(50):
-        began = time.perf_counter()
-        torch.mm(a, a, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        best = min(best, now - began) if turn else best  # the first one warms up
-        if turn and now > ends:
+        took = seconds(lambda: torch.mm(a, a, out=out), device)
+        best = min(best, took) if turn else best  # the first one warms up
+        if turn and time.perf_counter() > ends:
             break
     return 2 * size**3 / best
 

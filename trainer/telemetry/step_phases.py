@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
+from trainer.telemetry.timing import synchronize
+
 # data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
 # the communication in it. optimizer: with the moving average. rest: bookkeeping, reductions, logging.
 PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
@@ -37,14 +39,14 @@ class Phases:
 
     def begin(self) -> None:
         """The next step is a sample."""
-        self._synchronize()
+        synchronize(self._device)
         self._began = self._at = time.perf_counter()
         self._seconds, self._sampling = dict.fromkeys(PHASES, 0.0), True
 
     def mark(self, phase: str) -> None:
         """What happened since the last mark was `phase`."""
         if self._sampling:
-            self._synchronize()
+            synchronize(self._device)
             now = time.perf_counter()
             self._seconds[phase] += now - self._at
             self._at = now
@@ -79,13 +81,13 @@ class Phases:
         if torch.autograd._profiler_enabled():  # by `trace`: there can be one at a time
             return
         gpu = self._device.type == "cuda"
-        self._synchronize()
+        synchronize(self._device)
         self._began = time.perf_counter()
         self._profiler = profile(use_cpu=not gpu, use_device="cuda" if gpu else None, use_kineto=True)
         self._profiler.__enter__()
 
     def _told(self) -> None:
-        self._synchronize()
+        synchronize(self._device)
         seconds = max(time.perf_counter() - self._began, 1e-9)
         profiler, self._profiler = self._profiler, None
         profiler.__exit__(None, None, None)
@@ -95,10 +97,6 @@ class Phases:
         sent = exposed(((event.name(), event.start_ns(), event.end_ns()) for event in events), gpu)
         self.shares["communication"] = sent / 1e9 / seconds
         self._watch_from = self._steps + SELDOM
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def exposed(spans: Iterable[tuple[str, int, int]], gpu: bool) -> int:

@@ -1,0 +1,60 @@
+"""Timing that a drifting machine does not bend: wait for the device, take turns, count processor time beside the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from rich.progress import track
+
+T = TypeVar("T")
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when the device has computed everything it was given; a CPU has computed it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(one: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, until the device has finished its work."""
+    synchronize(device)
+    started = time.perf_counter()
+    one()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleave(
+    rows: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 0, show: str | None = None
+) -> dict[str, list[T]]:
+    """Call every row once per round; {row: what it returned, by round}, without the first `warm_up` rounds.
+
+    The order of a round is random, that of the next one its reverse: a step pays for memory that the step before it gave back in
+    other sizes, so in a fixed order the row after a sparse one would always pay. The order is the same on all ranks.
+    show: title of a progress bar.
+    """
+    turns = [
+        (number, name)
+        for number in range(-warm_up, rounds)
+        for name in Random(number // 2).sample(list(rows), len(rows))[:: 1 if number % 2 == 0 else -1]
+    ]
+    found: dict[str, list[T]] = {name: [] for name in rows}
+    for number, name in track(turns, description=show or "", transient=True, disable=show is None):
+        result = rows[name]()
+        if number >= 0:
+            found[name].append(result)
+    return found
+
+
+def cpu_seconds(without: int | None = None) -> float:
+    """Processor time of this process and all its children until now, which other work on the machine hardly changes.
+    without: process id of a child that stands for another machine."""
+    process = psutil.Process()
+    own = process.cpu_times()
+    children = [child.cpu_times() for child in process.children(recursive=True) if child.pid != without]
+    return sum(t.user + t.system for t in [own, *children]) + own.children_user + own.children_system
