@@ -23,6 +23,7 @@ from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
 from trainer.model.schedule import course_of
+from trainer.telemetry import timing
 from trainer.telemetry.meters import Clock
 
 WARM, WATCHED = 5, 20  # steps under a new plan before real steps are timed, and how many are
@@ -134,31 +135,21 @@ class Control:
     ) -> float:
         """Seconds of one forward and backward pass over a micro-batch."""
         parameters = [p for p in network.parameters() if p.requires_grad]
-        self._synchronize()
-        started = time.perf_counter()
-        record = self.engine.bare(network, images, plan, want, draw)
-        torch.autograd.grad(self.objective.losses(record.logits, targets).mean(), parameters, allow_unused=True)
-        self._synchronize()
-        return time.perf_counter() - started
 
-    def _synchronize(self) -> None:
-        if self.engine.on_gpu:
-            torch.cuda.synchronize(self.engine.device)
+        def one() -> None:
+            record = self.engine.bare(network, images, plan, want, draw)
+            torch.autograd.grad(self.objective.losses(record.logits, targets).mean(), parameters, allow_unused=True)
+
+        return timing.seconds(one, self.engine.device)
 
     def _not_measured(self, plan: Plan, why: str) -> dict[str, Any]:
         return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "said": f"not measured: {why}"}
 
 
 def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Each pass once to warm up, then `pairs` rounds, every other one backwards; random generators are as before."""
-    times: dict[str, list[float]] = {name: [] for name in passes}
+    """Each pass once to warm up, then `pairs` rounds; random generators are as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for one in passes.values():
-            one()
-        for number in range(pairs):
-            for name in list(passes)[:: 1 if number % 2 == 0 else -1]:
-                times[name].append(passes[name]())
-    return times
+        return timing.interleave(passes, pairs, warm_up=1)
 
 
 def facts(
