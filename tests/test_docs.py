@@ -20,6 +20,7 @@ NAMING = [
 PATH = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch|configs|docs)/[\w./*{},-]*")
 MODULE = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch)(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+IMPORT = re.compile(r"\bfrom ((?:tests|trainer|sparsity|launch)[\w.]*) import (\w+)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)`|`(test_\w+)`")
 
 
@@ -65,6 +66,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
     missing = [name for name in PATH.findall(text) if not exists(name)]
     missing += [name for name in MODULE.findall(text) if not exists(name) and not module_exists(name)]
+    missing += [".".join(name) for name in IMPORT.findall(text) if not module_exists(".".join(name))]
     for target, title in LINK.findall(text):
         if re.match(r"[a-z]+:", target):
             continue
