@@ -16,6 +16,25 @@
     preflight/    before the GPU-hours: check, estimate, doctor, hosts, parity with timm, shard verification
     bench/        measurements: input, remote, step, engine, checkpoint, journal, GPU check
     train.py      the training loop
+    api.py        what a notebook imports: `from trainer import load_config, run_training, evaluate, read_run, ...`
 
 Lower packages never import higher ones; `pyproject.toml` holds the layers as contracts.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.api import compare, evaluate, load_config, load_weights, read_run, run_training
+
+__all__ = ["compare", "evaluate", "load_config", "load_weights", "read_run", "run_training"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `trainer.api`, imported when they are first used: a child process that only needs a small module starts quickly."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trainer import api
+
+    return getattr(api, name)

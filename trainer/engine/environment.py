@@ -43,3 +43,11 @@ def describe_world() -> None:
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     # port 0: bound where the system likes when the store opens; one asked for here could be another run's by then
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def reset_accelerate() -> None:
+    """Forget accelerate's singletons, so that this process can build another Engine. The process group stays until the process ends:
+    DeepSpeed keeps a reference to it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import trainer
-
-SOURCE_ROOT = Path(trainer.__file__).resolve().parent.parent
+SOURCE_ROOT = Path(__file__).resolve().parents[2]  # of trainer/storage/; the only place that counts folders
 """The folder that holds trainer/, sparsity/ and launch/; beside them, in a checkout, configs/, constraints.txt and .git."""
 
 

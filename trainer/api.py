@@ -1,0 +1,117 @@
+"""What a notebook needs; everything here is `from trainer import ...`.
+
+In: paths of configurations, runs and weights.
+Out: results as plain objects, pandas data frames and timm models.
+Never: prints tables or ends the process (the command line does).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+    from timm.models.vision_transformer import VisionTransformer
+
+    from trainer.config.run_config import Config
+    from trainer.run.recorder import Ended
+
+
+def load_config(path: str | Path, *overrides: str, **settings: Any) -> Config:
+    """The configuration of a YAML file, or of a run directory.
+
+    overrides: `"optim.lr=5e-4"`, as on the command line. settings: top-level keys, `epochs=4, name="first"`. Raises ConfigError.
+    """
+    from trainer.config.load import load
+
+    path = Path(path)
+    words = [*overrides, *(f"{key}={value}" for key, value in settings.items())]
+    return load(path / "config.yaml" if path.is_dir() else path, words)
+
+
+def run_training(config: Config, resume: bool = False) -> Ended:
+    """Train in this process, the same as `trilevel train`; several processes are started by a launcher.
+
+    Returns the status ("finished", "stopped" or "preempted"), the last top-1 in [0, 1] and the run directory. While it runs, Ctrl-C
+    saves and ends the run, a second one interrupts; the signal handlers of the caller are put back afterwards.
+    Raises ConfigError, DataError, EngineError or CheckpointError.
+    """
+    from trainer.engine.environment import reset_accelerate
+    from trainer.run.shutdown import SIGNALS
+    from trainer.train import train
+
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    try:
+        return train(config, resume)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        reset_accelerate()
+
+
+def evaluate(
+    model: str | Path, config: Config | None = None, densities: Sequence[float] | None = None, *overrides: str
+) -> pandas.DataFrame:
+    """Top-1, top-5 and multiply-adds of a run directory, a weights file or `timm:NAME` on the validation shards of `config`.
+
+    config: needed for a file and for timm, else the run's own with `overrides`. densities: keep ratios of tokens in (0, 1]; None:
+    the final plan of the configuration. One row per density, with the columns of `trilevel eval --json`. Raises ConfigError.
+    """
+    import pandas
+
+    from trainer.analysis.densities import score
+
+    found = score(str(model), config, list(densities) if densities else None, list(overrides))
+    return pandas.DataFrame(found.facts()["rows"])
+
+
+def read_run(run: str | Path) -> dict[str, pandas.DataFrame]:
+    """The journal of a run as one data frame per kind of line: `read_run(run)["step"]`, `["eval"]`, `["epoch"]`, ...
+
+    Only lines whose weights survived: steps that a resume repeated appear once. Shares are in [0, 1], `seconds` of training since
+    the line before, `time` in seconds since 1970. Raises JournalError where there is no journal.
+    """
+    import pandas
+
+    from trainer.journal.reader import lineage
+
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lineage(run):
+        kinds.setdefault(line["kind"], []).append(line)
+    return {kind: pandas.DataFrame(lines).drop(columns="kind") for kind, lines in kinds.items()}
+
+
+def compare(*runs: str | Path, base: str | None = None) -> pandas.DataFrame:
+    """Runs side by side, seeds of one configuration as one row, as `trilevel compare` prints it (text, with intervals).
+
+    base: the name of the run or group that the others are compared with; default: the dense one. Raises NothingToCompare.
+    """
+    import pandas
+
+    from trainer.analysis import compare_page
+    from trainer.analysis.compare import compare as compared
+
+    return pandas.DataFrame(compare_page.rows(compared(list(runs), base=base))).set_index("run")
+
+
+def load_weights(path: str | Path) -> VisionTransformer:
+    """The plain timm model of a run directory, with its weights, in evaluation mode: dense, nothing of ours around it.
+
+    For a weights file alone use `timm.create_model(name).load_state_dict(safetensors.torch.load_file(path))`: its names are timm's.
+    Raises ConfigError.
+    """
+    from trainer.config.errors import ConfigError
+    from trainer.model import weights
+
+    run = Path(path)
+    if not (run / "weights.safetensors").is_file():
+        raise ConfigError(f"{run}: no weights.safetensors in it; give a run directory after its first checkpoint")
+    config = load_config(run, "model.init=random")
+    model = weights.create(config.model, config.seed)
+    model.load_state_dict(weights.load_weights(run / "weights.safetensors"))
+    return model.eval()
