@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,50 +17,48 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs in this process, one after the other."""
+def readme(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the lines of the README leave behind, run as they stand on shards of digits, with two epochs; in runs/notebook."""
     folder = tmp_path_factory.mktemp("api")
-    shards = [f"data.train={digits}/train-*.tar", f"data.validation={digits}/validation-*.tar", "data.workers=0"]
-    words = [
-        *shards,
-        f"runs={folder}",
-        "epochs=2",
-        "optim.warmup=0ep",
-        "plan.warmup=0ep",
-        "plan.length=1ep",
-        "tracking.to=journal",
-    ]
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    before = 'load_config("configs/quickstart.yaml", name="notebook")'
+    assert before in code
+    code = code.replace(before, f"load_config({str(ROOT / 'configs' / 'quickstart.yaml')!r}, *WORDS, name='notebook')")
+    names = {"WORDS": words(digits, folder)}
     handler = signal.getsignal(signal.SIGTERM)
-    for name in ("first", "second"):
-        config = load_config(ROOT / "configs" / "quickstart.yaml", *words, name=name, seed=0 if name == "first" else 1)
-        result = run_training(config)
-        assert (result.status, result.directory) == ("finished", folder / name)
-        assert signal.getsignal(signal.SIGTERM) is handler
-    return folder
+    exec(code, names)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    return names
 
 
-def test_a_run_as_data_frames(runs: Path):
-    run = read_run(runs / "first")
-    steps, evals = run["step"], run["eval"]
-    assert list(evals["epoch"])[-1] == 2 and evals["images"].eq(359).all()
-    assert steps["loss"].notna().all() and steps["step"].is_monotonic_increasing
-    assert "kind" not in steps
+def words(digits: Path, folder: Path) -> list[str]:
+    shards = [f"data.train={digits}/train-*.tar", f"data.validation={digits}/validation-*.tar", "data.workers=0"]
+    short = ["epochs=2", "optim.warmup=0ep", "plan.warmup=0ep", "plan.length=1ep", "tracking.to=journal"]
+    return [*shards, *short, f"runs={folder}"]
 
 
-def test_a_finished_run_is_evaluated_again_and_loads_into_timm(runs: Path):
-    rows = evaluate(runs / "first")
-    assert rows["top1"].item() == pytest.approx(read_run(runs / "first")["eval"]["top1"].iloc[-1])
-    two = evaluate(runs / "first", None, [1.0, 0.7])
-    assert list(two["density"]) == [1.0, 0.7]
-    model = load_weights(runs / "first")
+def test_the_lines_of_the_readme(readme: dict[str, Any]):
+    result, steps, table, model = (readme[name] for name in ("result", "steps", "table", "model"))
+    assert (result.status, result.directory.name) == ("finished", "notebook")
+    assert steps["loss"].notna().all() and steps["step"].is_monotonic_increasing and "kind" not in steps
+    assert list(table["density"]) == [1.0, 0.7]
     assert isinstance(model, timm.models.vision_transformer.VisionTransformer) and not model.training
-    size = load_config(runs / "first").model.image_size
+    size = load_config(result.directory).model.image_size
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 10)
 
 
-def test_two_seeds_are_one_row(runs: Path):
-    table = compare(runs / "first", runs / "second")
-    assert len(table) == 1 and table["seeds"].iloc[0] == "0, 1"
+def test_a_finished_run_is_evaluated_again(readme: dict[str, Any]):
+    run = readme["result"].directory
+    evals = read_run(run)["eval"]
+    assert list(evals["epoch"])[-1] == 2 and evals["images"].eq(359).all()
+    assert evaluate(run)["top1"].item() == pytest.approx(evals["top1"].iloc[-1]) == pytest.approx(readme["result"].top1)
+
+
+def test_another_run_in_the_same_process_and_two_seeds_in_one_row(readme: dict[str, Any]):
+    first = load_config(readme["result"].directory)
+    second = run_training(load_config(readme["result"].directory, "seed=1", name="second"))
+    table = compare(readme["result"].directory, second.directory)
+    assert first.seed == 0 and len(table) == 1 and table["seeds"].iloc[0] == "0, 1"
 
 
 def test_names_are_there_and_others_are_not():
