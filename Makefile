@@ -27,9 +27,11 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network, MLflow off.
+# On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network. PYTHONPATH may name more.
+GPU_check := trainer.bench.gpu
+GPU_step := trainer bench step configs/tri_level_deit_small_0.7.yaml connections.method=shared_keys engine.compile=true optim.fused=true
 gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m trainer.bench.gpu $(PART)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m $(GPU_$(PART))
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ...")'

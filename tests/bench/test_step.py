@@ -81,6 +81,6 @@ def test_every_round_runs_every_row_and_networks_are_shared() -> None:
         return made
 
     rows = {"a": Row(network("a")), "b": Row(network("b"))}
-    paired(rows, torch.device("cpu"), 2, 2, 12, base="a")
+    paired(rows, torch.device("cpu"), 2, 2, 12, base="a", optimizer=lambda network: torch.optim.SGD(network.parameters()))
     rounds = [calls[-24:][i : i + 2] for i in range(0, 24, 2)]
     assert all(sorted(one) == ["a", "b"] for one in rounds) and ["a", "b"] in rounds and ["b", "a"] in rounds

@@ -1,16 +1,11 @@
-"""`make gpu`: on a GPU host, from the source tree, with its own torch and no network. Correctness first, then step times.
-
-`check`: what the device computes against what the CPU computes, for every path a run takes on it. `step`: paired step times of
-our dense step, timm's own with torch.compile, and Tri-Level at its last plateau. On a CPU both run in a tiny form (the tests do).
+"""`make gpu PART=check`: on a GPU host, from the source tree, with its own torch and no network: what the device computes against
+what the CPU computes, for every path that a run takes on it. A CPU is compared with itself (the tests do that).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +13,13 @@ import timm
 import torch
 from torch import Tensor
 
-from sparsity import build, cost, keyed_random
+from sparsity import build, keyed_random
 from sparsity.examples import EXAMPLES
-from sparsity.types import DENSE, Outcome, Plan, alone
-from trainer.bench.bookkeeping import bookkeeping, told
-from trainer.bench.paired import Row, paired, report
-from trainer.config.load import load
+from sparsity.types import Outcome, Plan, alone
 from trainer.config.schema import Augment
 from trainer.data.augment.mixup import Mix, mix_images
 from trainer.data.augment.on_device import finish
 from trainer.data.batch import Batch
-from trainer.storage.source_tree import SOURCE_ROOT
-
-CONFIG = SOURCE_ROOT / "configs" / "tri_level_deit_small_0.7.yaml"
 
 
 class Finding(NamedTuple):
@@ -71,33 +60,6 @@ def check(device: torch.device) -> Iterator[Finding]:
     yield _bookkeeping(device)
     if device.type == "cuda":
         yield from _bfloat16(device)
-
-
-def step(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Step times (forward, backward, AdamW) in one process, interleaved: ours dense / timm eager / timm compiled / Tri-Level .7."""
-    name, images = ("deit_small_patch16_224", 256) if not tiny else ("deit_tiny_patch16_224", 4)
-    size = {} if not tiny else {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
-    blocks = (3, 6, 9) if not tiny else (1, 2)
-    pairs = 30 if not tiny else 2
-
-    def network() -> Any:
-        return timm.create_model(name, **size)  # pyright: ignore[reportArgumentType]
-
-    ours = build.build(network(), tokens="topk", blocks=blocks)
-    both = build.build(network(), tokens="topk", connections="shared_keys", blocks=blocks)
-    dense = cost.cost(cost.shape_of(ours)).total
-
-    def row(model: Any, plan: Plan = DENSE) -> Row:
-        return Row(model, plan, cost.cost(cost.shape_of(model), plan).total / dense)
-
-    rows = {"timm": Row(network(), DENSE, 1.0), "ours": row(build.build(network())), "tokens 0.7": row(ours, Plan(0.7, 1.0))}
-    if not tiny:  # compiling takes longer than everything else in a test
-        rows["ours compiled"] = row(_compiled(build.build(network())))
-        rows["timm compiled"] = Row(_compiled(network()), DENSE, 1.0)
-        ours, both = _compiled(build.build(network(), tokens="topk", blocks=blocks)), _compiled(both)
-        rows |= {f"tokens {keep} compiled": row(ours, Plan(keep, 1.0)) for keep in (0.9, 0.8, 0.7)}
-        rows["tokens 0.7, shared keys 0.1 compiled"] = row(both, Plan(0.7, 0.1))
-    return paired(rows, device, images, size.get("img_size", 224), pairs, base="timm")
 
 
 def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Finding:
@@ -193,28 +155,10 @@ def _bfloat16(device: torch.device) -> Iterator[Finding]:
     yield Finding("bf16 error against float64, ours / timm's", errors[0] / max(errors[1], 1e-12), 2.0)
 
 
-def _compiled(network: Any) -> Any:
-    network.compile()
-    return network
-
-
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("make gpu PART=...")
-    parser.add_argument("part", choices=["check", "step"])
-    parser.add_argument("--tiny", action="store_true", help="the small form that the tests run on a CPU")
-    parser.add_argument("--json", metavar="FILE")
-    a = parser.parse_args(words)
+def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device: correctness of nothing but itself"
-    print(f"{a.part} on {where}, torch {torch.__version__}, timm {timm.__version__}")
-    if a.part == "step":
-        rows = step(device, a.tiny or device.type == "cpu")
-        print(report(rows, base="timm"))
-        rows["bookkeeping"] = bookkeeping(load(CONFIG), device)
-        print(told(rows["bookkeeping"]))
-        if a.json:
-            Path(a.json).write_text(json.dumps(rows, indent=1) + "\n")
-        return 0
+    print(f"check on {where}, torch {torch.__version__}, timm {timm.__version__}")
     bad = 0
     for finding in check(device):
         print(finding.text(), flush=True)

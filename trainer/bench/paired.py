@@ -34,11 +34,6 @@ class Row:
     share: float | None = None
 
 
-def adamw(network: nn.Module) -> torch.optim.Optimizer:
-    fused = next(network.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
-
-
 def paired(
     rows: dict[str, Row],
     device: torch.device,
@@ -46,16 +41,17 @@ def paired(
     size: int,
     rounds: int,
     base: str,
+    *,
+    optimizer: Optimizer,
     precision: torch.dtype | None = torch.bfloat16,
-    optimizer: Optimizer = adamw,
     show: str | None = None,
 ) -> dict[str, Any]:
     """Time forward + backward + optimizer step of each row `rounds` times, one after the other, each round in an order of its own.
 
     {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_low, ratio_high (95 %
     interval of that median, by order statistics), ratio_min, ratio_max, share, peak_mib; of_timm and of_timm_interval where there
-    is a row `timm`}}. peak_mib: most memory in a step
-    beyond weights and optimizer. precision: of autocast on a GPU; a CPU computes in float32.
+    is a row `timm`}}. peak_mib: most memory in a step beyond weights and optimizer. precision: of autocast on a GPU; a CPU computes
+    in float32.
     """
     autocast = device.type == "cuda" and precision is not None
     inputs = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -135,16 +131,3 @@ def _peak(one: Callable[[], Any], device: torch.device) -> float:
     results: Any = profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(accumulate((e.nbytes() for e in events), initial=0))
-
-
-def report(rows: dict[str, Any], base: str) -> str:
-    """The rows as text: time, rate, the ratio to `base` with its interval, multiply-adds beside it, memory."""
-    wide = max(len(row) for row in rows)
-    head = f"{'':{wide}}  {'ms':>9}  {'images/s':>9}  {'/ ' + base:>9}  {'95 % interval':>15}  {'multiply-adds':>13}  {'peak MiB':>9}"
-    lines = [head]
-    for row, r in rows.items():
-        spread = f"{r['ratio_low']:.3f} - {r['ratio_high']:.3f}"
-        share = f"{r['share']:13.3f}" if r["share"] is not None else f"{'-':>13}"
-        numbers = f"{r['median']:9.2f}  {r['images_per_second']:9.0f}  {r['ratio']:9.3f}"
-        lines.append(f"{row:{wide}}  {numbers}  {spread:>15}  {share}  {r['peak_mib']:9.1f}")
-    return "\n".join(lines)
