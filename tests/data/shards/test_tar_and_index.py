@@ -256,7 +256,7 @@ def test_changed_shards_are_refused_by_name(tmp_path: Path) -> None:
     index = tmp_path / "train.index"
     for length in (-100, 40):
         index.write_bytes(index.read_bytes()[:length])
-        with pytest.raises(DataError, match=r"train.index: truncated"):
+        with pytest.raises(DataError, match=r"train.index: damaged"):
             open_index(pattern)
 
 

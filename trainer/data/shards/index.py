@@ -30,18 +30,19 @@ _BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check s
 class Index:
     """An opened index. root: directory or URL of the shards; names: relative to it. sizes: (S,) int64 examples per shard;
     first: (S + 1,) int64 first id of each; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32;
-    classes: names in label order; packing: how pixels were changed when packed ("" = not). Cheap to pickle: it is opened
-    again on the other side."""
+    classes: names in label order; packing: how pixels were changed when packed ("" = not); fingerprint: of names, bytes and
+    labels. Cheap to pickle: it is opened again on the other side. Raises DataError for a damaged file, ending with `remedy`."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, root: str | None = None, remedy: str = "run `trilevel index` on its shards") -> None:
+        """root: None: the shards lie beside the index. The file has no say in it: it may come from somebody else."""
         self.path = Path(path)
-        header, arrays = index_file.read(self.path)
-        self.root: str = header.get("root") or str(self.path.parent)
+        header, arrays, self.seal = index_file.read(self.path, remedy)
+        self.root = str(self.path.parent) if root is None else root
         self.label_source: str = header["labels"]
         self.packing: str = header["packing"]
         self.classes: list[str] = header["classes"]
-        self.fingerprint: str = header["fingerprint"]
         self.shards: list[dict[str, Any]] = header["shards"]
+        self.fingerprint = index_file.fingerprint(self.shards, arrays["label"])
         self.names: list[str] = [s["name"] for s in self.shards]
         self.sizes = np.array([s["examples"] for s in self.shards], dtype=np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -51,8 +52,8 @@ class Index:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
-        return Index, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.root, self.seal)
 
     def key(self, example: int) -> str:
         begin = int(self._key_end[example - 1]) if example else 0
@@ -74,6 +75,13 @@ class Index:
     def where(self, example: int) -> str:
         """An example for people: shard and key."""
         return f"{self.names[int(self.shard_of(example))]} key {self.key(example)!r}"
+
+
+def _reopen(path: Path, root: str, seal: str) -> Index:
+    index = Index(path, root)
+    if index.seal != seal:
+        raise DataError(f"index {path}: changed while it was in use; start again")
+    return index
 
 
 class _Scan(NamedTuple):
@@ -136,10 +144,9 @@ def build_index(
         "key_end": np.cumsum(np.concatenate([s.key_length for s in scans]), dtype=np.int64),
         "keys": np.frombuffer(b"".join(s.keys for s in scans), dtype=np.uint8),
     }
-    root = "" if place.beside() else place.root if place.is_remote() else os.path.abspath(place.root)
-    about = {"labels": labels, "packing": packing, "classes": classes, "root": root}
-    index_file.write(place.index, about, [s.shard for s in scans], arrays)
-    return Index(place.index)
+    header = {"labels": labels, "packing": packing, "classes": classes, "shards": [s.shard for s in scans]}
+    index_file.write(place.index, header, arrays)
+    return Index(place.index, place.root)
 
 
 def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
@@ -196,10 +203,10 @@ def open_index(
     asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
     """
     place = place_of(pattern, folder)
-    root, again = place.root, f"run `trilevel index {pattern!r}`"
-    index = _index_of(place)
+    root, again = place.root, f"run `trilevel index {pattern!r}{'' if labels == 'cls' else f' --labels {labels!r}'}`"
+    index = _index_of(place, again)
     if index is None:
-        raise DataError(f"shards {pattern!r}: no index {place.index}; {again} (labels={labels})")
+        raise DataError(f"shards {pattern!r}: no index {place.index}; {again}")
     path = index.path
     if index.label_source != labels:
         raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
@@ -242,11 +249,11 @@ def open_index(
     return index
 
 
-def _index_of(place: Place) -> Index | None:
+def _index_of(place: Place, remedy: str) -> Index | None:
     """The index of a pattern, or one that another pattern with the same shards has (`train-*.tar`, as `trilevel pack` names them)."""
     if place.index.is_file():
-        return Index(place.index)
-    other = Index(place.shared) if place.shared.is_file() else None
+        return Index(place.index, place.root, remedy)
+    other = Index(place.shared, place.root, remedy) if place.shared.is_file() else None
     return other if other is not None and other.names == place.names else None
 
 

@@ -31,10 +31,6 @@ class Place(NamedTuple):
     def url(self, name: str) -> str:
         return joined(self.root, name)
 
-    def beside(self) -> bool:
-        """Whether the index lies with the shards, so that both may be moved together."""
-        return not self.is_remote() and self.index.parent == Path(self.root)
-
     def classes(self) -> list[str] | None:
         """The names in `classes.txt` beside the shards; None where there is no such file."""
         if not self.root:
