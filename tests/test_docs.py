@@ -20,7 +20,7 @@ NAMING = [
 PATH = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch|configs|docs)/[\w./*{},-]*")
 MODULE = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch)(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
-IMPORT = re.compile(r"\bfrom ((?:tests|trainer|sparsity|launch)[\w.]*) import (\w+)")
+IMPORT = re.compile(r"\bfrom ((?:tests|trainer|sparsity|launch)[\w.]*) import (\w+(?:, \w+)*)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)`|`(test_\w+)`")
 
 
@@ -57,6 +57,13 @@ def module_exists(name: str) -> bool:
     return False
 
 
+def holds(module: str, name: str) -> bool:
+    """Whether the text of a module holds a name."""
+    base = ROOT.joinpath(*module.split("."))
+    files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
+    return any(re.search(rf"\b{name}\b", file.read_text()) for file in files)
+
+
 def functions_of(path: str) -> set[str]:
     return set(re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M))
 
@@ -66,7 +73,9 @@ def test_what_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
     missing = [name for name in PATH.findall(text) if not exists(name)]
     missing += [name for name in MODULE.findall(text) if not exists(name) and not module_exists(name)]
-    missing += [".".join(name) for name in IMPORT.findall(text) if not module_exists(".".join(name))]
+    missing += [
+        f"{module}.{name}" for module, names in IMPORT.findall(text) for name in names.split(", ") if not holds(module, name)
+    ]
     for target, title in LINK.findall(text):
         if re.match(r"[a-z]+:", target):
             continue
