@@ -14,9 +14,9 @@ from pathlib import Path
 from launch import hosts, local, slurm, sweep
 from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
-from launch.machine import drawn_port, free_port, this_machine
-from launch.processes import start, submit, together
-from launch.rank_logs import made
+from launch.machine import free_port, random_port, this_machine
+from launch.processes import run_on_hosts, start, submit
+from launch.rank_logs import ensure_folder
 
 
 def main(words: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _node(job: Job, a: argparse.Namespace) -> int:
         raise LaunchError(f"--number {a.number} with --nodes {a.nodes}: nodes are counted from 0")
     place = replace(local.place(this_machine(), a.processes, a.port), address=a.address, nodes=nodes.most, number=a.number)
     if nodes.elastic:
-        place = replace(place, least=nodes.least, here=a.here or os.uname().nodename)
+        place = replace(place, least=nodes.least, own_address=a.here or os.uname().nodename)
     with tempfile.TemporaryDirectory(prefix="trilevel-", ignore_cleanup_errors=True) as tee:
         command = launcher(job, replace(place, tee=tee), sys.executable)
         if a.dry_run:
@@ -70,7 +70,7 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     found, nodes = hosts.chosen(found, a.nodes)
     processes = hosts.processes_of(found, a.processes)
     env, directory = dict(os.environ), Path.cwd()
-    port = a.port or drawn_port()
+    port = a.port or random_port()
     commands = hosts.render(job, found, nodes, processes, port, sys.executable, directory, env, a.ssh_config, a.logs)
     checks = _checks(job, nodes, processes)
     if a.dry_run:
@@ -81,12 +81,12 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
     folder = _folder(job, a)
-    return together(commands, [host.name for host in found], folder, spare=nodes.most - nodes.least)
+    return run_on_hosts(commands, [host.name for host in found], folder, spare=nodes.most - nodes.least)
 
 
 def _folder(job: Job, a: argparse.Namespace) -> Path:
     """Where the output of a run goes."""
-    return made(Path(a.logs) / name_of(job), f"--logs {a.logs}")
+    return ensure_folder(Path(a.logs) / name_of(job), f"--logs {a.logs}")
 
 
 def _slurm(job: Job, a: argparse.Namespace) -> int:
@@ -100,9 +100,9 @@ def _python(a: argparse.Namespace) -> str:
     return a.python or ("python" if a.container else sys.executable)
 
 
-def _request(a: argparse.Namespace) -> slurm.Request:
+def _request(a: argparse.Namespace) -> slurm.SlurmRequest:
     processes = a.gpus or 1 if a.processes is None else a.processes
-    return slurm.Request(
+    return slurm.SlurmRequest(
         nodes=Nodes.read(a.nodes), processes=processes, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
         requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,
         modules=tuple(a.module), setup=tuple(a.setup), extra=tuple(a.sbatch), container=a.container, runtime=a.runtime,
@@ -119,7 +119,7 @@ def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
     if a.output and "%" not in (folder := str(Path(a.output).parent)):  # a job whose output has no folder fails without a word
-        made(Path(folder), f"--output {a.output}")
+        ensure_folder(Path(folder), f"--output {a.output}")
     return submit(script)
 
 
@@ -128,15 +128,15 @@ def _sweep(a: argparse.Namespace) -> int:
     if ignored := [] if a.slurm else given_for_slurm(a):
         raise LaunchError(f"{', '.join(ignored)} without --slurm: a sweep here has no use for it; add --slurm, or leave it out")
     found = sweep.points(a.config, a.overrides, a.set, a.seeds, a.name)
-    found = [sweep.standing(point) for point in found]
+    found = [sweep.with_status(point) for point in found]
     left = [point for point in found if not point.finished]
     if a.slurm and left:
         request = _request(a)
-        checks = [c for point in sweep.unlike(left) for c in _checks(point.job, request.nodes, request.processes)]
+        checks = [c for point in sweep.distinct_settings(left) for c in _checks(point.job, request.nodes, request.processes)]
         jobs = [point.job for point in left]
         return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, a.at_once), a)
     node = local.place(this_machine(), a.processes, free_port())
-    checks = [check(point.job, node.world, sys.executable) for point in sweep.unlike(left)]
+    checks = [check(point.job, node.world, sys.executable) for point in sweep.distinct_settings(left)]
     if a.dry_run:
         print("\n".join(c.text() for c in (*checks, *(local.render(point.job, node, sys.executable) for point in left))))
         return 0
@@ -148,7 +148,7 @@ def _sweep(a: argparse.Namespace) -> int:
             code = ended
             break
         code = code or int(ended != 0)
-    print(sweep.table([sweep.standing(point) for point in found]))
+    print(sweep.table([sweep.with_status(point) for point in found]))
     return code
 
 

@@ -43,10 +43,10 @@ class Job:
 def name_of(job: Job) -> str:
     """The run's name where it is given, else the file's; what a shell, a path or Slurm would trip over is left out."""
     given = [text.partition("=")[2] for text in job.overrides if text.startswith("name=")]
-    return plain(given[-1] if given else job.config.rpartition("/")[2].removesuffix(".yaml"))
+    return safe_name(given[-1] if given else job.config.rpartition("/")[2].removesuffix(".yaml"))
 
 
-def plain(name: str) -> str:
+def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name).lstrip(".-") or "run"
 
 
@@ -100,7 +100,7 @@ class Node:
     number: int = 0
     threads: int | None = None  # OMP_NUM_THREADS of each process; None leaves the environment's
     least: int | None = None  # an elastic job goes on with that many nodes; None: with all or not at all
-    here: str | None = None  # this node's own address, by which the others reach it where its name does not resolve
+    own_address: str | None = None  # this node's own address, by which the others reach it where its name does not resolve
     tee: str | None = None  # folder for what each rank says, which then comes with the rank before each line; None: as it comes
 
     @property
@@ -126,13 +126,13 @@ def node_words(
     address: str,
     port: str,
     python: str,
-    here: str = "",
+    own_address: str = "",
     logs: str = LOGS,
 ) -> list[str]:
     """`python -m launch node`: what a node of many is told. Numbers and addresses may be a shell's variables: they stay unquoted."""
     words = [job] if isinstance(job, str) else [shlex.quote(word) for word in job.words()]
     told = ["--processes", str(processes), "--nodes", nodes, "--number", number, "--address", address, "--port", port]
-    told += ["--here", here] if here else []
+    told += ["--here", own_address] if own_address else []
     told += ["--logs", shlex.quote(logs)] if logs != LOGS else []
     return [shlex.quote(python), "-m", "launch", "node", *words, *told]
 
@@ -158,7 +158,7 @@ def torchrun(job: Job, node: Node, python: str) -> Command:
     words += ["--rdzv_backend", "c10d", "--rdzv_id", name_of(job), "--rdzv_endpoint", f"{node.address}:{node.port}"]
     # torchrun would guess by the host's name who keeps the meeting place, and by what address it is reached
     words += ["--rdzv_conf", f"is_host={int(node.number == 0)},last_call_timeout={LAST_CALL}"]
-    words += ["--local_addr", node.here] if node.here else []
+    words += ["--local_addr", node.own_address] if node.own_address else []
     words += node.logged()
     return Command((*words, "-m", "trainer", *replace(job, resume=True).train()), node.env())
 

@@ -69,6 +69,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def drawn_port() -> int:
+def random_port() -> int:
     """A port for another machine, which can't be asked: below those that systems give away, and not the same for two jobs at once."""
     return 20000 + secrets.randbelow(10000)

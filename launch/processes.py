@@ -110,7 +110,7 @@ def _wait(process: subprocess.Popen[bytes], heard: list[int], told_ranks: set[in
                 return 0
 
 
-def together(commands: list[Command], names: list[str], logs: Path, spare: int = 0) -> int:
+def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: int = 0) -> int:
     """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
     lost ones. Returns that one's exit code, or 0.
 

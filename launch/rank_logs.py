@@ -18,7 +18,7 @@ from launch.job import LaunchError
 RANK = re.compile(rb"\x1e(?=\[rank (\d+)\] )")  # `job.PREFIX`, filled in
 
 
-def made(folder: Path, asked: str) -> Path:
+def ensure_folder(folder: Path, asked: str) -> Path:
     """The folder, which is there now. Raises LaunchError, naming what was asked for, where it can't be had."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

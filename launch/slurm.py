@@ -10,7 +10,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_words, plain
+from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_words, safe_name
 
 # by Slurm's own address: a node's name may resolve nowhere
 ADDRESS_OF = (
@@ -29,7 +29,7 @@ EARLY = 60  # seconds by which Slurm's signal may come before its time
 
 
 @dataclass(frozen=True)
-class Request:
+class SlurmRequest:
     """What is asked of Slurm. processes: per node. gpus: per node, 0 for a CPU job. signal: seconds before the limit."""
 
     nodes: Nodes
@@ -85,25 +85,25 @@ class Request:
                 raise LaunchError(f"--sbatch {line!r}: one option, as in `#SBATCH --exclusive`; it begins with a dash")
 
 
-def render(job: Job, request: Request, python: str) -> str:
+def render(job: Job, request: SlurmRequest, python: str) -> str:
     """The text of the batch script."""
     resumed = replace(job, resume=True) if request.requeue else job
-    run = _step(request, python, resumed)
-    return "\n".join([*_head(request, name_of(job), request.output or "slurm-%j.txt"), *_meeting(request), *run, ""])
+    run = _srun(request, python, resumed)
+    return "\n".join([*_head(request, name_of(job), request.output or "slurm-%j.txt"), *_rendezvous(request), *run, ""])
 
 
-def render_array(jobs: list[Job], request: Request, python: str, name: str, at_once: int | None = None) -> str:
+def render_array(jobs: list[Job], request: SlurmRequest, python: str, name: str, at_once: int | None = None) -> str:
     """The text of a batch script that is an array, one task per job; at most `at_once` of them run together."""
     if at_once is not None and at_once < 1:
         raise LaunchError(f"--at-once {at_once}: at least 1")
     limit = f"%{at_once}" if at_once else ""
-    head = _head(request, plain(name), request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
+    head = _head(request, safe_name(name), request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
     cases = [f"  {number}) set -- {shlex.join(job.words())} ;;" for number, job in enumerate(jobs)]
     table = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
-    return "\n".join([*head, *table, *_meeting(request), *_step(request, python, None), ""])
+    return "\n".join([*head, *table, *_rendezvous(request), *_srun(request, python, None), ""])
 
 
-def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
+def _head(r: SlurmRequest, name: str, output: str, *more: str) -> list[str]:
     """Options, modules and the user's own lines."""
     options = [f"--job-name={name}", f"--nodes={str(r.nodes).replace(':', '-')}"]
     options += [
@@ -124,7 +124,7 @@ def _head(r: Request, name: str, output: str, *more: str) -> list[str]:
     return [*lines, *(f"module load {shlex.quote(name)}" for name in r.modules), *r.setup]
 
 
-def _meeting(r: Request) -> list[str]:
+def _rendezvous(r: SlurmRequest) -> list[str]:
     """Where the nodes meet: on the first of the job's list."""
     lines = [ADDRESS_OF, 'address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")']
     lines += ["port=$((20000 + SLURM_JOB_ID % 10000))", "export address port"]
@@ -134,7 +134,7 @@ def _meeting(r: Request) -> list[str]:
     return lines
 
 
-def _step(r: Request, python: str, job: Job | None) -> list[str]:
+def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     """One `launch node` per node; back into the queue where it was stopped. job None: what the script's own words say."""
     # of MIN-MAX nodes Slurm has given some: those are all that can come
     nodes, here = (f'"{r.nodes.least}:$SLURM_NNODES"', HERE) if r.nodes.elastic else (str(r.nodes), "")

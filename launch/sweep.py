@@ -63,7 +63,7 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
     return found
 
 
-def standing(point: Point) -> Point:
+def with_status(point: Point) -> Point:
     """The point with its state, as its journal tells."""
     try:
         rows = (point.directory / "journal.jsonl").read_text().splitlines()
@@ -84,7 +84,7 @@ def standing(point: Point) -> Point:
     return replace(point, state=state, top1=top1)
 
 
-def unlike(found: list[Point]) -> list[Point]:
+def distinct_settings(found: list[Point]) -> list[Point]:
     """The first point of each configuration and setting: seeds need no check of their own."""
 
     def but_seed(point: Point) -> tuple[str, ...]:

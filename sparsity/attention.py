@@ -15,65 +15,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsity.types import Seen, Tokens
+from sparsity.types import QKV, Tokens
 
-Attend = Callable[[Any, Tensor, Tokens], tuple[Tensor, Seen]]
+Attend = Callable[[Any, Tensor, Tokens], tuple[Tensor, QKV]]
 """(timm Attention, normed x (B, T, D), the tokens it belongs to) -> (B, T, D) before LayerScale, and what was seen."""
 
 EPS = 1e-6  # of the authors' softmax
 
 
-def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Seen]:
+def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
     """timm's attention over the visible keys. `tokens.size` weighs a key by the patches it stands for (ToMe, eq. 1)."""
-    seen = look(attention, x)
-    k, v, bias = visible(seen, tokens)
+    qkv = project_qkv(attention, x)
+    k, v, bias = visible(qkv, tokens)
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
-        out = F.scaled_dot_product_attention(seen.q, k, v, attn_mask=bias, dropout_p=dropped)
+        out = F.scaled_dot_product_attention(qkv.q, k, v, attn_mask=bias, dropout_p=dropped)
     else:
-        scores = (seen.q * attention.scale) @ k.transpose(-2, -1)
+        scores = (qkv.q * attention.scale) @ k.transpose(-2, -1)
         if bias is not None:
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
         out = attention.attn_drop(scores.softmax(dim=-1)) @ v
-    return project(attention, out, x), seen
+    return project(attention, out, x), qkv
 
 
-def authors(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Seen]:
+def authors(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
     """(A + eps/T) / (sum A + eps) with A = exp(S - max S) * mask, the max over hidden keys too (Tri-Level's code;
     docs/methods.md, section Compat).
 
-    Keeps the head mean of the map in `Seen.attention`, which their selections read: ties at eps/T included.
+    Keeps the head mean of the map in `QKV.attention`, which their selections read: ties at eps/T included.
     """
-    seen = look(attention, x)
-    scores = (seen.q @ seen.k.transpose(-2, -1)) * attention.scale  # (B, H, T, T)
+    qkv = project_qkv(attention, x)
+    scores = (qkv.q @ qkv.k.transpose(-2, -1)) * attention.scale  # (B, H, T, T)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).float().exp()
     if tokens.keys is not None and tokens.keys.mask is not None:
         weights = weights * tokens.keys.mask
     weights = (weights + EPS / x.shape[1]) / (weights.sum(dim=-1, keepdim=True) + EPS)
     weights = attention.attn_drop(weights)
-    out = project(attention, weights.to(seen.v.dtype) @ seen.v, x)
-    return out, seen._replace(attention=weights.sum(dim=1) / weights.shape[1])
+    out = project(attention, weights.to(qkv.v.dtype) @ qkv.v, x)
+    return out, qkv._replace(attention=weights.sum(dim=1) / weights.shape[1])
 
 
-def look(attention: Any, x: Tensor) -> Seen:
+def project_qkv(attention: Any, x: Tensor) -> QKV:
     """Queries, keys and values of a timm Attention: x (B, T, D) -> each (B, H, T, d)."""
     batch, length, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    return Seen(attention.q_norm(q), attention.k_norm(k), v, attention.scale)
+    return QKV(attention.q_norm(q), attention.k_norm(k), v, attention.scale)
 
 
-def visible(seen: Seen, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
+def visible(qkv: QKV, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values that may be seen, (B, H, S, d), and the mask for SDPA: bool, float32 bias, or None where nothing is hidden."""
-    k, v, size, mask = seen.k, seen.v, tokens.size, None
+    k, v, size, mask = qkv.k, qkv.v, tokens.size, None
     if tokens.keys is not None:
         mask = tokens.keys.mask
         if tokens.keys.index is not None:
-            k, v = take(k, tokens.keys.index, 2), take(v, tokens.keys.index, 2)
+            k, v = gather_tokens(k, tokens.keys.index, 2), gather_tokens(v, tokens.keys.index, 2)
             size = None if size is None else size.gather(1, tokens.keys.index)
     if size is None:
         return k, v, mask
-    bias = size.log()[:, None, None, :].to(seen.q.dtype)  # (B, 1, 1, S)
+    bias = size.log()[:, None, None, :].to(qkv.q.dtype)  # (B, 1, 1, S)
     return k, v, bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
@@ -87,7 +87,7 @@ def project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
     return attention.proj_drop(attention.proj(out))
 
 
-def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+def gather_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     """Entries `index` (B, K) of dimension `dim` of (B, ..., T, ...), for each image its own."""
     shape = [1] * tensor.ndim
     shape[0], shape[dim] = index.shape

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from sparsity import attention
 from sparsity.connections import CONNECTIONS
 from sparsity.tokens import TOKENS
-from sparsity.types import Wish
+from sparsity.types import MechanismOptions
 from sparsity.vit import SparseViT, refuse
 
 
@@ -30,11 +30,11 @@ def build(
         if name not in names:
             raise ValueError(f"{key}.method={name!r}: unknown; there are {', '.join(names)}")
     _refuse_misfits(vit, tokens, connections, blocks, fuse, merged, compat)
-    wish = Wish(vit.has_class_token, fuse, merged, compat == "authors", connections != "all")
+    options = MechanismOptions(vit.has_class_token, fuse, merged, compat == "authors", connections != "all")
     return SparseViT(
         vit,
-        reduce=TOKENS[tokens](wish),
-        connect=CONNECTIONS[connections](wish),
+        reduce=TOKENS[tokens](options),
+        connect=CONNECTIONS[connections](options),
         blocks=() if tokens == connections == "all" else blocks,
         position=position,
         attend=attention.authors if compat == "authors" else attention.fused,

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from sparsity.types import DENSE, Connect, Place, Plan, Reduce
+from sparsity.types import DENSE, BlockShape, Connect, Plan, Reduce
 from sparsity.vit import SparseViT
 
 
 @dataclass(frozen=True)
-class BlockShape:
+class BlockWork:
     """attention: multiply-adds per token of qkv, gate and projection. mlp: per token. heads, head_width: of the attention."""
 
     attention: int
@@ -38,7 +38,7 @@ class Shape:
     head: int
     pool: int
     pools_prefix: bool
-    blocks: tuple[BlockShape, ...]
+    blocks: tuple[BlockWork, ...]
     selects: frozenset[int]
     position: str
     reduce: Reduce
@@ -81,7 +81,7 @@ def shape_of(model: SparseViT) -> Shape:
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
         pools_prefix=vit.pool_include_prefix,
-        blocks=tuple(BlockShape(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
+        blocks=tuple(BlockWork(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
         selects=model.blocks,
         position=model.position,
         reduce=model.reduce,
@@ -98,7 +98,7 @@ def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
         work = seen * block.attention + 2 * seen * (p + keys) * inner
         in_mlp = patches
         if number in shape.selects:
-            before = Place(p, patches, shape.width, block.heads, block.head_width)
+            before = BlockShape(p, patches, shape.width, block.heads, block.head_width)
             after = before._replace(num_patches=shape.reduce.count(patches, plan))
             work += shape.reduce.work(before, plan) + shape.connect.work(after, plan)
             patches, keys = after.num_patches, shape.connect.visible(after.num_patches, plan)

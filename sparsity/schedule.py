@@ -17,7 +17,7 @@ Stairs = Sequence[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
-class Course:
+class KeepSchedule:
     """How a run comes to its final keeps. method: a name in PLANS; warmup, length: epochs; the keeps are where a cosine ends.
 
     plateaus: distinct plans on the way down, 0 = every step its own. Raises ValueError for an unknown method, for keeps outside (0, 1] and
@@ -71,16 +71,16 @@ class Course:
         return found
 
 
-def _constant(progress: float, course: Course) -> Plan:
-    return course.final
+def _constant(progress: float, schedule: KeepSchedule) -> Plan:
+    return schedule.final
 
 
-def _cosine(progress: float, course: Course) -> Plan:
+def _cosine(progress: float, schedule: KeepSchedule) -> Plan:
     """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length (EViT's cosine; docs/methods.md, section Schedule).
 
     Quantised: each of `plateaus` equal stretches has the value of its middle, so the work over the run is that of the curve.
     """
-    warmup, length, plateaus, final = course.warmup, course.length, course.plateaus, course.final
+    warmup, length, plateaus, final = schedule.warmup, schedule.length, schedule.plateaus, schedule.final
     if progress < warmup or final == DENSE:
         return DENSE
     if progress >= warmup + length:
@@ -94,9 +94,9 @@ def _cosine(progress: float, course: Course) -> Plan:
     return Plan(*(b + (1.0 - b) * way for b in (final.keep_tokens, final.keep_connections)))
 
 
-def _staircase(progress: float, course: Course) -> Plan:
-    reached = [Plan(tokens, connections) for start, tokens, connections in course.stairs if progress >= start]
+def _staircase(progress: float, schedule: KeepSchedule) -> Plan:
+    reached = [Plan(tokens, connections) for start, tokens, connections in schedule.stairs if progress >= start]
     return reached[-1] if reached else DENSE
 
 
-PLANS: dict[str, Callable[[float, Course], Plan]] = {"constant": _constant, "cosine": _cosine, "staircase": _staircase}
+PLANS: dict[str, Callable[[float, KeepSchedule], Plan]] = {"constant": _constant, "cosine": _cosine, "staircase": _staircase}

@@ -34,7 +34,7 @@ DENSE = Plan()
 
 
 @dataclass(frozen=True)
-class Keys:
+class VisibleKeys:
     """Which keys the following blocks may see: exactly one of the two is set.
 
     mask: (B, 1, T, T) bool, True = connection kept; the same for all heads.
@@ -52,22 +52,22 @@ class Tokens:
     x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
     size: (B, T) float32 number of patches each token stands for, or None (all 1). keys: None = all keys visible.
     offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
-    draw: (B,) int64 key of each image for random choices (see `keyed_random`), or None.
+    rng_keys: (B,) int64 key of each image for random choices (see `keyed_random`), or None.
     """
 
     x: Tensor
     ids: Tensor
     num_prefix: int
     size: Tensor | None = None
-    keys: Keys | None = None
+    keys: VisibleKeys | None = None
     offsets: Tensor | None = None
-    draw: Tensor | None = None
+    rng_keys: Tensor | None = None
 
     def with_(self, **changes: Any) -> Tokens:
         return replace(self, **changes)
 
 
-class Seen(NamedTuple):
+class QKV(NamedTuple):
     """What the attention of this block saw: q, k, v, each (B, H, T, d), q and k after qk-norm; `scale` is 1/sqrt(d).
 
     Scores are computed from it only where someone asks, in float32. attention: (B, T, T) float32, head mean of the map, only
@@ -81,7 +81,7 @@ class Seen(NamedTuple):
     attention: Tensor | None = None
 
 
-class Place(NamedTuple):
+class BlockShape(NamedTuple):
     """Where a mechanism stands, in numbers: prefix and patch tokens it finds, width D, heads H, head width d."""
 
     num_prefix: int
@@ -94,13 +94,13 @@ class Place(NamedTuple):
 class Reduce(Protocol):
     """Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP)."""
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]: ...
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]: ...
 
     def count(self, num_patches: int, plan: Plan) -> int:
         """Patch tokens that are left of `num_patches`, fused ones included."""
         ...
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         """Multiply-adds of choosing, for one image."""
         ...
 
@@ -108,34 +108,34 @@ class Reduce(Protocol):
 class Connect(Protocol):
     """Level 3: sets `Tokens.keys`, which the following blocks obey until the next selection."""
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens: ...
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens: ...
 
     def visible(self, num_patches: int, plan: Plan) -> int:
         """Patch keys that the following blocks compute with (a mask hides keys, but computes them)."""
         ...
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         """Multiply-adds of choosing, for one image."""
         ...
 
 
-class Record(NamedTuple):
-    """What a model returns. Fields beside the logits are None unless asked for by name in `want`.
+class ModelOutput(NamedTuple):
+    """What a model returns. Fields beside the logits are None unless asked for by name in `outputs`.
 
     logits: (B, classes), or a pair for distilled models in training. cls_attention: (B, n_last) float32 head mean of
     the last block's [CLS] row over patches. importance: (B, n) float32 token importance at the asked block.
     kept: original patch ids that survive each pruning block, {block: (B, k) int64}.
-    keys: what level 3 decided in each pruning block, {block: Keys}.
+    keys: what level 3 decided in each pruning block, {block: VisibleKeys}.
     """
 
     logits: Any
     cls_attention: Tensor | None = None
     importance: Tensor | None = None
     kept: dict[int, Tensor] | None = None
-    keys: dict[int, Keys] | None = None
+    keys: dict[int, VisibleKeys] | None = None
 
 
-class Outcome(NamedTuple):
+class Observation(NamedTuple):
     """What one step says about the examples of this rank, all (b,) and on the device.
 
     correct: bool, right under the chosen rule. loss: float32, unweighted. spread: float32, variance of the last
@@ -172,7 +172,7 @@ class Examples(Protocol):
 
     wants_spread: bool
 
-    def observe(self, ids: Tensor, outcome: Outcome) -> None:
+    def observe(self, ids: Tensor, observation: Observation) -> None:
         """Every step, on the device, without a host sync; ids (b,) int64, the example each row is credited to."""
         ...
 
@@ -185,36 +185,36 @@ class Examples(Protocol):
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None: ...
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
+def single_process(tensor: torch.Tensor) -> torch.Tensor:
     """The `Gather` of a single process."""
     return tensor
 
 
-class Wish(NamedTuple):
+class MechanismOptions(NamedTuple):
     """What a mechanism may ask about the run it is made for."""
 
     has_class_token: bool = True
     fuse: bool = False
     merged: int = 0
     authors: bool = False
-    carry_seen: bool = True  # level 3 comes after level 2 and reads q, k, v of the tokens that are left
+    carry_qkv: bool = True  # level 3 comes after level 2 and reads q, k, v of the tokens that are left
 
 
 @dataclass(frozen=True)
 class ConnectAll:
     """The identity: all keys visible."""
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens:
         return tokens
 
     def visible(self, num_patches: int, plan: Plan) -> int:
         return num_patches
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         return 0
 
 
-def kept(num: int, share: float) -> int:
+def num_kept(num: int, share: float) -> int:
     """ceil(num * share): how many of `num` stay. At least one, for share > 0. In float64 as in the reference code: .55 of 100 are 56."""
     return math.ceil(num * share)
 
@@ -223,11 +223,11 @@ def kept(num: int, share: float) -> int:
 class KeepAll:
     """The identity."""
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
-        return tokens, seen
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]:
+        return tokens, qkv
 
     def count(self, num_patches: int, plan: Plan) -> int:
         return num_patches
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         return 0

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsity import attention, keyed_random
 from sparsity.tokens import scores
-from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, Keys, Plan, Record, Reduce, Tokens
+from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys
 
 PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
 NUM_GRAPHS = 128  # plans of a run x training and evaluation x weights and their average
@@ -55,22 +55,22 @@ class SparseViT(nn.Module):
         self.training = vit.training
 
     def forward(
-        self, images: Tensor, plan: Plan = DENSE, want: frozenset[str] = frozenset(), draw: Tensor | None = None
-    ) -> Record:
-        """images (B, 3, height, width) float -> Record. want: "cls_attention", "importance:<block>", "kept", "keys".
+        self, images: Tensor, plan: Plan = DENSE, outputs: frozenset[str] = frozenset(), rng_keys: Tensor | None = None
+    ) -> ModelOutput:
+        """images (B, 3, height, width) float -> ModelOutput. want: "cls_attention", "importance:<block>", "kept", "keys".
 
-        draw: (B,) int64, the key of each image: drop path and patch drop then depend on it alone, not on rank or batch mates. None: timm's
-        modules draw from the global generator, as in timm. Dropout proper (timm's *_drop_rate) always does.
+        rng_keys: (B,) int64, the key of each image: drop path and patch drop then depend on it alone, not on rank or batch mates. None:
+        timm's modules draw from the global generator, as in timm. Dropout proper (timm's *_drop_rate) always does.
         """
-        asked = Asked.read(want, len(self.vit.blocks))
-        tokens = self._embedded(images, draw)
+        wanted = Wanted.parse(outputs, len(self.vit.blocks))
+        tokens = self._embedded(images, rng_keys)
         paths = None
-        if draw is not None and self.vit.training:
-            drawn = keyed_random.uniform(draw, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+        if rng_keys is not None and self.vit.training:
+            drawn = keyed_random.uniform(rng_keys, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
             paths = drawn.movedim(0, 2)[..., None, None].unbind()  # per block (2, B, 1, 1): views, no kernels in the blocks
         kept, keys, cls_attention, importance = {}, {}, None, None
         for number in range(len(self.vit.blocks)):
-            tokens, row, ranks = self._run(number, tokens, plan, asked, None if paths is None else paths[number])
+            tokens, row, ranks = self._run(number, tokens, plan, wanted, None if paths is None else paths[number])
             cls_attention = cls_attention if row is None else row
             importance = importance if ranks is None else ranks
             if number in self.blocks:
@@ -78,7 +78,7 @@ class SparseViT(nn.Module):
                 if tokens.keys is not None:
                     keys[number] = tokens.keys
         logits = self.vit.forward_head(self.vit.norm(tokens.x))
-        return Record(logits, cls_attention, importance, kept if asked.kept else None, keys if asked.keys else None)
+        return ModelOutput(logits, cls_attention, importance, kept if wanted.kept else None, keys if wanted.keys else None)
 
     def compile(self, *args: Any, **settings: Any) -> None:
         """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
@@ -89,62 +89,62 @@ class SparseViT(nn.Module):
         config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
         super().compile(*args, **({"dynamic": False} | settings))
 
-    def _embedded(self, images: Tensor, draw: Tensor | None) -> Tokens:
+    def _embedded(self, images: Tensor, rng_keys: Tensor | None) -> Tokens:
         vit = self.vit
         x = vit._pos_embed(vit.patch_embed(images))
         p = vit.num_prefix_tokens
         ids = torch.arange(x.shape[1] - p, device=x.device).expand(x.shape[0], -1)
         drop = vit.patch_drop
         if isinstance(drop, PatchDropout) and drop.training and drop.prob > 0:
-            if draw is None:
+            if rng_keys is None:
                 x, index = patch_dropout_forward(x, drop.prob, p, drop.ordered, True)
                 ids = cast(Tensor, index)
             else:
                 num_kept = max(1, int(ids.shape[1] * (1.0 - drop.prob)))
-                index = scores.ranked(keyed_random.uniform(draw, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
+                index = scores.ranked(keyed_random.uniform(rng_keys, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
                 ids = index.sort(dim=1).values if drop.ordered else index
-                x = torch.cat((x[:, :p], attention.take(x[:, p:], ids, 1)), dim=1)
-        return Tokens(vit.norm_pre(x), ids, p, draw=draw)
+                x = torch.cat((x[:, :p], attention.gather_tokens(x[:, p:], ids, 1)), dim=1)
+        return Tokens(vit.norm_pre(x), ids, p, rng_keys=rng_keys)
 
-    def _run(self, number: int, tokens: Tokens, plan: Plan, asked: Asked, path: Tensor | None) -> tuple[Tokens, Any, Any]:
+    def _run(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         """One block, under gradient checkpointing where it is on: flat arguments, in which it finds the devices' generators."""
 
-        def flat(x: Tensor, ids: Tensor, size: Any, mask: Any, index: Any, draw: Any, path: Any) -> tuple[Any, ...]:
-            keys = None if mask is None and index is None else Keys(mask, index)
+        def flat(x: Tensor, ids: Tensor, size: Any, mask: Any, index: Any, rng_keys: Any, path: Any) -> tuple[Any, ...]:
+            keys = None if mask is None and index is None else VisibleKeys(mask, index)
             after, row, ranks = self._block(
-                number, Tokens(x, ids, tokens.num_prefix, size, keys, None, draw), plan, asked, path
+                number, Tokens(x, ids, tokens.num_prefix, size, keys, None, rng_keys), plan, wanted, path
             )
-            keys = after.keys or Keys()
+            keys = after.keys or VisibleKeys()
             return after.x, after.ids, after.size, keys.mask, keys.index, row, ranks
 
-        keys = tokens.keys or Keys()
-        given = (tokens.x, tokens.ids, tokens.size, keys.mask, keys.index, tokens.draw, path)
+        keys = tokens.keys or VisibleKeys()
+        given = (tokens.x, tokens.ids, tokens.size, keys.mask, keys.index, tokens.rng_keys, path)
         if self.vit.grad_checkpointing:
             x, ids, size, mask, index, row, ranks = cast(tuple, checkpoint(flat, *given, use_reentrant=False))
         else:
             x, ids, size, mask, index, row, ranks = flat(*given)
-        keys = None if mask is None and index is None else Keys(mask, index)
+        keys = None if mask is None and index is None else VisibleKeys(mask, index)
         return tokens.with_(x=x, ids=ids, size=size, keys=keys), row, ranks
 
-    def _block(self, number: int, tokens: Tokens, plan: Plan, asked: Asked, path: Tensor | None) -> tuple[Tokens, Any, Any]:
+    def _block(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         block = cast(Block, self.vit.blocks[number])
         before_attention, after_attention, before_mlp, after_mlp = _parts(block)
-        attended, seen = self.attend(block.attn, before_attention(tokens.x), tokens)
+        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
         row = ranks = None
-        if asked.importance == number:
-            ranks = scores.importance(tokens, seen)
-        if asked.cls_attention and number == len(self.vit.blocks) - 1:
+        if wanted.importance == number:
+            ranks = scores.importance(tokens, qkv)
+        if wanted.cls_attention and number == len(self.vit.blocks) - 1:
             with torch.no_grad():
-                row = self.look_back(tokens, seen)
+                row = self.look_back(tokens, qkv)
         tokens = tokens.with_(x=tokens.x + _drop(block.drop_path1, after_attention(attended), path, 0))
         selects = number in self.blocks
         if selects and self.position == "attention":
-            tokens, seen = self.reduce(tokens, seen, plan)
+            tokens, qkv = self.reduce(tokens, qkv, plan)
         tokens = tokens.with_(x=tokens.x + _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1))
         if selects and self.position == "block":
-            tokens, seen = self.reduce(tokens, seen, plan)
+            tokens, qkv = self.reduce(tokens, qkv, plan)
         if selects:
-            tokens = self.connect(tokens, seen, plan)
+            tokens = self.connect(tokens, qkv, plan)
         return tokens, row, ranks
 
     @property
@@ -153,8 +153,8 @@ class SparseViT(nn.Module):
         return scores.cls_row if self.vit.has_class_token else scores.received
 
 
-class Asked(NamedTuple):
-    """The wishes of a `want`, read."""
+class Wanted(NamedTuple):
+    """The names in `outputs`, parsed."""
 
     cls_attention: bool
     importance: int | None
@@ -162,17 +162,17 @@ class Asked(NamedTuple):
     keys: bool
 
     @classmethod
-    def read(cls, want: frozenset[str], depth: int) -> Asked:
+    def parse(cls, outputs: frozenset[str], depth: int) -> Wanted:
         importance = None
-        for wish in want:
+        for wish in outputs:
             name, _, number = wish.partition(":")
             if name == "importance" and number.isdigit() and int(number) < depth:
                 importance = int(number)
             elif wish not in ("cls_attention", "kept", "keys"):
                 raise ValueError(
-                    f"want={wish!r}: there are 'cls_attention', 'importance:<block 0..{depth - 1}>', 'kept', 'keys'"
+                    f"outputs={wish!r}: there are 'cls_attention', 'importance:<block 0..{depth - 1}>', 'kept', 'keys'"
                 )
-        return cls("cls_attention" in want, importance, "kept" in want, "keys" in want)
+        return cls("cls_attention" in outputs, importance, "kept" in outputs, "keys" in outputs)
 
 
 def refuse(vit: nn.Module) -> None:

@@ -9,7 +9,7 @@ import sys
 from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
 from trainer.config.pipes import pipes_granted
-from trainer.run.shutdown import deaf
+from trainer.run.shutdown import ignore_signals
 
 
 def main(words: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(words: list[str] | None = None) -> int:
             code = int(COMMANDS[arguments.command](arguments) or 0)
         sys.stdout.flush()
         if words is None and arguments.command == "train":  # the process ends; a caller that gave `words` keeps its signals
-            deaf()
+            ignore_signals()
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
     from trainer.config.run_config import Config
-    from trainer.run.recorder import Ended
+    from trainer.run.recorder import RunResult
 
 
 def load_config(path: str | Path, *overrides: str, **settings: Any) -> Config:
@@ -33,7 +33,7 @@ def load_config(path: str | Path, *overrides: str, **settings: Any) -> Config:
     return load(path / "config.yaml" if path.is_dir() else path, words)
 
 
-def run_training(config: Config, resume: bool = False) -> Ended:
+def run_training(config: Config, resume: bool = False) -> RunResult:
     """Train in this process, the same as `trilevel train`; several processes are started by a launcher.
 
     Returns the status ("finished", "stopped" or "preempted"), the last top-1 in [0, 1] and the run directory. While it runs, Ctrl-C

@@ -15,7 +15,7 @@ from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix, mix_images
-from trainer.data.augment.on_device import finish
+from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.loader.stream import Stream
@@ -29,16 +29,16 @@ from trainer.model.evaluate import evaluate
 from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import learning_rate, plan_at, set_learning_rate
-from trainer.provenance.hash_chain import Chain
+from trainer.provenance.hash_chain import HashChain
 from trainer.run.cadence import after_step, reached
-from trainer.run.checkpointer import Saver
-from trainer.run.dense_baseline import Control
-from trainer.run.recorder import Ended, Records
-from trainer.run.shutdown import Stop, listen
+from trainer.run.checkpointer import Checkpointer
+from trainer.run.dense_baseline import DenseBaseline
+from trainer.run.recorder import Recorder, RunResult
+from trainer.run.shutdown import Stop, install_handlers
 from trainer.telemetry.meters import Meters
 
 
-def train(config: Config, resume: bool = False) -> Ended:
+def train(config: Config, resume: bool = False) -> RunResult:
     """Train as `config` says, from the start or from the newest checkpoint of the run (`resume`).
 
     Raises ConfigError, DataError, EngineError or CheckpointError with the key, the value and the way out.
@@ -47,17 +47,19 @@ def train(config: Config, resume: bool = False) -> Ended:
     index, validation_index = open_indexes(config, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), Objective(config)
-    steps = micro_batches(config.data.batch, config.data.micro_batch, world_size())
-    engine = Engine(config.engine, steps, config.optim.clip)
-    stopping = listen()
+    batch_split = micro_batches(config.data.batch, config.data.micro_batch, world_size())
+    engine = Engine(config.engine, batch_split, config.optim.clip)
+    stopping = install_handlers()
     stream = Stream(index, config, engine.rank, engine.world)
     validation = Validation(validation_index, config, engine.rank, engine.world)
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
     saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
-    engine.agree(f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from")
+    engine.assert_same_on_all_ranks(
+        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from"
+    )
 
-    records = Records(config, engine, resume)
-    with records.failing():
+    recorder = Recorder(config, engine, resume)
+    with recorder.recording_failures():
         if saved:
             model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
         engine.prepare(model, build_optimizer(model, config.optim))
@@ -66,90 +68,96 @@ def train(config: Config, resume: bool = False) -> Ended:
             engine.state.load(saved.weights, saved.optimizer)
             ema.load_state_dict(saved.ema)
             examples.load_state_dict(saved.examples)
-        state = replace(saved.state if saved else TrainState(), attempt=records.attempt)
+        state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         selection = saved.selection if saved else None
-        chain, meters = Chain(state.chain), Meters(engine)
-        want = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
-        control = Control(config, engine, objective, want)
-        records.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
-        records.passed_over(found)
-        saver = Saver(config, engine, records, stopping, index.fingerprint, ema, examples)
-        score = partial(_scored, config, engine, records, stopping, ema, validation, model.vit)
+        chain, meters = HashChain(state.chain), Meters(engine)
+        outputs = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
+        baseline = DenseBaseline(config, engine, objective, outputs)
+        recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
+        recorder.report_damaged(found)
+        checkpointer = Checkpointer(config, engine, recorder, stopping, index.fingerprint, ema, examples)
+        score = partial(_scored, config, engine, recorder, stopping, ema, validation, model.vit)
 
-        if state.owed:  # a stop cut its evaluation short
-            state = score(replace(state, owed={}), state.owed["at"], kept=True)
-            if state.owed:
-                return records.end(state, "preempted")
+        if state.pending_evaluation:  # a stop cut its evaluation short
+            state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
+            if state.pending_evaluation:
+                return recorder.end(state, "preempted")
             if state.epoch == config.epochs:
-                saver.save(state, selection, last=True)
+                checkpointer.save(state, selection, last=True)
         while state.epoch < config.epochs:
             if state.batch == 0 or selection is None:
-                selection = examples.select(state.epoch, engine.gather)
-                engine.agree(selection.facts["hash"], "the selection of examples")
+                selection = examples.select(state.epoch, engine.all_gather)
+                engine.assert_same_on_all_ranks(selection.facts["hash"], "the selection of examples")
             order = stream.order(state.epoch, selection)
             if reached(config.stop_at, state, order.steps):  # a resume of a run that stopped there
-                return records.end(state, "stopped")
-            records.epoch(state, selection, order, len(index))
+                return recorder.end(state, "stopped")
+            recorder.epoch(state, selection, order, len(index))
 
             engine.model.train()
             for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch)):
-                records.trace.at(state.step)
+                recorder.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
                 plan, lr = plan_at(progress, config), learning_rate(progress, config)
-                records.plan(state, progress, plan, lambda plan: cost_of(model, plan))
+                recorder.plan(state, progress, plan, lambda plan: cost_of(model, plan))
                 set_learning_rate(engine.optimizer, lr)
                 engine.reseed(config.seed, state.step)
                 mix = draw_mix(config.augment, config.seed, state.step, config.model.image_size)
-                chain.add(batch.ids, batch.draw, batch.weights)
-                totals = engine.sum(torch.stack([batch.weights.sum(), torch.tensor(float(stopping.asked()))]).to(engine.device))
-                total, stop = totals[0].clamp(min=1e-12), engine.later(totals[1])
+                chain.add(batch.ids, batch.rng_keys, batch.weights)
+                totals = engine.all_reduce_sum(
+                    torch.stack([batch.weights.sum(), torch.tensor(float(stopping.requested()))]).to(engine.device)
+                )
+                total, stop = totals[0].clamp(min=1e-12), engine.read_delayed(totals[1])
 
-                for part, last in _micro_batches(batch, steps.micro_batch, engine.device, meters.mark):
-                    images = mix_images(finish(part, config.augment), mix, part.weights)
+                for part, last in _micro_batches(batch, batch_split.micro_batch, engine.device, meters.end_phase):
+                    images = mix_images(augment_on_device(part, config.augment), mix, part.weights)
                     targets = objective.targets(part.labels, mix, part.weights)
-                    record = engine.forward(images, plan, want, part.draw)
-                    losses = objective.losses(record.logits, targets)
-                    meters.mark("forward")
+                    output = engine.forward(images, plan, outputs, part.rng_keys)
+                    losses = objective.losses(output.logits, targets)
+                    meters.end_phase("forward")
                     engine.backward((losses * part.weights).sum() / total, last)
-                    meters.mark("backward")
-                    credited, outcome = objective.credit(part, record, losses, mix)
-                    examples.observe(credited, outcome)
-                    meters.add(losses, part.weights, outcome)
+                    meters.end_phase("backward")
+                    credited, observation = objective.credit(part, output, losses, mix)
+                    examples.observe(credited, observation)
+                    meters.add(losses, part.weights, observation)
                 if taken := engine.step():
                     ema.update(model.vit)
-                meters.mark("optimizer")
+                meters.end_phase("optimizer")
 
-                meters.count(int((batch.weights > 0).sum()), batch.broken, waited)
+                meters.end_step(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
                 due = after_step(config, before, state, order.steps, stop=stop, skipped=not taken)
                 if due.log:
-                    state = records.step(
-                        state, meters.close(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan
+                    state = recorder.step(
+                        state, meters.reduce(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan
                     )
                     if not taken:
-                        state = records.skipped(before, state, chain.last)
+                        state = recorder.skipped(before, state, chain.last)
                 with meters.paused():
-                    if told := control.look(progress, order.steps, plan, meters.clock, (images, targets, part.draw), due.end):
-                        records.control(state, progress, told)
+                    if measured := baseline.measure_if_due(
+                        progress, order.steps, plan, meters.clock, (images, targets, part.rng_keys), due.end
+                    ):
+                        recorder.control(state, progress, measured)
                     if due.evaluate:
                         state = score(state, progress, kept=due.save)
-                        if state.owed:  # a signal cut it short: save, and let the resume do it
+                        if state.pending_evaluation:  # a signal cut it short: save, and let the resume do it
                             due = due._replace(save=True, end=True, status="preempted")
                     if due.save:
-                        saver.save(state, selection, last=due.end)
-                    saver.look()
+                        checkpointer.save(state, selection, last=due.end)
+                    checkpointer.poll()
                 if due.end:
-                    return records.end(state, due.status)
-        return records.end(state, "finished")  # a resume of a run that was over
+                    return recorder.end(state, due.status)
+        return recorder.end(state, "finished")  # a resume of a run that was over
 
 
-def _micro_batches(batch: Batch, size: int, device: torch.device, mark: Callable[[str], None]) -> Iterator[tuple[Batch, bool]]:
+def _micro_batches(
+    batch: Batch, size: int, device: torch.device, end_phase: Callable[[str], None]
+) -> Iterator[tuple[Batch, bool]]:
     """This rank's slice in pieces of `size` rows on the device; True with the last one."""
     rows = len(batch.labels)
     for start in range(0, rows, size):
-        mark("rest")
+        end_phase("rest")
         fields = [field[start : start + size].to(device, non_blocking=True) for field in batch[:-1]]
-        mark("host_to_device")
+        end_phase("host_to_device")
         yield Batch(*fields, broken=batch.broken), start + size >= rows
 
 
@@ -169,24 +177,26 @@ class _CutShort(Exception):
 
 
 def _scored(
-    config: Config, engine: Engine, records: Records, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
+    config: Config, engine: Engine, recorder: Recorder, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
     state: TrainState, at: float, *, kept: bool,
 ) -> TrainState:  # fmt: skip
     """Score the weights, and their average where there is one, under the plan of progress `at`; collective. A stop that is asked for
     meanwhile leaves nothing of it but a state that owes it: the resume does it whole."""
 
     def agree() -> None:
-        if engine.later(engine.sum(torch.tensor(float(stopping.asked()), device=engine.device))):
+        if engine.read_delayed(engine.all_reduce_sum(torch.tensor(float(stopping.requested()), device=engine.device))):
             raise _CutShort
 
     plan = plan_at(at, config)
     engine.model.eval()
     try:
-        results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum, agree))]
+        results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.all_reduce_sum, agree))]
         if ema.decay is not None:
             with ema.applied(network):
-                results.append((True, evaluate(engine.forward, validation, plan, config, engine.device, engine.sum, agree)))
+                results.append(
+                    (True, evaluate(engine.forward, validation, plan, config, engine.device, engine.all_reduce_sum, agree))
+                )
     except _CutShort:
-        return replace(state, owed={"at": at})
+        return replace(state, pending_evaluation={"at": at})
     engine.model.train()
-    return records.scored(state, results, state.progress, plan, kept)
+    return recorder.scored(state, results, state.progress, plan, kept)

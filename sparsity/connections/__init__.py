@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from sparsity.connections.exact_mask import ExactMask
 from sparsity.connections.shared_keys import SharedKeys
-from sparsity.types import Connect, ConnectAll, Wish
+from sparsity.types import Connect, ConnectAll, MechanismOptions
 
-CONNECTIONS: dict[str, Callable[[Wish], Connect]] = {
-    "all": lambda wish: ConnectAll(),
-    "exact": lambda wish: ExactMask(wish.authors),
-    "shared_keys": lambda wish: SharedKeys("cls"),
-    "shared_keys_column": lambda wish: SharedKeys("column"),
+CONNECTIONS: dict[str, Callable[[MechanismOptions], Connect]] = {
+    "all": lambda options: ConnectAll(),
+    "exact": lambda options: ExactMask(options.authors),
+    "shared_keys": lambda options: SharedKeys("cls"),
+    "shared_keys_column": lambda options: SharedKeys("column"),
 }

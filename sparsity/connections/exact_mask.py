@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from sparsity.tokens import scores
 from sparsity.tokens.scores import among_patches, work
-from sparsity.types import Keys, Place, Plan, Seen, Tokens, kept
+from sparsity.types import QKV, BlockShape, Plan, Tokens, VisibleKeys, num_kept
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class ExactMask:
     authors: bool = False
 
     @torch.no_grad()
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens:
         num, p = tokens.ids.shape[1], tokens.num_prefix
-        num_keys = kept(num, plan.keep_connections)
+        num_keys = num_kept(num, plan.keep_connections)
         if num_keys == num:
             return tokens.with_(keys=None)
-        among = among_patches(tokens, seen)  # (B, k, k)
+        among = among_patches(tokens, qkv)  # (B, k, k)
         if self.authors:
             mask = among >= among.topk(num_keys, dim=-1).values[..., -1:]
         else:
             mask = torch.zeros_like(among, dtype=torch.bool).scatter(-1, scores.ranked(among)[..., :num_keys], True)
-        return tokens.with_(keys=Keys(mask=F.pad(mask, (p, 0, p, 0), value=True)[:, None]))
+        return tokens.with_(keys=VisibleKeys(mask=F.pad(mask, (p, 0, p, 0), value=True)[:, None]))
 
     def visible(self, num_patches: int, plan: Plan) -> int:
         return num_patches  # hidden ones are computed too
 
-    def work(self, place: Place, plan: Plan) -> int:
-        return work(place, plan, place.num_prefix + place.num_patches)
+    def work(self, shape: BlockShape, plan: Plan) -> int:
+        return work(shape, plan, shape.num_prefix + shape.num_patches)

@@ -9,7 +9,7 @@ import torch
 
 from sparsity.tokens import scores
 from sparsity.tokens.scores import among_patches, work
-from sparsity.types import Keys, Place, Plan, Seen, Tokens, kept
+from sparsity.types import QKV, BlockShape, Plan, Tokens, VisibleKeys, num_kept
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class SharedKeys:
     by: Literal["cls", "column"] = "cls"
 
     @torch.no_grad()
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> Tokens:
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens:
         num, p = tokens.ids.shape[1], tokens.num_prefix
-        num_keys = kept(num, plan.keep_connections)
+        num_keys = num_kept(num, plan.keep_connections)
         if num_keys == num:
             return tokens.with_(keys=None)
-        value = scores.cls_row(tokens, seen) if self.by == "cls" else among_patches(tokens, seen).mean(dim=1)  # (B, k)
+        value = scores.cls_row(tokens, qkv) if self.by == "cls" else among_patches(tokens, qkv).mean(dim=1)  # (B, k)
         chosen = scores.ranked(value)[:, :num_keys].sort(dim=1).values
         prefix = torch.arange(p, device=chosen.device).expand(chosen.shape[0], -1)
-        return tokens.with_(keys=Keys(index=torch.cat((prefix, chosen + p), dim=1)))
+        return tokens.with_(keys=VisibleKeys(index=torch.cat((prefix, chosen + p), dim=1)))
 
     def visible(self, num_patches: int, plan: Plan) -> int:
-        return kept(num_patches, plan.keep_connections)
+        return num_kept(num_patches, plan.keep_connections)
 
-    def work(self, place: Place, plan: Plan) -> int:
-        return work(place, plan, 1 if self.by == "cls" else place.num_prefix + place.num_patches)
+    def work(self, shape: BlockShape, plan: Plan) -> int:
+        return work(shape, plan, 1 if self.by == "cls" else shape.num_prefix + shape.num_patches)

@@ -28,7 +28,7 @@ class All(Curriculum):
                 f"{'|'.join(name for name in EXAMPLES if name != 'all')}, or set examples.removed=0"
             )
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         return self._everything()
 
 

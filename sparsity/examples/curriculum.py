@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from sparsity.examples.observations import Observed, Slate
-from sparsity.types import Gather, Outcome, Selection
+from sparsity.examples.observations import Observations, Observed
+from sparsity.types import Gather, Observation, Selection
 
 
 class Draw(IntEnum):
@@ -23,7 +23,7 @@ class Draw(IntEnum):
 
 
 class Curriculum:
-    """A method of level 1. A subclass says what it remembers (`_fold`) and what an epoch shows (`_choose`).
+    """A method of level 1. A subclass says what it remembers (`_update_statistics`) and what an epoch shows (`_select`).
 
     num_examples: N. labels: (N,) int class of each example. removed, swap: shares of the data set. window: epochs between
     updates. anneal: last share of the epochs that shows everything. repeats: epochs in which the stream presents every kept
@@ -73,13 +73,13 @@ class Curriculum:
     def _start(self) -> None:
         """Refuse settings and make the state of epoch 0."""
 
-    def observe(self, ids: Tensor, outcome: Outcome) -> None:
+    def observe(self, ids: Tensor, observation: Observation) -> None:
         """Every step; a method that watches nothing has nothing to do."""
 
     def select(self, epoch: int, gather: Gather) -> Selection:
         """What `epoch` shows, the same on all ranks; collective. Asked twice, it shows the same."""
         self._gathered(gather)
-        return self._everything() if epoch >= self.anneal_from else self._choose(epoch)
+        return self._everything() if epoch >= self.anneal_from else self._select(epoch)
 
     def state_dict(self, gather: Gather) -> dict[str, np.ndarray]:
         """Whole and the same on all ranks; collective. What was seen so far in this epoch is folded in first."""
@@ -91,14 +91,14 @@ class Curriculum:
             raise ValueError(f"examples.method={self.name} keeps no state, the checkpoint holds {sorted(state)}")
 
     @property
-    def held_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Of the state on the host, the labels left out: the index holds them."""
         arrays = [v for v in vars(self).values() if isinstance(v, np.ndarray) and v is not self.labels]
         return sum(v.nbytes if any(v.strides) else v.itemsize for v in arrays)  # without strides it is one value, shown N times
 
     def _gathered(self, gather: Gather) -> None: ...
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         raise NotImplementedError
 
     def _everything(self) -> Selection:
@@ -129,7 +129,7 @@ class Curriculum:
         """(N,) bool: all but the last `removed` share of one permutation; of every class alike where balanced."""
         order = self._draw(Draw.START).permutation(self.num_examples)
         keep = np.ones(self.num_examples, dtype=bool)
-        keep[first_of_each(order[::-1], self.group, quotas(np.bincount(self.group), self.num_removed))] = False
+        keep[first_per_group(order[::-1], self.group, quotas(np.bincount(self.group), self.num_removed))] = False
         return keep
 
 
@@ -138,15 +138,15 @@ class Observer(Curriculum):
 
     def __init__(self, num_examples: int, labels: np.ndarray, **settings: Any):
         super().__init__(num_examples, labels, **settings)
-        self._slate = Slate(num_examples, "spread" if self.wants_spread else self.observes)
+        self._observations = Observations(num_examples, "spread" if self.wants_spread else self.observes)
 
     @property
-    def held_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Of the state on host and device."""
-        return super().held_bytes + self._slate.held_bytes
+        return super().state_bytes + self._observations.state_bytes
 
-    def observe(self, ids: Tensor, outcome: Outcome) -> None:
-        self._slate.note(ids, outcome)
+    def observe(self, ids: Tensor, observation: Observation) -> None:
+        self._observations.record(ids, observation)
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Raises ValueError for the state of another method or another data set."""
@@ -157,7 +157,7 @@ class Observer(Curriculum):
                 f"examples.method={self.name} with examples.ties={self.ties} keeps {wanted}, the checkpoint holds {found}: "
                 "go on with the method, the ties and the shards of the checkpoint"
             )
-        self._slate.wipe()
+        self._observations.clear()
         self._restore(state)
 
     def state_dict(self, gather: Gather) -> dict[str, np.ndarray]:
@@ -165,9 +165,9 @@ class Observer(Curriculum):
         return {key: value.copy() for key, value in self._arrays().items()}
 
     def _gathered(self, gather: Gather) -> None:
-        self._fold(self._slate.take(gather))
+        self._update_statistics(self._observations.gather(gather))
 
-    def _fold(self, observed: Observed) -> None:
+    def _update_statistics(self, observed: Observed) -> None:
         raise NotImplementedError
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
     return whole
 
 
-def first_of_each(ids: np.ndarray, group: np.ndarray, quota: np.ndarray, skip: int = 0) -> np.ndarray:
+def first_per_group(ids: np.ndarray, group: np.ndarray, quota: np.ndarray, skip: int = 0) -> np.ndarray:
     """The first quota[g] of each group g in the order of `ids` (n,); with `skip`, the skip-th such part, going round."""
     of = group[ids]
     by = np.argsort(of, kind="stable")

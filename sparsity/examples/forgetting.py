@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity.examples.curriculum import Draw, Observer, first_of_each, quotas
+from sparsity.examples.curriculum import Draw, Observer, first_per_group, quotas
 from sparsity.examples.observations import Observed
 from sparsity.types import Selection
 
@@ -79,7 +79,7 @@ class Forgetting(Observer):
         self.memory = np.zeros(n, np.uint8)
         self.spread = np.zeros(n if self.wants_spread else 0, np.float32)
 
-    def _fold(self, observed: Observed) -> None:
+    def _update_statistics(self, observed: Observed) -> None:
         ids, correct = observed.ids, observed.correct
         before = self.memory[ids]
         self.events[ids] += (before & RIGHT).astype(bool) & ~correct
@@ -95,7 +95,7 @@ class Forgetting(Observer):
         score[self.seen < FEWEST_SEEN] = np.nan
         return score
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         due = min(int(epoch // self.window), self.updates) if self.swaps else 0
         if due <= self.updated:
             return self._selection(self.active)
@@ -110,12 +110,12 @@ class Forgetting(Observer):
         ties = self.spread[scored] / self.seen[scored] if self.wants_spread else np.zeros(len(scored))
         easiest_first = scored[np.lexsort((scored, ties, score[scored]))]
         quota = np.minimum(self._quota(), np.bincount(self.group[scored], minlength=len(self._quota())))
-        out = first_of_each(easiest_first, self.group, quota)
+        out = first_per_group(easiest_first, self.group, quota)
         pool = self._draw(Draw.RESTORED, number).permutation(np.flatnonzero(~self.active))
         if self.by_trained:
             trained = np.unpackbits(self.trained, count=self.num_examples, bitorder="little")
             pool = pool[np.argsort(trained[pool], kind="stable")]
-        back = first_of_each(pool, self.group, quota)
+        back = first_per_group(pool, self.group, quota)
         facts = {
             "swapped": len(out),
             "scored": len(scored),

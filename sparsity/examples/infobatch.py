@@ -34,11 +34,11 @@ class InfoBatch(Observer):
         self.below = np.zeros(self.num_examples, dtype=bool)
         self.updated = -1  # the round of epochs that is chosen for
 
-    def _fold(self, observed: Observed) -> None:
+    def _update_statistics(self, observed: Observed) -> None:
         assert observed.value is not None
         self.loss[observed.ids] = observed.value
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         if epoch // self.repeats != self.updated:
             self.updated = epoch // self.repeats
             self._prune()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.types import Gather, Outcome
+from sparsity.types import Gather, Observation
 
 
 class Observed(NamedTuple):
@@ -24,7 +24,7 @@ class Observed(NamedTuple):
     value: np.ndarray | None
 
 
-class Slate:
+class Observations:
     """One slot per example on the device: 1 byte, and 4 more where a float of the outcome (`value`) is wanted.
 
     A slot per example rather than a growing list: its size is known at the start (6.4 MB for ImageNet) and a step costs
@@ -37,19 +37,21 @@ class Slate:
         self._number: Tensor | None = None  # (N + 1,) float32
 
     @torch.no_grad()
-    def note(self, ids: Tensor, outcome: Outcome) -> None:
+    def record(self, ids: Tensor, observation: Observation) -> None:
         """Write down a step's rows, ids (b,) int64; no host sync. A loss counts also where `correct` is unclear."""
         if self._code is None:
             self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=ids.device)
             if self.value is not None:
                 self._number = torch.zeros(self.num_examples + 1, dtype=torch.float32, device=ids.device)
-        counts = outcome.valid if outcome.clear is None or self.value == "loss" else outcome.valid & outcome.clear
+        counts = (
+            observation.valid if observation.clear is None or self.value == "loss" else observation.valid & observation.clear
+        )
         slot = torch.where(counts, ids, self.num_examples)
-        self._code.index_copy_(0, slot, outcome.correct.to(torch.uint8) + 1)
+        self._code.index_copy_(0, slot, observation.correct.to(torch.uint8) + 1)
         if self._number is not None:
-            self._number.index_copy_(0, slot, getattr(outcome, str(self.value)).detach().float())
+            self._number.index_copy_(0, slot, getattr(observation, str(self.value)).detach().float())
 
-    def take(self, gather: Gather) -> Observed:
+    def gather(self, gather: Gather) -> Observed:
         """Gather what all ranks wrote down and wipe the slate; collective. Whole numbers and floats travel apart."""
         if self._code is None:
             ids, code = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
@@ -64,8 +66,8 @@ class Slate:
         return Observed(whole >> 1, (whole & 1).astype(bool), value)
 
     @property
-    def held_bytes(self) -> int:
+    def state_bytes(self) -> int:
         return sum(t.nbytes for t in (self._code, self._number) if t is not None)
 
-    def wipe(self) -> None:
+    def clear(self) -> None:
         self._code = self._number = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsity.examples.curriculum import Curriculum, Draw, first_of_each, quotas
+from sparsity.examples.curriculum import Curriculum, Draw, first_per_group, quotas
 from sparsity.types import Selection
 
 
@@ -21,7 +21,7 @@ class RandomFixed(Curriculum):
     def _start(self) -> None:
         self.active = self._starting_set()
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         return self._selection(self.active)
 
 
@@ -30,11 +30,11 @@ class RandomEpoch(Curriculum):
 
     name = "random_epoch"
 
-    def _choose(self, epoch: int) -> Selection:
+    def _select(self, epoch: int) -> Selection:
         num_kept = self.num_examples - self.num_removed
         parts = self.num_examples // num_kept
         cycle, part = divmod(epoch // self.repeats, parts)
         order = self._draw(Draw.CYCLE, cycle).permutation(self.num_examples)
         keep = np.zeros(self.num_examples, dtype=bool)
-        keep[first_of_each(order, self.group, quotas(np.bincount(self.group), num_kept), skip=part)] = True
+        keep[first_per_group(order, self.group, quotas(np.bincount(self.group), num_kept), skip=part)] = True
         return self._selection(keep)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from sparsity.tokens import scores
 from sparsity.tokens.tome import Merge
 from sparsity.tokens.topk import TopK
-from sparsity.types import KeepAll, Reduce, Wish
+from sparsity.types import KeepAll, MechanismOptions, Reduce
 
-TOKENS: dict[str, Callable[[Wish], Reduce]] = {
-    "all": lambda wish: KeepAll(),
-    "topk": lambda wish: TopK(
-        scores.cls_row if wish.has_class_token else scores.received, wish.fuse, wish.carry_seen, wish.authors
+TOKENS: dict[str, Callable[[MechanismOptions], Reduce]] = {
+    "all": lambda options: KeepAll(),
+    "topk": lambda options: TopK(
+        scores.cls_row if options.has_class_token else scores.received, options.fuse, options.carry_qkv, options.authors
     ),
-    "random": lambda wish: TopK(scores.random, wish.fuse, wish.carry_seen),
-    "tome": lambda wish: Merge(wish.merged, wish.carry_seen),
+    "random": lambda options: TopK(scores.random, options.fuse, options.carry_qkv),
+    "tome": lambda options: Merge(options.merged, options.carry_qkv),
 }

@@ -13,56 +13,56 @@ from torch import Tensor
 
 from sparsity import keyed_random
 from sparsity.tokens import scores
-from sparsity.types import Place, Plan, Seen, Tokens, kept
+from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 
-Score = Callable[[Tokens, Seen], Tensor]
-"""(tokens, seen) -> (B, T - p) float32, larger stays."""
+Score = Callable[[Tokens, QKV], Tensor]
+"""(tokens, qkv) -> (B, T - p) float32, larger stays."""
 
 SALT = 0x72616E6B  # of the random order
 
 
-def cls_row(tokens: Tokens, seen: Seen) -> Tensor:
+def cls_row(tokens: Tokens, qkv: QKV) -> Tensor:
     """Attention of the [CLS] query over patches, mean over heads; the [CLS] key counts in the softmax, not in the result (docs/methods.md,
     section Tokens)."""
-    if seen.attention is not None:
-        return seen.attention[:, 0, tokens.num_prefix :].float()
-    return rows(tokens, seen, 1).mean(dim=(1, 2))[:, tokens.num_prefix :]
+    if qkv.attention is not None:
+        return qkv.attention[:, 0, tokens.num_prefix :].float()
+    return attention_rows(tokens, qkv, 1).mean(dim=(1, 2))[:, tokens.num_prefix :]
 
 
-def received(tokens: Tokens, seen: Seen) -> Tensor:
+def received(tokens: Tokens, qkv: QKV) -> Tensor:
     """Attention a patch receives, mean over all queries and heads: for models without [CLS]."""
-    return rows(tokens, seen, None).mean(dim=(1, 2))[:, tokens.num_prefix :]
+    return attention_rows(tokens, qkv, None).mean(dim=(1, 2))[:, tokens.num_prefix :]
 
 
-def random(tokens: Tokens, seen: Seen) -> Tensor:
-    """A random order of the patches, keyed by (image, patch id); one fixed order for every image where `tokens.draw` is None."""
-    keys = tokens.ids if tokens.draw is None else keyed_random.combine(tokens.draw[:, None], tokens.ids)
+def random(tokens: Tokens, qkv: QKV) -> Tensor:
+    """A random order of the patches, keyed by (image, patch id); one fixed order for every image where `tokens.rng_keys` is None."""
+    keys = tokens.ids if tokens.rng_keys is None else keyed_random.combine(tokens.rng_keys[:, None], tokens.ids)
     return keyed_random.uniform(keys, SALT)
 
 
-NUM_QUERIES: dict[Score, Callable[[Place], int]] = {
-    cls_row: lambda place: 1,
-    received: lambda place: place.num_prefix + place.num_patches,
-    random: lambda place: 0,
+NUM_QUERIES: dict[Score, Callable[[BlockShape], int]] = {
+    cls_row: lambda shape: 1,
+    received: lambda shape: shape.num_prefix + shape.num_patches,
+    random: lambda shape: 0,
 }
 """How many rows of the attention map a score computes."""
 
 
-def importance(tokens: Tokens, seen: Seen) -> Tensor:
+def importance(tokens: Tokens, qkv: QKV) -> Tensor:
     """Mean of the prefix tokens' rows over patches, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832).
 
     `received` without prefix."""
     if tokens.num_prefix == 0:
-        return received(tokens, seen)
-    row = rows(tokens, seen, tokens.num_prefix).mean(dim=(1, 2))[:, tokens.num_prefix :]
+        return received(tokens, qkv)
+    row = attention_rows(tokens, qkv, tokens.num_prefix).mean(dim=(1, 2))[:, tokens.num_prefix :]
     return row / row.sum(dim=1, keepdim=True)
 
 
-def rows(tokens: Tokens, seen: Seen, num_queries: int | None) -> Tensor:
+def attention_rows(tokens: Tokens, qkv: QKV, num_queries: int | None) -> Tensor:
     """Softmaxed attention of the first `num_queries` queries (None: all) over all T keys: (B, H, queries, T) float32."""
-    with torch.autocast(seen.q.device.type, enabled=False):
-        q = seen.q[:, :, :num_queries].float()
-        logits = (q @ seen.k.float().transpose(-2, -1)) * seen.scale
+    with torch.autocast(qkv.q.device.type, enabled=False):
+        q = qkv.q[:, :, :num_queries].float()
+        logits = (q @ qkv.k.float().transpose(-2, -1)) * qkv.scale
         if tokens.size is not None:
             logits = logits + tokens.size.log()[:, None, None, :]
         return logits.softmax(dim=-1)
@@ -73,15 +73,15 @@ def ranked(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
-def work(place: Place, plan: Plan, num_queries: int) -> int:
+def work(shape: BlockShape, plan: Plan, num_queries: int) -> int:
     """q K^T of `num_queries` rows, where any key is hidden at all."""
-    if kept(place.num_patches, plan.keep_connections) == place.num_patches:
+    if num_kept(shape.num_patches, plan.keep_connections) == shape.num_patches:
         return 0
-    return num_queries * (place.num_prefix + place.num_patches) * place.heads * place.head_width
+    return num_queries * (shape.num_prefix + shape.num_patches) * shape.heads * shape.head_width
 
 
-def among_patches(tokens: Tokens, seen: Seen) -> Tensor:
+def among_patches(tokens: Tokens, qkv: QKV) -> Tensor:
     """P: softmax over the tokens that are left, mean over heads, patch rows and columns: (B, k, k) float32."""
     p = tokens.num_prefix
-    whole = scores.rows(tokens, seen, None).mean(dim=1) if seen.attention is None else seen.attention
+    whole = scores.attention_rows(tokens, qkv, None).mean(dim=1) if qkv.attention is None else qkv.attention
     return whole[:, p:, p:]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsity.attention import take
+from sparsity.attention import gather_tokens
 from sparsity.tokens.scores import ranked
-from sparsity.types import Place, Plan, Seen, Tokens, kept
+from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 
 
 @dataclass(frozen=True)
@@ -26,36 +26,36 @@ class Merge:
     """
 
     merged: int = 0
-    carry_seen: bool = True
+    carry_qkv: bool = True
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]:
         num = tokens.ids.shape[1]
         num_merged = num - self.count(num, plan)
         if num_merged == 0:
-            return tokens, seen
-        return merge(tokens, seen, num_merged, self.carry_seen)
+            return tokens, qkv
+        return merge(tokens, qkv, num_merged, self.carry_qkv)
 
     def count(self, num_patches: int, plan: Plan) -> int:
         """Patch tokens after the merge."""
         if plan.keep_tokens == 1.0:
             return num_patches
-        wanted = self.merged or num_patches - kept(num_patches, plan.keep_tokens)
+        wanted = self.merged or num_patches - num_kept(num_patches, plan.keep_tokens)
         return num_patches - min(wanted, num_patches // 2)
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         """The edges between A and B, and the sums of what is merged (x and sizes; q, k, v too where they are carried)."""
-        num_merged = place.num_patches - self.count(place.num_patches, plan)
-        b = (place.num_patches + place.num_prefix % 2) // 2
-        summed = place.width + 1 + (3 * place.heads * place.head_width if self.carry_seen else 0)
-        edges = (place.num_patches - b) * b * place.head_width
+        num_merged = shape.num_patches - self.count(shape.num_patches, plan)
+        b = (shape.num_patches + shape.num_prefix % 2) // 2
+        summed = shape.width + 1 + (3 * shape.heads * shape.head_width if self.carry_qkv else 0)
+        edges = (shape.num_patches - b) * b * shape.head_width
         return edges + b * num_merged * summed if num_merged else 0
 
 
-def merge(tokens: Tokens, seen: Seen, num_merged: int, carry_seen: bool) -> tuple[Tokens, Seen]:
+def merge(tokens: Tokens, qkv: QKV, num_merged: int, carry_qkv: bool) -> tuple[Tokens, QKV]:
     """`num_merged` patches of A averaged into their nearest of B. A merged token has the id of its B, sizes add up."""
     p = tokens.num_prefix
     a, b = _sets(tokens)
-    near, order = _match(tokens, seen, a, b)
+    near, order = _match(tokens, qkv, a, b)
     source, rest = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
     nearest = near.gather(1, source)  # (B, r), positions in B
     # Sums by a product, not by scattering: in one order, on any device and at any run.
@@ -70,10 +70,10 @@ def merge(tokens: Tokens, seen: Seen, num_merged: int, carry_seen: bool) -> tupl
         """Weighted by size along `dim`: (B, ..., T, ...) -> (B, ..., T - r, ...)."""
         shape = [size.shape[0]] + [1] * (whole.ndim - 1)
         weigh = lambda weights: weights.view(*shape[:dim], -1, *shape[dim + 1 :])  # noqa: E731
-        moved = take(whole, leave, dim).float() * weigh(size.gather(1, leave))
+        moved = gather_tokens(whole, leave, dim).float() * weigh(size.gather(1, leave))
         matrix = to if dim == 1 else to[:, None]
-        together = take(whole, into, dim).float() * weigh(size.gather(1, into)) + matrix @ moved
-        return torch.cat((take(whole, stay, dim), (together / weigh(sums)).to(whole.dtype)), dim=dim)
+        together = gather_tokens(whole, into, dim).float() * weigh(size.gather(1, into)) + matrix @ moved
+        return torch.cat((gather_tokens(whole, stay, dim), (together / weigh(sums)).to(whole.dtype)), dim=dim)
 
     with torch.autocast(tokens.x.device.type, enabled=False):
         after = tokens.with_(
@@ -82,9 +82,9 @@ def merge(tokens: Tokens, seen: Seen, num_merged: int, carry_seen: bool) -> tupl
             size=torch.cat((size.gather(1, stay), sums), dim=1),
             keys=None,
         )
-        if not carry_seen:
-            return after, seen
-        return after, Seen(average(seen.q, 2), average(seen.k, 2), average(seen.v, 2), seen.scale)
+        if not carry_qkv:
+            return after, qkv
+        return after, QKV(average(qkv.q, 2), average(qkv.k, 2), average(qkv.v, 2), qkv.scale)
 
 
 def _sets(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -95,10 +95,10 @@ def _sets(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _match(tokens: Tokens, seen: Seen, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _match(tokens: Tokens, qkv: QKV, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Of each of A: its nearest in B, and A from the strongest edge to the weakest; (B, |A|) positions in B and in A."""
     with torch.autocast(tokens.x.device.type, enabled=False):
-        metric = F.normalize(seen.k.float().mean(dim=1), dim=-1)  # (B, T, d)
+        metric = F.normalize(qkv.k.float().mean(dim=1), dim=-1)  # (B, T, d)
         edges = metric[:, a] @ metric[:, b].transpose(1, 2)  # (B, |A|, |B|)
         strongest, near = edges.max(dim=-1)
     return near, ranked(strongest)

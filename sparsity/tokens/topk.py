@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.attention import take
+from sparsity.attention import gather_tokens
 from sparsity.tokens import scores
 from sparsity.tokens.scores import Score, ranked
-from sparsity.types import Place, Plan, Seen, Tokens, kept
+from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 
 
 @dataclass(frozen=True)
@@ -29,74 +29,76 @@ class TopK:
 
     score: Score
     fuse: bool = False
-    carry_seen: bool = True
+    carry_qkv: bool = True
     authors: bool = False
 
-    def __call__(self, tokens: Tokens, seen: Seen, plan: Plan) -> tuple[Tokens, Seen]:
+    def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]:
         num = tokens.ids.shape[1]
-        num_kept = kept(num, plan.keep_tokens)
-        if num_kept == num and not self.authors:
-            return tokens, seen
+        num_left = num_kept(num, plan.keep_tokens)
+        if num_left == num and not self.authors:
+            return tokens, qkv
         if self.fuse:  # the fused token carries the gradient of the scores, as in EViT
-            value = self.score(tokens, seen)
+            value = self.score(tokens, qkv)
         else:
             with torch.no_grad():
-                value = self.score(tokens, seen)
+                value = self.score(tokens, qkv)
         order = ranked(value.detach())  # (B, n)
-        chosen = order[:, :num_kept] if self.authors else order[:, :num_kept].sort(dim=1).values
-        after, carried = select(tokens, seen, chosen, self.carry_seen)
-        if self.fuse and num_kept < num:
-            after, carried = _with_fused(after, carried, tokens, seen, value, order[:, num_kept:], self.carry_seen)
+        chosen = order[:, :num_left] if self.authors else order[:, :num_left].sort(dim=1).values
+        after, carried = select(tokens, qkv, chosen, self.carry_qkv)
+        if self.fuse and num_left < num:
+            after, carried = _with_fused(after, carried, tokens, qkv, value, order[:, num_left:], self.carry_qkv)
         return after, carried
 
     def count(self, num_patches: int, plan: Plan) -> int:
         """Patch tokens (a fused one included) after the selection."""
-        num_kept = kept(num_patches, plan.keep_tokens)
-        return num_kept + 1 if self.fuse and num_kept < num_patches else num_kept
+        num_left = num_kept(num_patches, plan.keep_tokens)
+        return num_left + 1 if self.fuse and num_left < num_patches else num_left
 
-    def work(self, place: Place, plan: Plan) -> int:
+    def work(self, shape: BlockShape, plan: Plan) -> int:
         """q K^T of the queries whose attention is the score: one row of [CLS], all rows of what patches receive, none of a random order."""
-        if kept(place.num_patches, plan.keep_tokens) == place.num_patches:
+        if num_kept(shape.num_patches, plan.keep_tokens) == shape.num_patches:
             return 0
-        return scores.NUM_QUERIES[self.score](place) * (place.num_prefix + place.num_patches) * place.heads * place.head_width
+        return scores.NUM_QUERIES[self.score](shape) * (shape.num_prefix + shape.num_patches) * shape.heads * shape.head_width
 
 
-def select(tokens: Tokens, seen: Seen, chosen: Tensor, carry_seen: bool) -> tuple[Tokens, Seen]:
+def select(tokens: Tokens, qkv: QKV, chosen: Tensor, carry_qkv: bool) -> tuple[Tokens, QKV]:
     """The prefix and the patches at `chosen` (B, k), positions among the patches; keys of level 3 are cleared."""
     prefix = torch.arange(tokens.num_prefix, device=chosen.device).expand(chosen.shape[0], -1)
     index = torch.cat((prefix, chosen + tokens.num_prefix), dim=1)  # (B, p + k)
     after = tokens.with_(
-        x=take(tokens.x, index, 1),
+        x=gather_tokens(tokens.x, index, 1),
         ids=tokens.ids.gather(1, chosen),
         size=None if tokens.size is None else tokens.size.gather(1, index),
         keys=None,
     )
-    if not carry_seen:
-        return after, seen
-    attention = None if seen.attention is None else take(take(seen.attention, index, 1), index, 2)
-    return after, Seen(take(seen.q, index, 2), take(seen.k, index, 2), take(seen.v, index, 2), seen.scale, attention)
+    if not carry_qkv:
+        return after, qkv
+    attention = None if qkv.attention is None else gather_tokens(gather_tokens(qkv.attention, index, 1), index, 2)
+    return after, QKV(
+        gather_tokens(qkv.q, index, 2), gather_tokens(qkv.k, index, 2), gather_tokens(qkv.v, index, 2), qkv.scale, attention
+    )
 
 
 def _with_fused(
-    after: Tokens, carried: Seen, tokens: Tokens, seen: Seen, value: Tensor, dropped: Tensor, carry_seen: bool
-) -> tuple[Tokens, Seen]:
+    after: Tokens, carried: QKV, tokens: Tokens, qkv: QKV, value: Tensor, dropped: Tensor, carry_qkv: bool
+) -> tuple[Tokens, QKV]:
     """One more token at the end, id -1: the dropped (B, n - k) times their scores, summed; its q, k, v are weighted means (ours)."""
     index = dropped + tokens.num_prefix
     weights = value.gather(1, dropped)  # (B, n - k)
-    fused = (take(tokens.x, index, 1) * weights.to(tokens.x.dtype)[..., None]).sum(dim=1, keepdim=True)
+    fused = (gather_tokens(tokens.x, index, 1) * weights.to(tokens.x.dtype)[..., None]).sum(dim=1, keepdim=True)
     x = torch.cat((after.x, fused), dim=1)
     ids = torch.cat((after.ids, torch.full_like(after.ids[:, :1], -1)), dim=1)
     size = after.size
     if size is not None and tokens.size is not None:
         size = torch.cat((size, tokens.size.gather(1, index).sum(dim=1, keepdim=True)), dim=1)
     after = after.with_(x=x, ids=ids, size=size)
-    if not carry_seen:
+    if not carry_qkv:
         return after, carried
     total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # a sharp softmax gives all of them 0
     share = (weights / total).detach()
 
     def mean(kept: Tensor, whole: Tensor) -> Tensor:
-        fused = (take(whole, index, 2) * share[:, None, :, None].to(whole.dtype)).sum(dim=2, keepdim=True)
+        fused = (gather_tokens(whole, index, 2) * share[:, None, :, None].to(whole.dtype)).sum(dim=2, keepdim=True)
         return torch.cat((kept, fused), dim=2)
 
-    return after, Seen(mean(carried.q, seen.q), mean(carried.k, seen.k), mean(carried.v, seen.v), seen.scale)
+    return after, QKV(mean(carried.q, qkv.q), mean(carried.k, qkv.k), mean(carried.v, qkv.v), qkv.scale)

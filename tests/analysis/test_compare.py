@@ -15,7 +15,7 @@ from rich.console import Console as Terminal
 
 from tests.support.journals import CONFIG, START, lines, write
 from trainer.__main__ import main
-from trainer.analysis.compare import NothingToCompare, Spread, compare, reached
+from trainer.analysis.compare import MeanInterval, NothingToCompare, compare, cost_to_reach
 from trainer.analysis.compare_page import comma_separated, markdown, page, rows, table, warnings
 from trainer.analysis.compare_page import write as write_page
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
@@ -59,18 +59,24 @@ def test_the_base_is_the_one_dense_run_else_the_first(both: list[Path], tmp_path
 
 
 def test_spread_is_students():
-    spread = Spread.of([1.0, 2.0, 3.0])
+    spread = MeanInterval.of([1.0, 2.0, 3.0])
     assert (spread.mean, spread.sd) == (2, 1) and spread.high - 2 == 2 - spread.low == pytest.approx(4.302653 / math.sqrt(3))
-    ratio = Spread.of_ratios([0.2, 5.0])  # once a fifth, once five times: no speedup, and none below 0
+    ratio = MeanInterval.of_ratios([0.2, 5.0])  # once a fifth, once five times: no speedup, and none below 0
     assert ratio.mean == pytest.approx(1) and ratio.low > 0 and ratio.low * ratio.high == pytest.approx(1)
-    assert math.isnan(Spread.of([1.0]).low) and math.isnan(Spread.of_ratios([]).mean) and math.isnan(Spread.of([]).mean)
+    assert (
+        math.isnan(MeanInterval.of([1.0]).low)
+        and math.isnan(MeanInterval.of_ratios([]).mean)
+        and math.isnan(MeanInterval.of([]).mean)
+    )
 
 
 def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
     one = history(run(tmp_path, "one", sparse=False))  # EMA: .46, .685, .7975, .85375 after 400, 800, ... images
-    assert reached(one, 0.46, "images") == reached(one, 0.1, "images") == 400  # before the first evaluation nobody knows
-    assert reached(one, (0.46 + 0.685) / 2, "images") == pytest.approx(600)
-    assert math.isnan(reached(one, 0.9, "images"))
+    assert (
+        cost_to_reach(one, 0.46, "images") == cost_to_reach(one, 0.1, "images") == 400
+    )  # before the first evaluation nobody knows
+    assert cost_to_reach(one, (0.46 + 0.685) / 2, "images") == pytest.approx(600)
+    assert math.isnan(cost_to_reach(one, 0.9, "images"))
     longer = run(tmp_path, "longer", sparse=False, epochs=5)  # ends higher: equal at what the first one reached
     held = compare([tmp_path / "one", longer]).groups[1].against
     assert held and held.at.mean == pytest.approx(0.85375) and held.equal["images"].mean == pytest.approx(1)

@@ -15,7 +15,7 @@ import timm.data
 import torch
 import yaml
 
-from sparsity.types import DENSE, Plan, Record
+from sparsity.types import DENSE, ModelOutput, Plan
 from tests.support import images as drawn
 from trainer.__main__ import main
 from trainer.analysis.densities import score
@@ -45,8 +45,8 @@ def test_every_image_once_on_any_world(shards: str, world: int) -> None:
     seen: list[int] = []
     sums = []
 
-    def spy(images: torch.Tensor, plan: Plan) -> Record:
-        return Record(torch.eye(4)[torch.zeros(len(images), dtype=torch.int64)])  # always class 0
+    def spy(images: torch.Tensor, plan: Plan) -> ModelOutput:
+        return ModelOutput(torch.eye(4)[torch.zeros(len(images), dtype=torch.int64)])  # always class 0
 
     for rank in range(world):
         batches = list(Validation(index, config, rank, world))

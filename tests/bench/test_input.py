@@ -14,8 +14,8 @@ import torch
 from tests.support import images as drawn
 from trainer.__main__ import main
 from trainer.bench.input import ratios
-from trainer.config.schema import Augment
-from trainer.data.augment.decode import Picture, decode, decode_exact
+from trainer.config.schema import AugmentConfig
+from trainer.data.augment.decode import EncodedImage, decode, decode_exact
 from trainer.data.augment.transform import Transform
 
 RECIPE = """
@@ -106,7 +106,7 @@ def _photographs(config: pytest.Config) -> list[bytes]:
 def test_fast_decode_and_fast_resize_against_pil(request: pytest.FixtureRequest, record_property: Any) -> None:
     """Reported: mean and largest error in grey levels of torchvision's decoder, and of our resize, against PIL on the same input."""
     decoded, resized = [], []
-    transform = Transform(Augment(), 224, train=True)
+    transform = Transform(AugmentConfig(), 224, train=True)
     for number, data in enumerate(_photographs(request.config)):
         exact, ours = decode_exact(memoryview(bytearray(data))), decode(memoryview(bytearray(data)))
         pil = torch.from_numpy(np.array(exact)).permute(2, 0, 1)
@@ -117,7 +117,7 @@ def test_fast_decode_and_fast_resize_against_pil(request: pytest.FixtureRequest,
         top, left, height, width = box
         cut = PIL.Image.fromarray(ours[:, top : top + height, left : left + width].permute(1, 2, 0).numpy())
         cut = cut.resize((224, 224), PIL.Image.Resampling.BICUBIC)
-        made = transform.finish(Picture.of(ours), number).pixels.int()
+        made = transform.apply(EncodedImage.of(ours), number).pixels.int()
         resized.append((torch.from_numpy(np.array(cut)).permute(2, 0, 1).int() - made).abs())
     for name, errors in (("decode_jpeg", decoded), ("resize", resized)):
         mean, most = max(float(e.float().mean()) for e in errors), max(int(e.max()) for e in errors)

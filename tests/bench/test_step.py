@@ -11,9 +11,9 @@ import torch
 
 from tests.conftest import ROOT
 from trainer.__main__ import main
-from trainer.bench.paired import Row, interval, paired
+from trainer.bench.paired import TimedPlan, interval, paired
 from trainer.config.load import load
-from trainer.config.schema import Connections
+from trainer.config.schema import ConnectionsConfig
 from trainer.model.build import build_model, cost_of
 from trainer.model.schedule import stretches, whole_run
 
@@ -56,7 +56,7 @@ def test_bounds_of_the_published_recipes(ratio: str, bound: float) -> None:
     """docs/methods.md, section Cost: the whole run of DeiT-S with warm-up, cosine and the examples removed."""
     config = load(ROOT / "configs" / f"tri_level_deit_small_{ratio}.yaml")
     with torch.device("meta"):
-        model = build_model(config.model_copy(update={"connections": Connections()}))
+        model = build_model(config.model_copy(update={"connections": ConnectionsConfig()}))
     dense = cost_of(model, stretches(config)[0][1])["multiply_adds"]
     assert whole_run(config, lambda plan: cost_of(model, plan)["multiply_adds"] / dense) == pytest.approx(bound, abs=2e-3)
 
@@ -80,7 +80,7 @@ def test_every_round_runs_every_row_and_networks_are_shared() -> None:
         made.name = name
         return made
 
-    rows = {"a": Row(network("a")), "b": Row(network("b"))}
+    rows = {"a": TimedPlan(network("a")), "b": TimedPlan(network("b"))}
     paired(rows, torch.device("cpu"), 2, 2, 12, base="a", optimizer=lambda network: torch.optim.SGD(network.parameters()))
     rounds = [calls[-24:][i : i + 2] for i in range(0, 24, 2)]
     assert all(sorted(one) == ["a", "b"] for one in rounds) and ["a", "b"] in rounds and ["b", "a"] in rounds

@@ -23,8 +23,8 @@ from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import FREE_TO_CHANGE, Config
-from trainer.config.schema import Checkpoint
-from trainer.run.directory import claim
+from trainer.config.schema import CheckpointConfig
+from trainer.run.directory import create_run_directory
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 
@@ -160,7 +160,7 @@ def test_one_that_an_older_version_wrote_is_read(tmp_path: Path, config: Config)
         del about["seal"], about["state"]["owed"], about["state"]["progress"]
 
     rewritten(path / "state.json", older)
-    assert newest(tmp_path).path == path and load(path, config, "shards").state.owed == {}
+    assert newest(tmp_path).path == path and load(path, config, "shards").state.pending_evaluation == {}
 
 
 def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_guide_lists_what_a_resume_may_change() -> None:
 def test_a_place_that_can_not_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
-        claim(config.model_copy(update={"runs": str(tmp_path / "runs")}), resume=False)
+        create_run_directory(config.model_copy(update={"runs": str(tmp_path / "runs")}), resume=False)
 
 
 def test_the_position_moves_through_epochs_of_any_length() -> None:
@@ -220,4 +220,4 @@ def test_the_position_moves_through_epochs_of_any_length() -> None:
 def test_a_damaged_one_ahead_takes_no_good_ones_place() -> None:
     """After a resume from 200 that passed over a damaged 300: the newest two are those of the run that goes on."""
     there = [OnDisk(f"step-{step:08d}", step, step / 10) for step in (100, 200, 250, 300)]
-    assert retained(there, Checkpoint(keep=2, best=False), "step-00000250", 0) == {"step-00000200", "step-00000250"}
+    assert retained(there, CheckpointConfig(keep=2, best=False), "step-00000250", 0) == {"step-00000200", "step-00000250"}

@@ -12,11 +12,11 @@ import pytest
 from tests.support.crashing_disk import System
 from trainer.checkpoint import directory
 from trainer.checkpoint.save_load import OnDisk, retained
-from trainer.config.schema import Checkpoint
+from trainer.config.schema import CheckpointConfig
 from trainer.storage.disk import Disk
 
 FOLDER = Path("/runs")
-SETTINGS = Checkpoint.model_validate({"keep": 2, "keep_every": "4step", "best": True})
+SETTINGS = CheckpointConfig.model_validate({"keep": 2, "keep_every": "4step", "best": True})
 LIMIT = 100  # states of one moment that are looked at; beyond, that many drawn ones
 
 
@@ -28,15 +28,15 @@ def save(system: System, step: int, best: int = -1, mark: str = "") -> None:
     """As `save_checkpoint` does it, with texts for tensors."""
     disk = Disk(system)
     files: Any = {name: [data] for name, data in content(step, mark).items()}
-    path = directory.put(FOLDER, step, files, {"step": step, "mark": mark}, lambda there: there["mark"] == mark, disk)
+    path = directory.write(FOLDER, step, files, {"step": step, "mark": mark}, lambda there: there["mark"] == mark, disk)
     on = []
     for name in directory.by_age(disk.names(FOLDER)):
         try:
-            directory.examine(FOLDER / name, disk, content=False)
+            directory.verify(FOLDER / name, disk, content=False)
         except directory.Damaged:
             continue
         on.append(OnDisk(name, directory.step_of(name), 0.0))
-    directory.clear(FOLDER, retained(on, SETTINGS, path.name, best), disk)
+    directory.prune(FOLDER, retained(on, SETTINGS, path.name, best), disk)
 
 
 def usable(system: System) -> tuple[int, str] | None:
@@ -45,7 +45,7 @@ def usable(system: System) -> tuple[int, str] | None:
     found = directory.newest(FOLDER, disk).path
     if found is None:
         return None
-    about = directory.examine(found, disk)
+    about = directory.verify(found, disk)
     for name, data in content(about["step"], about["mark"]).items():
         assert disk.read(found / name) == data, "mixed"
     return about["step"], about["mark"]
@@ -73,22 +73,22 @@ SCENES = {  # what lies there, and what is then saved: (step, best, mark)
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_crash_at_any_point_leaves_the_previous_one_or_the_new_one(scene: str) -> None:
     there, saves = SCENES[scene]
-    system, draw, cases, seconds = started(*there), random.Random(scene), 0, 0
+    system, rng_keys, cases, seconds = started(*there), random.Random(scene), 0, 0
     allowed: list[tuple[int, str] | None] = [usable(system)]
     left: list[System] = []
-    system.after = lambda: left.extend(system.crashed(LIMIT, draw))
+    system.after = lambda: left.extend(system.crashed(LIMIT, rng_keys))
     for step, best, mark in saves:
         allowed.append((step, mark))
         save(system, step, best, mark)
         returned = len(left)
-        left.extend(system.crashed(LIMIT, draw))
+        left.extend(system.crashed(LIMIT, rng_keys))
         for number, disk in enumerate(left):
             found = usable(disk)
             assert found in (allowed[-2:] if number < returned else allowed[-1:]), (number, found)
             cases += 1
-            if draw.random() < 0.004:  # the next attempt goes on from what it finds, saves, and crashes in turn
+            if rng_keys.random() < 0.004:  # the next attempt goes on from what it finds, saves, and crashes in turn
                 again: list[System] = []
-                disk.after = lambda disk=disk, again=again: again.extend(disk.crashed(3, draw))
+                disk.after = lambda disk=disk, again=again: again.extend(disk.crashed(3, rng_keys))
                 save(disk, 9, best, "second")
                 for late in again:
                     assert usable(late) in (found, (9, "second"))

@@ -52,8 +52,8 @@ def test_every_file_fits_what_it_names(name):
     assert config.plan.method == "constant" or config.plan.warmup + config.plan.length <= config.epochs
     assert learning_rate(config.optim.warmup, config) > 0.9 * config.optim.lr
     for world in (1, 8, 16, 32) if name in IMAGENET else (1, 2, 3):
-        steps = micro_batches(config.data.batch, config.data.micro_batch, world)
-        assert steps.micro_batch <= config.data.micro_batch
+        batch_split = micro_batches(config.data.batch, config.data.micro_batch, world)
+        assert batch_split.micro_batch <= config.data.micro_batch
 
 
 @pytest.mark.parametrize("name", IMAGENET)

@@ -15,12 +15,12 @@ from tests.conftest import ROOT, environment, lines, torchrun
 from tests.laws.test_main_job import RECIPE
 from trainer.config import run_config
 from trainer.config.errors import ConfigError
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.deepspeed_conflicts import merged
 
 ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-STEPS = Steps(8, 3, 24)
+STEPS = BatchSplit(8, 3, 24)
 TUNED: dict[str, Any] = {
     "train_batch_size": "auto",
     "gradient_accumulation_steps": 3,
@@ -39,8 +39,8 @@ TUNED: dict[str, Any] = {
 def render(content: dict[str, Any], folder: Path, env: dict[str, str] | None = None, **settings: Any) -> dict[str, Any]:
     path = folder / "ds.json"
     path.write_text(json.dumps(content))
-    engine = run_config.Engine(**({"deepspeed": str(path), "zero": 2} | settings))
-    ours = deepspeed_config(run_config.Engine(zero=engine.zero, precision=engine.precision), STEPS, world=4, clip=0.5)
+    engine = run_config.EngineConfig(**({"deepspeed": str(path), "zero": 2} | settings))
+    ours = deepspeed_config(run_config.EngineConfig(zero=engine.zero, precision=engine.precision), STEPS, world=4, clip=0.5)
     return merged(ours, engine, env or {})
 
 

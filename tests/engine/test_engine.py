@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT, environment, torchrun
 from trainer.config import run_config
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
 
 pytestmark = pytest.mark.dist
@@ -115,7 +115,7 @@ except EngineError as error:
 
 
 def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:
-    told = deepspeed_config(run_config.Engine(zero=2, precision="bf16"), Steps(8, 3, 24), world=4, clip=0.5)
+    told = deepspeed_config(run_config.EngineConfig(zero=2, precision="bf16"), BatchSplit(8, 3, 24), world=4, clip=0.5)
     assert told["train_batch_size"] == 96 and told["gradient_accumulation_steps"] == 3
     assert told["train_micro_batch_size_per_gpu"] == 8 and told["gradient_clipping"] == 0.5
     assert told["zero_optimization"]["stage"] == 2 and told["bf16"]["enabled"] and not told["torch_autocast"]["enabled"]

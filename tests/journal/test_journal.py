@@ -23,7 +23,7 @@ from trainer.config.load import parse
 from trainer.journal.file import JournalError
 from trainer.journal.reader import FILE, last_attempt, lineage, read, read_from
 from trainer.journal.writer import Journal
-from trainer.run.recorder import Records
+from trainer.run.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,11 +129,11 @@ def test_a_resume_of_a_living_run_leaves_its_files_alone(tmp_path: Path):
         "data": {"train": "a", "validation": "b"},
     }
     config = parse(sections | {"log_every": "7step"})
-    engine: Any = SimpleNamespace(is_main=True, share=lambda item: item)
+    engine: Any = SimpleNamespace(is_main=True, broadcast_object=lambda item: item)
     with Journal(tmp_path / "x"):
         (tmp_path / "x" / "config.yaml").write_text("of the living one")
         with pytest.raises(JournalError, match="another process writes it"):
-            Records(config, engine, resume=True)
+            Recorder(config, engine, resume=True)
         assert (tmp_path / "x" / "config.yaml").read_text() == "of the living one"
 
 

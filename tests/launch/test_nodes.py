@@ -29,15 +29,15 @@ RENDERED = Path(__file__).parent / "rendered"
 JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
 ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code"}
 SCRIPTS = {
-    "slurm_gpus": slurm.Request(
+    "slurm_gpus": slurm.SlurmRequest(
         nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long",
         constraint="h200", modules=("cuda/13.0",),
         setup=("source /env/bin/activate", "export NCCL_DEBUG=WARN"), extra=("--exclusive", "--mem=0"),
     ),
-    "slurm_cpu": slurm.Request(nodes=Nodes(2, 2), processes=2, requeue=False),
-    "slurm_apptainer": slurm.Request(nodes=Nodes(1, 1), processes=4, gpus=4, time="60", container="/images/tri level.sif"),
-    "slurm_elastic": slurm.Request(nodes=Nodes(2, 8), processes=8, gpus=8, time="1-00:00:00"),
-    "slurm_pyxis": slurm.Request(nodes=Nodes(2, 2), processes=4, gpus=4, container="registry#trilevel:1", runtime="pyxis"),
+    "slurm_cpu": slurm.SlurmRequest(nodes=Nodes(2, 2), processes=2, requeue=False),
+    "slurm_apptainer": slurm.SlurmRequest(nodes=Nodes(1, 1), processes=4, gpus=4, time="60", container="/images/tri level.sif"),
+    "slurm_elastic": slurm.SlurmRequest(nodes=Nodes(2, 8), processes=8, gpus=8, time="1-00:00:00"),
+    "slurm_pyxis": slurm.SlurmRequest(nodes=Nodes(2, 2), processes=4, gpus=4, container="registry#trilevel:1", runtime="pyxis"),
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_rendered_ssh_equals_the_stored_text():
 def test_an_elastic_job_resumes_and_meets_by_torchruns_agent():
     from torch.distributed.run import get_args_parser
 
-    node = Node(8, True, 29400, "node1", nodes=4, number=1, least=2, here="node2")
+    node = Node(8, True, 29400, "node1", nodes=4, number=1, least=2, own_address="node2")
     words = list(launcher(JOB, node, "python").argv)
     read = get_args_parser().parse_args(words[3:])
     assert (read.nnodes, read.nproc_per_node, read.rdzv_backend, read.rdzv_endpoint) == ("2:4", "8", "c10d", "node1:29400")
@@ -115,7 +115,7 @@ def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, 
     waits = "import sys, select; print('told' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
     ends = Command((sys.executable, "-c", "import sys; sys.exit(3)"))
     stays = Command((sys.executable, "-c", waits.format(3 if spare else 60)))
-    assert processes.together([ends, stays], ["a", "b"], tmp_path, spare) == code
+    assert processes.run_on_hosts([ends, stays], ["a", "b"], tmp_path, spare) == code
     said = capsys.readouterr()
     assert f"a ended with 3; the others {'go on' if spare else 'are told'}" in said.err and took in said.err
     assert ("alone" if spare else "told") in (tmp_path / "b.txt").read_text()
@@ -172,7 +172,7 @@ def test_a_ctrl_c_before_all_nodes_are_started_leaves_none_behind(tmp_path, monk
     real = subprocess.Popen
     monkeypatch.setattr(processes.subprocess, "Popen", popen)
     waits = Command((sys.executable, "-c", "import time; time.sleep(60)"))
-    assert processes.together([waits] * 3, ["a", "b", "c"], tmp_path) == 128 + signal.SIGINT
+    assert processes.run_on_hosts([waits] * 3, ["a", "b", "c"], tmp_path) == 128 + signal.SIGINT
     assert len(started) == 1 and started[0].poll() is not None
 
 
@@ -184,7 +184,7 @@ def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
 
 def test_a_users_set_e_does_not_keep_a_job_out_of_the_queue():
     stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", "srun() { return 75; }", 'scontrol() { echo "$@"; }')
-    text = slurm.render(JOB, slurm.Request(Nodes(1, 1), 1, setup=stands_in), "python")
+    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), "python")
     ended = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (75, "requeue 7\n"), ended.stderr
 
@@ -215,7 +215,7 @@ def test_half_lines_of_ranks_stay_apart(tmp_path, capsysbinary):
 def test_a_folder_of_output_that_can_not_be_made_is_refused(tmp_path):
     (tmp_path / "logs").touch()
     with pytest.raises(LaunchError, match=r"--logs logs: .* can't be made: .*; name another folder"):
-        output.made(tmp_path / "logs" / "run", "--logs logs")
+        output.ensure_folder(tmp_path / "logs" / "run", "--logs logs")
 
 
 def test_credentials_in_an_address_stay_here():

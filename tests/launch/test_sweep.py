@@ -28,7 +28,7 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
     assert found[1].job.overrides == (
         "epochs=2", "optim.lr=1e-3", "tokens.blocks=[1, 2]", f"name={found[1].name}", "seed=1", "tracking.parent=ab",
     )  # fmt: skip
-    assert all(point.job.resume for point in found) and len(sweep.unlike(found)) == 8
+    assert all(point.job.resume for point in found) and len(sweep.distinct_settings(found)) == 8
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_where_a_run_stands_is_read_from_its_journal(tmp_path):
     write(points[0], begin, score, {"kind": "end", "status": "finished"})
     write(points[1], begin, {"kind": "end", "status": "stopped"})
     write(points[2], begin, {"kind": "end", "status": "stopped"}, begin)
-    found = [sweep.standing(point) for point in points]
+    found = [sweep.with_status(point) for point in points]
     assert [point.state for point in found] == ["finished", "stopped", "cut off", "new"]
     text = sweep.table(found)
     assert "75.00%" in text and text.endswith(f"trilevel compare {points[0].directory}")
@@ -83,7 +83,7 @@ def test_an_array_has_a_task_for_each_run_and_is_shell(tmp_path, monkeypatch):
     Path("configs").mkdir()
     Path("configs/a.yaml").write_text("name: a\n")
     jobs = [p.job for p in sweep.points(["configs/a.yaml"], [], ["tokens.blocks=[1, 2],[3]"], "0,1", "grid")]
-    request = slurm.Request(nodes=Nodes(2, 2), processes=8, gpus=8, time="60")
+    request = slurm.SlurmRequest(nodes=Nodes(2, 2), processes=8, gpus=8, time="60")
     text = slurm.render_array(jobs, request, "/env/bin/python", "grid", at_once=2)
     assert text == (RENDERED / "sweep_array.sh").read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0

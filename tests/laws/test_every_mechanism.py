@@ -22,7 +22,7 @@ from sparsity.build import build
 from sparsity.connections import CONNECTIONS
 from sparsity.examples import EXAMPLES, kept_ids
 from sparsity.tokens import TOKENS
-from sparsity.types import DENSE, Outcome, Plan, alone
+from sparsity.types import DENSE, Observation, Plan, single_process
 from tests.conftest import ROOT, environment, lines, torchrun
 from tests.support.vits import images, logits_and_grads, tiny
 from trainer.data.shards.index import build_index
@@ -85,29 +85,29 @@ def test_identity_at_one(tokens, connections):
 def test_less_is_left_as_counted(tokens, connections):
     """Tokens and keys after each selection are those that the mechanism counts; ids are patches, each once."""
     vit, model = sparse(tokens, connections)
-    record = model(images(vit), LESS, ALL, torch.arange(4))
+    output = model(images(vit), LESS, ALL, torch.arange(4))
     left = 16
-    for block in (0, 1) if record.kept else ():
+    for block in (0, 1) if output.kept else ():
         left = model.reduce.count(left, LESS)
-        ids = record.kept[block]
+        ids = output.kept[block]
         assert ids.shape == (4, left) and all(len(set(row)) == left for row in ids.tolist())
-        if block in record.keys:
-            keys = record.keys[block]
+        if block in output.keys:
+            keys = output.keys[block]
             assert (keys.mask is None) != (keys.index is None)
             if keys.index is not None:
                 assert keys.index.shape == (4, 1 + model.connect.visible(left, LESS))
-    assert record.cls_attention.shape == (4, model.reduce.count(16, LESS) if tokens == "all" else left)
-    assert (tokens == "all") == (left == 16) and (connections == "all") == (not record.keys)
+    assert output.cls_attention.shape == (4, model.reduce.count(16, LESS) if tokens == "all" else left)
+    assert (tokens == "all") == (left == 16) and (connections == "all") == (not output.keys)
 
 
 @each_pair
 def test_gradients_reach_every_parameter_and_checkpointing_changes_none(tokens, connections):
     vit, model = sparse(tokens, connections, drop_path_rate=0.5)
-    x, draw = images(vit, 8), torch.arange(8)
-    logits, grads = logits_and_grads(vit, lambda: model(x, LESS, draw=draw).logits)
+    x, rng_keys = images(vit, 8), torch.arange(8)
+    logits, grads = logits_and_grads(vit, lambda: model(x, LESS, rng_keys=rng_keys).logits)
     assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in grads)
     vit.set_grad_checkpointing()
-    again, grads_again = logits_and_grads(vit, lambda: model(x, LESS, draw=draw).logits)
+    again, grads_again = logits_and_grads(vit, lambda: model(x, LESS, rng_keys=rng_keys).logits)
     assert torch.equal(logits, again) and same(grads, grads_again)
     by_chance, grads_by_chance = logits_and_grads(vit, lambda: model(x, LESS).logits)
     vit.set_grad_checkpointing(False)
@@ -118,9 +118,9 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none(tokens, 
 @each_pair
 def test_an_image_does_not_depend_on_its_batch_mates(tokens, connections):
     vit, model = sparse(tokens, connections, drop_path_rate=0.5)
-    x, draw = images(vit, 5), torch.arange(5)
-    whole = model(x, LESS, draw=draw).logits
-    alone = torch.cat([model(x[i : i + 1], LESS, draw=draw[i : i + 1]).logits for i in range(5)])
+    x, rng_keys = images(vit, 5), torch.arange(5)
+    whole = model(x, LESS, rng_keys=rng_keys).logits
+    alone = torch.cat([model(x[i : i + 1], LESS, rng_keys=rng_keys[i : i + 1]).logits for i in range(5)])
     assert torch.allclose(whole, alone, atol=1e-5)
 
 
@@ -128,14 +128,14 @@ def test_an_image_does_not_depend_on_its_batch_mates(tokens, connections):
 def test_bfloat16_autocast(tokens, connections):
     """Runs, stays near float32 in kind (finite, same counts), and is timm's own result where all is kept."""
     vit, model = sparse(tokens, connections)
-    x, draw = images(vit), torch.arange(4)
+    x, rng_keys = images(vit), torch.arange(4)
     vit.eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(x).logits, vit(x))
-        record = model(x, LESS, ALL, draw)
-    assert record.logits.isfinite().all() and record.cls_attention.dtype == record.importance.dtype == torch.float32
-    exact = model(x, LESS, ALL, draw)
-    assert [ids.shape for ids in record.kept.values()] == [ids.shape for ids in exact.kept.values()]
+        output = model(x, LESS, ALL, rng_keys)
+    assert output.logits.isfinite().all() and output.cls_attention.dtype == output.importance.dtype == torch.float32
+    exact = model(x, LESS, ALL, rng_keys)
+    assert [ids.shape for ids in output.kept.values()] == [ids.shape for ids in exact.kept.values()]
 
 
 @pytest.mark.parametrize(("tokens", "connections", "examples"), some_then_all(TOKENS, CONNECTIONS, EXAMPLES))
@@ -156,24 +156,24 @@ def test_learns_digits(tokens, connections, examples):
     torch.nn.init.trunc_normal_(vit.pos_embed, std=0.5)
     model = build(vit, tokens=tokens, connections=connections, blocks=(0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
-    want, losses, shown = frozenset({"cls_attention"}), [], set()
+    outputs, losses, shown = frozenset({"cls_attention"}), [], set()
     for epoch in range(45):
-        selection = level.select(epoch, alone)
+        selection = level.select(epoch, single_process)
         ids = torch.from_numpy(kept_ids(selection, 64))
         shown |= set(ids.tolist()) if epoch >= 30 else set()
         weights = torch.ones(len(ids)) if selection.weight is None else torch.from_numpy(selection.weight)[ids]
-        record = model(x[ids], LESS, want, ids + 64 * epoch)
-        each = F.cross_entropy(record.logits, y[ids], reduction="none")
+        output = model(x[ids], LESS, outputs, ids + 64 * epoch)
+        each = F.cross_entropy(output.logits, y[ids], reduction="none")
         optimizer.zero_grad()
         (each * weights).sum().div(weights.sum()).backward()
         optimizer.step()
         losses.append(each.mean().item())
-        right = record.logits.argmax(1) == y[ids]
-        level.observe(ids, Outcome(right, each.detach(), record.cls_attention.var(1), torch.ones_like(right)))
+        right = output.logits.argmax(1) == y[ids]
+        level.observe(ids, Observation(right, each.detach(), output.cls_attention.var(1), torch.ones_like(right)))
     assert losses[0] > 2 and np.mean(losses[-5:]) < 0.7
     ids = torch.tensor(sorted(shown))
     with torch.no_grad():
-        assert (model.eval()(x[ids], LESS, draw=ids).logits.argmax(1) == y[ids]).float().mean() > 0.85
+        assert (model.eval()(x[ids], LESS, rng_keys=ids).logits.argmax(1) == y[ids]).float().mean() > 0.85
 
 
 @pytest.mark.parametrize(("tokens", "connections"), some_then_all(TOKENS, CONNECTIONS))
@@ -182,9 +182,9 @@ def test_compiles_whole_with_the_gradients_of_eager(tokens, connections):
     torch.compiler.reset()
     vit, model = sparse(tokens, connections, blocks=(0,), depth=2, drop_path_rate=0.5)
     model.compile(fullgraph=True, backend="aot_eager")
-    x, draw = images(vit), torch.arange(4)
-    logits, grads = logits_and_grads(vit, lambda: model.forward(x, LESS, draw=draw).logits)
-    ours, our_grads = logits_and_grads(vit, lambda: model(x, LESS, draw=draw).logits)
+    x, rng_keys = images(vit), torch.arange(4)
+    logits, grads = logits_and_grads(vit, lambda: model.forward(x, LESS, rng_keys=rng_keys).logits)
+    ours, our_grads = logits_and_grads(vit, lambda: model(x, LESS, rng_keys=rng_keys).logits)
     assert torch.allclose(ours, logits, atol=1e-5)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(our_grads, grads, strict=True))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsity.build import build
 from sparsity.tokens import tome
-from sparsity.types import Plan, Seen, Tokens
+from sparsity.types import QKV, Plan, Tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCKS = (3, 6, 9)
@@ -105,6 +105,6 @@ def test_tome_matching(r):
     data = golden("tome")
     tokens = Tokens(data["match/tokens"], torch.arange(16).expand(2, -1), 1, data["match/size"][..., 0])
     keys = data["match/keys"][:, None]
-    after, _ = tome.merge(tokens, Seen(keys, keys, keys, 1.0), r, carry_seen=False)
+    after, _ = tome.merge(tokens, QKV(keys, keys, keys, 1.0), r, carry_qkv=False)
     assert apart(after.x, data[f"match_r{r}/x"]) < 1e-6
     assert apart(after.size, data[f"match_r{r}/size"][..., 0]) < 1e-6

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsity.types import DENSE, Record
+from sparsity.types import DENSE, ModelOutput
 from tests.conftest import ROOT, environment, free_port, kill, lines, wait_for
 from trainer.__main__ import main
 from trainer.checkpoint.export import export
@@ -139,7 +139,7 @@ def scored_by_timm(file: Path, run: Path, **how: Any) -> Scores:
     network = timm.create_model(m.name, num_classes=m.classes, img_size=m.image_size, **m.args, **how).eval()
     _, index = open_indexes(config)
     shown = Validation(index, config, 0, 1)
-    return evaluate(lambda images, _: Record(network(images), None, None), shown, DENSE, config, torch.device("cpu"))
+    return evaluate(lambda images, _: ModelOutput(network(images), None, None), shown, DENSE, config, torch.device("cpu"))
 
 
 def exported_equals_trained(runs: Path, name: str, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from sparsity.examples.observations import Slate
-from sparsity.types import Record, alone
+from sparsity.examples.observations import Observations
+from sparsity.types import ModelOutput, single_process
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.data.augment.mixup import NO_MIX, Mix
@@ -50,7 +50,7 @@ def says(*classes):
     for row, order in enumerate(classes):
         for rank, c in enumerate(order if isinstance(order, tuple) else (order,)):
             logits[row, c] = 9.0 - rank
-    return Record(logits)
+    return ModelOutput(logits)
 
 
 def credited(rule, rows, record, mix):
@@ -185,7 +185,7 @@ def test_rules_agree_with_a_slow_reference(rule):
         logits = torch.randn(12, C, generator=generator)
         rows = batch(labels, copies=copies, weights=weights)
         expected = reference(rule, labels, rows.ids.tolist(), copies, weights, logits.tolist(), lam)
-        assert credited(rule, rows, Record(logits), Mix(lam)) == expected
+        assert credited(rule, rows, ModelOutput(logits), Mix(lam)) == expected
 
 
 def test_dominant_is_the_argmax_of_the_soft_target():
@@ -202,7 +202,9 @@ def test_spread_compares_across_token_counts_and_losses_pass_through():
     losses = torch.tensor([1.0, 2.0], requires_grad=True)
     for rule in ("dominant", "authors"):
         target, rows = objective(rule=rule), batch([0, 1])
-        outcomes = [target.credit(rows, Record(torch.zeros(2, C), a), losses, NO_MIX)[1] for a in (attention, doubled, None)]
+        outcomes = [
+            target.credit(rows, ModelOutput(torch.zeros(2, C), a), losses, NO_MIX)[1] for a in (attention, doubled, None)
+        ]
         torch.testing.assert_close(outcomes[0].spread, outcomes[1].spread)
         assert (outcomes[0].spread > 0).all() and outcomes[2].spread.tolist() == [0.0, 0.0]
         assert outcomes[0].loss.tolist() == [1.0, 2.0] and not outcomes[0].loss.requires_grad
@@ -221,6 +223,6 @@ def test_clear_counts_where_one_image_dominates_and_spares_the_loss():
         )
         assert (ours.clear is None) == clear and (clear or ours.clear.tolist() == [True, True, False, False])
         for value, seen in (("loss", [1, 2, 3]), (None, [1, 2, 3] if clear else [1])):
-            slate = Slate(200, value)
-            slate.note(ids, ours)
-            assert [i - 100 for i in slate.take(alone).ids.tolist()] == seen
+            slate = Observations(200, value)
+            slate.record(ids, ours)
+            assert [i - 100 for i in slate.gather(single_process).ids.tolist()] == seen

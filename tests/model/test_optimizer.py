@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
-from trainer.config.schema import Optim
+from trainer.config.schema import OptimConfig
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import learning_rate, set_learning_rate
@@ -59,7 +59,7 @@ def config(epochs=10, **optim):
 def test_groups_and_options_are_timms(name, layer_decay, optimizer):
     model = vit(name)
     options = {"weight_decay": 0.07, "layer_decay": layer_decay, "betas": (0.8, 0.95), "eps": 1e-7}
-    ours = build_optimizer(Wrapped(model), Optim(name=optimizer, lr=3e-3, **options))
+    ours = build_optimizer(Wrapped(model), OptimConfig(name=optimizer, lr=3e-3, **options))
     theirs = create_optimizer_v2(model, optimizer, lr=3e-3, filter_bias_and_bn=True, **options)
     assert type(ours) is type(theirs)
     assert groups(ours, model) == groups(theirs, model)
@@ -67,7 +67,7 @@ def test_groups_and_options_are_timms(name, layer_decay, optimizer):
 
 def test_what_is_not_decayed_by_hand():
     model = vit()
-    found, _ = groups(build_optimizer(Wrapped(model), Optim(weight_decay=0.05)), model)
+    found, _ = groups(build_optimizer(Wrapped(model), OptimConfig(weight_decay=0.05)), model)
     assert found.keys() == dict(model.named_parameters()).keys()
     free = {name for name, (decay, _) in found.items() if decay == 0}
     assert free == {n for n in found if n.endswith("bias") or ".norm" in n or n in ("norm.weight", "pos_embed", "cls_token")}
@@ -76,15 +76,15 @@ def test_what_is_not_decayed_by_hand():
 
 def test_unknown_names_and_forgotten_parameters_are_refused():
     with pytest.raises(ConfigError, match=r"optim.name='adammw'.*did you mean .*adamw"):
-        build_optimizer(vit(), Optim(name="adammw"))
+        build_optimizer(vit(), OptimConfig(name="adammw"))
     model = Wrapped(vit())
     model.gate = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"gate.weight, gate.bias: trainable parameters outside"):
-        build_optimizer(model, Optim())
+        build_optimizer(model, OptimConfig())
 
 
 def test_an_optimizer_without_betas_is_built_too():
-    assert isinstance(build_optimizer(vit(), Optim(name="sgd")), torch.optim.SGD)
+    assert isinstance(build_optimizer(vit(), OptimConfig(name="sgd")), torch.optim.SGD)
 
 
 @pytest.mark.parametrize("warmup", ["0ep", "2ep", "2.5ep"])
@@ -175,15 +175,15 @@ def test_without_a_decay_nothing_is_kept():
 
 
 def test_a_fused_step_is_asked_for_by_name_and_refused_where_there_is_none():
-    assert all(group["fused"] for group in build_optimizer(vit(), Optim(fused=True)).param_groups)
-    assert not any(group.get("fused") for group in build_optimizer(vit(), Optim()).param_groups)
+    assert all(group["fused"] for group in build_optimizer(vit(), OptimConfig(fused=True)).param_groups)
+    assert not any(group.get("fused") for group in build_optimizer(vit(), OptimConfig()).param_groups)
     with pytest.raises(ConfigError, match=r"optim.fused=true: lamb has no fused step"):
-        build_optimizer(vit(), Optim(name="lamb", fused=True))
+        build_optimizer(vit(), OptimConfig(name="lamb", fused=True))
 
 
 def test_layer_decay_scales_the_rate_of_every_group_at_every_step():
     model = vit()
-    optimizer = build_optimizer(model, Optim(layer_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(layer_decay=0.5))
     set_learning_rate(optimizer, 1e-2)
     rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert len(rates) == 4 and all(lr == pytest.approx(1e-2 * scale) for scale, lr in rates.items())

@@ -10,14 +10,14 @@ from timm.models import load_checkpoint
 
 import trainer.model.weights as weights
 from trainer.config.errors import ConfigError
-from trainer.config.schema import Model
+from trainer.config.schema import ModelConfig
 from trainer.model.weights import create, load_weights, save_weights, to_timm
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def model(name="deit_tiny_patch16_224", classes=5, image_size=64, init="random", **args):
-    return Model(name=name, classes=classes, image_size=image_size, init=str(init), args=SMALL | args)
+    return ModelConfig(name=name, classes=classes, image_size=image_size, init=str(init), args=SMALL | args)
 
 
 def same(a, b):
@@ -146,11 +146,11 @@ def test_unreadable_files_are_refused(tmp_path):
 
 def test_unknown_models_and_arguments_are_refused_with_what_is_near():
     with pytest.raises(ConfigError, match=r"model.name='deit_smal_patch16_224'.*did you mean deit_small_patch16_224"):
-        create(Model(name="deit_smal_patch16_224"))
+        create(ModelConfig(name="deit_smal_patch16_224"))
     with pytest.raises(ConfigError, match=r"resnet18.*timm refuses"):
-        create(Model(name="resnet18"))
+        create(ModelConfig(name="resnet18"))
     with pytest.raises(ConfigError, match="only timm VisionTransformers"):
-        create(Model(name="cait_xxs24_224"))
+        create(ModelConfig(name="cait_xxs24_224"))
     with pytest.raises(ConfigError, match=r"model.args.drop_path_rate: write it as model.drop_path"):
         create(model(drop_path_rate=0.1))
     with pytest.raises(ConfigError, match=r"timm refuses.*num_haeds"):

@@ -48,7 +48,7 @@ def test_one_line_each_and_an_honest_exit_code(capsys, monkeypatch, tmp_path):
 
 
 def test_failures_are_counted(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "doctor", lambda hosts, ssh_config: [installation.Line("disk", "fail", "full", "free some")])
+    monkeypatch.setattr(doctor, "doctor", lambda hosts, ssh_config: [installation.Finding("disk", "fail", "full", "free some")])
     assert doctor.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 to repair"
 
@@ -221,10 +221,10 @@ def hosts(tools: Path, tmp_path: Path, monkeypatch):
         (tmp_path / name / "sitecustomize.py").write_text(body + "\n")
     script(tools, "ssh", SSH.format(**{name: tmp_path / name for name in ("late", "early", "older")}))
 
-    def ask(*names: str) -> dict[str, installation.Line]:
+    def ask(*names: str) -> dict[str, installation.Finding]:
         path = tmp_path / "hosts"
         path.write_text("# the cluster\n" + "".join(f"{name} slots=8\n" for name in names))
-        found = {line.name: line for line in neighbours.ask(path, tmp_path / "runs")}
+        found = {line.name: line for line in neighbours.check_hosts(path, tmp_path / "runs")}
         assert not (tmp_path / "runs").exists()  # nothing is left behind
         return found
 
@@ -293,7 +293,7 @@ def test_a_hostfile_without_hosts(tmp_path):
     (tmp_path / "hosts").write_text("# nobody\n")
     (tmp_path / "option").write_bytes(b"\xef\xbb\xbf-oProxyCommand=x slots=8\r\n")
     for path in (tmp_path / "hosts", tmp_path / "absent", tmp_path / "option"):
-        (line,) = neighbours.ask(path, tmp_path)
+        (line,) = neighbours.check_hosts(path, tmp_path)
         assert line.status == "fail" and str(path) in line.found
 
 
@@ -301,5 +301,5 @@ def test_no_ssh_here(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("node1\n")
     (tmp_path / "true").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
-    (line,) = neighbours.ask(tmp_path / "hosts", tmp_path)
+    (line,) = neighbours.check_hosts(tmp_path / "hosts", tmp_path)
     assert line.status == "fail" and "openssh" in line.way_out

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT, lines
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
-from trainer.preflight.estimate import Bench, plan, read
+from trainer.preflight.estimate import MeasuredRates, plan, read
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -32,7 +32,7 @@ STEPS = 40 * 20  # floor(0.9 x 1438 / 64) an epoch
 
 
 def test_hours_follow_from_the_plateaus_and_devices_divide_them(config):
-    one, four = (plan(config, Bench(PASSES), nodes) for nodes in (1, 4))
+    one, four = (plan(config, MeasuredRates(PASSES), nodes) for nodes in (1, 4))
     assert one.steps == four.steps == STEPS
     seconds = 64 * 20 * (5 * 0.002 + 15 * 0.002 + 15 * 0.0015 + 5 * 0.001)
     assert one.hours * 3600 == pytest.approx(seconds) and four.hours == pytest.approx(one.hours / 4)
@@ -42,25 +42,25 @@ def test_hours_follow_from_the_plateaus_and_devices_divide_them(config):
 
 
 def test_each_resource_can_be_the_wall(config):
-    assert plan(config, Bench(PASSES, decode=0.1), 2, cores=4).wall == "loader"
-    assert plan(config, Bench(PASSES, decode=0.1), 2, cores=4).hours * 3600 == pytest.approx(STEPS * 32 * 0.1 / 4)
-    assert plan(config, Bench(PASSES, engine=1.0), 2).wall == "engine"
-    slow = plan(config, Bench(PASSES), 4, bandwidth=1e-3)
+    assert plan(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).wall == "loader"
+    assert plan(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).hours * 3600 == pytest.approx(STEPS * 32 * 0.1 / 4)
+    assert plan(config, MeasuredRates(PASSES, engine=1.0), 2).wall == "engine"
+    slow = plan(config, MeasuredRates(PASSES), 4, bandwidth=1e-3)
     assert slow.wall == "all-reduce"
     travel = STEPS * 2 * 3 / 4 * 683_242 * 4 / 1e6  # parameters of the quickstart's network, 4 bytes each
     assert slow.parts["all-reduce"] * 3600 == pytest.approx(travel, rel=0.02)
-    assert plan(config, Bench(PASSES), 1, bandwidth=1e-3).parts["all-reduce"] == 0
+    assert plan(config, MeasuredRates(PASSES), 1, bandwidth=1e-3).parts["all-reduce"] == 0
 
 
 def test_on_a_cpu_passes_and_decoding_share_the_cores(config):
-    bench = Bench(PASSES, decode=0.001, cpu=True, threads=1)
+    bench = MeasuredRates(PASSES, decode=0.001, cpu=True, threads=1)
     two, four = plan(config, bench, 1, 2, cores=2), plan(config, bench, 1, 4, cores=2)
     assert two.hours == pytest.approx(four.hours) and two.parts["loader"] > 0
-    assert two.hours == pytest.approx(plan(config, Bench(PASSES, cpu=True), 1, 2, cores=2).hours + two.parts["loader"])
+    assert two.hours == pytest.approx(plan(config, MeasuredRates(PASSES, cpu=True), 1, 2, cores=2).hours + two.parts["loader"])
 
 
 def test_facts_say_that_they_are_a_simulation_and_what_was_not_measured(config):
-    planned = plan(config, Bench(PASSES), 2)
+    planned = plan(config, MeasuredRates(PASSES), 2)
     facts = planned.facts()
     assert facts["simulation"] is True and facts["wall"] == "compute" and facts["bytes_per_second_per_node"] > 0
     assert "nothing of this was run" in str(planned.table().title)
@@ -69,11 +69,11 @@ def test_facts_say_that_they_are_a_simulation_and_what_was_not_measured(config):
 
 def test_what_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match=r"no row 'ours from epoch 20'.*another schedule"):
-        plan(config, Bench({k: v for k, v in PASSES.items() if "20" not in k}), 1)
+        plan(config, MeasuredRates({k: v for k, v in PASSES.items() if "20" not in k}), 1)
     with pytest.raises(ConfigError, match="--nodes 0: at least 1"):
-        plan(config, Bench(PASSES), 0)
+        plan(config, MeasuredRates(PASSES), 0)
     with pytest.raises(ConfigError, match="--bandwidth -1"):
-        plan(config, Bench(PASSES), 2, bandwidth=-1)
+        plan(config, MeasuredRates(PASSES), 2, bandwidth=-1)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"a\.json.*bench step"):
         read([str(tmp_path / "a.json")])

@@ -25,7 +25,7 @@ from trainer.data.shards.index import build_index
 from trainer.journal.reader import lineage
 from trainer.provenance import kept_lists
 from trainer.provenance.audit import Audit, audit
-from trainer.provenance.recorded_run import Past, PastError
+from trainer.provenance.recorded_run import RecordedRun, RecordedRunError
 from trainer.provenance.replay import replay
 
 RECIPE = DENSE.replace("epochs: 2", "epochs: 3").replace("batch: 64, micro_batch: 64", "batch: 256, micro_batch: 128").replace(
@@ -55,7 +55,7 @@ def run(home: Path, tmp_path: Path) -> Path:
 
 
 def audited(run: Path) -> Audit:
-    return audit(Past(run), progress=False)
+    return audit(RecordedRun(run), progress=False)
 
 
 def changed(run: Path, change: Any) -> None:
@@ -82,14 +82,14 @@ def test_the_audit_of_a_resumed_run_is_equal_and_counts_what_was_seen(run: Path,
 
 @pytest.mark.parametrize("step", [1, 3, 8])
 def test_a_replayed_batch_is_the_one_that_was_trained_on(run: Path, step: int) -> None:
-    past = Past(run)
-    replayed, stretch = replay(past, step), past.stretch(step)
+    past = RecordedRun(run)
+    replayed, stretch = replay(past, step), past.segment(step)
     stream = Stream(past.index, past.config, 0, 1)
     selection = past.selection(stretch.kept)
     number = replayed.facts["batch"]
     seen = next(iter(stream.epoch(stretch.epoch, selection, number)))
     assert (stretch.epoch, number) == divmod(step - 1, 3)
-    for name in ("images", "labels", "ids", "copies", "weights", "flip", "erase", "draw"):
+    for name in ("images", "labels", "ids", "copies", "weights", "flip", "erase", "rng_keys"):
         assert torch.equal(getattr(replayed.batch, name), getattr(seen, name)), name
     assert replayed.confirmed and all(row["key"].startswith("digit_") for row in replayed.rows)
     unlike = replayed.images != replayed.batch.images
@@ -98,10 +98,10 @@ def test_a_replayed_batch_is_the_one_that_was_trained_on(run: Path, step: int) -
 
 def test_the_pictures_are_the_host_s_where_the_device_changes_nothing(run: Path) -> None:
     """No flip, no erasing, no mixing: normalising and back is exact."""
-    past = Past(run, ["augment.flip=0", "augment.erasing=0", "augment.mixup=0", "augment.cutmix=0"])
+    past = RecordedRun(run, ["augment.flip=0", "augment.erasing=0", "augment.mixup=0", "augment.cutmix=0"])
     replayed = replay(past, 5)
     assert torch.equal(replayed.images, replayed.batch.images)
-    other = replay(Past(run, ["augment.flip=1", "augment.erasing=0", "augment.mixup=0", "augment.cutmix=0"]), 5)
+    other = replay(RecordedRun(run, ["augment.flip=1", "augment.erasing=0", "augment.mixup=0", "augment.cutmix=0"]), 5)
     assert torch.equal(other.images, other.batch.images.flip(-1))
 
 
@@ -139,7 +139,7 @@ def test_a_changed_chain_is_found_where_it_was_changed(run: Path, capsys: Any) -
         and found.first_difference["attempt"] == 1
     )
     assert main(["audit", str(run)]) == 1 and "steps 5 to 6" in capsys.readouterr().out
-    assert replay(Past(run), 6).confirmed is False and replay(Past(run), 2).confirmed
+    assert replay(RecordedRun(run), 6).confirmed is False and replay(RecordedRun(run), 2).confirmed
 
 
 def test_a_changed_kept_list_is_found(run: Path) -> None:
@@ -173,11 +173,11 @@ def test_lost_lines_and_another_configuration_are_found(run: Path, digits: Path)
     assert any("seed=0" in problem and "seed" in problem for problem in found.problems) and found.differing == found.marks
     (run / "config.yaml").write_text(text)
     changed(run, lambda line: line["kind"] != "epoch" or line["epoch"] != 1)
-    with pytest.raises(PastError, match="epoch 0 has 3 batches, the journal gives it 6"):
-        Past(run)
+    with pytest.raises(RecordedRunError, match="epoch 0 has 3 batches, the journal gives it 6"):
+        RecordedRun(run)
     changed(run, lambda line: line["attempt"] != 1)
-    with pytest.raises(PastError, match="after step 2 the journal must go on with epoch 0, batch 2"):
-        Past(run)
+    with pytest.raises(RecordedRunError, match="after step 2 the journal must go on with epoch 0, batch 2"):
+        RecordedRun(run)
 
 
 def test_other_shards_are_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -216,7 +216,7 @@ def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch:
     assert found.broken.keys() <= {5, 40} and sum(epoch["broken"] for epoch in found.epochs) > 0
     assert all(epoch["once"] == 0 and epoch["more"] > 0 for epoch in found.epochs), "each twice in one batch"
     step = next(line["step"] for line in lineage("runs/job") if line["kind"] == "broken")
-    past = Past("runs/job")
+    past = RecordedRun("runs/job")
     shown = [replay(past, s) for s in range(max(1, step - 6), step + 1)]
     assert any(replayed.batch.broken for replayed in shown) and all(replayed.confirmed for replayed in shown)
 
@@ -230,8 +230,8 @@ def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_
     said = capsys.readouterr().out
     with open(out / "epoch-0001-kept_lists.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    past = Past(run)
-    keep = np.unpackbits(past.selection(past.stretch(4).kept).keep, count=1438, bitorder="little").astype(bool)
+    past = RecordedRun(run)
+    keep = np.unpackbits(past.selection(past.segment(4).kept).keep, count=1438, bitorder="little").astype(bool)
     ids = [int(row["id"]) for row in rows]
     assert ids == np.flatnonzero(keep).tolist() and len(ids) == 1438 - round(0.3 * 1438) and f"{len(ids):,} examples" in said
     assert all(row["key"] == past.index.key(int(row["id"])) and row["weight"] == "1" for row in rows[::50])

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.journals import lines
 from trainer.analysis.units import duration
-from trainer.run.console import Clock, Console
+from trainer.run.console import Console, EtaClock
 
 
 def told(console: Console) -> int:
@@ -89,7 +89,7 @@ def test_facts_that_are_missing_are_not_shown():
 
 
 def test_time_left_follows_the_pace_of_now():
-    clock = Clock(half_life=10)
+    clock = EtaClock(half_life=10)
     assert clock.left(0.0, 10, now=0.0) is None
     assert clock.left(1.0, 10, now=100.0) == pytest.approx(900)
     assert clock.left(1.0, 10, now=130.0) == pytest.approx(900)  # no progress: no news

@@ -21,12 +21,12 @@ from tests.support.journals import write
 from trainer.analysis.report import summary
 from trainer.analysis.savings import savings, savings_of
 from trainer.config.run_config import Config
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.model.build import build_model
 from trainer.model.objective import Objective
 from trainer.run import dense_baseline
-from trainer.run.dense_baseline import WARM, WATCHED, Control
-from trainer.telemetry.meters import Clock
+from trainer.run.dense_baseline import WARM, WATCHED, DenseBaseline
+from trainer.telemetry.meters import StepClock
 
 SPARSE = Plan(0.5, 1.0)
 TINY = {"name": "deit_tiny_patch16_224", "classes": 4, "image_size": 32, "drop_path": 0.1}
@@ -43,16 +43,16 @@ def tiny(**more: Any) -> Config:
 def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
     """A Control led through the first steps of a plateau, each `step` seconds; what it tells at the end."""
     model = build_model(config).train()
-    engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), steps=Steps(4, 2, 8))
-    engine.bare = lambda network, *args: network(*args)
-    watcher = Control(config, engine, Objective(config), frozenset({"cls_attention"}))  # type: ignore[arg-type]
+    engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8))
+    engine.forward_unwrapped = lambda network, *args: network(*args)
+    watcher = DenseBaseline(config, engine, Objective(config), frozenset({"cls_attention"}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     at_hand = (torch.randn(4, 3, 32, 32, generator=generator), torch.full((4, 4), 0.25), torch.arange(4))
     told = None
     for number in range(1, 2 + WARM + WATCHED):
         assert told is None
-        told = watcher.look(number / steps, steps, plan, Clock(number, step * number, 0.01 * number), at_hand)
-    assert watcher.look(0.1, steps, plan, Clock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
+        told = watcher.measure_if_due(number / steps, steps, plan, StepClock(number, step * number, 0.01 * number), at_hand)
+    assert watcher.measure_if_due(0.1, steps, plan, StepClock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
     return engine, told
 
 
@@ -96,7 +96,7 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
     config = tiny(engine=settings)
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
 
-    def bare(network: Any, images: torch.Tensor, *args: Any) -> Any:  # as `Engine.bare`
+    def bare(network: Any, images: torch.Tensor, *args: Any) -> Any:  # as `Engine.forward_unwrapped`
         with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "autocast"):
             return network(images.to(dtype), *args)
 
@@ -106,18 +106,22 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
         if settings.get("compile"):
             model.compile(backend="aot_eager", fullgraph=True)
         objective, told = Objective(config), None
-        engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), steps=Steps(4, 2, 8), bare=bare)
-        watcher = Control(config, engine, objective, frozenset({"cls_attention"}))  # type: ignore[arg-type]
+        engine = SimpleNamespace(
+            module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8), forward_unwrapped=bare
+        )
+        watcher = DenseBaseline(config, engine, objective, frozenset({"cls_attention"}))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(0)
-        targets, draw = torch.full((4, 4), 0.25), torch.arange(4)
+        targets, rng_keys = torch.full((4, 4), 0.25), torch.arange(4)
         torch.manual_seed(1)
         for part in range(2):
             images = torch.randn(4, 3, 32, 32, generator=generator)
-            record = bare(model, images, SPARSE, frozenset({"cls_attention"}), draw + 4 * part)
-            objective.losses(record.logits, targets).mean().backward()
+            output = bare(model, images, SPARSE, frozenset({"cls_attention"}), rng_keys + 4 * part)
+            objective.losses(output.logits, targets).mean().backward()
             if controlled and part == 0:  # 10 s a step: a compiled run may take a minute for its first dense pass
                 for number in range(1, 2 + WARM + WATCHED):
-                    told = watcher.look(number / 1000, 1000, SPARSE, Clock(number, 10.0 * number, 0.0), (images, targets, draw))
+                    told = watcher.measure_if_due(
+                        number / 1000, 1000, SPARSE, StepClock(number, 10.0 * number, 0.0), (images, targets, rng_keys)
+                    )
         return [p.grad for p in model.parameters()], torch.get_rng_state(), told
 
     grads, drawn_after, told = trained(controlled=True)
@@ -142,7 +146,7 @@ def test_a_dense_plateau_is_its_own_control() -> None:
 def test_what_is_not_measured_is_said(more: dict[str, Any], steps: int, words: list[str]) -> None:
     _, told = watched(tiny(**more), steps=steps)
     assert told is not None and "measured" not in told and all(word in told["said"] for word in words), told
-    assert all(word in dense_baseline.told(told) for word in words)
+    assert all(word in dense_baseline.describe(told) for word in words)
 
 
 def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +159,8 @@ def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch
 
 
 def test_a_plan_that_changes_too_often_is_said_once() -> None:
-    watcher = Control(tiny(), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
-    told = [watcher.look(0.0, 9, Plan(1 - n / 20, 1.0), Clock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
+    watcher = DenseBaseline(tiny(), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+    told = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
     assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["said"]
 
 
@@ -164,14 +168,16 @@ def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
     """Not of a dense stretch, which is its own control, and not where control=0 asked for none."""
 
     def told(plan: Plan, **more: Any) -> list[dict[str, Any]]:
-        watcher = Control(tiny(**more), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+        watcher = DenseBaseline(tiny(**more), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
         given: Any = (None, None, None)
-        looks = [watcher.look(n / 17, 17, plan, Clock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)]
+        looks = [
+            watcher.measure_if_due(n / 17, 17, plan, StepClock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)
+        ]
         assert looks[:-1] == [None] * 16
         return [look for look in looks if look]
 
     (line,) = told(SPARSE)
-    assert dense_baseline.told(line).endswith(
+    assert dense_baseline.describe(line).endswith(
         "0.5, connections 1: not measured: training ended after 17 steps of it, 25 are watched first"
     )
     assert told(DENSE) == told(SPARSE, control=0.0) == []
@@ -182,8 +188,10 @@ def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyP
     made: list[Any] = []
     monkeypatch.setattr(SparseViT, "compile", lambda self: made.append(self))
     passed: list[Any] = []
-    one = Control._pass
-    monkeypatch.setattr(Control, "_pass", lambda self, network, *args: passed.append(network) or one(self, network, *args))
+    one = DenseBaseline._pass
+    monkeypatch.setattr(
+        DenseBaseline, "_pass", lambda self, network, *args: passed.append(network) or one(self, network, *args)
+    )
     settings = {"kind": "ddp", "zero": 0, "precision": "float32", "compile": True}
     engine, told = watched(tiny(compat="authors", engine=settings), DENSE, step=10.0)
     assert told is not None and told["measured"] != 1.0 and told["bound_passes"] == 1.0
@@ -197,7 +205,7 @@ def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyP
 
 def test_what_eats_the_saving() -> None:
     def said(own: float, dense: float, step: float, wait: float = 0.0) -> dict[str, Any]:
-        return dense_baseline.facts(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
+        return dense_baseline.journal_fields(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
 
     fine = said(0.5, 1.0, 1.05)
     assert fine["said"] == "nothing eats the saving" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)

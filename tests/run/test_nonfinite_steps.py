@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import ROOT, environment, lines, torchrun
 from tests.laws.test_main_job import RECIPE
-from trainer.config.schema import Optim
+from trainer.config.schema import OptimConfig
 from trainer.engine.errors import EngineError
-from trainer.provenance.recorded_run import Past
+from trainer.provenance.recorded_run import RecordedRun
 from trainer.provenance.replay import replay
 from trainer.run.nonfinite_steps import in_row, refuse_too_many
 
@@ -23,7 +23,7 @@ def test_steps_that_follow_one_another_are_counted() -> None:
 
 
 def test_too_many_are_refused_with_the_key_and_the_batch() -> None:
-    settings, run = Optim(max_skipped=3, max_skipped_in_row=2), Path("runs/x")
+    settings, run = OptimConfig(max_skipped=3, max_skipped_in_row=2), Path("runs/x")
     refuse_too_many([1, 3, 4], settings, run)
     with pytest.raises(EngineError, match=r"3 steps in a row .*optim.max_skipped_in_row=2: steps 3, 4, 5\..*--step 5"):
         refuse_too_many([3, 4, 5], settings, run)
@@ -67,7 +67,7 @@ def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> Non
     steps = {line["step"]: line for line in lines(spoiled, "step")}
     assert list(steps) == [3, 4, 5, 8, 9], "what is skipped is told at once"
     assert all(line["loss"] < 10 for line in steps.values()), "of the losses that are numbers"
-    past = Past(spoiled)
+    past = RecordedRun(spoiled)
     seen = replay(past, 5)
     assert seen.confirmed and seen.facts["skipped"] == skipped[1]["seen"] and "not taken" in seen.text()
     assert replay(past, 4).facts["skipped"] is None

@@ -52,9 +52,11 @@ def compiled_equals_eager(plan: Plan, keyed: bool, **settings) -> None:
     model, x = build(vit, blocks=(0,), **settings), images(vit, 6)
     model.compile(fullgraph=True)
     for seed in range(6):
-        draw = torch.arange(6) + seed if keyed else None
-        eager, eager_grads = logits_and_grads(vit, lambda draw=draw: model.forward(x, plan, WANT, draw).logits, seed)
-        logits, grads = logits_and_grads(vit, lambda draw=draw: model(x, plan, WANT, draw).logits, seed)
+        rng_keys = torch.arange(6) + seed if keyed else None
+        eager, eager_grads = logits_and_grads(
+            vit, lambda rng_keys=rng_keys: model.forward(x, plan, WANT, rng_keys).logits, seed
+        )
+        logits, grads = logits_and_grads(vit, lambda rng_keys=rng_keys: model(x, plan, WANT, rng_keys).logits, seed)
         assert torch.allclose(logits, eager, atol=1e-5) and near(grads, eager_grads)
 
 
@@ -88,21 +90,21 @@ def test_one_graph_per_plan_and_none_for_a_plan_seen_before():
     counter = CompileCounter()
     model = build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
     model.compile(backend=counter, fullgraph=True)
-    x, draw = images(vit), torch.arange(4)
+    x, rng_keys = images(vit), torch.arange(4)
     graphs = []
     for keep in (1.0, 0.95, 0.9, 0.8, 0.75, 0.7, 0.6, 0.55, 0.5, 0.4, 0.7, 1.0):  # more than the 8 that torch allows by itself
-        assert model(x, Plan(keep, keep), WANT, draw).kept[0].shape == (4, math.ceil(16 * keep))
+        assert model(x, Plan(keep, keep), WANT, rng_keys).kept[0].shape == (4, math.ceil(16 * keep))
         graphs.append(counter.frame_count)
     assert graphs == [*range(1, 11), 10, 10]
 
 
 def test_gradient_checkpointing_compiles():
     vit = tiny(depth=2, drop_path_rate=0.5).train()
-    model, x, draw = build(vit, tokens="topk", connections="exact", blocks=(0,)), images(vit), torch.arange(4)
-    eager, eager_grads = logits_and_grads(vit, lambda: model(x, Plan(0.5, 0.5), WANT, draw).logits)
+    model, x, rng_keys = build(vit, tokens="topk", connections="exact", blocks=(0,)), images(vit), torch.arange(4)
+    eager, eager_grads = logits_and_grads(vit, lambda: model(x, Plan(0.5, 0.5), WANT, rng_keys).logits)
     vit.set_grad_checkpointing()
     model.compile(fullgraph=True, backend="aot_eager")
-    logits, grads = logits_and_grads(vit, lambda: model(x, Plan(0.5, 0.5), WANT, draw).logits)
+    logits, grads = logits_and_grads(vit, lambda: model(x, Plan(0.5, 0.5), WANT, rng_keys).logits)
     assert torch.allclose(logits, eager, atol=1e-5) and near(grads, eager_grads)
 
 

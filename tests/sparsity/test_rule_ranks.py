@@ -3,14 +3,14 @@
 import pytest
 
 from tests.support.rule_ranks import RULES, ranks
-from trainer.config.schema import Examples
+from trainer.config.schema import ExamplesConfig
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_default_rule_ranks_like_a_clean_probe():
     found = ranks(50)
-    default = found[Examples().rule]
+    default = found[ExamplesConfig().rule]
     assert default.correlation == max(one.correlation for one in found.values()) > 0.2
     assert default.easiest == min(one.easiest for one in found.values()) < 0.5, "what it would remove is easy for the probe too"
     assert found["authors"].easiest > 1, "the authors' would remove what is harder than chance"

@@ -47,14 +47,14 @@ def test_all_kept_is_timm_bitwise_in_training(vit, checkpointing):
 
 def test_every_family_trains_with_less(vit):
     """Token counts as planned, checkpointing changes nothing, and importance, [CLS] attention, keys have their shapes."""
-    ours, x, draw = levels(vit.train()), images(vit), torch.arange(4)
-    want = frozenset({"kept", "keys", "cls_attention", "importance:0"})
-    logits, grads = logits_and_grads(vit, lambda: ours(x, SPARSE, draw=draw).logits)
+    ours, x, rng_keys = levels(vit.train()), images(vit), torch.arange(4)
+    outputs = frozenset({"kept", "keys", "cls_attention", "importance:0"})
+    logits, grads = logits_and_grads(vit, lambda: ours(x, SPARSE, rng_keys=rng_keys).logits)
     vit.set_grad_checkpointing()
-    again, grads_again = logits_and_grads(vit, lambda: ours(x, SPARSE, draw=draw).logits)
+    again, grads_again = logits_and_grads(vit, lambda: ours(x, SPARSE, rng_keys=rng_keys).logits)
     assert torch.equal(logits, again)
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
-    record = ours(x, SPARSE, want, draw)
+    record = ours(x, SPARSE, outputs, rng_keys)
     n = record.importance.shape[1]
     first = math.ceil(n * 0.6)
     second = math.ceil(first * 0.6)
@@ -93,9 +93,9 @@ def test_ids_survive_patch_drop():
     """timm's patch drop shuffles the patches; an id still names the patch: it finds back its position embedding."""
     vit = tiny(patch_drop_rate=0.5, depth=1, drop_path_rate=0.0).train()
     nn.init.zeros_(vit.patch_embed.proj.weight), nn.init.zeros_(vit.patch_embed.proj.bias)
-    for draw in (None, torch.arange(4)):
+    for rng_keys in (None, torch.arange(4)):
         torch.manual_seed(3)
-        tokens = build(vit)._embedded(images(vit), draw)
+        tokens = build(vit)._embedded(images(vit), rng_keys)
         assert tokens.x.shape[1] == 9
         assert torch.equal(tokens.x[:, 1:], vit.pos_embed[0, 1:][tokens.ids])
 
@@ -104,20 +104,20 @@ def test_ids_survive_patch_drop():
 def test_a_draw_makes_an_image_independent_of_its_batch(tokens):
     """Law 3 of docs/laws.md, with drop path and patch drop: masks follow the image's key, not its place, and no generator is touched."""
     vit = tiny(drop_path_rate=0.5, patch_drop_rate=0.3).train()
-    ours, x, draw = build(vit, tokens=tokens, connections="shared_keys", blocks=(1,)), images(vit, 6), torch.arange(6) * 977
+    ours, x, rng_keys = build(vit, tokens=tokens, connections="shared_keys", blocks=(1,)), images(vit, 6), torch.arange(6) * 977
     state = torch.get_rng_state()
-    whole = ours(x, SPARSE, draw=draw).logits
+    whole = ours(x, SPARSE, rng_keys=rng_keys).logits
     assert torch.equal(state, torch.get_rng_state())
-    parts = torch.cat([ours(x[i], SPARSE, draw=draw[i]).logits for i in (slice(4, 6), slice(0, 4))])
+    parts = torch.cat([ours(x[i], SPARSE, rng_keys=rng_keys[i]).logits for i in (slice(4, 6), slice(0, 4))])
     assert torch.allclose(whole, torch.cat((parts[2:], parts[:2])), atol=1e-5)
-    assert not torch.allclose(whole, ours(x, SPARSE, draw=draw + 1).logits, atol=1e-2)
+    assert not torch.allclose(whole, ours(x, SPARSE, rng_keys=rng_keys + 1).logits, atol=1e-2)
 
 
 def test_keyed_drop_path_drops_the_share_it_should():
     vit = tiny(drop_path_rate=0.5, depth=2).train()  # rates 0 and .5
-    ours, x, draw = build(vit), images(vit, 1).expand(400, -1, -1, -1), torch.arange(400)
+    ours, x, rng_keys = build(vit), images(vit, 1).expand(400, -1, -1, -1), torch.arange(400)
     with torch.no_grad():
-        found = ours(x, draw=draw).logits
+        found = ours(x, rng_keys=rng_keys).logits
     kinds, counts = found.mul(1e3).round().unique(dim=0, return_counts=True)
     assert len(kinds) == 4 and counts.min() > 70 and counts.max() < 130  # two branches, each there or not
 
@@ -203,8 +203,8 @@ def test_networks_without_cls_refuse_what_needs_it():
             build(vit, blocks=(1,), **settings)
 
 
-@pytest.mark.parametrize("want", ["attention", "importance:3", "importance:x"])
-def test_an_unknown_wish_is_refused(want):
+@pytest.mark.parametrize("outputs", ["attention", "importance:3", "importance:x"])
+def test_an_unknown_wish_is_refused(outputs):
     vit = tiny()
-    with pytest.raises(ValueError, match="want="):
-        build(vit)(images(vit), want=frozenset({want}))
+    with pytest.raises(ValueError, match="outputs="):
+        build(vit)(images(vit), outputs=frozenset({outputs}))

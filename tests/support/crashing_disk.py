@@ -148,7 +148,7 @@ class System:
         node = self._find(path)
         return SimpleNamespace(st_size=len(node.now) if isinstance(node, File) else 4096)
 
-    def crashed(self, limit: int, draw: random.Random) -> Iterator[System]:
+    def crashed(self, limit: int, rng_keys: random.Random) -> Iterator[System]:
         """The disks that a crash at this moment may leave: all of them where they are at most `limit`, else that many drawn ones."""
         choices = [[*range(2 ** len(folder.pending))] for folder in _folders(self.root)]
         contents = [list(_after_crash(file)) for file in _files(self.root)]
@@ -159,7 +159,7 @@ class System:
         if total <= limit:
             picks: Any = itertools.product(*spaces)
         else:
-            picks = ([draw.choice(space) for space in spaces] for _ in range(limit))
+            picks = ([rng_keys.choice(space) for space in spaces] for _ in range(limit))
         for pick in picks:
             yield self._left(pick)
 

@@ -14,12 +14,12 @@ import pytest
 from tests.conftest import ROOT
 from tests.support.journals import CONFIG, START, lines
 from trainer.analysis.report import write as write_report
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.journal.reader import read
 from trainer.journal.writer import Journal
-from trainer.tracking.metrics import measures
+from trainer.tracking.metrics import metrics
 from trainer.tracking.shipper import start
-from trainer.tracking.state import State
+from trainer.tracking.state import SyncState
 from trainer.tracking.upload import FIRST
 
 slow_server = pytest.mark.xdist_group("mlflow")  # one worker: the run on the sqlite default is made once
@@ -50,14 +50,14 @@ def shipped(directory: Path) -> Path:
         for name in FIRST:
             (directory / name).write_text(f"name: {name}\n")
         began = time.monotonic()
-        shipper = start(directory, Tracking(), every=0.5)
+        shipper = start(directory, TrackingConfig(), every=0.5)
         assert time.monotonic() - began < 1
         for line in told:
             journal.write(line["kind"], **fields(line))
         load = {host: {"cpu_utilization_percentage": 50.0 + i} for i, host in enumerate(("node-a", "node-b.cluster"))}
         journal.write("system", step=30, **load)
         journal.write("ranks", step=30, forward=[0.2, 0.3])
-        until(lambda: set(FIRST) <= set(State.load(directory).uploaded), 120, directory)  # while the training goes on
+        until(lambda: set(FIRST) <= set(SyncState.load(directory).uploaded), 120, directory)  # while the training goes on
     (directory / "traces").mkdir()
     (directory / "traces" / "steps-1-2.rank-0.json.gz").write_bytes(b"x")
     (directory / "weights.safetensors").write_bytes(b"x")  # not asked for: it stays here
@@ -97,7 +97,7 @@ def client(uri: str) -> Any:
 
 def rows(uri: str, directory: Path) -> dict[tuple[str, int], list[float]]:
     """All rows of the run's metrics in MLflow: {(key, step): values}."""
-    mlflow, run = client(uri), State.load(directory).run_id
+    mlflow, run = client(uri), SyncState.load(directory).run_id
     found: dict[tuple[str, int], list[float]] = {}
     for key in mlflow.get_run(run).data.metrics:
         for metric in mlflow.get_metric_history(run, key):
@@ -111,7 +111,7 @@ def expected(directory: Path) -> dict[tuple[str, int], list[float]]:
     step = 0
     for line in read(directory):
         step = line.get("step", step)
-        for m in measures(line, step):
+        for m in metrics(line, step):
             found.setdefault((m.key, m.step), [m.value])
     return found
 
@@ -121,5 +121,5 @@ def until(true: Any, seconds: float, directory: Path) -> None:
     while not true():
         if time.monotonic() > ends:
             log = directory / "logs/tracking.txt"
-            pytest.fail(f"{json.dumps(State.load(directory).__dict__)}\n{log.read_text() if log.exists() else ''}")
+            pytest.fail(f"{json.dumps(SyncState.load(directory).__dict__)}\n{log.read_text() if log.exists() else ''}")
         time.sleep(0.05)

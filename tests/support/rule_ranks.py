@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsity.build import build
 from sparsity.examples.forgetting import Forgetting
-from sparsity.types import Outcome, alone
+from sparsity.types import Observation, single_process
 from trainer.config.load import parse
 from trainer.data.augment.mixup import NO_MIX, draw_mix, mix_images
 from trainer.model.objective import Objective
@@ -75,7 +75,7 @@ def ranks(epochs: int, seed: int = 0) -> dict[str, Ranked]:
             shift = tuple(int(s) for s in rng.integers(-1, 2, 2))
             images, labels = x[ids].roll(shift, (2, 3)), y[ids]
             mix, ones = draw_mix(mixing, seed, step, 8) if epoch >= opens else NO_MIX, torch.ones(BATCH)
-            record = model.train()(mix_images(images, mix, ones), draw=ids + len(x) * step)
+            record = model.train()(mix_images(images, mix, ones), rng_keys=ids + len(x) * step)
             losses = objectives["dominant"].losses(record.logits, objectives["dominant"].targets(labels, mix, ones))
             optimizer.param_groups[0]["lr"] = 3e-3 if epoch < opens else 5e-4
             optimizer.zero_grad()
@@ -89,9 +89,9 @@ def ranks(epochs: int, seed: int = 0) -> dict[str, Ranked]:
             with torch.no_grad():
                 shown = order.flatten()  # what this epoch left over, the probe doesn't judge either
                 right = model.eval()(x[shown]).logits.argmax(1) == y[shown]
-            watchers["probe"].observe(shown, Outcome(right, right.float(), right.float(), torch.ones_like(right)))
+            watchers["probe"].observe(shown, Observation(right, right.float(), right.float(), torch.ones_like(right)))
         for watcher in watchers.values():
-            watcher.state_dict(alone)  # folds what the epoch observed
+            watcher.state_dict(single_process)  # folds what the epoch observed
     return _compared(watchers)
 
 

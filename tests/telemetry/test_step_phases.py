@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsity.types import Outcome
+from sparsity.types import Observation
 from trainer.telemetry import step_phases
-from trainer.telemetry.meters import Meters, Window
+from trainer.telemetry.meters import MeterReading, Meters
 from trainer.telemetry.step_phases import PHASES, Phases, exposed
 
 CPU = torch.device("cpu")
@@ -34,15 +34,15 @@ def step(watched: Phases | Meters, passes: Callable[[float], None], waited: floa
     """One step of `parts` micro-batches as the loop marks it; every part 1 s of copy and 4 s of backward."""
     passes(waited + 0.5)
     for _ in range(parts):
-        watched.mark("rest")
+        watched.end_phase("rest")
         passes(1)
-        watched.mark("host_to_device")
+        watched.end_phase("host_to_device")
         passes(forward)
-        watched.mark("forward")
+        watched.end_phase("forward")
         passes(4)
-        watched.mark("backward")
+        watched.end_phase("backward")
     passes(2)
-    watched.mark("optimizer")
+    watched.end_phase("optimizer")
     passes(0.25)
 
 
@@ -51,14 +51,14 @@ def test_only_sampled_steps_are_timed_and_their_phases_are_the_whole(monkeypatch
     watched = Phases(CPU, alone=True)
     step(watched, passes, waited=1, forward=3)
     watched.end(1)
-    assert watched.taken() == {}
+    assert watched.pop_shares() == {}
     watched.begin()
     step(watched, passes, waited=1, forward=3, parts=2)
     watched.end(1)
-    found = watched.taken()
+    found = watched.pop_shares()
     seconds = dict(zip(PHASES, (1, 2, 6, 8, 2, 0.75), strict=True))
     assert found == pytest.approx({phase: s / sum(seconds.values()) for phase, s in seconds.items()})
-    assert sum(found.values()) == pytest.approx(1) and watched.taken() == {}
+    assert sum(found.values()) == pytest.approx(1) and watched.pop_shares() == {}
 
 
 def test_what_is_hidden_by_arithmetic_costs_nothing():
@@ -76,10 +76,10 @@ def test_the_profiler_sees_a_step_now_and_then_and_lets_a_trace_go_first(monkeyp
     watched, seen = Phases(CPU, alone=False), []
     for number in range(9):
         with torch.autograd.profiler.profile() if number == 2 else torch.no_grad():  # somebody else's trace
-            watched.mark("rest")
+            watched.end_phase("rest")
             torch.ones(4).add(1)
             watched.end(0.0)
-        seen.append("communication" in watched.taken())
+        seen.append("communication" in watched.pop_shares())
     assert seen == [False, False, False, True, False, False, False, True, False]
 
 
@@ -101,17 +101,17 @@ class Bus:
                 bus._barrier.wait(60)
                 return list(bus._box)
 
-            def sum(self, tensor: Tensor) -> Tensor:
+            def all_reduce_sum(self, tensor: Tensor) -> Tensor:
                 return torch.stack(self.exchange(tensor.clone())).sum(0)
 
-            def everyones(self, items: list[Any]) -> list[Any]:
+            def all_gather_objects(self, items: list[Any]) -> list[Any]:
                 return [item for part in self.exchange(items) for item in part]
 
         Engine.rank = rank  # type: ignore[attr-defined]
         return Engine()
 
 
-def windows(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> list[Window]:
+def windows(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> list[MeterReading]:
     """Every rank's window of three steps; the forward pass of rank r takes 3 + r seconds by a clock of its own."""
     bus, found, clocks = Bus(hosts), [None] * len(hosts), threading.local()
     monkeypatch.setattr("time.perf_counter", lambda: getattr(clocks, "now", 0.0))
@@ -127,10 +127,10 @@ def windows(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> list[Window]:
         for _ in range(3):
             step(meters, passes, waited=1, forward=3 + rank)
             right = torch.tensor([True, False])
-            outcome = Outcome(right, torch.ones(2), torch.zeros(2), torch.ones(2).bool())
-            meters.add(torch.full((2,), float(rank)), torch.ones(2), outcome)
-            meters.count(2, [(7, "torn")] if rank == 0 else [], 1.0)
-        found[rank] = meters.close()  # type: ignore[call-overload]
+            observation = Observation(right, torch.ones(2), torch.zeros(2), torch.ones(2).bool())
+            meters.add(torch.full((2,), float(rank)), torch.ones(2), observation)
+            meters.end_step(2, [(7, "torn")] if rank == 0 else [], 1.0)
+        found[rank] = meters.reduce()  # type: ignore[call-overload]
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(hosts))]
     for thread in threads:

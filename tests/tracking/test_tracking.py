@@ -18,14 +18,14 @@ from tests.conftest import ROOT
 from tests.support.journals import START, lines, write
 from tests.support.mlflow_runs import expected
 from tests.support.mlflow_runs import surroundings as surroundings
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.journal.file import JournalError
 from trainer.tracking import sync
 from trainer.tracking import upload as shipment
-from trainer.tracking.metrics import Measure, drift, measures, params, tags
+from trainer.tracking.metrics import Metric, metrics, param_changes, params, tags
 from trainer.tracking.shipper import Shipper, start
-from trainer.tracking.state import State
-from trainer.tracking.upload import Shipment
+from trainer.tracking.state import SyncState
+from trainer.tracking.upload import JournalUploader
 
 
 def test_every_number_of_a_line_becomes_a_metric_at_its_step():
@@ -38,18 +38,17 @@ def test_every_number_of_a_line_becomes_a_metric_at_its_step():
         "facts": {"a b/%": 1, "ids": [4, 5]},
         "none": None,
     }
-    found = {(m.key, m.value) for m in measures(line, 7)}
+    found = {(m.key, m.value) for m in metrics(line, 7)}
     assert found == {("plan/keep_tokens", 0.7), ("plan/tokens/00", 17), ("plan/tokens/01", 12), ("plan/facts/a b/_", 1)}
-    assert {(m.time, m.step) for m in measures(line, 7)} == {(2500, 7)}
+    assert {(m.time, m.step) for m in metrics(line, 7)} == {(2500, 7)}
     line = {"kind": "eval", "time": 0, "top1": 0.5, "ema": True, "per_class": [0.5, 0.5]}
-    assert {m.key for m in measures(line, 1)} == {"eval_ema/top1"}  # the classes are the journal's
+    assert {m.key for m in metrics(line, 1)} == {"eval_ema/top1"}  # the classes are the journal's
     line = {"kind": "step", "time": 0, "phases": {"forward": {"max": 0.4, "slowest": 3, "slowest_host": "node-b"}}}
-    assert {m.key for m in measures(line, 1)} == {"train/phases/forward/max", "train/phases/forward/slowest"}
-    assert measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4, "batch": 3}, 1) == []  # a resume inside the epoch
-    assert ("epoch/kept_share", 0.5) in {m[:2] for m in measures({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)}
+    assert {m.key for m in metrics(line, 1)} == {"train/phases/forward/max", "train/phases/forward/slowest"}
+    assert metrics({"kind": "epoch", "time": 0, "kept": 2, "examples": 4, "batch": 3}, 1) == []  # a resume inside the epoch
+    assert ("epoch/kept_share", 0.5) in {m[:2] for m in metrics({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)}
     assert (
-        measures({"kind": "broken", "time": 0, "id": 4}, 1) == []
-        and measures({"kind": "start", "time": 0, "world": 4}, 1) == []
+        metrics({"kind": "broken", "time": 0, "id": 4}, 1) == [] and metrics({"kind": "start", "time": 0, "world": 4}, 1) == []
     )
 
 
@@ -65,23 +64,25 @@ def test_long_values_are_cut_and_say_so():
 
 def test_drift_names_what_a_resume_changed():
     have = {"a": "1", "b": "2", "c": "3"}
-    first = drift(have, {"a": "1", "b": "9"}, {}, 1)
+    first = param_changes(have, {"a": "1", "b": "9"}, {}, 1)
     assert first == {"param_drift.b": "attempt 1: 2 -> 9", "param_drift.c": "attempt 1: 3 -> (absent)"}
-    assert drift(have, {"a": "1", "b": "9"}, first, 2) == {}
-    assert drift(have, {"a": "1", "b": "2", "c": "3"}, first, 3)["param_drift.b"] == "attempt 1: 2 -> 9; attempt 3: 9 -> 2"
+    assert param_changes(have, {"a": "1", "b": "9"}, first, 2) == {}
+    assert (
+        param_changes(have, {"a": "1", "b": "2", "c": "3"}, first, 3)["param_drift.b"] == "attempt 1: 2 -> 9; attempt 3: 9 -> 2"
+    )
 
 
 def test_journal_only_starts_nothing(tmp_path: Path):
-    shipper = start(tmp_path, Tracking(to="journal"))
+    shipper = start(tmp_path, TrackingConfig(to="journal"))
     assert shipper.finish() == (True, "") and list(tmp_path.iterdir()) == []
 
 
 def test_a_shipper_that_cannot_start_or_dies_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    done, message = start(tmp_path, Tracking()).finish()
+    done, message = start(tmp_path, TrackingConfig()).finish()
     assert not done and "did not start" in message and f"trilevel sync {tmp_path}" in message
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    done, message = start(tmp_path, Tracking()).finish()
+    done, message = start(tmp_path, TrackingConfig()).finish()
     assert not done and "ended with code 1" in message
     with pytest.raises(JournalError, match="no such run"):
         sync.sync(tmp_path / "nowhere")
@@ -105,23 +106,27 @@ def test_the_end_does_not_wait_for_a_shipper_without_room_on_the_disk(tmp_path: 
 
 def test_a_run_goes_on_to_its_server_from_a_shell_that_does_not_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = write(tmp_path / "tri", lines())
-    assert Shipment(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
-    State(uri="http://host:5000", run_id="abc", offset=7).save(run)
-    assert (Shipment(run).uri, Shipment(run).state.run_id) == ("http://host:5000", "abc")
+    assert JournalUploader(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    SyncState(uri="http://host:5000", run_id="abc", offset=7).save(run)
+    assert (JournalUploader(run).uri, JournalUploader(run).state.run_id) == ("http://host:5000", "abc")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")  # the same with a slash
-    assert Shipment(run).state.run_id == "abc"
+    assert JournalUploader(run).state.run_id == "abc"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")  # asked for: all of it, anew
-    assert (Shipment(run).uri, Shipment(run).state.run_id, Shipment(run).state.offset) == ("http://other:5000", "", 0)
+    assert (JournalUploader(run).uri, JournalUploader(run).state.run_id, JournalUploader(run).state.offset) == (
+        "http://other:5000",
+        "",
+        0,
+    )
     (run / "mlflow.json").unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    State(uri="sqlite:////moved/away/mlflow.db", run_id="abc").save(run)
-    assert Shipment(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    SyncState(uri="sqlite:////moved/away/mlflow.db", run_id="abc").save(run)
+    assert JournalUploader(run).uri == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 class Memory:
     """Stands for a store that keeps every row it is sent, and fails by a seed: before a batch is taken or behind it."""
 
-    rows: list[Measure]
+    rows: list[Metric]
     taken: dict[str, Any]
     random: np.random.Generator
 
@@ -139,7 +144,7 @@ class Memory:
         self._fail(0.2)
         return {key: max(m.step for m in self.rows if m.key == key) for key in {m.key for m in self.rows}}
 
-    def send(self, run_id: str, batch: list[Measure]) -> list[Measure]:
+    def send(self, run_id: str, batch: list[Metric]) -> list[Metric]:
         self._fail(0.3)
         self.rows.extend(batch)
         self._fail(0.4)
@@ -173,10 +178,10 @@ def test_whatever_fails_each_key_and_step_arrives_once(tmp_path: Path, monkeypat
     for part in (first, again):
         for piece in np.array_split(np.array(part, dtype=object), 3):
             write(tmp_path, list(piece))
-            sent = Shipment(tmp_path)  # a fresh one: the one before was killed
+            sent = JournalUploader(tmp_path)  # a fresh one: the one before was killed
             for _ in range(int(random.integers(0, 8))):
                 with contextlib.suppress(ConnectionError):
-                    sent.go()
+                    sent.send_batch()
     assert sync.sync(tmp_path, patience=1e6).done
     found: dict[tuple[str, int], list[float]] = {}
     for m in Memory.rows:
@@ -191,19 +196,19 @@ def test_a_full_disk_does_not_end_the_shipping(tmp_path: Path, monkeypatch: pyte
     Memory.rows, Memory.taken = [], {}
     monkeypatch.setattr(Memory, "_fail", lambda self, chance: None)
     monkeypatch.setattr(shipment, "Store", Memory)
-    save = State.save
+    save = SyncState.save
 
-    def full(state: State, directory: Path) -> None:
+    def full(state: SyncState, directory: Path) -> None:
         if state.run_id:  # the key that finds the run again was still noted
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, directory)
 
-    monkeypatch.setattr(State, "save", full)
+    monkeypatch.setattr(SyncState, "save", full)
     assert sync.sync(tmp_path, patience=1).done and Memory.taken["status"] == "FINISHED"
     assert sync.sync(tmp_path, patience=1).done and len(Memory.rows) == 257  # nothing twice, though nothing was noted
     code = (
-        "from trainer.tracking import __main__ as t; from trainer.tracking.state import Shipped; "
-        "t.follow = lambda *_: Shipped(True, 'all'); raise SystemExit(t.main(['.', '--follow']))"
+        "from trainer.tracking import __main__ as t; from trainer.tracking.state import SyncResult; "
+        "t.follow = lambda *_: SyncResult(True, 'all'); raise SystemExit(t.main(['.', '--follow']))"
     )
     with open("/dev/full", "w") as log:
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log).returncode == 0

@@ -26,11 +26,11 @@ import pytest
 
 from tests.support.mlflow_runs import client, expected, followed, rows, slow_server, start_line, until
 from tests.support.mlflow_runs import surroundings as surroundings
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.journal.writer import Journal
 from trainer.tracking import sync
 from trainer.tracking.shipper import start
-from trainer.tracking.state import State
+from trainer.tracking.state import SyncState
 
 pytestmark = [slow_server, pytest.mark.dist]
 
@@ -114,12 +114,12 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
     with Journal(directory) as journal:
         journal.write("start", **start_line(server.uri))
         began = time.monotonic()
-        shipper = start(directory, Tracking(uri=server.uri), every=0.2, linger=2)
+        shipper = start(directory, TrackingConfig(uri=server.uri), every=0.2, linger=2)
         assert time.monotonic() - began < 1
         server.start()  # takes seconds: the shipper finds nobody at first
         assert np.percentile(training(journal, range(1, 1200)), 99) < patience
         server.wait()
-        until(lambda: "train/m" in State.load(directory).last, 30, directory)
+        until(lambda: "train/m" in SyncState.load(directory).last, 30, directory)
         server.stop() if how == "killed" else server.hold()
         assert np.percentile(training(journal, range(1200, 1800)), 99) < patience
         journal.write("end", status="finished", step=1799)
@@ -132,7 +132,7 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
     server.wait()
     assert sync.sync(directory) == (True, f"MLflow has all of it ({server.uri})")
     assert rows(server.uri, directory) == expected(directory)
-    assert client(server.uri).get_run(State.load(directory).run_id).info.status == "FINISHED"
+    assert client(server.uri).get_run(SyncState.load(directory).run_id).info.status == "FINISHED"
 
 
 class Sick(http.server.BaseHTTPRequestHandler):
@@ -181,7 +181,7 @@ def test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled(server:
     assert trainer.stdout
     shipper = int(trainer.stdout.readline())
     try:
-        until(lambda: "500" in State.load(directory).trouble, 30, directory)
+        until(lambda: "500" in SyncState.load(directory).trouble, 30, directory)
         Sick.mood = "lost"
         until(lambda: Sick.lost > 0, 30, directory)
         time.sleep(1)
@@ -190,7 +190,7 @@ def test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled(server:
     finally:
         trainer.kill()
         trainer.wait()
-    known = State.load(directory)
+    known = SyncState.load(directory)
     assert known.last.get("train/loss", -1) < 399 and rows(server.uri, directory)[("train/loss", 1)] == [0.5]
     Sick.mood = "well"
     assert sync.sync(directory).done

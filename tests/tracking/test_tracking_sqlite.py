@@ -20,7 +20,7 @@ from trainer.analysis.report import where_to_look
 from trainer.journal.reader import read
 from trainer.journal.writer import Journal
 from trainer.tracking import sync
-from trainer.tracking.state import State
+from trainer.tracking.state import SyncState
 from trainer.tracking.upload import FIRST
 
 pytestmark = [slow_server, pytest.mark.dist]
@@ -41,7 +41,7 @@ def test_sqlite_default_has_everything_once(default_run: Path):
         ("system/node-b.cluster/cpu_utilization_percentage", 30),
     } <= set(found)
     assert not any("ranks" in key or "per_class" in key for key, _ in found)
-    mlflow, state = client(uri), State.load(default_run)
+    mlflow, state = client(uri), SyncState.load(default_run)
     run = mlflow.get_run(state.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "tri" and state.trouble == ""
     assert run.data.params["optim.lr"] == "0.001" and run.data.tags["commit"] == "c0ffee"
@@ -60,7 +60,7 @@ def test_compare_reads_an_experiment_here_or_from_mlflow(default_run: Path, tmp_
     uri = f"sqlite:///{default_run.parent}/mlflow.db"
     assert from_mlflow("trilevel", tmp_path, uri) == ([default_run], [])
     state = (default_run / "mlflow.json").read_text()
-    (default_run / "mlflow.json").write_text(state.replace(State.load(default_run).run_id, "0" * 32))
+    (default_run / "mlflow.json").write_text(state.replace(SyncState.load(default_run).run_id, "0" * 32))
     try:  # the folder is another run's by now
         (here,), _ = from_mlflow("trilevel", tmp_path / "other", uri)
         assert here.parent == tmp_path / "other"
@@ -105,7 +105,7 @@ def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tm
     write(directory, [whole[0] | start_line() | {"time": whole[0]["time"]}, *first])
 
     assert sync.sync(directory).done
-    state = State.load(directory)
+    state = SyncState.load(directory)
     assert client(uri).get_run(state.run_id).info.status == "KILLED"  # it has been silent for years
     state.offset, state.last = 0, {}  # as if the shipper had been killed before it noted what had arrived
     state.save(directory)
@@ -121,7 +121,7 @@ def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tm
     assert found == expected(directory)
     assert ("train/loss", 30) in found and {len(values) for values in found.values()} == {1}
     run = client(uri).get_run(state.run_id)
-    assert State.load(directory).run_id == state.run_id and run.info.status == "FINISHED"
+    assert SyncState.load(directory).run_id == state.run_id and run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.001" and run.data.tags["param_drift.optim.lr"] == "attempt 1: 0.001 -> 0.0005"
     assert run.data.tags["attempts"] == "2"
 
@@ -133,7 +133,7 @@ def test_training_killed_the_shipper_brings_the_rest_and_ends(default_run: Path,
     trainer = followed(directory)
     assert trainer.stdout
     shipper = psutil.Process(int(trainer.stdout.readline()))
-    until(lambda: State.load(directory).last, 30, directory)
+    until(lambda: SyncState.load(directory).last, 30, directory)
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler ends a job by signals to all of its processes
         shipper.send_signal(number)
     done, message = sync.sync(directory)
@@ -143,7 +143,7 @@ def test_training_killed_the_shipper_brings_the_rest_and_ends(default_run: Path,
     assert psutil.wait_procs([shipper], timeout=20)[0]
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert rows(uri, directory) == expected(directory)
-    assert client(uri).get_run(State.load(directory).run_id).info.status == "KILLED"
+    assert client(uri).get_run(SyncState.load(directory).run_id).info.status == "KILLED"
 
 
 def test_deleted_run_is_said_and_a_refused_metric_holds_nothing_up(
@@ -156,9 +156,9 @@ def test_deleted_run_is_said_and_a_refused_metric_holds_nothing_up(
     write(directory, lines(epochs=1, sparse=False))
     monkeypatch.setattr("trainer.tracking.metrics._key", lambda name: name.replace("/loss", "/loss!"))
     assert sync.sync(directory).done
-    assert State.load(directory).refused == 5 + 2  # train/loss at five log steps, eval/loss of both
+    assert SyncState.load(directory).refused == 5 + 2  # train/loss at five log steps, eval/loss of both
     assert ("train/lr", 10) in rows(uri, directory) and ("train/loss!", 10) not in rows(uri, directory)
-    client(uri).delete_run(State.load(directory).run_id)
+    client(uri).delete_run(SyncState.load(directory).run_id)
     write(directory, [{"kind": "step", "time": 1.8e9, "attempt": 0, "step": 11, "lr": 1.0}])
     done, message = sync.sync(directory)
     assert not done and "was deleted there: delete mlflow.json" in message

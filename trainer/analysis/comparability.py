@@ -14,7 +14,7 @@ from trainer.config.run_config import flat
 
 NAMED = 4  # runs named in a sentence; beyond, their number
 # settings that touch neither a result nor a time
-INDIFFERENT = frozenset({"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers"})
+IGNORED_SETTINGS = frozenset({"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers"})
 
 Start = dict[str, Any]
 _FACTS: tuple[tuple[str, Callable[[Start], Any], str], ...] = (
@@ -30,7 +30,7 @@ _FACTS: tuple[tuple[str, Callable[[Start], Any], str], ...] = (
 )
 
 
-def objections(runs: Sequence[History]) -> list[str]:
+def caveats(runs: Sequence[History]) -> list[str]:
     """Why these runs may not be compared, or only in part, one sentence each; empty when nothing stands against it."""
     names = [run.name if [r.name for r in runs].count(run.name) == 1 else str(run.directory) for run in runs]
     found = []
@@ -77,7 +77,7 @@ def _changed(before: Start, after: Start) -> list[str]:
     a, b = flat(before.get("config") or {}), flat(after.get("config") or {})
     own = {what for what, read, _ in _FACTS if read(before) == read(after)}
     found = [f"{what} {_said(read(before))} -> {_said(read(after))}" for what, read, _ in _FACTS if what not in own]
-    keys = [key for key in a | b if key not in INDIFFERENT and not key.startswith("tracking.")]
+    keys = [key for key in a | b if key not in IGNORED_SETTINGS and not key.startswith("tracking.")]
     return found + [f"{key} {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
 

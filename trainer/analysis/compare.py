@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.analysis.comparability import INDIFFERENT, fingerprint, objections
+from trainer.analysis.comparability import IGNORED_SETTINGS, caveats, fingerprint
 from trainer.analysis.history import History, Point, history
 from trainer.config.run_config import flat
 
@@ -37,7 +37,7 @@ class NothingToCompare(ValueError):
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanInterval:
     """A number over the runs of a group. sd: sample standard deviation; low, high: 95 % interval of the mean; nan for one run."""
 
     mean: float
@@ -47,7 +47,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: list[float]) -> MeanInterval:
         known = [value for value in values if not math.isnan(value)]
         if len(known) < 2:
             return cls(known[0] if known else math.nan, math.nan, math.nan, math.nan, len(known))
@@ -58,18 +58,18 @@ class Spread:
         return cls(mean, sd, mean - half, mean + half, len(known))
 
     @classmethod
-    def of_ratios(cls, values: list[float]) -> Spread:
+    def of_ratios(cls, values: list[float]) -> MeanInterval:
         """Of how many times one is the other: in logarithms, so that half and double are equally far from 1 and none is below 0."""
         spread = cls.of([math.log(value) for value in values])
         return cls(math.exp(spread.mean), math.nan, math.exp(spread.low), math.exp(spread.high), spread.count)
 
-    def alone(self) -> Spread:
+    def alone(self) -> MeanInterval:
         """Without the interval."""
         return replace(self, sd=math.nan, low=math.nan, high=math.nan)
 
 
 @dataclass(frozen=True)
-class Against:
+class Difference:
     """A group against the base, paired by seed where both have the seeds (`paired` of them), else each with each, without intervals.
 
     top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
@@ -77,10 +77,10 @@ class Against:
     """
 
     paired: int
-    top1: Spread
-    whole: dict[str, Spread]
-    equal: dict[str, Spread]
-    at: Spread
+    top1: MeanInterval
+    whole: dict[str, MeanInterval]
+    equal: dict[str, MeanInterval]
+    at: MeanInterval
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Group:
 
     name: str
     runs: tuple[History, ...]
-    against: Against | None  # None for the base
+    against: Difference | None  # None for the base
 
-    def spread(self, value: Any) -> Spread:
-        return Spread.of([value(run) for run in self.runs])
+    def spread(self, value: Any) -> MeanInterval:
+        return MeanInterval.of([value(run) for run in self.runs])
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
     Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
     """
     read = [history(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)]
-    scored = [run for run in read if score(run)]
+    scored = [run for run in read if evaluations(run)]
     if not scored:
         said = ", ".join(str(run.directory) for run in read) or "no runs given"
         raise NothingToCompare(f"no evaluation in {said}: let a run come to its first evaluation (evaluate.every)")
@@ -131,7 +131,7 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
     left = [f"left out, without an evaluation: {run.directory}" for run in read if run not in scored]
     left += [f"left out, without a journal in MLflow: {name}; bring it there by trilevel sync RUN" for name in missing]
-    return Comparison(found[0], tuple(found), (*left, *objections([run for group in found for run in group.runs])))
+    return Comparison(found[0], tuple(found), (*left, *caveats([run for group in found for run in group.runs])))
 
 
 def dense(run: History) -> bool:
@@ -139,7 +139,7 @@ def dense(run: History) -> bool:
     return all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
 
 
-def score(run: History) -> list[Point]:
+def evaluations(run: History) -> list[Point]:
     """Evaluations that count for the run: of the moving average where there is one."""
     return run.evals(ema=True) or run.evals(ema=False)
 
@@ -149,13 +149,13 @@ def seed(run: History) -> int:
 
 
 def final(run: History) -> float:
-    return float(score(run)[-1]["top1"])
+    return float(evaluations(run)[-1]["top1"])
 
 
-def reached(run: History, top1: float, cost: str) -> float:
+def cost_to_reach(run: History, top1: float, cost: str) -> float:
     """What it took to come to `top1` first, between two evaluations by straight line; nan where it never did or nobody counted."""
     before: tuple[float, float] | None = None  # (cost, best so far)
-    for point in score(run):
+    for point in evaluations(run):
         here = (COSTS[cost](point), float(point["top1"]))
         if here[1] >= top1:
             if before is None or here[1] == before[1]:
@@ -165,23 +165,25 @@ def reached(run: History, top1: float, cost: str) -> float:
     return math.nan
 
 
-def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Against:
+def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
     """Hold the runs of a group against those of the base."""
     seeds = {seed(run): run for run in base}
     pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
     paired = len(pairs)
     pairs = pairs or [(theirs, run) for theirs in base for run in ours]
-    tops = [min(max(float(p["top1"]) for p in score(a)), max(float(p["top1"]) for p in score(b))) for a, b in pairs]
+    tops = [min(max(float(p["top1"]) for p in evaluations(a)), max(float(p["top1"]) for p in evaluations(b))) for a, b in pairs]
     whole, equal = {}, {}
     for cost, read in COSTS.items():
-        whole[cost] = Spread.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
+        whole[cost] = MeanInterval.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
         both = zip(pairs, tops, strict=True)
-        equal[cost] = Spread.of_ratios([_ratio(reached(a, top, cost), reached(b, top, cost)) for (a, b), top in both])
-    top1, at = Spread.of([final(b) - final(a) for a, b in pairs]), Spread.of(tops)
+        equal[cost] = MeanInterval.of_ratios(
+            [_ratio(cost_to_reach(a, top, cost), cost_to_reach(b, top, cost)) for (a, b), top in both]
+        )
+    top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs]), MeanInterval.of(tops)
     if not paired:  # each with each: the pairs are not independent, so no interval
         top1, at = top1.alone(), at.alone()
         whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))
-    return Against(paired, top1, whole, equal, at)
+    return Difference(paired, top1, whole, equal, at)
 
 
 def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[list[Path], list[str]]:
@@ -213,7 +215,7 @@ def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[li
 def _sameness(run: History) -> str:
     """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
     config = {
-        key: value for key, value in flat(run.config).items() if key not in INDIFFERENT and not key.startswith("tracking.")
+        key: value for key, value in flat(run.config).items() if key not in IGNORED_SETTINGS and not key.startswith("tracking.")
     }
     known = [run.name] if not run.config else []
     data = [fingerprint(run.start, split) for split in ("train", "validation")]

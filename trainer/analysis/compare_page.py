@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from trainer.analysis.compare import Comparison, Spread, final, seed
+from trainer.analysis.compare import Comparison, MeanInterval, final, seed
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
 from trainer.analysis.history import History
 from trainer.analysis.units import duration
@@ -47,7 +47,7 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
         }
         for kept in ("examples", "tokens", "connections"):
             shares = [share for run in group.runs if (share := run.mean_share(kept)) is not None]
-            row[f"{kept} %"] = _plus_minus(Spread.of(shares).alone(), 100, "{:.0f}")
+            row[f"{kept} %"] = _plus_minus(MeanInterval.of(shares).alone(), 100, "{:.0f}")
         for name, cost in (
             ("whole run: time x", "time"),
             ("whole run: device hours x", "device hours"),
@@ -163,14 +163,14 @@ def _highest(run: History, name: str) -> float:
     return max((float(point[name]) for point in run.of("step") if point.get(name) is not None), default=math.nan)
 
 
-def _plus_minus(spread: Spread, factor: float, form: str) -> str:
+def _plus_minus(spread: MeanInterval, factor: float, form: str) -> str:
     if math.isnan(spread.mean):
         return ""
     said = form.format(factor * spread.mean)
     return said if math.isnan(spread.sd) else f"{said} ± {form.format(factor * spread.sd).lstrip('+')}"
 
 
-def _interval(spread: Spread, factor: float, form: str) -> str:
+def _interval(spread: MeanInterval, factor: float, form: str) -> str:
     if math.isnan(spread.mean):
         return ""
     said = form.format(factor * spread.mean)

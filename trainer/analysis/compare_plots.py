@@ -10,7 +10,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer.analysis.compare import COSTS, Comparison, Group, score
+from trainer.analysis.compare import COSTS, Comparison, Group, evaluations
 from trainer.analysis.report_plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
@@ -34,7 +34,7 @@ def accuracy(comparison: Comparison) -> str:
             scale, unit = _device_unit(longest)
         for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
             for i, run in enumerate(group.runs):
-                x, y = [read(point) / scale for point in score(run)], [100 * point["top1"] for point in score(run)]
+                x, y = [read(point) / scale for point in evaluations(run)], [100 * point["top1"] for point in evaluations(run)]
                 axes.plot(x, y, line, color=color, linewidth=1.8, alpha=0.85, label=group.name if i == 0 else None)
                 axes.plot(x[-1:], y[-1:], "o", color=color, markersize=4)
         axes.set_xlabel(TITLES[cost] + unit)
@@ -93,7 +93,7 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
 
 
 def _of_classes(group: Group) -> list[float]:
-    lists = [score(run)[-1].get("per_class") for run in group.runs]
+    lists = [evaluations(run)[-1].get("per_class") for run in group.runs]
     known = [values for values in lists if isinstance(values, list)]
     return [sum(column) / len(known) for column in zip(*known, strict=True)] if known and len(known) == len(lists) else []
 

@@ -22,7 +22,7 @@ from trainer.model.evaluate import Scores, evaluate
 from trainer.model.schedule import last_plan
 
 
-class Row(NamedTuple):
+class DensityResult(NamedTuple):
     """density, connections: shares of tokens and keys kept at each pruning block. tokens: in the last block. gmacs: of one image's
     forward pass / 1e9."""
 
@@ -33,9 +33,9 @@ class Row(NamedTuple):
     scores: Scores
 
 
-class Rows(NamedTuple):
+class DensityResults(NamedTuple):
     model: str
-    rows: list[Row]
+    rows: list[DensityResult]
 
     def table(self) -> Table:
         table = Table(title=self.model, title_justify="left")
@@ -68,7 +68,9 @@ class Rows(NamedTuple):
         return {"model": self.model, "top1": first.top1, "top5": first.top5, "images": first.images, "rows": rows}
 
 
-def score(model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None) -> Rows:
+def score(
+    model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None
+) -> DensityResults:
     """Score `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
     `config` None: the run's own, with `overrides`. densities: shares of tokens, with all connections kept; None: the final plan of the
@@ -91,8 +93,10 @@ def score(model: str, config: Config | None, densities: list[float] | None = Non
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             scores = evaluate(network, Validation(index, config, 0, 1), plan, config, device)
         cost = cost_of(network, plan)
-        rows.append(Row(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores))
-    return Rows(model, rows)
+        rows.append(
+            DensityResult(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores)
+        )
+    return DensityResults(model, rows)
 
 
 def _refuse_change(text: str) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sparsity.examples.forgetting import Forgetting
-from sparsity.types import Keys
+from sparsity.types import VisibleKeys
 from trainer.analysis.forgotten_examples import contact_sheet
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
@@ -35,7 +35,7 @@ FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to
 WIDTH = 2.4  # inches of a panel
 
 
-class Looked(NamedTuple):
+class TokenView(NamedTuple):
     """One image through the network. pixels: (S, S, 3) uint8. grid: patches down and across. kept: {block: (k,) patch ids, rising}.
     seen: {block: (j,) ids of the tokens that the chosen one sees from there on, -1 for a fused one}; a block where it no longer
     lives has none. keys: {block: how many tokens there are to be seen}."""
@@ -71,18 +71,18 @@ class Viewer:
         )
 
     @torch.no_grad()
-    def look(self, image: Path | str, token: int | None = None) -> Looked:
+    def look(self, image: Path | str, token: int | None = None) -> TokenView:
         """token: a patch id, counted from 0 in reading order; None: the survivor nearest to the middle. Raises ConfigError."""
         try:
             pixels = self.transform(memoryview(Path(image).read_bytes())).pixels
         except (OSError, ValueError) as error:
             raise ConfigError(f"show {image}: not readable as an image: {error}") from error
         images = normalise(pixels[None], self.config.augment)
-        record = self.model(images, self.plan, frozenset({"kept", "keys"}))
+        output = self.model(images, self.plan, frozenset({"kept", "keys"}))
         across, down = self.model.vit.patch_embed.grid_size[::-1]
         if token is not None and not 0 <= token < across * down:
             raise ConfigError(f"--token {token}: this network has patches 0 to {across * down - 1}, in reading order")
-        orders = {block: ids[0].numpy() for block, ids in record.kept.items()}  # fused tokens have id -1
+        orders = {block: ids[0].numpy() for block, ids in output.kept.items()}  # fused tokens have id -1
         last = orders[max(orders)]
         if token is None:
             survivors = last[last >= 0]
@@ -91,12 +91,12 @@ class Viewer:
         seen = {}
         for block, ids in orders.items():
             if token in ids:
-                among = _visible(record.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
+                among = _visible(output.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
                 seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
         kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
-        predicted = int(record.logits[0].argmax())
+        predicted = int(output.logits[0].argmax())
         keys = {block: len(ids) for block, ids in orders.items()}
-        return Looked(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen, keys)
+        return TokenView(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen, keys)
 
     @property
     def faded(self) -> str:
@@ -138,7 +138,7 @@ def show(
     return paths
 
 
-def draw(looked: Looked, path: Path, title: str) -> Path:
+def draw(looked: TokenView, path: Path, title: str) -> Path:
     """Upper row: the image, then what is left after each pruning block. Lower row, with level 3: what the chosen token sees."""
     blocks = sorted(looked.kept)
     total = looked.grid[0] * looked.grid[1]
@@ -177,7 +177,7 @@ def _config(run: Path | str, overrides: Sequence[str]) -> Config:
     return load(path, list(overrides))
 
 
-def _visible(keys: Keys | None, patch: int, num_prefix: int) -> np.ndarray | None:
+def _visible(keys: VisibleKeys | None, patch: int, num_prefix: int) -> np.ndarray | None:
     """Positions among the patches that are left which the patch at position `patch` sees; None: all."""
     if keys is None:
         return None
@@ -189,7 +189,7 @@ def _visible(keys: Keys | None, patch: int, num_prefix: int) -> np.ndarray | Non
     return (positions[positions >= num_prefix] - num_prefix).numpy()
 
 
-def _panel(axes: Axes, looked: Looked, bright: np.ndarray | None, title: str) -> None:
+def _panel(axes: Axes, looked: TokenView, bright: np.ndarray | None, title: str) -> None:
     """The image; patches that are not `bright` fade."""
     pixels = looked.pixels.astype(np.float32)
     if bright is not None:
@@ -203,7 +203,7 @@ def _panel(axes: Axes, looked: Looked, bright: np.ndarray | None, title: str) ->
     axes.set_title(title, fontsize=9)
 
 
-def _mark(axes: Axes, looked: Looked, patches: Any, color: str) -> None:
+def _mark(axes: Axes, looked: TokenView, patches: Any, color: str) -> None:
     wide, high = looked.pixels.shape[1] / looked.grid[1], looked.pixels.shape[0] / looked.grid[0]
     for patch in patches:
         x, y = _middle(looked, int(patch))
@@ -211,7 +211,7 @@ def _mark(axes: Axes, looked: Looked, patches: Any, color: str) -> None:
         axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, linewidth=2.0 if color == CHOSEN else 0.9))
 
 
-def _middle(looked: Looked, patch: int) -> tuple[float, float]:
+def _middle(looked: TokenView, patch: int) -> tuple[float, float]:
     """x, y in pixels of a patch's middle."""
     across = looked.grid[1]
     wide, high = looked.pixels.shape[1] / across, looked.pixels.shape[0] / looked.grid[0]

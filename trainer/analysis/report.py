@@ -18,7 +18,7 @@ from trainer.analysis.units import duration
 KEPT = ("examples", "tokens", "connections")
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     what: str
     value: str
     note: str
@@ -29,7 +29,7 @@ class Summary:
     """The closing table of a run in three forms: `table` for a terminal, `text` for a log, `markdown` for a page."""
 
     title: str
-    rows: list[Row]
+    rows: list[ReportRow]
 
     @property
     def table(self) -> Table:
@@ -62,33 +62,35 @@ def summary(run: Path | str | History) -> Summary:
     if run.images_per_second:
         steps = [point["images_per_second"] for point in run.of("step") if point.get("images_per_second")]
         note = f"in training; {steps[0]:,.0f} at the start, {steps[-1]:,.0f} at the end" if steps else "in training"
-        rows.append(Row("images/s", f"{run.images_per_second:,.0f}", note))
+        rows.append(ReportRow("images/s", f"{run.images_per_second:,.0f}", note))
     for kept in KEPT:
         mean = run.mean_share(kept)
         if mean is not None:
             note = f"{_over(kept)}; {100 * run.shares(kept)[-1][1]:.1f} % at the end"
-            rows.append(Row(f"kept {kept}", f"{100 * mean:.1f} %", note))
+            rows.append(ReportRow(f"kept {kept}", f"{100 * mean:.1f} %", note))
     saved = run.saved
     if saved is not None:
         rows.append(
-            Row("multiply-adds", f"{last.multiply_adds:.3g}", f"forward, {100 * saved:.1f} % less than dense on every example")
+            ReportRow(
+                "multiply-adds", f"{last.multiply_adds:.3g}", f"forward, {100 * saved:.1f} % less than dense on every example"
+            )
         )
     rows += _certified(run)
     world = int(run.start.get("world", 1))
     rows.append(
-        Row("time", duration(last.elapsed), f"{duration(last.trained)} of it in training steps; {last.images:,} images")
+        ReportRow("time", duration(last.elapsed), f"{duration(last.trained)} of it in training steps; {last.images:,} images")
     )
     rows += _machine(run)
     rows.append(
-        Row("device hours", f"{last.device_seconds / 3600:.3g}", f"{world} process{'es' * (world > 1)}, {_device(run)}")
+        ReportRow("device hours", f"{last.device_seconds / 3600:.3g}", f"{world} process{'es' * (world > 1)}, {_device(run)}")
     )
     broken = len(run.of("broken"))
     if broken:
-        rows.append(Row("broken images", f"{broken:,}", "named in the journal"))
+        rows.append(ReportRow("broken images", f"{broken:,}", "named in the journal"))
     if skipped := len(run.of("skipped")):
-        rows.append(Row("skipped steps", f"{skipped:,}", "their loss or gradient was not finite; named in the journal"))
+        rows.append(ReportRow("skipped steps", f"{skipped:,}", "their loss or gradient was not finite; named in the journal"))
     if run.attempts > 1:
-        rows.append(Row("attempts", str(run.attempts), "what killed attempts did in vain is left out"))
+        rows.append(ReportRow("attempts", str(run.attempts), "what killed attempts did in vain is left out"))
     status = run.status + (f": {run.reason}" if run.reason else "")
     return Summary(f"{run.name}: {status}, {last.step:,} steps, epoch {last.progress:g}", rows)
 
@@ -118,7 +120,7 @@ def where_to_look(directory: Path | str) -> str:
     return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/#/{page}"
 
 
-def _accuracy(run: History) -> list[Row]:
+def _accuracy(run: History) -> list[ReportRow]:
     rows = []
     for ema, name in ((False, "top-1"), (True, "top-1, EMA")):
         evals = run.evals(ema)
@@ -126,11 +128,11 @@ def _accuracy(run: History) -> list[Row]:
             best = max(evals, key=lambda point: point["top1"])
             count = f"of {evals[-1]['images']:,} images" if evals[-1].get("images") else "of the validation set"
             note = f"{count}; best {100 * best['top1']:.2f} % at epoch {best.progress:g}"
-            rows.append(Row(name, f"{100 * evals[-1]['top1']:.2f} %", note))
+            rows.append(ReportRow(name, f"{100 * evals[-1]['top1']:.2f} %", note))
     return rows
 
 
-def _machine(run: History) -> list[Row]:
+def _machine(run: History) -> list[ReportRow]:
     """Use of the device and of the time; nothing of what the journal doesn't tell."""
     told = [step.line for step in run.of("step")]
     rows = []
@@ -138,7 +140,7 @@ def _machine(run: History) -> list[Row]:
     if mfu:
         rate = run.start.get("matrix_tflops")
         of = f"of {rate:.3g} TFLOP/s that a device reached in products of matrices at the start" if rate else "of a device"
-        rows.append(Row("MFU", f"{100 * median(mfu):.1f} %", of))
+        rows.append(ReportRow("MFU", f"{100 * median(mfu):.1f} %", of))
     phases: dict[str, list[float]] = {}
     for line in told:
         for phase, spread in (line.get("phases") or {}).items():
@@ -147,16 +149,18 @@ def _machine(run: History) -> list[Row]:
         found = {phase: median(shares) for phase, shares in phases.items()}
         most = max((phase for phase in found if phase != "communication"), key=found.__getitem__)
         rest = ", ".join(f"{_named(phase)} {100 * share:.0f}" for phase, share in found.items() if phase != most)
-        rows.append(Row(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
+        rows.append(ReportRow(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
     last = told[-1] if told else {}
     if last.get("goodput") is not None:
         first = next((line["time_to_first_step"] for line in told if "time_to_first_step" in line), None)
         note = "of the wall time of all attempts was steps that count"
         rows.append(
-            Row("goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else ""))
+            ReportRow(
+                "goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else "")
+            )
         )
     if last.get("energy_kwh") is not None:
-        rows.append(Row("energy", f"{last['energy_kwh']:.3g} kWh", "of the devices, by NVML"))
+        rows.append(ReportRow("energy", f"{last['energy_kwh']:.3g} kWh", "of the devices, by NVML"))
     return rows
 
 
@@ -164,10 +168,14 @@ def _named(phase: str) -> str:
     return "communication (exposed)" if phase == "communication" else phase.replace("_", " ")
 
 
-def _certified(run: History) -> list[Row]:
+def _certified(run: History) -> list[ReportRow]:
     """What the run measured against its own dense control; nothing before a plateau was timed."""
     found = savings_of(run.directory) if any("measured" in line.line for line in run.of("control")) else None
-    return [] if found is None or found.speedup is None else [Row("speedup, certified", f"{found.speedup:.3f}x", found.text())]
+    return (
+        []
+        if found is None or found.speedup is None
+        else [ReportRow("speedup, certified", f"{found.speedup:.3f}x", found.text())]
+    )
 
 
 def _over(kept: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from sparsity.types import Record
+from sparsity.types import ModelOutput
 from trainer.bench.result import stats
 from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix
@@ -37,23 +37,23 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
     mix = draw_mix(config.augment, config.seed, 0, config.model.image_size)
     logits = torch.randn(rows, config.model.classes, generator=torch.Generator().manual_seed(0)).to(device)
     spread = torch.rand(rows, 49, generator=torch.Generator().manual_seed(1)).to(device) if level.wants_spread else None
-    record = Record(logits, spread, None, None, None)
+    output = ModelOutput(logits, spread, None, None, None)
     losses = objective.losses(logits, objective.targets(batch.labels, mix, batch.weights))
 
     def one() -> None:
-        level.observe(*objective.credit(batch, record, losses, mix))
+        level.observe(*objective.credit(batch, output, losses, mix))
 
     for _ in range(WARM_UP):
         one()
     times = [_timed(one, device) for _ in range(STEPS)]
     return stats(times, "ms of bookkeeping") | {
-        "megabytes": level.held_bytes / 1e6,
+        "megabytes": level.state_bytes / 1e6,
         "examples": examples,
         "method": config.examples.method,
     }
 
 
-def told(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any]) -> str:
     """The row for a person."""
     return (
         f"bookkeeping of examples ({row['method']}): {row['median']:.3f} ms a step ({row['min']:.3f} - {row['max']:.3f}), "
@@ -96,6 +96,6 @@ def _batch(rows: int, examples: int, config: Config, device: torch.device) -> Ba
     nothing = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(
         images=torch.zeros(rows, 0), labels=ids % config.model.classes, ids=ids, copies=nothing, weights=torch.ones(rows),
-        flip=nothing, erase=nothing, draw=ids, broken=[],
+        flip=nothing, erase=nothing, rng_keys=ids, broken=[],
     )  # fmt: skip
     return Batch(*(field.to(device) for field in batch[:-1]), broken=[])

@@ -18,21 +18,21 @@ from trainer.bench.bookkeeping import stand_in
 from trainer.bench.result import BenchResult, stats
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
 from trainer.model.build import build_examples, build_model
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
 from trainer.model.weights import save_weights
-from trainer.run.checkpointer import Saver
-from trainer.run.recorder import Records
+from trainer.run.checkpointer import Checkpointer
+from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
 
 EXAMPLES = 1_281_167  # ImageNet's, whose statistics are saved too
 HOUR = 3600.0
 
 
-class Told:
+class RecorderStub:
     """Stands for the run's records: keeps what a save tells."""
 
     def __init__(self, directory: Path):
@@ -58,23 +58,23 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
     Rows `blocking`, `writing`: seconds of a save; `bytes`: MiB on the disk.
     """
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    steps = Steps(2, 1, 2)
-    engine = Engine(config.engine, steps, config.optim.clip)
+    batch_split = BatchSplit(2, 1, 2)
+    engine = Engine(config.engine, batch_split, config.optim.clip)
     model = build_model(config)
     engine.prepare(model, build_optimizer(model, config.optim))
     ema = Ema(model.vit, config.optim.ema)
     level = build_examples(config, stand_in(examples, config.model.classes))
-    selection = level.select(0, engine.gather)
+    selection = level.select(0, engine.all_gather)
     _step(engine, config)
     folder = Path(tempfile.mkdtemp(prefix=".bench-checkpoint-", dir=_made(Path(config.runs)))) if engine.is_main else Path()
-    told = Told(folder)
+    told = RecorderStub(folder)
     try:
-        saver = Saver(config, engine, cast(Records, told), Stop(), "bench", ema, level)
+        checkpointer = Checkpointer(config, engine, cast(Recorder, told), Stop(), "bench", ema, level)
         for number in range(saves + 1):  # the first one warms up
-            saver.save(TrainState(step=number + 1), selection, last=False)
-            while saver.writing:  # here nobody waits for it, as in training
+            checkpointer.save(TrainState(step=number + 1), selection, last=False)
+            while checkpointer.writing:  # here nobody waits for it, as in training
                 time.sleep(0.01)
-            saver.wait()
+            checkpointer.wait()
     finally:
         if engine.is_main:
             shutil.rmtree(folder)
@@ -98,8 +98,8 @@ def _step(engine: Engine, config: Config) -> None:
     """One step, so that the optimizer has a state."""
     size = config.model.image_size
     images = torch.randn(2, 3, size, size, device=engine.device)
-    draw = torch.arange(2, device=engine.device)
-    logits = engine.forward(images, DENSE, frozenset(), draw).logits
+    rng_keys = torch.arange(2, device=engine.device)
+    logits = engine.forward(images, DENSE, frozenset(), rng_keys).logits
     logits = logits[0] if isinstance(logits, tuple) else logits
     engine.backward(logits.float().square().mean(), last=True)
     engine.step()

@@ -24,7 +24,7 @@ from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
 from trainer.model.build import build_model
 from trainer.model.objective import Objective
@@ -97,8 +97,8 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
 def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict[str, dict[str, Any]], Engine]:
     steps: dict[str, Step] = {}
     found: dict[str, dict[str, Any]] = {}
-    engine = Engine(config.engine.model_copy(update={"kind": "ddp", "zero": 0, "deepspeed": None}), Steps(count, 1, count))
-    engine.forget()  # speaks for the world below; its model is never used
+    engine = Engine(config.engine.model_copy(update={"kind": "ddp", "zero": 0, "deepspeed": None}), BatchSplit(count, 1, count))
+    engine.release_accelerate_state()  # speaks for the world below; its model is never used
     for name in names:
         before = _memory(engine.device, peak=False)
         try:
@@ -112,7 +112,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             continue
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
     own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds)
-    everyones = engine.everyones([own])
+    everyones = engine.all_gather_objects([own])
     times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in everyones), strict=True)] for name in own}
     for name, seconds in times.items():
         ratios = [mine / bare for mine, bare in zip(seconds, times[BARE], strict=True)]
@@ -137,19 +137,19 @@ def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
     settings = config.resolved()
     settings["engine"] |= {"kind": kind, "zero": zero}
     config = parse(settings, f"engine.kind={kind}, engine.zero={zero}")  # refuses what does not go together
-    engine = Engine(config.engine, Steps(count, 1, count), config.optim.clip)
+    engine = Engine(config.engine, BatchSplit(count, 1, count), config.optim.clip)
     try:
         network = build_model(config)
         engine.prepare(network, build_optimizer(network, config.optim))
     finally:
-        engine.forget()
+        engine.release_accelerate_state()
     at_hand, objective = _batch(config, count, engine.device), Objective(config)
     total = count * engine.world
 
     def one() -> None:
-        images, targets, draw, plan = at_hand
-        record = engine.forward(images, plan, frozenset(), draw)
-        engine.backward(objective.losses(record.logits, targets).sum() / total, last=True)
+        images, targets, rng_keys, plan = at_hand
+        output = engine.forward(images, plan, frozenset(), rng_keys)
+        engine.backward(objective.losses(output.logits, targets).sum() / total, last=True)
         engine.step()
 
     return one
@@ -165,13 +165,13 @@ def _bare(config: Config, count: int, device: torch.device) -> Step:
         network = network.bfloat16()
     optimizer = build_optimizer(network, config.optim)
     objective = Objective(config)
-    (images, targets, draw, plan), parameters = _batch(config, count, device), list(network.parameters())
+    (images, targets, rng_keys, plan), parameters = _batch(config, count, device), list(network.parameters())
     images = images.bfloat16() if half else images
 
     def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "autocast"):
-            record = network(images, plan, frozenset(), draw)
-        objective.losses(record.logits, targets).mean().backward()
+            output = network(images, plan, frozenset(), rng_keys)
+        objective.losses(output.logits, targets).mean().backward()
         if config.optim.clip:
             nn.utils.clip_grad_norm_(parameters, config.optim.clip)
         optimizer.step()
@@ -207,13 +207,13 @@ def advice(config: Config, rows: dict[str, dict[str, Any]], count: int) -> str:
     mine = "ddp" if config.engine.kind == "ddp" else f"zero{config.engine.zero}"
     best = min(ratios, key=lambda name: ratios[name])
     fits = "this model fits" if best in ("ddp", "zero0") else "DDP does not fit or is no faster"
-    costs = ", ".join(f"{_told(name)} {ratio:.2f} x" for name, ratio in ratios.items())
+    costs = ", ".join(f"{_label(name)} {ratio:.2f} x" for name, ratio in ratios.items())
     if mine in ratios and ratios[mine] <= EQUAL * ratios[best]:
-        return f"{head}{fits}; against the bare loop {costs}: {_told(mine)}, as configured, is as good as any"
+        return f"{head}{fits}; against the bare loop {costs}: {_label(mine)}, as configured, is as good as any"
     return f"{head}{fits}; against the bare loop {costs}: take {_keys(best)}"
 
 
-def _told(name: str) -> str:
+def _label(name: str) -> str:
     return "DDP" if name == "ddp" else f"ZeRO {name[-1]}"
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sparsity import build, keyed_random
 from sparsity.examples import EXAMPLES
-from sparsity.types import Outcome, Plan, alone
-from trainer.config.schema import Augment
+from sparsity.types import Observation, Plan, single_process
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment.mixup import Mix, mix_images
-from trainer.data.augment.on_device import finish
+from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 
 
-class Finding(NamedTuple):
+class Deviation(NamedTuple):
     """One comparison: the largest difference seen and what is allowed."""
 
     what: str
@@ -37,18 +37,20 @@ class Finding(NamedTuple):
         return f"{'ok  ' if self.good else 'FAIL'}  {self.what:<58} {self.difference:.2e} (allowed {self.allowed:.0e})"
 
 
-def check(device: torch.device) -> Iterator[Finding]:
+def check(device: torch.device) -> Iterator[Deviation]:
     """Every device path against the CPU: keyed draws, augmentation, dense and pruned forward and backward passes, bookkeeping."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     keys = torch.arange(512) * 7919 - 12345
     yield _same("keyed uniform draws", lambda d: keyed_random.uniform(keys.to(d), 3, 5), device, 0.0)
     yield _same("keyed normal draws", lambda d: keyed_random.normal(keys.to(d), 9, shape=(16,)), device, 1e-5)
-    augment = Augment(erasing=1.0, mixup=0.8)
+    augment = AugmentConfig(erasing=1.0, mixup=0.8)
     batch = _batch(8, 32)
-    yield _same("normalise, flip, erase", lambda d: finish(_to(batch, d), augment), device, 1e-5)
+    yield _same("normalise, flip, erase", lambda d: augment_on_device(_to(batch, d), augment), device, 1e-5)
     mix = Mix(0.3, None)
-    yield _same("mixup", lambda d: mix_images(finish(_to(batch, d), augment), mix, batch.weights.to(d)), device, 1e-5)
+    yield _same(
+        "mixup", lambda d: mix_images(augment_on_device(_to(batch, d), augment), mix, batch.weights.to(d)), device, 1e-5
+    )
 
     plan = Plan(0.7, 0.5)
     for tokens, connections in (("all", "all"), ("topk", "all"), ("topk", "exact"), ("topk", "shared_keys"), ("tome", "all")):
@@ -62,9 +64,9 @@ def check(device: torch.device) -> Iterator[Finding]:
         yield from _bfloat16(device)
 
 
-def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Finding:
+def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Deviation:
     here, there = compute(torch.device("cpu")).double(), compute(device).cpu().double()
-    return Finding(what, float((here - there).abs().max() / here.abs().max().clamp(min=1e-12)), allowed)
+    return Deviation(what, float((here - there).abs().max() / here.abs().max().clamp(min=1e-12)), allowed)
 
 
 def _batch(rows: int, size: int) -> Batch:
@@ -78,7 +80,7 @@ def _batch(rows: int, size: int) -> Batch:
         weights=torch.ones(rows),
         flip=torch.arange(rows) % 2 == 0,
         erase=erase,
-        draw=torch.arange(rows) * 104729,
+        rng_keys=torch.arange(rows) * 104729,
         broken=[],
     )
 
@@ -108,14 +110,14 @@ def _network(device: torch.device, **settings: Any) -> Any:
 def _passes(device: torch.device, plan: Plan, what: str, **settings: Any) -> Tensor:
     network = _network(device, **settings)
     images = torch.from_numpy(np.random.default_rng(1).standard_normal((8, 3, 32, 32), dtype=np.float32)).to(device)
-    logits = network(images, plan, draw=torch.arange(8, device=device)).logits
+    logits = network(images, plan, rng_keys=torch.arange(8, device=device)).logits
     if what == "logits":
         return logits.detach()
     logits.square().mean().backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Finding]:
+def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Deviation]:
     images = torch.from_numpy(np.random.default_rng(2).standard_normal((8, 3, 32, 32), dtype=np.float32))
     kept = [
         _network(d, tokens="topk", blocks=(1, 2)).eval()(images.to(d), plan, frozenset({"kept"})).kept
@@ -123,28 +125,28 @@ def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Finding]:
     ]
     for block in kept[0]:
         differ = (kept[0][block].sort(-1).values != kept[1][block].cpu().sort(-1).values).float().mean()
-        yield Finding(f"patch ids kept at block {block} (share that differs)", float(differ), 0.01)
+        yield Deviation(f"patch ids kept at block {block} (share that differs)", float(differ), 0.01)
 
 
-def _bookkeeping(device: torch.device) -> Finding:
+def _bookkeeping(device: torch.device) -> Deviation:
     """Forgetting on the device and on the CPU from the same observations: the same examples are kept."""
     hashes = []
     for d in (torch.device("cpu"), device):
         labels = np.arange(200) % 10
         level = EXAMPLES["forgetting"](200, labels, epochs=12, seed=1, removed=0.2, swap=0.05, window=3, updates=2)
         for epoch in range(7):
-            chosen = level.select(epoch, alone)
+            chosen = level.select(epoch, single_process)
             ids = torch.arange(200)
             right = torch.from_numpy(np.random.default_rng(epoch).random(200) < 0.6)
             level.observe(
                 ids.to(d),
-                Outcome(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)),
+                Observation(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)),
             )
         hashes.append(chosen.facts["hash"])
-    return Finding("forgetting keeps the same examples", float(hashes[0] != hashes[1]), 0.0)
+    return Deviation("forgetting keeps the same examples", float(hashes[0] != hashes[1]), 0.0)
 
 
-def _bfloat16(device: torch.device) -> Iterator[Finding]:
+def _bfloat16(device: torch.device) -> Iterator[Deviation]:
     """bf16 autocast: our error against float64 is at most twice timm's own (docs/laws.md, law 1)."""
     images = torch.from_numpy(np.random.default_rng(3).standard_normal((16, 3, 32, 32), dtype=np.float32)).to(device)
     ours = _network(device).eval()
@@ -152,7 +154,7 @@ def _bfloat16(device: torch.device) -> Iterator[Finding]:
         exact = _network(device).double().eval().vit(images.double())
         with torch.autocast("cuda", torch.bfloat16):
             errors = [float((out.double() - exact).abs().max()) for out in (ours(images).logits, ours.vit(images))]
-    yield Finding("bf16 error against float64, ours / timm's", errors[0] / max(errors[1], 1e-12), 2.0)
+    yield Deviation("bf16 error against float64, ours / timm's", errors[0] / max(errors[1], 1e-12), 2.0)
 
 
 def main() -> int:

@@ -20,11 +20,11 @@ import numpy as np
 
 from sparsity.types import Selection
 from trainer.bench import input_peers
-from trainer.bench.input_peers import PEERS, Peer, Place
+from trainer.bench.input_peers import PEERS, Peer, PeerInput
 from trainer.bench.pixel_errors import pixel_errors
 from trainer.bench.result import SPREAD, BenchResult, stats
 from trainer.config.run_config import Config
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment import turbojpeg
 from trainer.data.errors import DataError
 from trainer.data.loader.dataset import opened
@@ -103,7 +103,7 @@ def ratios(rows: dict[str, dict[str, Any]], pairs: Iterable[tuple[str, str]]) ->
     ]
 
 
-def _rows(place: Place, config: Config, scratch: Path) -> dict[str, Callable[[], Peer]]:
+def _rows(place: PeerInput, config: Config, scratch: Path) -> dict[str, Callable[[], Peer]]:
     def short() -> Peer:
         index = pack(
             str(place.folder),
@@ -127,9 +127,9 @@ def _rows(place: Place, config: Config, scratch: Path) -> dict[str, Callable[[],
     }  # fmt: skip
 
 
-def _ours(place: Place, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "") -> Peer:
+def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "") -> Peer:
     """The stream of the main job on one rank, with its augmentation reduced to crop, flip and `policy`."""
-    plain = Augment(policy=policy, interpolation="bicubic")
+    plain = AugmentConfig(policy=policy, interpolation="bicubic")
     data = config.data.model_copy(update={
         "train": place.shards, "batch": place.batch, "micro_batch": place.batch, "workers": place.workers, "lanes": 2,
         "homes": 1, "repeats": 1, "labels": "cls",
@@ -152,7 +152,7 @@ def _selection(examples: int) -> Selection:
     return Selection(np.packbits(keep, bitorder="little"), int(keep.sum()), None, {})
 
 
-def _place(scratch: Path, config: Config, images: str | None, batch: int, workers: int, limit: int) -> Place:
+def _place(scratch: Path, config: Config, images: str | None, batch: int, workers: int, limit: int) -> PeerInput:
     """Shards and class folders of the same images."""
     if images is None:
         source = opened(config.data.train, config, None)
@@ -165,7 +165,7 @@ def _place(scratch: Path, config: Config, images: str | None, batch: int, worker
     folder = _unpacked(source, count, scratch / "folder")
     size = _shard_size(source.length[:count], workers)
     index = pack(str(folder), scratch / "shards", workers=max(workers, 1), shard_size=size, progress=False)["train"]
-    return Place(f"{scratch}/shards/train-*.tar", folder, index, config.model.image_size, batch, workers)
+    return PeerInput(f"{scratch}/shards/train-*.tar", folder, index, config.model.image_size, batch, workers)
 
 
 def _shard_size(lengths: np.ndarray, workers: int) -> int:

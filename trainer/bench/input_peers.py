@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOT_INSTALLED = "not installed"
 
 
-class Place(NamedTuple):
+class PeerInput(NamedTuple):
     """The same images in the forms that loaders want. shards: pattern of tars; folder: CLASS/KEY.EXTENSION; index: of shards."""
 
     shards: str
@@ -49,7 +49,7 @@ class Peer(NamedTuple):
     prepare: Callable[[], None] = _nothing
 
 
-def bare_decode(place: Place) -> Peer:
+def bare_decode(place: PeerInput) -> Peer:
     """The floor: bytes in memory -> pixels of the whole image, which stay in the worker."""
     loader = _loader(_Bare(place.index, place.batch), place.workers, batch_size=None, shuffle=True)
     return Peer(
@@ -71,7 +71,7 @@ class _Bare(Dataset[int]):
         return sum(decode(data).shape[0] == 3 for data in self._reader.read(ids) if isinstance(data, memoryview))
 
 
-def imagefolder(place: Place) -> Peer:
+def imagefolder(place: PeerInput) -> Peer:
     from torchvision.datasets import ImageFolder
 
     loader = _loader(
@@ -82,7 +82,7 @@ def imagefolder(place: Place) -> Peer:
     )
 
 
-def webdataset(place: Place) -> Peer:
+def webdataset(place: PeerInput) -> Peer:
     wds: Any = importlib.import_module("webdataset")  # measured here as a peer; our own use of it is in trainer.data
 
     files = [os.path.join(place.index.root, name) for name in place.index.names]
@@ -98,7 +98,7 @@ def webdataset(place: Place) -> Peer:
     return Peer("webdataset as its README: decode('pil'), torchvision transforms, batched in the worker", _count(loader))
 
 
-def timm(place: Place, policy: str | None = None) -> Peer:
+def timm(place: PeerInput, policy: str | None = None) -> Peer:
     from timm.data.dataset import ImageDataset
     from timm.data.loader import create_loader
 
@@ -119,7 +119,7 @@ def timm(place: Place, policy: str | None = None) -> Peer:
     return Peer(said, _count(inner))
 
 
-def mosaicml_streaming(place: Place) -> Peer:
+def mosaicml_streaming(place: PeerInput) -> Peer:
     if importlib.util.find_spec("streaming") is None:
         return Peer(NOT_INSTALLED, None)
     from streaming import MDSWriter, StreamingDataset  # pyright: ignore[reportMissingImports]
@@ -133,7 +133,7 @@ def mosaicml_streaming(place: Place) -> Peer:
     return Peer("mosaicml-streaming StreamingDataset of JPEG bytes, PIL, torchvision transforms", _count(loader))
 
 
-def litdata(place: Place) -> Peer:
+def litdata(place: PeerInput) -> Peer:
     if importlib.util.find_spec("litdata") is None:
         return Peer(NOT_INSTALLED, None)
     from litdata import StreamingDataset, optimize  # pyright: ignore[reportMissingImports]
@@ -146,7 +146,7 @@ def litdata(place: Place) -> Peer:
     return Peer("litdata StreamingDataset of JPEG bytes, PIL, torchvision transforms", _count(loader))
 
 
-PEERS: dict[str, Callable[[Place], Peer]] = {
+PEERS: dict[str, Callable[[PeerInput], Peer]] = {
     "bare_decode": bare_decode,
     "webdataset": webdataset,
     "imagefolder": imagefolder,
@@ -178,7 +178,7 @@ def _same(row: Any) -> Any:
     return row
 
 
-def _raw(place: Place) -> Iterable[tuple[bytes, int]]:
+def _raw(place: PeerInput) -> Iterable[tuple[bytes, int]]:
     reader = Reader(place.index)
     for number, label in enumerate(place.index.labels):
         data = reader.read(torch.tensor([number]).numpy())[0]

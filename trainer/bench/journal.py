@@ -24,16 +24,16 @@ import psutil
 import torch
 from rich.progress import track
 
-from sparsity.types import Outcome
+from sparsity.types import Observation
 from trainer.bench.result import BenchResult, stats
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.engine.processes import Processes
 from trainer.journal.writer import Journal
 from trainer.run.console import Console
-from trainer.telemetry.efficiency import Totals
+from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.meters import Meters
 from trainer.tracking.shipper import start
-from trainer.tracking.state import State
+from trainer.tracking.state import SyncState
 
 STATES = ("alone", "stopped", "silent", "running")
 STEP, EVERY = 0.05, 20  # s of a training step, steps per log line (the default) that the share is told for
@@ -66,18 +66,18 @@ def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STAT
 def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _server(state, Path(folder)) as uri, open(os.devnull, "w") as nowhere:
         run = Path(folder) / "runs" / state
-        settings = Tracking(to="journal" if state == "alone" else "mlflow", uri=uri)
+        settings = TrackingConfig(to="journal" if state == "alone" else "mlflow", uri=uri)
         with Journal(run) as journal, Console(state, until=lines, file=nowhere) as console:
             journal.write("start", config={"name": state, "tracking": settings.model_dump()}, world=1)
             shipper = start(run, settings, every=0.5, linger=0.0)
-            meters, totals = Meters(Processes()), Totals(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
-            totals.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
+            meters, efficiency = Meters(Processes()), Efficiency(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
+            efficiency.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
             took, cpu, own, other = [], [], [], []
             for number in track(range(lines), description=state, transient=True):
                 _step(meters)
                 began, busy = time.perf_counter(), time.thread_time()
-                window = meters.close()
-                line = {"step": number + 1, "progress": float(number), "lr": 1e-3} | window.facts | totals.of(window, 1.0)
+                window = meters.reduce()
+                line = {"step": number + 1, "progress": float(number), "lr": 1e-3} | window.facts | efficiency.of(window, 1.0)
                 journal.write("step", **line)
                 console.step(**line)
                 cpu.append(1000 * (time.thread_time() - busy))
@@ -86,7 +86,7 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
                     own.append(psutil.Process().memory_info().rss / MIB)
                     other += [] if shipper.process is None else [_resident(shipper.process)]
                 time.sleep(pause)
-            sent = State.load(run).offset / journal.path.stat().st_size
+            sent = SyncState.load(run).offset / journal.path.stat().st_size
             if shipper.process is not None:
                 shipper.process.kill()
                 shipper.process.wait()
@@ -99,11 +99,11 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
 
 def _step(meters: Meters) -> None:
     right = torch.ones(8, dtype=torch.bool)
-    meters.add(torch.ones(8), torch.ones(8), Outcome(right, torch.ones(8), torch.zeros(8), right))
+    meters.add(torch.ones(8), torch.ones(8), Observation(right, torch.ones(8), torch.zeros(8), right))
     for _ in range(2):  # the second one is a sample
         for phase in ("rest", "host_to_device", "forward", "backward", "optimizer"):
-            meters.mark(phase)
-        meters.count(8, [], 0.0)
+            meters.end_phase(phase)
+        meters.end_step(8, [], 0.0)
 
 
 def _resident(process: subprocess.Popen[bytes]) -> float:

@@ -26,7 +26,7 @@ Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedPlan:
     """What a row computes: a network (several rows may share one, or its weights) under a plan; share: its multiply-adds / the base's."""
 
     network: nn.Module
@@ -35,7 +35,7 @@ class Row:
 
 
 def paired(
-    rows: dict[str, Row],
+    rows: dict[str, TimedPlan],
     device: torch.device,
     images: int,
     size: int,
@@ -105,11 +105,11 @@ def _step(
     autocast: bool,
 ) -> Callable[[], float]:
     labels = torch.arange(len(inputs), device=device) % 2
-    draw = torch.arange(len(inputs), device=device)  # a run keys drop path by example: its cost belongs to the step
+    rng_keys = torch.arange(len(inputs), device=device)  # a run keys drop path by example: its cost belongs to the step
 
     def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = network(inputs, plan, frozenset(), draw).logits if isinstance(network, SparseViT) else network(inputs)
+            out = network(inputs, plan, frozenset(), rng_keys).logits if isinstance(network, SparseViT) else network(inputs)
         F.cross_entropy(out.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment import turbojpeg
-from trainer.data.augment.decode import BrokenImage, Picture, decode_exact
+from trainer.data.augment.decode import BrokenImage, EncodedImage, decode_exact
 from trainer.data.augment.policy import smoothed
 from trainer.data.augment.shear import sheared
 from trainer.data.augment.transform import Transform
@@ -34,7 +34,7 @@ def pixel_errors(index: Index, size: int, images: int = IMAGES) -> list[str]:
         "smoothing under sharpness": "PIL's filter of the same image",
     }
     found: list[list[tuple[float, int]]] = [[] for _ in paths]
-    transform, numbers = Transform(Augment(), size, train=True), np.arange(min(images, len(index)))
+    transform, numbers = Transform(AugmentConfig(), size, train=True), np.arange(min(images, len(index)))
     for number, data in zip(numbers.tolist(), Reader(index).read(numbers), strict=True):
         if not isinstance(data, memoryview):
             continue
@@ -55,12 +55,12 @@ def pixel_errors(index: Index, size: int, images: int = IMAGES) -> list[str]:
 
 def _pairs(transform: Transform, number: int, data: memoryview) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ours, PIL's) of each path."""
-    exact, whole = np.asarray(decode_exact(data)), Picture(data).whole().permute(1, 2, 0).numpy()
+    exact, whole = np.asarray(decode_exact(data)), EncodedImage(data).whole().permute(1, 2, 0).numpy()
     top, left, height, width = transform.box(number, *exact.shape[:2]) or (0, 0, *exact.shape[:2])
-    cut = Picture(data).box(top, left, height, width)
+    cut = EncodedImage(data).box(top, left, height, width)
     pil = PIL.Image.fromarray(np.ascontiguousarray(cut.permute(1, 2, 0).numpy()))
     side = (transform.size, transform.size)
-    resized = transform.finish(Picture(data), number).pixels.permute(1, 2, 0).numpy()
+    resized = transform.apply(EncodedImage(data), number).pixels.permute(1, 2, 0).numpy()
     image = pil.resize(side, PIL.Image.Resampling.BICUBIC)
     pixels, rng = np.array(image), random.Random(number)
     factor, offset = rng.uniform(-0.3, 0.3), rng.uniform(-0.45, 0.45) * transform.size

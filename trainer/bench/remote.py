@@ -23,7 +23,7 @@ from trainer.bench.input import COLUMNS, measured, ratios
 from trainer.bench.input_peers import Peer
 from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.errors import DataError
 from trainer.data.loader.stream import Stream
 from trainer.data.remote.cache import Cache
@@ -93,7 +93,7 @@ def _settings(config: Config, name: str, pattern: str, scratch: Path, index: Ind
         "window": max(1, min(config.data.window, len(index) // (16 * LANES))), "cache": folder, "cache_size": (size + 1) / 2**30,
     })  # fmt: skip
     model = config.model.model_copy(update={"classes": max(2, len(index.classes))})
-    return config.model_copy(update={"augment": Augment(), "data": data, "model": model})
+    return config.model_copy(update={"augment": AugmentConfig(), "data": data, "model": model})
 
 
 class Far(NamedTuple):

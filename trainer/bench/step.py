@@ -15,8 +15,8 @@ from torch import nn
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
 from trainer.bench.bookkeeping import bookkeeping
-from trainer.bench.bookkeeping import told as bookkeeping_told
-from trainer.bench.paired import Row, paired
+from trainer.bench.bookkeeping import describe as bookkeeping_told
+from trainer.bench.paired import TimedPlan, paired
 from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
 from trainer.model.build import build_model, cost_of
@@ -52,8 +52,11 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     final, base = last_plan(config), DENSE if against is None else last_plan(other)
     whole = cost_of(theirs, base)["multiply_adds"]
     named = {"ours": final} | {f"ours from epoch {start:g}": plan for start, plan in stretches(config) if plan != final}
-    rows = {name: Row(ours, plan, cost_of(ours, plan)["multiply_adds"] / whole) for name, plan in named.items()}
-    rows |= {"against": Row(theirs, base, 1.0), "timm": Row(timm, DENSE, cost_of(ours, DENSE)["multiply_adds"] / whole)}
+    rows = {name: TimedPlan(ours, plan, cost_of(ours, plan)["multiply_adds"] / whole) for name, plan in named.items()}
+    rows |= {
+        "against": TimedPlan(theirs, base, 1.0),
+        "timm": TimedPlan(timm, DENSE, cost_of(ours, DENSE)["multiply_adds"] / whole),
+    }
     found = paired(
         rows, device, config.data.micro_batch, config.model.image_size, pairs, "against",
         precision=None if config.engine.precision == "float32" else torch.bfloat16,

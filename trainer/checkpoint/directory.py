@@ -29,14 +29,14 @@ class Damaged(ValueError):
     """A checkpoint that is not what was written; the text says in what."""
 
 
-class Found(NamedTuple):
+class Newest(NamedTuple):
     """The checkpoint to go on from, None where nothing was ever saved; and why newer ones are passed over."""
 
     path: Path | None
     damaged: list[str]
 
 
-def put(
+def write(
     folder: Path,
     step: int,
     files: Mapping[str, Iterable[Any]],
@@ -72,7 +72,7 @@ def put(
     return folder / name
 
 
-def newest(folder: Path, disk: Disk | None = None) -> Found:
+def newest(folder: Path, disk: Disk | None = None) -> Newest:
     """The checkpoint that `latest` names; where it is damaged, or `latest` is lost, the newest that is whole. All of it is read.
 
     Raises Damaged where there are checkpoints and none of them can be used.
@@ -85,8 +85,8 @@ def newest(folder: Path, disk: Disk | None = None) -> Found:
     damaged = []
     for name in names:
         try:
-            examine(folder / name, disk)
-            return Found(folder / name, damaged)
+            verify(folder / name, disk)
+            return Newest(folder / name, damaged)
         except Damaged as reason:
             damaged.append(str(reason))
     if damaged:
@@ -94,10 +94,10 @@ def newest(folder: Path, disk: Disk | None = None) -> Found:
             f"no checkpoint in {folder} can be used: {'; '.join(damaged)}. Bring one back from a copy, or move the run's directory "
             "away to start anew"
         )
-    return Found(None, [])
+    return Newest(None, [])
 
 
-def examine(path: Path, disk: Disk | None = None, content: bool = True) -> dict[str, Any]:
+def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[str, Any]:
     """What `state.json` says, after a look at every file of the checkpoint: its length, and with `content` its hash. Raises Damaged."""
     disk = disk or Disk()
     try:
@@ -120,7 +120,7 @@ def examine(path: Path, disk: Disk | None = None, content: bool = True) -> dict[
     return about
 
 
-def clear(folder: Path, wanted: Collection[str], disk: Disk) -> None:
+def prune(folder: Path, wanted: Collection[str], disk: Disk) -> None:
     """Remove the checkpoints that are not `wanted`, and what is damaged; a crash leaves each of them whole or recognisably not."""
     for name in by_age(disk.names(folder)):
         if name not in wanted:
@@ -148,7 +148,7 @@ def _place(folder: Path, step: int, same: Callable[[dict[str, Any]], bool], disk
         if name not in taken:
             return name, False
         try:
-            if same(examine(folder / name, disk)):
+            if same(verify(folder / name, disk)):
                 return name, True
         except Damaged:
             pass  # it goes when the new one is there

@@ -83,7 +83,7 @@ def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:
 
 def _examined(path: Path) -> dict[str, Any]:
     try:
-        return directory.examine(path)
+        return directory.verify(path)
     except directory.Damaged as error:
         raise save_load.CheckpointError(f"{path.parent}: {error}; export another one by --checkpoint PATH") from error
 

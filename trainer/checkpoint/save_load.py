@@ -20,16 +20,17 @@ from torch import Tensor
 
 from sparsity.types import Selection
 from trainer.checkpoint import directory
-from trainer.checkpoint.directory import Found
+from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config, differences
-from trainer.config.schema import Checkpoint
+from trainer.config.schema import CheckpointConfig
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 
-NOTHING = Found(None, [])
+NOTHING = Newest(None, [])
+_STORED_AS = {"pending_evaluation": "owed"}  # fields of TrainState that have another key in `state.json`
 
 
 class CheckpointError(RuntimeError):
@@ -68,7 +69,7 @@ def save_checkpoint(
         "examples.npz": [buffer.getbuffer()],
     }
     about = {
-        "state": asdict(state),
+        "state": {_STORED_AS.get(name, name): value for name, value in asdict(state).items()},
         "config": config.resolved(),
         "fingerprint": fingerprint,
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
@@ -82,9 +83,9 @@ def save_checkpoint(
         )
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = directory.put(folder, state.step, files, about, same, disk)
+    path = directory.write(folder, state.step, files, about, same, disk)
     with suppress(OSError):  # the new one is whole and `latest`; what is too old goes with the next save
-        directory.clear(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
+        directory.prune(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
     return path
 
 
@@ -96,7 +97,7 @@ class OnDisk(NamedTuple):
     progress: float  # in epochs
 
 
-def retained(there: list[OnDisk], settings: Checkpoint, current: str, best_step: int) -> set[str]:
+def retained(there: list[OnDisk], settings: CheckpointConfig, current: str, best_step: int) -> set[str]:
     """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or behind each multiple of `keep_every`,
     and the current one. Of several of one step the last counts."""
     last = {one.step: one for one in there if one.step <= directory.step_of(current)}  # what lies ahead was left behind
@@ -117,14 +118,14 @@ def _on(folder: Path, disk: Disk) -> list[OnDisk]:
     found = []
     for name in directory.by_age(disk.names(folder)):
         try:
-            state = directory.examine(folder / name, disk, content=False)["state"]
+            state = directory.verify(folder / name, disk, content=False)["state"]
         except directory.Damaged:
             continue
         found.append(OnDisk(name, state["step"], state.get("progress") or state["epoch"]))
     return found
 
 
-def newest(folder: Path) -> Found:
+def newest(folder: Path) -> Newest:
     """The checkpoint a resume starts from, every file of it read and held against its hash. Raises CheckpointError where there are
     some and all are damaged: starting anew in their place must be said."""
     try:
@@ -137,10 +138,15 @@ def latest(folder: Path) -> Path | None:
     return newest(folder).path
 
 
+def _state_of(stored: dict[str, Any]) -> TrainState:
+    fields = {key: name for name, key in _STORED_AS.items()}
+    return TrainState(**{fields.get(key, key): value for key, value in stored.items()})
+
+
 def load(path: Path, config: Config, fingerprint: str) -> Saved:
     """Read a checkpoint. Raises CheckpointError where resuming would silently change the run: every difference is named."""
     try:
-        about = directory.examine(path, content=False)
+        about = directory.verify(path, content=False)
     except directory.Damaged as error:
         raise CheckpointError(f"{path.parent}: {error}") from error
     if about["format"] > directory.FORMAT:
@@ -166,7 +172,7 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
         weight = arrays.get("selection.weight")
         selection = Selection(arrays["selection.keep"], about["selection"]["num_kept"], weight, about["selection"]["facts"])
     return Saved(
-        state=TrainState(**about["state"]),
+        state=_state_of(about["state"]),
         weights=load_file(path / "weights.safetensors"),
         optimizer=load_file(path / "optimizer.safetensors"),
         ema=load_file(path / "ema.safetensors"),

@@ -27,7 +27,9 @@ class TrainState:
     broken: dict[str, str] = field(default_factory=dict)  # example id -> reason
     skipped: list[int] = field(default_factory=list)  # steps whose gradient was not finite, as the journal counts
     progress: float = 0.0  # epochs behind, the started one in part
-    owed: dict[str, float] = field(default_factory=dict)  # an evaluation that a stop cut short, {"at": progress its plan is of}
+    pending_evaluation: dict[str, float] = field(
+        default_factory=dict
+    )  # an evaluation that a stop cut short, {"at": progress its plan is of}
 
     def advanced(self, batches: int) -> TrainState:
         """After one more batch of an epoch that has `batches` of them."""

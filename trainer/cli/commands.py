@@ -109,10 +109,10 @@ def _parity(a: argparse.Namespace) -> int:
 
 
 def _replay(a: argparse.Namespace) -> None:
-    from trainer.provenance.recorded_run import Past
+    from trainer.provenance.recorded_run import RecordedRun
     from trainer.provenance.replay import replay, write
 
-    replayed = replay(Past(a.run_directory, a.overrides), a.step)
+    replayed = replay(RecordedRun(a.run_directory, a.overrides), a.step)
     show_table(replayed.table())
     print(replayed.text())
     for path in write(replayed, Path(a.out or f"{a.run_directory}/replay/step-{a.step:08d}")):
@@ -121,9 +121,9 @@ def _replay(a: argparse.Namespace) -> None:
 
 def _audit(a: argparse.Namespace) -> int:
     from trainer.provenance.audit import audit
-    from trainer.provenance.recorded_run import Past
+    from trainer.provenance.recorded_run import RecordedRun
 
-    found = audit(Past(a.run_directory, a.overrides))
+    found = audit(RecordedRun(a.run_directory, a.overrides))
     show_table(found.table())
     print(found.text())
     write_json(a.json, found.facts())
@@ -143,9 +143,9 @@ def _show(a: argparse.Namespace) -> None:
 
 def _kept(a: argparse.Namespace) -> None:
     from trainer.provenance.kept_table import kept_of, write
-    from trainer.provenance.recorded_run import Past
+    from trainer.provenance.recorded_run import RecordedRun
 
-    past = Past(a.run_directory, a.overrides)
+    past = RecordedRun(a.run_directory, a.overrides)
     kept = kept_of(past, a.epoch)
     show_table(kept.table())
     for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):

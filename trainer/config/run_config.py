@@ -15,19 +15,19 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.schema import (
-    Augment,
-    Checkpoint,
-    Connections,
-    Data,
-    Engine,
-    Evaluate,
-    Examples,
-    Model,
-    Optim,
-    Schedule,
-    TokenReduction,
-    Trace,
-    Tracking,
+    AugmentConfig,
+    CheckpointConfig,
+    ConnectionsConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluateConfig,
+    ExamplesConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    TokensConfig,
+    TraceConfig,
+    TrackingConfig,
 )
 from trainer.config.values import Duration, Length, Section, Share
 
@@ -72,19 +72,19 @@ class Config(Section):
     )
     # authors: attention, token order and masks as in the reference code; its correctness rule has a name of its own, examples.rule=authors
     compat: Literal["none", "authors"] = "none"
-    model: Model
-    data: Data
-    augment: Augment = Augment()
-    optim: Optim = Optim()
-    examples: Examples = Examples()
-    tokens: TokenReduction = TokenReduction()
-    connections: Connections = Connections()
-    plan: Schedule = Schedule()
-    engine: Engine = Engine()
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
-    tracking: Tracking = Tracking()
-    trace: Trace = Trace()
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    examples: ExamplesConfig = ExamplesConfig()
+    tokens: TokensConfig = TokensConfig()
+    connections: ConnectionsConfig = ConnectionsConfig()
+    plan: PlanConfig = PlanConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    trace: TraceConfig = TraceConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from trainer.config.values import Blocks, Chance, Duration, Epochs, Keep, Length, Section, Share
 
 
-class Model(Section):
+class ModelConfig(Section):
     """Which network. `name` is a timm VisionTransformer; `args` goes to `timm.create_model` as it is."""
 
     name: str
@@ -20,7 +20,7 @@ class Model(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class Data(Section):
+class DataConfig(Section):
     """Where the shards are and how a global batch is made of them (see `trainer.data.order`)."""
 
     train: str  # path, glob, brace pattern or URL pattern, as webdataset users write it
@@ -46,7 +46,7 @@ class Data(Section):
         return {key: value for key, value in raw.items() if key != "allow_pipe"} if isinstance(raw, dict) else raw
 
 
-class Augment(Section):
+class AugmentConfig(Section):
     """Training augmentation in timm's terms; evaluation is always timm's evaluation transform."""
 
     crop: Literal["rrc", "src", "shift", "none"] = "rrc"  # random resized, simple random (pad + crop), small shifts
@@ -67,13 +67,13 @@ class Augment(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-class Evaluate(Section):
+class EvaluateConfig(Section):
     every: Length = Duration(count=1, unit="ep")
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
     batch: int = Field(default=256, ge=1)  # per device
 
 
-class Optim(Section):
+class OptimConfig(Section):
     """Optimizer by timm's name, learning rate by progress. `lr` is what is used: nothing is scaled behind your back."""
 
     name: str = "adamw"
@@ -93,7 +93,7 @@ class Optim(Section):
     max_skipped_in_row: int = Field(default=4, ge=0)  # the same, of steps that follow one another
 
 
-class Examples(Section):
+class ExamplesConfig(Section):
     """Level 1, which examples an epoch shows (names in `sparsity.examples.EXAMPLES`; docs/methods.md, section Examples)."""
 
     method: str = "all"
@@ -109,7 +109,7 @@ class Examples(Section):
     anneal: Share = 0.0  # last share of the epochs that shows everything (infobatch)
 
 
-class TokenReduction(Section):
+class TokensConfig(Section):
     """Level 2, which tokens the following blocks see (names in `sparsity.tokens.TOKENS`; docs/methods.md, section Tokens)."""
 
     method: str = "all"
@@ -120,14 +120,14 @@ class TokenReduction(Section):
     merged: int = Field(default=0, ge=0)  # ToMe: tokens merged per block
 
 
-class Connections(Section):
+class ConnectionsConfig(Section):
     """Level 3, which keys the following blocks see (names in `sparsity.connections.CONNECTIONS`; docs/methods.md, section Connections)."""
 
     method: str = "all"
     keep: Keep = 1.0
 
 
-class Schedule(Section):
+class PlanConfig(Section):
     """How both keep ratios come down over the run (names in `sparsity.schedule.PLANS`; docs/methods.md, section Schedule)."""
 
     method: str = "constant"
@@ -139,7 +139,7 @@ class Schedule(Section):
     stairs: tuple[tuple[Epochs, Keep, Keep], ...] = ()  # staircase: (from epoch, keep tokens, keep connections)
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """How a step is computed: DeepSpeed through accelerate, or plain DDP as a control."""
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
@@ -150,7 +150,7 @@ class Engine(Section):
     deepspeed: str | None = None  # a ds_config.json: what it says beside our own settings goes to DeepSpeed as it is
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: Length = Duration(count=1, unit="ep")
     keep: int = Field(default=2, ge=1)  # newest checkpoints kept
     keep_every: Length = Duration(count=0, unit="ep")  # beside them the first one at or behind each multiple of this; 0 = none
@@ -158,7 +158,7 @@ class Checkpoint(Section):
     asynchronous: bool = True  # write in the background: training waits for the copy into memory, not for the disk
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     to: Literal["mlflow", "journal"] = "mlflow"
     uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db
     experiment: str = "trilevel"
@@ -167,7 +167,7 @@ class Tracking(Section):
     tags: dict[str, str] = Field(default_factory=dict)
 
 
-class Trace(Section):
+class TraceConfig(Section):
     """Profiling on demand, see `trainer.telemetry.profiler`."""
 
     steps: tuple[int, int] | None = None  # first and last step of the trace, counted from 1 as in the journal; null = none
@@ -175,7 +175,7 @@ class Trace(Section):
     memory: bool = False  # record what is allocated, too
 
     @model_validator(mode="after")
-    def _in_order(self) -> Trace:
+    def _in_order(self) -> TraceConfig:
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
             raise ValueError(
                 f"trace.steps={list(self.steps)}: give the first and the last step, counted from 1, e.g. [100, 105]"

@@ -13,8 +13,8 @@ class Batch(NamedTuple):
     """A rank's rows of a global batch, b slots. Padding slots come last: id -1, weight 0, black.
 
     images: (b, 3, S, S) uint8, channels last in memory. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or
-    broken image. flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. draw: (b,) int64 key of all random choices
-    about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
+    broken image. flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. rng_keys: (b,) int64 key of all random
+    choices about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
     """
 
     images: Tensor
@@ -24,5 +24,5 @@ class Batch(NamedTuple):
     weights: Tensor
     flip: Tensor
     erase: Tensor
-    draw: Tensor
+    rng_keys: Tensor
     broken: list[tuple[int, str]]

@@ -7,9 +7,9 @@ class DataError(ValueError):
     """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
 
 
-class Outage(DataError):
+class StorageUnavailable(DataError):
     """Storage that can't be reached now. No image is to blame: reading ends, where a single lost shard would only be counted."""
 
 
-class Absent(DataError):
+class NotFound(DataError):
     """What a server says isn't there, or not for us."""

@@ -24,6 +24,6 @@ def permutation(n: int, *about: int) -> np.ndarray:
     return np.argsort(hashed(*about, np.arange(n)), kind="stable")
 
 
-def draw_keys(seed: int, epoch: int, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
+def row_keys(seed: int, epoch: int, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
     """(b,) int64 key of every row: what all its random choices are keyed by, on the host and on the device."""
     return hashed(seed, epoch, ids, copies).view(np.int64)

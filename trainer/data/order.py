@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     copies: np.ndarray
 
 
-class Steps(NamedTuple):
+class BatchSplit(NamedTuple):
     """How a rank computes its slice: `accumulation` micro-batches of `micro_batch` rows; slots = their product."""
 
     micro_batch: int
@@ -57,7 +57,7 @@ def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
     return 2 * (rank * pairs // world), 2 * ((rank + 1) * pairs // world)
 
 
-def micro_batches(batch: int, micro_batch: int, world: int) -> Steps:
+def micro_batches(batch: int, micro_batch: int, world: int) -> BatchSplit:
     """Equal, even micro-batches of at most `micro_batch` rows that hold the longest slice of any rank."""
     if micro_batch < 2 or micro_batch % 2:
         raise ValueError(f"data.micro_batch={micro_batch}: must be even and at least 2, mixup pairs neighbours")
@@ -65,7 +65,7 @@ def micro_batches(batch: int, micro_batch: int, world: int) -> Steps:
     pairs = -(-batch // 2 // world)
     accumulation = -(-2 * pairs // micro_batch)
     rows = 2 * -(-pairs // accumulation)
-    return Steps(rows, accumulation, rows * accumulation)
+    return BatchSplit(rows, accumulation, rows * accumulation)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def bar(title: str, total: int, unit: str, show: bool = True) -> Iterator[Progress]:
+def progress_bar(title: str, total: int, unit: str, show: bool = True) -> Iterator[Progress]:
     """A progress bar over `total` things; `progress.advance(progress.task_ids[0])` per thing done."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as progress:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import schema
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_conflicts import merged
 
 
-def deepspeed_config(settings: schema.Engine, steps: Steps, world: int, clip: float) -> dict[str, Any]:
+def deepspeed_config(settings: schema.EngineConfig, batch_split: BatchSplit, world: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `deepspeed_conflicts`).
 
     Raises ConfigError that names both values where the user's files or accelerate's environment contradict the configuration.
     """
     ours = {
-        "train_micro_batch_size_per_gpu": steps.micro_batch,
-        "gradient_accumulation_steps": steps.accumulation,
-        "train_batch_size": steps.micro_batch * steps.accumulation * world,
+        "train_micro_batch_size_per_gpu": batch_split.micro_batch,
+        "gradient_accumulation_steps": batch_split.accumulation,
+        "train_batch_size": batch_split.micro_batch * batch_split.accumulation * world,
         "gradient_clipping": clip,
         "steps_per_print": 2**31 - 1,
         "zero_allow_untested_optimizer": True,  # timm's factory, not DeepSpeed's list

@@ -80,7 +80,7 @@ ELSEWHERE = {  # ways to wrap a model that are not ours: variable, the value tha
 }
 
 
-class Said(NamedTuple):
+class ExternalSetting(NamedTuple):
     """A value that somebody else gives for a key of DeepSpeed, and where it stands."""
 
     where: str
@@ -88,12 +88,12 @@ class Said(NamedTuple):
     value: Any
 
 
-def merged(ours: dict[str, Any], settings: schema.Engine, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`ours` (see `deepspeed_config.deepspeed_config`) with what the user says beside it. Raises ConfigError that names every conflict."""
     environment = os.environ if environment is None else environment
-    config, wrong = json.loads(json.dumps(ours)), outside(settings, environment)
+    config, wrong = json.loads(json.dumps(ours)), environment_conflicts(settings, environment)
     mine = _flat(ours)
-    given = said(settings, environment) if settings.kind == "deepspeed" else []
+    given = external_settings(settings, environment) if settings.kind == "deepspeed" else []
     for one in given:
         if one.value == AUTO:
             continue
@@ -124,23 +124,23 @@ def merged(ours: dict[str, Any], settings: schema.Engine, environment: Mapping[s
     return config
 
 
-def said(settings: schema.Engine, environment: Mapping[str, str]) -> list[Said]:
+def external_settings(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[ExternalSetting]:
     """What the user's files and accelerate's variables give, key by key."""
-    found: list[Said] = []
+    found: list[ExternalSetting] = []
     files = {"engine.deepspeed": settings.deepspeed}
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         files["accelerate's deepspeed_config_file"] = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         for variable, key in VARIABLES.items():
             text = environment.get(variable)
             if text is not None and not (text == "none" and "offload" in key):
-                found.append(Said(f"accelerate ({variable})", key, _value(text)))
+                found.append(ExternalSetting(f"accelerate ({variable})", key, _value(text)))
     for what, name in files.items():
         if name not in (None, "none"):
-            found += [Said(str(name), key, value) for key, value in _flat(_read(str(name), what)).items()]
+            found += [ExternalSetting(str(name), key, value) for key, value in _flat(_read(str(name), what)).items()]
     return found
 
 
-def outside(settings: schema.Engine, environment: Mapping[str, str]) -> list[str]:
+def environment_conflicts(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[str]:
     """Conflicts that are not about a key of DeepSpeed."""
     wrong = []
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.kind != "deepspeed":
@@ -176,12 +176,12 @@ def _read(name: str, what: str) -> dict[str, Any]:
     return content
 
 
-def _off(given: list[Said], where: str, section: str) -> bool:
+def _off(given: list[ExternalSetting], where: str, section: str) -> bool:
     """Whether a section is there but turned off."""
     return any(one[:2] == (where, f"{section}.enabled") and one.value in (False, 0) for one in given)
 
 
-def _setting(key: str, value: Any, settings: schema.Engine) -> str:
+def _setting(key: str, value: Any, settings: schema.EngineConfig) -> str:
     name = DECIDES.get(key, key)
     return f"{name}={settings.precision if name == 'engine.precision' else _text(value)}"
 

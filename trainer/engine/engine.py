@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from trainer.config import schema
 from trainer.config.errors import ConfigError
 from trainer.data.keyed_hash import hashed
-from trainer.data.order import Steps
+from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.environment import describe_world, keep_compiled, world_size
+from trainer.engine.environment import set_single_process_env, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
-from trainer.engine.full_state import State
+from trainer.engine.full_state import FullState
 from trainer.engine.processes import Processes
 
 
@@ -35,10 +35,10 @@ class Engine(Processes):
     every rank believes to be alone and checkpoints collide).
     """
 
-    def __init__(self, settings: schema.Engine, steps: Steps, clip: float = 0.0):
-        self.settings, self.steps = settings, steps
+    def __init__(self, settings: schema.EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
+        self.settings, self.batch_split = settings, batch_split
         self.on_gpu = torch.cuda.is_available()
-        describe_world()
+        set_single_process_env()
         if not self.on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         from accelerate import Accelerator
@@ -50,7 +50,7 @@ class Engine(Processes):
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        told = deepspeed_config(settings, steps, world_size(), clip)  # for DDP too: its conflicts are refused here
+        told = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: its conflicts are refused here
         plugin = None
         self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         if settings.kind == "deepspeed":
@@ -86,7 +86,7 @@ class Engine(Processes):
         """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
-            self.compile_cache = keep_compiled()
+            self.compile_cache = use_persistent_compile_cache()
             model.compile()  # in place, so that parameter names stay timm's
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:
@@ -116,11 +116,13 @@ class Engine(Processes):
         if self.settings.precision == "bf16":
             args = (args[0].to(torch.bfloat16), *args[1:])
         if self.settings.kind == "ddp" and self.world > 1:  # DDP decides here, not in backward, whether that one sends
-            self.model.require_backward_grad_sync = self._behind + 1 == self.steps.accumulation or not torch.is_grad_enabled()
+            self.model.require_backward_grad_sync = (
+                self._behind + 1 == self.batch_split.accumulation or not torch.is_grad_enabled()
+            )
         with self._autocast():
             return self.model(*args, **kwargs)
 
-    def bare(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
+    def forward_unwrapped(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
         """The answer of a network in this engine's precision with neither DeepSpeed nor DDP around it: nothing is hooked or sent."""
         if self.settings.precision == "bf16":
             images = images.to(torch.bfloat16)
@@ -181,7 +183,7 @@ class Engine(Processes):
         """What computes, in words: the GPU's name, or the processor."""
         return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.processor() or platform.machine()})"
 
-    def forget(self) -> None:
+    def release_accelerate_state(self) -> None:
         """Let the process build another engine beside this one, which still steps: accelerate's singletons and what it wrote into the
         environment are put back. The process group stays."""
         from accelerate.state import AcceleratorState
@@ -198,6 +200,6 @@ class Engine(Processes):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> State:
+    def state(self) -> FullState:
         """Weights and optimizer, whole and by timm's names: what a checkpoint holds."""
-        return State(getattr(self.module, "vit", self.module), self.optimizer, self.rank, self.world, self.device)
+        return FullState(getattr(self.module, "vit", self.module), self.optimizer, self.rank, self.world, self.device)

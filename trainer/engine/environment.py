@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.config.errors import ConfigError
 
 
-def keep_compiled() -> str:
+def use_persistent_compile_cache() -> str:
     """The folder where torch.compile's graphs outlive the process, so that a restart finds them: TORCHINDUCTOR_CACHE_DIR, else one
     of the user's for all runs (torch's own default is below /tmp, which a node's next job does not see)."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -36,7 +36,7 @@ def is_first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def describe_world() -> None:
+def set_single_process_env() -> None:
     """A plain `trilevel train` is a world of one: say so in the words torch.distributed reads."""
     if "WORLD_SIZE" in os.environ:
         return

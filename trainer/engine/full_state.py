@@ -18,7 +18,7 @@ from trainer.engine.partition import is_pieces
 GROUP_STEP = "group.step"
 
 
-class State:
+class FullState:
     """A view of a prepared model and its optimizer. Reading is collective; rank 0 gets everything, on the CPU, the others {}."""
 
     def __init__(self, module: nn.Module, optimizer: Any, rank: int, world: int, device: torch.device):
@@ -35,7 +35,7 @@ class State:
                 state[name] = whole.float().cpu().clone()
         return state if self.rank == 0 else {}
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's state by parameter, whole and independent of the world size: {"name|key": tensor}; collective.
 
         DeepSpeed keeps it in flat pieces per rank. Naming it by parameter instead makes a checkpoint elastic (any world
@@ -60,7 +60,7 @@ class State:
         return state if self.rank == 0 else {}
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Put back what `weights` and `moments` gave, on any world size. Raises EngineError on unknown names."""
+        """Put back what `weights` and `optimizer_state` gave, on any world size. Raises EngineError on unknown names."""
         scalars = {name[1:]: value for name, value in optimizer.items() if name.startswith("|")}
         keys = sorted({name.split("|")[1] for name in optimizer} - set(scalars))
         if GROUP_STEP in scalars:

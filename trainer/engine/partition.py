@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
+def local_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What this rank holds of every parameter and persistent buffer, by name: the module's own tensors, under ZeRO 3 its flat and
     padded pieces of the parameters."""
     values = dict(module.state_dict())
     return values | {name: parameter.ds_tensor for name, parameter in _cut(module)}
 
 
-def gathered(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as `held` gives them, whole, on the CPU; collective under ZeRO 3, where the ranks but the first get {}."""
+def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `local_tensors` gives them, whole, on the CPU; collective under ZeRO 3, where the ranks but the first get {}."""
     cut = dict(_cut(module))
     if not cut:
         return {name: value.cpu().clone() for name, value in values.items()}
@@ -33,8 +33,9 @@ def gathered(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def take(module: nn.Module, into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """The reverse of `gathered`: each rank copies its own part of the whole `values` over `into`, which is as `held` gives it."""
+def copy_own_part(module: nn.Module, into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """The reverse of `full_tensors`: each rank copies its own part of the whole `values` over `into`, which is as `local_tensors` gives
+    it."""
     cut = dict(_cut(module))
     for name, value in values.items():
         if name in cut:
@@ -47,13 +48,13 @@ def take(module: nn.Module, into: dict[str, Tensor], values: dict[str, Tensor]) 
 
 
 @torch.no_grad()
-def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy tensors as `held` gives them into the module."""
+def load_local(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy tensors as `local_tensors` gives them into the module."""
     cut = [parameter for _, parameter in _cut(module)]
     if gathered_ones := [p for p in cut if p.data.numel() == p.ds_numel]:
         # small parameters stay gathered between steps: let them go, or the network would go on with the copies
         gathered_ones[0].partition(param_list=gathered_ones, has_been_updated=False)
-    own = held(module)
+    own = local_tensors(module)
     for name, value in values.items():
         own[name].copy_(value)
 

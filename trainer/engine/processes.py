@@ -20,13 +20,13 @@ class Processes:
         self.device = torch.device(device)
         self._delayed: list[tuple[Tensor, Any]] = []
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenation over ranks along dimension 0, in rank order; lengths may differ."""
         if self.world == 1:
             return tensor
@@ -40,7 +40,7 @@ class Processes:
         dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank (small Python objects)."""
         if self.world == 1:
             return value
@@ -48,7 +48,7 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def everyones(self, items: list[Any]) -> list[Any]:
+    def all_gather_objects(self, items: list[Any]) -> list[Any]:
         """The items of all ranks, in rank order (small Python objects)."""
         if self.world == 1:
             return list(items)
@@ -56,7 +56,7 @@ class Processes:
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
-    def later(self, value: Tensor) -> bool:
+    def read_delayed(self, value: Tensor) -> bool:
         """Whether a number that all ranks share was above 0, read two steps late on a GPU so that no step waits for it."""
         if self.device.type != "cuda":
             return bool(value > 0)
@@ -71,11 +71,11 @@ class Processes:
         event.synchronize()
         return bool(host > 0)
 
-    def agree(self, value: str, what: str) -> None:
+    def assert_same_on_all_ranks(self, value: str, what: str) -> None:
         """Raise EngineError unless every rank holds the same text."""
         if self.world == 1:
             return
-        values = self.everyones([value])
+        values = self.all_gather_objects([value])
         if len(set(values)) > 1:
             raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import ConfigError
-from trainer.engine.partition import fill, gathered, held, take
+from trainer.engine.partition import copy_own_part, full_tensors, load_local, local_tensors
 
 
 class Ema:
@@ -25,7 +25,7 @@ class Ema:
         self._averages: dict[str, Tensor] = {}
         if decay is None:
             return
-        for name, value in held(module).items():
+        for name, value in local_tensors(module).items():
             self._averages[name] = value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
 
     @torch.no_grad()
@@ -34,7 +34,7 @@ class Ema:
         if self.decay is None:
             return
         averages, weights = [], []
-        for name, value in held(module).items():
+        for name, value in local_tensors(module).items():
             if value.is_floating_point():
                 averages.append(self._averages[name])
                 weights.append(value.float())
@@ -46,20 +46,20 @@ class Ema:
     @torch.no_grad()
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside the block `module` holds the averages; after it, whatever happens, the weights it had before, to the bit."""
-        weights = {name: value.detach().clone() for name, value in held(module).items()} if self._averages else {}
+        weights = {name: value.detach().clone() for name, value in local_tensors(module).items()} if self._averages else {}
         try:
-            fill(module, self._averages)
+            load_local(module, self._averages)
             yield
         finally:
-            fill(module, weights)
+            load_local(module, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every average whole on the CPU, {} without a decay; under ZeRO 3 collective, and {} on all ranks but the first."""
-        return gathered(self._module, self._averages)
+        return full_tensors(self._module, self._averages)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ConfigError where the names are not those of this model."""
         wrong = sorted(state.keys() ^ self._averages.keys())
         if wrong:
             raise ConfigError(f"the saved average (optim.ema={self.decay}) is of another model: {', '.join(wrong[:4])} ...")
-        take(self._module, self._averages, state)
+        copy_own_part(self._module, self._averages, state)

@@ -44,7 +44,7 @@ def evaluate(
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     between: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Score `forward` (images (b, 3, H, W) float, plan -> Record) over the batches of this rank; `add_up` sums over ranks.
+    """Score `forward` (images (b, 3, H, W) float, plan -> ModelOutput) over the batches of this rank; `add_up` sums over ranks.
     `between` is called with every batch: what it raises ends the evaluation.
 
     The model is put in evaluation mode by the caller. Collective where `add_up` is.

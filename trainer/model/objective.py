@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsity.types import Outcome, Record
+from sparsity.types import ModelOutput, Observation
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.augment.mixup import Mix, mix_targets, partners
@@ -57,7 +57,7 @@ class Objective:
         return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=-1)
 
     @torch.no_grad()
-    def credit(self, batch: Batch, record: Record, losses: Tensor, mix: Mix) -> tuple[Tensor, Outcome]:
+    def credit(self, batch: Batch, output: ModelOutput, losses: Tensor, mix: Mix) -> tuple[Tensor, Observation]:
         """One observation per image: ids (b,) int64, the example each row speaks of, and what it says.
 
         In a mixed pair each image dominates exactly one of the two rows, and that row speaks of it (at lam = 1/2 each its
@@ -68,7 +68,7 @@ class Objective:
         Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
         finite: they say nothing of their example.
         """
-        logits, labels, there = record.logits.float(), batch.labels, batch.weights > 0
+        logits, labels, there = output.logits.float(), batch.labels, batch.weights > 0
         mixed = there & partners(there) & (mix.lam < 1.0)
         swap = mixed & (mix.lam < 0.5) if self.rule != "authors" else torch.zeros_like(mixed)
         ids, label, lesser, copies = (
@@ -84,10 +84,10 @@ class Objective:
             out = (mixed & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
             logits = logits.masked_fill(out, float("-inf"))
         spread = torch.zeros_like(losses)
-        if record.cls_attention is not None:
-            attention = record.cls_attention.float()
+        if output.cls_attention is not None:
+            attention = output.cls_attention.float()
             spread = attention.var(dim=1, correction=0) * attention.shape[1] ** 2  # comparable across token counts
         valid = there & (copies == 0) & losses.isfinite()
         right = logits.argmax(dim=-1) == label
         clear = ~mixed if self.rule == "clear" and max(mix.lam, 1 - mix.lam) < CLEAR else None
-        return ids, Outcome(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)
+        return ids, Observation(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)

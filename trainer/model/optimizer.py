@@ -16,10 +16,10 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from trainer.config.errors import ConfigError
-from trainer.config.schema import Optim
+from trainer.config.schema import OptimConfig
 
 
-def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer by name over all parameters of `model` (a SparseViT, or a timm model).
 
     Raises ConfigError on a name timm doesn't know, and where a parameter would be left untrained in silence.

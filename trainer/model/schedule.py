@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import torch
 
-from sparsity.schedule import Course
+from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from trainer.config.run_config import Config
 
 
 def plan_at(progress: float, config: Config) -> Plan:
     """What a step at this progress (in epochs) keeps."""
-    return course_of(config).at(progress)
+    return keep_schedule(config).at(progress)
 
 
 def last_plan(config: Config) -> Plan:
@@ -23,11 +23,11 @@ def last_plan(config: Config) -> Plan:
     return plan_at(math.nextafter(float(config.epochs), 0.0), config)
 
 
-def course_of(config: Config) -> Course:
+def keep_schedule(config: Config) -> KeepSchedule:
     """How the run comes down to `tokens.keep` and `connections.keep`; levels that are off keep all."""
     p = config.plan
     tokens, connections = config.tokens.method != "all", config.connections.method != "all"
-    return Course(
+    return KeepSchedule(
         p.method,
         keep_tokens=config.tokens.keep if tokens else 1.0,
         keep_connections=config.connections.keep if connections else 1.0,
@@ -59,7 +59,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def stretches(config: Config) -> list[tuple[float, Plan]]:
     """Where the plan changes, in epochs, from 0 on."""
-    return course_of(config).changes(config.epochs)
+    return keep_schedule(config).changes(config.epochs)
 
 
 def whole_run(config: Config, ratio: Callable[[Plan], float]) -> float:

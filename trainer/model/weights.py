@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from trainer.config.errors import ConfigError
-from trainer.config.schema import Model
+from trainer.config.schema import ModelConfig
 from trainer.storage.disk import Disk
 from trainer.storage.safetensors_stream import pieces
 
@@ -33,7 +33,7 @@ NESTED = (*AVERAGES, "state_dict", "model")  # where training scripts put the we
 say_in_log = logging.getLogger(__name__).warning
 
 
-def create(settings: Model, seed: int = 0, say: Callable[[str], None] = say_in_log) -> VisionTransformer:
+def create(settings: ModelConfig, seed: int = 0, say: Callable[[str], None] = say_in_log) -> VisionTransformer:
     """The network of a run on the CPU, float32; `seed` decides a random initialisation and nothing else is drawn.
 
     `say` is told in words what was resized or reset. Raises ConfigError on a model or arguments that timm does not know, a
@@ -54,7 +54,7 @@ def create(settings: Model, seed: int = 0, say: Callable[[str], None] = say_in_l
     return model
 
 
-def build(settings: Model, seed: int, pretrained: bool = False) -> VisionTransformer:
+def build(settings: ModelConfig, seed: int, pretrained: bool = False) -> VisionTransformer:
     """`timm.create_model` in our words, with timm's initialisation drawn from `seed`; the global generator is put back."""
     refuse_unknown(settings.name)
     named = {"num_classes": settings.classes, "img_size": settings.image_size, "drop_path_rate": settings.drop_path}

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from rich.table import Table
 
-from sparsity.types import DENSE, Plan, alone
+from sparsity.types import DENSE, Plan, single_process
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -19,7 +19,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import build_examples, build_model, cost_of
 from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import course_of
+from trainer.model.schedule import keep_schedule
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plateau:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckReport:
     """What a run will do, as far as its configuration, its shards and the world tell."""
 
     config: Config
@@ -85,7 +85,7 @@ class Checked:
         return self.world * self.accumulation * self.micro_batch != self.config.data.batch
 
 
-def check(config: Config, world: int) -> Checked:
+def check(config: Config, world: int) -> CheckReport:
     """Hold a configuration against its shards, its model and a world of `world` processes. Raises ConfigError or DataError."""
     train, validation = open_indexes(config)
     check_labels(validation, config.model.classes)
@@ -93,22 +93,22 @@ def check(config: Config, world: int) -> Checked:
     model, examples = build_model(config), build_examples(config, train)
     try:
         stream = Stream(train, config, 0, world)
-        order = stream.order(0, examples.select(0, alone))
+        order = stream.order(0, examples.select(0, single_process))
     except DataError:
         raise
     except ValueError as error:  # the batch doesn't fit the world, or the epoch
         raise ConfigError(str(error)) from error
-    deepspeed_config(config.engine, stream.steps, world, config.optim.clip)  # its conflicts are told here too
+    deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # its conflicts are told here too
     Objective(config)
     build_optimizer(model, config.optim)
-    return Checked(
+    return CheckReport(
         config=config,
         world=world,
         images=len(train),
         validation_images=len(validation),
         steps=order.steps,
-        micro_batch=stream.steps.micro_batch,
-        accumulation=stream.steps.accumulation,
+        micro_batch=stream.batch_split.micro_batch,
+        accumulation=stream.batch_split.accumulation,
         dense=float(cost_of(model, DENSE)["multiply_adds"]),
         parameters=sum(p.numel() for p in model.parameters()),
         plateaus=_plateaus(config, model),
@@ -117,7 +117,7 @@ def check(config: Config, world: int) -> Checked:
 
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
-    changes = course_of(config).changes(config.epochs)
+    changes = keep_schedule(config).changes(config.epochs)
     borders = [*[start for start, _ in changes], float(config.epochs)]
     found = []
     for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.preflight.installation import GIB, Line, collectives, compiler, constraints_file, decoder, devices, versions
+from trainer.preflight.installation import GIB, Finding, collectives, compiler, constraints_file, decoder, devices, versions
 
 NETWORKED = (
     "nfs",
@@ -35,11 +35,11 @@ NETWORKED = (
 TIMEOUT = 3.0  # seconds that anything outside this machine may take
 
 
-def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_config: str | None = None) -> list[Line]:
+def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_config: str | None = None) -> list[Finding]:
     """Everything that can be found out in some seconds about this machine, and about the hosts of a hostfile."""
     runs = Path(runs)
     lines = versions(constraints_file())
-    looks: dict[str, Callable[[], Line | list[Line]]] = {
+    looks: dict[str, Callable[[], Finding | list[Finding]]] = {
         "GPUs": devices,
         "collectives": collectives,
         "compiler": compiler,
@@ -55,12 +55,12 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_confi
         try:
             found = look()
         except ImportError as error:  # the others can still be told
-            found = Line(name, "fail", f"can't be asked: {error}", "pip install -c constraints.txt -e .")
-        lines += [found] if isinstance(found, Line) else found
+            found = Finding(name, "fail", f"can't be asked: {error}", "pip install -c constraints.txt -e .")
+        lines += [found] if isinstance(found, Finding) else found
     if hosts is not None:
-        from trainer.preflight.hosts import ask
+        from trainer.preflight.hosts import check_hosts
 
-        lines += ask(Path(hosts), runs, ssh_config)
+        lines += check_hosts(Path(hosts), runs, ssh_config)
     return lines
 
 
@@ -74,7 +74,7 @@ def main(hosts: str | None = None, ssh_config: str | None = None) -> int:
     return int(bool(failed))
 
 
-def file_system(runs: Path, mounts: Path = Path("/proc/mounts")) -> Line:
+def file_system(runs: Path, mounts: Path = Path("/proc/mounts")) -> Finding:
     """On what run directories lie: several nodes must share it, and sqlite must not."""
     there = _existing(runs)
     best, kind = "", "unknown"
@@ -84,14 +84,14 @@ def file_system(runs: Path, mounts: Path = Path("/proc/mounts")) -> Line:
             best, kind = point, name
     shared = kind in NETWORKED
     if not os.access(there, os.W_OK):
-        return Line("runs", "fail", f"{there} can't be written", "choose another place by runs=DIRECTORY")
+        return Finding("runs", "fail", f"{there} can't be written", "choose another place by runs=DIRECTORY")
     found = f"{there} is on {kind} ({best or '?'})"
     if shared:
-        return Line("runs", "ok", f"{found}, shared between hosts")
-    return Line("runs", "ok", f"{found}, this host's own; a run on several nodes wants a shared one (runs=DIRECTORY)")
+        return Finding("runs", "ok", f"{found}, shared between hosts")
+    return Finding("runs", "ok", f"{found}, this host's own; a run on several nodes wants a shared one (runs=DIRECTORY)")
 
 
-def clock(runs: Path) -> Line:
+def clock(runs: Path) -> Finding:
     """This host's clock against the one that stamps its files (a file server's, where they are shared)."""
     try:
         with tempfile.NamedTemporaryFile(dir=_existing(runs)) as file:
@@ -99,64 +99,66 @@ def clock(runs: Path) -> Line:
             os.utime(file.name)
             off = os.stat(file.name).st_mtime - before
     except OSError as error:
-        return Line("clock", "note", f"not compared: {error}")
+        return Finding("clock", "note", f"not compared: {error}")
     if abs(off) > 2:
         found = f"{abs(off):.0f} s {'behind' if off > 0 else 'ahead of'} the file server's"
-        return Line("clock", "note", found, "run NTP (chrony) on both")
-    return Line("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+        return Finding("clock", "note", found, "run NTP (chrony) on both")
+    return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
-def free_disk(runs: Path, want: float = 20.0, least: float = 2.0) -> Line:
+def free_disk(runs: Path, want: float = 20.0, least: float = 2.0) -> Finding:
     """want, least: GiB. A DeiT-B checkpoint with optimizer and average takes 1.4 GiB, and some are kept."""
     free = shutil.disk_usage(_existing(runs)).free / GIB
     found = f"{free:.1f} GiB free for runs"
     remedy = "free some, or choose another place by runs=DIRECTORY; checkpoint.keep=1 keeps fewer"
     if free < least:
-        return Line("disk", "fail", found, remedy)
-    return Line("disk", "note", found, remedy) if free < want else Line("disk", "ok", found)
+        return Finding("disk", "fail", found, remedy)
+    return Finding("disk", "note", found, remedy) if free < want else Finding("disk", "ok", found)
 
 
-def shared_memory(path: Path, want: float = 1.0) -> Line:
+def shared_memory(path: Path, want: float = 1.0) -> Finding:
     """Loader workers hand images over in shared memory; containers have 64 MiB unless asked. want: GiB."""
     remedy = "docker run --shm-size=16g (or --ipc=host), or data.workers=0"
     if not path.is_dir():
-        return Line("shared memory", "fail", f"{path} is not there: loader workers can't hand over images", remedy)
+        return Finding("shared memory", "fail", f"{path} is not there: loader workers can't hand over images", remedy)
     free = shutil.disk_usage(path).free / GIB
     found = f"{free:.2f} GiB free in {path}"
     if free < want:
-        return Line("shared memory", "fail" if free < want / 8 else "note", found, remedy)
-    return Line("shared memory", "ok", found)
+        return Finding("shared memory", "fail" if free < want / 8 else "note", found, remedy)
+    return Finding("shared memory", "ok", found)
 
 
-def open_files(want: int = 4096) -> Line:
+def open_files(want: int = 4096) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < want:
         remedy = f"ulimit -n {want if hard == resource.RLIM_INFINITY else min(want, hard)}"
-        return Line("open files", "note", f"at most {soft} (hard limit {hard})", remedy)
-    return Line("open files", "ok", f"up to {soft}")
+        return Finding("open files", "note", f"at most {soft} (hard limit {hard})", remedy)
+    return Finding("open files", "ok", f"up to {soft}")
 
 
-def tracking(runs: Path, timeout: float = TIMEOUT) -> Line:
+def tracking(runs: Path, timeout: float = TIMEOUT) -> Finding:
     """Whether MLflow can be reached. A run does not need it: what it can't send waits for `trilevel sync`."""
-    from trainer.config.schema import Tracking
+    from trainer.config.schema import TrackingConfig
     from trainer.tracking.upload import uri_of
 
-    uri = uri_of(runs / "run", Tracking())
+    uri = uri_of(runs / "run", TrackingConfig())
     if uri.startswith("sqlite"):
         found = f"{uri}; for several nodes a server (MLFLOW_TRACKING_URI), or tracking.to=journal and sync"
-        return Line("MLflow", "ok", found)
+        return Finding("MLflow", "ok", found)
     if not uri.startswith("http"):
-        return Line("MLflow", "note", f"{uri}: not an http server, not tried")
+        return Finding("MLflow", "note", f"{uri}: not an http server, not tried")
     remedy = "start it (mlflow server) or unset MLFLOW_TRACKING_URI; a run goes on all the same: trilevel sync RUN later"
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout) as answer:
-            return Line("MLflow", "ok", f"{uri} answers {answer.status}")
+            return Finding("MLflow", "ok", f"{uri} answers {answer.status}")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        return Line("MLflow", "note", f"{uri} answers {error.code}", remedy)
+        return Finding("MLflow", "note", f"{uri} answers {error.code}", remedy)
     except OSError as error:
-        return Line("MLflow", "note", f"{uri} can't be reached within {timeout:g} s: {getattr(error, 'reason', error)}", remedy)
+        return Finding(
+            "MLflow", "note", f"{uri} can't be reached within {timeout:g} s: {getattr(error, 'reason', error)}", remedy
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -28,7 +28,7 @@ GRADIENT_BYTES = {"bf16": 2, "autocast": 4, "float32": 4}  # per parameter, as t
 
 
 @dataclass(frozen=True)
-class Bench:
+class MeasuredRates:
     """What was measured. passes: {row: seconds per image of forward, backward and optimizer}; decode: core seconds per image;
     engine: seconds per step beyond the passes. cpu: the passes were made on a CPU, by `threads` cores."""
 
@@ -40,7 +40,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Estimate:
     """A run on paper. parts: hours of each resource, were it alone; demand: images/s that a node must be fed at its busiest."""
 
     about: str
@@ -90,7 +90,7 @@ class Planned:
         return "\n".join(f"note: {note}" for note in self.notes)
 
 
-def read(paths: list[str]) -> Bench:
+def read(paths: list[str]) -> MeasuredRates:
     """JSON files of `bench step` and `bench input`, and run directories. Raises ConfigError for what is none of them."""
     passes, decode, runs, cpu, threads = {}, None, [], False, 1
     for path in paths:
@@ -111,14 +111,14 @@ def read(paths: list[str]) -> Bench:
             decode = rows["ours"]["cpu_ms"] / 1000
     if not passes:
         raise ConfigError(f"--from {' '.join(paths)}: the step was not measured: trilevel bench step CONFIG --json FILE")
-    found = Bench(passes, decode, None, cpu, threads)
+    found = MeasuredRates(passes, decode, None, cpu, threads)
     beyond = [seconds for run in runs for seconds in _beyond(run, found)]
-    return Bench(passes, decode, max(0.0, median(beyond)) if beyond else None, cpu, threads)
+    return MeasuredRates(passes, decode, max(0.0, median(beyond)) if beyond else None, cpu, threads)
 
 
 def plan(
-    config: Config, bench: Bench, nodes: int, processes: int = 1, bandwidth: float | None = None, cores: int = 1
-) -> Planned:
+    config: Config, bench: MeasuredRates, nodes: int, processes: int = 1, bandwidth: float | None = None, cores: int = 1
+) -> Estimate:
     """The run on `nodes` x `processes` devices; bandwidth: GB/s of a node's network (of the processes on one node). Raises ConfigError."""
     for name, value in (("--nodes", nodes), ("--processes", processes), ("--cores", cores)):
         if value < 1:
@@ -138,7 +138,7 @@ def plan(
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
     steps = total = images = multiply_adds = 0.0
     fastest = float("inf")
-    for spell in _spells(config, checked.images, bench.passes):
+    for spell in _segments(config, checked.images, bench.passes):
         compute = local * spell.passes * slower
         load = local * processes * decode / cores
         one = compute + engine + reduce + (load if bench.cpu else 0.0)
@@ -169,7 +169,7 @@ def plan(
     if config.examples.method in UNKNOWN:
         notes.append(f"examples.method={config.examples.method} decides in the run what it leaves out: counted as nothing")
     size = float(index.length.mean()) if len(index) else 0.0
-    return Planned(
+    return Estimate(
         about=f"{config.name}, {nodes} node(s) x {processes}", steps=round(steps), hours=total / 3600, devices=world,
         parts={name: seconds / 3600 for name, seconds in parts.items()}, images_per_second=images / total / nodes,
         demand=demand, bytes_per_second=demand * size, cores=cores,
@@ -178,14 +178,14 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Spell:
+class _Segment:
     """Steps under one plan in one epoch; passes: seconds per image."""
 
     steps: float
     passes: float
 
 
-def _spells(config: Config, examples: int, passes: dict[str, float]) -> list[_Spell]:
+def _segments(config: Config, examples: int, passes: dict[str, float]) -> list[_Segment]:
     """Every stretch of the schedule by what was measured of it. Raises ConfigError where the bench is of another schedule."""
     changes = stretches(config)
     removed = 0.0 if config.examples.method in UNKNOWN else config.examples.removed
@@ -202,7 +202,7 @@ def _spells(config: Config, examples: int, passes: dict[str, float]) -> list[_Sp
         for epoch in range(int(start), -(-int(end * 1e6) // 10**6)):
             inside = max(0.0, min(end, epoch + 1) - max(start, epoch))
             shown = examples - round(removed * examples) if epoch < everything else examples
-            found.append(_Spell(inside * (shown // config.data.batch), passes[row]))
+            found.append(_Segment(inside * (shown // config.data.batch), passes[row]))
     return found
 
 
@@ -211,7 +211,7 @@ def _volume(config: Config) -> float:
     return 1.5 if config.engine.kind == "deepspeed" and config.engine.zero == 3 else 1.0
 
 
-def _beyond(run: Path, bench: Bench) -> list[float]:
+def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
     """Seconds per step that a run of one process took beyond its passes and its waiting, by step line under the final plan's row."""
     found: list[float] = []
     world, batch, config, first = 1, 1, None, True

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.preflight.installation import Line
+from trainer.preflight.installation import Finding
 from trainer.storage.source_tree import SOURCE_ROOT
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", "mlflow")
@@ -95,13 +95,13 @@ def read_hosts(hostfile: Path) -> list[str]:
     return hosts
 
 
-def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]:
+def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Finding]:
     """One line per host, one for the ways between them, one where numbers of GPUs differ. ssh_config: instead of ~/.ssh/config."""
     ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     try:
         hosts = read_hosts(hostfile)
     except (OSError, ValueError) as error:
-        return [Line("hosts", "fail", str(error), "give a file with one host per line")]
+        return [Finding("hosts", "fail", str(error), "give a file with one host per line")]
     runs = runs.resolve()
     created = not runs.exists()
     token = runs / f".doctor-{uuid.uuid4().hex}"
@@ -124,11 +124,11 @@ def ask(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Line]
             if created:
                 runs.rmdir()
     lines = [_line(host, about) for host, about in zip(hosts, found, strict=True)]
-    lines += [_ways(hosts, found, ports)] if len(hosts) > 1 else []
+    lines += [_connectivity(hosts, found, ports)] if len(hosts) > 1 else []
     counts = {about["gpus"] for about in found if "gpus" in about}
     if len(counts) > 1:
         numbers = ", ".join(f"{host} {about['gpus']}" for host, about in zip(hosts, found, strict=True) if "gpus" in about)
-        lines.append(Line("hosts", "fail", f"different numbers of GPUs: {numbers}", "use hosts with the same number"))
+        lines.append(Finding("hosts", "fail", f"different numbers of GPUs: {numbers}", "use hosts with the same number"))
     return lines
 
 
@@ -168,7 +168,7 @@ def _others(host: str, hosts: list[str], ports: dict[str, int]) -> list[tuple[st
     return [(other, ports[other]) for other in dict.fromkeys([hosts[0], *near]) if other != host and ports[other]]
 
 
-def _ways(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) -> Line:
+def _connectivity(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) -> Finding:
     """Whether the hosts reach each other, on ports that the system chose: so do the connections of a run."""
     tried = sum(len(_others(host, hosts, ports)) for host, about in zip(hosts, found, strict=True) if "shut" in about)
     shut = [
@@ -182,15 +182,15 @@ def _ways(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) 
         remedy = (
             "open all TCP ports between the hosts (a run takes free ones), or name the hosts by the network that they share"
         )
-        return Line("ports", "fail", "; ".join(shut[:SHOWN]) + more, remedy)
+        return Finding("ports", "fail", "; ".join(shut[:SHOWN]) + more, remedy)
     if closed or not tried:
-        return Line("ports", "note", f"nobody could try to reach {', '.join(closed)}", f"repair {', '.join(closed)} first")
-    return Line("ports", "ok", f"the hosts reach each other ({tried} ways tried)")
+        return Finding("ports", "note", f"nobody could try to reach {', '.join(closed)}", f"repair {', '.join(closed)} first")
+    return Finding("ports", "ok", f"the hosts reach each other ({tried} ways tried)")
 
 
-def _line(host: str, about: dict[str, Any]) -> Line:
+def _line(host: str, about: dict[str, Any]) -> Finding:
     if "error" in about:
-        return Line(host, "fail", about["error"], about["remedy"])
+        return Finding(host, "fail", about["error"], about["remedy"])
     wrong: list[tuple[str, str]] = []
     ours = {name: _version(name) for name in LIBRARIES}
     other = [f"{name} {v} (here {ours[name]})" for name, v in about["versions"].items() if v != ours[name]]
@@ -210,8 +210,8 @@ def _line(host: str, about: dict[str, Any]) -> Line:
     if about["meets"]:
         wrong.append((f"gloo would listen where nobody comes: {about['meets']}", "export GLOO_SOCKET_IFNAME=INTERFACE here"))
     if wrong:
-        return Line(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
-    return Line(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory")
+        return Finding(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
+    return Finding(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory")
 
 
 def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:

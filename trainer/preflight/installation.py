@@ -1,4 +1,4 @@
-"""What is installed here: libraries, compiler, GPUs, collectives. Each look is a `Line` of `trilevel doctor`."""
+"""What is installed here: libraries, compiler, GPUs, collectives. Each look is a `Finding` of `trilevel doctor`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Status = Literal["ok", "note", "fail"]
 GIB = 2**30
 
 
-class Line(NamedTuple):
+class Finding(NamedTuple):
     """One finding. ok: as it should be; note: a run works, something may surprise; fail: a run will not start or not last."""
 
     name: str
@@ -37,12 +37,12 @@ def constraints_file() -> Path:
     return SOURCE_ROOT / "constraints.txt"
 
 
-def versions(constraints: Path) -> list[Line]:
+def versions(constraints: Path) -> list[Finding]:
     """Installed libraries against the tested set."""
-    python = Line("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+    python = Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
     if not constraints.is_file():
         found = f"not compared: no {constraints.name} beside the package (an installed wheel has none)"
-        return [python, Line("versions", "note", found, "compare in a source tree")]
+        return [python, Finding("versions", "note", found, "compare in a source tree")]
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)", constraints.read_text(), re.MULTILINE))
     needed = _requirements()
     absent, other = [], []
@@ -57,10 +57,10 @@ def versions(constraints: Path) -> list[Line]:
             other.append(f"{name} {installed} (tested {version})")
     remedy = "pip install -c constraints.txt -e ."
     if absent:
-        return [python, Line("versions", "fail", f"not installed: {', '.join(absent)}", remedy)]
+        return [python, Finding("versions", "fail", f"not installed: {', '.join(absent)}", remedy)]
     if other:
-        return [python, Line("versions", "note", f"other than tested: {', '.join(other)}", remedy)]
-    return [python, Line("versions", "ok", f"{len(tested)} libraries as tested (constraints.txt)")]
+        return [python, Finding("versions", "note", f"other than tested: {', '.join(other)}", remedy)]
+    return [python, Finding("versions", "ok", f"{len(tested)} libraries as tested (constraints.txt)")]
 
 
 def _requirements() -> set[str]:
@@ -79,12 +79,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def compiler() -> Line:
+def compiler() -> Finding:
     """DeepSpeed builds small C++ extensions on first use: a compiler that works, Python's headers and ninja."""
     name = os.environ.get("CXX", "c++")
     remedy = "install a C++ compiler (Debian: apt-get install g++ python3-dev; conda: cxx-compiler), or name one by CXX"
     if shutil.which(name) is None:
-        return Line("compiler", "fail", f"{name} not found: DeepSpeed can't build its ops", remedy)
+        return Finding("compiler", "fail", f"{name} not found: DeepSpeed can't build its ops", remedy)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "try.cpp"
         source.write_text("#include <Python.h>\n#include <vector>\nint main() { return std::vector<int>{0}[0]; }\n")
@@ -92,43 +92,45 @@ def compiler() -> Line:
         tried = subprocess.run(words, capture_output=True, text=True, check=False)
     if tried.returncode:
         reason = next((line for line in tried.stderr.splitlines() if "error" in line), tried.stderr.strip()[:200])
-        return Line("compiler", "fail", f"{name} can't compile a small extension: {reason}", remedy)
+        return Finding("compiler", "fail", f"{name} can't compile a small extension: {reason}", remedy)
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
-        return Line("compiler", "fail", f"{name} works, but ninja is not found", "pip install ninja")
-    return Line("compiler", "ok", f"{shutil.which(name)} and ninja")
+        return Finding("compiler", "fail", f"{name} works, but ninja is not found", "pip install ninja")
+    return Finding("compiler", "ok", f"{shutil.which(name)} and ninja")
 
 
-def decoder() -> Line:
+def decoder() -> Finding:
     """Whether the stream can decode a part of a JPEG."""
     from trainer.data.augment import turbojpeg
 
     if (library := turbojpeg.library()) is not None:
-        return Line("TurboJPEG", "ok", f"{library._name} decodes parts of images")
+        return Finding("TurboJPEG", "ok", f"{library._name} decodes parts of images")
     remedy = "pip install turbojpeg (Linux x86_64, Python < 3.13), or install libjpeg-turbo 3 on the system"
-    return Line("TurboJPEG", "note", "not found: images are decoded whole, at two thirds of the rate", remedy)
+    return Finding("TurboJPEG", "note", "not found: images are decoded whole, at two thirds of the rate", remedy)
 
 
-def devices() -> list[Line]:
+def devices() -> list[Finding]:
     """GPUs as torch sees them, and the driver."""
     import torch
 
     driver, listed = _driver()
     if not torch.cuda.is_available():
         if not listed:
-            return [Line("GPUs", "ok", f"none: trains on the CPU ({len(os.sched_getaffinity(0))} cores)")]
-        return [Line("GPUs", "fail", f"{listed} listed, torch {torch.__version__} sees none", _why_unseen(torch.version.cuda))]
+            return [Finding("GPUs", "ok", f"none: trains on the CPU ({len(os.sched_getaffinity(0))} cores)")]
+        return [
+            Finding("GPUs", "fail", f"{listed} listed, torch {torch.__version__} sees none", _why_unseen(torch.version.cuda))
+        ]
     kinds = []
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         kinds.append(f"{about.name} {about.total_memory / GIB:.0f} GiB (sm_{about.major}{about.minor})")
     found = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
     mixed = len(set(kinds)) > 1
-    lines = [Line("GPUs", "note" if mixed else "ok", found, "the slowest sets the pace" if mixed else "")]
+    lines = [Finding("GPUs", "note" if mixed else "ok", found, "the slowest sets the pace" if mixed else "")]
     if not torch.cuda.is_bf16_supported():
-        lines.append(Line("bfloat16", "note", "not supported by these GPUs: slow", "engine.precision=float32"))
+        lines.append(Finding("bfloat16", "note", "not supported by these GPUs: slow", "engine.precision=float32"))
     return [
         *lines,
-        Line("driver", "ok", f"{driver or 'version unknown'}; torch {torch.__version__}, CUDA {torch.version.cuda}"),
+        Finding("driver", "ok", f"{driver or 'version unknown'}; torch {torch.__version__}, CUDA {torch.version.cuda}"),
     ]
 
 
@@ -155,7 +157,7 @@ def _driver() -> tuple[str, int]:
     return "", len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def collectives() -> Line:
+def collectives() -> Finding:
     """NCCL on GPUs, gloo on CPU; gloo wants this host's name to resolve, or an interface by name."""
     import torch
     import torch.distributed as dist
@@ -163,17 +165,23 @@ def collectives() -> Line:
 
     if torch.cuda.is_available():
         if dist.is_nccl_available():
-            return Line("collectives", "ok", f"NCCL {'.'.join(map(str, nccl.version()))}")
-        return Line("collectives", "fail", "this torch has no NCCL: one GPU at most", "install an official CUDA build of torch")
+            return Finding("collectives", "ok", f"NCCL {'.'.join(map(str, nccl.version()))}")
+        return Finding(
+            "collectives", "fail", "this torch has no NCCL: one GPU at most", "install an official CUDA build of torch"
+        )
     if not dist.is_gloo_available():
-        return Line("collectives", "fail", "this torch has no gloo: one process at most", "install an official build of torch")
+        return Finding(
+            "collectives", "fail", "this torch has no gloo: one process at most", "install an official build of torch"
+        )
     if name := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = [interface for _, interface in socket.if_nameindex()]
         if name in known:
-            return Line("collectives", "ok", f"gloo over {name}")
-        return Line("collectives", "fail", f"GLOO_SOCKET_IFNAME={name}: no such interface", f"one of {', '.join(known)}")
+            return Finding("collectives", "ok", f"gloo over {name}")
+        return Finding("collectives", "fail", f"GLOO_SOCKET_IFNAME={name}: no such interface", f"one of {', '.join(known)}")
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return Line("collectives", "note", f"gloo; the name {socket.gethostname()} does not resolve", "set GLOO_SOCKET_IFNAME")
-    return Line("collectives", "ok", f"gloo, {socket.gethostname()} is {address}")
+        return Finding(
+            "collectives", "note", f"gloo; the name {socket.gethostname()} does not resolve", "set GLOO_SOCKET_IFNAME"
+        )
+    return Finding("collectives", "ok", f"gloo, {socket.gethostname()} is {address}")

@@ -24,7 +24,7 @@ import torch
 from sparsity.types import DENSE
 from trainer.config.run_config import Config
 from trainer.data.augment.mixup import mix_images, sample
-from trainer.data.augment.on_device import finish
+from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.dataset import opened
 from trainer.data.loader.stream import Stream
@@ -34,9 +34,9 @@ from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import learning_rate, set_learning_rate
 from trainer.preflight.timm_recipe import (
-    Legacy,
-    Thing,
+    LegacyGenerator,
     Timm,
+    TracedTensor,
     clip,
     gradients,
     initial,
@@ -135,7 +135,7 @@ def parity(
     seen: dict[str, float] = {}
     losses: list[float] = []
 
-    def first(step: int, a: Iterator[Thing], b: Iterator[Thing]) -> Divergence | None:
+    def first(step: int, a: Iterator[TracedTensor], b: Iterator[TracedTensor]) -> Divergence | None:
         for x, y in itertools.zip_longest(a, b):
             if x is None or y is None or x[:2] != y[:2]:
                 alone = x or y
@@ -161,7 +161,7 @@ def parity(
     return Certificate(step, found, tolerance, seen, ends, facts)
 
 
-def _compare(step: int, ours: Thing, theirs: Thing) -> tuple[float, Divergence | None]:
+def _compare(step: int, ours: TracedTensor, theirs: TracedTensor) -> tuple[float, Divergence | None]:
     """Largest difference relative to the largest value of timm's tensor; NaN where either holds one."""
     a, b = ours.value.detach(), theirs.value.detach()
     if torch.equal(a, b):
@@ -187,28 +187,28 @@ class _Ours:
         self.objective, self.optimizer = Objective(config), build_optimizer(wrapped, config.optim)
         self.ema = Ema(self.model, config.optim.ema)
 
-    def start(self) -> Iterator[Thing]:
+    def start(self) -> Iterator[TracedTensor]:
         yield from initial(self.model, self.optimizer)
         for t in schedule_points(self.config, self.batches):
             set_learning_rate(self.optimizer, learning_rate(self._progress(t), self.config))
             yield from rates(self.optimizer, f"of step {t}")
 
-    def step(self, step: int, batch: Batch) -> Iterator[Thing]:
+    def step(self, step: int, batch: Batch) -> Iterator[TracedTensor]:
         config, w = self.config, batch.weights
         self.wrapped.train()
         set_learning_rate(self.optimizer, learning_rate(self._progress(step), config))
         yield from rates(self.optimizer, f"of step {step}")
-        images = finish(batch, config.augment)
-        yield Thing("images", "before mixing", images)
-        rng: Any = Legacy(np.random.RandomState(seed_of(config, step)))
+        images = augment_on_device(batch, config.augment)
+        yield TracedTensor("images", "before mixing", images)
+        rng: Any = LegacyGenerator(np.random.RandomState(seed_of(config, step)))
         mix = sample(config.augment, rng, config.model.image_size)
         images, targets = mix_images(images, mix, w), self.objective.targets(batch.labels, mix, w)
-        yield Thing("images", "mixed", images)
-        yield Thing("targets", "", targets)
+        yield TracedTensor("images", "mixed", images)
+        yield TracedTensor("targets", "", targets)
         logits = self.wrapped(images, DENSE).logits
-        yield Thing("logits", "", logits)
+        yield TracedTensor("logits", "", logits)
         loss = (self.objective.losses(logits, targets) * w).sum() / w.sum()
-        yield Thing("loss", "mean", loss)
+        yield TracedTensor("loss", "mean", loss)
         self.optimizer.zero_grad()
         loss.backward()
         yield from gradients(self.model)
@@ -216,7 +216,7 @@ class _Ours:
         self.optimizer.step()
         yield from parameters("weight", self.model)
         self.ema.update(self.model)
-        yield from (Thing("average", name, value) for name, value in self.ema.state_dict().items())
+        yield from (TracedTensor("average", name, value) for name, value in self.ema.state_dict().items())
 
     def _progress(self, step: int) -> float:
         return step // self.batches + step % self.batches / self.batches

@@ -1,7 +1,7 @@
 """The recipe as timm's and DeiT's training scripts put it together, out of timm's own pieces: what `parity` holds ours against.
 
 timm's model, `PrefetchLoader`'s normalisation, `Mixup` (unmodified), losses, `create_optimizer_v2`, `create_scheduler_v2` and
-`ModelEmaV3`. Both sides tell what they did as a sequence of `Thing`s in the same order.
+`ModelEmaV3`. Both sides tell what they did as a sequence of `TracedTensor`s in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.model import weights
 SCHEDULE_POINTS = 2000
 
 
-class Thing(NamedTuple):
+class TracedTensor(NamedTuple):
     """Something both sides have: what it is, which one, its value."""
 
     what: str
@@ -70,13 +70,13 @@ class Timm:
         self.binary = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0, reduction="none")
         self.ema = None if o.ema is None else ModelEmaV3(self.model, decay=o.ema)
 
-    def start(self) -> Iterator[Thing]:
+    def start(self) -> Iterator[TracedTensor]:
         yield from initial(self.model, self.optimizer)
         for t in schedule_points(self.config, self.batches):
             self.scheduler.step_update(t)
             yield from rates(self.optimizer, f"of step {t}")
 
-    def step(self, step: int, batch: Batch) -> Iterator[Thing]:
+    def step(self, step: int, batch: Batch) -> Iterator[TracedTensor]:
         a = self.config.augment
         self.model.train()
         self.scheduler.step_update(step)
@@ -84,18 +84,18 @@ class Timm:
         flipped = torch.where(batch.flip[:, None, None, None], batch.images.flip(-1), batch.images)
         loader: Any = [(flipped, batch.labels)]
         ((images, labels),) = PrefetchLoader(loader, mean=a.mean, std=a.std, device=batch.images.device)
-        images = erase(images, batch.erase, batch.draw)
-        yield Thing("images", "before mixing", images)
+        images = erase(images, batch.erase, batch.rng_keys)
+        yield TracedTensor("images", "before mixing", images)
         images, targets = self._mixed(images, labels, step)
-        yield Thing("images", "mixed", images)
-        yield Thing("targets", "", targets)
+        yield TracedTensor("images", "mixed", images)
+        yield TracedTensor("targets", "", targets)
         logits = self.model(images)
-        yield Thing("logits", "", logits)
+        yield TracedTensor("logits", "", logits)
         if self.config.optim.loss == "bce":
             loss = self.binary(logits, targets).mean(dim=-1).mean()
         else:
             loss = self.soft(logits, targets)
-        yield Thing("loss", "mean", loss)
+        yield TracedTensor("loss", "mean", loss)
         self.optimizer.zero_grad()
         loss.backward()
         yield from gradients(self.model)
@@ -104,7 +104,7 @@ class Timm:
         yield from parameters("weight", self.model)
         if self.ema is not None:
             self.ema.update(self.model)
-            yield from (Thing("average", name, value) for name, value in self.ema.module.state_dict().items())
+            yield from (TracedTensor("average", name, value) for name, value in self.ema.module.state_dict().items())
 
     def _mixed(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """timm pairs i with b-1-i: put neighbours there, mix, and put the rows back."""
@@ -118,7 +118,7 @@ class Timm:
         return mixed[back], targets[back]
 
 
-class Legacy:
+class LegacyGenerator:
     """numpy's old generator, which timm draws from, under the names of the new one, which we draw from."""
 
     def __init__(self, state: np.random.RandomState):
@@ -131,7 +131,7 @@ def schedule_points(config: Config, batches: int) -> list[int]:
     return sorted({round(t) for t in np.linspace(0, last, min(SCHEDULE_POINTS, last + 1))})
 
 
-def initial(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Thing]:
+def initial(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[TracedTensor]:
     yield from parameters("initial weight", model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {
@@ -140,25 +140,27 @@ def initial(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Thin
         for parameter in group["params"]
     }
     for name, (decay, scale) in sorted(groups.items()):
-        yield Thing("weight decay", name, torch.tensor(decay))
-        yield Thing("learning rate scale", name, torch.tensor(scale))
+        yield TracedTensor("weight decay", name, torch.tensor(decay))
+        yield TracedTensor("learning rate scale", name, torch.tensor(scale))
     options = {
         k: v for k, v in optimizer.param_groups[0].items() if isinstance(v, int | float | tuple) and not k.endswith("lr")
     }
     for name in sorted(options.keys() - {"weight_decay", "lr_scale"}):
-        yield Thing("optimizer option", name, torch.tensor(options[name], dtype=torch.float64))
+        yield TracedTensor("optimizer option", name, torch.tensor(options[name], dtype=torch.float64))
 
 
-def rates(optimizer: torch.optim.Optimizer, name: str) -> Iterator[Thing]:
-    yield Thing("learning rate", name, torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64))
+def rates(optimizer: torch.optim.Optimizer, name: str) -> Iterator[TracedTensor]:
+    yield TracedTensor(
+        "learning rate", name, torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
+    )
 
 
-def parameters(what: str, model: nn.Module) -> Iterator[Thing]:
-    return (Thing(what, name, value) for name, value in model.named_parameters())
+def parameters(what: str, model: nn.Module) -> Iterator[TracedTensor]:
+    return (TracedTensor(what, name, value) for name, value in model.named_parameters())
 
 
-def gradients(model: nn.Module) -> Iterator[Thing]:
-    return (Thing("gradient", name, value.grad) for name, value in model.named_parameters() if value.grad is not None)
+def gradients(model: nn.Module) -> Iterator[TracedTensor]:
+    return (TracedTensor("gradient", name, value.grad) for name, value in model.named_parameters() if value.grad is not None)
 
 
 def clip(model: nn.Module, config: Config) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.data.augment.decode import decode_exact
 from trainer.data.errors import DataError
-from trainer.data.progress import bar
+from trainer.data.progress import progress_bar
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.url import scheme
 from trainer.data.shards.index import open_index
@@ -55,7 +55,7 @@ def verify(
         return found
 
     result: list[Broken] = []
-    with ThreadPoolExecutor(max(workers, 1)) as pool, bar("verify", len(index), "images", progress) as shown:
+    with ThreadPoolExecutor(max(workers, 1)) as pool, progress_bar("verify", len(index), "images", progress) as shown:
         for ids, found in zip(chunks, pool.map(broken, chunks), strict=True):
             result += found
             shown.advance(shown.task_ids[0], len(ids))

@@ -16,10 +16,10 @@ import numpy as np
 from rich.table import Table
 
 from trainer.config.run_config import differences
-from trainer.data.progress import bar
-from trainer.provenance.hash_chain import digest, linked
+from trainer.data.progress import progress_bar
+from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.kept_lists import KeptError
-from trainer.provenance.recorded_run import Mark, Past, Stretch
+from trainer.provenance.recorded_run import LoggedStep, RecordedRun, Segment
 
 LISTED = 20  # differences and broken images written out; beyond, their number
 
@@ -74,29 +74,29 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(past: Past, progress: bool = True) -> Audit:
+def audit(run: RecordedRun, progress: bool = True) -> Audit:
     """Make the chain again and count. A kept list that is missing or was changed ends the recomputation there, and is named."""
-    found = Audit(str(past.run), marks=len(past.marks))
-    for attempt, config in past.configs():
-        for key, (now, then) in differences(past.config, config).items():
+    found = Audit(str(run.directory), marks=len(run.logged_steps))
+    for attempt, config in run.configs():
+        for key, (now, then) in differences(run.config, config).items():
             found.problems.append(f"attempt {attempt} began with {key}={then!r}, config.yaml has {now!r}")
-    worlds = {line["attempt"]: line["world"] for line in past.lines if line["kind"] == "start"}
-    for attempt, (first, last) in past.bounds().items():
+    worlds = {line["attempt"]: line["world"] for line in run.lines if line["kind"] == "start"}
+    for attempt, (first, last) in run.surviving_steps().items():
         found.attempts.append({"attempt": attempt, "world": worlds[attempt], "first": first, "last": last})
-    if not past.stretches:
+    if not run.segments:
         found.problems.append("the journal tells of no step: nothing was trained, or its lines are gone")
         return found
-    found.steps = past.stretches[-1].last
-    counts = np.zeros(len(past.index), dtype=np.int64)
-    window = _Window(past.marks)
-    with bar("audit", found.steps, "steps", progress) as shown:
-        epoch = _Epoch(past, past.stretches[0])
-        for stretch in past.stretches:
+    found.steps = run.segments[-1].last
+    counts = np.zeros(len(run.index), dtype=np.int64)
+    window = _Window(run.logged_steps)
+    with progress_bar("audit", found.steps, "steps", progress) as shown:
+        epoch = _Epoch(run, run.segments[0])
+        for stretch in run.segments:
             if stretch.epoch != epoch.number:
                 epoch.close(found)
-                epoch = _Epoch(past, stretch)
+                epoch = _Epoch(run, stretch)
             try:
-                order = past.order(stretch)
+                order = run.order(stretch)
             except KeptError as error:
                 found.problems.append(f"epoch {stretch.epoch} (steps {stretch.first + 1} to {stretch.last}): {error}")
                 break
@@ -109,26 +109,26 @@ def audit(past: Past, progress: bool = True) -> Audit:
                 rows = order.rows(batch)
                 broken = window.broken()
                 weights = np.ones(len(rows.ids)) if not broken else ~np.isin(rows.ids, list(broken)) * 1.0
-                list_weight = past.selection(stretch.kept).weight
+                list_weight = run.selection(stretch.kept).weight
                 if list_weight is not None:
                     weights = weights * list_weight[rows.ids]
                 counts[rows.ids[weights > 0]] += 1
                 epoch.show(rows.ids, int((weights == 0).sum()))
-                value = digest(rows.ids, past.keys(stretch, rows), weights)
+                value = digest(rows.ids, run.keys(stretch, rows), weights)
                 window.add(step, value, int((weights > 0).sum()), stretch, batch, found)
                 shown.advance(shown.task_ids[0])
         epoch.close(found)
     found.chain = window.head
     times, examples = np.unique(counts, return_counts=True)
     found.presentations = dict(zip(times.tolist(), examples.tolist(), strict=True))
-    found.broken = {number: reason for mark in past.marks for number, reason in mark.broken.items()}
+    found.broken = {number: reason for mark in run.logged_steps for number, reason in mark.broken.items()}
     return found
 
 
 class _Window:
     """The chain made again, and held against the journal's heads; `head` never takes anything from the journal."""
 
-    def __init__(self, marks: list[Mark]) -> None:
+    def __init__(self, marks: list[LoggedStep]) -> None:
         self.head = ""
         self._marks, self._at, self._images = marks, 0, 0
         self._from, self._local = 0, ""  # of this window: last step before it, the journal's head there carried on
@@ -137,19 +137,19 @@ class _Window:
     def broken(self) -> dict[int, str]:
         return self._marks[self._at].broken if self._at < len(self._marks) else {}
 
-    def add(self, step: int, value: int, images: int, stretch: Stretch, batch: int, found: Audit) -> None:
-        self.head, self._local = linked(self.head, value), linked(self._local, value)
+    def add(self, step: int, value: int, images: int, segment: Segment, batch: int, found: Audit) -> None:
+        self.head, self._local = extend(self.head, value), extend(self._local, value)
         self._images += images
         if self._at == len(self._marks) or step < self._marks[self._at].step:
             return
         mark = self._marks[self._at]
-        where = f"steps {self._from + 1} to {step} (epoch {stretch.epoch}, up to batch {batch}, attempt {stretch.attempt})"
+        where = f"steps {self._from + 1} to {step} (epoch {segment.epoch}, up to batch {batch}, attempt {segment.attempt})"
         if self._local != mark.chain:
             found.differing += 1
             found.problems.append(f"{where}: the journal's chain is {mark.chain}, made again it is {self._local}")
             if found.first_difference is None:
                 found.first_difference = {
-                    "steps": [self._from + 1, step], "epoch": stretch.epoch, "batch": batch, "attempt": stretch.attempt,
+                    "steps": [self._from + 1, step], "epoch": segment.epoch, "batch": batch, "attempt": segment.attempt,
                     "journal": mark.chain, "again": self._local,
                 }  # fmt: skip
         elif self._images != mark.images:
@@ -160,21 +160,21 @@ class _Window:
 class _Epoch:
     """Presentations in one epoch, over the attempts that share it."""
 
-    def __init__(self, past: Past, stretch: Stretch) -> None:
-        self.number, self._past, self._steps, self._broken = stretch.epoch, past, 0, 0
-        self._counts = np.zeros(len(past.index), dtype=np.int16)
-        self._stretch: Stretch | None = None
+    def __init__(self, run: RecordedRun, segment: Segment) -> None:
+        self.number, self._past, self._steps, self._broken = segment.epoch, run, 0, 0
+        self._counts = np.zeros(len(run.index), dtype=np.int16)
+        self._stretch: Segment | None = None
 
-    def add(self, stretch: Stretch, found: Audit) -> None:
-        kept = self._past.selection(stretch.kept).num_kept
-        if kept != stretch.line["kept"]:
-            found.problems.append(f"epoch {self.number}: the journal has {stretch.line['kept']} kept, its list {kept}")
-        if self._stretch is not None and self._stretch.kept != stretch.kept:
+    def add(self, segment: Segment, found: Audit) -> None:
+        kept = self._past.selection(segment.kept).num_kept
+        if kept != segment.line["kept"]:
+            found.problems.append(f"epoch {self.number}: the journal has {segment.line['kept']} kept, its list {kept}")
+        if self._stretch is not None and self._stretch.kept != segment.kept:
             found.problems.append(
-                f"epoch {self.number}: attempt {stretch.attempt} went on with list {stretch.kept}, it began with {self._stretch.kept}"
+                f"epoch {self.number}: attempt {segment.attempt} went on with list {segment.kept}, it began with {self._stretch.kept}"
             )
-        self._stretch = stretch
-        self._steps += stretch.last - stretch.first
+        self._stretch = segment
+        self._steps += segment.last - segment.first
 
     def show(self, ids: np.ndarray, broken: int) -> None:
         np.add.at(self._counts, ids, 1)

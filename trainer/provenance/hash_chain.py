@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def digest(ids: np.ndarray, draw: np.ndarray, weights: np.ndarray) -> int:
+def digest(ids: np.ndarray, rng_keys: np.ndarray, weights: np.ndarray) -> int:
     """Sum of row hashes of one rank's slice, as a signed 64-bit number; rows of weight 0 (padding, broken images) don't count."""
     with np.errstate(over="ignore"):
-        x = (ids.astype(np.uint64) + np.uint64(1)) * GOLDEN ^ draw.astype(np.int64).view(np.uint64)
+        x = (ids.astype(np.uint64) + np.uint64(1)) * GOLDEN ^ rng_keys.astype(np.int64).view(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = (x ^ (x >> np.uint64(31)))[weights > 0]
         return int(x.sum(dtype=np.uint64).astype(np.int64))
 
 
-def linked(head: str, value: np.int64 | int) -> str:
+def extend(head: str, value: np.int64 | int) -> str:
     """The head after one more global batch, `value` its digest (signed 64 bit)."""
     return hashlib.blake2b(bytes.fromhex(head) + np.int64(value).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-class Chain:
+class HashChain:
     """The chain so far and the digests of this rank that are not in it yet."""
 
     def __init__(self, head: str = ""):
@@ -41,16 +41,16 @@ class Chain:
         self.last = ""  # digest of the newest batch in the chain, over all ranks: names it whoever looks
         self._pending: list[int] = []
 
-    def add(self, ids: torch.Tensor, draw: torch.Tensor, weights: torch.Tensor) -> None:
+    def add(self, ids: torch.Tensor, rng_keys: torch.Tensor, weights: torch.Tensor) -> None:
         """One global batch; the tensors are this rank's slice, on the CPU."""
-        self._pending.append(digest(ids.numpy(), draw.numpy(), weights.numpy()))
+        self._pending.append(digest(ids.numpy(), rng_keys.numpy(), weights.numpy()))
 
     def close(self, engine: Engine) -> str:
         """Fold all pending batches in; collective, the same head on all ranks."""
         if self._pending:
-            total = engine.sum(torch.tensor(self._pending, dtype=torch.int64).to(engine.device)).cpu().numpy()
+            total = engine.all_reduce_sum(torch.tensor(self._pending, dtype=torch.int64).to(engine.device)).cpu().numpy()
             for value in total:
-                self.head = linked(self.head, value)
+                self.head = extend(self.head, value)
             self.last = f"{int(total[-1]) & (1 << 64) - 1:016x}"
             self._pending.clear()
         return self.head

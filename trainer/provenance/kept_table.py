@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sparsity.examples import kept_ids
 from sparsity.examples.curriculum import keep_rates
-from trainer.provenance.recorded_run import Past, PastError
+from trainer.provenance.recorded_run import RecordedRun, RecordedRunError
 
 SHOWN = 20  # classes of the printed table
 COLUMNS = ("label", "class", "examples", "kept", "rate", "mean_weight")
@@ -45,17 +45,17 @@ class Kept(NamedTuple):
         return {"epoch": self.epoch, "list": self.name, "kept": len(self.ids), "classes": self.classes}
 
 
-def kept_of(past: Past, epoch: int | None = None) -> Kept:
-    """The list of an epoch, counted from 0 (None: the newest). Raises PastError for an epoch that the run never began, KeptError."""
-    lists = {stretch.epoch: stretch.kept for stretch in past.stretches}
+def kept_of(run: RecordedRun, epoch: int | None = None) -> Kept:
+    """The list of an epoch, counted from 0 (None: the newest). Raises RecordedRunError for an epoch that the run never began, KeptError."""
+    lists = {stretch.epoch: stretch.kept for stretch in run.segments}
     if not lists:
-        raise PastError(f"{past.run}: its journal tells of no step yet, so there is no list")
+        raise RecordedRunError(f"{run.directory}: its journal tells of no step yet, so there is no list")
     epoch = max(lists) if epoch is None else epoch
     if epoch not in lists:
-        raise PastError(
-            f"--epoch {epoch}: the journal of {past.run} tells of epochs {min(lists)} to {max(lists)}, counted from 0"
+        raise RecordedRunError(
+            f"--epoch {epoch}: the journal of {run.directory} tells of epochs {min(lists)} to {max(lists)}, counted from 0"
         )
-    selection, index = past.selection(lists[epoch]), past.index
+    selection, index = run.selection(lists[epoch]), run.index
     ids = kept_ids(selection, len(index))
     weights = np.ones(len(ids), np.float32) if selection.weight is None else selection.weight[ids]
     labels, keep = np.asarray(index.labels), np.zeros(len(index), dtype=bool)
@@ -77,10 +77,10 @@ def kept_of(past: Past, epoch: int | None = None) -> Kept:
     return Kept(epoch, lists[epoch], ids, weights, classes)
 
 
-def write(kept: Kept, past: Past, folder: Path) -> list[Path]:
+def write(kept: Kept, run: RecordedRun, folder: Path) -> list[Path]:
     """epoch-E-kept.csv (id, key, shard, label, weight of each kept example) and epoch-E-classes.csv; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    index, stem = past.index, f"epoch-{kept.epoch:04d}"
+    index, stem = run.index, f"epoch-{kept.epoch:04d}"
     paths = [folder / f"{stem}-kept.csv", folder / f"{stem}-classes.csv"]
     shards = index.shard_of(kept.ids)
     rows = (

@@ -16,7 +16,7 @@ from sparsity.types import Selection
 from trainer.config.errors import ConfigError
 from trainer.config.load import load, parse
 from trainer.config.run_config import Config
-from trainer.data.keyed_hash import draw_keys
+from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import opened
 from trainer.data.order import EpochOrder, Layout, Rows
 from trainer.data.shards.index import Index
@@ -24,11 +24,11 @@ from trainer.journal.reader import read
 from trainer.provenance import kept_lists as kept
 
 
-class PastError(ValueError):
+class RecordedRunError(ValueError):
     """A past that can't be told: a step the run never made, a journal with a hole; the text says which."""
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Steps of one attempt in one epoch under one kept list: first + 1 .. last, batches `batch` and on of the epoch."""
 
     attempt: int
@@ -40,7 +40,7 @@ class Stretch(NamedTuple):
     line: dict[str, Any]  # the journal's `epoch` line
 
 
-class Mark(NamedTuple):
+class LoggedStep(NamedTuple):
     """A step line: what the journal says at `step`. broken: ids of this window that could not be decoded."""
 
     step: int
@@ -50,44 +50,44 @@ class Mark(NamedTuple):
     broken: dict[int, str]
 
 
-class Past:
+class RecordedRun:
     """A run, opened to be looked at. stretches and marks: in step order, of the surviving lineage.
 
     overrides: `key=value`, e.g. data.train=OTHER/PLACE. Raises ConfigError, DataError (shards that aren't those of the run),
-    JournalError or PastError.
+    JournalError or RecordedRunError.
     """
 
     def __init__(self, run: Path | str, overrides: list[str] | None = None) -> None:
-        self.run = Path(run)
-        if not (self.run / "config.yaml").is_file():
+        self.directory = Path(run)
+        if not (self.directory / "config.yaml").is_file():
             raise ConfigError(f"{run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
-        self.config = load(self.run / "config.yaml", overrides)
-        self.lines = list(read(self.run))
+        self.config = load(self.directory / "config.yaml", overrides)
+        self.lines = list(read(self.directory))
         self.index = self._index()
         d = self.config.data
         self.layout = Layout(self.index.sizes, self.config.seed, d.batch, d.lanes, d.window, d.homes, d.repeats)
-        self.stretches, self.marks = self._stretches(), self._marks()
+        self.segments, self.logged_steps = self._find_segments(), self._find_logged_steps()
         self.skipped = {line["step"]: line["seen"] for line in self.lines if line["kind"] == "skipped"}
         self.selection = lru_cache(maxsize=2)(self._selection)
-        self._order = lru_cache(maxsize=2)(self._made)
+        self._order = lru_cache(maxsize=2)(self._build_order)
 
     def _index(self) -> Index:
         index = opened(self.config.data.train, self.config, self.config.data.verify)
         told = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
         if told is not None and told != index.fingerprint:
-            raise PastError(
-                f"{self.run}: it was trained on shards with fingerprint {told}, data.train={self.config.data.train} has "
+            raise RecordedRunError(
+                f"{self.directory}: it was trained on shards with fingerprint {told}, data.train={self.config.data.train} has "
                 f"{index.fingerprint}; give the shards of the run as data.train=PATTERN"
             )
         return index
 
     def configs(self) -> list[tuple[int, Config]]:
         """(attempt, the configuration its start line holds)."""
-        where = f"{self.run}/journal.jsonl, start of attempt"
+        where = f"{self.directory}/journal.jsonl, start of attempt"
         starts = [line for line in self.lines if line["kind"] == "start"]
         return [(line["attempt"], parse(line["config"], f"{where} {line['attempt']}")) for line in starts]
 
-    def bounds(self) -> dict[int, tuple[int, int]]:
+    def surviving_steps(self) -> dict[int, tuple[int, int]]:
         """{attempt: (step it went on from, last step of it that survives)}; attempts of which nothing survives are left out."""
         begin: dict[int, int] = {}
         worked: dict[int, int] = {}
@@ -107,65 +107,65 @@ class Past:
             cut = min(cut, begin[attempt])
         return dict(sorted(found.items()))
 
-    def _stretches(self) -> list[Stretch]:
-        found: list[Stretch] = []
-        for attempt, (first, last) in self.bounds().items():
+    def _find_segments(self) -> list[Segment]:
+        found: list[Segment] = []
+        for attempt, (first, last) in self.surviving_steps().items():
             lines = [
                 ln for ln in self.lines if ln["attempt"] == attempt and ln["kind"] == "epoch" and first <= ln["step"] < last
             ]
             ends = [*[line["step"] for line in lines[1:]], last]
             for line, end in zip(lines, ends, strict=True):
                 name = line["facts"]["hash"]
-                found.append(Stretch(attempt, line["epoch"], line["batch"], line["step"], end, name, line))
+                found.append(Segment(attempt, line["epoch"], line["batch"], line["step"], end, name, line))
         at = (0, 0, 0)  # step, epoch, batch that must come next
         for one in found:
             if (one.first, one.epoch, one.batch) != at:
-                raise PastError(
-                    f"{self.run}: after step {at[0]} the journal must go on with epoch {at[1]}, batch {at[2]}; its next epoch line "
+                raise RecordedRunError(
+                    f"{self.directory}: after step {at[0]} the journal must go on with epoch {at[1]}, batch {at[2]}; its next epoch line "
                     f"is for step {one.first}, epoch {one.epoch}, batch {one.batch}: lines are missing"
                 )
             behind, batches = one.batch + one.last - one.first, one.line["steps"]
             if behind > batches:
-                raise PastError(
-                    f"{self.run}: epoch {one.epoch} has {batches} batches, the journal gives it {behind} up to step {one.last}: "
+                raise RecordedRunError(
+                    f"{self.directory}: epoch {one.epoch} has {batches} batches, the journal gives it {behind} up to step {one.last}: "
                     "an epoch line is missing"
                 )
             at = (one.last, one.epoch + 1, 0) if behind == batches else (one.last, one.epoch, behind)
         return found
 
-    def _marks(self) -> list[Mark]:
+    def _find_logged_steps(self) -> list[LoggedStep]:
         marks, broken = [], {}
-        bounds = self.bounds()
+        bounds = self.surviving_steps()
         for line in self.lines:
             first, last = bounds.get(line["attempt"], (0, -1))
             if line["kind"] == "broken" and first < line["step"] <= last:
                 broken[line["id"]] = line["reason"]
             elif line["kind"] == "step" and first < line["step"] <= last:
-                marks.append(Mark(line["step"], line["attempt"], line["chain"], int(line["images"]), broken))
+                marks.append(LoggedStep(line["step"], line["attempt"], line["chain"], int(line["images"]), broken))
                 broken = {}
         return sorted(marks)
 
-    def stretch(self, step: int) -> Stretch:
-        """Where a step lies. Raises PastError for a step that the run did not make, or did not tell."""
-        for one in self.stretches:
+    def segment(self, step: int) -> Segment:
+        """Where a step lies. Raises RecordedRunError for a step that the run did not make, or did not tell."""
+        for one in self.segments:
             if one.first < step <= one.last:
                 return one
-        last = self.stretches[-1].last if self.stretches else 0
-        raise PastError(f"--step {step}: the journal of {self.run} tells of steps 1 to {last}")
+        last = self.segments[-1].last if self.segments else 0
+        raise RecordedRunError(f"--step {step}: the journal of {self.directory} tells of steps 1 to {last}")
 
     def _selection(self, name: str) -> Selection:
-        return kept.read(self.run, name, len(self.index))
+        return kept.read(self.directory, name, len(self.index))
 
-    def _made(self, epoch: int, name: str) -> EpochOrder:
+    def _build_order(self, epoch: int, name: str) -> EpochOrder:
         return EpochOrder(self.layout, epoch, self.selection(name).keep)
 
-    def order(self, stretch: Stretch) -> EpochOrder:
-        return self._order(stretch.epoch, stretch.kept)
+    def order(self, segment: Segment) -> EpochOrder:
+        return self._order(segment.epoch, segment.kept)
 
-    def rows(self, stretch: Stretch, step: int) -> Rows:
+    def rows(self, segment: Segment, step: int) -> Rows:
         """The whole global batch of a step in a stretch."""
-        return self.order(stretch).rows(stretch.batch + step - stretch.first - 1)
+        return self.order(segment).rows(segment.batch + step - segment.first - 1)
 
-    def keys(self, stretch: Stretch, rows: Rows) -> np.ndarray:
+    def keys(self, segment: Segment, rows: Rows) -> np.ndarray:
         """(b,) int64: what all random choices about each row are keyed by."""
-        return draw_keys(self.config.seed, stretch.epoch, rows.ids, rows.copies)
+        return row_keys(self.config.seed, segment.epoch, rows.ids, rows.copies)

@@ -18,14 +18,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment.mixup import Mix, draw_mix, mix_images, shares
-from trainer.data.augment.on_device import finish
+from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
-from trainer.data.loader.batch_maker import Maker
+from trainer.data.loader.batch_maker import BatchMaker
 from trainer.model.schedule import learning_rate, plan_at
-from trainer.provenance.hash_chain import digest, linked
-from trainer.provenance.recorded_run import Past
+from trainer.provenance.hash_chain import digest, extend
+from trainer.provenance.recorded_run import RecordedRun
 
 ACROSS, SHEET = 16, 256  # pictures in a row and on a contact sheet
 SHOWN = 24  # rows of the printed table
@@ -70,11 +70,11 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def replay(past: Past, step: int) -> Replayed:
-    """Rebuild the batch of a step, as the journal counts. Raises PastError, KeptError or DataError."""
-    config, stretch = past.config, past.stretch(step)
-    rows, order, selection = past.rows(stretch, step), past.order(stretch), past.selection(stretch.kept)
-    maker = Maker(past.index, config, train=True)
+def replay(run: RecordedRun, step: int) -> Replayed:
+    """Rebuild the batch of a step, as the journal counts. Raises RecordedRunError, KeptError or DataError."""
+    config, stretch = run.config, run.segment(step)
+    rows, order, selection = run.rows(stretch, step), run.order(stretch), run.selection(stretch.kept)
+    maker = BatchMaker(run.index, config, train=True)
     batch = maker.batch(stretch.epoch, rows, len(rows.ids))
     if selection.weight is not None:
         batch = batch._replace(weights=batch.weights * torch.from_numpy(selection.weight)[batch.ids])
@@ -83,33 +83,33 @@ def replay(past: Past, step: int) -> Replayed:
     progress = stretch.epoch + number / order.steps
     plan = plan_at(progress, config)
     facts = {
-        "title": f"{past.run} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",
+        "title": f"{run.directory} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
         "progress": progress, "lr": learning_rate(progress, config), "keep_tokens": plan.keep_tokens,
         "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
-        "skipped": past.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
+        "skipped": run.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
         "broken": [list(one) for one in batch.broken],
     }  # fmt: skip
-    confirmed = _confirmed(past, step, batch)
+    confirmed = _confirmed(run, step, batch)
     return Replayed(
-        batch, _seen(batch, mix, config.augment), _rows(past, maker, batch, mix), facts | {"confirmed": confirmed}, confirmed
+        batch, _seen(batch, mix, config.augment), _rows(run, maker, batch, mix), facts | {"confirmed": confirmed}, confirmed
     )
 
 
-def _seen(batch: Batch, mix: Mix, augment: Augment) -> Tensor:
+def _seen(batch: Batch, mix: Mix, augment: AugmentConfig) -> Tensor:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
     found = []
     for start in range(0, len(batch.ids), _PART):  # even: pairs stay together
         part = Batch(*[field[start : start + _PART] for field in batch[:-1]], broken=[])
-        images = mix_images(finish(part, augment), mix, part.weights)
+        images = mix_images(augment_on_device(part, augment), mix, part.weights)
         found.append(((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(found)
 
 
-def _rows(past: Past, maker: Maker, batch: Batch, mix: Mix) -> list[dict[str, Any]]:
-    index, own = past.index, shares(mix, batch.weights)[0].tolist()
+def _rows(run: RecordedRun, maker: BatchMaker, batch: Batch, mix: Mix) -> list[dict[str, Any]]:
+    index, own = run.index, shares(mix, batch.weights)[0].tolist()
     broken = dict(batch.broken)
-    boxes = maker.boxes(batch.ids.numpy(), batch.draw.numpy())
+    boxes = maker.boxes(batch.ids.numpy(), batch.rng_keys.numpy())
     found = []
     for row, number in enumerate(batch.ids.tolist()):
         label = int(batch.labels[row])
@@ -117,26 +117,26 @@ def _rows(past: Past, maker: Maker, batch: Batch, mix: Mix) -> list[dict[str, An
             "row": row, "id": number, "key": index.key(number), "shard": index.names[int(index.shard_of(number))],
             "label": label, "class": index.classes[label] if label < len(index.classes) else str(label),
             "copy": int(batch.copies[row]), "weight": float(batch.weights[row]), "flip": bool(batch.flip[row]),
-            "erase": batch.erase[row].tolist(), "crop": boxes[row], "draw": f"{int(batch.draw[row]) & (1 << 64) - 1:016x}",
+            "erase": batch.erase[row].tolist(), "crop": boxes[row], "draw": f"{int(batch.rng_keys[row]) & (1 << 64) - 1:016x}",
             "partner": row ^ 1, "own_share": own[row], "broken": broken.get(number),
         })  # fmt: skip
     return found
 
 
-def _confirmed(past: Past, step: int, batch: Batch) -> bool | None:
+def _confirmed(run: RecordedRun, step: int, batch: Batch) -> bool | None:
     """Whether the chain's window around the step closes with this batch in it."""
-    before = max((mark for mark in past.marks if mark.step < step), default=None)
-    mark = min((mark for mark in past.marks if mark.step >= step), default=None)
+    before = max((mark for mark in run.logged_steps if mark.step < step), default=None)
+    mark = min((mark for mark in run.logged_steps if mark.step >= step), default=None)
     if mark is None:
         return None
     head, first = (before.chain, before.step) if before else ("", 0)
     for at in range(first + 1, mark.step + 1):
-        stretch = past.stretch(at)
-        rows = past.rows(stretch, at)
-        ids, keys, weights = rows.ids, past.keys(stretch, rows), ~np.isin(rows.ids, list(mark.broken)) * 1.0
+        stretch = run.segment(at)
+        rows = run.rows(stretch, at)
+        ids, keys, weights = rows.ids, run.keys(stretch, rows), ~np.isin(rows.ids, list(mark.broken)) * 1.0
         if at == step:
-            ids, keys, weights = batch.ids.numpy(), batch.draw.numpy(), batch.weights.numpy()
-        head = linked(head, digest(ids, keys, weights))
+            ids, keys, weights = batch.ids.numpy(), batch.rng_keys.numpy(), batch.weights.numpy()
+        head = extend(head, digest(ids, keys, weights))
     return head == mark.chain
 
 

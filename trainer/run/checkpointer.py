@@ -18,46 +18,46 @@ from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.engine.engine import Engine
 from trainer.model.ema import Ema
-from trainer.run.recorder import Records
+from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
 
 
-class Saver:
+class Checkpointer:
     """The checkpoints of one attempt. A write that failed asks the run to stop, so that every rank raises it from `wait`."""
 
     def __init__(
-        self, config: Config, engine: Engine, records: Records, stop: Stop, fingerprint: str, ema: Ema, examples: Examples
+        self, config: Config, engine: Engine, recorder: Recorder, stop: Stop, fingerprint: str, ema: Ema, examples: Examples
     ):
-        self.config, self.engine, self.records, self.stop = config, engine, records, stop
+        self.config, self.engine, self.recorder, self.stop = config, engine, recorder, stop
         self.fingerprint, self.ema, self.examples = fingerprint, ema, examples
-        self._write: Write | None = None
+        self._write: AsyncWrite | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
         """Collective. Returns when the state is copied; when it is on the disk if `last`, or without `checkpoint.asynchronous`."""
         self.wait()
         began = time.perf_counter()
-        weights, optimizer = self.engine.state.weights(), self.engine.state.moments()
-        averages, statistics = self.ema.state_dict(), self.examples.state_dict(self.engine.gather)
+        weights, optimizer = self.engine.state.weights(), self.engine.state.optimizer_state()
+        averages, statistics = self.ema.state_dict(), self.examples.state_dict(self.engine.all_gather)
         if self.engine.is_main:
-            self.records.sync()  # the lines before a checkpoint are at least as durable as it is
+            self.recorder.sync()  # the lines before a checkpoint are at least as durable as it is
 
             def write() -> Path:
                 path = save_load.save_checkpoint(
-                    self.records.checkpoints, state, self.config, self.fingerprint,
+                    self.recorder.checkpoints, state, self.config, self.fingerprint,
                     weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection,
                 )  # fmt: skip
-                self.records.weights({**weights, **averages})
+                self.recorder.weights({**weights, **averages})
                 return path
 
-            self._write = Write(state, write, began)
+            self._write = AsyncWrite(state, write, began)
         if last or not self.config.checkpoint.asynchronous:
             self.wait()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """After every step, no collective: tell what became durable meanwhile; a failure is raised by the `wait` it leads to."""
         if self._write is not None and self._write.ended:
             if self._write.failure:
-                self.stop.ask()
+                self.stop.request()
             else:
                 self._tell(self._write)
 
@@ -69,18 +69,18 @@ class Saver:
     def wait(self) -> None:
         """Collective. Until nothing is being written. Raises CheckpointError on all ranks where that failed."""
         failure = self._write.wait() if self._write is not None else ""
-        if failure := self.engine.share(failure):
+        if failure := self.engine.broadcast_object(failure):
             raise save_load.CheckpointError(failure)
         if self._write is not None:
             self._tell(self._write)
 
-    def _tell(self, write: Write) -> None:
+    def _tell(self, write: AsyncWrite) -> None:
         assert write.path is not None
-        self.records.saved(write.state, write.path, write.blocking, write.seconds)
+        self.recorder.saved(write.state, write.path, write.blocking, write.seconds)
         self._write = None
 
 
-class Write:
+class AsyncWrite:
     """One checkpoint on its way to the disk. blocking: seconds that training stood still for it; seconds: of writing."""
 
     def __init__(self, state: TrainState, write: Callable[[], Path], began: float):

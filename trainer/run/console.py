@@ -33,7 +33,7 @@ class Console:
     ):
         self._name, self._until, self._show = name, until, show
         self._facts: dict[str, Any] = {}
-        self._clock = Clock()
+        self._clock = EtaClock()
         self._terminal = Terminal(file=file or sys.stdout, force_terminal=terminal, highlight=False)
         self._live: Progress | None = None
         self._bar = False
@@ -108,7 +108,7 @@ class Console:
             print(text, file=self._terminal.file, flush=True)
 
 
-class Clock:
+class EtaClock:
     """Time left, from the pace of the last minutes: dropping makes epochs shorter, the mean of the whole run would mislead."""
 
     def __init__(self, half_life: float = 60.0):

@@ -2,7 +2,7 @@
 
 Same process, same weights, same batch, interleaved, so that a slow node is slow for both. Nothing of the run is touched:
 gradients are taken by `torch.autograd.grad` on the network without DeepSpeed's or DDP's wrapper, so no hook fires, nothing is sent
-and nothing is accumulated; random generators are put back. `Control.look` gives the `control` line of the journal.
+and nothing is accumulated; random generators are put back. `DenseBaseline.measure_if_due` gives the `control` line of the journal.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from trainer.config.run_config import Config
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
-from trainer.model.schedule import course_of
+from trainer.model.schedule import keep_schedule
 from trainer.telemetry import timing
-from trainer.telemetry.meters import Clock
+from trainer.telemetry.meters import StepClock
 
 WARM, WATCHED = 5, 20  # steps under a new plan before real steps are timed, and how many are
 FEWEST, MOST = 3, 10  # pairs of passes
@@ -32,43 +32,43 @@ COMPILING = 60.0  # s that the first dense pass may take under torch.compile (De
 TELLING = 0.05  # share of a dense pass, or of a step, from which on a loss is named
 
 
-class Control:
+class DenseBaseline:
     """Watches the plateaus of a run and times its control, within `config.control` (a share of the training time)."""
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective, want: frozenset[str]):
-        self.config, self.engine, self.objective, self.want = config, engine, objective, want
-        self._borders = [start for start, _ in course_of(config).changes(config.epochs)]
+    def __init__(self, config: Config, engine: Engine, objective: Objective, outputs: frozenset[str]):
+        self.config, self.engine, self.objective, self.outputs = config, engine, objective, outputs
+        self._borders = [start for start, _ in keep_schedule(config).changes(config.epochs)]
         self._plan: Plan | None = None
         self._plans_seen: set[Plan] = set()
-        self._began = self._from = Clock(0, 0.0, 0.0)
-        self._done, self._told_short = False, False
+        self._began = self._from = StepClock(0, 0.0, 0.0)
+        self._done, self._reported_short = False, False
         self._spent = 0.0
         self._dense: SparseViT | None = None
 
-    def look(
+    def measure_if_due(
         self,
         progress: float,
         steps: int,
         plan: Plan,
-        clock: Clock,
+        clock: StepClock,
         at_hand: tuple[Tensor, Tensor, Tensor],
         ending: bool = False,
     ) -> dict[str, Any] | None:
         """After each step, on all ranks, no collectives; the facts of a `control` line once per plateau, else None.
 
         steps: batches in this epoch. clock: of the real steps so far. at_hand: a micro-batch, images (b, 3, H, W) float, targets (b, C),
-        draw (b,). ending: no step comes after this one.
+        rng_keys (b,). ending: no step comes after this one.
         """
         if plan != self._plan:
             lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
-            short = not self._done and last is not None and not self._told_short
+            short = not self._done and last is not None and not self._reported_short
             self._began, self._done = clock, self.config.control == 0.0
             self._plans_seen.add(plan)
             if short and last is not None:
-                self._told_short = True  # a plan that changes every step would say it every step
+                self._reported_short = True  # a plan that changes every step would say it every step
                 return self._not_measured(last, f"the plan changed after {lasted} steps, {WARM + WATCHED} are watched first")
         passed = clock.steps - self._began.steps
-        if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._told_short:
+        if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._reported_short:
             self._done = True
             return self._not_measured(
                 plan, f"training ended after {passed + 1} steps of it, {WARM + WATCHED} are watched first"
@@ -83,7 +83,7 @@ class Control:
         return facts | {"seconds": time.perf_counter() - started}
 
     def _measured(
-        self, progress: float, steps: int, plan: Plan, clock: Clock, at_hand: tuple[Tensor, Tensor, Tensor]
+        self, progress: float, steps: int, plan: Plan, clock: StepClock, at_hand: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Any]:
         model: SparseViT = self.engine.module
         if self.config.engine.kind == "deepspeed" and self.config.engine.zero == 3:
@@ -91,7 +91,7 @@ class Control:
         bound = cost_of(model, plan)["multiply_adds"] / cost_of(model, DENSE)["multiply_adds"]
         step = (clock.seconds - self._from.seconds) / WATCHED
         wait = (clock.waited - self._from.waited) / WATCHED
-        own_pass = step / self.engine.steps.accumulation  # at most
+        own_pass = step / self.engine.batch_split.accumulation  # at most
         dense = self._control(model)
         compared = plan != DENSE or dense is not model
         end = min([border for border in self._borders if border > progress] + [float(self.config.epochs)])
@@ -108,7 +108,7 @@ class Control:
             )
         if dense is not model:
             self._dense = dense
-        passes: dict[str, Callable[[], float]] = {"own": lambda: self._pass(model, plan, self.want, *at_hand)}
+        passes: dict[str, Callable[[], float]] = {"own": lambda: self._pass(model, plan, self.outputs, *at_hand)}
         if compared:
             passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
         try:
@@ -116,7 +116,7 @@ class Control:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return self._not_measured(plan, "a dense pass over this micro-batch does not fit into the memory of the device")
-        return facts(plan, bound, times, step, wait, self.engine.steps.accumulation)
+        return journal_fields(plan, bound, times, step, wait, self.engine.batch_split.accumulation)
 
     def _control(self, model: SparseViT) -> SparseViT:
         """The network of the dense passes: the run's own, or under `compat: authors`, whose attention is slower than timm's, one with
@@ -131,14 +131,14 @@ class Control:
         return dense
 
     def _pass(
-        self, network: SparseViT, plan: Plan, want: frozenset[str], images: Tensor, targets: Tensor, draw: Tensor
+        self, network: SparseViT, plan: Plan, outputs: frozenset[str], images: Tensor, targets: Tensor, rng_keys: Tensor
     ) -> float:
         """Seconds of one forward and backward pass over a micro-batch."""
         parameters = [p for p in network.parameters() if p.requires_grad]
 
         def one() -> None:
-            record = self.engine.bare(network, images, plan, want, draw)
-            torch.autograd.grad(self.objective.losses(record.logits, targets).mean(), parameters, allow_unused=True)
+            output = self.engine.forward_unwrapped(network, images, plan, outputs, rng_keys)
+            torch.autograd.grad(self.objective.losses(output.logits, targets).mean(), parameters, allow_unused=True)
 
         return timing.seconds(one, self.engine.device)
 
@@ -152,7 +152,7 @@ def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torc
         return timing.interleave(passes, pairs, warm_up=1)
 
 
-def facts(
+def journal_fields(
     plan: Plan, bound: float, times: dict[str, list[float]], step: float, wait: float, accumulation: int
 ) -> dict[str, Any]:
     """The measured fields of a `control` line. bound: multiply-adds, own / dense; times: s per pass; step, wait: s per real step."""
@@ -176,10 +176,10 @@ def facts(
         "passes_share": accumulation * own / step,
         "step_speedup": max(dense_step, 0.0) / step,
     }
-    return about | {"said": losses(about)}
+    return about | {"said": explain_overhead(about)}
 
 
-def losses(about: dict[str, Any]) -> str:
+def explain_overhead(about: dict[str, Any]) -> str:
     """What eats the saving, in words."""
     found = []
     if about["data_wait"] > TELLING:
@@ -197,7 +197,7 @@ def losses(about: dict[str, Any]) -> str:
     return "; ".join(found) or "nothing eats the saving"
 
 
-def told(line: dict[str, Any]) -> str:
+def describe(line: dict[str, Any]) -> str:
     """A `control` line for a person."""
     head = f"control at tokens {line['keep_tokens']:.3g}, connections {line['keep_connections']:.3g}: "
     if "measured" not in line:

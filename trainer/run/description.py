@@ -19,7 +19,7 @@ from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
-from trainer.model.schedule import course_of
+from trainer.model.schedule import keep_schedule
 from trainer.run import directory as run
 
 # Variables that change how a step is computed or where it is sent; others may hold secrets and stay out.
@@ -68,7 +68,7 @@ def environment() -> str:
 def plan_table(config: Config, model: SparseViT) -> str:
     """The stretches of the run under one plan each, as Markdown: epochs, what is kept, tokens per block, multiply-adds."""
     dense = cost_of(model, DENSE)["multiply_adds"]
-    changes = course_of(config).changes(config.epochs)
+    changes = keep_schedule(config).changes(config.epochs)
     borders = [*[start for start, _ in changes], float(config.epochs)]
     lines = [
         "| epochs | tokens kept at a pruning block | connections kept | tokens per block | multiply-adds | of dense |",

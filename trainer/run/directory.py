@@ -26,7 +26,7 @@ from trainer.storage.source_tree import SOURCE_ROOT
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
 
 
-def claim(config: Config, resume: bool) -> None:
+def create_run_directory(config: Config, resume: bool) -> None:
     """Make the run directory, or refuse one that exists without `resume`. Rank 0 only. Raises ConfigError."""
     directory = config.directory()
     left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import Optim
+from trainer.config.schema import OptimConfig
 from trainer.engine.errors import EngineError
 
 LISTED = 8  # steps written out in the message that ends a run
@@ -20,12 +20,12 @@ def in_row(steps: list[int]) -> int:
     return next((n for n in range(1, len(steps)) if steps[-n] - steps[-n - 1] != 1), len(steps))
 
 
-def facts(epoch: int, batch: int, seen: str, steps: list[int]) -> dict[str, Any]:
+def journal_line(epoch: int, batch: int, seen: str, steps: list[int]) -> dict[str, Any]:
     """The journal's line of the last of the skipped `steps`: batch `batch` of `epoch`, whose digest is `seen`."""
     return {"epoch": epoch, "batch": batch, "step": steps[-1], "seen": seen, "skipped": len(steps), "in_row": in_row(steps)}
 
 
-def told(line: dict[str, Any], run: Path) -> str:
+def describe(line: dict[str, Any], run: Path) -> str:
     return (
         f"step {line['step']} skipped: its loss or its gradient is not finite, so nothing moved (batch {line['batch']} of epoch "
         f"{line['epoch']}, seen {line['seen']}; {line['skipped']} skipped so far, {line['in_row']} in a row); "
@@ -33,7 +33,7 @@ def told(line: dict[str, Any], run: Path) -> str:
     )
 
 
-def refuse_too_many(steps: list[int], settings: Optim, run: Path) -> None:
+def refuse_too_many(steps: list[int], settings: OptimConfig, run: Path) -> None:
     """Raises EngineError past `optim.max_skipped_in_row` or `optim.max_skipped`."""
     for key, count in (("max_skipped_in_row", in_row(steps)), ("max_skipped", len(steps))):
         if count > (limit := getattr(settings, key)):

@@ -21,21 +21,21 @@ from trainer.model.evaluate import Scores
 from trainer.provenance import kept_lists
 from trainer.run import description, nonfinite_steps
 from trainer.run.console import Console
-from trainer.run.dense_baseline import told
-from trainer.telemetry.efficiency import Totals
-from trainer.telemetry.meters import Window
+from trainer.run.dense_baseline import describe
+from trainer.telemetry.efficiency import Efficiency
+from trainer.telemetry.meters import MeterReading
 from trainer.tracking.shipper import Shipper, start
 
 LISTED = 64  # leftover ids written out in a line; beyond, their number
 SENDING = 60  # s that MLflow gets for the rest at the end of a run
 
 
-class Scribe:
+class RankZeroLog:
     """From the first line of an attempt to its last one; what it is told has been agreed by all ranks."""
 
-    def __init__(self, config: Config, journal: Journal, totals: Totals, state: TrainState):
+    def __init__(self, config: Config, journal: Journal, efficiency: Efficiency, state: TrainState):
         """state: where the attempt begins."""
-        self.config, self.journal, self.totals = config, journal, totals
+        self.config, self.journal, self.efficiency = config, journal, efficiency
         self.directory = config.directory()
         self.console = Console(config.name, config.epochs, start=float(state.epoch))
         self.shipper: Shipper | None = None
@@ -61,7 +61,7 @@ class Scribe:
 
     def epoch(self, state: TrainState, selection: Selection, order: EpochOrder, examples: int) -> None:
         """What the epoch shows, and its list to disk, for replay and audit; where there is no room the run goes on without."""
-        self.totals.kept = selection.num_kept / max(examples, 1)
+        self.efficiency.kept = selection.num_kept / max(examples, 1)
         leftover = order.leftover()
         try:
             kept_lists.write(self.directory, selection)
@@ -83,7 +83,7 @@ class Scribe:
 
     def plan(self, state: TrainState, progress: float, plan: Plan, cost: dict[str, Any]) -> None:
         """A new plateau."""
-        self.totals.cost = cost
+        self.efficiency.cost = cost
         where = {"epoch": state.epoch, "step": state.step, "progress": progress}
         self.journal.write("plateau", **where, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections, **cost)
 
@@ -95,27 +95,27 @@ class Scribe:
             line["bound"] = facts["bound_passes"] * so_far.kept
             line |= {"run_speedup": so_far.speedup, "run_bound": so_far.bound, "timed": so_far.timed}
         self.journal.write("control", **line)
-        self.console.message(told(line))
+        self.console.message(describe(line))
 
-    def step(self, state: TrainState, window: Window, **facts: Any) -> None:
+    def step(self, state: TrainState, reading: MeterReading, **facts: Any) -> None:
         """A log line, the broken images before it, what ranks and nodes say behind it."""
         where = {"epoch": state.epoch, "batch": state.batch, "step": state.step}
-        for number, reason in window.broken.items():
+        for number, reason in reading.broken.items():
             self.journal.write("broken", **where, id=number, reason=reason)
             self.console.message(f"broken image {number}: {reason}; it counts for nothing in the loss, the run goes on")
-        line = where | facts | window.facts | self.totals.of(window, state.seconds)
+        line = where | facts | reading.facts | self.efficiency.of(reading, state.seconds)
         line |= {"chain": state.chain, "seconds_total": state.seconds, "images_total": state.images}
         self.journal.write("step", **line)
         self.console.step(**line)
-        if window.ranks:
-            self.journal.write("ranks", step=state.step, **window.ranks)
-        if window.nodes:
-            self.journal.write("system", step=state.step, **window.nodes)
+        if reading.ranks:
+            self.journal.write("ranks", step=state.step, **reading.ranks)
+        if reading.nodes:
+            self.journal.write("system", step=state.step, **reading.nodes)
 
     def skipped(self, line: dict[str, Any]) -> None:
-        """A step that was not taken, see `nonfinite_steps.facts`."""
+        """A step that was not taken, see `nonfinite_steps.journal_line`."""
         self.journal.write("skipped", **line)
-        self.console.message(nonfinite_steps.told(line, self.directory))
+        self.console.message(nonfinite_steps.describe(line, self.directory))
 
     def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> None:
         """A line for the weights, and one for their average where there is one."""
@@ -126,7 +126,7 @@ class Scribe:
             self.console.eval(top1=scores.top1, ema=ema)
 
     def saved(self, state: TrainState, path: Path, blocking: float, seconds: float) -> None:
-        """A checkpoint, see `Records.saved`."""
+        """A checkpoint, see `Recorder.saved`."""
         size = sum(file.stat().st_size for file in path.iterdir())
         where = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "path": str(path.relative_to(self.directory))}
         self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds)
@@ -134,7 +134,7 @@ class Scribe:
     def end(self, state: TrainState, status: str, reason: str) -> None:
         """The last line, the report, and up to SENDING seconds for what MLflow has not yet."""
         saved = savings_of(self.directory)
-        facts = self.totals.so_far(state.seconds)
+        facts = self.efficiency.so_far(state.seconds)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "seconds": state.seconds, "images": state.images}
         self.journal.write("end", status=status, reason=reason, **about, **facts)

@@ -24,27 +24,27 @@ STARTED_BY = (
 
 
 class Stop:
-    """Asked for once, never taken back. No lock, as an Event has: a signal's handler that interrupts `ask` would wait for itself."""
+    """Asked for once, never taken back. No lock, as an Event has: a signal's handler that interrupts `request` would wait for itself."""
 
     def __init__(self) -> None:
         self._asked = False
 
-    def ask(self) -> None:
+    def request(self) -> None:
         self._asked = True
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._asked
 
 
-def listen() -> Stop:
+def install_handlers() -> Stop:
     """Asked for by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or by the end of the launcher. A second signal changes nothing, but a second
     SIGINT (Ctrl-C) ends at once."""
     stop = Stop()
 
     def heard(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and stop.asked():
+        if number == signal.SIGINT and stop.requested():
             raise KeyboardInterrupt
-        stop.ask()
+        stop.request()
 
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -54,7 +54,7 @@ def listen() -> Stop:
     return stop
 
 
-def deaf() -> None:
+def ignore_signals() -> None:
     """A run that is over has nothing to stop. Python puts the default handlers back on its way out: a signal that is repeated then
     (our launcher repeats Slurm's after 5 s) would kill the rank and make a failure of a run that has saved and ended."""
     if threading.current_thread() is threading.main_thread():
@@ -75,7 +75,7 @@ def _watch(above: list[int], stop: Stop) -> None:
     """A killed launcher can't tell its ranks. The kernel gives its children another parent at once, even while nobody buries it."""
     while [os.getppid(), *([_parent_of(above[0])] if len(above) > 1 else [])] == above:
         time.sleep(LOOK)
-    stop.ask()
+    stop.request()
 
 
 def _parent_of(process: int) -> int:

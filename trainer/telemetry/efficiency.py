@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.journal.reader import read
-from trainer.telemetry.meters import Window
+from trainer.telemetry.meters import MeterReading
 
 TRAINING = 3  # a step takes about three times the multiply-adds of its forward pass: backward twice as many
 
 
-class Totals:
+class Efficiency:
     """The attempts that lie behind, from the journal, and the one that runs. An attempt lasts from the start of its process to its
     last line; the time between two attempts, when nothing ran, is nobody's."""
 
@@ -41,18 +41,18 @@ class Totals:
             self._device += (last - begin) * processes
             self._joules += joules
 
-    def of(self, window: Window, useful: float) -> dict[str, float]:
+    def of(self, reading: MeterReading, useful: float) -> dict[str, float]:
         """Of a log line: keep_examples; tokens_per_second (computed ones, mean over blocks); mfu: multiply-adds of the model under its
         plan x 2 x 3 as a share of `rate` (none for what gradient checkpointing computes again); time_to_first_step (s, from
         the start of the process, once); and `so_far`."""
-        facts, per_second = {"keep_examples": self.kept}, window.facts["images_per_second"]
+        facts, per_second = {"keep_examples": self.kept}, reading.facts["images_per_second"]
         if self.cost:
             facts["tokens_per_second"] = per_second * sum(self.cost["tokens"]) / len(self.cost["tokens"])
             facts["mfu"] = per_second * TRAINING * 2 * self.cost["multiply_adds"] / self._rate
-        if not self._first and window.first_step is not None:
-            facts["time_to_first_step"] = window.first_step - self._began
+        if not self._first and reading.first_step is not None:
+            facts["time_to_first_step"] = reading.first_step - self._began
             self._first = True
-        self._joules_now = window.facts.get("joules")
+        self._joules_now = reading.facts.get("joules")
         return facts | self.so_far(useful)
 
     def so_far(self, useful: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.types import Outcome
+from sparsity.types import Observation
 from trainer.engine.engine import Engine
 from trainer.telemetry.hardware import Gpu, Node, peak_memory
 from trainer.telemetry.step_phases import PHASES, Phases
@@ -28,7 +28,7 @@ _OWN: tuple[str, ...] = (
 )  # what every rank tells of itself, in this order
 
 
-class Clock(NamedTuple):
+class StepClock(NamedTuple):
     """Since the start of the attempt, on this rank: steps, seconds (pauses left out), seconds of them waiting for data."""
 
     steps: int
@@ -36,8 +36,8 @@ class Clock(NamedTuple):
     waited: float
 
 
-class Window(NamedTuple):
-    """What lies between two log lines. facts: see `Meters.close`; broken: images, {id: reason}; ranks: {phase: its share of a
+class MeterReading(NamedTuple):
+    """What lies between two log lines. facts: see `Meters.reduce`; broken: images, {id: reason}; ranks: {phase: its share of a
     step on every rank}; nodes: {host: {its load}}, where one was looked at; first_step: when (unix) the attempt's first was done."""
 
     facts: dict[str, Any]
@@ -48,7 +48,7 @@ class Window(NamedTuple):
 
 
 class Meters:
-    """Weighted loss, accuracy under the correctness rule, images, times, memory; since the last `close`. Collective."""
+    """Weighted loss, accuracy under the correctness rule, images, times, memory; since the last `reduce`. Collective."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -62,21 +62,21 @@ class Meters:
         self._phases = Phases(engine.device, engine.world == 1)
         self._gpu, self._node = Gpu(engine.device), Node()
         self._looked = 0.0
-        self.hosts = engine.everyones([os.uname().nodename])
+        self.hosts = engine.all_gather_objects([os.uname().nodename])
         self._looks = self.hosts.index(self.hosts[engine.rank]) == engine.rank  # one rank per node tells of it
-        self.mark = self._phases.mark
+        self.end_phase = self._phases.end_phase
         self._first_step: float | None = None
 
-    def add(self, losses: Tensor, weights: Tensor, outcome: Outcome) -> None:
+    def add(self, losses: Tensor, weights: Tensor, observation: Observation) -> None:
         """One micro-batch; losses float32 (b,), weights (b,), both on the device. Losses that are not finite are left out."""
-        valid = outcome.valid
+        valid = observation.valid
         with torch.no_grad():
             finite = losses.isfinite()
             losses, weights = (torch.where(finite, values.detach(), 0.0) for values in (losses, weights))
-            parts = [(losses * weights).sum(), weights.sum(), (outcome.correct & valid).sum(), valid.sum()]
+            parts = [(losses * weights).sum(), weights.sum(), (observation.correct & valid).sum(), valid.sum()]
             self._sums += torch.stack([part.to(torch.float64) for part in parts])
 
-    def count(self, images: int, broken: list[tuple[int, str]], waited: float) -> None:
+    def end_step(self, images: int, broken: list[tuple[int, str]], waited: float) -> None:
         """One step on this rank: images of weight above 0, broken ones (id, reason), seconds spent waiting for the batch."""
         self._phases.end(waited)
         now = time.perf_counter()
@@ -92,7 +92,7 @@ class Meters:
         if self._steps == 1:  # the second step of a window is a sample: nothing is logged in it
             self._phases.begin()
 
-    def close(self) -> Window:
+    def reduce(self) -> MeterReading:
         """Collective, a host sync: over all ranks since the last call, and start again.
 
         facts: loss (nats), train_top1 (share, under the correctness rule), images_per_second (all ranks) and per device, step_ms
@@ -105,7 +105,7 @@ class Meters:
         counts = torch.tensor([self._images, len(self._broken), self._waited], dtype=torch.float64, device=device)
         own = torch.zeros(world, len(_OWN), dtype=torch.float64)
         own[self._engine.rank] = torch.tensor(self._own(), dtype=torch.float64)  # the others add 0: a gather
-        totals = self._engine.sum(torch.cat([self._sums, counts, own.flatten().to(device)])).cpu()
+        totals = self._engine.all_reduce_sum(torch.cat([self._sums, counts, own.flatten().to(device)])).cpu()
         loss, weight, right, judged, images, broken, waited = totals[:7].tolist()
         table = dict(zip(_OWN, totals[7:].view(world, len(_OWN)).numpy().T, strict=True))
         seconds = max(time.perf_counter() - self._started, 1e-9)
@@ -130,9 +130,9 @@ class Meters:
         if known:
             facts["phases"] = {phase: self._spread(shares) for phase, shares in known.items()}
         ranks = {phase: [round(float(share), 4) for share in shares] for phase, shares in known.items()} if world > 1 else {}
-        found = dict(self._engine.everyones(self._broken)) if broken else {}
+        found = dict(self._engine.all_gather_objects(self._broken)) if broken else {}
         self._again()
-        return Window(facts, found, ranks, self._nodes(table), self._first_step)
+        return MeterReading(facts, found, ranks, self._nodes(table), self._first_step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -143,11 +143,11 @@ class Meters:
         self._started += away
         self._began += away
         self._step_began += away
-        self._phases.away(away)
+        self._phases.exclude(away)
 
     @property
-    def clock(self) -> Clock:
-        return Clock(self._all_steps, time.perf_counter() - self._began, self._all_waited)
+    def clock(self) -> StepClock:
+        return StepClock(self._all_steps, time.perf_counter() - self._began, self._all_waited)
 
     def _again(self) -> None:
         alone = self._steps == 1  # every step is logged: then each one is a sample
@@ -161,7 +161,7 @@ class Meters:
 
     def _own(self) -> list[float]:
         """The row of this rank, nan where it has nothing to tell."""
-        told = self._phases.taken() | {"memory_peak_mib": peak_memory(self._engine.device), "joules": self._gpu.joules()}
+        told = self._phases.pop_shares() | {"memory_peak_mib": peak_memory(self._engine.device), "joules": self._gpu.joules()}
         if time.monotonic() - self._looked >= SYSTEM_EVERY:
             self._looked = time.monotonic()
             told |= (self._node.load() if self._looks else {}) | self._gpu.load()

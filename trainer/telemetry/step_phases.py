@@ -25,7 +25,7 @@ SELDOM = 500  # steps between two watched ones, at least
 
 
 class Phases:
-    """The sampled steps of this rank. `mark(phase)` ends a phase; `begin` and `end` enclose a sampled step."""
+    """The sampled steps of this rank. `end_phase(phase)` ends a phase; `begin` and `end` enclose a sampled step."""
 
     def __init__(self, device: torch.device, alone: bool):
         self._device, self._alone = device, alone
@@ -43,7 +43,7 @@ class Phases:
         self._began = self._at = time.perf_counter()
         self._seconds, self._sampling = dict.fromkeys(PHASES, 0.0), True
 
-    def mark(self, phase: str) -> None:
+    def end_phase(self, phase: str) -> None:
         """What happened since the last mark was `phase`."""
         if self._sampling:
             synchronize(self._device)
@@ -57,22 +57,22 @@ class Phases:
         """A step is over, sampled or not; waited: seconds of it until the loader had its batch."""
         self._steps += 1
         if self._sampling:
-            self.mark("rest")
+            self.end_phase("rest")
             whole = max(self._at - self._began, 1e-9)
             self._seconds["data_wait"] = waited
             self._seconds["rest"] = max(0.0, whole - sum(v for k, v in self._seconds.items() if k != "rest"))
             self.shares |= {phase: seconds / whole for phase, seconds in self._seconds.items()}
             self._sampling = False
         elif self._profiler is not None:
-            self._told()
+            self._stop_profiler()
         self._watching = not self._alone and self._steps >= self._watch_from
 
-    def away(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Time that belongs to no step: evaluation, a checkpoint."""
         self._at += seconds
         self._began += seconds
 
-    def taken(self) -> dict[str, float]:
+    def pop_shares(self) -> dict[str, float]:
         """The shares known since the last call."""
         known, self.shares = self.shares, {}
         return known
@@ -86,7 +86,7 @@ class Phases:
         self._profiler = profile(use_cpu=not gpu, use_device="cuda" if gpu else None, use_kineto=True)
         self._profiler.__enter__()
 
-    def _told(self) -> None:
+    def _stop_profiler(self) -> None:
         synchronize(self._device)
         seconds = max(time.perf_counter() - self._began, 1e-9)
         profiler, self._profiler = self._profiler, None

@@ -34,14 +34,14 @@ _NO_TAG = frozenset({"kind", "time", "attempt", "config", "data", "versions", "c
 _JOURNAL_ONLY = frozenset({"id", "ids", "per_class"})
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     key: str
     value: float
     time: int  # milliseconds since 1970
     step: int
 
 
-def measures(line: dict[str, Any], step: int) -> list[Measure]:
+def metrics(line: dict[str, Any], step: int) -> list[Metric]:
     """The metrics of a journal line; `step` is where it stands."""
     kind = line["kind"]
     prefix = ("eval_ema" if line.get("ema") else "eval") if kind == "eval" else PREFIX.get(kind)
@@ -51,7 +51,7 @@ def measures(line: dict[str, Any], step: int) -> list[Measure]:
     if kind == "epoch" and facts.get("examples"):
         facts["kept_share"] = facts.get("kept", 0) / facts["examples"]
     time = int(line["time"] * 1000)
-    return [Measure(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
+    return [Metric(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
@@ -72,7 +72,7 @@ def tags(start: dict[str, Any]) -> dict[str, str]:
     return {_key(name): _cut(str(value), TAG_LENGTH, "the journal") for name, value in said.items()}
 
 
-def drift(have: dict[str, str], want: dict[str, str], before: dict[str, str], attempt: int) -> dict[str, str]:
+def param_changes(have: dict[str, str], want: dict[str, str], before: dict[str, str], attempt: int) -> dict[str, str]:
     """MLflow's parameters can't change: what a resume changed becomes tags `param_drift.KEY`, an entry per change.
 
     have: the parameters in MLflow; want: those of this attempt; before: the tags in MLflow.

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.tracking.metrics import Measure, datasets, drift, params, tags
-from trainer.tracking.state import STATE, State
+from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
+from trainer.tracking.state import STATE, SyncState
 
 
-class Gone(RuntimeError):
+class RunDeleted(RuntimeError):
     """What we shipped to was deleted in MLflow: trying again won't help."""
 
 
@@ -35,7 +35,9 @@ class Store:
         """(experiment id, run id) of the run tagged with `key`, made where there is none; below the run named `parent`, made too."""
         found = self._client.get_experiment_by_name(experiment)
         if found is not None and found.lifecycle_stage != "active":
-            raise Gone(f"experiment {experiment!r} is deleted there: restore it, or set tracking.experiment to another name")
+            raise RunDeleted(
+                f"experiment {experiment!r} is deleted there: restore it, or set tracking.experiment to another name"
+            )
         if found is None:
             local = None if self._uri.startswith(("http", "databricks")) else (self._runs / "mlflow-artifacts").as_uri()
             place = self._client.create_experiment(experiment, artifact_location=local)
@@ -72,7 +74,7 @@ class Store:
         run, want = self._run(run_id), params(line.get("config") or {})
         said = tags(line) | {"run_directory": str(directory)}
         if line.get("attempt", 0):
-            said |= drift(run.data.params, want, run.data.tags, line["attempt"])
+            said |= param_changes(run.data.params, want, run.data.tags, line["attempt"])
         new = [Param(k, v) for k, v in want.items() if k not in run.data.params]
         for i in range(0, len(new), 100):
             self._client.log_batch(run_id, params=new[i : i + 100])
@@ -92,7 +94,7 @@ class Store:
             self._client.log_inputs(run_id, inputs)
         self._client.update_run(run_id, status="RUNNING")
 
-    def send(self, run_id: str, batch: list[Measure]) -> list[Measure]:
+    def send(self, run_id: str, batch: list[Metric]) -> list[Metric]:
         """Metrics in one request. Those that MLflow calls invalid come back: one bad number must not hold up the rest."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
@@ -128,7 +130,9 @@ class Store:
                 raise
             run = None
         if run is None or run.info.lifecycle_stage != "active":
-            raise Gone(f"run {run_id} was deleted there: delete {STATE} in the run directory to ship the journal to a new one")
+            raise RunDeleted(
+                f"run {run_id} was deleted there: delete {STATE} in the run directory to ship the journal to a new one"
+            )
         return run
 
 
@@ -152,7 +156,7 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
         for run in page:
             here = Path(run.data.tags.get("run_directory", "/nowhere"))
             # another run may be in that folder by now, or on this machine
-            if not ((here / "journal.jsonl").is_file() and State.load(here).run_id == run.info.run_id):
+            if not ((here / "journal.jsonl").is_file() and SyncState.load(here).run_id == run.info.run_id):
                 here = into / run.info.run_id
                 here.mkdir(parents=True, exist_ok=True)
                 try:

@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.storage.source_tree import python_path
-from trainer.tracking.state import LOG, Shipped, State
+from trainer.tracking.state import LOG, SyncResult, SyncState
 
 
-def start(directory: Path | str, settings: Tracking, *, every: float = 5.0, linger: float = 60.0) -> Shipper:
+def start(directory: Path | str, settings: TrackingConfig, *, every: float = 5.0, linger: float = 60.0) -> Shipper:
     """Start shipping, on rank 0, after the start line of this attempt. Takes milliseconds; never raises for MLflow's sake.
 
     every: seconds between two looks at the journal. linger: seconds the shipper may live on after this process.
@@ -50,31 +50,31 @@ class Shipper:
     def __init__(self, directory: Path, process: subprocess.Popen[bytes] | None, trouble: str = ""):
         self._directory, self.process, self._trouble = directory, process, trouble
 
-    def finish(self, timeout: float = 20.0) -> Shipped:
+    def finish(self, timeout: float = 20.0) -> SyncResult:
         """Say that the journal is complete; wait up to `timeout` seconds for MLflow to have it, less where nobody answers.
 
         What is left is shipped while the shipper lingers, or by `trilevel sync`. Files made before this call go along.
         """
         if self.process is None:
-            return Shipped(not self._trouble, self._later(self._trouble) if self._trouble else "")
+            return SyncResult(not self._trouble, self._later(self._trouble) if self._trouble else "")
         process, began = self.process, time.monotonic()
         if process.stdin:
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.write(b"stop\n")
                 process.stdin.close()
         while process.poll() is None and (waited := time.monotonic() - began) < timeout:
-            if waited > 3 and (State.load(self._directory).trouble or _no_room(self._directory)):
+            if waited > 3 and (SyncState.load(self._directory).trouble or _no_room(self._directory)):
                 break
             time.sleep(0.05)
-        state = State.load(self._directory)
+        state = SyncState.load(self._directory)
         if _no_room(self._directory) and process.returncode != 0:  # its trouble could not be noted either
-            return Shipped(
+            return SyncResult(
                 False, f"MLflow does not have all of the run: no room at {self._directory}; make room, then trilevel sync RUN"
             )
         if process.returncode == 0:
-            return Shipped(True, f"MLflow has all of it ({state.uri})")
+            return SyncResult(True, f"MLflow has all of it ({state.uri})")
         ended = f"the shipper ended with code {process.returncode}, see {self._directory / LOG}"
-        return Shipped(False, self._later(state.trouble or ("it is slow" if process.returncode is None else ended)))
+        return SyncResult(False, self._later(state.trouble or ("it is slow" if process.returncode is None else ended)))
 
     def _later(self, why: str) -> str:
         return (

@@ -15,7 +15,7 @@ STATE = "mlflow.json"
 LOG = "logs/tracking.txt"
 
 
-class Shipped(NamedTuple):
+class SyncResult(NamedTuple):
     """done: MLflow has all of the journal. message: for a person, says where it went or what to do."""
 
     done: bool
@@ -23,7 +23,7 @@ class Shipped(NamedTuple):
 
 
 @dataclass
-class State:
+class SyncState:
     """How far the shipping is: RUN/mlflow.json, replaced as a whole after every batch."""
 
     uri: str = ""
@@ -39,7 +39,7 @@ class State:
     trouble: str = ""  # why the last request failed; empty when it did not
 
     @classmethod
-    def load(cls, directory: Path) -> State:
+    def load(cls, directory: Path) -> SyncState:
         try:
             return cls(**json.loads((directory / STATE).read_text()))
         except (OSError, ValueError, TypeError):

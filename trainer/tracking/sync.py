@@ -1,8 +1,8 @@
 """MLflow, from a process beside the training: it tails the journal and sends it on. The training writes the journal, no more.
 
     shipper.start(run_dir, settings) -> Shipper     in the training, after the start line is written
-    Shipper.finish() -> Shipped                     at its end: waits a little, never hangs
-    sync(run_dir) -> Shipped                        the same shipping, run to the end by hand (`trilevel sync RUN`)
+    Shipper.finish() -> SyncResult                     at its end: waits a little, never hangs
+    sync(run_dir) -> SyncResult                        the same shipping, run to the end by hand (`trilevel sync RUN`)
 
 **Nothing twice.** MLflow keeps a row for every call, so a (key, step) sent twice shows twice. RUN/mlflow.json holds the MLflow
 run, how far the journal is sent and the last step of every key; it is written after each batch. A step at or below that last
@@ -32,15 +32,15 @@ from pathlib import Path
 import psutil
 
 from trainer.journal.file import JournalError
-from trainer.tracking.mlflow_client import Gone, timeout
-from trainer.tracking.state import Shipped
-from trainer.tracking.upload import Shipment
+from trainer.tracking.mlflow_client import RunDeleted, timeout
+from trainer.tracking.state import SyncResult
+from trainer.tracking.upload import JournalUploader
 
 TIMEOUTS = (3, 60)  # seconds of a request, at first and at most
 WAIT = 10.0  # seconds between tries at most, from 1 on; less for a shipper that looks often
 
 
-def sync(directory: Path | str, patience: float = 60.0) -> Shipped:
+def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
     """Bring all of a run's journal to MLflow, as far as it is not there; give up after `patience` seconds without progress.
 
     Raises JournalError where there is no journal, or no start line in it.
@@ -50,11 +50,13 @@ def sync(directory: Path | str, patience: float = 60.0) -> Shipped:
         raise JournalError(f"{directory}: no such run; give the directory of a run, e.g. runs/NAME")
     with _only_shipper(directory, lambda: False) as alone:
         if not alone:
-            return Shipped(False, f"{directory}: a shipper is at work on this run; try again when it is done")
-        return _drive(Shipment(directory), lambda _: False, every=0.0, patience=patience, by_hand=True)
+            return SyncResult(False, f"{directory}: a shipper is at work on this run; try again when it is done")
+        return _drive(JournalUploader(directory), lambda _: False, every=0.0, patience=patience, by_hand=True)
 
 
-def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, patience: float, by_hand: bool) -> Shipped:
+def _drive(
+    shipment: JournalUploader, wait: Callable[[float], bool], every: float, patience: float, by_hand: bool
+) -> SyncResult:
     """Ship until `wait` (sleeps, False once the run is over) and then until all is sent or patience is at an end.
 
     Patience is counted from the end of the run, by hand from the last progress.
@@ -66,20 +68,20 @@ def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, pati
             alive, limit, ends = False, shipment.size, time.monotonic() + patience
         began = time.monotonic()
         try:
-            busy = shipment.go(limit)
+            busy = shipment.send_batch(limit)
             if not busy and not alive:
                 shipment.upload()
                 if shipment.size == limit:  # else another attempt has begun
-                    shipment.bury(by_hand)
-                return Shipped(True, f"MLflow has all of it ({shipment.uri})")
+                    shipment.mark_killed(by_hand)
+                return SyncResult(True, f"MLflow has all of it ({shipment.uri})")
             if not busy:
                 shipment.upload(first=True)
             failures = 0
             if busy and by_hand:
                 ends = time.monotonic() + patience
-        except Gone as error:
+        except RunDeleted as error:
             shipment.failed(error)
-            return Shipped(False, str(error))
+            return SyncResult(False, str(error))
         except Exception as error:
             busy, failures = False, failures + 1
             shipment.failed(error)
@@ -87,7 +89,7 @@ def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, pati
                 timeout(min(TIMEOUTS[1], 2 * timeout()))
         if time.monotonic() > ends:
             kept = f"{limit - shipment.state.offset:,.0f} bytes of the journal are not there"
-            return Shipped(
+            return SyncResult(
                 False, f"gave up on MLflow for now ({shipment.state.trouble}): {kept}; later: trilevel sync {directory}"
             )
         if not busy:
@@ -98,7 +100,7 @@ def _drive(shipment: Shipment, wait: Callable[[float], bool], every: float, pati
                 time.sleep(max(0.0, min(pause, 2.0, ends - time.monotonic())))
 
 
-def follow(directory: Path, parent: int, every: float, linger: float) -> Shipped:
+def follow(directory: Path, parent: int, every: float, linger: float) -> SyncResult:
     """Ship while the process `parent` lives and has not said "stop" on our standard input."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training: it ends, then we do
         signal.signal(number, signal.SIG_IGN)
@@ -125,8 +127,8 @@ def follow(directory: Path, parent: int, every: float, linger: float) -> Shipped
 
     with _only_shipper(directory, lambda: wait(0.5)) as alone:
         if not alone:
-            return Shipped(False, f"another shipper works on {directory}")
-        return _drive(Shipment(directory), wait, every, linger, by_hand=False)
+            return SyncResult(False, f"another shipper works on {directory}")
+        return _drive(JournalUploader(directory), wait, every, linger, by_hand=False)
 
 
 def _lives(process: int) -> bool:

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import Tracking
+from trainer.config.schema import TrackingConfig
 from trainer.journal import writer
 from trainer.journal.reader import FILE, read, read_from
-from trainer.tracking.metrics import STATUS, Measure, measures
+from trainer.tracking.metrics import STATUS, Metric, metrics
 from trainer.tracking.mlflow_client import Store
-from trainer.tracking.state import State
+from trainer.tracking.state import SyncState
 
 BATCH = 800  # metrics per request; MLflow takes 1000
 FIRST = ("config.yaml", "source.txt", "environment.txt", "plan.md")  # as soon as a run begins
@@ -22,16 +22,16 @@ FILES = (*FIRST, "report.md", "report.png", "journal.jsonl")
 FORGOTTEN = 15 * 60  # seconds without a line after which `sync` calls a run without an end line killed
 
 
-def uri_of(directory: Path, settings: Tracking) -> str:
+def uri_of(directory: Path, settings: TrackingConfig) -> str:
     """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else the server it went to before (a shell without that variable must
     not ship it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
-    before = State.load(directory).uri
+    before = SyncState.load(directory).uri
     server = before if before.startswith(("http", "databricks")) else ""
     asked = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or server
     return asked.rstrip("/") or f"sqlite:///{directory.resolve().parent}/mlflow.db"
 
 
-class Shipment:
+class JournalUploader:
     """The journal of one run on its way to MLflow, a batch at a time. Another tracking.uri than before: all of it, anew."""
 
     def __init__(self, directory: Path):
@@ -42,45 +42,45 @@ class Shipment:
         if not starts:
             raise writer.JournalError(f"{directory / FILE}: no start line in it yet, so nothing tells where it is to go")
         config = starts[-1].get("config") or {}
-        settings = Tracking.model_validate(config.get("tracking") or {})
+        settings = TrackingConfig.model_validate(config.get("tracking") or {})
         self.directory, self.uri, self._weights = directory, uri_of(directory, settings), settings.weights
         self._experiment, self._parent = settings.experiment, settings.parent
         self._name, self._began = str(config.get("name") or directory.name), starts[0]["time"]
-        self.state = State.load(directory)
+        self.state = SyncState.load(directory)
         if self.state.uri.rstrip("/") != self.uri:
-            self.state = State(uri=self.uri)
+            self.state = SyncState(uri=self.uri)
         self._store: Store | None = None
-        self._sure = False  # state.last is what MLflow has; no more once a request is on its way
+        self._steps_known = False  # state.last is what MLflow has; no more once a request is on its way
         self._when = last["time"]
 
     @property
     def size(self) -> int:
         return (self.directory / FILE).stat().st_size
 
-    def go(self, limit: float = math.inf) -> bool:
+    def send_batch(self, limit: float = math.inf) -> bool:
         """Send the next lines: a full batch, or up to a start or an end, none behind byte `limit`. False: there are none."""
         state = self.state
         if state.offset >= min(limit, self.size):
             return False
         store = self._ready()
-        batch: list[Measure] = []
+        batch: list[Metric] = []
         offset, step, last, mark = state.offset, state.step, dict(state.last), None
         for behind, line in read_from(self.directory, state.offset):
             special = line["kind"] in ("start", "end")
             if behind > limit or len(batch) >= BATCH or (special and offset > state.offset):
                 break
             step = line["step"] if isinstance(line.get("step"), int) else step
-            for measure in measures(line, step):
-                if measure.step > last.get(measure.key, -1):
-                    last[measure.key] = measure.step
-                    batch.append(measure)
+            for metric in metrics(line, step):
+                if metric.step > last.get(metric.key, -1):
+                    last[metric.key] = metric.step
+                    batch.append(metric)
             offset, self._when = behind, line["time"]
             if special:
                 mark = line
                 break
         if offset == state.offset:
             return False
-        self._sure = False
+        self._steps_known = False
         refused = store.send(state.run_id, batch)
         if mark and mark["kind"] == "start":
             store.begin(state.run_id, mark, self.directory)
@@ -88,11 +88,11 @@ class Shipment:
         elif mark:
             store.end(state.run_id, STATUS.get(str(mark.get("status")), "FAILED"), mark["time"])
             state.ended = True
-        self._sure = True
+        self._steps_known = True
         state.offset, state.step, state.last, state.trouble = offset, step, last, ""
         state.refused += len(refused)
-        for measure in refused[:3]:
-            print(f"MLflow does not take {measure}", flush=True)
+        for metric in refused[:3]:
+            print(f"MLflow does not take {metric}", flush=True)
         self._note()
         return True
 
@@ -112,7 +112,7 @@ class Shipment:
             self.state.trouble = ""
             self._note()
 
-    def bury(self, by_hand: bool) -> None:
+    def mark_killed(self, by_hand: bool) -> None:
         """All lines are sent and the run said no goodbye: it was killed (by hand: if it is silent for long)."""
         if not self.state.ended and (not by_hand or time.time() - self._when > FORGOTTEN):
             self._ready().end(self.state.run_id, "KILLED", self._when)
@@ -146,8 +146,8 @@ class Shipment:
             place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
             state.experiment_id, state.run_id = place, run
             self._note()
-        if not self._sure:
+        if not self._steps_known:
             for key, step in self._store.last_steps(state.run_id).items():
                 state.last[key] = max(step, state.last.get(key, -1))
-            self._sure = True
+            self._steps_known = True
         return self._store

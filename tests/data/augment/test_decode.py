@@ -16,7 +16,7 @@ import torch
 from tests.support.images import encoded, picture
 from trainer.data.augment import decode as module
 from trainer.data.augment import turbojpeg
-from trainer.data.augment.decode import BrokenImage, Picture, decode, decode_exact, frame, in_order
+from trainer.data.augment.decode import BrokenImage, EncodedImage, decode, decode_exact, frame, is_plain_scan
 
 SAMPLE = os.environ.get("TRILEVEL_IMAGENET_TAR", "")  # a tar of photographs, as for test_transform
 needs_turbo = pytest.mark.skipif(turbojpeg.library() is None, reason="no TurboJPEG >= 3 on this machine")
@@ -94,14 +94,14 @@ def test_a_box_is_the_same_part_of_the_whole(kind: str) -> None:
             data = view(encoded(noisy(number, width, height, how.pop("mode", "RGB")), quality=70 + 4 * number, **how))
         whole = decode(data).permute(1, 2, 0).numpy()
         assert whole.shape == (height, width, 3)
-        assert in_order(data, frame(data)) != ("progressive" in kind)
+        assert is_plain_scan(data, frame(data)) != ("progressive" in kind)
         for top, left, high, wide in boxes(number, width, height, 25):
             pixels = turbojpeg.cut(data, (top, left, high, wide))
             assert pixels is not None, "TurboJPEG fails or warns"
             cut += pixels is not None
             part = whole[top : top + high, left : left + wide]
             assert np.array_equal(pixels, part), (kind, width, height, (top, left, high, wide))
-            assert torch.equal(Picture(data).box(top, left, high, wide), torch.from_numpy(part).permute(2, 0, 1))
+            assert torch.equal(EncodedImage(data).box(top, left, high, wide), torch.from_numpy(part).permute(2, 0, 1))
     assert cut > 1000
 
 
@@ -114,14 +114,14 @@ def test_other_images_are_decoded_whole(kind: str, monkeypatch: pytest.MonkeyPat
         "progressive": encoded(image, progressive=True),
     }[kind]
     monkeypatch.setattr(turbojpeg, "cut", lambda *_: pytest.fail("asked of TurboJPEG"))
-    assert torch.equal(Picture(view(data)).box(3, 5, 20, 30), decode(view(data))[:, 3:23, 5:35])
-    assert Picture(view(data)).size() == (30, 40)
+    assert torch.equal(EncodedImage(view(data)).box(3, 5, 20, 30), decode(view(data))[:, 3:23, 5:35])
+    assert EncodedImage(view(data)).size() == (30, 40)
 
 
 def verdict(data: bytes, box: Box) -> tuple[str, bytes]:
     """("", pixels), or what is wrong."""
     try:
-        return "", Picture(view(data)).box(*box).numpy().tobytes()
+        return "", EncodedImage(view(data)).box(*box).numpy().tobytes()
     except BrokenImage as error:
         return str(error), b""
 
@@ -201,7 +201,7 @@ def test_without_the_library_everything_works(monkeypatch: pytest.MonkeyPatch) -
     try:
         data = view(encoded(noisy(2, 50, 40)))
         assert turbojpeg.library() is None and turbojpeg.cut(data, (0, 0, 9, 9)) is None
-        assert torch.equal(Picture(data).box(3, 4, 20, 30), decode(data)[:, 3:23, 4:34])
+        assert torch.equal(EncodedImage(data).box(3, 4, 20, 30), decode(data)[:, 3:23, 4:34])
     finally:
         monkeypatch.undo()
         turbojpeg.library.cache_clear()
@@ -216,11 +216,11 @@ def test_photographs_too() -> None:
             data = view(tar.extractfile(member).read())  # pyright: ignore[reportOptionalMemberAccess]
             whole = decode(data)
             height, width = whole.shape[1:]
-            assert Picture(data).size() == (height, width)
+            assert EncodedImage(data).size() == (height, width)
             top, left = int(rng.integers(height)), int(rng.integers(width))
             high, wide = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
-            asked += turbojpeg.cut(data, (top, left, high, wide)) is not None and in_order(data, module.frame(data))
-            assert torch.equal(Picture(data).box(top, left, high, wide), whole[:, top : top + high, left : left + wide])
+            asked += turbojpeg.cut(data, (top, left, high, wide)) is not None and is_plain_scan(data, module.frame(data))
+            assert torch.equal(EncodedImage(data).box(top, left, high, wide), whole[:, top : top + high, left : left + wide])
     assert asked > 30
 
 

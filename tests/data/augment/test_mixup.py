@@ -5,15 +5,15 @@ import pytest
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment.mixup import NO_MIX, Mix, draw_mix, mix_images, mix_targets, partners, sample, shares
-from trainer.preflight.timm_recipe import Legacy
+from trainer.preflight.timm_recipe import LegacyGenerator
 
 RECIPES = [
-    Augment(mixup=0.8, cutmix=1.0),
-    Augment(mixup=0.8),
-    Augment(cutmix=1.0, mix_probability=0.7),
-    Augment(mixup=0.2, cutmix=0.5, mix_probability=0.5, mix_switch=0.3),
+    AugmentConfig(mixup=0.8, cutmix=1.0),
+    AugmentConfig(mixup=0.8),
+    AugmentConfig(cutmix=1.0, mix_probability=0.7),
+    AugmentConfig(mixup=0.2, cutmix=0.5, mix_probability=0.5, mix_switch=0.3),
 ]
 
 
@@ -41,7 +41,7 @@ def flip_order(b):
 def test_draws_are_timms_from_the_same_random_numbers(augment, size):
     kinds = set()
     for seed in range(300):
-        ours = sample(augment, Legacy(np.random.RandomState(seed)), size)
+        ours = sample(augment, LegacyGenerator(np.random.RandomState(seed)), size)
         assert ours == from_timm(augment, seed, size)
         kinds.add("none" if ours is NO_MIX else "mixup" if ours.box is None else "cutmix")
     off = {"mixup": augment.mixup == 0, "cutmix": augment.cutmix == 0, "none": augment.mix_probability == 1}
@@ -59,7 +59,7 @@ def test_draws_are_keyed_by_seed_and_step_and_touch_no_global_generator():
 
 
 def test_off_is_the_identity():
-    assert draw_mix(Augment(), 0, 5, 32) is NO_MIX
+    assert draw_mix(AugmentConfig(), 0, 5, 32) is NO_MIX
     images = torch.rand(4, 3, 8, 8)
     assert mix_images(images, NO_MIX, torch.ones(4)) is images
 

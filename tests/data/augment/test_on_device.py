@@ -8,13 +8,13 @@ import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 
-from trainer.config.schema import Augment
-from trainer.data.augment.on_device import erase, finish, noise, normalise
+from trainer.config.schema import AugmentConfig
+from trainer.data.augment.on_device import augment_on_device, erase, noise, normalise
 from trainer.data.augment.transform import _erase
 from trainer.data.batch import Batch
 
 
-def batch(b=4, size=16, flip=False, boxes=None, draw=None) -> Batch:
+def batch(b=4, size=16, flip=False, boxes=None, rng_keys=None) -> Batch:
     long = torch.zeros(b, dtype=torch.int64)
     return Batch(
         images=torch.randint(0, 256, (b, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(b)),
@@ -24,12 +24,12 @@ def batch(b=4, size=16, flip=False, boxes=None, draw=None) -> Batch:
         weights=torch.ones(b),
         flip=torch.tensor(flip if isinstance(flip, list) else [flip] * b),
         erase=torch.tensor(boxes or [[0, 0, 0, 0]] * b, dtype=torch.int32),
-        draw=torch.tensor(draw or list(range(100, 100 + b))),
+        rng_keys=torch.tensor(rng_keys or list(range(100, 100 + b))),
         broken=[],
     )
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.125))])
+@pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.125))])
 def test_normalisation_is_timms_to_the_bit(augment):
     images = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
     loader = PrefetchLoader([(images, torch.zeros(4))], mean=augment.mean, std=augment.std, device=torch.device("cpu"))
@@ -40,8 +40,8 @@ def test_normalisation_is_timms_to_the_bit(augment):
 
 def test_only_the_drawn_rows_are_flipped_and_the_batch_is_left_as_it_was():
     rows = batch(flip=[True, False, False, True])
-    before, augment = rows.images.clone(), Augment(flip=0.5)
-    images = finish(rows, augment)
+    before, augment = rows.images.clone(), AugmentConfig(flip=0.5)
+    images = augment_on_device(rows, augment)
     plain = normalise(rows.images, augment)
     assert torch.equal(images[[0, 3]], plain[[0, 3]].flip(-1)) and torch.equal(images[[1, 2]], plain[[1, 2]])
     assert torch.equal(rows.images, before)
@@ -49,14 +49,14 @@ def test_only_the_drawn_rows_are_flipped_and_the_batch_is_left_as_it_was():
 
 def test_erasing_fills_the_box_and_nothing_else_after_the_flip():
     boxes = [[0, 0, 0, 0], [2, 3, 5, 4], [0, 0, 15, 15], [10, 12, 6, 4]]
-    rows, augment = batch(flip=True, boxes=boxes), Augment(erasing=0.25)
-    images, plain = finish(rows, augment), normalise(rows.images.flip(-1), augment)
+    rows, augment = batch(flip=True, boxes=boxes), AugmentConfig(erasing=0.25)
+    images, plain = augment_on_device(rows, augment), normalise(rows.images.flip(-1), augment)
     for image, before, (top, left, height, width) in zip(images, plain, boxes, strict=True):
         inside = torch.zeros(3, 16, 16, dtype=torch.bool)
         inside[:, top : top + height, left : left + width] = True
         assert torch.equal(image[~inside], before[~inside])
         assert not (image[inside] == before[inside]).any()
-    assert torch.equal(finish(rows, Augment(erasing=0.0)), plain)
+    assert torch.equal(augment_on_device(rows, AugmentConfig(erasing=0.0)), plain)
 
 
 def test_the_noise_is_standard_normal_per_pixel_as_timms():
@@ -73,10 +73,10 @@ def test_the_noise_is_standard_normal_per_pixel_as_timms():
 
 
 def test_an_image_gets_the_same_noise_in_any_batch():
-    rows = batch(6, boxes=[[1, 1, 9, 9]] * 6, draw=[5, -3, 2**62, 8, -(2**62), 0])
-    whole = erase(rows.images.float(), rows.erase, rows.draw)
+    rows = batch(6, boxes=[[1, 1, 9, 9]] * 6, rng_keys=[5, -3, 2**62, 8, -(2**62), 0])
+    whole = erase(rows.images.float(), rows.erase, rows.rng_keys)
     for some in ([0, 1], [4, 5, 2], [3]):
-        assert torch.equal(erase(rows.images[some].float(), rows.erase[some], rows.draw[some]), whole[some])
+        assert torch.equal(erase(rows.images[some].float(), rows.erase[some], rows.rng_keys[some]), whole[some])
 
 
 @pytest.mark.parametrize("size", [32, 224])

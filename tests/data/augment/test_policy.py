@@ -12,7 +12,7 @@ import PIL.ImageFilter
 import pytest
 
 from tests.support.images import picture
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment import policy
 from trainer.data.augment.shear import sheared
 
@@ -21,7 +21,7 @@ TEXTS = ("rand-m9-mstd0.5-inc1", "rand-m7-n3", "rand-m9-mstd101-inc1-tweights", 
 
 
 def built(text: str) -> Any:
-    return policy._built(text, Augment(), 48)
+    return policy._built(text, AugmentConfig(), 48)
 
 
 @pytest.mark.parametrize("size", [(48, 40), (224, 224), (5, 3)])
@@ -93,4 +93,4 @@ def test_strengths_and_choices_are_distributed_as_timms(text: str) -> None:
 
 def test_more_weighted_layers_than_operations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"more layers than operations"):
-        policy.policy_of(Augment(policy="rand-m9-n40-tweights"), 32)
+        policy.policy_of(AugmentConfig(policy="rand-m9-n40-tweights"), 32)

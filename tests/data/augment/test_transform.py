@@ -17,12 +17,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from tests.support.images import encoded, jpeg, picture
-from trainer.config.schema import Augment
-from trainer.data.augment.decode import MAX_PIXELS, Picture, decode, decode_exact
-from trainer.data.augment.transform import Image, Transform, _erase, _resized_crop
-from trainer.data.keyed_hash import draw_keys
+from trainer.config.schema import AugmentConfig
+from trainer.data.augment.decode import MAX_PIXELS, EncodedImage, decode, decode_exact
+from trainer.data.augment.transform import AugmentedImage, Transform, _erase, _resized_crop
+from trainer.data.keyed_hash import row_keys
 
-KEYS = [int(k) for k in draw_keys(0, 0, np.arange(300), np.zeros(300, np.int64))]
+KEYS = [int(k) for k in row_keys(0, 0, np.arange(300), np.zeros(300, np.int64))]
 
 
 def view(data: bytes) -> memoryview:
@@ -100,7 +100,7 @@ def test_broken_images_are_a_value_error(data: bytes) -> None:
 @pytest.mark.parametrize(("size", "crop_pct"), [(32, 0.875), (24, 1.0), (224, 0.9)])
 @pytest.mark.parametrize("kind", ["JPEG", "grey PNG", "EXIF-turned JPEG", "CMYK JPEG"])
 def test_evaluation_is_timms_pixel_for_pixel(kind: str, size: int, crop_pct: float, interpolation: str) -> None:
-    ours = Transform(Augment(interpolation=interpolation), size, train=False, crop_pct=crop_pct)(view(ODD[kind]))  # pyright: ignore
+    ours = Transform(AugmentConfig(interpolation=interpolation), size, train=False, crop_pct=crop_pct)(view(ODD[kind]))  # pyright: ignore
     theirs = timm.data.create_transform(size, interpolation=interpolation, crop_pct=crop_pct, normalize=False)  # pyright: ignore
     assert torch.equal(ours.pixels, theirs(PIL.Image.open(io.BytesIO(ODD[kind])).convert("RGB")))  # pyright: ignore
     assert not ours.flip and ours.erase == (0, 0, 0, 0)
@@ -112,7 +112,7 @@ POLICIES = ("none", "three_augment", "rand-m9-mstd0.5-inc1", "augmix-m3-w3", "v0
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("crop", ["rrc", "src", "shift", "none"])
 def test_one_key_one_image_whatever_else_draws(crop: str, policy: str) -> None:
-    augment = Augment(crop=crop, shift=3, policy=policy, color_jitter=0.3, erasing=0.5)  # pyright: ignore[reportArgumentType]
+    augment = AugmentConfig(crop=crop, shift=3, policy=policy, color_jitter=0.3, erasing=0.5)  # pyright: ignore[reportArgumentType]
     transform = Transform(augment, 32, train=True)
     data = view(jpeg(0))
     first = [transform(data, key) for key in KEYS[:6]]
@@ -129,9 +129,9 @@ def test_one_key_one_image_whatever_else_draws(crop: str, policy: str) -> None:
 
 
 def test_draws_depend_on_each_of_seed_epoch_example_copy() -> None:
-    base = draw_keys(1, 2, np.array([3]), np.array([4]))[0]
-    others = [draw_keys(0, 2, np.array([3]), np.array([4])), draw_keys(1, 0, np.array([3]), np.array([4]))]
-    others += [draw_keys(1, 2, np.array([0]), np.array([4])), draw_keys(1, 2, np.array([3]), np.array([0]))]
+    base = row_keys(1, 2, np.array([3]), np.array([4]))[0]
+    others = [row_keys(0, 2, np.array([3]), np.array([4])), row_keys(1, 0, np.array([3]), np.array([4]))]
+    others += [row_keys(1, 2, np.array([0]), np.array([4])), row_keys(1, 2, np.array([3]), np.array([0]))]
     assert len({int(base), *(int(o[0]) for o in others)}) == 5
 
 
@@ -162,15 +162,15 @@ def test_erasing_is_distributed_as_timms() -> None:
     random.setstate(state)
     ours = [_erase(random.Random(i), 64) for i in range(1500)]
     assert np.abs(spread(ours) - spread(theirs)).max() <= 4
-    transform = Transform(Augment(erasing=0.25, flip=0.3), 32, train=True)
-    images = [transform.finish(Picture.of(torch.zeros(3, 40, 40, dtype=torch.uint8)), key) for key in KEYS]
+    transform = Transform(AugmentConfig(erasing=0.25, flip=0.3), 32, train=True)
+    images = [transform.apply(EncodedImage.of(torch.zeros(3, 40, 40, dtype=torch.uint8)), key) for key in KEYS]
     assert 0.15 < np.mean([i.erase[2] > 0 for i in images]) < 0.35
     assert 0.2 < np.mean([i.flip for i in images]) < 0.4
 
 
 def test_the_fast_crop_is_pils_to_rounding() -> None:
     """decode + crop + resize on uint8 tensors against PIL's, as timm does it: reported error, bounded."""
-    transform, worst, mean = Transform(Augment(), 32, train=True), 0, []
+    transform, worst, mean = Transform(AugmentConfig(), 32, train=True), 0, []
     for seed in range(20):
         data = jpeg(seed, 200, 150)
         ours = transform(view(data), KEYS[seed]).pixels
@@ -185,11 +185,11 @@ def test_the_fast_crop_is_pils_to_rounding() -> None:
 
 
 def test_shift_moves_and_fills_with_black() -> None:
-    transform = Transform(Augment(crop="shift", shift=4), 16, train=True)
+    transform = Transform(AugmentConfig(crop="shift", shift=4), 16, train=True)
     white = torch.full((3, 16, 16), 255, dtype=torch.uint8)
     moves = set()
     for key in KEYS:
-        out = transform.finish(Picture.of(white), key).pixels
+        out = transform.apply(EncodedImage.of(white), key).pixels
         rows, columns = (out[0] > 0).any(1).nonzero(), (out[0] > 0).any(0).nonzero()
         moves.add((16 - len(rows), 16 - len(columns)))
         assert set(out.unique().tolist()) <= {0, 255}
@@ -197,19 +197,19 @@ def test_shift_moves_and_fills_with_black() -> None:
 
 
 def test_simple_random_crop_mirrors_the_border() -> None:
-    transform = Transform(Augment(crop="src"), 16, train=True)
+    transform = Transform(AugmentConfig(crop="src"), 16, train=True)
     ramp = torch.arange(16, dtype=torch.uint8).repeat(3, 16, 1) * 10
     mirrored = np.pad(ramp[0, 0].numpy(), 4, mode="reflect").tolist()
     found = set()
     for key in KEYS:
-        row = transform.finish(Picture.of(ramp), key).pixels[0, 0].tolist()
+        row = transform.apply(EncodedImage.of(ramp), key).pixels[0, 0].tolist()
         found.add(next(i for i in range(9) if mirrored[i : i + 16] == row))
     assert found == set(range(9))
 
 
 def test_color_jitter_stays_out_beside_randaugment_as_in_timm() -> None:
-    def images(policy: str, jitter: float) -> list[Image]:
-        transform = Transform(Augment(policy=policy, color_jitter=jitter), 32, train=True)
+    def images(policy: str, jitter: float) -> list[AugmentedImage]:
+        transform = Transform(AugmentConfig(policy=policy, color_jitter=jitter), 32, train=True)
         return [transform(view(jpeg(0)), key) for key in KEYS[:5]]
 
     for policy, changes in (("none", True), ("three_augment", True), ("rand-m9-mstd0.5-inc1", False)):
@@ -219,7 +219,7 @@ def test_color_jitter_stays_out_beside_randaugment_as_in_timm() -> None:
 
 def test_posterizing_to_no_bits_is_black_as_timm_means_it() -> None:
     """Pillow 13 refuses 0 bits, timm asks for them: an image must not count as broken for that."""
-    transform = Transform(Augment(policy="rand-m10-n1-inc1-t1"), 32, train=True)
+    transform = Transform(AugmentConfig(policy="rand-m10-n1-inc1-t1"), 32, train=True)
     black = [transform(view(jpeg(0)), key).pixels.max() == 0 for key in KEYS]
     assert 0 < sum(black) < 60
 
@@ -227,7 +227,7 @@ def test_posterizing_to_no_bits_is_black_as_timm_means_it() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     for policy in ("randd", "nonsense", "rand-q9"):
         with pytest.raises(ValueError, match=r"augment.policy="):
-            Transform(Augment(policy=policy), 32, train=True)
+            Transform(AugmentConfig(policy=policy), 32, train=True)
 
 
 @pytest.mark.skipif("TRILEVEL_IMAGENET_TAR" not in os.environ, reason="TRILEVEL_IMAGENET_TAR names no tar of ImageNet images")

@@ -10,34 +10,34 @@ import torch
 
 from tests.support.images import config, write_shards
 from trainer.data.loader import shared_buffers as module
-from trainer.data.loader.shared_buffers import NONE, Rooms
+from trainer.data.loader.shared_buffers import NONE, BufferPool
 from trainer.data.loader.stream import Stream
 from trainer.data.shards.index import build_index
 
 
 def test_a_room_is_free_again_when_the_last_view_is_gone() -> None:
-    rooms = Rooms(2, 3, 8)
-    assert (rooms.take(), rooms.take(), rooms.take()) == (0, 1, NONE)
+    rooms = BufferPool(2, 3, 8)
+    assert (rooms.acquire(), rooms.acquire(), rooms.acquire()) == (0, 1, NONE)
     rooms[1].fill_(7)
-    seen = rooms.arrived(1)
+    seen = rooms.receive(1)
     assert seen.shape == (3, 3, 8, 8) and seen.is_contiguous(memory_format=torch.channels_last) and (seen == 7).all()
-    assert seen.data_ptr() == rooms[1].data_ptr() and rooms.take() == NONE, "still looked at"
+    assert seen.data_ptr() == rooms[1].data_ptr() and rooms.acquire() == NONE, "still looked at"
     part = seen[1:].numpy()
     del seen
     gc.collect()
-    assert rooms.take() == NONE, "a part of it is"
+    assert rooms.acquire() == NONE, "a part of it is"
     del part
     gc.collect()
-    assert rooms.take() == 1 and rooms.take() == NONE, "0 has not arrived"
-    rooms.recall()
-    assert (rooms.take(), rooms.take()) == (0, 1)
+    assert rooms.acquire() == 1 and rooms.acquire() == NONE, "0 has not arrived"
+    rooms.reclaim()
+    assert (rooms.acquire(), rooms.acquire()) == (0, 1)
 
 
 def test_kept_batches_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = build_index(write_shards(tmp_path, [60, 60, 72]), progress=False)
     numbers: list[int] = []
-    take = Rooms.take
-    monkeypatch.setattr(Rooms, "take", lambda self: numbers.append(found := take(self)) or found)
+    take = BufferPool.acquire
+    monkeypatch.setattr(BufferPool, "acquire", lambda self: numbers.append(found := take(self)) or found)
     reference = [b.images.clone() for b in Stream(index, config("x"), 0, 1).epoch(0, None)]
     stream = Stream(index, config("x", data={"workers": 1}), 0, 1)
     for epoch, step in ((1, 2), (0, 0)):  # an epoch left half way, its tasks still out, then a whole one

@@ -67,7 +67,7 @@ def test_any_world_and_workers_give_the_same_global_batches(index: Index, world:
         for step, batch in enumerate(reference):
             ranks = [p[step] for p in parts]
             assert equal(ranks, [batch])
-            assert {len(b.ids) for b in ranks} == {streams[0].steps.slots}
+            assert {len(b.ids) for b in ranks} == {streams[0].batch_split.slots}
             for b in ranks:
                 padding = b.ids < 0
                 assert (b.weights[padding] == 0).all() and (b.images[padding] == 0).all() and (b.weights[~padding] == 1).all()
@@ -91,8 +91,8 @@ def test_resuming_in_mid_epoch_is_the_same(index: Index, workers: int) -> None:
 
 def test_dropped_examples_are_not_decoded(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    box = decode.Picture.box
-    monkeypatch.setattr(decode.Picture, "box", lambda self, *at: decoded.append(1) or box(self, *at))
+    box = decode.EncodedImage.box
+    monkeypatch.setattr(decode.EncodedImage, "box", lambda self, *at: decoded.append(1) or box(self, *at))
     removed = list(range(0, 50, 3))
     stream = Stream(index, config("x"), 0, 1)
     shown = sum(len(b.ids) for b in stream.epoch(0, selection(50, removed)))
@@ -111,9 +111,9 @@ def test_copies_differ_and_epochs_differ(index: Index) -> None:
         assert (batch.ids[0::2] != batch.ids[1::2]).all() and set(batch.copies.tolist()) == {0, 1}
         for i in batch.ids.unique():
             a, b = (batch.ids == i).nonzero().flatten().tolist()
-            assert not torch.equal(batch.images[a], batch.images[b]) and batch.draw[a] != batch.draw[b]
+            assert not torch.equal(batch.images[a], batch.images[b]) and batch.rng_keys[a] != batch.rng_keys[b]
     stream = Stream(index, config("x"), 0, 1)
-    first, second = (torch.cat([b.draw for b in stream.epoch(e, None)]) for e in (0, 1))
+    first, second = (torch.cat([b.rng_keys for b in stream.epoch(e, None)]) for e in (0, 1))
     assert not set(first.tolist()) & set(second.tolist())
 
 

@@ -18,12 +18,12 @@ from tests.conftest import environment, wait_for
 from tests.support.http_server import Web, serving
 from tests.support.images import config, write_shards
 from trainer.data.errors import DataError
-from trainer.data.loader.prefetch import Ahead, refuse_small_cache, rows_of_node, upcoming
+from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
 from trainer.data.loader.stream import Stream
 from trainer.data.order import EpochOrder, Layout
 from trainer.data.remote import cache_folder
 from trainer.data.remote.cache import Cache
-from trainer.data.remote.client import Facts
+from trainer.data.remote.client import RemoteStat
 from trainer.data.shards.index import Index, build_index
 from trainer.data.shards.reader import Reader
 
@@ -157,10 +157,10 @@ def test_two_shards_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, m
         yield bytes(4000)
 
     monkeypatch.setattr("trainer.data.remote.cache.stream", slowly)
-    monkeypatch.setattr("trainer.data.remote.cache.facts", lambda _: Facts(None, ""))
+    monkeypatch.setattr("trainer.data.remote.cache.stat", lambda _: RemoteStat(None, ""))
 
     def take(url: str) -> int:
-        with cache.taken(url) as (path, _):
+        with cache.import_shard(url) as (path, _):
             return path.stat().st_size
 
     with ThreadPoolExecutor(2) as pool:
@@ -207,10 +207,10 @@ def test_shards_are_there_before_they_are_read(web: Web, index: Index, tmp_path:
 def test_no_more_is_fetched_ahead_than_fits(web: Web, index: Index, tmp_path: Path) -> None:
     length = max(s["bytes"] for s in index.shards)
     cache = Cache(tmp_path / "cache", 6 * length)
-    ahead = Ahead(index, cache, 0.5)
-    ahead.want([5, 5, 4, 3, 2, 1, 0])
+    ahead = Prefetcher(index, cache, 0.5)
+    ahead.request([5, 5, 4, 3, 2, 1, 0])
     wait_for(lambda: len(list(cache.folder.rglob("*.tar"))) == 3, 30)
-    ahead.want([5, 4, 0])
+    ahead.request([5, 4, 0])
     wait_for(lambda: cache.holds(index.source(0)), 30)
     assert [web.gets[name] for name in index.names] == [1, 0, 0, 1, 1, 1, 0, 0]
     process = ahead._process

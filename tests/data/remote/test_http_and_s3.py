@@ -15,7 +15,7 @@ import pytest
 from tests.support.http_server import Web, serving
 from tests.support.images import config, jpeg, write_shards, write_tar
 from trainer import __main__ as trilevel
-from trainer.data.errors import DataError, Outage
+from trainer.data.errors import DataError, StorageUnavailable
 from trainer.data.loader.stream import Stream
 from trainer.data.loader.validation import Validation
 from trainer.data.remote import client, retry
@@ -177,7 +177,7 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"train-0000.tar: the server says 500 .*after 3 attempts"):
         Cache(tmp_path / "c", ROOM).fetch(index.source(0))
     with pytest.raises(DataError, match=r"Connection refused.*after 3 attempts"):
-        client.facts("http://127.0.0.1:9/train.tar")
+        client.stat("http://127.0.0.1:9/train.tar")
 
 
 def test_a_shard_that_can_not_be_had_is_asked_for_once_a_read(
@@ -207,7 +207,9 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
     web.faults = {name: [503] * 99 for name in index.names}
     settings = config("x", data={"cache": str(tmp_path / "b"), "cache_size": 0.1, "workers": workers, "batch": 4, "window": 4})
     for batches in (Stream(index, settings, 0, 1).epoch(0, None), iter(Validation(index, settings, 0, 1))):
-        with pytest.raises(Outage, match=r"train-000\d.tar: the server says 503 .*after 2 attempts.*is the server up") as error:
+        with pytest.raises(
+            StorageUnavailable, match=r"train-000\d.tar: the server says 503 .*after 2 attempts.*is the server up"
+        ) as error:
             next(batches)
         assert "Traceback" not in str(error.value)
 
@@ -215,7 +217,7 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
 def test_a_cache_that_can_not_be_written_ends_the_run_by_its_name(web: Web, tmp_path: Path) -> None:
     index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(Outage, match=r"data.cache=.*file: Not a directory .*; name a folder"):
+    with pytest.raises(StorageUnavailable, match=r"data.cache=.*file: Not a directory .*; name a folder"):
         Reader(index, Cache(tmp_path / "file", ROOM)).read(np.arange(13))
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsity.examples import EXAMPLES, kept_ids
-from sparsity.examples.curriculum import first_of_each, quotas
-from sparsity.types import Outcome, Selection, alone
+from sparsity.examples.curriculum import first_per_group, quotas
+from sparsity.types import Observation, Selection, single_process
 
 N, CLASSES, EPOCHS = 203, 7, 18
 LABELS = np.random.default_rng(5).integers(0, CLASSES, N).astype(np.int32)
@@ -29,13 +29,13 @@ def make(name, **changes):
     return EXAMPLES[name](N, LABELS, **given)
 
 
-def outcomes(epoch: int, ids: np.ndarray) -> Outcome:
+def outcomes(epoch: int, ids: np.ndarray) -> Observation:
     """What training would say: depends on the epoch and the example, not on who asks. Hard and easy examples differ."""
     noise = np.random.default_rng((11, epoch)).random((3, N))
     ease = np.random.default_rng(12).random(N)
     correct = noise[0] < ease * 1.2
     rows = [torch.from_numpy(x[ids]) for x in (correct, (1 - ease + noise[1]).astype(np.float32), noise[2].astype(np.float32))]
-    return Outcome(rows[0], rows[1], rows[2], torch.ones(len(ids), dtype=torch.bool))
+    return Observation(rows[0], rows[1], rows[2], torch.ones(len(ids), dtype=torch.bool))
 
 
 def show(method, selection: Selection, epoch: int, rank=0, world=1, start=0, stop=None, batch=16) -> None:
@@ -48,7 +48,7 @@ def show(method, selection: Selection, epoch: int, rank=0, world=1, start=0, sto
         method.observe(torch.from_numpy(np.append(ids, 0)), outcome)
 
 
-def run(name, epochs=range(EPOCHS), rank=0, world=1, gather=alone, method=None, **changes):
+def run(name, epochs=range(EPOCHS), rank=0, world=1, gather=single_process, method=None, **changes):
     method = method or make(name, **changes)
     selections = []
     for epoch in epochs:
@@ -100,7 +100,7 @@ def test_any_world_size_shows_the_same_and_remembers_the_same(name, world):
 
     for selections, state in Ranks(world).run(work):
         assert [s.facts for s in selections] == [s.facts for s in alone_selections]
-        assert same_state(state, alone_method.state_dict(alone))
+        assert same_state(state, alone_method.state_dict(single_process))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit_on_another_world_size(name):
     show(resumed, selection, middle, start=5)
     _, later = run(name, range(middle + 1, EPOCHS), method=resumed)
     assert [s.facts for s in later] == [s.facts for s in selections[middle + 1 :]]
-    assert same_state(resumed.state_dict(alone), whole.state_dict(alone))
+    assert same_state(resumed.state_dict(single_process), whole.state_dict(single_process))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -130,14 +130,14 @@ def test_saving_disturbs_nothing(name):
     whole, selections = run(name)
     method, again = make(name), []
     for epoch in range(EPOCHS):
-        again.append(method.select(epoch, alone))
+        again.append(method.select(epoch, single_process))
         show(method, again[-1], epoch, stop=7)
-        saved = method.state_dict(alone)
+        saved = method.state_dict(single_process)
         for array in saved.values():
             array[...] = 1  # what was handed out is a copy
         show(method, again[-1], epoch, start=7)
     assert [s.facts["hash"] for s in again] == [s.facts["hash"] for s in selections]
-    assert same_state(method.state_dict(alone), whole.state_dict(alone))
+    assert same_state(method.state_dict(single_process), whole.state_dict(single_process))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -167,9 +167,9 @@ def test_nothing_removed_shows_everything(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_asked_twice_shows_the_same(name):
     method, _ = run(name, range(4))
-    selection = method.select(4, alone)
+    selection = method.select(4, single_process)
     show(method, selection, 4, stop=3)
-    assert method.select(4, alone).facts["hash"] == selection.facts["hash"]
+    assert method.select(4, single_process).facts["hash"] == selection.facts["hash"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -178,7 +178,7 @@ def test_observe_never_reads_a_value_back(name):
     method = make(name)
     with FakeTensorMode():
         rows = [torch.ones(6, dtype=d) for d in (torch.int64, torch.bool, torch.float32)]
-        method.observe(rows[0], Outcome(rows[1], rows[2], rows[2], rows[1]))
+        method.observe(rows[0], Observation(rows[1], rows[2], rows[2], rows[1]))
 
 
 @pytest.mark.parametrize(("name", "restore"), [*((name, "random") for name in METHODS), ("forgetting", "never_trained")])
@@ -190,8 +190,8 @@ def test_state_of_imagenet_stays_under_20_megabytes(name, restore):
     method = EXAMPLES[name](many, labels, **SETTINGS | more)
     ids = torch.arange(500, 628)
     yes, number = torch.ones(128, dtype=torch.bool), torch.ones(128)
-    method.observe(ids, Outcome(yes, number, number, yes))
-    assert method.held_bytes < 20e6
+    method.observe(ids, Observation(yes, number, number, yes))
+    assert method.state_bytes < 20e6
 
 
 def test_random_fixed_is_one_subset_and_random_epoch_goes_round():
@@ -206,7 +206,10 @@ def test_random_fixed_is_one_subset_and_random_epoch_goes_round():
 
 def test_random_subsets_depend_on_the_seed():
     for name in ("random_fixed", "random_epoch", "forgetting"):
-        assert make(name, seed=1).select(0, alone).facts["hash"] != make(name, seed=2).select(0, alone).facts["hash"]
+        assert (
+            make(name, seed=1).select(0, single_process).facts["hash"]
+            != make(name, seed=2).select(0, single_process).facts["hash"]
+        )
 
 
 def test_what_is_shown_changes_only_between_rounds_of_repeats():
@@ -241,9 +244,9 @@ def test_quotas_add_up_and_fit(sizes, total):
 def test_first_of_each_keeps_the_order_given():
     group = np.array([0, 1, 0, 1, 0, 1, 0])
     ids = np.array([6, 5, 4, 3, 2, 1, 0])
-    assert first_of_each(ids, group, np.array([2, 1])).tolist() == [6, 4, 5]
-    assert first_of_each(ids, group, np.array([2, 1]), skip=1).tolist() == [2, 0, 3]
-    assert first_of_each(ids, group, np.array([2, 1]), skip=2).tolist() == [6, 4, 1]
+    assert first_per_group(ids, group, np.array([2, 1])).tolist() == [6, 4, 5]
+    assert first_per_group(ids, group, np.array([2, 1]), skip=1).tolist() == [2, 0, 3]
+    assert first_per_group(ids, group, np.array([2, 1]), skip=2).tolist() == [6, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -280,24 +283,24 @@ def test_a_foreign_state_is_refused(name):
 
 
 def test_the_state_of_other_ties_is_refused():
-    state = make("forgetting", ties="spread").state_dict(alone)
+    state = make("forgetting", ties="spread").state_dict(single_process)
     with pytest.raises(ValueError, match=r"examples.ties=id"):
         make("forgetting", ties="id").load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_loading_forgets_what_the_object_saw_before(name):
-    state = make(name).state_dict(alone)
+    state = make(name).state_dict(single_process)
     method, _ = run(name, range(2))
     method.load_state_dict(state)
-    assert same_state(method.state_dict(alone), state)
+    assert same_state(method.state_dict(single_process), state)
 
 
 def test_the_pool_is_the_end_of_one_permutation_and_random_fixed_starts_like_forgetting():
     order = np.random.default_rng((3, 0, 0)).permutation(N)
-    first = make("forgetting").select(0, alone)
+    first = make("forgetting").select(0, single_process)
     assert set(range(N)) - set(kept_ids(first, N)) == set(order[N - round(0.2 * N) :])
-    assert make("random_fixed").select(0, alone).facts["hash"] == first.facts["hash"]
+    assert make("random_fixed").select(0, single_process).facts["hash"] == first.facts["hash"]
 
 
 def test_the_hash_covers_the_weights():

@@ -8,14 +8,14 @@ import torch
 
 from sparsity.examples import EXAMPLES, kept_ids
 from sparsity.examples.forgetting import Forgetting
-from sparsity.types import Outcome, alone
+from sparsity.types import Observation, single_process
 
 
 def observe(method, ids, correct, spread=None, loss=None, valid=None) -> None:
     n = len(ids)
     method.observe(
         torch.tensor(ids),
-        Outcome(
+        Observation(
             torch.tensor(correct, dtype=torch.bool),
             torch.tensor(loss or [0.0] * n, dtype=torch.float32),
             torch.tensor(spread or [0.0] * n, dtype=torch.float32),
@@ -44,7 +44,7 @@ TABLE = [
 def play(method, table, spread=None) -> None:
     for epoch in range(max(len(row) for row in table)):
         shown = [i for i, row in enumerate(table) if row[epoch] != "-"]
-        method.select(epoch, alone)
+        method.select(epoch, single_process)
         # each example comes with a second copy that says the opposite: the first counts
         ids = [i for i in shown for _ in range(2)]
         correct = [bool(int(table[i][epoch])) != copy for i in shown for copy in (False, True)]
@@ -55,7 +55,7 @@ def test_events_and_scores_of_the_table():
     n = len(TABLE)
     method = Forgetting(n, np.zeros(n, np.int32), epochs=9)
     play(method, [row[0] for row in TABLE])
-    state = method.state_dict(alone)
+    state = method.state_dict(single_process)
     assert state["events"].tolist() == [row[1] for row in TABLE]
     assert state["seen"].tolist() == [5 - row[0].count("-") for row in TABLE]
     np.testing.assert_array_equal(method.scores(), [row[2] for row in TABLE])
@@ -82,7 +82,7 @@ def test_the_least_forgotten_go_lowest_spread_first_then_lowest_id():
     for i in active[-9:]:
         spread[i] = 0.1
     play(method, table, spread)
-    selection = method.select(5, alone)
+    selection = method.select(5, single_process)
     gone = set(np.flatnonzero(start & ~method.active))
     assert gone == {*active[-9:], active[8]}
     assert set(pool) <= set(kept_ids(selection, 40)) and selection.num_kept == 30
@@ -96,10 +96,10 @@ def test_ties_by_id_alone():
     assert not method.wants_spread and swapping(40).wants_spread
     active = np.flatnonzero(method.active)
     for epoch in range(5):
-        method.select(epoch, alone)
+        method.select(epoch, single_process)
         observe(method, active.tolist(), [True] * 30, spread=list(range(30, 0, -1)))
     before = method.active.copy()
-    method.select(5, alone)
+    method.select(5, single_process)
     assert np.flatnonzero(before & ~method.active).tolist() == active[:10].tolist()
 
 
@@ -107,12 +107,12 @@ def test_never_learned_and_barely_seen_stay_even_if_the_swap_is_not_filled():
     method = swapping(40)
     active = np.flatnonzero(method.active)
     for epoch in range(5):
-        method.select(epoch, alone)
+        method.select(epoch, single_process)
         observe(method, active[:27].tolist(), [False] * 20 + [True] * 7)
         if epoch < 2:
             observe(method, active[27:].tolist(), [True] * 3)
     before = method.active.copy()
-    selection = method.select(5, alone)
+    selection = method.select(5, single_process)
     assert np.flatnonzero(before & ~method.active).tolist() == active[20:27].tolist()
     assert selection.facts["swapped"] == 7 and selection.num_kept == 30 and selection.facts["scored"] == 7
 
@@ -121,7 +121,7 @@ def test_swaps_happen_at_the_window_borders_only_and_active_and_pool_stay_a_part
     method = swapping(200, swap=0.05, window=4.0, updates=3)
     changed, sets = [], []
     for epoch in range(24):
-        selection = method.select(epoch, alone)
+        selection = method.select(epoch, single_process)
         ids = kept_ids(selection, 200)
         assert len(set(ids)) == selection.num_kept == 150  # the pool is the rest: disjoint, and the union is all
         if sets and set(ids) != sets[-1]:
@@ -142,9 +142,9 @@ def test_what_comes_back_is_a_random_part_of_the_pool_that_depends_on_the_seed()
         pool = np.flatnonzero(~method.active)
         ids = np.flatnonzero(method.active).tolist()
         for epoch in range(5):
-            method.select(epoch, alone)
+            method.select(epoch, single_process)
             observe(method, ids, [True] * 150)
-        method.select(5, alone)
+        method.select(5, single_process)
         returned.append([i for i in pool if method.active[i]])
         assert len(returned[-1]) == 10 and returned[-1] != pool[:10].tolist()
     assert returned[0] == returned[1] != returned[2]
@@ -174,13 +174,13 @@ def test_infobatch_prunes_below_the_mean_and_keeps_the_sum_of_weights():
     n = 1000
     method = EXAMPLES["infobatch"](n, np.arange(n) % 10, epochs=10, removed=0.5, anneal=0.2, seed=4)
     loss = np.random.default_rng(0).gamma(2.0, size=n).astype(np.float32)
-    first = method.select(0, alone)
+    first = method.select(0, single_process)
     assert first.num_kept == n and first.weight is None  # nothing is known yet
     previous = None
     for epoch in range(1, 8):
         shown = kept_ids(first, n) if epoch == 1 else previous
         observe(method, shown.tolist(), [True] * len(shown), loss=loss[shown].tolist())
-        selection = method.select(epoch, alone)
+        selection = method.select(epoch, single_process)
         keep = np.zeros(n, bool)
         keep[kept_ids(selection, n)] = True
         below = loss < loss.astype(np.float64).mean()
@@ -190,13 +190,13 @@ def test_infobatch_prunes_below_the_mean_and_keeps_the_sum_of_weights():
         assert selection.weight[keep].sum() == pytest.approx(n, rel=1e-6)
         assert previous is None or set(previous) != set(np.flatnonzero(keep))  # drawn anew each epoch
         previous = np.flatnonzero(keep)
-    assert method.select(8, alone).num_kept == n and method.select(8, alone).weight is None
+    assert method.select(8, single_process).num_kept == n and method.select(8, single_process).weight is None
 
 
 def test_infobatch_leaves_what_it_has_not_seen():
     method = EXAMPLES["infobatch"](10, np.zeros(10, np.int32), epochs=10, removed=0.9)
     observe(method, [0, 1, 2, 3], [True] * 4, loss=[0.0, 0.0, 0.0, 9.0])
-    selection = method.select(1, alone)
+    selection = method.select(1, single_process)
     assert set(range(3, 10)) <= set(kept_ids(selection, 10)) and selection.num_kept == 8
     assert selection.weight is not None and selection.weight[:3].tolist() == [3.0] * 3
 
@@ -207,13 +207,13 @@ def test_the_never_trained_come_back_first():
     first_pool, returned = set(np.flatnonzero(~method.active)), []
     for epoch in range(16):
         before = method.active.copy()
-        method.select(epoch, alone)
+        method.select(epoch, single_process)
         if back := set(np.flatnonzero(method.active & ~before)):
             returned.append(back)
         observe(method, np.flatnonzero(method.active).tolist(), [True] * 20)
         if epoch == 7:
             resumed = swapping(40, removed=0.5, swap=0.25, updates=3, restore="never_trained")
-            resumed.load_state_dict(method.state_dict(alone))
+            resumed.load_state_dict(method.state_dict(single_process))
             method = resumed
     assert len(returned) == 3 and returned[0] | returned[1] == first_pool
-    assert "trained" not in swapping(40).state_dict(alone)
+    assert "trained" not in swapping(40).state_dict(single_process)

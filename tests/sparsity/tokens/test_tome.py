@@ -5,7 +5,7 @@ import torch
 
 from sparsity.build import build
 from sparsity.tokens.tome import Merge, merge
-from sparsity.types import DENSE, Plan, Seen
+from sparsity.types import DENSE, QKV, Plan
 from tests.sparsity.tokens.test_topk import scene
 from tests.support.vits import FAMILIES, images, tiny
 
@@ -14,15 +14,15 @@ from tests.support.vits import FAMILIES, images, tiny
 @pytest.mark.parametrize("r", [1, 5])
 def test_nothing_is_lost(p, r):
     """The sum weighted by size is that of before, sizes add up to the patches, and the prefix stays as it was."""
-    tokens, seen = scene(3, 10, p)
-    after, carried = merge(tokens, seen, r, carry_seen=True)
+    tokens, qkv = scene(3, 10, p)
+    after, carried = merge(tokens, qkv, r, carry_qkv=True)
     assert after.x.shape == (3, p + 10 - r, 8) and after.ids.shape == (3, 10 - r)
     assert torch.equal(after.x[:, :p], tokens.x[:, :p]) and after.size[:, :p].eq(1).all()
     assert after.size[:, p:].sum(1).tolist() == [10.0] * 3
     assert torch.allclose((after.x * after.size[..., None]).sum(1), tokens.x.sum(1), atol=1e-5)
-    for new, old in zip(carried[:3], seen[:3], strict=True):
+    for new, old in zip(carried[:3], qkv[:3], strict=True):
         assert torch.allclose((new * after.size[:, None, :, None]).sum(2), old.sum(2), atol=1e-5)
-    twice, _ = merge(after, carried, 2, carry_seen=False)
+    twice, _ = merge(after, carried, 2, carry_qkv=False)
     assert torch.allclose((twice.x * twice.size[..., None]).sum(1), tokens.x.sum(1), atol=1e-5)
 
 
@@ -30,7 +30,7 @@ def test_the_most_alike_of_the_two_sets_are_merged():
     tokens, _ = scene(1, 6, p=1)
     k = torch.randn(1, 1, 7, 4)
     k[0, 0, 2] = 3 * k[0, 0, 5]  # patch 1 (set A) points where patch 4 (set B) points
-    after, _ = merge(tokens, Seen(k, k, k, 0.5), 1, carry_seen=False)
+    after, _ = merge(tokens, QKV(k, k, k, 0.5), 1, carry_qkv=False)
     assert after.ids.tolist() == [[3, 5, 0, 2, 4]]
     assert torch.allclose(after.x[0, -1], (tokens.x[0, 2] + tokens.x[0, 5]) / 2)
     assert after.size.tolist() == [[1, 1, 1, 1, 1, 2]]
@@ -58,6 +58,6 @@ def test_identical_tokens_merge_without_a_trace():
 def test_families(family):
     vit = FAMILIES[family]().train()
     model = build(vit, tokens="tome", blocks=(0, 1), merged=2)
-    record = model(images(vit), Plan(0.9), frozenset({"kept"}), torch.arange(4))
+    output = model(images(vit), Plan(0.9), frozenset({"kept"}), torch.arange(4))
     before = 9 if family == "patch_drop" else 16
-    assert record.kept[1].shape == (4, before - 4) and record.logits.isfinite().all()
+    assert output.kept[1].shape == (4, before - 4) and output.logits.isfinite().all()

@@ -5,70 +5,72 @@ import torch
 
 from sparsity.tokens import scores
 from sparsity.tokens.topk import TopK
-from sparsity.types import DENSE, KeepAll, Keys, Plan, Seen, Tokens
+from sparsity.types import DENSE, QKV, KeepAll, Plan, Tokens, VisibleKeys
 from tests.support.vits import tiny
 
 H, D_HEAD = 2, 4
 
 
-def scene(batch=2, n=10, p=1, seed=0, **more) -> tuple[Tokens, Seen]:
+def scene(batch=2, n=10, p=1, seed=0, **more) -> tuple[Tokens, QKV]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, p + n, 8, generator=g)
     q, k, v = (torch.randn(batch, H, p + n, D_HEAD, generator=g) for _ in range(3))
-    return Tokens(x, torch.arange(n).expand(batch, -1), p, **more), Seen(q, k, v, D_HEAD**-0.5)
+    return Tokens(x, torch.arange(n).expand(batch, -1), p, **more), QKV(q, k, v, D_HEAD**-0.5)
 
 
 def given(values):
     """A score that says what it is told."""
-    return lambda tokens, seen: torch.tensor(values)
+    return lambda tokens, qkv: torch.tensor(values)
 
 
 def test_the_best_stay_in_their_order_with_the_prefix():
-    tokens, seen = scene(1, 5, p=2)
-    after, carried = TopK(given([[0.1, 0.5, 0.3, 0.9, 0.2]]))(tokens, seen, Plan(0.5))  # ceil(2.5)
+    tokens, qkv = scene(1, 5, p=2)
+    after, carried = TopK(given([[0.1, 0.5, 0.3, 0.9, 0.2]]))(tokens, qkv, Plan(0.5))  # ceil(2.5)
     assert after.ids.tolist() == [[1, 2, 3]]
     where = [0, 1, 3, 4, 5]
     assert torch.equal(after.x, tokens.x[:, where])
-    assert all(torch.equal(new, old[:, :, where]) for new, old in zip(carried[:3], seen[:3], strict=True))
+    assert all(torch.equal(new, old[:, :, where]) for new, old in zip(carried[:3], qkv[:3], strict=True))
 
 
 def test_ties_go_to_the_lower_id_also_after_a_selection():
-    tokens, seen = scene(1, 6)
-    after, seen_after = TopK(given([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5]]))(tokens, seen, Plan(0.6))
+    tokens, qkv = scene(1, 6)
+    after, seen_after = TopK(given([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5]]))(tokens, qkv, Plan(0.6))
     assert after.ids.tolist() == [[0, 1, 2, 3]]
     again, _ = TopK(given([[0.5] * 4]))(after, seen_after, Plan(0.5))
     assert again.ids.tolist() == [[0, 1]]
-    authors, _ = TopK(given([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5]]), authors=True)(tokens, seen, Plan(0.6))
+    authors, _ = TopK(given([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5]]), authors=True)(tokens, qkv, Plan(0.6))
     assert authors.ids.tolist() == [[2, 0, 1, 3]]  # theirs: in the order of the scores
 
 
 def test_sizes_follow_and_keys_are_cleared():
-    tokens, seen = scene(1, 4, size=torch.tensor([[1.0, 2, 3, 4, 5]]), keys=Keys(index=torch.zeros(1, 1, dtype=torch.long)))
-    after, _ = TopK(given([[0.1, 0.4, 0.2, 0.3]]), fuse=True)(tokens, seen, Plan(0.5))
+    tokens, qkv = scene(
+        1, 4, size=torch.tensor([[1.0, 2, 3, 4, 5]]), keys=VisibleKeys(index=torch.zeros(1, 1, dtype=torch.long))
+    )
+    after, _ = TopK(given([[0.1, 0.4, 0.2, 0.3]]), fuse=True)(tokens, qkv, Plan(0.5))
     assert after.size.tolist() == [[1, 3, 5, 6]] and after.keys is None
 
 
 def test_everything_stays_untouched_where_all_are_kept():
-    tokens, seen = scene()
+    tokens, qkv = scene()
     for reduce in (KeepAll(), TopK(scores.cls_row), TopK(scores.cls_row, fuse=True)):
-        assert reduce(tokens, seen, DENSE) == (tokens, seen)
+        assert reduce(tokens, qkv, DENSE) == (tokens, qkv)
         assert reduce.count(10, DENSE) == 10
 
 
 def test_a_softmax_so_sharp_that_all_dropped_weigh_nothing_fuses_to_nothing():
     """Level 3 ranks by the fused token's q and k: a NaN among them would have spoiled every row of its map."""
-    tokens, seen = scene(1, 5)
-    after, carried = TopK(given([[0.6, 0.4, 0.0, 0.0, 0.0]]), fuse=True)(tokens, seen, Plan(0.4))
+    tokens, qkv = scene(1, 5)
+    after, carried = TopK(given([[0.6, 0.4, 0.0, 0.0, 0.0]]), fuse=True)(tokens, qkv, Plan(0.4))
     assert after.ids.tolist() == [[0, 1, -1]] and after.x[0, -1].eq(0).all()
     assert all(part[0, :, -1].eq(0).all() for part in carried[:3])
 
 
 def test_the_fused_token_is_the_weighted_sum_and_its_gradient_reaches_the_scores():
-    tokens, seen = scene(2, 6)
-    seen.q.requires_grad_()
+    tokens, qkv = scene(2, 6)
+    qkv.q.requires_grad_()
     tokens.x.requires_grad_()
-    after, carried = TopK(scores.cls_row, fuse=True)(tokens, seen, Plan(0.5))
-    value = scores.cls_row(tokens, seen)
+    after, carried = TopK(scores.cls_row, fuse=True)(tokens, qkv, Plan(0.5))
+    value = scores.cls_row(tokens, qkv)
     dropped = value.argsort(descending=True)[:, 3:]
     weights = value.gather(1, dropped)
     expected = torch.stack([sum(weights[b, j] * tokens.x[b, 1 + dropped[b, j]] for j in range(3)) for b in range(2)])
@@ -76,46 +78,46 @@ def test_the_fused_token_is_the_weighted_sum_and_its_gradient_reaches_the_scores
     assert after.ids[:, -1].tolist() == [-1, -1] and after.ids.shape == (2, 4)
     share = (weights / weights.sum(1, keepdim=True))[:, None, :, None]
     index = (1 + dropped)[:, None, :, None].expand(-1, H, -1, D_HEAD)
-    assert torch.allclose(carried.k[:, :, -1], (seen.k.gather(2, index) * share).sum(2), atol=1e-6)
+    assert torch.allclose(carried.k[:, :, -1], (qkv.k.gather(2, index) * share).sum(2), atol=1e-6)
     after.x[:, -1].sum().backward()
-    assert seen.q.grad[:, :, 0].abs().sum() > 0 and seen.q.grad[:, :, 1:].abs().sum() == 0
+    assert qkv.q.grad[:, :, 0].abs().sum() > 0 and qkv.q.grad[:, :, 1:].abs().sum() == 0
 
 
 def test_the_choice_itself_carries_no_gradient():
-    tokens, seen = scene()
-    seen.q.requires_grad_()
-    after, _ = TopK(scores.cls_row, carry_seen=False)(tokens, seen, Plan(0.5))
+    tokens, qkv = scene()
+    qkv.q.requires_grad_()
+    after, _ = TopK(scores.cls_row, carry_qkv=False)(tokens, qkv, Plan(0.5))
     assert not after.x.requires_grad
 
 
 def test_cls_row_is_the_softmax_of_the_cls_query():
-    tokens, seen = scene(3, 7, p=2)
-    attention = (seen.q @ seen.k.transpose(-2, -1) * seen.scale).softmax(-1)
-    assert torch.allclose(scores.cls_row(tokens, seen), attention[:, :, 0, 2:].mean(1))
-    assert torch.allclose(scores.received(tokens, seen), attention[:, :, :, 2:].mean((1, 2)))
+    tokens, qkv = scene(3, 7, p=2)
+    attention = (qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale).softmax(-1)
+    assert torch.allclose(scores.cls_row(tokens, qkv), attention[:, :, 0, 2:].mean(1))
+    assert torch.allclose(scores.received(tokens, qkv), attention[:, :, :, 2:].mean((1, 2)))
     both = attention[:, :, :2, 2:].mean((1, 2))
-    assert torch.allclose(scores.importance(tokens, seen), both / both.sum(1, keepdim=True))
+    assert torch.allclose(scores.importance(tokens, qkv), both / both.sum(1, keepdim=True))
 
 
 def test_scores_are_float32_under_autocast_and_count_merged_patches():
-    tokens, seen = scene(2, 5)
-    low = Seen(*(t.bfloat16() for t in seen[:3]), seen.scale)
+    tokens, qkv = scene(2, 5)
+    low = QKV(*(t.bfloat16() for t in qkv[:3]), qkv.scale)
     with torch.autocast("cpu", torch.bfloat16):
         assert scores.cls_row(tokens, low).dtype == torch.float32
-    exact = scores.cls_row(tokens, Seen(*(t.float() for t in low[:3]), seen.scale))
+    exact = scores.cls_row(tokens, QKV(*(t.float() for t in low[:3]), qkv.scale))
     assert torch.equal(scores.cls_row(tokens, low), exact)
     doubled = tokens.with_(size=torch.tensor([1.0, 2, 1, 1, 1, 1]).expand(2, -1))
-    assert (scores.cls_row(doubled, seen)[:, 0] > scores.cls_row(tokens, seen)[:, 0]).all()
+    assert (scores.cls_row(doubled, qkv)[:, 0] > scores.cls_row(tokens, qkv)[:, 0]).all()
 
 
 def test_random_keeps_every_patch_equally_often_and_nests():
-    draw = torch.arange(3000)
-    tokens = Tokens(torch.zeros(3000, 11, 1), torch.arange(10).expand(3000, -1), 1, draw=draw)
-    seen = Seen(*[torch.zeros(3000, 1, 11, 1)] * 3, 1.0)
-    after, _ = TopK(scores.random)(tokens, seen, Plan(0.3))
+    rng_keys = torch.arange(3000)
+    tokens = Tokens(torch.zeros(3000, 11, 1), torch.arange(10).expand(3000, -1), 1, rng_keys=rng_keys)
+    qkv = QKV(*[torch.zeros(3000, 1, 11, 1)] * 3, 1.0)
+    after, _ = TopK(scores.random)(tokens, qkv, Plan(0.3))
     counts = after.ids.flatten().bincount(minlength=10)
     assert (counts - 900).abs().max() < 5 * (3000 * 0.3 * 0.7) ** 0.5
-    fixed, _ = TopK(scores.random)(tokens.with_(draw=None), seen, Plan(0.3))
+    fixed, _ = TopK(scores.random)(tokens.with_(rng_keys=None), qkv, Plan(0.3))
     assert (fixed.ids == fixed.ids[0]).all()  # without a key: one choice for every image
 
 
@@ -129,10 +131,10 @@ def test_counts(n, keep, k):
 
 def test_a_family_without_cls_is_ranked_by_what_patches_receive():
     from sparsity.tokens import TOKENS
-    from sparsity.types import Wish
+    from sparsity.types import MechanismOptions
 
     assert (
-        TOKENS["topk"](Wish(has_class_token=tiny(class_token=False, global_pool="avg").has_class_token)).score
+        TOKENS["topk"](MechanismOptions(has_class_token=tiny(class_token=False, global_pool="avg").has_class_token)).score
         is scores.received
     )
 
@@ -143,8 +145,8 @@ def test_ties_in_long_rows_go_by_position(n):
     values = torch.randint(0, 3, (4, n), generator=torch.Generator().manual_seed(n)).float() / 2
     by_position = [sorted(range(n), key=lambda i, row=row: (-row[i], i)) for row in values.tolist()]
     assert scores.ranked(values).tolist() == by_position
-    tokens, seen = scene(4, n)
-    after, _ = TopK(given(values.tolist()))(tokens, seen, Plan(0.45))
+    tokens, qkv = scene(4, n)
+    after, _ = TopK(given(values.tolist()))(tokens, qkv, Plan(0.45))
     assert after.ids.tolist() == [sorted(row[: after.ids.shape[1]]) for row in by_position]
     cut = after.ids.shape[1]
     assert any(row[by[cut - 1]] == row[by[cut]] for row, by in zip(values.tolist(), by_position, strict=True)), (

@@ -23,7 +23,7 @@ from trainer.config.load import load
 from trainer.data.batch import Batch
 from trainer.data.loader.validation import Validation
 from trainer.engine.engine import Engine
-from trainer.run.recorder import Records
+from trainer.run.recorder import Recorder
 from trainer.storage.disk import Disk
 
 RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
@@ -59,7 +59,7 @@ class Hearing(Disk):
         super().rename(old, new)
 
 
-class Telling(Records):
+class Telling(Recorder):
     """Tells the disk above that a step after the checkpoint was made."""
 
     def step(self, *words: Any, **facts: Any) -> Any:
@@ -78,7 +78,7 @@ class Full(Disk):
         super().sync(folder)
 
 
-class Waiting(Records):
+class Waiting(Recorder):
     """The seventh step ends when that failure is known: then two more steps, and not a third, may be made."""
 
     def step(self, state: Any, *words: Any, **facts: Any) -> Any:
@@ -121,14 +121,14 @@ for scene in sys.argv[2:]:
         trainer.train.Validation = Interrupted
     elif scene == "writing":
         trainer.checkpoint.save_load.Disk = Hearing
-        trainer.train.Records = Telling
+        trainer.train.Recorder = Telling
     elif scene == "full":
-        trainer.checkpoint.save_load.Disk, trainer.train.Records = Full, Waiting
+        trainer.checkpoint.save_load.Disk, trainer.train.Recorder = Full, Waiting
     elif scene == "training":
         Engine.reseed = at_step  # pyright: ignore
     elif scene == "compiling":
         callback_handler.register_start_callback(once(hear))
     one(scene, False, *(["checkpoint.every=3step"] if scene == "full" else []))
-    trainer.train.Validation, trainer.train.Records = Validation, Records
+    trainer.train.Validation, trainer.train.Recorder = Validation, Recorder
     trainer.checkpoint.save_load.Disk, Engine.reseed = Disk, reseed
     one(scene, True)

@@ -23,7 +23,7 @@ from sparsity import build
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer.config import run_config
-from trainer.data.order import Steps, slice_of
+from trainer.data.order import BatchSplit, slice_of
 from trainer.engine.engine import Engine
 from trainer.engine.environment import world_size
 from trainer.model.ema import Ema
@@ -41,14 +41,16 @@ class Run:
     def __init__(self, mode: str, saved: State | None = None, **optim: Any):
         kind, zero, precision, accumulation = mode.split(":")
         rows = BATCH // world_size()
-        self.steps = Steps(rows // int(accumulation), int(accumulation), rows)
-        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, deepspeed=os.environ.get("DEEPSPEED_FILE"))  # type: ignore[arg-type]
+        self.steps = BatchSplit(rows // int(accumulation), int(accumulation), rows)
+        settings = run_config.EngineConfig(
+            kind=kind, zero=int(zero), precision=precision, deepspeed=os.environ.get("DEEPSPEED_FILE")
+        )  # type: ignore[arg-type]
         self.engine = Engine(settings, self.steps, clip=CLIP)
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
         if saved is not None:
             self.model.load_state_dict(part(saved, "w:"))
-        self.engine.prepare(self.model, build_optimizer(self.model, run_config.Optim(weight_decay=0.1, **optim)))
+        self.engine.prepare(self.model, build_optimizer(self.model, run_config.OptimConfig(weight_decay=0.1, **optim)))
         self.ema = Ema(self.model, DECAY)
         if saved is not None:
             self.engine.state.load(part(saved, "w:"), part(saved, "o:"))
@@ -77,9 +79,9 @@ class Run:
         if self.taken[step]:
             self.ema.update(self.model)
         state = self.engine.state
-        kept = {"w:": state.weights(), "o:": state.moments(), "e:": self.ema.state_dict()}
+        kept = {"w:": state.weights(), "o:": state.optimizer_state(), "e:": self.ema.state_dict()}
         self.states[step + 1] = {prefix + name: value for prefix, of in kept.items() for name, value in of.items()}
-        self.facts[step] = (float(self.engine.sum(total)), self.engine.grad_norm())
+        self.facts[step] = (float(self.engine.all_reduce_sum(total)), self.engine.grad_norm())
 
     def answer(self) -> Tensor:
         """Logits of a batch under the averages, then what the weights are after it."""
@@ -90,7 +92,7 @@ class Run:
         return found.float()
 
     def end(self) -> Run:
-        self.engine.forget()
+        self.engine.release_accelerate_state()
         return self
 
 
@@ -120,7 +122,7 @@ def skipping(mode: str) -> dict[str, Any]:
     for step in (0, 4, 5):
         clean.step(step)
     clean.end()
-    saved = spoiled.engine.share(spoiled.states[3])
+    saved = spoiled.engine.broadcast_object(spoiled.states[3])
     resumed = Run(mode, saved)
     for step in range(3, 6):
         resumed.step(step, SPOILS.get(step))
@@ -142,11 +144,11 @@ def averaging(mode: str) -> dict[str, Any]:
     run = Run(mode)
     for step in range(4):
         run.step(step)
-    answer = run.engine.gather(run.answer()[None])
+    answer = run.engine.all_gather(run.answer()[None])
     after = run.engine.state.weights()
     run.step(4)
     run.end()
-    saved = run.engine.share(run.states[2])
+    saved = run.engine.broadcast_object(run.states[2])
     resumed = Run(mode, saved)
     for step in (2, 3, 4):
         resumed.step(step)
@@ -179,21 +181,21 @@ def compiling(mode: str) -> dict[str, Any]:
         model = build.build(tiny(), tokens="topk", connections="shared_keys", blocks=(0,))
         counter = CompileCounterWithBackend("aot_eager")  # no code is generated: graphs are what counts here
         model.compile = partial(SparseViT.compile, model, backend=counter)
-        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, compile=compiled)  # type: ignore[arg-type]
-        engine = Engine(settings, Steps(4, 1, 4), CLIP)
-        engine.prepare(model, build_optimizer(model, run_config.Optim()))
+        settings = run_config.EngineConfig(kind=kind, zero=int(zero), precision=precision, compile=compiled)  # type: ignore[arg-type]
+        engine = Engine(settings, BatchSplit(4, 1, 4), CLIP)
+        engine.prepare(model, build_optimizer(model, run_config.OptimConfig()))
         for step, plan in enumerate(plans):
             generator = torch.Generator().manual_seed(step + 100 * engine.rank)
-            images, draw = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
-            logits = engine.forward(images, plan, frozenset(), draw).logits.float()
+            images, rng_keys = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+            logits = engine.forward(images, plan, frozenset(), rng_keys).logits.float()
             loss = nn.functional.cross_entropy(logits, torch.arange(4))
             engine.backward(loss / engine.world, last=True)
             engine.step()
-            losses[compiled].append(float(engine.sum(loss.detach())))
+            losses[compiled].append(float(engine.all_reduce_sum(loss.detach())))
             if compiled:
                 graphs.append(counter.frame_count)
-        engine.forget()
-    return {"graphs": engine.everyones([graphs]), "eager": losses[False], "compiled": losses[True]}
+        engine.release_accelerate_state()
+    return {"graphs": engine.all_gather_objects([graphs]), "eager": losses[False], "compiled": losses[True]}
 
 
 def accumulating(mode: str) -> dict[str, Any]:
@@ -205,10 +207,10 @@ def accumulating(mode: str) -> dict[str, Any]:
         vit = tiny(drop_path_rate=0.3)
         vit.set_grad_checkpointing(checkpointing)
         model = build.build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
-        settings = run_config.Engine(kind=kind, zero=int(zero), precision=precision, checkpointing=checkpointing)  # type: ignore[arg-type]
+        settings = run_config.EngineConfig(kind=kind, zero=int(zero), precision=precision, checkpointing=checkpointing)  # type: ignore[arg-type]
         rows = BATCH // world_size()
-        engine = Engine(settings, Steps(rows // parts, parts, rows), clip=0.1)
-        engine.prepare(model, build_optimizer(model, run_config.Optim(lr=1e-2)))
+        engine = Engine(settings, BatchSplit(rows // parts, parts, rows), clip=0.1)
+        engine.prepare(model, build_optimizer(model, run_config.OptimConfig(lr=1e-2)))
         found[name] = []
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
@@ -217,14 +219,14 @@ def accumulating(mode: str) -> dict[str, Any]:
             total = torch.zeros(())
             for first in range(begin, end, rows // parts):
                 part = slice(first, first + rows // parts)
-                draw = torch.arange(BATCH)[part] + 100 * step
-                logits = engine.forward(images[part], Plan(0.7, 0.5), frozenset(), draw).logits.float()
+                rng_keys = torch.arange(BATCH)[part] + 100 * step
+                logits = engine.forward(images[part], Plan(0.7, 0.5), frozenset(), rng_keys).logits.float()
                 loss = nn.functional.cross_entropy(logits, labels[part], reduction="sum") / BATCH
                 engine.backward(loss, last=part.stop >= end)
                 total += loss.detach()
             engine.step()
-            found[name].append((float(engine.sum(total)), engine.grad_norm()))
-        engine.forget()
+            found[name].append((float(engine.all_reduce_sum(total)), engine.grad_norm()))
+        engine.release_accelerate_state()
     return found
 
 
@@ -236,7 +238,7 @@ def fusing(mode: str) -> dict[str, Any]:
         for step in range(3):
             runs[fused].step(step)
         runs[fused].end()
-    on = Run(mode, runs[True].engine.share(runs[False].states[2]), fused=True)
+    on = Run(mode, runs[True].engine.broadcast_object(runs[False].states[2]), fused=True)
     on.step(2)
     on.end()
     return {

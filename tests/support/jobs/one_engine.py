@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.optim import Lamb
 
 from trainer.config import run_config
-from trainer.data.order import Steps, slice_of
+from trainer.data.order import BatchSplit, slice_of
 from trainer.engine.engine import Engine
 from trainer.engine.environment import world_size
 
@@ -22,8 +22,8 @@ BATCH = 12
 kind, zero, precision, accumulation, start, stop, folder, *lamb = sys.argv[1:]
 torch.set_num_threads(1)
 rows = BATCH // world_size()
-steps = Steps(rows // int(accumulation), int(accumulation), rows)
-engine = Engine(run_config.Engine(kind=kind, zero=int(zero), precision=precision), steps, clip=1.0)  # type: ignore[arg-type]
+batch_split = BatchSplit(rows // int(accumulation), int(accumulation), rows)
+engine = Engine(run_config.EngineConfig(kind=kind, zero=int(zero), precision=precision), batch_split, clip=1.0)  # type: ignore[arg-type]
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.GELU(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5))
 decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -46,14 +46,16 @@ for step in range(int(start), int(stop)):
     labels = torch.randint(0, 5, (BATCH,), generator=generator)
     first, last = slice_of(BATCH, engine.world, engine.rank)
     total = torch.zeros(())
-    for begin in range(first, last, steps.micro_batch):
-        part = slice(begin, begin + steps.micro_batch)
+    for begin in range(first, last, batch_split.micro_batch):
+        part = slice(begin, begin + batch_split.micro_batch)
         losses = torch.nn.functional.cross_entropy(engine.forward(images[part]).float(), labels[part], reduction="none")
         engine.backward(losses.sum() / BATCH, part.stop >= last)
         total += losses.detach().sum() / BATCH
     engine.step()
-    state = {"w:" + k: v for k, v in engine.state.weights().items()} | {"o:" + k: v for k, v in engine.state.moments().items()}
-    loss = float(engine.sum(total))
+    state = {"w:" + k: v for k, v in engine.state.weights().items()} | {
+        "o:" + k: v for k, v in engine.state.optimizer_state().items()
+    }
+    loss = float(engine.all_reduce_sum(total))
     if engine.is_main:
         save_file(state, Path(folder) / f"step-{step + 1}.safetensors")
         print(json.dumps({"step": step, "loss": loss, "norm": engine.grad_norm()}), flush=True)

@@ -50,10 +50,10 @@ def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
 
 def decode(data: bytes | memoryview) -> Tensor:
     """(3, H, W) uint8, as `decode_exact`; RGB and grey JPEG take torchvision's decoder, all else PIL's. Raises BrokenImage."""
-    return Picture(data).whole()
+    return EncodedImage(data).whole()
 
 
-class Picture:
+class EncodedImage:
     """An image whose pixels are decoded when they are asked for; copies of an example share one.
 
     A box of a JPEG is decoded by itself where TurboJPEG is there: the same pixels for less. A picture that isn't plainly in order
@@ -70,7 +70,7 @@ class Picture:
             self._pixels = as_tensor(decode_exact(data))
 
     @classmethod
-    def of(cls, pixels: Tensor) -> Picture:
+    def of(cls, pixels: Tensor) -> EncodedImage:
         """From pixels that are there: (3, H, W) uint8."""
         picture = cls.__new__(cls)
         picture._data, picture._frame, picture._pixels = b"", Frame(0, 0, 0, 0, 0), pixels
@@ -96,7 +96,7 @@ class Picture:
 
     def box(self, top: int, left: int, height: int, width: int) -> Tensor:
         """(3, height, width) uint8: that part of `whole`."""
-        if self._pixels is None and in_order(self._data, self._frame):
+        if self._pixels is None and is_plain_scan(self._data, self._frame):
             pixels = turbojpeg.cut(self._data, (top, left, height, width))
             if pixels is not None:
                 return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -130,7 +130,7 @@ def frame(data: bytes | memoryview) -> Frame:
     return found
 
 
-def in_order(data: bytes | memoryview, frame: Frame) -> bool:
+def is_plain_scan(data: bytes | memoryview, frame: Frame) -> bool:
     """Whether a JPEG is one Huffman-coded scan with no marker but restarts up to its end: then nothing behind a box can make the
     full decode fail. 25 us. A progressive one gains little (7 %): all its scans are read whatever is shown."""
     if frame.kind not in (0xC0, 0xC1) or not 0 < frame.scan <= len(data) - 2 or data[-2:] != b"\xff\xd9":

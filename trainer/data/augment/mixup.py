@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 
 KEY = 0x6D6978  # keeps this stream of random numbers apart from others with the same seed and step
 
@@ -31,12 +31,12 @@ class Mix(NamedTuple):
 NO_MIX = Mix()
 
 
-def draw_mix(augment: Augment, seed: int, step: int, image_size: int) -> Mix:
+def draw_mix(augment: AugmentConfig, seed: int, step: int, image_size: int) -> Mix:
     """The mix of an optimizer step, equal on all ranks and for every micro-batch of the step."""
     return sample(augment, np.random.default_rng([KEY, seed, step]), image_size)
 
 
-def sample(augment: Augment, rng: np.random.Generator, image_size: int) -> Mix:
+def sample(augment: AugmentConfig, rng: np.random.Generator, image_size: int) -> Mix:
     """One draw with timm's distributions, in the order in which timm's `Mixup` consumes its random numbers."""
     mixup, cutmix = augment.mixup > 0, augment.cutmix > 0
     if not (mixup or cutmix) or rng.random() >= augment.mix_probability:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsity import keyed_random
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
@@ -24,25 +24,25 @@ SALT = 0x657261  # keeps the noise apart from other choices keyed by the same dr
 PLACES = 1 << 20
 
 
-def finish(batch: Batch, augment: Augment) -> Tensor:
+def augment_on_device(batch: Batch, augment: AugmentConfig) -> Tensor:
     """Augmented images, ready to be mixed: batch on the device -> (b, 3, S, S) float32."""
     images = batch.images
     if augment.flip > 0:
         images = torch.where(batch.flip[:, None, None, None], images.flip(-1), images)
     images = normalise(images, augment)
-    return erase(images, batch.erase, batch.draw) if augment.erasing > 0 else images
+    return erase(images, batch.erase, batch.rng_keys) if augment.erasing > 0 else images
 
 
-def normalise(images: Tensor, augment: Augment) -> Tensor:
+def normalise(images: Tensor, augment: AugmentConfig) -> Tensor:
     """(b, 3, S, S) uint8 -> float32 with the mean and deviation of `augment`, as timm's PrefetchLoader to the bit."""
     mean, std = _statistics(augment.mean, augment.std, images.device)
     return images.contiguous().float().sub_(mean).div_(std)  # batches come channels last
 
 
-def erase(images: Tensor, boxes: Tensor, draw: Tensor) -> Tensor:
+def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor) -> Tensor:
     """Fill a box of each image with normal noise.
 
-    images: (b, 3, S, S) float; boxes: (b, 4) top, left, height, width, height 0 = none; draw: (b,) int64, which the
+    images: (b, 3, S, S) float; boxes: (b, 4) top, left, height, width, height 0 = none; rng_keys: (b,) int64, which the
     noise is keyed by.
     """
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
@@ -50,18 +50,18 @@ def erase(images: Tensor, boxes: Tensor, draw: Tensor) -> Tensor:
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (b, S)
     inside_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
     inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]  # (b, 1, S, S)
-    return torch.where(inside, noise(draw, tuple(images.shape[1:])).to(images.dtype), images)
+    return torch.where(inside, noise(rng_keys, tuple(images.shape[1:])).to(images.dtype), images)
 
 
-def noise(draw: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers: draw (b,) int64 -> (b, *shape) float32, the same on any device and in any batch.
+def noise(rng_keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers: rng_keys (b,) int64 -> (b, *shape) float32, the same on any device and in any batch.
 
     Every row is read from its own place in one table: to hash each pixel took a hundred times as long (16 images of 224 px on
     one CPU core: 150 ms against 1.2 ms), more than the rest of the augmentation on the device together.
     """
     length = torch.Size(shape).numel()
-    places = (keyed_random.uniform(draw, SALT) * PLACES).to(torch.int64)
-    return _table(PLACES + length, draw.device).unfold(0, length, 1)[places].unflatten(1, shape)
+    places = (keyed_random.uniform(rng_keys, SALT) * PLACES).to(torch.int64)
+    return _table(PLACES + length, rng_keys.device).unfold(0, length, 1)[places].unflatten(1, shape)
 
 
 # A tensor made from host numbers is a host sync, so each is made once.

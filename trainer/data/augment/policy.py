@@ -19,7 +19,7 @@ from timm.data import auto_augment as theirs
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms.v2 import functional as F
 
-from trainer.config.schema import Augment
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment.shear import sheared
 
 Pixels = np.ndarray | PIL.Image.Image  # (S, S, 3) uint8, or PIL's: an operation takes what the one before it left
@@ -31,7 +31,7 @@ _ENHANCED = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "S
 _BLUR = (0.1, 2.0)  # radius of 3-Augment's blur
 
 
-def policy_of(augment: Augment, size: int) -> Policy | None:
+def policy_of(augment: AugmentConfig, size: int) -> Policy | None:
     """What `augment.policy` and `augment.color_jitter` ask for, None where that is nothing. As in timm, colour jitter stays out
     beside RandAugment and its kin. Raises ValueError for a policy that timm doesn't know."""
     strength = augment.color_jitter
@@ -46,7 +46,7 @@ def policy_of(augment: Augment, size: int) -> Policy | None:
     return lambda image, rng: _applied(transform, image, rng)
 
 
-def _built(text: str, augment: Augment, size: int) -> Any:
+def _built(text: str, augment: AugmentConfig, size: int) -> Any:
     settings = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * m)) for m in augment.mean),

@@ -17,15 +17,15 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from trainer.config.schema import Augment
-from trainer.data.augment.decode import Picture, as_tensor, decode_exact
+from trainer.config.schema import AugmentConfig
+from trainer.data.augment.decode import EncodedImage, as_tensor, decode_exact
 from trainer.data.augment.policy import policy_of
 
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
 _SRC_PADDING = 4  # DeiT-III's simple random crop
 
 
-class Image(NamedTuple):
+class AugmentedImage(NamedTuple):
     """One image made ready. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none)."""
 
     pixels: Tensor
@@ -36,50 +36,50 @@ class Image(NamedTuple):
 class Transform:
     """Bytes -> Image. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing."""
 
-    def __init__(self, augment: Augment, image_size: int, train: bool, crop_pct: float = 0.875) -> None:
+    def __init__(self, augment: AugmentConfig, image_size: int, train: bool, crop_pct: float = 0.875) -> None:
         self.augment, self.size, self.train = augment, image_size, train
         self._evaluate = transforms_imagenet_eval(
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
         self._policy = policy_of(augment, image_size)
 
-    def __call__(self, data: memoryview, key: int = 0) -> Image:
-        """One image; raises BrokenImage saying what is wrong with it. key: see `draw_keys`."""
-        return self.finish(self.opened(data), key)
+    def __call__(self, data: memoryview, key: int = 0) -> AugmentedImage:
+        """One image; raises BrokenImage saying what is wrong with it. key: see `row_keys`."""
+        return self.apply(self.decode(data), key)
 
-    def opened(self, data: memoryview, copies: bool = False) -> Picture | PIL.Image.Image:
-        """An image that `finish` makes ready; of a single one only what it shows is decoded, one with copies is decoded once."""
+    def decode(self, data: memoryview, copies: bool = False) -> EncodedImage | PIL.Image.Image:
+        """An image that `apply` makes ready; of a single one only what it shows is decoded, one with copies is decoded once."""
         if not self.train:
             return decode_exact(data)
-        image = Picture(data)
+        image = EncodedImage(data)
         if copies:
             image.whole()
         return image
 
-    def finish(self, image: Picture | PIL.Image.Image, key: int = 0) -> Image:
+    def apply(self, image: EncodedImage | PIL.Image.Image, key: int = 0) -> AugmentedImage:
         """From an opened image. Raises BrokenImage."""
         if isinstance(image, PIL.Image.Image):
-            return Image(cast(Tensor, self._evaluate(image)))
-        rng, flip, erase = self._begun(key)
+            return AugmentedImage(cast(Tensor, self._evaluate(image)))
+        rng, flip, erase = self._generator(key)
         pixels = self._crop(image, rng)
         if self._policy is not None:
             done = self._policy(pixels.permute(1, 2, 0).numpy(), rng)
             pixels = as_tensor(done) if isinstance(done, PIL.Image.Image) else torch.from_numpy(done).permute(2, 0, 1)
-        return Image(pixels, flip, erase)
+        return AugmentedImage(pixels, flip, erase)
 
     def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int] | None:
         """Which part of a height x width image `augment.crop: rrc` shows: top, left, height, width. None for other crops."""
         if not self.train or self.augment.crop != "rrc":
             return None
-        return _resized_crop(self._begun(key)[0], height, width, self.augment.scale, self.augment.ratio)
+        return _resized_crop(self._generator(key)[0], height, width, self.augment.scale, self.augment.ratio)
 
-    def _begun(self, key: int) -> tuple[random.Random, bool, tuple[int, int, int, int]]:
+    def _generator(self, key: int) -> tuple[random.Random, bool, tuple[int, int, int, int]]:
         """The example's generator behind the draws that the device carries out: flip, box to erase."""
         rng, a = random.Random(key), self.augment
         flip = rng.random() < a.flip
         return rng, flip, _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
 
-    def _crop(self, image: Picture, rng: random.Random) -> Tensor:
+    def _crop(self, image: EncodedImage, rng: random.Random) -> Tensor:
         """(3, S, S) by the rule of `augment.crop`."""
         size, a = self.size, self.augment
         height, width = image.size()

@@ -86,7 +86,7 @@ def cut(data: bytes | memoryview, box: tuple[int, int, int, int]) -> np.ndarray 
     """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
 
     None where there is no library, or where TurboJPEG fails or warns: then the full decode has the word. What lies behind the
-    box's last row is not looked at, see `decode.Picture`.
+    box's last row is not looked at, see `decode.EncodedImage`.
     """
     turbo = library()
     if turbo is None:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from trainer.config.run_config import Config
-from trainer.data.augment.decode import BrokenImage, Picture, header
+from trainer.data.augment.decode import BrokenImage, EncodedImage, header
 from trainer.data.augment.transform import Transform
 from trainer.data.batch import NOBODY, Batch
 from trainer.data.errors import DataError
-from trainer.data.keyed_hash import draw_keys
+from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import cache_of
-from trainer.data.loader.shared_buffers import room
+from trainer.data.loader.shared_buffers import new_buffer
 from trainer.data.order import Rows
 from trainer.data.shards.index import Index
 from trainer.data.shards.reader import Reader
 
 
-class Maker:
+class BatchMaker:
     """Rows of a global batch, or of a part of it -> Batch."""
 
     def __init__(self, index: Index, config: Config, train: bool) -> None:
@@ -30,14 +30,14 @@ class Maker:
 
     def batch(self, epoch: int, rows: Rows, slots: int, images: Tensor | None = None) -> Batch:
         """images: where the pixels go, see `shared_buffers`."""
-        images = room(slots, self._size) if images is None else images
+        images = new_buffer(slots, self._size) if images is None else images
         pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy sets a row in a tenth of the time that torch takes
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
-        keys = draw_keys(self._seed, epoch, rows.ids, rows.copies)
+        keys = row_keys(self._seed, epoch, rows.ids, rows.copies)
         broken: dict[int, str] = {}
         distinct, place = np.unique(rows.ids, return_inverse=True)
         data, copies = self._reader.read(distinct), len(distinct) < len(rows.ids)
-        opened: dict[int, Picture | PIL.Image.Image] = {}
+        opened: dict[int, EncodedImage | PIL.Image.Image] = {}
         for row, (which, key) in enumerate(zip(place.tolist(), keys.tolist(), strict=True)):
             example, raw = int(distinct[which]), data[which]
             if example in broken:
@@ -46,8 +46,8 @@ class Maker:
                 if isinstance(raw, DataError):
                     raise raw
                 if which not in opened:
-                    opened[which] = self._transform.opened(raw, copies)
-                image = self._transform.finish(opened[which], key)
+                    opened[which] = self._transform.decode(raw, copies)
+                image = self._transform.apply(opened[which], key)
             except (BrokenImage, DataError) as error:
                 broken[example] = f"{self.index.where(example)}: {error}"
                 continue

@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 
 from trainer.config.run_config import Config
-from trainer.config.schema import Data
+from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index, open_index
 
 
-def cache_of(index: Index, data: Data) -> Cache | None:
+def cache_of(index: Index, data: DataConfig) -> Cache | None:
     """The cache that these shards are read through; None: they are read where they are."""
     return cache_at(data.cache, data.cache_size) if index.is_remote() or data.cache else None
 

@@ -27,7 +27,7 @@ from trainer.storage.source_tree import python_path
 T = TypeVar("T")
 
 
-class Ahead:
+class Prefetcher:
     """Keeps a fetching process busy with the shards named last. share: the part of the cache it may fill for this rank."""
 
     def __init__(self, index: Index, cache: Cache, share: float) -> None:
@@ -35,7 +35,7 @@ class Ahead:
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
 
-    def want(self, shards: Iterable[int]) -> None:
+    def request(self, shards: Iterable[int]) -> None:
         """Shards in the order of need; as many as there is room for are fetched."""
         wanted: dict[int, None] = {}
         room = self._room
@@ -51,7 +51,7 @@ class Ahead:
             told.write(line + "\n")
             told.flush()
 
-    def followed(
+    def prefetching(
         self, batches: Iterable[T], first: int, place: Callable[[int], Hashable], shards: Callable[[int], Iterable[int]]
     ) -> Iterator[T]:
         """`batches`, the first of them number `first`. Where place(number) is new, shards(number) are wanted before the batch."""
@@ -59,7 +59,7 @@ class Ahead:
         iterator: Iterator[T] | None = None
         for number in itertools.count(first):
             if (now := place(number)) != said:
-                self.want(shards(number))
+                self.request(shards(number))
                 said = now
             iterator = iter(batches) if iterator is None else iterator
             try:

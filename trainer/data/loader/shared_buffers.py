@@ -17,10 +17,10 @@ from torch.utils.data import get_worker_info
 
 NONE = -1  # no room: the batch goes through memory of its own
 _names = itertools.count()
-_known: weakref.WeakValueDictionary[int, Rooms] = weakref.WeakValueDictionary()  # of the rank's process
+_known: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()  # of the rank's process
 
 
-class Rooms:
+class BufferPool:
     """`count` rooms for the pixels of a batch, made before the decoding processes, which are given their numbers."""
 
     def __init__(self, count: int, slots: int, size: int) -> None:
@@ -36,29 +36,29 @@ class Rooms:
         """(slots, 3, S, S) uint8, to be filled."""
         return self._rooms[number]
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         """A room that nobody works in or looks at, NONE where there is none."""
         for number in range(
             len(self._rooms)
-        ):  # first whether it is away, then who looks at it: `arrived` changes them in reverse
+        ):  # first whether it is away, then who looks at it: `receive` changes them in reverse
             if number not in self._away and ((held := self._held[number]) is None or held() is None):
                 self._away.add(number)
                 return number
         return NONE
 
-    def arrived(self, number: int) -> Tensor:
+    def receive(self, number: int) -> Tensor:
         """What was filled. The room is taken until this tensor and all its views are gone."""
         memory = self._rooms[number].numpy()  # a new array each time; the tensor's memory lives and dies with it
         self._held[number] = weakref.ref(memory)
         self._away.discard(number)
         return torch.from_numpy(memory)
 
-    def recall(self) -> None:
+    def reclaim(self) -> None:
         """What was taken and has not arrived won't: no worker has a task any more."""
         self._away.clear()
 
 
-def room(slots: int, size: int) -> Tensor:
+def new_buffer(slots: int, size: int) -> Tensor:
     """(slots, 3, S, S) uint8, not yet filled. Channels last in memory, as decoders and the resize write; shared in a worker."""
     if get_worker_info() is None:
         return torch.empty((slots, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -71,15 +71,15 @@ def _shared(slots: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, size, size, 3), strides).permute(0, 3, 1, 2)
 
 
-def sent(batch: Any, rooms: Rooms | None = None, number: int = NONE) -> Any:
+def to_parent(batch: Any, rooms: BufferPool | None = None, number: int = NONE) -> Any:
     """A batch as a data set hands it to its loader."""
-    return batch if get_worker_info() is None else Sent(batch, rooms, number)
+    return batch if get_worker_info() is None else ToParent(batch, rooms, number)
 
 
-class Sent:
+class ToParent:
     """A batch (a named tuple, `images` first) that a worker has made; it is the batch again when it arrives."""
 
-    def __init__(self, batch: Any, rooms: Rooms | None = None, number: int = NONE) -> None:
+    def __init__(self, batch: Any, rooms: BufferPool | None = None, number: int = NONE) -> None:
         self._batch, self._rooms, self._number = batch, rooms, number
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,5 +94,5 @@ class _Place(NamedTuple):
 
 
 def _arrived(kind: Any, images: Tensor | _Place, others: list[Any]) -> Any:
-    found = _known[images.rooms].arrived(images.number) if isinstance(images, _Place) else images
+    found = _known[images.rooms].receive(images.number) if isinstance(images, _Place) else images
     return kind(found, *[torch.from_numpy(f) if isinstance(f, np.ndarray) else f for f in others])

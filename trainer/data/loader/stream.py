@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from sparsity.types import Selection
 from trainer.config.run_config import Config
 from trainer.data.batch import Batch
-from trainer.data.loader.batch_maker import Maker
+from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import cache_of, check_labels
-from trainer.data.loader.prefetch import Ahead, refuse_small_cache, rows_of_node, upcoming
-from trainer.data.loader.shared_buffers import NONE, Rooms, sent
+from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
+from trainer.data.loader.shared_buffers import NONE, BufferPool, to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
 from trainer.data.shards.index import Index
@@ -35,7 +35,7 @@ class _Batches(Dataset[Batch]):
     """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
 
     def __init__(
-        self, maker: Maker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, rooms: Rooms | None
+        self, maker: BatchMaker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, rooms: BufferPool | None
     ) -> None:
         self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
         self._rooms = rooms
@@ -47,13 +47,13 @@ class _Batches(Dataset[Batch]):
             self._order = task.turn, EpochOrder(self._layout, task.epoch, keep)
         rows = self._order[1].rows(task.step, *self._bounds)
         images = None if self._rooms is None or task.room == NONE else self._rooms[task.room]
-        return sent(self._maker.batch(task.epoch, rows, self._slots, images), self._rooms, task.room)
+        return to_parent(self._maker.batch(task.epoch, rows, self._slots, images), self._rooms, task.room)
 
 
 class _Tasks:
     """The sampler: set before every epoch. A task is given its room when the loader takes it, the rank's process knows which are free."""
 
-    def __init__(self, rooms: Rooms | None) -> None:
+    def __init__(self, rooms: BufferPool | None) -> None:
         self.tasks: list[_Task] = []
         self._rooms = rooms
 
@@ -61,16 +61,16 @@ class _Tasks:
         if self._rooms is None:
             yield from self.tasks
             return
-        self._rooms.recall()  # run at the first task: the loader has waited for those of the epoch before
+        self._rooms.reclaim()  # run at the first task: the loader has waited for those of the epoch before
         for task in self.tasks:
-            yield task._replace(room=self._rooms.take())
+            yield task._replace(room=self._rooms.acquire())
 
     def __len__(self) -> int:
         return len(self.tasks)
 
 
 class Stream:
-    """Training batches of one rank. `steps` holds micro_batch, accumulation and slots: the rows of a Batch.
+    """Training batches of one rank. `batch_split` holds micro_batch, accumulation and slots: the rows of a Batch.
 
     The same global batches on any world and with any number of workers; a worker takes every n-th batch. Raises DataError
     for labels outside model.classes and ValueError where the batch does not fit the world.
@@ -80,21 +80,21 @@ class Stream:
         check_labels(index, config.model.classes)
         data = config.data
         self.layout = Layout(index.sizes, config.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
-        self.steps = micro_batches(data.batch, data.micro_batch, world)
+        self.batch_split = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
         self._ahead = None
         if cache := cache_of(index, data):
             rows, ranks = rows_of_node(data.batch, world, rank)
             refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.removed)
             cache.refuse_full_disk()
-            self._ahead = Ahead(index, cache, 1 / ranks)
+            self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
-        maker = Maker(index, config, train=True)
+        maker = BatchMaker(index, config, train=True)
         # two tasks a worker, the batch looked at, the one before it, and one to spare
-        rooms = Rooms(2 * data.workers + 3, self.steps.slots, config.model.image_size) if data.workers else None
+        rooms = BufferPool(2 * data.workers + 3, self.batch_split.slots, config.model.image_size) if data.workers else None
         self._tasks, self._turn = _Tasks(rooms), 0
         self._loader = Loader(
-            _Batches(maker, self.layout, self.bounds, self.steps.slots, self._keep, rooms),
+            _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, rooms),
             batch_size=None,
             sampler=self._tasks,  # pyright: ignore[reportArgumentType]
             num_workers=data.workers,
@@ -119,7 +119,7 @@ class Stream:
                 batch = batch._replace(weights=batch.weights * weight)
             yield batch
 
-    def _fetched(self, ahead: Ahead, order: EpochOrder, first_batch: int) -> Iterator[Batch]:
+    def _fetched(self, ahead: Prefetcher, order: EpochOrder, first_batch: int) -> Iterator[Batch]:
         """The loader's batches, their shards fetched ahead; those of the next epoch too, guessed from what this one keeps."""
 
         def shards(step: int) -> Iterable[int]:
@@ -127,4 +127,4 @@ class Stream:
             following = EpochOrder(self.layout, order.epoch + 1, order.keep)
             yield from upcoming(following, 0, self.bounds)
 
-        return ahead.followed(self._loader, first_batch, lambda step: order.window_at(step).tobytes(), shards)
+        return ahead.prefetching(self._loader, first_batch, lambda step: order.window_at(step).tobytes(), shards)

@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 
 from trainer.config.run_config import Config
 from trainer.data.batch import Batch
-from trainer.data.loader.batch_maker import Maker
+from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import cache_of, check_labels
-from trainer.data.loader.prefetch import Ahead, rows_of_node
-from trainer.data.loader.shared_buffers import sent
+from trainer.data.loader.prefetch import Prefetcher, rows_of_node
+from trainer.data.loader.shared_buffers import to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import Rows
 from trainer.data.shards.index import Index
@@ -27,10 +27,10 @@ class Validation:
 
     def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
         check_labels(index, config.model.classes)
-        self._parts = _Parts(Maker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
+        self._parts = _Parts(BatchMaker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
         self._workers = config.data.workers
         cache = cache_of(index, config.data)
-        self._ahead = Ahead(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
+        self._ahead = Prefetcher(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -42,13 +42,15 @@ class Validation:
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader) if self._ahead is None else self._ahead.followed(loader, 0, self._parts.shard, self._parts.shards)
+        return (
+            iter(loader) if self._ahead is None else self._ahead.prefetching(loader, 0, self._parts.shard, self._parts.shards)
+        )
 
 
 class _Parts(Dataset[Batch]):
     """Batch number -> Batch of a rank's part of the validation set."""
 
-    def __init__(self, maker: Maker, num_examples: int, batch: int, rank: int, world: int) -> None:
+    def __init__(self, maker: BatchMaker, num_examples: int, batch: int, rank: int, world: int) -> None:
         self._maker, self._batch = maker, batch
         self._begin, self._end = rank * num_examples // world, (rank + 1) * num_examples // world
         self._longest = -(-num_examples // world)
@@ -71,4 +73,4 @@ class _Parts(Dataset[Batch]):
         begin = self._begin + number * self._batch
         slots = min(self._batch, self._longest - number * self._batch)
         ids = np.arange(begin, max(begin, min(begin + slots, self._end)))
-        return sent(self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots))
+        return to_parent(self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots))

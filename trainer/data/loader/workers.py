@@ -16,7 +16,7 @@ from trainer.data.errors import DataError
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def deaf(_worker: int) -> None:
+def ignore_signals(_worker: int) -> None:
     """A decoding process leaves signals to its rank: schedulers send SIGTERM to all, and the rank still needs its data to stop
     in order. A rank that is gone is noticed by the loader itself."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -32,7 +32,7 @@ class Loader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], **settings: Any) -> None:
-        super().__init__(_Told(dataset), worker_init_fn=deaf, **settings)
+        super().__init__(_ErrorsAsItems(dataset), worker_init_fn=ignore_signals, **settings)
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         iterator = super().__iter__()
@@ -42,7 +42,7 @@ class Loader(DataLoader[Any]):
         return _raised(iterator)
 
 
-class _Told(Dataset[Any]):
+class _ErrorsAsItems(Dataset[Any]):
     """A data set whose DataErrors are what it gives."""
 
     def __init__(self, dataset: Any) -> None:

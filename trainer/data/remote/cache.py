@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.errors import DataError, Outage
+from trainer.data.errors import DataError, StorageUnavailable
 from trainer.data.remote import cache_folder
-from trainer.data.remote.client import Facts, facts, stream
+from trainer.data.remote.client import RemoteStat, stat, stream
 from trainer.data.remote.url import scheme
 
 _USED = 2.0  # seconds within which a second use is not noted
@@ -83,7 +83,7 @@ class Cache:
         with self._part(source.whole, source.url) as (part, file):
             if final.exists():
                 return
-            self._room(part, file, source.bytes)
+            self._reserve(part, file, source.bytes)
             for _ in range(_WHOLE_TRIES):
                 if self._written(source.url, source.bytes, part, file) == source.whole:
                     with self._counting():
@@ -94,13 +94,13 @@ class Cache:
             )
 
     @contextmanager
-    def taken(self, url: str) -> Iterator[tuple[Path, Facts]]:
+    def import_shard(self, url: str) -> Iterator[tuple[Path, RemoteStat]]:
         """A shard no index knows yet, whole at the path while the context lasts; kept afterwards. Raises DataError."""
-        about = facts(url)
+        about = stat(url)
         if about.bytes is not None and about.bytes > self.size:
             raise DataError(f"shard {url} has {about.bytes} bytes, the cache may hold {self.size}; raise --cache-size")
         with self._part(hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), url) as (part, file):
-            self._room(part, file, about.bytes or 0)
+            self._reserve(part, file, about.bytes or 0)
             whole = self._written(url, about.bytes, part, file)
             yield part, about
             with self._counting():
@@ -130,14 +130,18 @@ class Cache:
             yield
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            raise Outage(f"data.cache={self.folder}: {error.strerror}{where}; name a folder on a disk of the node") from error
+            raise StorageUnavailable(
+                f"data.cache={self.folder}: {error.strerror}{where}; name a folder on a disk of the node"
+            ) from error
 
     def _prepare(self, url: str = "") -> Path:
         """The folder, made where it is missing. Raises OSError; Outage where it is not the cache's, or holds the shard `url`."""
         if url and not scheme(url):
             shards, own = Path(os.path.realpath(url)).parent, Path(os.path.realpath(self.directory))
             if shards == own.parent or shards.is_relative_to(own):
-                raise Outage(f"data.cache={self.folder}: this folder holds the shards that are read; name another one")
+                raise StorageUnavailable(
+                    f"data.cache={self.folder}: this folder holds the shards that are read; name another one"
+                )
         return cache_folder.prepare(self.folder)
 
     def _path(self, whole: str) -> Path:
@@ -171,22 +175,22 @@ class Cache:
             at += len(piece)
             if at > taken:
                 taken = at + _STEP
-                self._room(part, file, taken, wait=False)  # two files that grow would wait for each other
+                self._reserve(part, file, taken, wait=False)  # two files that grow would wait for each other
             digest.update(piece)
             view = memoryview(piece)
             try:
                 while view:
                     view = view[os.write(file, view) :]
             except OSError as error:
-                raise Outage(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+                raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
         try:
             os.ftruncate(file, at)
             os.fsync(file)
         except OSError as error:
-            raise Outage(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+            raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
         return digest.hexdigest()
 
-    def _room(self, part: Path, file: int, need: int, wait: bool = True) -> None:
+    def _reserve(self, part: Path, file: int, need: int, wait: bool = True) -> None:
         """Take `need` bytes of the cache for a file being written: the longest unused shards go, others' downloads are waited
         for. A single file larger than all of it takes what it needs, and so does one whose size nobody knew (`wait` False)."""
         while True:
@@ -224,7 +228,7 @@ class Cache:
         return total <= self.size or not writing
 
 
-def home() -> Path:
+def cache_root() -> Path:
     """Where caches and indexes of remote shards are where nothing else is said: TRILEVEL_CACHE, else ~/.cache/trilevel."""
     named = os.environ.get("TRILEVEL_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trilevel"
@@ -232,4 +236,4 @@ def home() -> Path:
 
 def cache_at(folder: str | None, gib: float) -> Cache:
     """The cache of a configuration: `folder` may name environment variables ($TMPDIR); None: the default folder."""
-    return Cache(Path(os.path.expanduser(os.path.expandvars(folder))) if folder else home(), int(gib * 2**30))
+    return Cache(Path(os.path.expanduser(os.path.expandvars(folder))) if folder else cache_root(), int(gib * 2**30))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.data.errors import Outage
+from trainer.data.errors import StorageUnavailable
 
 NAME = "trilevel-cache-1"
 _MARK = "CACHEDIR.TAG"
@@ -68,7 +68,7 @@ def _refuse_foreign(folder: Path, own: Path) -> None:
             return
     if _marked(own):  # by another process, after the caller looked
         return
-    raise Outage(
+    raise StorageUnavailable(
         f"data.cache={folder}: {own} holds {found[0]!r}, and its {_MARK} was not written by trilevel: files in it may not be deleted; "
         "name another folder, or remove this one"
     )

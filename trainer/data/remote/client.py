@@ -16,7 +16,7 @@ from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple
 
 from trainer.data.errors import DataError
-from trainer.data.remote.retry import Passing, good, patiently, pause
+from trainer.data.remote.retry import TransientError, backoff_or_raise, check_response, with_retries
 from trainer.data.remote.url import refuse, scheme
 
 _CHUNK = 1 << 18
@@ -25,7 +25,7 @@ _SLOW = 60.0  # seconds without progress after which a connection is given up
 _TIMEOUT = (10.0, 30.0)  # to connect, to the next byte
 
 
-class Facts(NamedTuple):
+class RemoteStat(NamedTuple):
     """What a server says of a shard. bytes: None = it doesn't say; tag: changes with the content, "" = none."""
 
     bytes: int | None
@@ -37,41 +37,41 @@ def listed(url: str) -> list[str]:
     bucket, key = _bucket(url)
     wanted = key + "*.tar" if key.endswith("/") or not key else key
     prefix = re.split(r"[*?\[]", wanted, maxsplit=1)[0]
-    pages = patiently(url, lambda: list(_s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)))
+    pages = with_retries(url, lambda: list(_s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)))
     keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
     depth = wanted.count("/")  # as in a shell, a wildcard stays inside its folder
     return sorted(f"s3://{bucket}/{k}" for k in keys if k.count("/") == depth and fnmatch.fnmatchcase(k, wanted))
 
 
-def facts(url: str) -> Facts:
+def stat(url: str) -> RemoteStat:
     """Size and tag of a shard: one request. Raises DataError where it isn't there. (None, "") for a pipe."""
     kind = scheme(url)
     if kind == "":
-        return Facts(_stat(url).st_size, "")
+        return RemoteStat(_stat(url).st_size, "")
     if kind == "pipe":
-        return Facts(None, "")
+        return RemoteStat(None, "")
 
-    def ask() -> Facts:
+    def ask() -> RemoteStat:
         if kind == "s3":
             bucket, key = _bucket(url)
             head = _s3().head_object(Bucket=bucket, Key=key)
-            return Facts(head["ContentLength"], head.get("ETag", ""))
+            return RemoteStat(head["ContentLength"], head.get("ETag", ""))
         with _web().head(url, timeout=_TIMEOUT, allow_redirects=True, headers={"Accept-Encoding": "identity"}) as reply:
             if reply.status_code in (405, 501):  # no HEAD here
-                return Facts(None, "")
-            good(url, reply)
+                return RemoteStat(None, "")
+            check_response(url, reply)
             length = reply.headers.get("Content-Length")
-            return Facts(
+            return RemoteStat(
                 int(length) if length else None, reply.headers.get("ETag", "") or reply.headers.get("Last-Modified", "")
             )
 
-    return patiently(url, ask)
+    return with_retries(url, ask)
 
 
 def stream(url: str, size: int | None = None) -> Iterator[bytes]:
     """All bytes of a shard, in pieces. A cut or stalled connection is taken up again where it stopped, with backoff; after
     10 attempts without progress DataError. size: bytes expected, so that an early end is noticed (None: as the server says)."""
-    size = facts(url).bytes if size is None else size
+    size = stat(url).bytes if size is None else size
     at, failures = 0, 0
     while True:
         started, mark = time.monotonic(), at
@@ -85,15 +85,15 @@ def stream(url: str, size: int | None = None) -> Iterator[bytes]:
                     if at - mark >= _PROGRESS:
                         started, mark, failures = time.monotonic(), at, 0
                     elif time.monotonic() - started > _SLOW:
-                        raise Passing(f"less than {_PROGRESS} bytes in {_SLOW:.0f} s")
+                        raise TransientError(f"less than {_PROGRESS} bytes in {_SLOW:.0f} s")
             if size is None or at == size:
                 return
-            raise Passing(f"the connection ended after {at} of {size} bytes")
+            raise TransientError(f"the connection ended after {at} of {size} bytes")
         except Exception as error:
             if scheme(url) == "pipe":  # a command can't be taken up in the middle
                 raise error if isinstance(error, DataError) else DataError(f"shard {url}: {error}") from error
             failures += 1
-            pause(url, error, failures)
+            backoff_or_raise(url, error, failures)
 
 
 def _opened(url: str, at: int) -> Generator[bytes, None, None]:
@@ -116,7 +116,7 @@ def _opened(url: str, at: int) -> Generator[bytes, None, None]:
     else:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
         with _web().get(url, stream=True, timeout=_TIMEOUT, headers=headers) as reply:
-            good(url, reply)
+            check_response(url, reply)
             skip = at if reply.status_code == 200 else 0  # a server without ranges begins again
             for piece in reply.iter_content(_CHUNK):
                 if skip < len(piece):

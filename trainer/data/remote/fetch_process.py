@@ -20,7 +20,7 @@ from trainer.data.remote.cache import Cache, Source
 _THREADS = 4  # shards fetched at once
 
 
-class Plan:
+class FetchQueue:
     """What is still to be fetched, soonest first; replaced as a whole."""
 
     def __init__(self) -> None:
@@ -48,21 +48,21 @@ class Plan:
             self._fetching.discard(source.whole)
 
 
-def _work(cache: Cache, plan: Plan) -> None:
+def _work(cache: Cache, queue: FetchQueue) -> None:
     while True:
-        source = plan.next()
+        source = queue.next()
         try:
             cache.fetch(source)
         except (DataError, OSError) as error:  # a thread that ended would fetch nothing more
             print(f"not fetched ahead: {error}", file=sys.stderr, flush=True)
         finally:
-            plan.done(source)
+            queue.done(source)
 
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the rank stops in order and needs its data until then
-    cache, plan = Cache(Path(sys.argv[1]), int(sys.argv[2])), Plan()
+    cache, plan = Cache(Path(sys.argv[1]), int(sys.argv[2])), FetchQueue()
     for _ in range(_THREADS):
         threading.Thread(target=_work, args=(cache, plan), daemon=True).start()
     for line in sys.stdin:

@@ -21,7 +21,7 @@ SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validat
 _OPENERS = {".xz": lzma.LZMAFile, ".gz": GzipFile, ".tgz": GzipFile, ".bz2": BZ2File}
 
 
-class Image(NamedTuple):
+class SourceImage(NamedTuple):
     """An image to pack. label: a class name, or a class number as text. Its bytes: `data`, else a range of a file."""
 
     key: str
@@ -46,7 +46,7 @@ class _Found(NamedTuple):
     length: int
 
 
-def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) -> dict[str, list[Image]]:
+def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) -> dict[str, list[SourceImage]]:
     """{split: its images} of a source. Top folders named train, val, test ... are splits of their own; else all is `name`.
 
     Compressed tars are unpacked to one plain tar in `scratch` first. Raises DataError: nothing there, no class to be read
@@ -80,7 +80,7 @@ def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) ->
     return {split: _named(src, [found[i] for i in g], [parts[i] for i in g], labels) for split, g in groups.items()}
 
 
-def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: str | None) -> list[Image]:
+def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: str | None) -> list[SourceImage]:
     stems = ["/".join(p).rpartition(".")[0] for p in parts]
     table = label_table(Path(labels), stems) if labels is not None else None
     result, seen = [], {}
@@ -102,7 +102,7 @@ def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: 
             raise DataError(f"pack {src}: {seen[key]!r} and {one.name!r} would both have the key {key!r}; rename one")
         seen[key] = one.name
         extension = {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension)
-        result.append(Image(key, label, extension, one.path, one.offset, one.length))
+        result.append(SourceImage(key, label, extension, one.path, one.offset, one.length))
     return result
 
 
@@ -148,7 +148,7 @@ def _plain(path: Path, scratch: Path) -> Path:
     return target
 
 
-def _digits(seed: int) -> dict[str, list[Image]]:
+def _digits(seed: int) -> dict[str, list[SourceImage]]:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8 grey PNG; a fifth, drawn by seed, is for validation."""
     import PIL.Image
     from sklearn.datasets import load_digits
@@ -156,10 +156,10 @@ def _digits(seed: int) -> dict[str, list[Image]]:
     digits: Any = load_digits()
     shuffled = permutation(len(digits.target), seed, len(digits.target))
     held_out = set(shuffled[: len(shuffled) // 5].tolist())
-    splits: dict[str, list[Image]] = {"train": [], "validation": []}
+    splits: dict[str, list[SourceImage]] = {"train": [], "validation": []}
     for i, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         file = io.BytesIO()
         PIL.Image.fromarray((grey * (255 / 16)).round().astype("uint8")).save(file, "PNG")
-        image = Image(f"digit_{i:04d}", str(label), "png", length=file.tell(), data=file.getvalue())
+        image = SourceImage(f"digit_{i:04d}", str(label), "png", length=file.tell(), data=file.getvalue())
         splits["validation" if i in held_out else "train"].append(image)
     return splits

@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from trainer.data.errors import DataError
-from trainer.data.progress import bar
+from trainer.data.progress import progress_bar
 from trainer.data.remote.cache import Cache, Source, cache_at
-from trainer.data.remote.client import facts
+from trainer.data.remote.client import stat
 from trainer.data.remote.url import scheme
 from trainer.data.shards import index_file
-from trainer.data.shards.labels import label_of, label_table, numbered
-from trainer.data.shards.location import Place, hash_of, joined, place_of
+from trainer.data.shards.labels import class_numbers, label_of, label_table
+from trainer.data.shards.location import ShardSet, hash_of, joined, locate_shards
 from trainer.data.shards.samples import Sample, fingerprint, samples
 
 _BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
@@ -111,21 +111,21 @@ def build_index(
     labels: "cls" (member .cls), "json:FIELD" (member .json), "key" (the key's directory, else its start up to "_"), or
     "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Whole numbers from .cls, JSON or a
     file are class numbers; everything else is a name, and classes are the sorted names: those of `classes.txt` beside
-    the shards where it exists, so that training and validation agree. folder: of the index, see `place_of`. Remote shards
+    the shards where it exists, so that training and validation agree. folder: of the index, see `locate_shards`. Remote shards
     pass through `cache` (None: the default one), which keeps them as far as it can. Raises DataError.
     """
-    place = place_of(pattern, folder)
+    shard_set = locate_shards(pattern, folder)
     source, cache = label_of(labels), cache or cache_at(None, 64)
 
     def scan(name: str) -> _Scan:
-        with place.opened(name, cache) as (path, about):
+        with shard_set.opened(name, cache) as (path, about):
             scanned = _scan(path, name, source)
             return scanned._replace(shard=scanned.shard | {"tag": about.tag})
 
-    with ThreadPoolExecutor(workers) as pool, bar("index", len(place.names), "shards", progress) as shown:
+    with ThreadPoolExecutor(workers) as pool, progress_bar("index", len(shard_set.names), "shards", progress) as shown:
         scans = []
         try:
-            for one in pool.map(scan, place.names):
+            for one in pool.map(scan, shard_set.names):
                 scans.append(one)
                 shown.advance(shown.task_ids[0])
         except BaseException:
@@ -136,7 +136,7 @@ def build_index(
     if labels.startswith("file:"):
         scans = _from_file(Path(labels.removeprefix("file:")), scans)
     texts = {text for scan in scans for text in scan.values}
-    number, classes = numbered(texts, labels, place.classes(), f"shards {pattern!r}")
+    number, classes = class_numbers(texts, labels, shard_set.classes(), f"shards {pattern!r}")
     arrays = {
         "offset": np.concatenate([s.offset for s in scans]),
         "length": np.concatenate([s.length for s in scans]),
@@ -145,8 +145,8 @@ def build_index(
         "keys": np.frombuffer(b"".join(s.keys for s in scans), dtype=np.uint8),
     }
     header = {"labels": labels, "packing": packing, "classes": classes, "shards": [s.shard for s in scans]}
-    index_file.write(place.index, header, arrays)
-    return Index(place.index, place.root)
+    index_file.write(shard_set.index, header, arrays)
+    return Index(shard_set.index, shard_set.root)
 
 
 def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
@@ -200,42 +200,42 @@ def open_index(
 
     fast: names, sizes, a hash of 16 blocks, and all bytes of shards whose time stamp is new (up to 2 GiB of them); full: all
     bytes; None: names and sizes (for all ranks of a node but the first). Of remote shards fast asks for sizes and tags, None
-    asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `place_of`.
+    asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `locate_shards`.
     """
-    place = place_of(pattern, folder)
-    root, again = place.root, f"run `trilevel index {pattern!r}{'' if labels == 'cls' else f' --labels {labels!r}'}`"
-    index = _index_of(place, again)
+    shard_set = locate_shards(pattern, folder)
+    root, again = shard_set.root, f"run `trilevel index {pattern!r}{'' if labels == 'cls' else f' --labels {labels!r}'}`"
+    index = _index_of(shard_set, again)
     if index is None:
-        raise DataError(f"shards {pattern!r}: no index {place.index}; {again}")
+        raise DataError(f"shards {pattern!r}: no index {shard_set.index}; {again}")
     path = index.path
     if index.label_source != labels:
         raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
-    for name in sorted(set(place.names) - set(index.names)):
+    for name in sorted(set(shard_set.names) - set(index.names)):
         raise DataError(f"shard {joined(root, name)} is not in the index {path}; {again}")
-    for name in sorted(set(index.names) - set(place.names)):
+    for name in sorted(set(index.names) - set(shard_set.names)):
         raise DataError(
             f"shard {joined(root, name)} is in the index {path}, but missing in {pattern!r}; put it back or {again}"
         )
-    if place.is_remote() and verify is None:
+    if shard_set.is_remote() and verify is None:
         return index
 
     with ThreadPoolExecutor(workers) as pool:
         budget = 0
         checks = []
-        for shard, (size, stamp) in zip(index.shards, pool.map(lambda s: _now(place, s), index.shards), strict=True):
+        for shard, (size, stamp) in zip(index.shards, pool.map(lambda s: _now(shard_set, s), index.shards), strict=True):
             if size is not None and size != shard["bytes"]:
                 raise DataError(
-                    f"shard {place.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
+                    f"shard {shard_set.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
                     f"restore it or {again}"
                 )
-            touched = stamp != shard["tag" if place.is_remote() else "time"] and budget + shard["bytes"] <= _BUDGET
+            touched = stamp != shard["tag" if shard_set.is_remote() else "time"] and budget + shard["bytes"] <= _BUDGET
             budget += shard["bytes"] * touched
             checks.append((shard, "whole" if verify == "full" or touched else "fast"))
 
         def same(check: tuple[dict[str, Any], str]) -> bool:
             shard, kind = check
-            url = place.url(shard["name"])
-            if place.is_remote():
+            url = shard_set.url(shard["name"])
+            if shard_set.is_remote():
                 return kind == "fast" or hash_of(url) == shard["whole"]
             try:
                 return fingerprint(url, whole=kind == "whole") == shard[kind]
@@ -245,21 +245,21 @@ def open_index(
         if verify is not None:
             for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):
                 if not good:
-                    raise DataError(f"shard {place.url(shard['name'])} changed since it was indexed; restore it or {again}")
+                    raise DataError(f"shard {shard_set.url(shard['name'])} changed since it was indexed; restore it or {again}")
     return index
 
 
-def _index_of(place: Place, remedy: str) -> Index | None:
+def _index_of(shard_set: ShardSet, remedy: str) -> Index | None:
     """The index of a pattern, or one that another pattern with the same shards has (`train-*.tar`, as `trilevel pack` names them)."""
-    if place.index.is_file():
-        return Index(place.index, place.root, remedy)
-    other = Index(place.shared, place.root, remedy) if place.shared.is_file() else None
-    return other if other is not None and other.names == place.names else None
+    if shard_set.index.is_file():
+        return Index(shard_set.index, shard_set.root, remedy)
+    other = Index(shard_set.shared, shard_set.root, remedy) if shard_set.shared.is_file() else None
+    return other if other is not None and other.names == shard_set.names else None
 
 
-def _now(place: Place, shard: dict[str, Any]) -> tuple[int | None, int | str]:
+def _now(shard_set: ShardSet, shard: dict[str, Any]) -> tuple[int | None, int | str]:
     """(size, time stamp or tag) of a shard at this moment."""
-    if place.is_remote():
-        return facts(place.url(shard["name"]))
-    stat = os.stat(place.url(shard["name"]))
-    return stat.st_size, stat.st_mtime_ns
+    if shard_set.is_remote():
+        return stat(shard_set.url(shard["name"]))
+    found = os.stat(shard_set.url(shard["name"]))
+    return found.st_size, found.st_mtime_ns

@@ -84,7 +84,7 @@ def label_table(path: Path, keys: list[str]) -> dict[str, str]:
     return {key: str(label) for key, label in table.items()}
 
 
-def numbered(texts: set[str], labels: str, classes: list[str] | None, where: str) -> tuple[dict[str, int], list[str]]:
+def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where: str) -> tuple[dict[str, int], list[str]]:
     """({label text: class number}, classes in order). `classes`: the names to use, None = make them from the texts.
 
     Whole numbers (not from keys: a folder is a name) are class numbers as they stand. Raises DataError naming the label.

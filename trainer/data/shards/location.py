@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.errors import Absent, DataError
-from trainer.data.remote.cache import Cache, home
-from trainer.data.remote.client import Facts, stream
+from trainer.data.errors import DataError, NotFound
+from trainer.data.remote.cache import Cache, cache_root
+from trainer.data.remote.client import RemoteStat, stream
 from trainer.data.remote.url import scheme
 from trainer.data.shards.pattern import expand
 
 
-class Place(NamedTuple):
+class ShardSet(NamedTuple):
     """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the file, of
     this pattern alone; shared: a name that other patterns may have too, looked at where `index` is missing."""
 
@@ -40,20 +40,20 @@ class Place(NamedTuple):
             return path.read_text().splitlines() if path.is_file() else None
         try:
             return b"".join(stream(self.url("classes.txt"))).decode().splitlines()
-        except Absent:
+        except NotFound:
             return None
 
     @contextmanager
-    def opened(self, name: str, cache: Cache) -> Iterator[tuple[Path, Facts]]:
+    def opened(self, name: str, cache: Cache) -> Iterator[tuple[Path, RemoteStat]]:
         """A shard as a file, and what its server says of it. Errors raised inside name the shard, not the cache's file."""
         url = self.url(name)
         if not self.is_remote():
             try:
-                yield Path(url), Facts(None, "")
+                yield Path(url), RemoteStat(None, "")
             except OSError as error:
                 raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
             return
-        with cache.taken(url) as (path, about):
+        with cache.import_shard(url) as (path, about):
             try:
                 yield path, about
             except DataError as error:
@@ -64,7 +64,7 @@ def joined(root: str, name: str) -> str:
     return name if not root else os.path.join(root, name)
 
 
-def place_of(pattern: str, folder: str | None = None) -> Place:
+def locate_shards(pattern: str, folder: str | None = None) -> ShardSet:
     """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`.
 
     `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) a name of its own, so that
@@ -78,11 +78,11 @@ def place_of(pattern: str, folder: str | None = None) -> Place:
     if folder is None and not scheme(pattern):
         shared = Path(root, f"{stem}.index")
         own = shared if written == f"{stem}-*.tar" else Path(root, f"{stem}-{_short(written)}.index")
-        return Place(root, names, own, shared)
-    where = Path(os.path.expanduser(os.path.expandvars(folder))) if folder else home() / "index"
+        return ShardSet(root, names, own, shared)
+    where = Path(os.path.expanduser(os.path.expandvars(folder))) if folder else cache_root() / "index"
     about = pattern if not root else root if scheme(root) else os.path.abspath(root)
     named = where / f"{stem}-{_short(f'{about} {written}')}.index"
-    return Place(root, names, named, where / f"{stem}-{_short(about)}.index")
+    return ShardSet(root, names, named, where / f"{stem}-{_short(about)}.index")
 
 
 def _short(text: str) -> str:

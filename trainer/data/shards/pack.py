@@ -20,10 +20,10 @@ from webdataset.writer import TarWriter
 
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
-from trainer.data.progress import bar
-from trainer.data.shards.image_sources import Image, images
+from trainer.data.progress import progress_bar
+from trainer.data.shards.image_sources import SourceImage, images
 from trainer.data.shards.index import Index, build_index, open_index
-from trainer.data.shards.labels import numbered
+from trainer.data.shards.labels import class_numbers
 
 
 def pack(
@@ -68,7 +68,7 @@ def pack(
         borders = np.arange(shards + 1) * len(part) // shards
         _same_plan(dst, split, str(src), part, [seed, shards, packing, sorted(number.items())])
         todo = [i for i in range(shards) if not _shard(dst, split, i).is_file()]
-        with ThreadPoolExecutor(max(workers, 1)) as pool, bar(f"pack {split}", shards, "shards", progress) as shown:
+        with ThreadPoolExecutor(max(workers, 1)) as pool, progress_bar(f"pack {split}", shards, "shards", progress) as shown:
             shown.advance(shown.task_ids[0], shards - len(todo))
             jobs = [
                 pool.submit(_write, _shard(dst, split, i), part[borders[i] : borders[i + 1]], number, short_side, quality)
@@ -104,7 +104,7 @@ def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
     """{label text: number}; classes.txt is written once and holds for every split packed into `dst`."""
     listed = dst / "classes.txt"
     known = listed.read_text().splitlines() if listed.is_file() else None
-    number, classes = numbered(texts, "key" if labels is None else "file", known, f"pack into {dst}")
+    number, classes = class_numbers(texts, "key" if labels is None else "file", known, f"pack into {dst}")
     if known is None:
         partial = listed.with_suffix(".partial")
         partial.write_text("".join(f"{c}\n" for c in classes))
@@ -112,7 +112,7 @@ def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
     return number
 
 
-def _same_plan(dst: Path, split: str, src: str, part: list[Image], settings: list[object]) -> None:
+def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], settings: list[object]) -> None:
     """Write down what the shards of a split are made of, or hold it against what is written there."""
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for image in part:
@@ -130,7 +130,7 @@ def _same_plan(dst: Path, split: str, src: str, part: list[Image], settings: lis
         file.write_text(json.dumps(plan))
 
 
-def _write(path: Path, part: list[Image], number: dict[str, int], short_side: int | None, quality: int | None) -> None:
+def _write(path: Path, part: list[SourceImage], number: dict[str, int], short_side: int | None, quality: int | None) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:

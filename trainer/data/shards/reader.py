@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from trainer.data.errors import DataError, Outage
+from trainer.data.errors import DataError, StorageUnavailable
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index
 
@@ -70,7 +70,7 @@ class Reader:
             file = -1 if shard in lost else self._open(shard)
             while file >= 0 and got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):
                 got += read
-        except Outage:
+        except StorageUnavailable:
             raise
         except (OSError, DataError) as error:
             reason = lost[shard] = str(error)
