@@ -49,7 +49,7 @@ def exists(name: str) -> bool:
 def module_exists(name: str) -> bool:
     """A module, or a name that its module's text holds."""
     parts = name.split(".")
-    for length in range(len(parts), 1, -1):
+    for length in range(len(parts), 0, -1):
         base = ROOT.joinpath(*parts[:length])
         for file in (base.with_suffix(".py"), base / "__init__.py"):
             if file.is_file():
