@@ -14,7 +14,8 @@ from tests.conftest import lines
 from tests.support import images
 from tests.support.http_server import serving
 from trainer.__main__ import main
-from trainer.data.remote import client
+from trainer.data.remote import sessions
+from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import build_index
 
 pytestmark = pytest.mark.dist
@@ -86,9 +87,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "tester")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client._clients.clear()
-    yield client._s3()
-    client._clients.clear()
+    sessions._clients.clear()
+    yield sessions.s3()
+    sessions._clients.clear()
     server.stop()
 
 
@@ -115,7 +116,7 @@ def test_over_s3_it_trains_as_over_files(
         )
         == 0
     )
-    assert list((tmp_path / "cache/shards").glob("*.tar"))
+    assert list(Cache(tmp_path / "cache", 0).directory.glob("*.tar"))
     same(tmp_path / "runs/job", local)
 
 

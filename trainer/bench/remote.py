@@ -79,7 +79,7 @@ def _epoch(stream: Stream, turns: Iterator[int]) -> int:
 
 
 def _emptied(cache: Path) -> None:
-    for shard in cache.glob("shards/*.tar"):
+    for shard in Cache(cache, 0).directory.glob("*.tar"):
         shard.unlink()
 
 

@@ -46,7 +46,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         _add_pipe(command)
 
     c = add("index", "index shards that were made elsewhere, local or remote, in one parallel pass")
-    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s):// or s3:// pattern")
+    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s)://, s3://, gs:// or hf:// pattern")
     c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
     c.add_argument("--workers", type=int, default=8)
     add_storage(c)

@@ -13,3 +13,7 @@ class StorageUnavailable(DataError):
 
 class NotFound(DataError):
     """What a server says isn't there, or not for us."""
+
+
+class Changed(DataError):
+    """A file that was replaced on its server while it was read."""

@@ -91,7 +91,7 @@ def test_many_threads_make_a_new_folder_at_once(tmp_path: Path) -> None:
 def test_a_killed_fetch_leaves_nothing_broken(web: Web, index: Index, tmp_path: Path) -> None:
     length = index.shards[0]["bytes"]
     cache = Cache(tmp_path / "cache", 2 * length)
-    web.faults = {index.names[0]: ["slow"], index.names[1]: ["slow"]}
+    web.faults = {index.names[0]: ["trickle"], index.names[1]: ["trickle"]}
     killed = [fetching(cache, index, [shard]) for shard in (0, 1)]
     wait_for(lambda: web.gets[index.names[0]] and web.gets[index.names[1]])
     assert total(cache) == 2 * length, "room is taken before the bytes come"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.errors import DataError, StorageUnavailable
+from trainer.data.errors import Changed, DataError, StorageUnavailable
 from trainer.data.remote import cache_folder
 from trainer.data.remote.client import RemoteStat, stat, stream
 from trainer.data.remote.url import scheme
@@ -85,10 +85,11 @@ class Cache:
                 return
             self._reserve(part, file, source.bytes)
             for _ in range(_WHOLE_TRIES):
-                if self._written(source.url, source.bytes, part, file) == source.whole:
-                    with self._counting():
-                        part.rename(final)
-                    return
+                with suppress(Changed):
+                    if self._written(source.url, source.bytes, part, file) == source.whole:
+                        with self._counting():
+                            part.rename(final)
+                        return
             raise DataError(
                 f"shard {source.url} changed since it was indexed: its bytes are others; restore it or run `trilevel index` again"
             )
@@ -173,6 +174,8 @@ class Cache:
         os.lseek(file, 0, os.SEEK_SET)
         for piece in stream(url, size):
             at += len(piece)
+            if at > self.size and size is None:
+                raise DataError(f"shard {url} has more than the {self.size} bytes that the cache may hold; raise --cache-size")
             if at > taken:
                 taken = at + _STEP
                 self._reserve(part, file, taken, wait=False)  # two files that grow would wait for each other
@@ -192,7 +195,7 @@ class Cache:
 
     def _reserve(self, part: Path, file: int, need: int, wait: bool = True) -> None:
         """Take `need` bytes of the cache for a file being written: the longest unused shards go, others' downloads are waited
-        for. A single file larger than all of it takes what it needs, and so does one whose size nobody knew (`wait` False)."""
+        for. A file whose size the server did not give takes what it needs, up to the size of the cache (`wait` False)."""
         while True:
             with self._counting():
                 if self._evicted(part, need) or not wait:

@@ -1,74 +1,151 @@
-"""What to do when a server fails: wait and ask again where it may pass, or say at once what is wrong and the way out."""
+"""Retry transient errors of a server with backoff; raise the others with a remedy.
+
+Attempts and waits are urllib3's `Retry` (exponential backoff, jitter, Retry-After). It is counted here and not mounted on a session
+or left to botocore: one attempt of ours is one request, so that a deadline holds for each (see `deadline`), and a body that was
+cut in the middle counts as an attempt too.
+"""
 
 from __future__ import annotations
 
-import random
-import time
+import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from trainer.data.errors import DataError, NotFound, StorageUnavailable
+from urllib3.exceptions import InvalidHeader, MaxRetryError
+from urllib3.util.retry import Retry
 
-_TRIES, _WAIT, _LONGEST_WAIT = 10, 0.1, 30.0  # attempts in a row that bring nothing (80 s in all); seconds between them
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+from trainer.data.errors import DataError, NotFound, StorageUnavailable
+from trainer.data.remote.url import scheme
+
+_TRIES, _WAIT, _LONGEST_WAIT = 10, 0.15, 30.0  # attempts in a row that bring nothing (70 s in all); seconds between them
+_SILENT = 2  # failures in a row that are not printed
+_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_NETWORK = frozenset({  # classes of errors that may be over at the next attempt, by the library they are of
+    "builtins.OSError", "http.HTTPException", "urllib3.HTTPError", "httpx.TransportError", "httpx2.TransportError",
+    "botocore.HTTPClientError", "botocore.ConnectionError", "botocore.IncompleteReadError", "google.TransportError",
+})  # fmt: skip
+_LIBRARIES = frozenset({"requests", "urllib3", "boto3", "botocore", "google", "httpx", "httpx2", "huggingface_hub"})
+_CREDENTIALS = {
+    "s3": "check the AWS credentials in the environment and AWS_ENDPOINT_URL",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS (needs pip install 'trilevel[gs]')",
+    "hf": "set HF_TOKEN; for a gated data set accept its conditions on the Hub first",
+}
 
 T = TypeVar("T")
 
 
 class TransientError(Exception):
-    """A failure that may be over at the next attempt. wait: seconds the server asks for."""
+    """A failure that may be over at the next attempt. reply: the server's answer as urllib3 has it, for its Retry-After."""
 
-    def __init__(self, text: str, wait: float = 0.0) -> None:
+    def __init__(self, text: str, reply: Any = None) -> None:
         super().__init__(text)
-        self.wait = wait
+        self.reply = reply
+
+
+class Stalled(TransientError):
+    """A server that did not answer in time, or answered too slowly."""
+
+
+def tries() -> Retry:
+    """All attempts of a request, none used."""
+    return Retry(
+        total=_TRIES - 1,
+        backoff_factor=_WAIT,
+        backoff_max=_LONGEST_WAIT,
+        backoff_jitter=_WAIT,
+        retry_after_max=int(_LONGEST_WAIT),
+    )
 
 
 def with_retries(url: str, ask: Callable[[], T]) -> T:
-    """What `ask()` returns, tried again with backoff while the failure may pass."""
-    failures = 0
+    """What `ask()` returns, tried again with backoff while the failure is transient."""
+    left = tries()
     while True:
         try:
             return ask()
         except Exception as error:
-            failures += 1
-            backoff_or_raise(url, error, failures)
+            left = backoff_or_raise(url, error, left)
 
 
-def backoff_or_raise(url: str, error: Exception, failures: int) -> None:
-    """Wait before the next attempt, or raise DataError where another one makes no sense."""
-    if isinstance(error, DataError):
-        raise error
-    reason = f"{type(error).__name__}: {error}" if not isinstance(error, TransientError) else str(error)
-    code = getattr(error, "response", None)
-    if isinstance(code, dict):  # botocore's ClientError
-        status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if status not in _TRANSIENT:
-            hint = "are AWS credentials and AWS_ENDPOINT_URL right?" if status in (401, 403) else "is the name right?"
-            kind = NotFound if status in (401, 403, 404) else DataError
-            raise kind(f"shard {url}: the server says {status} {code.get('Error', {}).get('Message', '')}; {hint}") from error
-    elif isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)):
-        raise DataError(f"shard {url}: {error}") from error
-    elif not isinstance(error, (TransientError, OSError)) and type(error).__module__.split(".")[0] not in (
-        "botocore",
-        "urllib3",
-    ):
-        raise error  # our mistake, not the network's (requests' errors are OSErrors)
-    if failures >= _TRIES:
-        raise StorageUnavailable(
-            f"shard {url}: {reason} (after {failures} attempts); is the server up and reachable?"
-        ) from error
-    longest = min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
-    asked = error.wait if isinstance(error, TransientError) else 0.0
-    time.sleep(min(max(asked, longest * random.uniform(0.5, 1.0)), _LONGEST_WAIT))  # spread: all ranks fail at once
+def backoff_or_raise(url: str, error: Exception, left: Retry) -> Retry:
+    """Wait before the next attempt; the attempts that are left then. Raises DataError where another one makes no sense."""
+    reason = _transient(url, error)
+    reply = error.reply if isinstance(error, TransientError) else None
+    try:
+        left = left.increment("GET", url, response=reply, error=None if reply else error)
+    except MaxRetryError:
+        text = f"shard {url}: {reason} (after {len(left.history) + 1} attempts); is the server up and reachable?"
+        raise StorageUnavailable(text) from error
+    if isinstance(error, Stalled) or len(left.history) > _SILENT:
+        text = f"warning: shard {url}: {reason}; attempt {len(left.history) + 1} of {_TRIES} follows"
+        print(text, file=sys.stderr, flush=True)
+    with suppress(InvalidHeader):  # a Retry-After that is neither a number nor a date
+        left.sleep(reply)
+        return left
+    left.sleep()
+    return left
 
 
 def check_response(url: str, reply: Any) -> None:
-    """Raise what a web server's status means: Passing, Absent or DataError."""
-    status = reply.status_code
-    if status in _TRANSIENT:
-        wait = reply.headers.get("Retry-After", "0")
-        raise TransientError(f"the server says {status} {reply.reason}", float(wait) if wait.isdecimal() else 0.0)
-    if status not in (200, 206):
-        hint = "credentials come from a netrc file (NETRC=FILE)" if status in (401, 403) else "is the name right?"
-        kind = NotFound if status in (401, 403, 404, 410) else DataError
-        raise kind(f"shard {url}: the server says {status} {reply.reason}; {hint}")
+    """Raise what a web server's status means: TransientError, NotFound or DataError."""
+    if reply.status_code in _STATUSES:
+        raise TransientError(f"the server says {reply.status_code} {reply.reason}", reply.raw)
+    if reply.status_code not in (200, 206):
+        raise refused(url, reply.status_code, reply.reason)
+
+
+def refused(url: str, status: int, text: str) -> DataError:
+    """The error for a status that no further attempt changes."""
+    kind = scheme(url)
+    if status in (401, 403):
+        hint = _CREDENTIALS.get(kind, "credentials come from a netrc file (NETRC=FILE)")
+    elif 300 <= status < 400:
+        hint = "check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL" if kind == "s3" else "check the URL"
+    else:
+        hint = "is the name right?"
+    error = NotFound if status in (401, 403, 404, 410) else DataError
+    return error(f"shard {url}: the server says {status} {without_secrets(text)}; {hint}")
+
+
+def without_secrets(text: str) -> str:
+    """A message without the queries of its URLs (a signed URL that a server redirected to) and without user:password@."""
+    return re.sub(r"//[^/\s'\"@]*@", "//", re.sub(r"\?[^\s'\"]+", "?...", text))
+
+
+def _transient(url: str, error: Exception) -> str:
+    """What to print of a failure that may pass. Raises DataError for every other one, and `error` where it is a mistake of ours."""
+    if isinstance(error, DataError):
+        raise error
+    if isinstance(error, TransientError):
+        return str(error)
+    text = without_secrets(f"{type(error).__name__}: {error}")
+    response: Any = getattr(error, "response", None)  # botocore's ClientError has a dict, huggingface_hub's an httpx reply
+    if isinstance(response, dict):
+        status, text = _s3_error(response)
+    else:
+        status = getattr(response, "status_code", 0)
+        text = getattr(response, "reason_phrase", "") or text
+    if status in _STATUSES:
+        return f"the server says {status} {text}"
+    if status:
+        raise refused(url, status, text) from None
+    kinds = type(error).__mro__
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in kinds}
+    wrong = isinstance(error, (ValueError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError))
+    if names & _NETWORK and not wrong and "requests.TooManyRedirects" not in names:
+        return text
+    if (wrong and isinstance(error, (OSError, ImportError))) or any(name.partition(".")[0] in _LIBRARIES for name in names):
+        raise DataError(f"shard {url}: {text}") from None
+    if isinstance(error, RecursionError):  # botocore follows a redirect by asking for the region, which is redirected
+        raise DataError(
+            f"shard {url}: the server redirects every request; check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+        ) from None
+    raise error  # our mistake, not the network's
+
+
+def _s3_error(response: dict[str, Any]) -> tuple[int, str]:
+    """(status, text) of an S3 error."""
+    status, about = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), response.get("Error", {})
+    return status, without_secrets(str(about.get("Message") or about.get("Code") or ""))

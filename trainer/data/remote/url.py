@@ -7,6 +7,7 @@ import re
 from trainer.config.pipes import ALLOW_HINT, pipes_allowed
 from trainer.data.errors import DataError
 
+LISTED = ("s3", "gs", "hf")  # stores that can be asked what they hold
 _SCHEME = re.compile(r"^(?:(pipe):|([A-Za-z][A-Za-z0-9+.-]*)://)")
 
 
@@ -24,16 +25,16 @@ def refuse(pattern: str) -> None:
             command = pattern.removeprefix("pipe:")
             raise DataError(f"shards {pattern!r}: this would run {command!r} in a shell; if you trust it, give {ALLOW_HINT}")
         return
-    if kind not in ("http", "https", "s3"):
-        raise DataError(f"shards {pattern!r}: {kind}:// is not read; use a path, http(s)://, s3:// or pipe:")
+    if kind not in ("http", "https", *LISTED):
+        raise DataError(f"shards {pattern!r}: {kind}:// is not read; use a path, http(s)://, s3://, gs://, hf:// or pipe:")
     host = pattern.split("://", 1)[1].split("/", 1)[0]
     if "@" in host:
         shown = pattern.replace(host, host.rpartition("@")[2])
         raise DataError(
             f"shards {shown!r}: the URL carries a user or password, which would end up in logs; take it out and give "
-            "credentials in the environment (http: a netrc file, NETRC=FILE; s3: AWS_ACCESS_KEY_ID and its like)"
+            "credentials in the environment (http: a netrc file, NETRC=FILE; s3: AWS_ACCESS_KEY_ID and its like; hf: HF_TOKEN)"
         )
-    if kind != "s3" and re.search(r"[*?\[#]", pattern):
+    if kind not in LISTED and re.search(r"[*?\[#]", pattern):
         raise DataError(
             f"shards {pattern.split('?')[0]!r}: a web server can't be listed, and queries (signed URLs) carry credentials; "
             "name the shards with braces, as in train-{0000..1023}.tar"

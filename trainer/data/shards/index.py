@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,15 +122,12 @@ def build_index(
             scanned = _scan(path, name, source)
             return scanned._replace(shard=scanned.shard | {"tag": about.tag})
 
-    with ThreadPoolExecutor(workers) as pool, progress_bar("index", len(shard_set.names), "shards", progress) as shown:
+    # daemon threads: Ctrl-C ends the command though a server keeps one waiting
+    with ThreadPool(workers) as pool, progress_bar("index", len(shard_set.names), "shards", progress) as shown:
         scans = []
-        try:
-            for one in pool.map(scan, shard_set.names):
-                scans.append(one)
-                shown.advance(shown.task_ids[0])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for one in pool.imap(scan, shard_set.names):
+            scans.append(one)
+            shown.advance(shown.task_ids[0])
     if not any(len(scan.offset) for scan in scans):
         raise DataError(f"shards {pattern!r}: no example in them; were they packed to the end?")
     if labels.startswith("file:"):
@@ -219,10 +216,10 @@ def open_index(
     if shard_set.is_remote() and verify is None:
         return index
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPool(workers) as pool:
         budget = 0
         checks = []
-        for shard, (size, stamp) in zip(index.shards, pool.map(lambda s: _now(shard_set, s), index.shards), strict=True):
+        for shard, (size, stamp) in zip(index.shards, pool.imap(lambda s: _now(shard_set, s), index.shards), strict=True):
             if size is not None and size != shard["bytes"]:
                 raise DataError(
                     f"shard {shard_set.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
@@ -243,7 +240,7 @@ def open_index(
                 raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
 
         if verify is not None:
-            for (shard, _), good in zip(checks, pool.map(same, checks), strict=True):
+            for (shard, _), good in zip(checks, pool.imap(same, checks), strict=True):
                 if not good:
                     raise DataError(f"shard {shard_set.url(shard['name'])} changed since it was indexed; restore it or {again}")
     return index

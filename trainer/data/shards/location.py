@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from trainer.data.errors import DataError, NotFound
 from trainer.data.remote.cache import Cache, cache_root
-from trainer.data.remote.client import RemoteStat, stream
+from trainer.data.remote.client import RemoteStat, read_all, stream
 from trainer.data.remote.url import scheme
 from trainer.data.shards.pattern import expand
+
+_LONGEST_LIST = 16 << 20  # bytes of a classes.txt
 
 
 class ShardSet(NamedTuple):
@@ -39,7 +41,7 @@ class ShardSet(NamedTuple):
             path = Path(self.root, "classes.txt")
             return path.read_text().splitlines() if path.is_file() else None
         try:
-            return b"".join(stream(self.url("classes.txt"))).decode().splitlines()
+            return read_all(self.url("classes.txt"), _LONGEST_LIST).decode().splitlines()
         except NotFound:
             return None
 

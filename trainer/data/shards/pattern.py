@@ -9,13 +9,18 @@ import re
 from webdataset.shardlists import expand_urls
 
 from trainer.data.errors import DataError
-from trainer.data.remote.client import listed
+from trainer.data.remote.client import is_listed, listed
 from trainer.data.remote.url import refuse, scheme
+
+_MOST = 1_000_000  # shards of a pattern
+_BRACES = re.compile(
+    r"\{(?P<first>-?\d+)\.\.(?P<last>-?\d+)(?:\.\.-?(?P<step>\d{1,18}))?\}|\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}|[{},]"
+)
 
 
 def expand(pattern: str) -> tuple[str, str, list[str]]:
     """(root, stem, names): the directory or URL above the pattern's first wildcard, the literal start of the file names, the
-    shards relative to root, sorted. A directory (s3: a URL ending with "/") stands for all its tars. Web servers are not
+    shards relative to root, sorted. A directory (s3, gs, hf: a URL ending with "/") stands for all its tars. Web servers are not
     asked here. Raises DataError: a URL of another kind or with a password, no match, a named file missing."""
     kind = scheme(pattern)
     if kind:
@@ -28,7 +33,7 @@ def expand(pattern: str) -> tuple[str, str, list[str]]:
         literal = re.sub(r"\.tar$", "", pattern)
     root, stem = os.path.split(literal)
     paths: list[str] = []
-    for path in expand_urls(pattern):
+    for path in _expand_braces(pattern):
         found = sorted(glob.glob(path)) if re.search(r"[*?\[]", path) else [path]
         if not found:
             raise DataError(f"shards {pattern!r}: no file matches {path!r}; is the path right, were the shards packed?")
@@ -43,13 +48,47 @@ def expand(pattern: str) -> tuple[str, str, list[str]]:
     return root or ".", re.sub(r"[-_.]?\d*$", "", stem) or "shards", names
 
 
+def _expand_braces(pattern: str) -> list[str]:
+    """webdataset's expansion. Raises DataError for unbalanced braces and for more than 10^6 names, before they fill the memory."""
+    if sum(_num_names(part) for part in pattern.split("::")) > _MOST:
+        raise DataError(f"shards {pattern[:200]!r}: the braces name more than {_MOST} shards; check their ranges")
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise DataError(f"shards {pattern!r}: {error}; close every brace") from error
+
+
+def _num_names(pattern: str) -> int:
+    """How many names the braces of a pattern give, or more."""
+    before, last = [0], [1]  # of every open brace: names of the alternatives up to the last comma, and of the one behind it
+    for token in _BRACES.finditer(pattern):
+        if token["first"]:
+            digits = max(len(token["first"]), len(token["last"]))
+            last[-1] *= (
+                abs(int(token["last"]) - int(token["first"])) // (int(token["step"] or 1) or 1) + 1
+                if digits < 20
+                else _MOST + 1
+            )
+        elif token[0] == "{":
+            before.append(0)
+            last.append(1)
+        elif len(last) > 1 and token[0] == ",":
+            before[-1] += last[-1]
+            last[-1] = 1
+        elif len(last) > 1 and token[0] == "}":
+            alternatives = before.pop() + last.pop()
+            last[-1] *= alternatives
+        elif ".." in token[0]:
+            last[-1] *= 52  # {a..z}: at most all letters
+    return last[0]
+
+
 def _expand_url(kind: str, pattern: str) -> tuple[str, str, list[str]]:
     urls: list[str] = []
-    for url in expand_urls(pattern):
-        globbed = kind == "s3" and (re.search(r"[*?\[]", url) or url.endswith("/") or url.count("/") == 2)
-        found = listed(url) if globbed else [url]
+    for url in _expand_braces(pattern):
+        found = listed(url) if is_listed(url) else [url]
         if not found:
-            raise DataError(f"shards {pattern!r}: nothing in the bucket matches {url!r}; is the name right?")
+            raise DataError(f"shards {pattern!r}: nothing there matches {url!r}; is the name right?")
         urls += found
     if len(set(urls)) != len(urls):
         raise DataError(f"shards {pattern!r}: a shard is named twice")

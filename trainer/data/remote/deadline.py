@@ -1,0 +1,68 @@
+"""A deadline that a server cannot stretch: what waits for it runs in a thread that is left behind when time is up.
+
+A socket's timeout counts from byte to byte, so a server that sends a byte now and then, in headers or body, would hold a reader for
+ever. The threads are daemons: they end with their connection, at the latest with the process.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TypeVar
+
+from trainer.data.remote.retry import Stalled
+
+_AHEAD = 4  # items made before they are asked for: 1 MiB of a body
+
+T = TypeVar("T")
+
+
+@contextmanager
+def in_thread(work: Callable[[], Generator[T, None, None]]) -> Iterator[Callable[[float | None], T | None]]:
+    """`get(seconds)` gives the next item of `work()`, None at its end, and raises what `work` raised. Stalled where the item takes
+    longer (None: no limit). Items are never None."""
+    made: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
+    space, left = threading.Semaphore(_AHEAD), threading.Event()
+
+    def run() -> None:
+        try:
+            with closing(work()) as items:
+                for item in items:
+                    made.put(item)
+                    space.acquire()
+                    if left.is_set():
+                        return
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    def get(seconds: float | None) -> T | None:
+        try:
+            item = made.get(timeout=None if seconds is None else max(seconds, 0.0))
+        except queue.Empty:
+            raise Stalled("no answer in time") from None
+        space.release()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    threading.Thread(target=run, name="remote shard", daemon=True).start()
+    try:
+        yield get
+    finally:
+        left.set()
+        space.release()
+
+
+def in_time(ask: Callable[[], T], seconds: float) -> T:
+    """What `ask()` returns (not None). Raises Stalled where it takes longer."""
+
+    def once() -> Generator[T, None, None]:
+        yield ask()
+
+    with in_thread(once) as get:
+        found = get(seconds)
+    assert found is not None
+    return found
