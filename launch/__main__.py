@@ -1,4 +1,4 @@
-"""`python -m launch COMMAND CONFIG [key=value ...]`: what each command does. `processes` starts what it renders."""
+"""`python -m launch COMMAND CONFIG [key=value ...]`: one handler per command. `processes` starts what they render."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _local(job: Job, a: argparse.Namespace) -> int:
 def _node(job: Job, a: argparse.Namespace) -> int:
     nodes = Nodes.read(a.nodes)
     if not 0 <= a.number < nodes.most:
-        raise LaunchError(f"--number {a.number} with --nodes {a.nodes}: nodes are counted from 0")
+        raise LaunchError(f"--number {a.number} with --nodes {a.nodes}: nodes count from 0")
     place = replace(local.place(this_machine(), a.processes, a.port), address=a.address, nodes=nodes.most, number=a.number)
     if nodes.elastic:
         place = replace(place, least=nodes.least, own_address=a.here or os.uname().nodename)
@@ -60,9 +60,7 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     try:
         found = hosts.read(Path(a.hostfile).read_text(encoding="utf-8-sig"), a.hostfile)
     except UnicodeDecodeError as error:
-        raise LaunchError(
-            f"--hostfile {a.hostfile}: not text in UTF-8; write one host per line, e.g. `node1 slots=8`"
-        ) from error
+        raise LaunchError(f"--hostfile {a.hostfile}: not UTF-8 text; write one host per line, e.g. `node1 slots=8`") from error
     except OSError as error:
         raise LaunchError(
             f"--hostfile {a.hostfile}: {error.strerror}; write one host per line, e.g. `node1 slots=8`"
@@ -77,7 +75,7 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
         print("\n".join(command.text() for command in (*checks, *commands)))
         return 0
     if shutil.which("ssh") is None:
-        raise LaunchError("ssh is not found: install openssh-client, or use --dry-run to see the commands")
+        raise LaunchError("ssh not found: install openssh-client, or use --dry-run to see the commands")
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
     folder = _folder(job, a)
@@ -85,7 +83,7 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
 
 
 def _folder(job: Job, a: argparse.Namespace) -> Path:
-    """Where the output of a run goes."""
+    """The folder of a run's output."""
     return ensure_folder(Path(a.logs) / name_of(job), f"--logs {a.logs}")
 
 
@@ -115,7 +113,7 @@ def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
         print("".join(f"# {command.text()}\n" for command in checks) + script, end="")
         return 0
     if shutil.which("sbatch") is None:
-        raise LaunchError("sbatch is not found: start this where jobs are submitted, or use --dry-run to see the script")
+        raise LaunchError("sbatch not found: run this on a login node, or use --dry-run to see the script")
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
     if a.output and "%" not in (folder := str(Path(a.output).parent)):  # a job whose output has no folder fails without a word
@@ -126,7 +124,7 @@ def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
 def _sweep(a: argparse.Namespace) -> int:
     """Exit code: 0 all are finished (or submitted), 75 stopped, 1 a run failed, 2 refused."""
     if ignored := [] if a.slurm else given_for_slurm(a):
-        raise LaunchError(f"{', '.join(ignored)} without --slurm: a sweep here has no use for it; add --slurm, or leave it out")
+        raise LaunchError(f"{', '.join(ignored)} without --slurm: only Slurm uses it; add --slurm, or remove it")
     found = sweep.points(a.config, a.overrides, a.set, a.seeds, a.name)
     found = [sweep.with_status(point) for point in found]
     left = [point for point in found if not point.finished]

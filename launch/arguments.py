@@ -1,4 +1,4 @@
-"""The words of `python -m launch`: what each command takes, and what was meant where one is not known."""
+"""Arguments of `python -m launch`; an unknown command or flag names the nearest known one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NoReturn
 
 from launch.job import LOGS, LaunchError
 
-ELASTIC = "MIN:MAX starts with what is there and goes on from the checkpoint while MIN are left"
+ELASTIC = "MIN:MAX starts with the nodes that are up and continues from the checkpoint while at least MIN remain"
 ALLOWED = "data.allow_pipe=true"  # how the trainer's command line takes it
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises LaunchError instead of leaving."""
+    """Raises LaunchError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise LaunchError(f"{message}\n{self.format_usage().rstrip()}")
@@ -22,7 +22,10 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command; settings may stand before and after flags. Raises LaunchError naming what is near."""
-    parser = Parser("python -m launch", description="Where a run is trained: renders the commands, checks the run, starts it.")
+    parser = Parser(
+        "python -m launch",
+        description="Check a run, then start it here, over ssh or on Slurm.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -31,7 +34,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         command.add_argument(
             "overrides", metavar="key.sub=value", nargs="*", default=[], help="settings that differ from the file"
         )
-        command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
         _add_pipe(command)
         return command
 
@@ -45,15 +48,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--number", type=int, metavar="K", required=True, help="of this node, from 0")
     c.add_argument("--address", required=True, help="of node 0")
     c.add_argument("--port", type=_port, required=True, help="free on node 0, the same for all")
-    c.add_argument("--here", metavar="ADDRESS", help="of this node, where nodes may come and go (default: its name)")
-    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: what each rank says (default: {LOGS})")
+    c.add_argument("--here", metavar="ADDRESS", help="of this node, for elastic jobs (default: its host name)")
+    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: output of each rank (default: {LOGS})")
     c.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
 
     c = add("hosts", "the hosts of a file, over ssh")
     c.add_argument("--hostfile", metavar="FILE", required=True, help="one host per line: `name slots=8`")
     c.add_argument("--processes", type=int, metavar="N", help="per host, where the file has no slots")
     c.add_argument("--nodes", metavar="N|MIN:MAX", help=f"the first N hosts; {ELASTIC} (default: all)")
-    c.add_argument("--port", type=_port, help="free on the first host (default: one from 20000 to 29999 by chance)")
+    c.add_argument("--port", type=_port, help="free on the first host (default: a random one from 20000 to 29999)")
     c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config: keys, users, known hosts, ports")
     c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/HOST.txt and rank-N.txt (default: {LOGS})")
     c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
@@ -62,20 +65,22 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_slurm(c)
     c.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
 
-    text = "configurations x settings x seeds, one run each; the same command again goes on"
+    text = "configurations x settings x seeds, one run each; the same command again continues the sweep"
     c = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
     c.add_argument("words", metavar="CONFIG|key.sub=value", nargs="+", help="YAMLs, and settings that differ from all of them")
     _add_pipe(c)
     c.add_argument("--seeds", default="0", metavar="0,1,2", help="default: 0")
-    c.add_argument("--set", action="append", default=[], metavar="key.sub=A,B", help="a run for each; may be given again")
-    c.add_argument("--name", default="sweep", help="begins the runs' names, and names their parent in MLflow (default: sweep)")
+    c.add_argument("--set", action="append", default=[], metavar="key.sub=A,B", help="one run per value; repeatable")
+    c.add_argument(
+        "--name", default="sweep", help="prefix of the runs' names, and name of their parent run in MLflow (default: sweep)"
+    )
     c.add_argument("--slurm", action="store_true", help="as an array of Slurm; else here, one after the other")
     c.add_argument("--at-once", type=int, metavar="N", help="tasks of the array that run together (default: all)")
     _add_slurm(c)
     c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
 
     if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise LaunchError(f"{words[0]!r} is no command{_near(words[0], list(commands.choices))}")
+        raise LaunchError(f"unknown command {words[0]!r}{_near(words[0], list(commands.choices))}")
     found, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-"):
@@ -85,7 +90,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         found.config = [word for word in found.words if "=" not in word]
         found.overrides = [word for word in found.words if "=" in word]
         if not found.config:
-            raise LaunchError("sweep: no configuration is named")
+            raise LaunchError("sweep: no CONFIG given")
     found.overrides = [*found.overrides, *rest]
     allowed = found.allow_pipe or os.environ.get("TRILEVEL_ALLOW_PIPE") == "1"
     if allowed and ALLOWED not in found.overrides:  # as a word, so that every node gets it
@@ -104,27 +109,27 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
     c.add_argument("--cpus", type=int, metavar="N", help="cores per process")
     c.add_argument("--time", help="limit, e.g. 1-00:00:00")
     c.add_argument(
-        "--signal", type=int, default=300, metavar="SECONDS", help="before the limit, to save and end (default: 300)"
+        "--signal",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="before the time limit: save and end (default: 300)",
     )
-    c.add_argument("--no-requeue", action="store_true", help="end at the limit instead of going on in another job")
+    c.add_argument("--no-requeue", action="store_true", help="end at the time limit instead of requeueing the job")
     for name in ("account", "partition", "qos", "constraint"):
         c.add_argument(f"--{name}")
-    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: what each rank says (default: {LOGS})")
+    c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: output of each rank (default: {LOGS})")
     c.add_argument("--output", help="file of the job's output (default: slurm-%%j.txt, of an array slurm-%%A_%%a.txt)")
-    c.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; may be given again")
-    c.add_argument(
-        "--setup", action="append", default=[], metavar="LINE", help="line of shell before the run; may be given again"
-    )
-    c.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch=--exclusive; may be given again"
-    )
+    c.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; repeatable")
+    c.add_argument("--setup", action="append", default=[], metavar="LINE", help="line of shell before the run; repeatable")
+    c.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch=--exclusive; repeatable")
     c.add_argument("--container", metavar="IMAGE")
     c.add_argument("--runtime", default="apptainer", help="of the container: apptainer or pyxis")
     c.add_argument("--python", help="on the nodes (default: this one; with --container the image's `python`)")
 
 
 def given_for_slurm(found: argparse.Namespace) -> list[str]:
-    """The flags of a sweep that mean something to Slurm alone, and differ from their defaults."""
+    """The flags of a sweep that only Slurm uses, and that differ from their defaults."""
     blank = argparse.ArgumentParser(add_help=False)
     _add_slurm(blank)
     blank.add_argument("--at-once")
@@ -134,10 +139,10 @@ def given_for_slurm(found: argparse.Namespace) -> list[str]:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port: a number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text}: not a port; use a number from 1 to 65535")
     return int(text)
 
 
 def _near(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"

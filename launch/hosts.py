@@ -1,6 +1,6 @@
-"""`python -m launch hosts`: one `launch node` on each host of a hostfile, over ssh. The first host is where they meet.
+"""`python -m launch hosts`: one `launch node` on each host of a hostfile, over ssh. The first host is the rendezvous.
 
-`ssh -tt` gives the far end a terminal: a Ctrl-C written into ssh reaches the node as one, and when ssh dies the node is hung up.
+`ssh -tt` gives the far end a terminal: Ctrl-C written into ssh reaches the node, and when ssh dies the node gets SIGHUP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.job import LOGS, Command, Job, LaunchError, Nodes, node_words
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
-# what a node needs to know of this shell; credentials are not among it: a command line can be read by others
+# variables of this shell that a node needs; no credentials: other users can read a command line
 PASSED = (
     "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH",
     "MLFLOW_TRACKING_URI",
@@ -39,24 +39,24 @@ def read(text: str, source: str = "hostfile") -> list[Host]:
         if not name:
             continue
         if not NAME.fullmatch(name):
-            raise LaunchError(f"{source}, line {number}: {name!r} is no host; a line is `name` or `user@name slots=8`")
+            raise LaunchError(f"{source}, line {number}: {name!r}: not a host name; a line is `name` or `user@name slots=8`")
         slots = None
         for word in rest:
             key, _, value = word.partition("=")
             if key != "slots" or not value.isdecimal() or not int(value):
-                raise LaunchError(f"{source}, line {number}: {word!r} is not understood; a line is `name` or `name slots=8`")
+                raise LaunchError(f"{source}, line {number}: {word!r}: unknown; a line is `name` or `name slots=8`")
             slots = int(value)
         host = Host(name, slots)
         if host.address in [other.address for other in hosts]:
-            raise LaunchError(f"{source}, line {number}: {host.address} is there twice; give its processes by slots=N")
+            raise LaunchError(f"{source}, line {number}: {host.address} is listed twice; list it once, with slots=N")
         hosts.append(host)
     if not hosts:
-        raise LaunchError(f"{source}: no host in it; write one per line, e.g. `node1 slots=8`")
+        raise LaunchError(f"{source}: no hosts; write one per line, e.g. `node1 slots=8`")
     return hosts
 
 
 def processes_of(hosts: list[Host], asked: int | None) -> int:
-    """Processes per node, the same on all. Raises LaunchError where neither file nor flag says it, or they disagree."""
+    """Processes per node, the same on all. Raises LaunchError where neither file nor flag gives it, or they disagree."""
     slots = {host.slots for host in hosts if host.slots is not None}
     if asked is not None:
         if asked < 1:
@@ -65,8 +65,8 @@ def processes_of(hosts: list[Host], asked: int | None) -> int:
     if len(slots) != 1:
         found = ", ".join(f"{host.name} slots={host.slots}" for host in hosts)
         raise LaunchError(
-            f"processes per node must be one number, said are {sorted(slots) or 'none'} ({found}, --processes {asked}): every node "
-            "takes the same share of a batch; give slots=N in the hostfile or --processes N"
+            f"processes per node must be the same on all hosts, got {sorted(slots) or 'none'} ({found}, --processes {asked}): every "
+            "node takes the same share of a batch; set slots=N in the hostfile, or --processes N"
         )
     return slots.pop()
 
@@ -75,7 +75,7 @@ def chosen(hosts: list[Host], nodes: str | None) -> tuple[list[Host], Nodes]:
     """The hosts of a job and how many of them it needs: the first N of the file, or all. Raises LaunchError for more than there are."""
     asked = Nodes.read(nodes) if nodes else Nodes(len(hosts), len(hosts))
     if asked.most > len(hosts):
-        raise LaunchError(f"--nodes {nodes}: the hostfile has {len(hosts)} host(s); add some, or ask for at most {len(hosts)}")
+        raise LaunchError(f"--nodes {nodes}: the hostfile has {len(hosts)} host(s); add hosts, or use at most {len(hosts)}")
     return hosts[: asked.most], asked
 
 

@@ -11,17 +11,17 @@ STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
 RESTARTS = 3  # of an elastic job, by failing ranks; nodes that come or go don't count
 LAST_CALL = 15  # seconds that an elastic job waits for more nodes once it has enough
 LOGS = "logs"  # the folder of all output, where no other is named
-# before each line of a rank: torchrun fills it in, `output` reads it and takes away the record separator, which no rank prints
+# before each line of a rank: torchrun fills it in; `rank_logs` reads it and removes the record separator, which no rank prints
 PREFIX = "\x1e[rank ${rank}] "
 
 
 class LaunchError(ValueError):
-    """A job that can't be started as asked; the text names the flag, the value and the way out."""
+    """A job that can't be started as asked; the text names the flag, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained: a configuration file and what differs from it. Not where."""
+    """What to train: a configuration file and settings that differ from it. Not where."""
 
     config: str
     overrides: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Job:
     def __post_init__(self) -> None:
         for text in self.overrides:
             if not text.partition("=")[1] or text.startswith(("=", "-")):
-                raise LaunchError(f"{text!r} is no setting: write it as key.sub=value, e.g. optim.lr=1e-3")
+                raise LaunchError(f"{text!r}: not a setting; write key.sub=value, e.g. optim.lr=1e-3")
 
     def words(self) -> tuple[str, ...]:
         return (self.config, *self.overrides, *(("--resume",) if self.resume else ()))
@@ -41,7 +41,7 @@ class Job:
 
 
 def name_of(job: Job) -> str:
-    """The run's name where it is given, else the file's; what a shell, a path or Slurm would trip over is left out."""
+    """The run's name where it is given, else the file's; characters that a shell, a path or Slurm cannot take are replaced."""
     given = [text.partition("=")[2] for text in job.overrides if text.startswith("name=")]
     return safe_name(given[-1] if given else job.config.rpartition("/")[2].removesuffix(".yaml"))
 
@@ -101,14 +101,14 @@ class Node:
     threads: int | None = None  # OMP_NUM_THREADS of each process; None leaves the environment's
     least: int | None = None  # an elastic job goes on with that many nodes; None: with all or not at all
     own_address: str | None = None  # this node's own address, by which the others reach it where its name does not resolve
-    tee: str | None = None  # folder for what each rank says, which then comes with the rank before each line; None: as it comes
+    tee: str | None = None  # folder for each rank's output, whose lines then carry a rank prefix; None: output as it comes
 
     @property
     def world(self) -> int:
         return self.processes * self.nodes
 
     def env(self) -> dict[str, str]:
-        """Without GPUs accelerate and DeepSpeed must be told so, or every rank believes to be alone."""
+        """Without GPUs accelerate and DeepSpeed need these variables, or every rank trains as a world of one."""
         cpu = {} if self.gpus else {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
         prefix = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": PREFIX} if self.logged() else {}
         return cpu | prefix | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
@@ -129,16 +129,16 @@ def node_words(
     own_address: str = "",
     logs: str = LOGS,
 ) -> list[str]:
-    """`python -m launch node`: what a node of many is told. Numbers and addresses may be a shell's variables: they stay unquoted."""
+    """Words of `python -m launch node`, for one of several nodes. Numbers and addresses may be shell variables: they stay unquoted."""
     words = [job] if isinstance(job, str) else [shlex.quote(word) for word in job.words()]
-    told = ["--processes", str(processes), "--nodes", nodes, "--number", number, "--address", address, "--port", port]
-    told += ["--here", own_address] if own_address else []
-    told += ["--logs", shlex.quote(logs)] if logs != LOGS else []
-    return [shlex.quote(python), "-m", "launch", "node", *words, *told]
+    flags = ["--processes", str(processes), "--nodes", nodes, "--number", number, "--address", address, "--port", port]
+    flags += ["--here", own_address] if own_address else []
+    flags += ["--logs", shlex.quote(logs)] if logs != LOGS else []
+    return [shlex.quote(python), "-m", "launch", "node", *words, *flags]
 
 
 def check(job: Job, world: int, python: str) -> Command:
-    """The dry check of the configuration in the world it is meant for, before anything is started or queued."""
+    """The dry check of the configuration in the world it is meant for, before anything starts or is queued."""
     return Command((python, "-m", "trainer", *job.train("--check")), {"TRILEVEL_WORLD": str(world)})
 
 
@@ -156,7 +156,7 @@ def torchrun(job: Job, node: Node, python: str) -> Command:
     words = [python, "-m", "torch.distributed.run", "--nnodes", f"{node.least}:{node.nodes}"]
     words += ["--nproc_per_node", str(node.processes), "--max_restarts", str(RESTARTS)]
     words += ["--rdzv_backend", "c10d", "--rdzv_id", name_of(job), "--rdzv_endpoint", f"{node.address}:{node.port}"]
-    # torchrun would guess by the host's name who keeps the meeting place, and by what address it is reached
+    # torchrun would guess from the host name which node hosts the rendezvous, and under which address
     words += ["--rdzv_conf", f"is_host={int(node.number == 0)},last_call_timeout={LAST_CALL}"]
     words += ["--local_addr", node.own_address] if node.own_address else []
     words += node.logged()

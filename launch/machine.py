@@ -1,4 +1,4 @@
-"""What this machine has, as the trainer's Python will see it: GPUs, cores, a free port."""
+"""GPUs, cores and a free port of this machine, as the trainer's Python finds them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def this_machine() -> Machine:
 def count_gpus(python: str = sys.executable) -> int:
     """GPUs that this Python's torch can use. Raises LaunchError where the machine has some and torch sees none.
 
-    torch is asked in a process of its own, and only where something points to a GPU: it takes seconds to import.
+    torch is imported in a child process, and only where a GPU is likely: it takes seconds to import.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
@@ -42,14 +42,14 @@ def count_gpus(python: str = sys.executable) -> int:
     )
     if asked.returncode:
         raise LaunchError(
-            f"{python} can't import torch:\n{asked.stderr[-2000:]}\nrun this with the Python of the project's environment"
+            f"{python} cannot import torch:\n{asked.stderr[-2000:]}\nrun this with the Python of the project's environment"
         )
     found = int(asked.stdout.split()[-1])
     listed = _listed_gpus()
     if listed and not found:
         raise LaunchError(
             f"this machine has {listed} GPU(s) and torch sees none: a CPU build of torch, or a driver older than its CUDA "
-            "(`trilevel doctor` tells); set CUDA_VISIBLE_DEVICES= to train on the CPU all the same"
+            "(run `trilevel doctor`); to train on the CPU, set CUDA_VISIBLE_DEVICES="
         )
     return found
 
@@ -70,5 +70,5 @@ def free_port() -> int:
 
 
 def random_port() -> int:
-    """A port for another machine, which can't be asked: below those that systems give away, and not the same for two jobs at once."""
+    """A port for another machine, below the kernel's ephemeral range; random, so that two jobs at once rarely collide."""
     return 20000 + secrets.randbelow(10000)

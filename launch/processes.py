@@ -28,32 +28,32 @@ def start(command: Command, logs: Path | None = None) -> int:
     """Run a command to its end and return its exit code. Signals go to the trainer's processes, past the launchers between.
 
     torchrun answers SIGTERM by killing a rank's whole group after 30 s, loader workers at once: a checkpoint may take
-    longer. So the ranks hear of it directly and end by themselves. A third Ctrl-C kills everything.
+    longer. So the ranks get the signal directly and end by themselves. A third Ctrl-C kills everything.
     logs: a folder in which each rank's lines go to a file of its own, where the command marks them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "exit"  # rank 0's own exit code: torchrun turns every one into 1
-        env = os.environ | dict(command.env) | {"TRILEVEL_EXIT_FILE": str(told)}
+        exit_file = Path(folder) / "exit"  # rank 0 writes its exit code here: torchrun turns every code into 1
+        env = os.environ | dict(command.env) | {"TRILEVEL_EXIT_FILE": str(exit_file)}
         before = {number: signal.getsignal(number) for number in STOP}
-        heard: list[int] = []
+        received: list[int] = []
         process: subprocess.Popen[bytes] | None = None
-        told_ranks: set[int] = set()
+        signalled: set[int] = set()
 
         def forward(number: int, _frame: Any) -> None:
-            heard.append(number)
+            received.append(number)
             if process is None:
                 return
-            if heard.count(signal.SIGINT) > 2:
+            if received.count(signal.SIGINT) > 2:
                 return _kill(process.pid)
             ranks = _ranks(process.pid)
-            told_ranks.update(ranks)
-            # a launcher whose ranks have heard and are gone is on its way out: a signal would turn that into another ending
-            for pid in ranks or ([] if told_ranks else [process.pid]):
+            signalled.update(ranks)
+            # a launcher whose ranks got the signal and ended is ending too: another signal would change its exit code
+            for pid in ranks or ([] if signalled else [process.pid]):
                 _send(pid, _passed(number))
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, forward)
-        # Slurm signals every process of a step: torchrun, which knows nothing of these two, would die of them. It inherits that.
+        # Slurm signals every process of a step: torchrun does not handle these two and would die of them; it inherits SIG_IGN.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -65,44 +65,44 @@ def start(command: Command, logs: Path | None = None) -> int:
                 reader.start()
             for number in (signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, forward)
-            if heard:  # before it was there
+            if received:  # before the process existed
                 _send(process.pid, signal.SIGTERM)
-            code = _wait(process, heard, told_ranks)
+            code = _wait(process, received, signalled)
             if logs:
-                reader.join(5)  # what it still had to say
+                reader.join(5)  # the last lines
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        said = int(told.read_text() or 0) if told.exists() else 0  # empty where the disk is full
+        reported = int(exit_file.read_text() or 0) if exit_file.exists() else 0  # empty where the disk is full
     if (
-        code < 0 and -code in [_passed(one) for one in heard] and told_ranks
-    ):  # Slurm signals launchers, too; this one's ranks had ended as they were told
+        code < 0 and -code in [_passed(one) for one in received] and signalled
+    ):  # Slurm signals launchers too; this one's ranks had already ended after the signal
         code = 0
-    return said or (128 - code if code < 0 else code)
+    return reported or (128 - code if code < 0 else code)
 
 
 def _passed(number: int) -> signal.Signals:
-    """What ranks are sent for a signal to us. After a hang-up nobody is there to read a line any more: end like on SIGTERM."""
+    """The signal that ranks get for one sent to us. After SIGHUP the terminal is gone: end as on SIGTERM."""
     return signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
 
 
-def _wait(process: subprocess.Popen[bytes], heard: list[int], told_ranks: set[int]) -> int:
+def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[int]) -> int:
     """The exit code. A launcher whose ranks have ended well waits up to 5 minutes for other nodes' launchers; these may have
-    failed, so once told to end it is given LINGER seconds. Ranks that an elastic launcher starts after that are told as well."""
+    failed, so after a signal it gets LINGER seconds. Ranks that an elastic launcher starts after the signal get it as well."""
     gone = float("inf")  # since when no rank is there
     again = float("inf")
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(0.2)
-        if heard:
+        if received:
             ranks = _ranks(process.pid)
             again = min(again, time.monotonic() + AGAIN)
-            if time.monotonic() >= again and heard[-1] in (signal.SIGUSR1, signal.SIGUSR2):  # a second one changes nothing
-                told_ranks.difference_update(ranks)
+            if time.monotonic() >= again and received[-1] in (signal.SIGUSR1, signal.SIGUSR2):  # a second one changes nothing
+                signalled.difference_update(ranks)
                 again = float("inf")
-            for pid in set(ranks) - told_ranks:
-                told_ranks.add(pid)
-                _send(pid, _passed(heard[-1]))
+            for pid in set(ranks) - signalled:
+                signalled.add(pid)
+                _send(pid, _passed(received[-1]))
             gone = float("inf") if ranks else min(gone, time.monotonic())
             if time.monotonic() > gone + LINGER:
                 _kill(process.pid)
@@ -118,13 +118,13 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
     every node; the third one kills.
     """
     nodes: list[subprocess.Popen[bytes]] = []
-    heard = 0
+    signals = 0
 
     def stop(*_: Any) -> None:
-        nonlocal heard
-        heard += 1
+        nonlocal signals
+        signals += 1
         for node in nodes:
-            if heard > 2:
+            if signals > 2:
                 _kill(node.pid)
             elif node.poll() is None and node.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
     before = {number: signal.signal(number, stop) for number in STOP}
     pipe = subprocess.PIPE
     for c in commands:
-        if heard:  # before all are there: nothing is trained yet
+        if signals:  # before all are there: nothing is trained yet
             for node in nodes:
                 _kill(node.pid)
             break
@@ -154,13 +154,15 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
             for node, name in zip(nodes, names, strict=False):
                 if node.returncode and name not in failed:
                     failed[name] = node.returncode
-                    if len(failed) <= spare and not heard:
-                        print(f"launch: {name} ended with {node.returncode}; the others go on without it", file=sys.stderr)
+                    if len(failed) <= spare and not signals:
+                        print(
+                            f"launch: {name} ended with {node.returncode}; the other nodes continue without it", file=sys.stderr
+                        )
             if len(failed) > spare and not code:
                 name, code = list(failed.items())[spare]
                 deadline = time.monotonic() + PATIENCE
-                if not heard:  # nobody has asked them to end yet, and asking twice means at once
-                    print(f"launch: {name} ended with {code}; the others are told to end, see {logs}", file=sys.stderr)
+                if not signals:  # no signal was sent yet; a second one would kill at once
+                    print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
                     stop()
             if time.monotonic() > deadline:
                 for node in nodes:
@@ -171,8 +173,8 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
             signal.signal(number, handler)
         for reader in readers:
             reader.join(5)
-    # a job that was stopped says so on the node that rank 0 was on
-    code = code or next((one for one in failed.values() if heard or one == STOPPED), 0)
+    # a stopped job reports it on the node of rank 0
+    code = code or next((one for one in failed.values() if signals or one == STOPPED), 0)
     return 128 - code if code < 0 else code
 
 
@@ -182,7 +184,7 @@ def submit(script: str) -> int:
 
 
 def _ranks(pid: int) -> list[int]:
-    """The trainer's processes right below a launcher; their own children (loader workers) hear from them."""
+    """The trainer's processes right below a launcher; they pass the signal on to their children (loader workers)."""
     return [child for child in _below(pid) if "trainer" in _words(child)]
 
 

@@ -1,7 +1,7 @@
-"""What processes say: each line goes on to us, and to the file of the node or rank that said it.
+"""Output of processes: each line is shown here and appended to the file of its node or rank.
 
-Ranks are told apart by torchrun: `--tee` writes what each one says to a file and reads it out again with a prefix before each line. It
-reads half lines, too (a progress bar, a print without an end), and then another rank's prefix stands in the middle of a line.
+With `--tee` torchrun prefixes each line with its rank. It also reads half lines (a progress bar, a print without a newline), and then
+another rank's prefix stands in the middle of a line.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ RANK = re.compile(rb"\x1e(?=\[rank (\d+)\] )")  # `job.PREFIX`, filled in
 
 
 def ensure_folder(folder: Path, asked: str) -> Path:
-    """The folder, which is there now. Raises LaunchError, naming what was asked for, where it can't be had."""
+    """Create the folder if needed. Raises LaunchError with the flag that named it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(f"{asked}: {folder} can't be made: {error.strerror}; name another folder") from error
+        raise LaunchError(f"{asked}: cannot create {folder}: {error.strerror}; name another folder") from error
     return folder
 
 
 def copy_node(stream: IO[bytes], name: str, folder: Path) -> None:
-    """A node's output: with its name before each line here, as it came in NAME.txt."""
+    """A node's output: here with its name before each line, unchanged in NAME.txt."""
     file = None
     for line in stream:
         line = line.replace(b"\r\n", b"\n")
@@ -37,12 +37,12 @@ def copy_node(stream: IO[bytes], name: str, folder: Path) -> None:
 
 
 def copy_ranks(stream: IO[bytes], folder: Path) -> None:
-    """A launcher's output: a line here for each piece, and what each rank says, as it came, in rank-N.txt."""
+    """A launcher's output: here one line for each piece; each rank's own output, unchanged, in rank-N.txt."""
     files: dict[str, IO[bytes] | None] = {}
     for line in stream:
         found = list(RANK.finditer(line))
         ends = [one.start() for one in found[1:]] + [len(line)]
-        if not found or found[0].start():  # the launcher's own words
+        if not found or found[0].start():  # the launcher's own output
             _show(line[: found[0].start()] + b"\n" if found else line)
         for one, end in zip(found, ends, strict=False):
             piece = line[one.end() : end]
@@ -51,10 +51,9 @@ def copy_ranks(stream: IO[bytes], folder: Path) -> None:
             _show(piece if piece.endswith(b"\n") else piece + b"\n")
 
 
-# Who reads must go on reading: a pipe that nobody empties stops the job at its next line. So a full disk or a closed terminal
-# costs lines, and nothing else.
+# The pipe must be read to its end, or the job stops at its next line: a full disk or a closed terminal costs lines, nothing else.
 def _write(path: Path, file: IO[bytes] | None, line: bytes) -> IO[bytes] | None:
-    """The line behind what earlier starts wrote (a requeued job goes on in the same files); the open file."""
+    """Append the line (a requeued job continues in the same files); returns the open file."""
     with contextlib.suppress(OSError):
         if file is None:
             file = path.open("ab", buffering=0)
@@ -65,5 +64,5 @@ def _write(path: Path, file: IO[bytes] | None, line: bytes) -> IO[bytes] | None:
 
 def _show(line: bytes) -> None:
     with contextlib.suppress(OSError):
-        sys.stdout.buffer.write(line)  # bytes: what ranks say need not fit the terminal's encoding
+        sys.stdout.buffer.write(line)  # bytes: the output need not fit the terminal's encoding
         sys.stdout.buffer.flush()

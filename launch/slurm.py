@@ -1,7 +1,7 @@
-"""`python -m launch slurm`: a batch script with one `launch node` per node; the nodes meet on the first of the job's list.
+"""`python -m launch slurm`: a batch script with one `launch node` per node; the first node of the job's list is the rendezvous.
 
-Slurm's signal before the limit reaches the ranks, which save and end with 75; the script then puts the job back into the queue, and
-`--resume` goes on from the checkpoint (it starts where there is none).
+Slurm's signal before the limit reaches the ranks, which save and end with 75; the script then requeues the job, and `--resume`
+continues from the checkpoint (or starts, where there is none).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ADDRESS_OF = (
     r"""address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }"""
 )
 # An elastic job outlives its nodes, but not its script, which runs on the first one: Slurm (22.05) would leave the others allocated and
-# idle until the limit. So a node that ends without srun there to hear of it puts the job back into the queue.
+# idle until the limit. So a node that ends while srun is gone requeues the job.
 SURVIVOR = (
     'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -eq 0 ]'
     ' || timeout 20 bash -c ": < /dev/tcp/$SLURM_LAUNCH_NODE_IPADDR/$SLURM_SRUN_COMM_PORT"'
@@ -30,7 +30,7 @@ EARLY = 60  # seconds by which Slurm's signal may come before its time
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """What is asked of Slurm. processes: per node. gpus: per node, 0 for a CPU job. signal: seconds before the limit."""
+    """Slurm options of a job. processes: per node. gpus: per node, 0 for a CPU job. signal: seconds before the limit."""
 
     nodes: Nodes
     processes: int
@@ -60,12 +60,10 @@ class SlurmRequest:
             raise LaunchError(f"--cpus {self.cpus}: at least 1 core per process")
         if self.nodes.elastic and not self.requeue:
             raise LaunchError(
-                f"--nodes {self.nodes} with --no-requeue: a job that outlives its nodes is one that may go on; leave --no-requeue out"
+                f"--nodes {self.nodes} with --no-requeue: an elastic job must be able to requeue; remove --no-requeue"
             )
         if self.gpus and self.gpus != self.processes:
-            raise LaunchError(
-                f"--gpus {self.gpus} with --processes {self.processes}: a GPU has one process; leave --processes out"
-            )
+            raise LaunchError(f"--gpus {self.gpus} with --processes {self.processes}: one process per GPU; remove --processes")
         if self.time is not None and not TIME.fullmatch(self.time):
             raise LaunchError(f"--time {self.time}: Slurm reads minutes, H:M:S or D-H:M:S, e.g. 1-00:00:00")
         if self.signal < 1:
@@ -73,16 +71,16 @@ class SlurmRequest:
         if self.time is not None and 0 < (limit := _seconds(self.time)) <= self.signal + EARLY:
             raise LaunchError(
                 f"--time {self.time} with --signal {self.signal}: Slurm sends the signal up to {EARLY} s early, so a job of {limit} s "
-                "would be told to save as soon as it starts; give more time, or a smaller --signal"
+                "would save and end as soon as it starts; give more time, or a smaller --signal"
             )
         for name in ("account", "partition", "qos", "constraint", "output"):
             if "\n" in (value := getattr(self, name) or "") or (name != "output" and re.search(r"[\s'\"]", value)):
-                raise LaunchError(f"--{name} {value!r}: a name without blanks and quotes")
+                raise LaunchError(f"--{name} {value!r}: no blanks or quotes allowed")
         if self.runtime not in ("apptainer", "pyxis"):
-            raise LaunchError(f"--runtime {self.runtime}: apptainer or pyxis")
+            raise LaunchError(f"--runtime {self.runtime}: unknown; valid: apptainer, pyxis")
         for line in self.extra:
             if not line.startswith("-") or "\n" in line:
-                raise LaunchError(f"--sbatch {line!r}: one option, as in `#SBATCH --exclusive`; it begins with a dash")
+                raise LaunchError(f"--sbatch {line!r}: must be one option that begins with a dash, e.g. --exclusive")
 
 
 def render(job: Job, request: SlurmRequest, python: str) -> str:
@@ -109,7 +107,7 @@ def _head(r: SlurmRequest, name: str, output: str, *more: str) -> list[str]:
     options += [
         *([] if r.nodes.elastic else ["--ntasks-per-node=1"]),
         *more,
-    ]  # by a number of tasks Slurm gives the fewest nodes
+    ]  # with a number of tasks Slurm grants the fewest nodes
     options += [f"--output={_quoted(output)}", "--open-mode=append"]
     options += [f"--gpus-per-node={r.gpus}"] if r.gpus else []
     options += [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []
@@ -125,7 +123,7 @@ def _head(r: SlurmRequest, name: str, output: str, *more: str) -> list[str]:
 
 
 def _rendezvous(r: SlurmRequest) -> list[str]:
-    """Where the nodes meet: on the first of the job's list."""
+    """Address and port of the rendezvous: the first node of the job's list."""
     lines = [ADDRESS_OF, 'address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")']
     lines += ["port=$((20000 + SLURM_JOB_ID % 10000))", "export address port"]
     if r.nodes.elastic:
@@ -135,8 +133,8 @@ def _rendezvous(r: SlurmRequest) -> list[str]:
 
 
 def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
-    """One `launch node` per node; back into the queue where it was stopped. job None: what the script's own words say."""
-    # of MIN-MAX nodes Slurm has given some: those are all that can come
+    """One `launch node` per node; requeued where it was stopped. job None: the script's own arguments."""
+    # of MIN-MAX nodes Slurm grants a number, which does not grow later
     nodes, here = (f'"{r.nodes.least}:$SLURM_NNODES"', HERE) if r.nodes.elastic else (str(r.nodes), "")
     numbered = node_words(job or '"$@"', r.processes, nodes, '"$SLURM_NODEID"', '"$address"', '"$port"', python, here, r.logs)
     inner, container = " ".join(numbered), []

@@ -1,7 +1,7 @@
-"""`python -m launch sweep`: configurations x settings x seeds, one run each; what is finished is left out, the rest goes on.
+"""`python -m launch sweep`: configurations x settings x seeds, one run each; finished runs are skipped, the others continue.
 
-Names tell the points apart and stay the same from start to start, so that a sweep is restarted by the same command. In MLflow the
-runs hang below one parent, named like the sweep (`tracking.parent`).
+Names are unique and stay the same from start to start, so that the same command restarts a sweep. In MLflow the
+runs are children of one parent run, named like the sweep (`tracking.parent`).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Point:
 
 
 def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str, name: str) -> list[Point]:
-    """Every run of the sweep, seeds innermost. Raises LaunchError for a grid that can't be read, or two runs of one name."""
+    """Every run of the sweep, seeds innermost. Raises LaunchError for a grid that cannot be read, or two runs of one name."""
     numbers = _seeds(seeds)
     axes = [_axis(text) for text in sets]
     keys = [key for key, _ in axes]
     fixed = {text.partition("=")[0] for text in overrides}
     for key in ("name", "seed", "tracking.parent", *keys):
         if key in fixed:
-            raise LaunchError(f"{key}=... is set by the sweep itself: leave it out")
+            raise LaunchError(f"{key}=... is set by the sweep itself; remove it")
     for key in keys:
-        if key in ("name", "seed", "tracking.parent", "runs") or keys.count(key) > 1:  # the last one would win, unseen
+        if key in ("name", "seed", "tracking.parent", "runs") or keys.count(key) > 1:  # the last one would win silently
             raise LaunchError(
-                f"--set {key}=...: give a setting once; seeds by --seeds, names by --name, runs=DIRECTORY for all"
+                f"--set {key}=...: give each setting once; use --seeds for seeds, --name for names, runs=DIRECTORY for the folder"
             )
     found = []
     for config in configs:
@@ -59,12 +59,12 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
                 found.append(Point(Job(config, tuple(given), resume=True), run, runs / run))
     twice = {point.name for point in found if [other.name for other in found].count(point.name) > 1}
     if twice:
-        raise LaunchError(f"{sorted(twice)[0]} would be the name of two runs: give each configuration and value once")
+        raise LaunchError(f"{sorted(twice)[0]} would name two runs; give each configuration and value once")
     return found
 
 
 def with_status(point: Point) -> Point:
-    """The point with its state, as its journal tells."""
+    """The point with its state, read from its journal."""
     try:
         rows = (point.directory / "journal.jsonl").read_text().splitlines()
     except OSError:
@@ -94,21 +94,21 @@ def distinct_settings(found: list[Point]) -> list[Point]:
 
 
 def table(found: list[Point]) -> str:
-    """What became of every run, and how to compare them."""
+    """The state of every run, and the command that compares them."""
     wide = max(len(point.name) for point in found)
     rows = [f"{'run':{wide}}  {'state':9}  top-1"]
     for point in found:
         rows.append(f"{point.name:{wide}}  {point.state:9}  {'' if point.top1 is None else f'{point.top1:.2%}'}".rstrip())
     done = [str(point.directory) for point in found if point.finished]
     if done:
-        rows.append(f"compare them: trilevel compare {shlex.join(done)}")
+        rows.append(f"compare: trilevel compare {shlex.join(done)}")
     return "\n".join(rows)
 
 
 def _seeds(text: str) -> list[int]:
     words = text.split(",")
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise LaunchError(f"--seeds {text}: write different whole numbers with commas between, e.g. 0,1,2")
+        raise LaunchError(f"--seeds {text}: must be distinct integers separated by commas, e.g. 0,1,2")
     return [int(word) for word in words]
 
 
@@ -123,7 +123,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
         else:
             values[-1] += letter
     if not equals or not key or not all(values) or len(set(values)) < len(values):
-        raise LaunchError(f"--set {text}: write a setting with different values, e.g. optim.lr=1e-3,2e-3")
+        raise LaunchError(f"--set {text}: must be a setting with distinct values, e.g. optim.lr=1e-3,2e-3")
     return key, values
 
 
@@ -134,7 +134,7 @@ def _about(config: str, overrides: list[str]) -> tuple[str, Path]:
     except OSError as error:
         raise LaunchError(f"config {config}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise LaunchError(f"config {config}: not text in UTF-8") from error
+        raise LaunchError(f"config {config}: not UTF-8 text; save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise LaunchError(f"config {config}: not valid YAML: {error}") from error
     content = content if isinstance(content, dict) else {}

@@ -61,10 +61,10 @@ def test_a_machine_gives_one_process_per_gpu_or_two_on_cpu():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("locl c.yaml", ["'locl'", "did you mean local?"]),
-        ("local c.yaml --proceses 2", ["--proceses", "did you mean --processes?"]),
+        ("locl c.yaml", ["'locl'", "did you mean 'local'?"]),
+        ("local c.yaml --proceses 2", ["--proceses", "did you mean '--processes'?"]),
         ("local c.yaml --dryrun", ["--dryrun", "--dry-run"]),
-        ("local c.yaml lr", ["'lr' is no setting", "optim.lr=1e-3"]),
+        ("local c.yaml lr", ["'lr': not a setting", "optim.lr=1e-3"]),
         ("local c.yaml --processes two", ["--processes", "two"]),
         ("local c.yaml --processes 0", ["--processes 0", "at least 1"]),
         ("local", ["CONFIG", "usage:"]),
