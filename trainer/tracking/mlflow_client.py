@@ -7,12 +7,15 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
 from trainer.tracking.state import STATE, SyncState
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")  # it becomes the name of a folder
 
 
 class RunDeleted(RuntimeError):
@@ -157,6 +160,10 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
             here = Path(run.data.tags.get("run_directory", "/nowhere"))
             # another run may be in that folder by now, or on this machine
             if not ((here / "journal.jsonl").is_file() and SyncState.load(here).run_id == run.info.run_id):
+                if not _RUN_ID.fullmatch(run.info.run_id):
+                    raise ValueError(
+                        f"run id {run.info.run_id!r:.80}: not a name of letters and digits; is this an MLflow server?"
+                    )
                 here = into / run.info.run_id
                 here.mkdir(parents=True, exist_ok=True)
                 try:

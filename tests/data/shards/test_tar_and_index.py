@@ -323,13 +323,13 @@ def test_what_can_not_be_read_or_written_is_named(tmp_path: Path, monkeypatch: p
     def forbidden(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    for function in ("fingerprint", "samples"):
+    for function in ("index.fingerprint", "scan.samples"):
         with (
             monkeypatch.context() as patch,
             pytest.raises(DataError, match=r"train-0000.tar: can't be read: Permission denied"),
         ):
-            patch.setattr(f"trainer.data.shards.index.{function}", forbidden)
-            open_index(pattern) if function == "fingerprint" else index_of(pattern)
+            patch.setattr(f"trainer.data.shards.{function}", forbidden)
+            open_index(pattern) if function == "index.fingerprint" else index_of(pattern)
 
 
 def test_reads_are_coalesced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
-from trainer.data.shards.labels import label_table
+from trainer.data.shards.label_file import label_table
 from trainer.data.shards.tar import IMAGES, members
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}

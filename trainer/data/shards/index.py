@@ -7,10 +7,9 @@ It is one file beside the shards (`train.index` for `train-*.tar`), or in a fold
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,9 +19,10 @@ from trainer.data.remote.cache import Cache, Source, cache_at
 from trainer.data.remote.client import stat
 from trainer.data.remote.url import scheme
 from trainer.data.shards import index_file
-from trainer.data.shards.labels import class_numbers, label_of, label_table
+from trainer.data.shards.labels import class_numbers, label_of
 from trainer.data.shards.location import ShardSet, hash_of, joined, locate_shards
-from trainer.data.shards.samples import Sample, fingerprint, samples
+from trainer.data.shards.samples import fingerprint
+from trainer.data.shards.scan import Scan, scan_shard, with_labels
 
 _BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
 
@@ -84,18 +84,6 @@ def _reopen(path: Path, root: str, seal: str) -> Index:
     return index
 
 
-class _Scan(NamedTuple):
-    """What one shard holds, compact. values: distinct label texts; label: (n,) place in values."""
-
-    shard: dict[str, Any]
-    offset: np.ndarray
-    length: np.ndarray
-    keys: bytes
-    key_length: np.ndarray
-    values: list[str]
-    label: np.ndarray
-
-
 def build_index(
     pattern: str,
     labels: str = "cls",
@@ -117,9 +105,9 @@ def build_index(
     shard_set = locate_shards(pattern, folder)
     source, cache = label_of(labels), cache or cache_at(None, 64)
 
-    def scan(name: str) -> _Scan:
+    def scan(name: str) -> Scan:
         with shard_set.opened(name, cache) as (path, about):
-            scanned = _scan(path, name, source)
+            scanned = scan_shard(path, name, source)
             return scanned._replace(shard=scanned.shard | {"tag": about.tag})
 
     # daemon threads: Ctrl-C ends the command though a server keeps one waiting
@@ -131,7 +119,7 @@ def build_index(
     if not any(len(scan.offset) for scan in scans):
         raise DataError(f"shards {pattern!r}: no example in them; were they packed to the end?")
     if labels.startswith("file:"):
-        scans = _from_file(Path(labels.removeprefix("file:")), scans)
+        scans = with_labels(Path(labels.removeprefix("file:")), scans)
     texts = {text for scan in scans for text in scan.values}
     number, classes = class_numbers(texts, labels, shard_set.classes(), f"shards {pattern!r}")
     arrays = {
@@ -144,46 +132,6 @@ def build_index(
     header = {"labels": labels, "packing": packing, "classes": classes, "shards": [s.shard for s in scans]}
     index_file.write(shard_set.index, header, arrays)
     return Index(shard_set.index, shard_set.root)
-
-
-def _scan(path: Path, name: str, source: Callable[[Path, Sample], str]) -> _Scan:
-    stat = path.stat()
-    found = list(samples(path))
-    values, label = np.unique(np.array([source(path, s) for s in found], dtype=object).astype(str), return_inverse=True)
-    keys = [s.key.encode("utf-8", "surrogateescape") for s in found]
-    record = {
-        "name": name,
-        "examples": len(found),
-        "bytes": stat.st_size,
-        "time": stat.st_mtime_ns,
-        "fast": fingerprint(path),
-        "whole": fingerprint(path, whole=True),
-    }
-    return _Scan(
-        record,
-        np.array([s.image.offset for s in found], dtype=np.int64),
-        np.array([s.image.length for s in found], dtype=np.uint32),
-        b"".join(keys),
-        np.array([len(k) for k in keys], dtype=np.int64),
-        values.tolist(),
-        label.astype(np.int32),
-    )
-
-
-def _from_file(path: Path, scans: list[_Scan]) -> list[_Scan]:
-    """Fill in labels from a file of lines."""
-    keys = []
-    for scan in scans:
-        ends = np.cumsum(scan.key_length)
-        keys.append(
-            [scan.keys[b - n : b].decode("utf-8", "surrogateescape") for b, n in zip(ends, scan.key_length, strict=True)]
-        )
-    table = label_table(path, [k for part in keys for k in part])
-    filled = []
-    for scan, part in zip(scans, keys, strict=True):
-        values, label = np.unique(np.array([table[k] for k in part], dtype=object).astype(str), return_inverse=True)
-        filled.append(scan._replace(values=values.tolist(), label=label.astype(np.int32)))
-    return filled
 
 
 def open_index(

@@ -1,4 +1,4 @@
-"""Labels of examples: from a member, the key or a file; and the order of the classes.
+"""Labels of examples, from a member or the key (`label_file`: from a file), and the order of the classes.
 
 Classes are the sorted names (for ImageNet the sorted wnids, as timm and torchvision have them), or whole numbers as they stand.
 """
@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.data.errors import DataError
+from trainer.data.shards.class_names import MOST_CLASSES, check_name
 from trainer.data.shards.samples import Sample
 from trainer.data.shards.tar import read
 
-_CLASSES = 1 << 20  # more is a mistake: every class up to the largest number gets a name
+_LONGEST_MEMBER = {"cls": 1 << 14, "json": 1 << 24}  # bytes: a longer one is no label
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?|[-+]?\d+\.")
 
 
@@ -37,18 +38,21 @@ def label_of(labels: str) -> Callable[[Path, Sample], str]:
                 f"shard {path}: key {sample.key!r} has no .{extension} (beside the image: {has}); was it cut off, or is "
                 "data.labels another of 'cls', 'json:FIELD', 'key', 'file:PATH'?"
             )
+        where = f"shard {path}: key {sample.key!r}"
+        if member.length > _LONGEST_MEMBER[extension]:
+            raise DataError(
+                f"{where}: its .{extension} has {member.length} bytes, at most {_LONGEST_MEMBER[extension]}; is this the label?"
+            )
         text = read(path, member).decode("utf-8", "replace").strip()
         if not field:
-            return text
+            return check_name(text, where)
         try:
             value = json.loads(text)[field]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"shard {path}: key {sample.key!r}: its .json has no field {field!r}: {text[:80]}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{where}: its .json has no field {field!r}: {text[:80]}") from None
         if not isinstance(value, (str, int)) or isinstance(value, bool):
-            raise DataError(
-                f"shard {path}: key {sample.key!r}: field {field!r} of its .json is {value!r:.80}; a label is a text or a whole number"
-            )
-        return str(value)
+            raise DataError(f"{where}: field {field!r} of its .json is {value!r:.80}; a label is a text or a whole number")
+        return check_name(str(value), where)
 
     return label
 
@@ -61,34 +65,13 @@ def label_in_key(path: Path, sample: Sample) -> str:
     return folder.rpartition("/")[2] or label
 
 
-def label_table(path: Path, keys: list[str]) -> dict[str, str]:
-    """{key: label} from a file: lines `name label` (blanks, tabs or commas between; name may carry a folder and an
-    extension; more columns and a heading are left alone), or one label per line for the sorted keys. Raises DataError."""
-    if not path.is_file():
-        raise DataError(f"labels {path}: no such file")
-    lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
-    if lines and all(len(words) == 1 for words in lines):
-        if len(lines) != len(keys):
-            raise DataError(f"labels {path}: {len(lines)} labels for {len(keys)} images; or write lines `name label`")
-        if all(w[0].isdecimal() for w in lines) and min(int(w[0]) for w in lines) == 1:
-            raise DataError(
-                f"labels {path}: class numbers start at 1 (ILSVRC's own numbering is not the order of sorted wnids); "
-                "use a file of wnids, or numbers from 0 in sorted order of the class names"
-            )
-        return {key: words[0] for key, words in zip(sorted(keys), lines, strict=True)}
-    given = {words[0].rpartition("/")[2].partition(".")[0]: words[1] for words in lines if len(words) > 1}
-    table = {key: given.get(key.rpartition("/")[2]) for key in keys}
-    unknown = [key for key, label in table.items() if label is None]
-    if unknown:
-        raise DataError(f"labels {path}: no label for {unknown[0]!r} and {len(unknown) - 1} more of {len(keys)} images")
-    return {key: str(label) for key, label in table.items()}
-
-
 def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where: str) -> tuple[dict[str, int], list[str]]:
     """({label text: class number}, classes in order). `classes`: the names to use, None = make them from the texts.
 
     Whole numbers (not from keys: a folder is a name) are class numbers as they stand. Raises DataError naming the label.
     """
+    for text in sorted(texts):
+        check_name(text, where)
     decimal = {t for t in texts if t.isdecimal()} if labels != "key" else set()
     for text in sorted(texts - decimal):
         if not text or (labels != "key" and _NUMBER.fullmatch(text)):  # sorted as text, 10.0 would come before 2.0
@@ -99,8 +82,8 @@ def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where
         )
     if decimal:
         number = {t: int(t) for t in texts}
-        if (most := max(number.values())) >= _CLASSES:
-            raise DataError(f"{where}: class number {most} is far too large (at most {_CLASSES - 1}); mend it")
+        if (most := max(number.values())) >= MOST_CLASSES:
+            raise DataError(f"{where}: class number {most} is far too large (at most {MOST_CLASSES - 1}); mend it")
         classes = [str(i) for i in range(max(number.values()) + 1)] if classes is None else classes
     else:
         classes = sorted(texts) if classes is None else classes

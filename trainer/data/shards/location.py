@@ -13,9 +13,8 @@ from trainer.data.errors import DataError, NotFound
 from trainer.data.remote.cache import Cache, cache_root
 from trainer.data.remote.client import RemoteStat, read_all, stream
 from trainer.data.remote.url import scheme
+from trainer.data.shards.class_names import LARGEST_FILE, read_classes
 from trainer.data.shards.pattern import expand
-
-_LONGEST_LIST = 16 << 20  # bytes of a classes.txt
 
 
 class ShardSet(NamedTuple):
@@ -39,11 +38,13 @@ class ShardSet(NamedTuple):
             return None
         if not self.is_remote():
             path = Path(self.root, "classes.txt")
-            return path.read_text().splitlines() if path.is_file() else None
+            return read_classes(path.read_bytes(), str(path)) if path.is_file() else None
+        url = self.url("classes.txt")
         try:
-            return read_all(self.url("classes.txt"), _LONGEST_LIST).decode().splitlines()
+            data = read_all(url, LARGEST_FILE)
         except NotFound:
             return None
+        return read_classes(data, url)
 
     @contextmanager
     def opened(self, name: str, cache: Cache) -> Iterator[tuple[Path, RemoteStat]]:

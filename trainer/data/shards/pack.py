@@ -21,6 +21,7 @@ from webdataset.writer import TarWriter
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.progress import progress_bar
+from trainer.data.shards.class_names import read_classes
 from trainer.data.shards.image_sources import SourceImage, images
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.labels import class_numbers
@@ -103,11 +104,11 @@ def _index(pattern: str, packing: str, changed: bool, workers: int, progress: bo
 def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
     """{label text: number}; classes.txt is written once and holds for every split packed into `dst`."""
     listed = dst / "classes.txt"
-    known = listed.read_text().splitlines() if listed.is_file() else None
+    known = read_classes(listed.read_bytes(), str(listed)) if listed.is_file() else None
     number, classes = class_numbers(texts, "key" if labels is None else "file", known, f"pack into {dst}")
     if known is None:
         partial = listed.with_suffix(".partial")
-        partial.write_text("".join(f"{c}\n" for c in classes))
+        partial.write_text("".join(f"{c}\n" for c in classes), encoding="utf-8", newline="\n")
         partial.rename(listed)
     return number
 
