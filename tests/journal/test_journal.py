@@ -80,7 +80,7 @@ def test_unreadable_line_in_the_middle_is_named_and_left_out(tmp_path: Path):
 def test_kill_in_the_middle_of_writing_loses_no_finished_line(tmp_path: Path):
     code = """
 import sys
-from trainer.journal import Journal
+from trainer.journal.writer import Journal
 with Journal(sys.argv[1]) as journal:
     step = 0
     while True:

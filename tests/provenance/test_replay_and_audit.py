@@ -228,7 +228,7 @@ def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_
     out, facts = tmp_path / "lists", tmp_path / "kept.json"
     assert main(["kept", str(run), "--epoch", "1", "--out", str(out), "--json", str(facts)]) == 0
     said = capsys.readouterr().out
-    with open(out / "epoch-0001-kept_lists.csv", newline="") as file:
+    with open(out / "epoch-0001-kept.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     past = RecordedRun(run)
     keep = np.unpackbits(past.selection(past.segment(4).kept).keep, count=1438, bitorder="little").astype(bool)
@@ -240,7 +240,7 @@ def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_
     for one in told["classes"]:
         of = past.index.labels == one["label"]
         assert one["kept"] == keep[of].sum() and one["rate"] == pytest.approx(keep[of].mean())
-    assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept_lists.csv").is_file(), "the newest"
+    assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept.csv").is_file(), "the newest"
     assert main(["kept", str(run), "--epoch", "9"]) != 0 and "--epoch 9" in capsys.readouterr().err
 
 

@@ -69,9 +69,9 @@ def shipped(directory: Path) -> Path:
 
 FOLLOWED = """
 import json, sys, time
-from trainer import shipper
-from trainer.sections import Tracking
-from trainer.journal import Journal
+from trainer.tracking import shipper
+from trainer.config.schema import Tracking
+from trainer.journal.writer import Journal
 journal = Journal(sys.argv[1])
 journal.write("start", **json.loads(sys.argv[2]))
 process = shipper.start(sys.argv[1], Tracking(), every=0.2, linger=20).process
