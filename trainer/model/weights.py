@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.config.errors import ConfigError
 from trainer.config.schema import ModelConfig
-from trainer.storage.disk import Disk
+from trainer.storage.disk import atomic_write
 from trainer.storage.safetensors_stream import pieces
 
 PREFIXES = ("module.", "_orig_mod.", "vit.")  # DDP and DeepSpeed, torch.compile, SparseViT
@@ -148,15 +148,8 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors under timm's names, with `metadata` in the header; after a crash the file is whole, or what it was before."""
-    path, disk = Path(path), Disk()
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        disk.write(temporary, pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
-        disk.rename(temporary, path)
-        disk.sync(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        file.writelines(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

@@ -7,15 +7,13 @@ overwrite each other's, and a file that was touched no longer has its name. An I
 
 from __future__ import annotations
 
-import io
-import os
 from pathlib import Path
 
 import numpy as np
 
 from sparsity.examples.curriculum import selection_hash
 from sparsity.types import Selection
-from trainer.storage.disk import Disk
+from trainer.storage.disk import atomic_write
 
 FOLDER = "kept"
 
@@ -34,16 +32,9 @@ def write(run: Path | str, selection: Selection) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
     weight = {} if selection.weight is None else {"weight": selection.weight}
-    np.savez_compressed(content, allow_pickle=False, keep=selection.keep, **weight)
-    partial, disk = path.with_name(f".{path.name}.{os.getpid()}"), Disk()
-    try:
-        disk.write(partial, [content.getbuffer()])
-        disk.rename(partial, path)
-        disk.sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        np.savez_compressed(file, allow_pickle=False, keep=selection.keep, **weight)
     return path
 
 

@@ -9,11 +9,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 CHUNK = 16 << 20  # bytes handed to the system at once
+WRITING = ".writing-"  # how the name of a file begins that `atomic_write` has not finished
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that appears as `path` when the block ends: after a crash it is whole, or what was there before. An error in the block,
+    or an OSError here, leaves what was there. Several processes may write the same path, the last one wins."""
+    path, disk = Path(path), Disk()
+    partial = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        disk.rename(partial, path)
+        disk.sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 class Content(NamedTuple):

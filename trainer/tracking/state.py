@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from trainer.storage.disk import atomic_write
 
 STATE = "mlflow.json"
 
@@ -46,6 +47,5 @@ class SyncState:
             return cls()
 
     def save(self, directory: Path) -> None:
-        fresh = directory / f".{STATE}"
-        fresh.write_text(json.dumps(asdict(self)))
-        os.replace(fresh, directory / STATE)
+        with atomic_write(directory / STATE) as file:
+            file.write(json.dumps(asdict(self)).encode())

@@ -198,16 +198,18 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_no_finished_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src, out, fsync = source(tmp_path, "folders"), tmp_path / "out", os.fsync
-    calls: list[int] = []
+    disk: list[str] = ["full"]
 
     def full(file: int) -> None:
-        calls.append(file)
-        if len(calls) == 2:
+        if disk and "train-000001.tar" in os.readlink(f"/proc/self/fd/{file}"):
             raise OSError(28, "No space left on device")
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"No space left.*run the same command again"):
         pack(str(src), out, shard_size=5000, workers=1, progress=False)
-    assert (out / "train-000000.tar").is_file() and not list(out.glob(".*.tar.partial"))
+    assert (out / "train-000000.tar").is_file() and not list(out.glob(".writing-*"))
+    disk.clear()
+    (out / ".writing-train-000001.tar.4711").write_bytes(b"of a pack that was killed")
     assert len(pack(str(src), out, shard_size=5000, workers=1, progress=False)["train"]) == 12
+    assert not list(out.glob(".writing-*"))

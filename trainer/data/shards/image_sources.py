@@ -16,6 +16,7 @@ from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.shards.label_file import label_table
 from trainer.data.shards.tar import IMAGES, members
+from trainer.storage.disk import atomic_write
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _OPENERS = {".xz": lzma.LZMAFile, ".gz": GzipFile, ".tgz": GzipFile, ".bz2": BZ2File}
@@ -138,13 +139,11 @@ def _plain(path: Path, scratch: Path) -> Path:
         return path
     target = scratch / f".{path.name}.{path.stat().st_size}.unpacked"
     if not target.is_file():
-        partial = target.with_suffix(".partial")
         try:
-            with opener(path, "rb") as source, open(partial, "wb") as file:
+            with opener(path, "rb") as source, atomic_write(target) as file:
                 shutil.copyfileobj(source, file, 1 << 22)
         except (EOFError, lzma.LZMAError) as error:
             raise DataError(f"pack {path}: can't be unpacked: {error}; is the download complete?") from error
-        partial.rename(target)
     return target
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.data.shards.class_names import read_classes
 from trainer.data.shards.image_sources import SourceImage, images
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.labels import class_numbers
+from trainer.storage.disk import WRITING, atomic_write
 
 
 def pack(
@@ -83,6 +83,8 @@ def pack(
                 pool.shutdown(cancel_futures=True)
                 raise
         indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
+        for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # of a pack that was killed
+            left.unlink()
     for left in dst.glob(".*.unpacked"):
         left.unlink()
     return indexes
@@ -107,9 +109,8 @@ def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
     known = read_classes(listed.read_bytes(), str(listed)) if listed.is_file() else None
     number, classes = class_numbers(texts, "key" if labels is None else "file", known, f"pack into {dst}")
     if known is None:
-        partial = listed.with_suffix(".partial")
-        partial.write_text("".join(f"{c}\n" for c in classes), encoding="utf-8", newline="\n")
-        partial.rename(listed)
+        with atomic_write(listed) as file:
+            file.write("".join(f"{c}\n" for c in classes).encode())
     return number
 
 
@@ -128,27 +129,22 @@ def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], setting
             f"folder, or remove {dst}/{split}-*.tar"
         )
     if there != plan:
-        file.write_text(json.dumps(plan))
+        with atomic_write(file) as written:
+            written.write(json.dumps(plan).encode())
 
 
 def _write(path: Path, part: list[SourceImage], number: dict[str, int], short_side: int | None, quality: int | None) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
-                for image in part:
-                    data, extension = image.read(), image.extension
-                    if len(data) != image.length:
-                        raise DataError(f"pack: {image.path} got shorter while packing")
-                    if short_side is not None or quality is not None:
-                        data, extension = _smaller(data, extension, short_side, quality or 90)
-                    tar.write({"__key__": image.key, extension: data, "cls": str(number[image.label]).encode()})
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+            for image in part:
+                data, extension = image.read(), image.extension
+                if len(data) != image.length:
+                    raise DataError(f"pack: {image.path} got shorter while packing")
+                if short_side is not None or quality is not None:
+                    data, extension = _smaller(data, extension, short_side, quality or 90)
+                tar.write({"__key__": image.key, extension: data, "cls": str(number[image.label]).encode()})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(f"pack: writing {path}: {error}; finished shards stay, run the same command again") from error
-    partial.rename(path)
 
 
 def _smaller(data: bytes, extension: str, short_side: int | None, quality: int) -> tuple[bytes, str]:

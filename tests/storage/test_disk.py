@@ -1,0 +1,43 @@
+"""A file that is written in place of another: whole, or what was there before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.storage.disk import atomic_write
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    with atomic_write(path) as file:
+        file.write(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no folder" / "x"):
+        raise AssertionError("the block must not run")
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the first sync a crash may leave an empty file under the name, without the last one the old file."""
+    calls: list[str] = []
+
+    def heard(name: str) -> None:
+        true = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name if name != "fsync" else f"fsync {os.path.basename(os.readlink(f'/proc/self/fd/{arguments[0]}'))}")
+            return true(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    heard("fsync")
+    heard("replace")
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert calls == [f"fsync .writing-a.{os.getpid()}", "replace", f"fsync {tmp_path.name}"]
