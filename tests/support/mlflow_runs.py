@@ -67,25 +67,9 @@ def shipped(directory: Path) -> Path:
     return directory
 
 
-FOLLOWED = """
-import json, sys, time
-from trainer.tracking import shipper
-from trainer.config.schema import Tracking
-from trainer.journal.writer import Journal
-journal = Journal(sys.argv[1])
-journal.write("start", **json.loads(sys.argv[2]))
-process = shipper.start(sys.argv[1], Tracking(), every=0.2, linger=20).process
-for step in range(1, 400):
-    journal.write("step", epoch=0, batch=step, step=step, loss=1 / (1 + step))
-    time.sleep(0.002)
-print(process.pid, flush=True)
-time.sleep(60)
-"""
-
-
 def followed(directory: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
     """A training of its own process; tells the shipper's process id when it has written 399 steps, then stays."""
-    code = [sys.executable, "-c", FOLLOWED, str(directory), json.dumps(start_line(uri))]
+    code = [sys.executable, "-m", "tests.support.jobs.shipped_run", str(directory), json.dumps(start_line(uri))]
     return subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
 
 
