@@ -148,7 +148,7 @@ def test_bodies_of_unknown_size_stay_below_the_limits(web: Web, tmp_path: Path, 
     ):
         build_index(f"{web.url}/train-{{0000..0000}}.tar", progress=False, cache=Cache(tmp_path / "c", 16 << 20))
     assert len(sent) < 40 and not list((tmp_path / "c").rglob("*.part"))
-    monkeypatch.setattr(location, "_LONGEST_LIST", 1000)
+    monkeypatch.setattr(location, "LARGEST_FILE", 1000)
     with pytest.raises(DataError, match=r"classes.txt has more than 1000 bytes"):
         location.locate_shards(f"{web.url}/train-{{0000..0000}}.tar").classes()
 
