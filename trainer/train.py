@@ -94,7 +94,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
             recorder.epoch(state, selection, order, len(index))
 
             engine.model.train()
-            for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch)):
+            for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch), stopping):
                 recorder.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
                 plan, lr = plan_at(progress, config), learning_rate(progress, config)
@@ -161,12 +161,13 @@ def _micro_batches(
         yield Batch(*fields, broken=batch.broken), start + size >= rows
 
 
-def _timed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds it was waited for."""
+def _timed(batches: Iterable[Batch], stopping: Stop) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for; after a request to stop the wait is bounded."""
     iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        batch = next(iterator, None)
+        with stopping.waiting_for_data():
+            batch = next(iterator, None)
         if batch is None:
             return
         yield batch, time.perf_counter() - started

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.cli.test_refusals import RECIPE as DENSE
-from tests.conftest import lines
+from tests.conftest import environment, lines, wait_for
 from tests.support import images
 from tests.support.http_server import serving
 from trainer.__main__ import main
@@ -74,6 +78,29 @@ def test_two_processes_over_http_with_faults_train_as_over_files(
         assert not any(web.faults.values()), "all faults were met"
         assert web.gets["train-000004.tar"] == 1, "once for both processes"
     same(tmp_path / "runs/job", local)
+
+
+def test_sigterm_ends_a_run_whose_server_trickles(digits: Path, tmp_path: Path) -> None:
+    with serving(digits) as web:
+        path, indexes = recipe(tmp_path, digits, web.url), str(tmp_path / "indexes")
+        for split in ("train", "validation"):
+            assert (
+                main(["index", f"{web.url}/{braces(digits, split)}", "--index", indexes, "--cache", str(tmp_path / "once")])
+                == 0
+            )
+        web.gets.clear()
+        web.faults = {path.name: ["trickle"] * 9 for path in digits.glob("train-*.tar")}
+        settings = [f"data.index={indexes}", f"data.cache={tmp_path / 'cache'}", "data.cache_size=0.1", "data.workers=1"]
+        command = [sys.executable, "-m", "trainer", "train", str(path), f"runs={tmp_path / 'runs'}", *settings]
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            wait_for(lambda: web.gets, 200)
+            time.sleep(5)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 2
+            assert process.stderr is not None and "no batch arrived within 20 s after" in process.stderr.read()
+        finally:
+            process.kill()
 
 
 @pytest.fixture

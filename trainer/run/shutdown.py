@@ -10,12 +10,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 
+from trainer.data.errors import StorageUnavailable
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK = 1.0  # seconds between two looks at the launcher
+DATA_GRACE = 20.0  # seconds that a run that was asked to stop waits for a batch; schedulers kill after 30 or more
 STARTED_BY = (
     "TORCHELASTIC_RUN_ID",
     "ACCELERATE_MIXED_PRECISION",
@@ -27,13 +32,40 @@ class Stop:
     """Asked for once, never taken back. No lock, as an Event has: a signal's handler that interrupts `request` would wait for itself."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._waiting = False
 
     def request(self) -> None:
         self._asked = True
+        self._limit()
 
     def requested(self) -> bool:
         return self._asked
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the wait for a batch. Raises StorageUnavailable where none comes within DATA_GRACE seconds of the request: ranks
+        agree to stop in a step, and a step needs a batch."""
+        self._waiting = True
+        self._limit()
+        try:
+            yield
+        finally:
+            self._waiting = False
+            if self._asked and threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _limit(self) -> None:
+        """Start the clock: the alarm interrupts whatever the main thread waits in."""
+        if self._asked and self._waiting and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, self._late)
+            signal.setitimer(signal.ITIMER_REAL, DATA_GRACE)
+
+    def _late(self, _number: int, _frame: Any) -> None:
+        if self._waiting:
+            raise StorageUnavailable(
+                f"no batch arrived within {DATA_GRACE:g} s after the run was asked to stop: it ends without a checkpoint of its last "
+                "steps; --resume continues from the newest checkpoint"
+            )
 
 
 def install_handlers() -> Stop:

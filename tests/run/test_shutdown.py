@@ -1,0 +1,52 @@
+"""A run that is asked to stop ends, even while no batch arrives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from trainer.data.errors import StorageUnavailable
+from trainer.run import shutdown
+from trainer.run.shutdown import Stop, install_handlers
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stop]:
+    numbers = (*shutdown.SIGNALS, signal.SIGALRM)
+    before, left = [signal.getsignal(n) for n in numbers], signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's
+    monkeypatch.setattr(shutdown, "DATA_GRACE", 0.3)
+    yield install_handlers()
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    signal.setitimer(signal.ITIMER_REAL, *left)
+
+
+@pytest.mark.parametrize("when", ["before the wait", "in the wait"])
+def test_a_wait_for_data_ends_after_a_signal(stop: Stop, when: str) -> None:
+    """Neither a lock nor a sleep of the main thread holds it."""
+    if when == "before the wait":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable, match=r"no batch arrived within 0.3 s after .* --resume"), stop.waiting_for_data():
+        threading.Event().wait(20)
+    assert stop.requested() and 0.25 < time.monotonic() - began < 5
+
+
+def test_a_batch_in_time_stops_the_clock(stop: Stop) -> None:
+    with stop.waiting_for_data():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert stop.requested() and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_wait_without_a_signal_has_no_limit(stop: Stop) -> None:
+    with stop.waiting_for_data():
+        time.sleep(0.5)
