@@ -156,6 +156,7 @@ def block(name: str, kind: bytes, data: bytes, size: bytes | None = None) -> byt
         (block("p", b"x", b"0 path=a.jpg\n"), "no tar header at byte 0"),  # would be read for ever
         (block("p", b"x", b"99 path=a.jpg\n"), "no tar header at byte 0"),
         (block("p", b"x", b"13 size=-999\n"), "no tar header at byte 1024"),
+        (block("p", b"x", b"5011 size=" + b"9" * 5000 + b"\n"), "no tar header at byte 5632"),  # Python's int() refuses it too
         (block("p", b"L", b"", b"77777777777\0"), "truncated inside 'p'"),
         (block("b.jpg", b"0", b"", b"-7777777777\0"), "no tar header at byte 0"),  # would go backwards
         (block("b.jpg", b"0", b"", b"\xff" * 12), "no tar header at byte 0"),

@@ -1,12 +1,15 @@
 """A plain tar as it lies on the disk: its files and where their bytes are. Any writer's: ustar, GNU long names, pax.
 
 What a header says is not believed: lengths stay inside the file, and what can't be read by its place alone (links, sparse files,
-compression) is refused with the way out.
+compression) is refused with the remedy. `tarfile` reads the header blocks; we walk over them ourselves, because `TarFile` ends
+silently at a damaged header, reads names and pax records of any length into memory, and takes broken pax records (Python 3.11.7).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +20,8 @@ IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "t
 _BLOCK = 512
 _LONGEST_NAME = 1 << 20  # bytes of a long name or of pax records
 _BEHIND = 1 << 16  # bytes behind the end mark that are looked at: tars joined by cat would lose all but the first
-_FILES = b"0\x007"
-_ELSEWHERE = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # of the next member
+_LINKS = {tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -41,41 +44,42 @@ def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterat
         stop = os.fstat(descriptor).st_size if stop is None else stop
         at, pax, name = start, {}, ""
         while True:
-            header = os.pread(descriptor, _BLOCK, at)
-            if len(header) < _BLOCK or at + _BLOCK > stop:
+            block = os.pread(descriptor, _BLOCK, at)
+            if len(block) < _BLOCK or at + _BLOCK > stop:
                 raise DataError(f"shard {path}: truncated, it ends at byte {stop} without an end mark; copy or pack it again")
-            if not any(header):
+            if not any(block):
                 rest = os.pread(descriptor, min(_BEHIND, stop - at), at)
-                if any(rest[block + 257 : block + 262] == b"ustar" for block in range(0, len(rest), _BLOCK)):
+                if any(rest[begin + 257 : begin + 262] == b"ustar" for begin in range(0, len(rest), _BLOCK)):
                     raise DataError(
                         f"shard {path}: another tar follows behind its end mark at byte {at}; join tars with tar -A"
                     )
                 return
-            length, kind = _check(path, header, at), header[156:157]
-            if kind not in b"xgLK" and "size" in pax:
+            header = _header(path, block, at)
+            kind, length = header.type, header.size
+            if kind not in _EXTENSIONS and "size" in pax:
                 length = _whole(path, pax["size"], at)
             offset = at + _BLOCK
             if offset + length > stop:
                 raise DataError(
-                    f"shard {path}: truncated inside {_text(header[:100])!r}, which ends at byte {offset + length} of {stop}; "
+                    f"shard {path}: truncated inside {header.name!r}, which ends at byte {offset + length} of {stop}; "
                     "copy or pack it again"
                 )
-            if kind in b"xL" and length > _LONGEST_NAME:
+            if kind in _EXTENSIONS and length > _LONGEST_NAME:
                 raise _damaged(path, at)
-            if kind == b"L":
+            if kind == tarfile.GNUTYPE_LONGNAME:
                 name = _text(os.pread(descriptor, length, offset))
-            elif kind == b"x":
+            elif kind == tarfile.XHDTYPE:
                 pax = _pax(path, os.pread(descriptor, length, offset), at)
-            elif kind not in b"gK":
-                name = pax.get("path") or name or _name(header)
-                sparse = any(key.startswith("GNU.sparse.") for key in pax)
-                if (sparse or kind in _ELSEWHERE) and name.rpartition(".")[2].lower() in IMAGES:
-                    what = "a sparse file" if sparse else _ELSEWHERE[kind]
+            elif kind not in _EXTENSIONS:
+                name = pax.get("path") or name or header.name
+                sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax)
+                elsewhere = "a sparse file" if sparse else _LINKS.get(kind)
+                if elsewhere and name.rpartition(".")[2].lower() in IMAGES:
                     raise DataError(
-                        f"shard {path}: {pax.get('GNU.sparse.name', name)!r} is {what}, its bytes are not in their place; make the "
-                        "tar again with --dereference --hard-dereference, without --sparse"
+                        f"shard {path}: {pax.get('GNU.sparse.name', name)!r} is {elsewhere}, its bytes are not in their place; make "
+                        "the tar again with --dereference --hard-dereference, without --sparse"
                     )
-                if kind in _FILES and not sparse:
+                if header.isreg() and not sparse:
                     yield Member(name, offset, length)
                 name, pax = "", {}
             at = offset + -(-length // _BLOCK) * _BLOCK
@@ -86,25 +90,18 @@ def read(path: str | Path, member: Member) -> bytes:
         return os.pread(file.fileno(), member.length, member.offset)
 
 
-def _check(path: str | Path, header: bytes, at: int) -> int:
-    """Length of a member, its header's checksum held against its bytes."""
-    try:
-        stored = int(_text(header[148:156]).strip() or "x", 8)
-        if stored != sum(header[:148]) + 256 + sum(header[156:]):
-            raise ValueError
-        if header[124] == 0x80:  # a number too long for octal digits
-            return int.from_bytes(header[125:136], "big")
-        length = int(_text(header[124:136]).strip() or "0", 8)
-        if length < 0:
-            raise ValueError
-        return length
-    except ValueError:
-        packed = _COMPRESSED.get(header[:2]) if at == 0 else None
-        if packed:
-            raise DataError(
-                f"shard {path}: no tar header at byte 0; it is {packed} compressed; examples are read by their place, so unpack it"
-            ) from None
-        raise _damaged(path, at) from None
+def _header(path: str | Path, block: bytes, at: int) -> tarfile.TarInfo:
+    """What a header block says, its checksum held against its bytes."""
+    with contextlib.suppress(tarfile.HeaderError):
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if header.size >= 0:
+            return header
+    packed = _COMPRESSED.get(block[:2]) if at == 0 else None
+    if packed:
+        raise DataError(
+            f"shard {path}: no tar header at byte 0; it is {packed} compressed; examples are read by their place, so unpack it"
+        )
+    raise _damaged(path, at)
 
 
 def _damaged(path: str | Path, at: int) -> DataError:
@@ -112,14 +109,9 @@ def _damaged(path: str | Path, at: int) -> DataError:
 
 
 def _whole(path: str | Path, text: str, at: int) -> int:
-    if not text.isascii() or not text.isdecimal():
+    if not text.isascii() or not text.isdecimal() or len(text) > 20:  # 2^64 has 20 digits
         raise _damaged(path, at)
     return int(text)
-
-
-def _name(header: bytes) -> str:
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
 def _text(field: bytes) -> str:
