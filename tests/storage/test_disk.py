@@ -41,3 +41,11 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: 
     with atomic_write(tmp_path / "a") as file:
         file.write(b"new")
     assert calls == [f"fsync .writing-a.{os.getpid()}", "replace", f"fsync {tmp_path.name}"]
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"kept")
+    (tmp_path / f".writing-a.{os.getpid()}").symlink_to(tmp_path / "precious")
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "precious").read_bytes() == b"kept" and (tmp_path / "a").read_bytes() == b"new"

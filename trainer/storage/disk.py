@@ -24,7 +24,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path, disk = Path(path), Disk()
     partial = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # follows no link that someone put there
             yield file
             file.flush()
             os.fsync(file.fileno())
