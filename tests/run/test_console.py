@@ -1,4 +1,4 @@
-"""The console: a live line on a terminal, plain lines elsewhere, nothing on other ranks, a time left that follows the pace."""
+"""The console: a live line on a terminal, plain lines elsewhere, a time left that follows the pace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.journals import lines
 from trainer.analysis.units import duration
-from trainer.run.console import Console, EtaClock
+from trainer.run.console import Console
 
 
 def told(console: Console) -> int:
@@ -74,29 +74,21 @@ def test_the_live_line_has_the_wanted_facts_at_any_width(monkeypatch: pytest.Mon
     assert all(fact in last for fact in ("epoch 4.0/4", "left", "loss 0.460", "100 im", "wait 10 %", seen)), last
 
 
-def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]):
-    console = Console("tri", 4, show=False)
-    told(console)
-    console.message("x")
-    console.close()
-    assert capsys.readouterr() == ("", "")
-
-
 def test_facts_that_are_missing_are_not_shown():
     out = io.StringIO()
     Console("tri", 4, file=out).step(progress=1.0, loss=float("nan"))
     assert out.getvalue() == "tri  epoch 1.0/4  loss nan\n"
 
 
-def test_time_left_follows_the_pace_of_now():
-    clock = EtaClock(half_life=10)
-    assert clock.left(0.0, 10, now=0.0) is None
-    assert clock.left(1.0, 10, now=100.0) == pytest.approx(900)
-    assert clock.left(1.0, 10, now=130.0) == pytest.approx(900)  # no progress: no news
-    for epoch in range(2, 6):  # epochs became shorter
-        left = clock.left(epoch, 10, now=100 + 30.0 * epoch)
-    assert left == pytest.approx(150, rel=0.1)
-    assert clock.left(11.0, 10, now=500.0) == 0.0
+def test_time_left_follows_the_pace_of_the_last_minutes():
+    out, now = io.StringIO(), 0.0
+    with Console("tri", 100, file=out, get_time=lambda: now) as console:
+        for epoch in range(1, 31):
+            now += 100 if epoch <= 10 else 30  # epochs became shorter
+            console.step(progress=float(epoch))
+        console.step(progress=101.0)
+    shown = out.getvalue().splitlines()
+    assert "left" not in shown[0] and "2:30:00 left" in shown[9] and "35:00 left" in shown[29] and "0:00 left" in shown[30]
 
 
 def test_duration():

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from trainer.analysis.units import duration
 
-WIDE = 120  # columns from which on there is room for a bar
+WIDE = 120  # columns of a terminal from which on a bar is drawn
+PACE = 600.0  # seconds that the time left is estimated from: dropping makes epochs shorter, the whole run would mislead
 
 
 class Console:
-    """Shows the facts of step, epoch and eval lines as the journal has them. On ranks other than 0: `show=False`, says nothing.
+    """Shows the facts of step, epoch and eval lines as the journal has them.
 
-    `until`: the progress (in epochs) at which the run ends; `start`: the progress it goes on from.
+    `until`: the progress (in epochs) at which the run ends; `start`: the progress it continues from. get_time: seconds (for tests).
     """
 
     def __init__(
@@ -27,30 +28,31 @@ class Console:
         until: float,
         *,
         start: float = 0.0,
-        show: bool = True,
         file: TextIO | None = None,
         terminal: bool | None = None,
+        get_time: Callable[[], float] | None = None,
     ):
-        self._name, self._until, self._show = name, until, show
+        self._name, self._until = name, until
         self._facts: dict[str, Any] = {}
-        self._clock = EtaClock()
         self._terminal = Terminal(file=file or sys.stdout, force_terminal=terminal, highlight=False)
-        self._live: Progress | None = None
-        self._bar = False
-        self._task = TaskID(0)
-        if show and self._terminal.is_terminal:
-            self._bar = self._terminal.width >= WIDE
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            )
-            self._live = Progress(
-                *(columns if self._bar else columns[::2]), console=self._terminal, refresh_per_second=4, expand=False
-            )
-            self._task = self._live.add_task(name, total=until, said="starting")
-            self._live.update(self._task, completed=start)
-            self._live.start()
+        self._is_live = self._terminal.is_terminal
+        self._has_bar = self._terminal.width >= WIDE
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        )
+        self._progress = Progress(
+            *(columns if self._has_bar else columns[::2]),
+            console=self._terminal,
+            refresh_per_second=4,
+            speed_estimate_period=PACE,
+            get_time=get_time,
+            disable=not self._is_live,
+        )
+        self._task = self._progress.add_task(name, total=until, said="starting")
+        self._progress.update(self._task, completed=start)
+        self._progress.start()
 
     def epoch(self, **facts: Any) -> None:
         """What the epoch shows: kept, examples."""
@@ -64,17 +66,18 @@ class Console:
         """One log step: progress, loss, images_per_second, data_wait, keep_tokens, keep_connections; shown where given."""
         self._facts |= facts
         progress = float(self._facts.get("progress", 0.0))
-        left = self._clock.left(progress, self._until)
+        self._progress.update(self._task, completed=min(progress, self._until))
+        left = self._progress.tasks[0].time_remaining  # None before two steps
         said = described(self._facts, self._until, left)
-        if self._live:
+        if self._is_live:
             name, width = self._name, self._terminal.width
-            if len(name) + len(said) + (18 if self._bar else 1) > width:
+            if len(name) + len(said) + (18 if self._has_bar else 1) > width:
                 said = described(self._facts, self._until, left, short=True)
                 wanted = described(self._facts | {"top1": None, "top1_ema": None}, self._until, left, short=True)
                 name = name if len(name) + len(wanted) < width else ""
                 room = width - len(name) - 1
                 said = said if len(said) <= room else f"{said[: room - 1]}…"
-            self._live.update(self._task, completed=min(progress, self._until), said=said, description=name)
+            self._progress.update(self._task, said=said, description=name)
         else:
             self._say(f"{self._name}  {said}")
 
@@ -85,17 +88,14 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        if self._live:
-            self._live.console.print(text, markup=False, soft_wrap=True)
+        if self._is_live:
+            self._terminal.print(text, markup=False, soft_wrap=True)
         else:
             self._say(text)
 
     def close(self) -> None:
         """Leave the last state of the live line on the terminal. May be called twice."""
-        if self._live:
-            self._live.stop()
-            self._live = None
-            self._show = False
+        self._progress.stop()
 
     def __enter__(self) -> Console:
         return self
@@ -104,29 +104,7 @@ class Console:
         self.close()
 
     def _say(self, text: str) -> None:
-        if self._show:
-            print(text, file=self._terminal.file, flush=True)
-
-
-class EtaClock:
-    """Time left, from the pace of the last minutes: dropping makes epochs shorter, the mean of the whole run would mislead."""
-
-    def __init__(self, half_life: float = 60.0):
-        self._half_life = half_life
-        self._last: tuple[float, float] | None = None  # (progress, seconds)
-        self._pace: float | None = None  # seconds per epoch
-
-    def left(self, progress: float, until: float, now: float | None = None) -> float | None:
-        """Seconds until `until`, None before two calls."""
-        now = time.monotonic() if now is None else now
-        if self._last is not None and progress > self._last[0]:
-            seconds = now - self._last[1]
-            pace = seconds / (progress - self._last[0])
-            fresh = 1 - 0.5 ** (seconds / self._half_life)
-            self._pace = pace if self._pace is None else self._pace + fresh * (pace - self._pace)
-        if self._last is None or progress != self._last[0]:
-            self._last = (progress, now)
-        return None if self._pace is None else max(0.0, until - progress) * self._pace
+        print(text, file=self._terminal.file, flush=True)
 
 
 def described(facts: dict[str, Any], until: float, left: float | None, short: bool = False) -> str:
