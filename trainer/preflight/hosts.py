@@ -6,7 +6,7 @@ host, then gloo and NCCL connect any pair: each host listens once, and all other
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import json
 import os
 import re
@@ -17,14 +17,14 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trainer.preflight import host_probe
 from trainer.preflight.installation import Finding
+from trainer.run.directory import LIBRARIES
 from trainer.storage.source_tree import SOURCE_ROOT
 
-LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "numpy", "webdataset", "mlflow")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 PATIENCE = 60.0  # seconds for all that a host is asked
 PEERS = 64  # others that a host tries to reach: all in files of up to 65 hosts, then those behind it in the file, and the first
@@ -32,48 +32,6 @@ SHOWN = 8  # pairs that are named
 CLOCKS = 2.0  # seconds that clocks may differ
 HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `launch hosts` passes them on
-# runs on the other host by nothing but its Python: prints one line of JSON
-QUESTION = """
-import concurrent.futures, hashlib, importlib.metadata, importlib.util, json, os, pathlib, shutil, socket, subprocess, sys, time
-asked = json.loads({asked!r})
-about = {{"time": time.time(), "python": sys.version.split()[0], "versions": {{}}}}
-for name in asked["libraries"]:
-    try:
-        about["versions"][name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        about["versions"][name] = "absent"
-found = importlib.util.find_spec("trainer")
-about["code"] = ""
-if found and found.origin:
-    home, digest = pathlib.Path(found.origin).parent, hashlib.blake2b(digest_size=8)
-    for path in sorted(home.rglob("*.py")):
-        digest.update(str(path.relative_to(home)).encode() + path.read_bytes())
-    about["code"] = digest.hexdigest()
-about["sees"] = os.path.exists(asked["token"])
-about["gpus"] = 0
-if shutil.which("nvidia-smi"):
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    about["gpus"] = sum(line.startswith("GPU ") for line in listed.splitlines())
-about["without"] = [name for name in asked["interfaces"] if name not in [own for _, own in socket.if_nameindex()]]
-about["meets"] = ""
-if not about["gpus"] and not asked["interfaces"]:
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-        socket.socket().bind((address, 0))
-        if address.startswith("127.") and not socket.gethostbyname(asked["first"]).startswith("127."):
-            about["meets"] = socket.gethostname() + " is " + address + " there"
-    except OSError:
-        about["meets"] = socket.gethostname() + " is no address of its own there"
-def knock(door):
-    try:
-        socket.create_connection((door[0].rpartition("@")[2], door[1]), 5).close()
-    except OSError as error:
-        return door[0], str(error)
-with concurrent.futures.ThreadPoolExecutor(32) as pool:
-    about["shut"] = [found for found in pool.map(knock, asked["doors"]) if found]
-about["ended"] = time.time()
-print(json.dumps(about))
-"""
 # runs on every host: a door that the others knock at, until we hang up
 DOOR = """
 import select, socket, sys
@@ -138,7 +96,7 @@ def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, An
     try:
         done = subprocess.run(
             [*ssh, host, f"{_python()} -"],
-            input=QUESTION.format(asked=json.dumps(asked)),
+            input=f"{inspect.getsource(host_probe)}\nimport json\nprint(json.dumps(probe(json.loads({json.dumps(asked)!r}))))\n",
             capture_output=True,
             text=True,
             check=False,
@@ -192,13 +150,13 @@ def _line(host: str, about: dict[str, Any]) -> Finding:
     if "error" in about:
         return Finding(host, "fail", about["error"], about["remedy"])
     wrong: list[tuple[str, str]] = []
-    ours = {name: _version(name) for name in LIBRARIES}
+    ours = {name: host_probe.version(name) for name in LIBRARIES}
     other = [f"{name} {v} (here {ours[name]})" for name, v in about["versions"].items() if v != ours[name]]
     if other:
         wrong.append((f"other libraries: {', '.join(other)}", "the same environment on every host"))
     if not about["code"]:
         wrong.append(("the package trainer is not found", "install it there, or put it on PYTHONPATH"))
-    elif about["code"] != _code():
+    elif about["code"] != host_probe.code_hash(SOURCE_ROOT / "trainer"):
         wrong.append(("other code than here", "the same version on every host"))
     off = max(about["ended"] - about["after"], about["before"] - about["time"])  # above 0: outside what the round trip explains
     if off > CLOCKS:
@@ -234,17 +192,3 @@ def _python() -> str:
     """Ours, with the path that `launch hosts` passes on."""
     path = os.environ.get("PYTHONPATH")
     return f"{f'env PYTHONPATH={shlex.quote(path)} ' if path else ''}{shlex.quote(sys.executable)}"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _code() -> str:
-    home, digest = SOURCE_ROOT / "trainer", hashlib.blake2b(digest_size=8)
-    for path in sorted(home.rglob("*.py")):
-        digest.update(str(path.relative_to(home)).encode() + path.read_bytes())
-    return digest.hexdigest()
