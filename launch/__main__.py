@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,13 +17,16 @@ from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import free_port, random_port, this_machine
 from launch.processes import run_on_hosts, start, submit
-from launch.rank_logs import ensure_folder
+from launch.rank_logs import ensure_folder, forgive_standard_streams, open_standard_streams
 
 
 def main(words: list[str] | None = None) -> int:
     """Exit code: 0 finished, 75 stopped with a checkpoint, 2 refused, 128 + n ended by signal n, else the trainer's."""
+    open_standard_streams()
     try:
         arguments = parse(sys.argv[1:] if words is None else words)
+        if words is None and not arguments.dry_run:
+            forgive_standard_streams()
         if arguments.command == "sweep":
             return _sweep(arguments)
         job = Job(arguments.config, tuple(arguments.overrides), arguments.resume)
@@ -110,7 +114,8 @@ def _request(a: argparse.Namespace) -> slurm.SlurmRequest:
 
 def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
     if a.dry_run:
-        print("".join(f"# {command.text()}\n" for command in checks) + script, end="")
+        first, rest = script.split("\n", 1)  # #!/bin/bash
+        print("\n".join([first, *(_comment(command.text()) for command in checks), rest]), end="")
         return 0
     if shutil.which("sbatch") is None:
         raise LaunchError("sbatch not found: run this on a login node, or use --dry-run to see the script")
@@ -119,6 +124,11 @@ def _submit(checks: list[Command], script: str, a: argparse.Namespace) -> int:
     if a.output and "%" not in (folder := str(Path(a.output).parent)):  # a job whose output has no folder fails without a word
         ensure_folder(Path(folder), f"--output {a.output}")
     return submit(script)
+
+
+def _comment(text: str) -> str:
+    """Every line of it behind a #: a word may hold a newline."""
+    return "\n".join(f"# {line}" for line in re.split(r"[\r\n]", text))
 
 
 def _sweep(a: argparse.Namespace) -> int:

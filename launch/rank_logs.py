@@ -7,15 +7,53 @@ another rank's prefix stands in the middle of a line.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TextIO, cast
 
 from launch.job import LaunchError
 
 RANK = re.compile(rb"\x1e(?=\[rank (\d+)\] )")  # `job.PREFIX`, filled in
+
+
+class Forgiving:
+    """A text stream that swallows OSError: lines that a closed terminal or a full disk does not take are left out."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def open_standard_streams() -> None:
+    """The first thing that the launcher does: descriptors 0 to 2 that the shell closed (`>&-`) become /dev/null, in its processes too."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open as long as the process lives)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def forgive_standard_streams() -> None:
+    """From here on no `print` raises OSError: a job goes on when the terminal that started it is gone."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Forgiving):
+            setattr(sys, name, cast(TextIO, Forgiving(stream)))
 
 
 def ensure_folder(folder: Path, asked: str) -> Path:

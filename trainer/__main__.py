@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 
 from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
+from trainer.config.errors import TrilevelError
 from trainer.config.pipes import pipes_granted
 from trainer.run.shutdown import ignore_signals
+from trainer.storage.standard_streams import OutputError, discard_output, guard_standard_streams, open_standard_streams, say
+from trainer.storage.text import printable
 
 
 def main(words: list[str] | None = None) -> int:
+    open_standard_streams()
     arguments = parse(words)
+    before = sys.stdout, sys.stderr
+    guard_standard_streams(forgive=arguments.command == "train")
     try:
         with pipes_granted(getattr(arguments, "allow_pipe", False)):
             code = int(COMMANDS[arguments.command](arguments) or 0)
@@ -22,30 +27,28 @@ def main(words: list[str] | None = None) -> int:
             ignore_signals()
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _unread():
-            return 141  # as a shell tells a SIGPIPE
-        if not _is_ours(error):
+            discard_output()
+            return 141  # what a shell reports for SIGPIPE
+        if isinstance(error, OutputError):
+            discard_output()
+        if not isinstance(error, TrilevelError):
             raise
-        print(f"trilevel: {error}", file=sys.stderr)
+        say(printable(f"trilevel: {error}"), error=True)
         return 2
+    finally:
+        if words is not None:  # a caller's streams are its own
+            sys.stdout, sys.stderr = before
 
 
 def _unread() -> bool:
-    """Whether nobody reads our output any more (`| head`), rather than a connection's other end; the rest of it then goes nowhere."""
+    """Whether standard output is a pipe whose reader has gone (`| head`), rather than a connection's other end."""
     look = select.poll()
-    look.register(sys.stdout.fileno(), 0)  # errors are always told
-    if not look.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
-def _is_ours(error: Exception) -> bool:
-    """Errors written for the user: no stack is shown for them. They all come from our own modules."""
-    return type(error).__module__.split(".")[0] in ("trainer", "sparsity")
+    look.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return bool(look.poll(0))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from trainer.analysis.comparability import IGNORED_SETTINGS, caveats, fingerprint
 from trainer.analysis.history import History, Point, history
+from trainer.config.errors import TrilevelError
 from trainer.config.run_config import flat
 
 COSTS = {  # what a score may be held against: how to read it off a point
@@ -32,7 +33,7 @@ COSTS = {  # what a score may be held against: how to read it off a point
 }
 
 
-class NothingToCompare(ValueError):
+class NothingToCompare(TrilevelError, ValueError):
     """Runs that can't be found or have no score; the text names them and the way out."""
 
 

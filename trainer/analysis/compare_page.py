@@ -15,6 +15,7 @@ from trainer.analysis.compare import Comparison, MeanInterval, final, seed
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
 from trainer.analysis.history import History
 from trainer.analysis.units import duration
+from trainer.storage.text import markdown_text, printable
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1100px;margin:2rem auto;padding:0 1rem}
@@ -82,8 +83,8 @@ def table(comparison: Comparison) -> Table:
 def markdown(comparison: Comparison) -> str:
     found = rows(comparison)
     lines = ["| " + " | ".join(found[0]) + " |", "|---" + "|---:" * (len(found[0]) - 1) + "|"]
-    lines += ["| " + " | ".join(value.replace("|", "\\|") for value in row.values()) + " |" for row in found]
-    return "\n".join([*lines, "", *(f"- {text}" for text in warnings(comparison)), ""])
+    lines += ["| " + " | ".join(markdown_text(value) for value in row.values()) + " |" for row in found]
+    return "\n".join([*lines, "", *(f"- {markdown_text(text)}" for text in warnings(comparison)), ""])
 
 
 def comma_separated(comparison: Comparison) -> str:
@@ -144,7 +145,7 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     forms = {"compare.html": page, "compare.md": markdown, "compare.csv": comma_separated}
     for name, form in forms.items():
-        (out / name).write_text(form(comparison))
+        (out / name).write_text(printable(form(comparison)))
     return [out / name for name in forms]
 
 

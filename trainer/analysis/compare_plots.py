@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 from trainer.analysis.compare import COSTS, Comparison, Group, evaluations
 from trainer.analysis.report_plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
+from trainer.storage.text import plot_text
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
 LINES = ("-", "--", ":", "-.")
@@ -35,7 +36,7 @@ def accuracy(comparison: Comparison) -> str:
         for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
             for i, run in enumerate(group.runs):
                 x, y = [read(point) / scale for point in evaluations(run)], [100 * point["top1"] for point in evaluations(run)]
-                axes.plot(x, y, line, color=color, linewidth=1.8, alpha=0.85, label=group.name if i == 0 else None)
+                axes.plot(x, y, line, color=color, linewidth=1.8, alpha=0.85, label=plot_text(group.name) if i == 0 else None)
                 axes.plot(x[-1:], y[-1:], "o", color=color, markersize=4)
         axes.set_xlabel(TITLES[cost] + unit)
         axes.set_xlim(left=0)
@@ -56,7 +57,7 @@ def throughput(comparison: Comparison) -> str:
     tops = []
     for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
         for i, run in enumerate(group.runs):
-            tops.append(draw_throughput(axes, run, scale, color, group.name if i == 0 else None, line))
+            tops.append(draw_throughput(axes, run, scale, color, plot_text(group.name) if i == 0 else None, line))
     axes.set_ylim(0, 1.15 * max(tops) or 1)
     axes.set_xlim(left=0)
     axes.set_xlabel("time at work" + unit)
@@ -81,9 +82,11 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
     colors = {group.name: color for group, (color, _) in zip(comparison.groups, _styles(comparison), strict=True)}
     for i, (group, values) in enumerate(others):
         y = [row + high * (i + 0.5) - 0.4 for row in range(len(moved))]
-        axes.barh(y, [100 * (values[c] - base[c]) for c in moved], high * 0.9, color=colors[group.name], label=group.name)
+        axes.barh(
+            y, [100 * (values[c] - base[c]) for c in moved], high * 0.9, color=colors[group.name], label=plot_text(group.name)
+        )
     names = (comparison.base.runs[0].start.get("classes") or []) if len(comparison.base.runs) else []
-    axes.set_yticks(range(len(moved)), [str(names[c]) if c < len(names) else f"class {c}" for c in moved])
+    axes.set_yticks(range(len(moved)), [plot_text(str(names[c])) if c < len(names) else f"class {c}" for c in moved])
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("accuracy of the class against the base (points)")

@@ -17,6 +17,7 @@ from trainer.data.augment.transform import Transform
 from trainer.data.loader.dataset import open_indexes
 from trainer.data.shards.reader import Reader
 from trainer.model.build import build_examples
+from trainer.storage.text import plot_text
 
 SHEET = 12  # pictures in a row
 
@@ -55,9 +56,9 @@ def contact_sheet(run: Path, config: Config, path: Path) -> Path:
                 else f"0/{level.seen[number]}"
             )
             name_of = index.classes[label] if label < len(index.classes) else str(label)
-            axes.set_title(f"{name_of[:14]}  {about}", fontsize=7)
+            axes.set_title(f"{plot_text(name_of[:14])}  {about}", fontsize=7)
     note = "times forgotten / chances; never right: times right / presentations"
-    figure.suptitle(f"{run.name}, {found.name}: {note}\n", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{plot_text(run.name)}, {found.name}: {note}\n", x=0.01, ha="left", fontsize=10)
     FigureCanvasAgg(figure).print_png(path)
     return path
 

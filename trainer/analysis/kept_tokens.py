@@ -29,6 +29,7 @@ from trainer.data.errors import DataError
 from trainer.model import weights
 from trainer.model.build import build_model
 from trainer.model.schedule import last_plan
+from trainer.storage.text import plot_text
 
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
 FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white
@@ -165,7 +166,7 @@ def draw(looked: TokenView, path: Path, title: str) -> Path:
             _mark(axes, looked, [looked.token], CHOSEN)
             lines = [[_middle(looked, looked.token), _middle(looked, int(key))] for key in patches]
             axes.add_collection(LineCollection(lines, colors=SEEN, linewidths=0.7, alpha=0.8))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(plot_text(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     FigureCanvasAgg(figure).print_png(path)
     return path
 

@@ -14,6 +14,7 @@ from trainer.analysis.history import History, history
 from trainer.analysis.report_plot import picture
 from trainer.analysis.savings import savings_of
 from trainer.analysis.units import duration
+from trainer.storage.text import markdown_text
 
 KEPT = ("examples", "tokens", "connections")
 
@@ -49,9 +50,9 @@ class Summary:
 
     @property
     def markdown(self) -> str:
-        cells = [tuple(cell.replace("|", "\\|") for cell in row) for row in self.rows]
+        cells = [tuple(markdown_text(cell) for cell in row) for row in self.rows]
         lines = [f"| {what} | **{value}** | {note} |" for what, value, note in cells]
-        return "\n".join([f"**{self.title}**", "", "| | | |", "|---|---:|---|", *lines, ""])
+        return "\n".join([f"**{markdown_text(self.title)}**", "", "| | | |", "|---|---:|---|", *lines, ""])
 
 
 def summary(run: Path | str | History) -> Summary:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from trainer.analysis.history import History, history
 from trainer.analysis.units import duration
+from trainer.storage.text import plot_text
 
 PICTURE = "report.png"
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey
@@ -45,7 +46,7 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
 
 def _title(run: History) -> str:
     evals = run.evals()
-    said = [run.name]
+    said = [plot_text(run.name)]
     if evals:
         said.append(f"top-1 {100 * evals[-1]['top1']:.2f} %")
     if run.images_per_second:

@@ -12,6 +12,7 @@ import tracemalloc
 import numpy as np
 
 from trainer.bench.result import BenchResult, stats
+from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.loader.shuffle_quality import shuffle_quality
 from trainer.data.order import EpochOrder, Layout, slice_of
@@ -27,7 +28,7 @@ def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult
     memory: allocated at the largest moment. One measurement each: a second one would find warm memory.
     """
     if not 0 < shards <= examples:
-        raise ValueError(f"--examples {examples} --shards {shards}: there must be a shard, and an example for each")
+        raise ConfigError(f"--examples {examples} --shards {shards}: there must be a shard, and an example for each")
     d = config.data
     group = d.lanes * d.repeats * 2
     batch = max(d.batch, -(-PER_RANK * world // group) * group)

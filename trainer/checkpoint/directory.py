@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.config.errors import TrilevelError
 from trainer.storage.disk import Disk
 
 FORMAT = 2  # 1 knew the lengths of files, not their hashes
@@ -25,7 +26,7 @@ TEMPORARY = ".writing-"
 NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 
-class Damaged(ValueError):
+class Damaged(TrilevelError, ValueError):
     """A checkpoint that is not what was written; the text says in what."""
 
 

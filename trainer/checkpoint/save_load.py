@@ -22,7 +22,7 @@ from sparsity.types import Selection
 from trainer.checkpoint import directory
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import parse
 from trainer.config.run_config import Config, differences
 from trainer.config.schema import CheckpointConfig
@@ -33,7 +33,7 @@ NOTHING = Newest(None, [])
 _STORED_AS = {"pending_evaluation": "owed"}  # fields of TrainState that have another key in `state.json`
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrilevelError, RuntimeError):
     """A checkpoint that can't be used; the text says what differs and the way out."""
 
 

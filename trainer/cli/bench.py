@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from trainer.cli.output import configuration, show_table, write_json
+from trainer.cli.output import configuration, show, show_table, write_json
 
 if TYPE_CHECKING:
     from trainer.bench.result import BenchResult
@@ -18,9 +18,9 @@ def bench(a: argparse.Namespace) -> None:
     """Measure, print title, table and notes, write the JSON: on rank 0 where there are several."""
     result = _measured(a.command.removeprefix("bench "), a)
     if result is not None and os.environ.get("RANK", "0") == "0":
-        print(result.title)
+        show(result.title)
         show_table(result.table())
-        print("\n".join(result.notes))
+        show("\n".join(result.notes))
         write_json(a.json, result.facts())
 
 

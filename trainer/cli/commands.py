@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import bench
-from trainer.cli.output import configuration, show_table, write_json
+from trainer.cli.output import configuration, show, show_table, write_json
 from trainer.config.errors import ConfigError
 
 STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
@@ -23,15 +23,18 @@ def _train(a: argparse.Namespace) -> int:
         checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")))
         if os.environ.get("RANK", "0") == "0":
             show_table(checked.table())
-            print(checked.text())
+            show(checked.text())
         return 0
     from trainer.train import train
 
     ended = train(config, resume=a.resume)
     code = STOPPED if ended.status == "preempted" else 0
     if told := os.environ.get("TRILEVEL_EXIT_FILE"):  # our launcher reads it there: torchrun takes any exit code for a crash
-        if os.environ.get("RANK", "0") == "0":
-            Path(told).write_text(str(code))
+        try:
+            if os.environ.get("RANK", "0") == "0":
+                Path(told).write_text(str(code))
+        except OSError:  # a full disk; a launcher of one process still gets the code itself
+            return code
         return 0
     return code
 
@@ -43,7 +46,7 @@ def _pack(a: argparse.Namespace) -> None:
         a.source, a.destination, labels=a.labels, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
         workers=a.workers, short_side=a.short_side, quality=a.quality,
     ).items():  # fmt: skip
-        print(f"{split}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards in {a.destination}")
+        show(f"{split}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards in {a.destination}")
 
 
 def _index(a: argparse.Namespace) -> None:
@@ -53,10 +56,10 @@ def _index(a: argparse.Namespace) -> None:
 
     cache = cache_at(a.cache, a.cache_size)
     index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
-    print(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
+    show(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
     share, chance = runs_of_class(index)
     if share > 0.5 and share > 2 * chance:
-        print(
+        show(
             f"sorted by class: {share:.0%} of neighbours share a label ({chance:.1%} when shuffled); `trilevel train CONFIG --check` says "
             "how well a run's order mixes them, `trilevel pack` shuffles"
         )
@@ -70,8 +73,8 @@ def _verify(a: argparse.Namespace) -> int:
     cache = cache_at(a.cache, a.cache_size) if scheme(a.shards) or a.cache else None
     broken = verify(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
     for example in broken:
-        print(f"{example.id}\t{example.where}\t{example.reason}")
-    print(f"{a.shards}: {len(broken)} broken image(s)")
+        show(f"{example.id}\t{example.where}\t{example.reason}")
+    show(f"{a.shards}: {len(broken)} broken image(s)")
     write_json(a.json, [example._asdict() for example in broken])
     return int(bool(broken))
 
@@ -102,7 +105,7 @@ def _parity(a: argparse.Namespace) -> int:
     from trainer.preflight.parity import parity
 
     certificate = parity(configuration(a), steps=a.steps)
-    print(certificate)
+    show(certificate)
     if a.json:
         certificate.write(Path(a.json))
     return 0 if certificate.equal else 1
@@ -114,9 +117,9 @@ def _replay(a: argparse.Namespace) -> None:
 
     replayed = replay(RecordedRun(a.run_directory, a.overrides), a.step)
     show_table(replayed.table())
-    print(replayed.text())
+    show(replayed.text())
     for path in write(replayed, Path(a.out or f"{a.run_directory}/replay/step-{a.step:08d}")):
-        print(path)
+        show(path)
 
 
 def _audit(a: argparse.Namespace) -> int:
@@ -125,20 +128,20 @@ def _audit(a: argparse.Namespace) -> int:
 
     found = audit(RecordedRun(a.run_directory, a.overrides))
     show_table(found.table())
-    print(found.text())
+    show(found.text())
     write_json(a.json, found.facts())
     return 0 if found.equal else 1
 
 
 def _show(a: argparse.Namespace) -> None:
-    from trainer.analysis.kept_tokens import show
+    from trainer.analysis import kept_tokens
 
     out = Path(a.out or f"{a.run_directory}/show")
     words = [*a.images, *a.overrides]  # the latter: what stood behind an option
     settings = [word for word in words if "=" in word and not Path(word).exists()]
     images = [word for word in words if word not in settings]
-    for path in show(a.run_directory, images, out, a.token, settings):
-        print(path)
+    for path in kept_tokens.show(a.run_directory, images, out, a.token, settings):
+        show(path)
 
 
 def _kept(a: argparse.Namespace) -> None:
@@ -149,7 +152,7 @@ def _kept(a: argparse.Namespace) -> None:
     kept = kept_of(past, a.epoch)
     show_table(kept.table())
     for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):
-        print(path)
+        show(path)
     write_json(a.json, kept.facts())
 
 
@@ -158,21 +161,21 @@ def _plan(a: argparse.Namespace) -> None:
 
     planned = plan(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
     show_table(planned.table())
-    print(planned.text())
+    show(planned.text())
     write_json(a.json, planned.facts())
 
 
 def _export(a: argparse.Namespace) -> None:
     from trainer.checkpoint.export import export
 
-    print(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
+    show(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
 
 
 def _sync(a: argparse.Namespace) -> int:
     from trainer.tracking.sync import sync
 
     done = sync(Path(a.run_directory))
-    print(done.message)
+    show(done.message)
     return 0 if done.done else 1
 
 
@@ -181,8 +184,8 @@ def _report(a: argparse.Namespace) -> None:
     from trainer.analysis.report_plot import picture
 
     show_table(summary(a.run_directory).table)
-    print(f"picture: {picture(a.run_directory)}")
-    print(where_to_look(a.run_directory))
+    show(f"picture: {picture(a.run_directory)}")
+    show(where_to_look(a.run_directory))
 
 
 def _compare(a: argparse.Namespace) -> None:
@@ -195,9 +198,9 @@ def _compare(a: argparse.Namespace) -> None:
     found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
     show_table(compare_page.table(found))
     for text in compare_page.warnings(found):
-        print(f"mind: {text}")
+        show(f"mind: {text}")
     for path in compare_page.write(found, Path(a.out)):
-        print(path)
+        show(path)
 
 
 def _doctor(a: argparse.Namespace) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from trainer.config.errors import TrilevelError
 
-class DataError(ValueError):
+
+class DataError(TrilevelError, ValueError):
     """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.config.errors import ConfigError
 from trainer.data.keyed_hash import hashed, permutation
 
 _DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # what a random number is about
@@ -50,7 +51,7 @@ def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
     """(start, stop) of a rank's rows in a global batch: contiguous, in whole pairs, as equal as pairs allow."""
     pairs = batch // 2
     if batch % 2 or pairs < world:
-        raise ValueError(
+        raise ConfigError(
             f"data.batch={batch} on {world} processes: it must be even and give every process a pair of rows (mixup pairs "
             f"neighbours); use data.batch>={2 * world} or fewer processes"
         )
@@ -60,7 +61,7 @@ def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
 def micro_batches(batch: int, micro_batch: int, world: int) -> BatchSplit:
     """Equal, even micro-batches of at most `micro_batch` rows that hold the longest slice of any rank."""
     if micro_batch < 2 or micro_batch % 2:
-        raise ValueError(f"data.micro_batch={micro_batch}: must be even and at least 2, mixup pairs neighbours")
+        raise ConfigError(f"data.micro_batch={micro_batch}: must be even and at least 2, mixup pairs neighbours")
     slice_of(batch, world, 0)
     pairs = -(-batch // 2 // world)
     accumulation = -(-2 * pairs // micro_batch)
@@ -83,13 +84,13 @@ class Layout:
     def __post_init__(self) -> None:
         group = self.lanes * self.repeats
         if min(self.lanes, self.window, self.homes, self.repeats) < 1 or self.batch % group or self.batch < group:
-            raise ValueError(
+            raise ConfigError(
                 f"data.batch={self.batch}, lanes={self.lanes}, window={self.window}, homes={self.homes}, "
                 f"repeats={self.repeats}: all are at least 1 and the batch is a multiple of lanes x repeats; change "
                 "data.batch or data.lanes"
             )
         if self.repeats > 1 and self.batch < 2 * self.repeats:
-            raise ValueError(
+            raise ConfigError(
                 f"data.batch={self.batch} with data.repeats={self.repeats} holds one image only and would mix it with "
                 f"itself; use data.batch>={2 * self.repeats}"
             )
@@ -113,7 +114,7 @@ class EpochOrder:
 
     keep: as given. num_kept: K. steps: floor(presentations / batch), where an epoch presents its K (with repeats: about K / R
     times R) rows.
-    Refuses with ValueError an epoch that has no full batch and a `keep` of another length.
+    Raises ConfigError for an epoch that has no full batch, ValueError for a `keep` of another length.
     """
 
     def __init__(self, layout: Layout, epoch: int, keep: np.ndarray | None = None) -> None:
@@ -136,7 +137,7 @@ class EpochOrder:
         self._per_lane = layout.batch // (lanes * repeats)
         self.steps = int((self._end - self._begin).min()) // self._per_lane
         if self.steps == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"epoch {epoch}: {self.num_kept} kept examples make no batch of data.batch={layout.batch} rows; use a "
                 "smaller data.batch or keep more examples"
             )

@@ -11,7 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @contextmanager
 def progress_bar(title: str, total: int, unit: str, show: bool = True) -> Iterator[Progress]:
     """A progress bar over `total` things; `progress.advance(progress.task_ids[0])` per thing done."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit, markup=False),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not show) as progress:
         progress.add_task(title, total=total)
         yield progress

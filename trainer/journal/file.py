@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import TrilevelError
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class JournalError(RuntimeError):
+class JournalError(TrilevelError, RuntimeError):
     """The journal can't be written or read; the text names the file and the way out."""
 
 

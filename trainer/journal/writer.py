@@ -58,7 +58,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -66,6 +65,7 @@ from typing import Any
 
 from trainer.journal.file import JournalError, lock, plain, repair
 from trainer.journal.reader import FILE, last_attempt
+from trainer.storage.standard_streams import say
 
 DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # what may be over when there is room, or the file system is back
@@ -122,7 +122,7 @@ class Journal:
             if error.errno not in DISK:
                 raise
             if not self._unsafe:
-                print(f"{self.path}: {error.strerror}; a crash of this node may now lose the last lines", file=sys.stderr)
+                say(f"{self.path}: {error.strerror}; a crash of this node may now lose the last lines", error=True)
             self._unsafe = True
         else:
             self._unsafe = False
@@ -133,7 +133,7 @@ class Journal:
                 self._flush()
             if self._pending:
                 lost = self._pending.count(b"\n")
-                print(f"{self.path}: still no room; its last {lost} line(s) are lost", file=sys.stderr)
+                say(f"{self.path}: still no room; its last {lost} line(s) are lost", error=True)
             os.close(self._file)
             self._file = -1
 
@@ -157,9 +157,7 @@ class Journal:
                     f"{self.path}: {error.strerror} for {len(self._pending)} bytes: make room, then resume"
                 ) from error
             if not self._warned:
-                print(
-                    f"{self.path}: {error.strerror}; lines are held in memory and written when there is room", file=sys.stderr
-                )
+                say(f"{self.path}: {error.strerror}; lines are held in memory and written when there is room", error=True)
                 self._warned = True
             return
         self._size += len(self._pending)

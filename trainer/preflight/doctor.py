@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.preflight.installation import GIB, Finding, collectives, compiler, constraints_file, decoder, devices, versions
+from trainer.storage.text import printable
 
 NETWORKED = (
     "nfs",
@@ -68,7 +69,7 @@ def main(hosts: str | None = None, ssh_config: str | None = None) -> int:
     """Print the lines; 1 where one of them is a failure."""
     lines = doctor(hosts, ssh_config=ssh_config)
     for line in lines:
-        print(line.text())
+        print(printable(line.text()))
     failed = sum(line.status == "fail" for line in lines)
     print(f"{failed} to repair" if failed else "ready to train")
     return int(bool(failed))

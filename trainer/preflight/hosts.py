@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import ConfigError
 from trainer.preflight import host_probe
 from trainer.preflight.installation import Finding
 from trainer.run.directory import LIBRARIES
@@ -42,14 +43,14 @@ select.select([sys.stdin], [], [], {seconds})
 
 
 def read_hosts(hostfile: Path) -> list[str]:
-    """Names in the order of the file. Raises ValueError for a file without any, or one that names none."""
+    """Names in the order of the file. Raises ConfigError for a file without any, or one that names none."""
     rows = [row.partition("#")[0].split() for row in hostfile.read_text(encoding="utf-8-sig").splitlines()]
     hosts = [row[0] for row in rows if row]
     for host in hosts:
         if not HOST.fullmatch(host):
-            raise ValueError(f"{hostfile}: {host!r} is no host; a line is `name` or `user@name slots=8`")
+            raise ConfigError(f"{hostfile}: {host!r} is no host; a line is `name` or `user@name slots=8`")
     if not hosts:
-        raise ValueError(f"{hostfile}: no host in it; write one per line, e.g. `node1 slots=8`")
+        raise ConfigError(f"{hostfile}: no host in it; write one per line, e.g. `node1 slots=8`")
     return hosts
 
 

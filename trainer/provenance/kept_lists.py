@@ -13,12 +13,13 @@ import numpy as np
 
 from sparsity.examples.curriculum import selection_hash
 from sparsity.types import Selection
+from trainer.config.errors import TrilevelError
 from trainer.storage.disk import atomic_write
 
 FOLDER = "kept"
 
 
-class KeptError(ValueError):
+class KeptError(TrilevelError, ValueError):
     """A kept list that is missing or not what it was; the text names the file and the way out."""
 
 

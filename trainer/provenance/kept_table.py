@@ -93,7 +93,7 @@ def write(kept: Kept, run: RecordedRun, folder: Path) -> list[Path]:
 
 
 def _csv(path: Path, head: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsity.types import Selection
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import load, parse
 from trainer.config.run_config import Config
 from trainer.data.keyed_hash import row_keys
@@ -24,7 +24,7 @@ from trainer.journal.reader import read
 from trainer.provenance import kept_lists as kept
 
 
-class RecordedRunError(ValueError):
+class RecordedRunError(TrilevelError, ValueError):
     """A past that can't be told: a step the run never made, a journal with a hole; the text says which."""
 
 

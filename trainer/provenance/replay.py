@@ -145,7 +145,7 @@ def write(replayed: Replayed, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "batch.json", folder / "rows.csv", folder / "images.npz"]
     paths[0].write_text(json.dumps(replayed.facts | {"rows": replayed.rows}, indent=1) + "\n")
-    with open(paths[1], "w", newline="") as file:
+    with open(paths[1], "w", newline="", errors="backslashreplace") as file:
         table = csv.DictWriter(file, replayed.rows[0].keys())
         table.writeheader()
         table.writerows(replayed.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -11,13 +12,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from trainer.analysis.units import duration
+from trainer.storage.standard_streams import forgiving
+from trainer.storage.text import printable
 
 WIDE = 120  # columns of a terminal from which on a bar is drawn
 PACE = 600.0  # seconds that the time left is estimated from: dropping makes epochs shorter, the whole run would mislead
 
 
 class Console:
-    """Shows the facts of step, epoch and eval lines as the journal has them.
+    """Shows the facts of step, epoch and eval lines as the journal has them. What a closed or full terminal, pipe or log does not take is
+    left out: no method raises OSError.
 
     `until`: the progress (in epochs) at which the run ends; `start`: the progress it continues from. get_time: seconds (for tests).
     """
@@ -34,11 +38,11 @@ class Console:
     ):
         self._name, self._until = name, until
         self._facts: dict[str, Any] = {}
-        self._terminal = Terminal(file=file or sys.stdout, force_terminal=terminal, highlight=False)
+        self._terminal = Terminal(file=forgiving(file or sys.stdout), force_terminal=terminal, highlight=False)
         self._is_live = self._terminal.is_terminal
         self._has_bar = self._terminal.width >= WIDE
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
@@ -88,6 +92,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line that stays."""
+        text = printable(text)
         if self._is_live:
             self._terminal.print(text, markup=False, soft_wrap=True)
         else:
@@ -95,7 +100,8 @@ class Console:
 
     def close(self) -> None:
         """Leave the last state of the live line on the terminal. May be called twice."""
-        self._progress.stop()
+        with contextlib.suppress(OSError):  # rich asks the terminal itself
+            self._progress.stop()
 
     def __enter__(self) -> Console:
         return self

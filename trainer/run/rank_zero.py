@@ -22,6 +22,7 @@ from trainer.provenance import kept_lists
 from trainer.run import description, nonfinite_steps
 from trainer.run.console import Console
 from trainer.run.dense_baseline import describe
+from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.meters import MeterReading
 from trainer.tracking.shipper import Shipper, start
@@ -141,8 +142,8 @@ class RankZeroLog:
         try:
             report.write(self.directory)
         except Exception as error:  # table and picture can be made again; a run must not fail over them
-            print(f"no report: {error}; try `trilevel report {self.directory}`")
+            say(f"no report: {error}; try `trilevel report {self.directory}`")
         self.console.end(status, state.step)
         self.console.close()
         if self.shipper is not None and (said := self.shipper.finish(timeout=SENDING).message):
-            print(said)
+            say(said)

@@ -28,6 +28,7 @@ from trainer.model.weights import save_weights
 from trainer.run import directory as run
 from trainer.run import nonfinite_steps
 from trainer.run.rank_zero import RankZeroLog
+from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.hardware import matrix_rate, since_start
 from trainer.telemetry.meters import MeterReading
@@ -189,7 +190,7 @@ class Recorder:
         if self._log:
             self._log.say(text)
         else:
-            print(text, flush=True)
+            say(text)
 
     def _refuse_broken(self, state: TrainState) -> None:
         """Raises DataError where more images are broken than `data.broken_share` of the data set."""

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import TrilevelError
 from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
 from trainer.tracking.state import STATE, SyncState
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")  # it becomes the name of a folder
 
 
-class RunDeleted(RuntimeError):
+class RunDeleted(TrilevelError, RuntimeError):
     """What we shipped to was deleted in MLflow: trying again won't help."""
 
 

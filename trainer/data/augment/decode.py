@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from trainer.config.errors import TrilevelError
 from trainer.data.augment import turbojpeg
 
 MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a decompression bomb
@@ -20,7 +21,7 @@ MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 
 
-class BrokenImage(ValueError):
+class BrokenImage(TrilevelError, ValueError):
     """An image that can't be decoded. The message says why, in one line."""
 
 

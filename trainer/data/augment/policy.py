@@ -19,6 +19,7 @@ from timm.data import auto_augment as theirs
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms.v2 import functional as F
 
+from trainer.config.errors import ConfigError
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.shear import sheared
 
@@ -33,7 +34,7 @@ _BLUR = (0.1, 2.0)  # radius of 3-Augment's blur
 
 def policy_of(augment: AugmentConfig, size: int) -> Policy | None:
     """What `augment.policy` and `augment.color_jitter` ask for, None where that is nothing. As in timm, colour jitter stays out
-    beside RandAugment and its kin. Raises ValueError for a policy that timm doesn't know."""
+    beside RandAugment and its kin. Raises ConfigError for a policy that timm doesn't know."""
     strength = augment.color_jitter
     if augment.policy == "none":
         return (lambda image, rng: jittered(image, rng, strength)) if strength else None
@@ -62,7 +63,7 @@ def _built(text: str, augment: AugmentConfig, size: int) -> Any:
         else:
             transform = theirs.auto_augment_transform(text, settings)
     except (AssertionError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"augment.policy={augment.policy!r}: timm doesn't know it ({error}); use 'none', 'three_augment' or timm's text "
             "form, e.g. 'rand-m9-mstd0.5-inc1'"
         ) from None
