@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.augment.decode import decode_exact
+from trainer.data.augment.decode import decode_exact, refuse_long
 from trainer.data.errors import DataError
 from trainer.data.progress import progress_bar
 from trainer.data.remote.cache import Cache
@@ -16,6 +16,7 @@ from trainer.data.shards.index import open_index
 from trainer.data.shards.reader import Reader
 
 _CHUNK = 256  # examples read and decoded together
+_SHORT_SIDE = 256  # pixels, that evaluation at 224 resizes to: an image is too long for it, or for none
 
 
 class Broken(NamedTuple):
@@ -49,7 +50,8 @@ def verify(
             try:
                 if isinstance(data, DataError):
                     raise data
-                decode_exact(data)
+                image = decode_exact(data)
+                refuse_long(image.width, image.height, _SHORT_SIDE)
             except ValueError as error:
                 found.append(Broken(example, index.where(example), str(error)))
         return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from trainer.config.schema import AugmentConfig
-from trainer.data.augment.decode import EncodedImage, as_tensor, decode_exact
+from trainer.data.augment.decode import EncodedImage, as_tensor, decode_exact, refuse_long
 from trainer.data.augment.policy import policy_of
 
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
@@ -41,6 +41,7 @@ class Transform:
         self._evaluate = transforms_imagenet_eval(
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
+        self._short_side = math.floor(image_size / crop_pct)  # that timm resizes to
         self._policy = policy_of(augment, image_size)
 
     def __call__(self, data: memoryview, key: int = 0) -> AugmentedImage:
@@ -59,6 +60,7 @@ class Transform:
     def apply(self, image: EncodedImage | PIL.Image.Image, key: int = 0) -> AugmentedImage:
         """From an opened image. Raises BrokenImage."""
         if isinstance(image, PIL.Image.Image):
+            refuse_long(image.width, image.height, self._short_side)
             return AugmentedImage(cast(Tensor, self._evaluate(image)))
         rng, flip, erase = self._generator(key)
         pixels = self._crop(image, rng)
@@ -85,6 +87,7 @@ class Transform:
         height, width = image.size()
         if a.crop == "rrc":
             return self._resize(image.box(*_resized_crop(rng, height, width, a.scale, a.ratio)), size, size)
+        refuse_long(width, height, size)
         pixels = image.whole()
         short = min(height, width)
         height, width = max(size, int(height * size / short)), max(size, int(width * size / short))

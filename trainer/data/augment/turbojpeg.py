@@ -82,8 +82,9 @@ def _handle() -> Any:
     return handle.pointer
 
 
-def cut(data: bytes | memoryview, box: tuple[int, int, int, int]) -> np.ndarray | None:
+def cut(data: bytes | memoryview, box: tuple[int, int, int, int], size: tuple[int, int] | None = None) -> np.ndarray | None:
     """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
+    size: (height, width) that the JPEG must have.
 
     None where there is no library, or where TurboJPEG fails or warns: then the full decode has the word. What lies behind the
     box's last row is not looked at, see `decode.EncodedImage`.
@@ -91,19 +92,23 @@ def cut(data: bytes | memoryview, box: tuple[int, int, int, int]) -> np.ndarray 
     turbo = library()
     if turbo is None:
         return None
-    pixels = _cut(turbo, _handle(), np.frombuffer(data, dtype=np.uint8), *box)
+    pixels = _cut(turbo, _handle(), np.frombuffer(data, dtype=np.uint8), size, *box)
     if pixels is None:
         _own.handle = None  # one that has failed may go on failing ("two SOI markers")
     return pixels
 
 
-def _cut(turbo: Any, handle: Any, data: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+def _cut(
+    turbo: Any, handle: Any, data: np.ndarray, size: tuple[int, int] | None, top: int, left: int, height: int, width: int
+) -> np.ndarray | None:
     source = handle, data.ctypes.data, data.size
     if turbo.tj3DecompressHeader(*source):
         return None
     unit = _UNIT_WIDTH.get(turbo.tj3Get(handle, _SUBSAMPLING))
     whole_width, whole_height = turbo.tj3Get(handle, _WIDTH), turbo.tj3Get(handle, _HEIGHT)
     known = turbo.tj3Get(handle, _PRECISION) == 8 and turbo.tj3Get(handle, _COLOURS) in _COLOURED
+    if size not in (None, (whole_height, whole_width)):
+        return None
     if unit is None or not known or top + height > whole_height or left + width > whole_width:
         return None
     # a region begins between iMCUs; the smooth enlarging of colours looks one sample to each side, and is given up where there

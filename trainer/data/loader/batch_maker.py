@@ -51,6 +51,9 @@ class BatchMaker:
             except (BrokenImage, DataError) as error:
                 broken[example] = f"{self.index.where(example)}: {error}"
                 continue
+            except (MemoryError, RuntimeError, ValueError) as error:  # of a resize or a colour policy: one image ends no run
+                broken[example] = f"{self.index.where(example)}: {type(error).__name__}: {error}"
+                continue
             pixels[row] = image.pixels.permute(1, 2, 0).numpy()
             weights[row], flip[row], erase[row] = 1.0, image.flip, image.erase
             if not copies:

@@ -6,6 +6,8 @@ import io
 import lzma
 import os
 import shutil
+import stat
+import zlib
 from bz2 import BZ2File
 from collections.abc import Iterator
 from gzip import GzipFile
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.shards.label_file import label_table
+from trainer.data.shards.samples import fingerprint
 from trainer.data.shards.tar import IMAGES, members
 from trainer.storage.disk import atomic_write
 
@@ -113,12 +116,32 @@ def _is_image(name: str) -> bool:
     return not hidden and parts[-1].rpartition(".")[2].lower() in IMAGES
 
 
-def _folder(root: Path) -> Iterator[_Found]:
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.join(folder, file)
-            yield _Found(os.path.relpath(path, root), path, 0, os.path.getsize(path))
+def _folder(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[_Found]:
+    """Files before folders, each in order of their names. Links are followed, but not back to a folder that this one is in (`above`)."""
+    here = os.path.join(root, below)
+    try:
+        about = os.stat(here)
+        entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        folders = {entry.name for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise DataError(f"pack {here}: {error.strerror}; make it readable or remove it") from error
+    if (me := (about.st_dev, about.st_ino)) in above:
+        raise DataError(f"pack {here}: a link back to a folder that it is in; remove it")
+    for entry in entries:
+        if entry.name not in folders and _is_image(os.path.join(below, entry.name)):
+            yield _file(entry, os.path.join(below, entry.name))
+    for name in sorted(folders):
+        yield from _folder(root, os.path.join(below, name), (*above, me))
+
+
+def _file(entry: os.DirEntry[str], name: str) -> _Found:
+    try:
+        about = entry.stat()
+    except OSError as error:
+        raise DataError(f"pack {entry.path}: {error.strerror} (a link to a missing file?); remove it") from error
+    if not stat.S_ISREG(about.st_mode):  # reading a FIFO would wait for ever
+        raise DataError(f"pack {entry.path}: not a regular file; remove it")
+    return _Found(name, entry.path, 0, about.st_size)
 
 
 def _tar(path: Path) -> Iterator[_Found]:
@@ -137,12 +160,12 @@ def _plain(path: Path, scratch: Path) -> Path:
     opener = _OPENERS.get(path.suffix)
     if opener is None:
         return path
-    target = scratch / f".{path.name}.{path.stat().st_size}.unpacked"
+    target = scratch / f".{path.name}.{fingerprint(path)}.unpacked"  # another archive of this name and size has another hash
     if not target.is_file():
         try:
             with opener(path, "rb") as source, atomic_write(target) as file:
                 shutil.copyfileobj(source, file, 1 << 22)
-        except (EOFError, lzma.LZMAError) as error:
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"pack {path}: can't be unpacked: {error}; is the download complete?") from error
     return target
 

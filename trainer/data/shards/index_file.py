@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.data.errors import DataError
-from trainer.storage.new_file import open_new
+from trainer.storage.disk import atomic_write
 
 VERSION = "trilevel-index-2"
 ARRAYS = {  # safetensors' word and numpy's; the widest first, so that all are aligned
@@ -155,19 +153,13 @@ def write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         tensors[name] = {"dtype": word, "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(tensors).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_new(partial) as file:
+        with atomic_write(path) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in ARRAYS:
                 file.write(arrays[name].data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise DataError(
             f"index {path}: can't be written: {error.strerror}; name another folder with --index DIR (data.index)"
         ) from error

@@ -1,0 +1,117 @@
+"""Sources of `trilevel pack` with links, FIFOs and archives that are not what they seem."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from tests.support.images import encoded, jpeg, picture, write_tar
+from trainer.data.errors import DataError
+from trainer.data.shards import pack as module
+from trainer.data.shards.pack import pack
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    for number, name in enumerate(("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg")):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(jpeg(number))
+    return tmp_path / "src"
+
+
+def test_a_fifo_is_refused(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source / "a" / "x.jpg")
+    os.mkfifo(source / "a" / "notes.txt")  # no image: nothing of ours
+    with pytest.raises(DataError, match=r"a/x.jpg: not a regular file"):
+        pack(str(source), tmp_path / "out", progress=False, workers=1)
+
+
+@pytest.mark.parametrize("links", [1, 3])
+def test_a_link_loop_is_refused(source: Path, tmp_path: Path, links: int) -> None:
+    for number in range(links):
+        (source / "a" / f"loop{number}").symlink_to("..")
+    with pytest.raises(DataError, match=r"a/loop0: a link back to a folder that it is in"):
+        pack(str(source), tmp_path / "out", progress=False, workers=1)
+
+
+def test_links_to_nothing_are_refused_and_others_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "5.jpg").write_bytes(jpeg(5))
+    for name in ("c", "d"):  # twice the same folder is no loop
+        (source / name).symlink_to(tmp_path / "elsewhere")
+    (source / "d").unlink()
+    (source / "b" / "6.jpg").symlink_to(tmp_path / "elsewhere" / "5.jpg")
+    assert len(pack(str(source), tmp_path / "out", progress=False, workers=1)["train"]) == 6
+    (source / "a" / "x.jpg").symlink_to("/nonexistent")
+    with pytest.raises(DataError, match=r"a/x.jpg: No such file or directory \(a link to a missing file\?\)"):
+        pack(str(source), tmp_path / "other", progress=False, workers=1)
+
+
+def test_the_left_over_of_another_archive_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two archives of one name and one size, one after the other, the first one killed on its way."""
+    files = [{f"{c}/{i}.jpg": jpeg(7) for i, c in enumerate(classes)} for classes in ("aabb", "ccdd")]
+    archives = []
+    for content in files:
+        plain = write_tar(tmp_path / "plain.tar", content).read_bytes()
+        archives.append(gzip.compress(plain, compresslevel=0, mtime=0))
+    assert len(archives[0]) == len(archives[1])
+    (tmp_path / "x.tar.gz").write_bytes(archives[0])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_same_plan", killed)
+        pack(str(tmp_path / "x.tar.gz"), tmp_path / "out", progress=False, workers=1)
+    (tmp_path / "out" / "classes.txt").unlink()
+    assert list((tmp_path / "out").glob(".*.unpacked"))
+    (tmp_path / "x.tar.gz").write_bytes(archives[1])
+    assert pack(str(tmp_path / "x.tar.gz"), tmp_path / "out", progress=False, workers=1)["train"].classes == ["c", "d"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("damage", ["none", "flipped", "cut"])
+def test_a_damaged_archive_is_refused_and_leaves_nothing(tmp_path: Path, kind: str, damage: str) -> None:
+    plain = write_tar(tmp_path / "plain.tar", {f"{c}/{i}.jpg": jpeg(i) for i, c in enumerate("aabb")}).read_bytes()
+    data = bytearray({"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind](plain))
+    if damage == "flipped":
+        data[len(data) // 2 : len(data) // 2 + 3] = b"\0\0\0"
+    content = {"none": b"hello" * 100, "flipped": bytes(data), "cut": bytes(data[: len(data) // 2])}[damage]
+    (tmp_path / f"x.tar.{kind}").write_bytes(content)
+    with pytest.raises(DataError, match=r"can't be unpacked"):
+        pack(str(tmp_path / f"x.tar.{kind}"), tmp_path / "out", progress=False, workers=1)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_planted_links_in_a_shared_folder_are_not_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "out").mkdir()
+    mine = os.getpid()
+    for name in (
+        ".train-000000.tar.partial", f".writing-train-000000.tar.{mine}", ".train.plan.json", f".writing-.train.plan.json.{mine}",
+        "classes.partial", f".writing-classes.txt.{mine}", f".train.index.{mine}", f".writing-train.index.{mine}",
+    ):  # fmt: skip
+        (tmp_path / "out" / name).symlink_to(tmp_path / "victim")
+    (tmp_path / "out" / ".train.plan.json").unlink()
+    pack(str(source), tmp_path / "out", progress=False, workers=1)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_shrinking_opens_no_other_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL's plugin for EPS starts Ghostscript on what a file holds, whatever its name is."""
+    eps = io.BytesIO()
+    picture(0, 64, 64).save(eps, "EPS")
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    (tmp_path / "src" / "a" / "1.jpg").write_bytes(eps.getvalue())
+    (tmp_path / "src" / "a" / "2.jpg").write_bytes(encoded(PIL.Image.new("RGB", (64, 64))))
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: started.append(a))
+    index = pack(str(tmp_path / "src"), tmp_path / "out", short_side=32, progress=False, workers=1)["train"]
+    assert len(index) == 2 and not started
