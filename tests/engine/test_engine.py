@@ -96,9 +96,10 @@ import os
 os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 import accelerate.state
 from accelerate import PartialState
-from trainer import config
-from trainer.data.order import Steps
-from trainer.engine import Engine, EngineError
+from trainer.config.schema import EngineConfig
+from trainer.data.order import BatchSplit
+from trainer.engine.engine import Engine
+from trainer.engine.errors import EngineError
 import trainer.engine.engine
 import accelerate
 class Alone(accelerate.Accelerator):
@@ -106,7 +107,7 @@ class Alone(accelerate.Accelerator):
     def __init__(self, *a, **k): pass
 accelerate.Accelerator = Alone
 try:
-    Engine(run_config.Engine(kind="ddp"), Steps(2, 1, 2))
+    Engine(EngineConfig(kind="ddp"), BatchSplit(2, 1, 2))
 except EngineError as error:
     print("refused:", error)
 """

@@ -204,10 +204,10 @@ def test_asked_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> No
 RANK = """
 import sys, time
 from pathlib import Path
-from trainer.run.shutdown import listen
-stop = listen()
+from trainer.run.shutdown import install_handlers
+stop = install_handlers()
 Path("started").touch()
-while not stop.asked():
+while not stop.requested():
     time.sleep(0.05)
 Path("asked").touch()
 """
@@ -285,10 +285,10 @@ def test_a_signal_after_the_end_makes_no_failure_of_a_run() -> None:
     """Python puts the default handlers back while it ends, and SIGUSR1's default is death: seen as exit code -10 of a saved run."""
     text = """
 import sys
-from trainer.run.shutdown import deaf, listen
-listen()
+from trainer.run.shutdown import ignore_signals, install_handlers
+install_handlers()
 print(1, flush=True)
-deaf()
+ignore_signals()
 sys.exit(75)
 """
     for _ in range(3):
