@@ -1,4 +1,4 @@
-"""The command line: `trilevel COMMAND`, the same as `python -m trainer COMMAND`. Errors are one message and exit code 2."""
+"""The command line: `trilevel COMMAND`, the same as `python -m trainer COMMAND`. A user error prints one message, exit code 2."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def main(words: list[str] | None = None) -> int:
         with pipes_granted(getattr(arguments, "allow_pipe", False)):
             code = int(COMMANDS[arguments.command](arguments) or 0)
         sys.stdout.flush()
-        if words is None and arguments.command == "train":  # the process ends; a caller that gave `words` keeps its signals
+        if words is None and arguments.command == "train":  # the process exits; a caller with `words` does not
             ignore_signals()
         return code
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _unread():
+        if isinstance(error, BrokenPipeError) and _stdout_closed():
             discard_output()
             return 141  # what a shell reports for SIGPIPE
         if isinstance(error, OutputError):
@@ -44,11 +44,11 @@ def main(words: list[str] | None = None) -> int:
             sys.stdout, sys.stderr = before
 
 
-def _unread() -> bool:
-    """Whether standard output is a pipe whose reader has gone (`| head`), rather than a connection's other end."""
-    look = select.poll()
-    look.register(sys.stdout.fileno(), 0)  # errors are always reported
-    return bool(look.poll(0))
+def _stdout_closed() -> bool:
+    """Whether standard output is a pipe that its reader has closed (`| head`), as opposed to a network connection."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
+    return bool(poll.poll(0))
 
 
 if __name__ == "__main__":

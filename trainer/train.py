@@ -39,9 +39,9 @@ from trainer.telemetry.meters import Meters
 
 
 def train(config: Config, resume: bool = False) -> RunResult:
-    """Train as `config` says, from the start or from the newest checkpoint of the run (`resume`).
+    """Train the run described by `config`, from scratch or from its newest checkpoint (`resume`).
 
-    Raises ConfigError, DataError, EngineError or CheckpointError with the key, the value and the way out.
+    Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
     """
     torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
     index, validation_index = open_indexes(config, verify=is_first_of_node())
@@ -55,7 +55,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
     saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
     engine.assert_same_on_all_ranks(
-        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to go on from"
+        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
     )
 
     recorder = Recorder(config, engine, resume)
@@ -78,7 +78,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
         checkpointer = Checkpointer(config, engine, recorder, stopping, index.fingerprint, ema, examples)
         score = partial(_scored, config, engine, recorder, stopping, ema, validation, model.vit)
 
-        if state.pending_evaluation:  # a stop cut its evaluation short
+        if state.pending_evaluation:  # the previous attempt was stopped during its evaluation
             state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
             if state.pending_evaluation:
                 return recorder.end(state, "preempted")
@@ -89,7 +89,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 selection = examples.select(state.epoch, engine.all_gather)
                 engine.assert_same_on_all_ranks(selection.facts["hash"], "the selection of examples")
             order = stream.order(state.epoch, selection)
-            if reached(config.stop_at, state, order.steps):  # a resume of a run that stopped there
+            if reached(config.stop_at, state, order.steps):  # resumed a run that had already stopped there
                 return recorder.end(state, "stopped")
             recorder.epoch(state, selection, order, len(index))
 
@@ -139,20 +139,20 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         recorder.control(state, progress, measured)
                     if due.evaluate:
                         state = score(state, progress, kept=due.save)
-                        if state.pending_evaluation:  # a signal cut it short: save, and let the resume do it
+                        if state.pending_evaluation:  # a signal interrupted it: save; the resume evaluates
                             due = due._replace(save=True, end=True, status="preempted")
                     if due.save:
                         checkpointer.save(state, selection, last=due.end)
                     checkpointer.poll()
                 if due.end:
                     return recorder.end(state, due.status)
-        return recorder.end(state, "finished")  # a resume of a run that was over
+        return recorder.end(state, "finished")  # resumed a run that had already finished
 
 
 def _micro_batches(
     batch: Batch, size: int, device: torch.device, end_phase: Callable[[str], None]
 ) -> Iterator[tuple[Batch, bool]]:
-    """This rank's slice in pieces of `size` rows on the device; True with the last one."""
+    """This rank's slice of the batch as micro-batches of `size` rows on the device, each with whether it is the last."""
     rows = len(batch.labels)
     for start in range(0, rows, size):
         end_phase("rest")
@@ -162,7 +162,7 @@ def _micro_batches(
 
 
 def _timed(batches: Iterable[Batch], stopping: Stop) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds it was waited for; after a request to stop the wait is bounded."""
+    """Each batch with the seconds spent waiting for it; the wait is bounded after a stop was requested."""
     iterator = iter(batches)
     while True:
         started = time.perf_counter()
@@ -173,20 +173,20 @@ def _timed(batches: Iterable[Batch], stopping: Stop) -> Iterator[tuple[Batch, fl
         yield batch, time.perf_counter() - started
 
 
-class _CutShort(Exception):
-    """An evaluation that all ranks left, being asked to stop."""
+class _Interrupted(Exception):
+    """All ranks left an evaluation because a stop was requested."""
 
 
 def _scored(
     config: Config, engine: Engine, recorder: Recorder, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
     state: TrainState, at: float, *, kept: bool,
 ) -> TrainState:  # fmt: skip
-    """Score the weights, and their average where there is one, under the plan of progress `at`; collective. A stop that is asked for
-    meanwhile leaves nothing of it but a state that owes it: the resume does it whole."""
+    """Evaluate the weights, and their EMA if there is one, under the plan at progress `at`; collective. If a stop is requested
+    meanwhile, discards the results and returns a state with `pending_evaluation` set; the resume evaluates again."""
 
     def agree() -> None:
         if engine.read_delayed(engine.all_reduce_sum(torch.tensor(float(stopping.requested()), device=engine.device))):
-            raise _CutShort
+            raise _Interrupted
 
     plan = plan_at(at, config)
     engine.model.eval()
@@ -197,7 +197,7 @@ def _scored(
                 results.append(
                     (True, evaluate(engine.forward, validation, plan, config, engine.device, engine.all_reduce_sum, agree))
                 )
-    except _CutShort:
+    except _Interrupted:
         return replace(state, pending_evaluation={"at": at})
     engine.model.train()
     return recorder.scored(state, results, state.progress, plan, kept)

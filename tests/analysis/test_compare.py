@@ -230,7 +230,7 @@ def test_classes_that_moved_are_drawn(tmp_path: Path):
 def test_the_terminal_says_what_stands_against_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [run(tmp_path, "a", sparse=False), run(tmp_path, "b", start={"device": "H200"})]
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    assert "mind: device: cpu in a, H200 in b; times and device hours are not comparable" in capsys.readouterr().out
+    assert "warning: device: cpu in a, H200 in b; times and device hours are not comparable" in capsys.readouterr().out
 
 
 def test_names_are_escaped(tmp_path: Path):

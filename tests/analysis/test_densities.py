@@ -111,7 +111,7 @@ def test_one_set_of_weights_at_many_densities(
     assert [(row["density"], row["connections"]) for row in found] == [(0.7, 0.5), (0.7, 1.0)]
     assert "connections" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1,abc"]) == 2
-    assert "write shares of tokens in (0, 1]" in capsys.readouterr().err
+    assert "must be keep ratios in (0, 1]" in capsys.readouterr().err
     assert main(["eval", "weights.safetensors", "c.yaml", "model.classes=12"]) == 2
     assert "the CONFIG these weights were trained with" in capsys.readouterr().err
     assert main(["eval", "timm:deit_tiny_patch16_224", "c.yaml"]) == 2

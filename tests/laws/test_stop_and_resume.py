@@ -124,8 +124,8 @@ def lines_of_attempt(run: Path, attempt: int) -> list[dict[str, Any]]:
 def test_a_write_that_failed_in_the_background_is_raised_on_all_ranks_and_the_one_before_is_there(runs: Path) -> None:
     """Two steps after it is known, not at the next save."""
     assert told(runs, "full")[0] == (
-        "checkpoint at step 6 could not be written: [Errno 28] No space left on device; the one before is whole: make room, "
-        "then --resume"
+        "checkpoint at step 6 could not be written: [Errno 28] No space left on device; the previous checkpoint is intact: "
+        "free disk space, then resume with --resume"
     )
     end = lines(runs / "runs" / "full", "end")[0]
     assert end["status"] == "failed" and "No space left" in end["reason"] and end["step"] == 8

@@ -1,4 +1,4 @@
-"""`trilevel doctor`: each look says what is wrong and the way out; hosts are asked over an ssh that runs here."""
+"""`trilevel doctor`: each check names the problem and a remedy; the ssh of these tests runs commands on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_one_line_each_and_an_honest_exit_code(capsys, monkeypatch, tmp_path):
     for name in ("python", "versions", "GPUs", "compiler", "runs", "clock", "disk", "shared memory", "MLflow"):
         assert sum(line[5:].startswith(name) for line in out) == 1, name
     failed = [line for line in out if line.startswith("fail")]
-    assert code == bool(failed) and out[-1] == (f"{len(failed)} to repair" if failed else "ready to train")
+    assert code == bool(failed) and out[-1] == (f"{len(failed)} check(s) failed" if failed else "ready to train")
     assert all("  ->  " in line for line in failed)
     assert list(tmp_path.iterdir()) == []  # looks, and leaves nothing
 
@@ -50,7 +50,7 @@ def test_one_line_each_and_an_honest_exit_code(capsys, monkeypatch, tmp_path):
 def test_failures_are_counted(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "doctor", lambda hosts, ssh_config: [installation.Finding("disk", "fail", "full", "free some")])
     assert doctor.main() == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 to repair"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 check(s) failed"
 
 
 def test_a_library_that_is_missing_hides_nothing_else(monkeypatch):
@@ -59,7 +59,7 @@ def test_a_library_that_is_missing_hides_nothing_else(monkeypatch):
 
     monkeypatch.setattr(doctor, "devices", missing)
     lines = {line.name: line for line in doctor.doctor()}
-    assert lines["GPUs"].status == "fail" and "pip install" in lines["GPUs"].way_out and "disk" in lines
+    assert lines["GPUs"].status == "fail" and "pip install" in lines["GPUs"].remedy and "disk" in lines
 
 
 def test_versions_against_the_tested_set(tmp_path):
@@ -69,7 +69,7 @@ def test_versions_against_the_tested_set(tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("torch==0.0.1\n")
     line = installation.versions(other)[1]
-    assert line.status == "note" and "tested 0.0.1" in line.found and "pip install -c" in line.way_out
+    assert line.status == "note" and "tested 0.0.1" in line.found and "pip install -c" in line.remedy
     line = installation.versions(tmp_path / "constraints.txt")[1]
     assert line.status == "note" and "wheel" in line.found
 
@@ -86,16 +86,16 @@ def test_the_compiler_must_compile(tools, monkeypatch):
     script(tools, "broken", "echo 'try.cpp:1: fatal error: Python.h: No such file' >&2; exit 1")
     monkeypatch.setenv("CXX", "broken")
     line = installation.compiler()
-    assert line.status == "fail" and "Python.h" in line.found and "python3-dev" in line.way_out
+    assert line.status == "fail" and "Python.h" in line.found and "python3-dev" in line.remedy
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler not found" in installation.compiler().found
 
 
 @pytest.mark.parametrize(
-    ("cuda", "hidden", "said"),
-    [("13.0", None, "newer driver"), (None, None, "CPU build"), ("13.0", "", "CUDA_VISIBLE_DEVICES=")],
+    ("cuda", "hidden", "remedy"),
+    [("13.0", None, "newer driver"), (None, None, "CPU build"), ("13.0", "", "unset CUDA_VISIBLE_DEVICES")],
 )
-def test_gpus_that_torch_can_not_see_are_a_failure_with_the_reason(tools, monkeypatch, cuda, hidden, said):
+def test_gpus_that_torch_can_not_see_are_a_failure_with_the_reason(tools, monkeypatch, cuda, hidden, remedy):
     script(tools, "nvidia-smi", "echo 535.1; echo 535.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -103,7 +103,7 @@ def test_gpus_that_torch_can_not_see_are_a_failure_with_the_reason(tools, monkey
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     (line,) = installation.devices()
-    assert line.status == "fail" and "2 listed" in line.found and said in line.way_out
+    assert line.status == "fail" and "lists 2" in line.found and remedy in line.remedy
 
 
 def test_gpus_are_told_with_memory_and_driver(tools, monkeypatch):
@@ -116,7 +116,7 @@ def test_gpus_are_told_with_memory_and_driver(tools, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: kinds[number])
     same = installation.devices()
     assert same[0] == ("GPUs", "ok", "2 x H200 140 GiB (sm_90)", "") and "580.65" in same[-1].found
-    assert same[1].name == "bfloat16" and "engine.precision=float32" in same[1].way_out
+    assert same[1].name == "bfloat16" and "engine.precision=float32" in same[1].remedy
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert installation.devices()[0].status == "note"
 
@@ -125,13 +125,13 @@ def test_gpus_are_told_with_memory_and_driver(tools, monkeypatch):
 def test_gloo_wants_an_interface_that_exists_or_a_name_that_resolves(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     line = installation.collectives()
-    assert line.status == "fail" and "nowhere0" in line.found and socket.if_nameindex()[0][1] in line.way_out
+    assert line.status == "fail" and "nowhere0" in line.found and socket.if_nameindex()[0][1] in line.remedy
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])
     assert installation.collectives().status == "ok"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     assert installation.collectives() == (
-        "collectives", "note", "gloo; the name no-such-host.invalid does not resolve", "set GLOO_SOCKET_IFNAME",
+        "collectives", "note", "gloo; host name no-such-host.invalid does not resolve", "set GLOO_SOCKET_IFNAME",
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_the_file_system_of_the_runs(tmp_path):
     mounts.write_text(f"server:/home {tmp_path} nfs4 rw 0 0\n/dev/vda / ext4 rw 0 0\n")
     assert "nfs4" in (line := doctor.file_system(tmp_path / "runs", mounts)).found and "shared between hosts" in line.found
     mounts.write_text("/dev/vda / ext4 rw 0 0\n")
-    assert "ext4" in (line := doctor.file_system(tmp_path / "not" / "yet", mounts)).found and "this host's own" in line.found
+    assert "ext4" in (line := doctor.file_system(tmp_path / "not" / "yet", mounts)).found and "local to this host" in line.found
 
 
 def test_a_clock_that_is_off(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_clock_that_is_off(tmp_path, monkeypatch):
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 30)
     line = doctor.clock(tmp_path)
-    assert line.status == "note" and "30 s behind" in line.found and "NTP" in line.way_out
+    assert line.status == "note" and "30 s behind" in line.found and "NTP" in line.remedy
 
 
 def test_disk_and_shared_memory_limits(tmp_path):
@@ -156,9 +156,9 @@ def test_disk_and_shared_memory_limits(tmp_path):
     assert doctor.free_disk(tmp_path, want=1e9, least=1e-9).status == "note"
     assert doctor.free_disk(tmp_path, want=1e9, least=1e9).status == "fail"
     assert doctor.shared_memory(tmp_path, want=1e-6).status == "ok"
-    assert "--shm-size" in doctor.shared_memory(tmp_path, want=1e9).way_out
+    assert "--shm-size" in doctor.shared_memory(tmp_path, want=1e9).remedy
     assert doctor.shared_memory(tmp_path / "absent").status == "fail"
-    assert doctor.open_files(want=1).status == "ok" and "ulimit" in doctor.open_files(want=2**40).way_out
+    assert doctor.open_files(want=1).status == "ok" and "ulimit" in doctor.open_files(want=2**40).remedy
 
 
 class Health(http.server.BaseHTTPRequestHandler):
@@ -177,12 +177,12 @@ def test_mlflow_answers_refuses_is_away_or_is_silent(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}/")
     assert doctor.tracking(tmp_path).status == "ok"
     monkeypatch.setattr(Health, "code", 403)
-    assert "MLFLOW_TRACKING_TOKEN" in doctor.tracking(tmp_path).way_out
+    assert "MLFLOW_TRACKING_TOKEN" in doctor.tracking(tmp_path).remedy
     monkeypatch.setattr(Health, "code", 500)
-    assert "trilevel sync" in doctor.tracking(tmp_path).way_out
+    assert "trilevel sync" in doctor.tracking(tmp_path).remedy
     server.shutdown()
     server.server_close()
-    assert "can't be reached" in (line := doctor.tracking(tmp_path)).found and line.status == "note"
+    assert "not reachable within" in (line := doctor.tracking(tmp_path)).found and line.status == "note"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -235,7 +235,7 @@ def test_hosts_that_agree(hosts):
     found = hosts("127.0.0.1", "localhost")
     assert [line.status for line in found.values()] == ["ok", "ok", "ok"], found
     assert found["localhost"].found == "0 GPU(s), same libraries and code, clock, run directory"
-    assert found["ports"].found == "the hosts reach each other (2 ways tried)"
+    assert found["ports"].found == "the hosts reach each other (2 connections tested)"
     assert "ports" not in hosts("127.0.0.1")
 
 
@@ -243,7 +243,7 @@ def test_a_way_between_two_hosts_that_is_shut_is_named(hosts):
     """The first host is reached by all: what fails is between the others, in one direction."""
     line = hosts("127.0.0.1", "127.0.0.2", "127.0.0.9")["ports"]
     assert line.status == "fail" and line.found == "127.0.0.9 can't reach 127.0.0.2 ([Errno 111] Connection refused)", line
-    assert "open all TCP ports between the hosts" in line.way_out
+    assert "open all TCP ports between the hosts" in line.remedy
 
 
 def test_of_many_hosts_each_tries_a_bounded_number():
@@ -262,25 +262,25 @@ def test_each_host_says_what_is_wrong_with_it(hosts):
     wanted = {
         "locked": ("Permission denied", "ssh -o BatchMode=yes locked true"),
         "bare": ("not found", "same environment"),
-        "late": ("its clock is 29", "NTP"),
-        "early": ("its clock is 29", "NTP"),
-        "older": ("other libraries: timm 0.1", "same environment"),
-        "away": ("does not see the run directory", "runs=DIRECTORY"),
+        "late": ("clock is 29", "NTP"),
+        "early": ("clock is 29", "NTP"),
+        "older": ("different libraries: timm 0.1", "same environment"),
+        "away": ("run directory not visible", "runs=DIRECTORY"),
     }
     assert found["127.0.0.1"].status == "ok"
-    for host, (said, way_out) in wanted.items():
-        assert found[host].status == "fail" and said in found[host].found and way_out in found[host].way_out, found[host]
+    for host, (found_text, remedy) in wanted.items():
+        assert found[host].status == "fail" and found_text in found[host].found and remedy in found[host].remedy, found[host]
 
 
 def test_an_interface_that_a_host_lacks_is_named(hosts, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     line = hosts("127.0.0.1")["127.0.0.1"]
-    assert line.status == "fail" and "no interface nowhere0" in line.found and "GLOO_SOCKET_IFNAME" in line.way_out
+    assert line.status == "fail" and "no interface nowhere0" in line.found and "GLOO_SOCKET_IFNAME" in line.remedy
 
 
 def test_a_first_host_that_is_away_is_told_by_the_others(hosts):
     found = hosts("locked", "localhost")
-    assert found["ports"] == ("ports", "note", "nobody could try to reach locked", "repair locked first")
+    assert found["ports"] == ("ports", "note", "connectivity to locked was not tested", "fix the failures above first")
 
 
 def test_different_numbers_of_gpus(hosts, tools):
@@ -302,4 +302,4 @@ def test_no_ssh_here(tmp_path, monkeypatch):
     (tmp_path / "true").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
     (line,) = neighbours.check_hosts(tmp_path / "hosts", tmp_path)
-    assert line.status == "fail" and "openssh" in line.way_out
+    assert line.status == "fail" and "openssh" in line.remedy

@@ -37,12 +37,12 @@ def test_plain_lines_one_per_log_step():
     assert "kept % examples 50 tokens 50 connections 50" in said[-1]
 
 
-def test_the_last_accuracy_is_told_at_the_end():
+def test_the_closing_line_has_the_last_accuracy_and_the_position_at_the_end():
     out = io.StringIO()
     with Console("tri", 4, file=out) as console:
         told(console)
-        console.end("finished", 30)
-    assert out.getvalue().splitlines()[-1] == "tri: finished at step 30, epoch 4.0  top-1 84.4 %  (EMA 85.4 %)"
+        console.end("stopped", 32, 4.25)
+    assert out.getvalue().splitlines()[-1] == "tri: stopped at step 32, epoch 4.25  top-1 84.4 %  (EMA 85.4 %)"
 
 
 def test_live_line_on_a_terminal_stays_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -78,7 +78,7 @@ def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> Non
 def test_too_many_stop_the_run_and_a_resume_counts_on(spoiled: Path) -> None:
     """More than `optim.max_skipped`, counted over both attempts."""
     said = job(spoiled.parent.parent, 1, "10", *WORDS, "--resume", "stop_at=30step", "optim.max_skipped=2", code=2)
-    assert "3 steps had a loss or a gradient that is not finite, more than optim.max_skipped=2: steps 3, 5, 10." in said
+    assert "3 steps had a non-finite loss or gradient, more than optim.max_skipped=2: steps 3, 5, 10." in said
     assert lines(spoiled, "end")[-1]["status"] == "failed" and lines(spoiled, "skipped")[-1]["in_row"] == 1
 
 

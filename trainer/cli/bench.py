@@ -1,4 +1,4 @@
-"""`trilevel bench PART`: what each part measures is in a module of its own, imported when it is asked for."""
+"""The handler of `trilevel bench PART`. Each part is a module of `trainer/bench/`, imported when it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = ("input", "step", "checkpoint", "engine", "journal", "remote")
 
 
 def bench(a: argparse.Namespace) -> None:
-    """Measure, print title, table and notes, write the JSON: on rank 0 where there are several."""
+    """Measure; on rank 0 print title, table and notes, and write the JSON file."""
     result = _measured(a.command.removeprefix("bench "), a)
     if result is not None and os.environ.get("RANK", "0") == "0":
         show(result.title)

@@ -1,4 +1,4 @@
-"""One handler per command of `trilevel`; each imports what it needs when it runs, so that `--help` is quick."""
+"""One handler per command of `trilevel`. Each imports what it needs when it runs, so `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.cli import bench
 from trainer.cli.output import configuration, show, show_table, write_json
 from trainer.config.errors import ConfigError
 
-STOPPED = 75  # EX_TEMPFAIL: preempted with a checkpoint, start the same command again with --resume
+STOPPED = 75  # EX_TEMPFAIL: preempted after saving a checkpoint; run the same command again with --resume
 
 
 def _train(a: argparse.Namespace) -> int:
@@ -29,10 +29,10 @@ def _train(a: argparse.Namespace) -> int:
 
     ended = train(config, resume=a.resume)
     code = STOPPED if ended.status == "preempted" else 0
-    if told := os.environ.get("TRILEVEL_EXIT_FILE"):  # our launcher reads it there: torchrun takes any exit code for a crash
+    if exit_file := os.environ.get("TRILEVEL_EXIT_FILE"):  # read by `launch`: torchrun treats any other exit code as a crash
         try:
             if os.environ.get("RANK", "0") == "0":
-                Path(told).write_text(str(code))
+                Path(exit_file).write_text(str(code))
         except OSError:  # a full disk; a launcher of one process still gets the code itself
             return code
         return 0
@@ -60,8 +60,8 @@ def _index(a: argparse.Namespace) -> None:
     share, chance = runs_of_class(index)
     if share > 0.5 and share > 2 * chance:
         show(
-            f"sorted by class: {share:.0%} of neighbours share a label ({chance:.1%} when shuffled); `trilevel train CONFIG --check` says "
-            "how well a run's order mixes them, `trilevel pack` shuffles"
+            f"warning: shards are sorted by class: {share:.0%} of neighbours share a label ({chance:.1%} if shuffled); "
+            "`trilevel train CONFIG --check` measures how well a run's order mixes them, `trilevel pack` shuffles"
         )
 
 
@@ -97,7 +97,7 @@ def _densities(text: str | None) -> list[float] | None:
     except ValueError:
         found = []
     if not found or not all(0 < density <= 1 for density in found):
-        raise ConfigError(f"--densities {text}: write shares of tokens in (0, 1], with commas between: 1.0,0.7,0.5")
+        raise ConfigError(f"--densities {text}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5")
     return found
 
 
@@ -137,7 +137,7 @@ def _show(a: argparse.Namespace) -> None:
     from trainer.analysis import kept_tokens
 
     out = Path(a.out or f"{a.run_directory}/show")
-    words = [*a.images, *a.overrides]  # the latter: what stood behind an option
+    words = [*a.images, *a.overrides]  # overrides: words that followed an option
     settings = [word for word in words if "=" in word and not Path(word).exists()]
     images = [word for word in words if word not in settings]
     for path in kept_tokens.show(a.run_directory, images, out, a.token, settings):
@@ -148,10 +148,10 @@ def _kept(a: argparse.Namespace) -> None:
     from trainer.provenance.kept_table import kept_of, write
     from trainer.provenance.recorded_run import RecordedRun
 
-    past = RecordedRun(a.run_directory, a.overrides)
-    kept = kept_of(past, a.epoch)
+    run = RecordedRun(a.run_directory, a.overrides)
+    kept = kept_of(run, a.epoch)
     show_table(kept.table())
-    for path in write(kept, past, Path(a.out or f"{a.run_directory}/kept/lists")):
+    for path in write(kept, run, Path(a.out or f"{a.run_directory}/kept/lists")):
         show(path)
     write_json(a.json, kept.facts())
 
@@ -184,7 +184,7 @@ def _report(a: argparse.Namespace) -> None:
     from trainer.analysis.report_plot import picture
 
     show_table(summary(a.run_directory).table)
-    show(f"picture: {picture(a.run_directory)}")
+    show(f"plot: {picture(a.run_directory)}")
     show(where_to_look(a.run_directory))
 
 
@@ -193,12 +193,12 @@ def _compare(a: argparse.Namespace) -> None:
     from trainer.analysis.compare import compare, from_mlflow
 
     if not a.runs and not a.experiment:
-        raise ConfigError("compare: name run directories, or an MLflow experiment with --experiment NAME")
+        raise ConfigError("compare: no runs given; name run directories, or an MLflow experiment with --experiment NAME")
     theirs, missing = from_mlflow(a.experiment, Path(a.out) / "runs", a.uri) if a.experiment else ([], [])
     found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
     show_table(compare_page.table(found))
     for text in compare_page.warnings(found):
-        show(f"mind: {text}")
+        show(f"warning: {text}")
     for path in compare_page.write(found, Path(a.out)):
         show(path)
 

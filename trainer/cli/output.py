@@ -1,4 +1,4 @@
-"""What the commands share: the configuration they are given, tables and lines for the terminal, results as JSON."""
+"""Shared by the commands: load the configuration, print tables and lines, write results as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trilevel train CONFIG --check`: everything that can be wrong before a GPU is paid for, and the plan of the run as a table."""
+"""`trilevel train CONFIG --check`: validate a run before it uses a GPU, and print its plan of keep ratios as a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.model.schedule import keep_schedule
 
 @dataclass(frozen=True)
 class Plateau:
-    """A stretch of the run under one plan. start, end in epochs; tokens per block (prefix included); multiply-adds per image."""
+    """A part of the run under one plan. start, end: epochs; tokens: per block, prefix included; multiply_adds: per image."""
 
     start: float
     end: float
@@ -35,7 +35,7 @@ class Plateau:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a run will do, as far as its configuration, its shards and the world tell."""
+    """What a run will do, from its configuration, its shards and the number of processes."""
 
     config: Config
     world: int
@@ -50,12 +50,13 @@ class CheckReport:
     quality: Quality  # of the first epoch's order, from a sample of its batches
 
     def share(self) -> float:
-        """Multiply-adds of the token and connection levels over the whole run, dense = 1 (examples left out not counted)."""
+        """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""
         return sum((p.end - p.start) * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
 
     def table(self) -> Table:
-        table = Table(title=f"{self.config.name}: the plan of the run", title_justify="left")
-        for column, side in (("epochs", "left"), ("tokens", "right"), ("connections", "right"), ("tokens per block", "left")):
+        table = Table(title=f"{self.config.name}: plan of the run (keep ratios by epoch)", title_justify="left")
+        sides = {"epochs": "left", "keep tokens": "right", "keep connections": "right", "tokens per block": "left"}
+        for column, side in sides.items():
             table.add_column(column, justify=side)  # pyright: ignore[reportArgumentType]
         table.add_column("GMACs", justify="right")
         table.add_column("of dense", justify="right")
@@ -72,13 +73,13 @@ class CheckReport:
 
     def text(self) -> str:
         c = self.config
-        removed = f", {c.examples.removed:.0%} of the examples left out ({c.examples.method})" if c.examples.removed else ""
+        removed = f"; {c.examples.method} removes {c.examples.removed:.0%} of the examples" if c.examples.removed else ""
         return (
             f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters, {c.model.image_size} px, {self.dense / 1e9:.4g} GMACs dense\n"
             f"{self.images} training and {self.validation_images} validation images{removed}\n"
-            f"{c.epochs} epochs, {self.steps} steps in the first one, global batch {c.data.batch} = {self.world} process(es) x "
-            f"{self.accumulation} x micro-batch {self.micro_batch}{' (last slots may be padding)' if self.padded() else ''}\n"
-            f"multiply-adds of the token and connection levels over the run: {self.share():.3f} of dense\n{self.quality.text()}"
+            f"{c.epochs} epochs, {self.steps} steps in the first; global batch {c.data.batch} = {self.world} process(es) x "
+            f"{self.accumulation} accumulation step(s) x micro-batch {self.micro_batch}{' (last ones padded)' if self.padded() else ''}\n"
+            f"multiply-adds of the run, without counting removed examples: {self.share():.3f} of dense\n{self.quality.text()}"
         )
 
     def padded(self) -> bool:
@@ -86,7 +87,7 @@ class CheckReport:
 
 
 def check(config: Config, world: int) -> CheckReport:
-    """Hold a configuration against its shards, its model and a world of `world` processes. Raises ConfigError or DataError."""
+    """Check a configuration together with its shards, its model and `world` processes. Raises ConfigError or DataError."""
     train, validation = open_indexes(config)
     check_labels(validation, config.model.classes)
     check_classes(train, validation)
@@ -96,9 +97,9 @@ def check(config: Config, world: int) -> CheckReport:
         order = stream.order(0, examples.select(0, single_process))
     except DataError:
         raise
-    except ValueError as error:  # the batch doesn't fit the world, or the epoch
+    except ValueError as error:  # the batch does not fit the number of processes, or the epoch
         raise ConfigError(str(error)) from error
-    deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # its conflicts are told here too
+    deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
     Objective(config)
     build_optimizer(model, config.optim)
     return CheckReport(

@@ -1,6 +1,6 @@
-"""`trilevel doctor`: what this machine has and lacks for a run, one line each with the way out. Looks, and changes nothing.
+"""`trilevel doctor`: check this machine for a run; one line per check, with a remedy. Changes nothing.
 
-With a hostfile it also asks every host (see `hosts`).
+With a hostfile it also checks every host over ssh (see `hosts`).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NETWORKED = (
     "virtiofs",
     "panfs",
 )
-TIMEOUT = 3.0  # seconds that anything outside this machine may take
+TIMEOUT = 3.0  # seconds for a request to another machine
 
 
 def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_config: str | None = None) -> list[Finding]:
-    """Everything that can be found out in some seconds about this machine, and about the hosts of a hostfile."""
+    """Checks of this machine, which take some seconds, and of the hosts of a hostfile."""
     runs = Path(runs)
     lines = versions(constraints_file())
-    looks: dict[str, Callable[[], Finding | list[Finding]]] = {
+    checks: dict[str, Callable[[], Finding | list[Finding]]] = {
         "GPUs": devices,
         "collectives": collectives,
         "compiler": compiler,
@@ -52,11 +52,11 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_confi
         "open files": open_files,
         "MLflow": lambda: tracking(runs),
     }
-    for name, look in looks.items():
+    for name, check in checks.items():
         try:
-            found = look()
-        except ImportError as error:  # the others can still be told
-            found = Finding(name, "fail", f"can't be asked: {error}", "pip install -c constraints.txt -e .")
+            found = check()
+        except ImportError as error:  # the other checks still run
+            found = Finding(name, "fail", f"check failed: {error}", "pip install -c constraints.txt -e .")
         lines += [found] if isinstance(found, Finding) else found
     if hosts is not None:
         from trainer.preflight.hosts import check_hosts
@@ -66,17 +66,17 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_confi
 
 
 def main(hosts: str | None = None, ssh_config: str | None = None) -> int:
-    """Print the lines; 1 where one of them is a failure."""
+    """Print the findings; returns 1 if one of them is a failure."""
     lines = doctor(hosts, ssh_config=ssh_config)
     for line in lines:
         print(printable(line.text()))
     failed = sum(line.status == "fail" for line in lines)
-    print(f"{failed} to repair" if failed else "ready to train")
+    print(f"{failed} check(s) failed" if failed else "ready to train")
     return int(bool(failed))
 
 
 def file_system(runs: Path, mounts: Path = Path("/proc/mounts")) -> Finding:
-    """On what run directories lie: several nodes must share it, and sqlite must not."""
+    """File system of the run directories: several nodes need a shared one; sqlite needs a local one."""
     there = _existing(runs)
     best, kind = "", "unknown"
     for row in mounts.read_text().splitlines() if mounts.exists() else []:
@@ -85,15 +85,15 @@ def file_system(runs: Path, mounts: Path = Path("/proc/mounts")) -> Finding:
             best, kind = point, name
     shared = kind in NETWORKED
     if not os.access(there, os.W_OK):
-        return Finding("runs", "fail", f"{there} can't be written", "choose another place by runs=DIRECTORY")
+        return Finding("runs", "fail", f"{there} is not writable", "set runs=DIRECTORY to a writable folder")
     found = f"{there} is on {kind} ({best or '?'})"
     if shared:
         return Finding("runs", "ok", f"{found}, shared between hosts")
-    return Finding("runs", "ok", f"{found}, this host's own; a run on several nodes wants a shared one (runs=DIRECTORY)")
+    return Finding("runs", "ok", f"{found}, local to this host; a run on several nodes needs a shared one (runs=DIRECTORY)")
 
 
 def clock(runs: Path) -> Finding:
-    """This host's clock against the one that stamps its files (a file server's, where they are shared)."""
+    """This host's clock compared with the one that sets file times (the file server's, on a shared file system)."""
     try:
         with tempfile.NamedTemporaryFile(dir=_existing(runs)) as file:
             before = time.time()
@@ -103,25 +103,25 @@ def clock(runs: Path) -> Finding:
         return Finding("clock", "note", f"not compared: {error}")
     if abs(off) > 2:
         found = f"{abs(off):.0f} s {'behind' if off > 0 else 'ahead of'} the file server's"
-        return Finding("clock", "note", found, "run NTP (chrony) on both")
+        return Finding("clock", "note", found, "synchronise both with NTP (chrony)")
     return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
 def free_disk(runs: Path, want: float = 20.0, least: float = 2.0) -> Finding:
-    """want, least: GiB. A DeiT-B checkpoint with optimizer and average takes 1.4 GiB, and some are kept."""
+    """want, least: GiB. A DeiT-B checkpoint with optimizer state and EMA takes 1.4 GiB, and several are kept."""
     free = shutil.disk_usage(_existing(runs)).free / GIB
     found = f"{free:.1f} GiB free for runs"
-    remedy = "free some, or choose another place by runs=DIRECTORY; checkpoint.keep=1 keeps fewer"
+    remedy = "free disk space, set runs=DIRECTORY to another disk, or keep fewer checkpoints (checkpoint.keep=1)"
     if free < least:
         return Finding("disk", "fail", found, remedy)
     return Finding("disk", "note", found, remedy) if free < want else Finding("disk", "ok", found)
 
 
 def shared_memory(path: Path, want: float = 1.0) -> Finding:
-    """Loader workers hand images over in shared memory; containers have 64 MiB unless asked. want: GiB."""
+    """Loader workers pass images in shared memory; containers have 64 MiB by default. want: GiB."""
     remedy = "docker run --shm-size=16g (or --ipc=host), or data.workers=0"
     if not path.is_dir():
-        return Finding("shared memory", "fail", f"{path} is not there: loader workers can't hand over images", remedy)
+        return Finding("shared memory", "fail", f"{path} does not exist: loader workers can't pass images", remedy)
     free = shutil.disk_usage(path).free / GIB
     found = f"{free:.2f} GiB free in {path}"
     if free < want:
@@ -138,32 +138,30 @@ def open_files(want: int = 4096) -> Finding:
 
 
 def tracking(runs: Path, timeout: float = TIMEOUT) -> Finding:
-    """Whether MLflow can be reached. A run does not need it: what it can't send waits for `trilevel sync`."""
+    """Whether MLflow is reachable. A run does not need it: `trilevel sync` uploads later what the run could not send."""
     from trainer.config.schema import TrackingConfig
     from trainer.tracking.upload import uri_of
 
     uri = uri_of(runs / "run", TrackingConfig())
     if uri.startswith("sqlite"):
-        found = f"{uri}; for several nodes a server (MLFLOW_TRACKING_URI), or tracking.to=journal and sync"
+        found = f"{uri}; on several nodes use a server (MLFLOW_TRACKING_URI), or tracking.to=journal and trilevel sync"
         return Finding("MLflow", "ok", found)
     if not uri.startswith("http"):
-        return Finding("MLflow", "note", f"{uri}: not an http server, not tried")
-    remedy = "start it (mlflow server) or unset MLFLOW_TRACKING_URI; a run goes on all the same: trilevel sync RUN later"
+        return Finding("MLflow", "note", f"{uri}: not checked (not an http server)")
+    remedy = "start it (mlflow server) or unset MLFLOW_TRACKING_URI; training works without it: trilevel sync RUN later"
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout) as answer:
-            return Finding("MLflow", "ok", f"{uri} answers {answer.status}")
+            return Finding("MLflow", "ok", f"{uri} answers with status {answer.status}")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        return Finding("MLflow", "note", f"{uri} answers {error.code}", remedy)
+        return Finding("MLflow", "note", f"{uri} answers with status {error.code}", remedy)
     except OSError as error:
-        return Finding(
-            "MLflow", "note", f"{uri} can't be reached within {timeout:g} s: {getattr(error, 'reason', error)}", remedy
-        )
+        return Finding("MLflow", "note", f"{uri} not reachable within {timeout:g} s: {getattr(error, 'reason', error)}", remedy)
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest parent folder that exists."""
     path = path.resolve()
     while not path.is_dir():
         path = path.parent

@@ -1,9 +1,9 @@
-"""`trilevel plan CONFIG --nodes N --from BENCH.json`: what a run would take on machines that are not there yet. A simulation on paper.
+"""`trilevel plan CONFIG --nodes N --from BENCH.json`: estimate a run on N nodes without running it.
 
-What was measured on one device (`bench step --json`), of the loader (`bench input --json`) and, where it is given, in a short run of
-one process (its directory: what a step takes beyond its passes) is put together for N nodes:
-  step = max(loader, images per device x passes + engine + all-reduce), nothing overlapped but the loader.
-So it errs on the slow side where the engine reduces gradients during the backward pass. Evaluation and checkpoints come on top.
+Combines measurements on one device (`bench step --json`), of the loader (`bench input --json`) and, if given, of a short run of one
+process (its directory: time of a step outside its passes):
+  step = max(loader, images per device x passes + engine + all-reduce); only the loader overlaps.
+It overestimates if the engine reduces gradients during the backward pass. Evaluation and checkpoints are not included.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ GRADIENT_BYTES = {"bf16": 2, "autocast": 4, "float32": 4}  # per parameter, as t
 
 @dataclass(frozen=True)
 class MeasuredRates:
-    """What was measured. passes: {row: seconds per image of forward, backward and optimizer}; decode: core seconds per image;
-    engine: seconds per step beyond the passes. cpu: the passes were made on a CPU, by `threads` cores."""
+    """Measurements.
+
+    passes: {row: seconds per image of forward, backward and optimizer}.
+    decode: core seconds per image.
+    engine: seconds per step outside the passes.
+    cpu: the passes ran on a CPU, with `threads` cores.
+    """
 
     passes: dict[str, float]
     decode: float | None = None
@@ -41,7 +46,7 @@ class MeasuredRates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run on paper. parts: hours of each resource, were it alone; demand: images/s that a node must be fed at its busiest."""
+    """The estimate of a run. parts: hours of each resource if it were the only one; demand: images/s of a node at the peak."""
 
     about: str
     steps: int
@@ -50,14 +55,14 @@ class Estimate:
     parts: dict[str, float]
     images_per_second: float  # of a node, mean over the run
     demand: float
-    bytes_per_second: float  # of a node, at its busiest
+    bytes_per_second: float  # of a node, at the peak
     cores: int
     supply: float | None  # images/s that the cores of a node decode
     multiply_adds: float  # of the whole run, forward
     notes: tuple[str, ...]
 
     @property
-    def wall(self) -> str:
+    def bottleneck(self) -> str:
         return max(self.parts, key=lambda name: self.parts[name])
 
     def facts(self) -> dict[str, Any]:
@@ -66,24 +71,24 @@ class Estimate:
             "images_per_second_per_node": self.images_per_second, "images_per_second_per_node_peak": self.demand,
             "bytes_per_second_per_node": self.bytes_per_second, "images_per_second_per_core": self.demand / self.cores,
             "images_per_second_decoded": self.supply, "multiply_adds": self.multiply_adds, "hours_of": self.parts,
-            "wall": self.wall, "notes": list(self.notes),
+            "wall": self.bottleneck, "notes": list(self.notes),
         }  # fmt: skip
 
     def table(self) -> Table:
-        table = Table(title=f"{self.about}: on paper, nothing of this was run", title_justify="left", show_header=False)
+        table = Table(title=f"{self.about}: estimate, simulated and not measured", title_justify="left", show_header=False)
         table.add_column(justify="left")
         table.add_column(justify="right")
         table.add_column(justify="left")
         table.add_row("steps", f"{self.steps:,}", "")
-        table.add_row("hours", f"{self.hours:.4g}", "training steps; evaluation and checkpoints come on top")
+        table.add_row("hours", f"{self.hours:.4g}", "training steps; without evaluation and checkpoints")
         table.add_row("device hours", f"{self.hours * self.devices:.4g}", f"{self.devices} device(s)")
         table.add_row("multiply-adds", f"{self.multiply_adds:.3g}", "forward, whole run")
-        table.add_row("images/s per node", f"{self.images_per_second:,.0f}", f"mean; {self.demand:,.0f} at its busiest")
-        table.add_row("MB/s per node", f"{self.bytes_per_second / 1e6:,.1f}", "read, at its busiest")
-        have = "not measured" if self.supply is None else f"{self.supply / self.cores:,.0f} were decoded"
-        table.add_row("images/s per core", f"{self.demand / self.cores:,.1f}", f"needed, of {self.cores} core(s); {have}")
+        table.add_row("images/s per node", f"{self.images_per_second:,.0f}", f"mean; {self.demand:,.0f} at the peak")
+        table.add_row("MB/s per node", f"{self.bytes_per_second / 1e6:,.1f}", "read, at the peak")
+        have = "decoding not measured" if self.supply is None else f"a core decodes {self.supply / self.cores:,.0f}"
+        table.add_row("images/s per core", f"{self.demand / self.cores:,.1f}", f"needed on {self.cores} core(s); {have}")
         for name, hours in self.parts.items():
-            table.add_row(f"{name} alone", f"{hours:.4g} h", "<- the wall" if name == self.wall else "")
+            table.add_row(f"{name} alone", f"{hours:.4g} h", "<- bottleneck" if name == self.bottleneck else "")
         return table
 
     def text(self) -> str:
@@ -91,7 +96,7 @@ class Estimate:
 
 
 def read(paths: list[str]) -> MeasuredRates:
-    """JSON files of `bench step` and `bench input`, and run directories. Raises ConfigError for what is none of them."""
+    """Read JSON files of `bench step` and `bench input`, and run directories. Raises ConfigError for anything else."""
     passes, decode, runs, cpu, threads = {}, None, [], False, 1
     for path in paths:
         if Path(path).is_dir():
@@ -102,7 +107,7 @@ def read(paths: list[str]) -> MeasuredRates:
             unit = rows["ours"]["unit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"--from {path}: {type(error).__name__}: {error}; give JSON of `bench step` or `bench input`, or a run"
+                f"--from {path}: {type(error).__name__}: {error}; give the JSON of `bench step` or `bench input`, or a run directory"
             ) from error
         if unit == "ms":
             passes = {name: 1 / row["images_per_second"] for name, row in rows.items() if row.get("unit") == "ms"}
@@ -110,7 +115,9 @@ def read(paths: list[str]) -> MeasuredRates:
         else:
             decode = rows["ours"]["cpu_ms"] / 1000
     if not passes:
-        raise ConfigError(f"--from {' '.join(paths)}: the step was not measured: trilevel bench step CONFIG --json FILE")
+        raise ConfigError(
+            f"--from {' '.join(paths)}: no step times in it; measure them: trilevel bench step CONFIG --json FILE"
+        )
     found = MeasuredRates(passes, decode, None, cpu, threads)
     beyond = [seconds for run in runs for seconds in _beyond(run, found)]
     return MeasuredRates(passes, decode, max(0.0, median(beyond)) if beyond else None, cpu, threads)
@@ -119,16 +126,23 @@ def read(paths: list[str]) -> MeasuredRates:
 def plan(
     config: Config, bench: MeasuredRates, nodes: int, processes: int = 1, bandwidth: float | None = None, cores: int = 1
 ) -> Estimate:
-    """The run on `nodes` x `processes` devices; bandwidth: GB/s of a node's network (of the processes on one node). Raises ConfigError."""
+    """Estimate the run on `nodes` x `processes` devices. Raises ConfigError.
+
+    config: of the run.
+    bench: measurements of this configuration.
+    processes: devices per node.
+    bandwidth: GB/s of a node's network; on one node, between its processes. None: all-reduce takes no time.
+    cores: CPU cores per node.
+    """
     for name, value in (("--nodes", nodes), ("--processes", processes), ("--cores", cores)):
         if value < 1:
-            raise ConfigError(f"{name} {value}: at least 1")
+            raise ConfigError(f"{name} {value}: must be >= 1")
     if bandwidth is not None and bandwidth <= 0:
-        raise ConfigError(f"--bandwidth {bandwidth:g}: GB/s, above 0")
+        raise ConfigError(f"--bandwidth {bandwidth:g}: must be > 0, in GB/s")
     world = nodes * processes
     checked, (index, _) = check(config, world), open_indexes(config, verify=False)
     local = config.data.batch / world  # images of a device in a step
-    # a GPU has itself to itself; on a CPU the cores of a node are shared, by the passes and by decoding
+    # on a CPU, passes and decoding share the cores of a node
     slower = processes * bench.threads / cores if bench.cpu else 1.0
     decode = bench.decode or 0.0
     ring = nodes if nodes > 1 else processes
@@ -138,36 +152,40 @@ def plan(
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
     steps = total = images = multiply_adds = 0.0
     fastest = float("inf")
-    for spell in _segments(config, checked.images, bench.passes):
-        compute = local * spell.passes * slower
+    for segment in _segments(config, checked.images, bench.passes):
+        compute = local * segment.passes * slower
         load = local * processes * decode / cores
         one = compute + engine + reduce + (load if bench.cpu else 0.0)
         one = max(one, load)
-        parts["compute"] += spell.steps * compute
-        parts["loader"] += spell.steps * load
-        parts["engine"] += spell.steps * engine
-        parts["all-reduce"] += spell.steps * reduce
-        steps, total, fastest = steps + spell.steps, total + spell.steps * one, min(fastest, one)
-        images += spell.steps * config.data.batch
+        parts["compute"] += segment.steps * compute
+        parts["loader"] += segment.steps * load
+        parts["engine"] += segment.steps * engine
+        parts["all-reduce"] += segment.steps * reduce
+        steps, total, fastest = steps + segment.steps, total + segment.steps * one, min(fastest, one)
+        images += segment.steps * config.data.batch
     for p in checked.plateaus:
         multiply_adds += (p.end - p.start) / config.epochs * images * p.multiply_adds
     demand = config.data.batch / fastest / nodes
     notes = [
-        f"passes on a {'CPU' if bench.cpu else 'GPU'}, {bench.passes['ours'] * 1000:.3g} ms per image under the final plan"
+        f"step measured on a {'CPU' if bench.cpu else 'GPU'}: {bench.passes['ours'] * 1000:.3g} ms per image under the final plan"
     ]
     notes += (
-        [] if bench.decode else ["the loader was not measured: --from the JSON of `trilevel bench input CONFIG --json FILE`"]
+        []
+        if bench.decode
+        else ["loader not measured, counted as 0; add --from FILE of `trilevel bench input CONFIG --json FILE`"]
     )
     notes += (
         []
         if bench.engine is not None
-        else ["what a step takes beyond its passes was not measured: --from a short run's directory"]
+        else ["engine (a step's time outside its passes) not measured, counted as 0; add --from RUN of a short run"]
     )
-    notes += [] if bandwidth or world == 1 else ["gradients are taken to travel at once: --bandwidth GB/s"]
+    notes += [] if bandwidth or world == 1 else ["all-reduce counted as 0; set --bandwidth GB/s"]
     if bandwidth and nodes == 1 and world > 1:
-        notes.append("one node: --bandwidth is taken for what its processes have between them")
+        notes.append("one node: --bandwidth is the bandwidth between its processes")
     if config.examples.method in UNKNOWN:
-        notes.append(f"examples.method={config.examples.method} decides in the run what it leaves out: counted as nothing")
+        notes.append(
+            f"examples.method={config.examples.method} decides during the run what to remove; counted as removing nothing"
+        )
     size = float(index.length.mean()) if len(index) else 0.0
     return Estimate(
         about=f"{config.name}, {nodes} node(s) x {processes}", steps=round(steps), hours=total / 3600, devices=world,
@@ -186,7 +204,7 @@ class _Segment:
 
 
 def _segments(config: Config, examples: int, passes: dict[str, float]) -> list[_Segment]:
-    """Every stretch of the schedule by what was measured of it. Raises ConfigError where the bench is of another schedule."""
+    """Every plateau of the schedule with its measured passes. Raises ConfigError if the measurement has another schedule."""
     changes = stretches(config)
     removed = 0.0 if config.examples.method in UNKNOWN else config.examples.removed
     rounds = config.data.repeats
@@ -196,7 +214,7 @@ def _segments(config: Config, examples: int, passes: dict[str, float]) -> list[_
         row = "ours" if under == changes[-1][1] else f"ours from epoch {start:g}"
         if row not in passes:
             raise ConfigError(
-                f"--from: the step bench has no row {row!r} ({', '.join(passes)}): it is of another schedule; measure this "
+                f"--from: no row {row!r} in the step measurement (rows: {', '.join(passes)}): it has another schedule; measure this "
                 "configuration: trilevel bench step CONFIG --json FILE"
             )
         for epoch in range(int(start), -(-int(end * 1e6) // 10**6)):
@@ -207,12 +225,12 @@ def _segments(config: Config, examples: int, passes: dict[str, float]) -> list[_
 
 
 def _volume(config: Config) -> float:
-    """ZeRO 3 gathers the parameters twice in a step where the others send as much once."""
+    """Communication relative to one all-reduce: ZeRO 3 gathers the parameters twice per step."""
     return 1.5 if config.engine.kind == "deepspeed" and config.engine.zero == 3 else 1.0
 
 
 def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
-    """Seconds per step that a run of one process took beyond its passes and its waiting, by step line under the final plan's row."""
+    """Seconds per step of a run of one process outside its passes and its data wait, one value per step line."""
     found: list[float] = []
     world, batch, config, first = 1, 1, None, True
     for line in lineage(run):
@@ -220,15 +238,15 @@ def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
             world, batch, first = line["world"], line["config"]["data"]["batch"], True
             config = Config.model_validate(line["config"])
         elif line["kind"] == "step" and config is not None:
-            if not first and line.get("images"):  # the first line has the warm-up in it
+            if not first and line.get("images"):  # the first line includes the warm-up
                 under = [row for start, row in _rows(config) if start <= line["progress"]][-1]
                 steps = line["images"] / batch
                 found.append(line["seconds"] * (1 - line["data_wait"]) / steps - batch * bench.passes.get(under, 0.0))
             first = False
     if world != 1:
-        raise ConfigError(f"--from {run}: its {world} processes waited for each other; give a short run of one process")
+        raise ConfigError(f"--from {run}: run of {world} processes, which wait for each other; give a short run of one process")
     if not found:
-        raise ConfigError(f"--from {run}: too short, it has no second step line; train some steps with log_every=10step")
+        raise ConfigError(f"--from {run}: too short, no second step line; train some steps with log_every=10step")
     return found
 
 

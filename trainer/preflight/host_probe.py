@@ -1,4 +1,4 @@
-"""What a host tells about itself, on nothing but its Python: hosts.py sends this file over ssh, where trainer may be missing."""
+"""Checks that run on another host with its Python alone: hosts.py sends this file over ssh; the host may lack the package trainer."""
 
 import concurrent.futures
 import hashlib
@@ -15,9 +15,14 @@ from typing import Any
 
 
 def probe(asked: dict[str, Any]) -> dict[str, Any]:
-    """asked: libraries (names), token (a file in the run directory), interfaces (names), first (the first host), doors ([host, port]
-    to reach). Times are of this host's clock, code is a hash of the package trainer that it would import, shut are the doors that
-    were not reached, meets says why gloo would listen at an address that others do not reach."""
+    """The findings of this host.
+
+    asked: libraries (names), token (a file in the run directory), interfaces (names), first (the first host), doors ([host, port]
+    to connect to).
+    Returns time and ended (this host's clock), python, versions, code (hash of the package trainer that it would import), sees
+    (whether it sees the token), gpus, without (missing interfaces), shut (doors that can't be reached, with the error), meets (why
+    gloo would bind to an address that other hosts can't reach, or "").
+    """
     about: dict[str, Any] = {"time": time.time(), "python": sys.version.split()[0]}
     about["versions"] = {name: version(name) for name in asked["libraries"]}
     found = importlib.util.find_spec("trainer")
@@ -51,16 +56,16 @@ def code_hash(package: pathlib.Path) -> str:
 
 
 def unreachable_address(first: str) -> str:
-    """Why gloo, which binds to the host name's address, could not be reached from `first`; empty where it can."""
+    """Why gloo, which binds to the address of the host name, could not be reached from `first`; "" if it can."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
         with socket.socket() as bound:
             bound.bind((address, 0))
         alone = address.startswith("127.") and not socket.gethostbyname(first).startswith("127.")
-        return f"{name} is {address} there" if alone else ""
+        return f"{name} resolves to {address}" if alone else ""
     except OSError:
-        return f"{name} has no address of its own there"
+        return f"{name} does not resolve to an address of this host"
 
 
 def knock(door: tuple[str, int]) -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
-"""What the hosts of a hostfile say, asked over ssh: same Python, libraries and code, clock, shared directory, ways between them.
+"""Check the hosts of a hostfile over ssh: same Python, libraries and code, clock, shared directory, connectivity.
 
-A hostfile has one host per line, in DeepSpeed's and MPI's form (`name slots=8`); text behind # is left out. A run meets on the first
-host, then gloo and NCCL connect any pair: each host listens once, and all others try to reach it.
+A hostfile has one host per line, in DeepSpeed's and MPI's form (`name slots=8`); # starts a comment. A run's rendezvous is on the
+first host, then gloo and NCCL connect any pair: each host opens a port, and the others try to connect to it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from trainer.run.directory import LIBRARIES
 from trainer.storage.source_tree import SOURCE_ROOT
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
-PATIENCE = 60.0  # seconds for all that a host is asked
-PEERS = 64  # others that a host tries to reach: all in files of up to 65 hosts, then those behind it in the file, and the first
-SHOWN = 8  # pairs that are named
-CLOCKS = 2.0  # seconds that clocks may differ
-HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
+PATIENCE = 60.0  # seconds for all checks on a host
+PEERS = 64  # hosts that a host tries to connect to: all of up to 65; with more, the next 64 in the file and the first
+SHOWN = 8  # unreachable pairs that are listed
+CLOCKS = 2.0  # allowed difference of clocks, in seconds
+HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # a leading dash would be an option of ssh
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `launch hosts` passes them on
-# runs on every host: a door that the others knock at, until we hang up
+# runs on every host: a listening port for the others, until standard input is closed
 DOOR = """
 import select, socket, sys
 door = socket.create_server(("", 0), backlog=128)
@@ -43,19 +43,19 @@ select.select([sys.stdin], [], [], {seconds})
 
 
 def read_hosts(hostfile: Path) -> list[str]:
-    """Names in the order of the file. Raises ConfigError for a file without any, or one that names none."""
+    """Host names in the order of the file. Raises ConfigError for an invalid line or a file without hosts."""
     rows = [row.partition("#")[0].split() for row in hostfile.read_text(encoding="utf-8-sig").splitlines()]
     hosts = [row[0] for row in rows if row]
     for host in hosts:
         if not HOST.fullmatch(host):
-            raise ConfigError(f"{hostfile}: {host!r} is no host; a line is `name` or `user@name slots=8`")
+            raise ConfigError(f"{hostfile}: invalid host {host!r}; write `name` or `user@name slots=8`")
     if not hosts:
-        raise ConfigError(f"{hostfile}: no host in it; write one per line, e.g. `node1 slots=8`")
+        raise ConfigError(f"{hostfile}: no hosts; write one per line, e.g. `node1 slots=8`")
     return hosts
 
 
 def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> list[Finding]:
-    """One line per host, one for the ways between them, one where numbers of GPUs differ. ssh_config: instead of ~/.ssh/config."""
+    """One finding per host, one for connectivity, one if the numbers of GPUs differ. ssh_config: used instead of ~/.ssh/config."""
     ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     try:
         hosts = read_hosts(hostfile)
@@ -77,7 +77,7 @@ def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> li
             for door, _ in doors:
                 door.kill()
                 if door.stdin:
-                    door.stdin.close()  # the far end waits for this
+                    door.stdin.close()  # ends the process on the other host
                 door.wait()
             token.unlink()
             if created:
@@ -92,7 +92,7 @@ def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> li
 
 
 def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a host answers, with the moments before and after; {"error": ...} where it does not."""
+    """A host's answer, with the times before and after; {"error": ..., "remedy": ...} if it failed."""
     started = time.time()
     try:
         done = subprocess.run(
@@ -106,29 +106,29 @@ def _ask(ssh: tuple[str, ...], host: str, asked: dict[str, Any]) -> dict[str, An
     except FileNotFoundError:
         return {"error": "ssh is not installed here", "remedy": "install openssh-client"}
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {PATIENCE:g} s", "remedy": "look at the host"}
+        return {"error": f"no answer within {PATIENCE:g} s", "remedy": "check that the host is up and responsive"}
     if done.returncode == 255:
         return {
             "error": f"ssh: {done.stderr.strip()[-200:] or 'failed'}",
-            "remedy": f"let `ssh -o BatchMode=yes {host} true` work without a password",
+            "remedy": f"set up ssh keys so that `ssh -o BatchMode=yes {host} true` works",
         }
     if done.returncode:
         return {
-            "error": f"{sys.executable} there: {done.stderr.strip()[-200:]}",
-            "remedy": "the same environment at the same path on every host",
+            "error": f"{sys.executable} failed on this host: {done.stderr.strip()[-200:]}",
+            "remedy": "install the same environment at the same path on every host",
         }
     return json.loads(done.stdout.splitlines()[-1]) | {"before": started, "after": time.time()}
 
 
 def _others(host: str, hosts: list[str], ports: dict[str, int]) -> list[tuple[str, int]]:
-    """At whose doors a host knocks."""
+    """(host, port) of the others that a host tries to connect to."""
     here = hosts.index(host)
     near = [hosts[(here + step) % len(hosts)] for step in range(1, min(len(hosts), PEERS + 1))]
     return [(other, ports[other]) for other in dict.fromkeys([hosts[0], *near]) if other != host and ports[other]]
 
 
 def _connectivity(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) -> Finding:
-    """Whether the hosts reach each other, on ports that the system chose: so do the connections of a run."""
+    """Whether the hosts reach each other on free ports chosen by the system, which a run uses too."""
     tried = sum(len(_others(host, hosts, ports)) for host, about in zip(hosts, found, strict=True) if "shut" in about)
     shut = [
         f"{host} can't reach {to} ({why})"
@@ -138,13 +138,11 @@ def _connectivity(hosts: list[str], found: list[dict[str, Any]], ports: dict[str
     closed = [host for host in hosts if not ports[host]]
     if shut:
         more = f" and {len(shut) - SHOWN} more" if len(shut) > SHOWN else ""
-        remedy = (
-            "open all TCP ports between the hosts (a run takes free ones), or name the hosts by the network that they share"
-        )
+        remedy = "open all TCP ports between the hosts (a run uses free ones), or use host names of the network that they share"
         return Finding("ports", "fail", "; ".join(shut[:SHOWN]) + more, remedy)
     if closed or not tried:
-        return Finding("ports", "note", f"nobody could try to reach {', '.join(closed)}", f"repair {', '.join(closed)} first")
-    return Finding("ports", "ok", f"the hosts reach each other ({tried} ways tried)")
+        return Finding("ports", "note", f"connectivity to {', '.join(closed)} was not tested", "fix the failures above first")
+    return Finding("ports", "ok", f"the hosts reach each other ({tried} connections tested)")
 
 
 def _line(host: str, about: dict[str, Any]) -> Finding:
@@ -154,27 +152,28 @@ def _line(host: str, about: dict[str, Any]) -> Finding:
     ours = {name: host_probe.version(name) for name in LIBRARIES}
     other = [f"{name} {v} (here {ours[name]})" for name, v in about["versions"].items() if v != ours[name]]
     if other:
-        wrong.append((f"other libraries: {', '.join(other)}", "the same environment on every host"))
+        wrong.append((f"different libraries: {', '.join(other)}", "install the same environment on every host"))
     if not about["code"]:
-        wrong.append(("the package trainer is not found", "install it there, or put it on PYTHONPATH"))
+        wrong.append(("package trainer not found", "install it on the host, or add it to PYTHONPATH"))
     elif about["code"] != host_probe.code_hash(SOURCE_ROOT / "trainer"):
-        wrong.append(("other code than here", "the same version on every host"))
-    off = max(about["ended"] - about["after"], about["before"] - about["time"])  # above 0: outside what the round trip explains
+        wrong.append(("code differs from this host", "install the same version on every host"))
+    off = max(about["ended"] - about["after"], about["before"] - about["time"])  # above 0: more than the round trip explains
     if off > CLOCKS:
-        wrong.append((f"its clock is {off:.0f} s off", "run NTP (chrony) there"))
+        wrong.append((f"clock is {off:.0f} s off", "run NTP (chrony) on the host"))
     if not about["sees"]:
-        wrong.append(("does not see the run directory", "choose a shared one by runs=DIRECTORY"))
+        wrong.append(("run directory not visible", "set runs=DIRECTORY to a shared folder"))
     if about["without"]:
-        wrong.append((f"has no interface {', '.join(about['without'])}", f"another name in {' or '.join(INTERFACES)}"))
+        wrong.append((f"no interface {', '.join(about['without'])}", f"set {' or '.join(INTERFACES)} to an existing one"))
     if about["meets"]:
-        wrong.append((f"gloo would listen where nobody comes: {about['meets']}", "export GLOO_SOCKET_IFNAME=INTERFACE here"))
+        text = f"gloo would bind to a loopback address that other hosts cannot reach: {about['meets']}"
+        wrong.append((text, "export GLOO_SOCKET_IFNAME=INTERFACE here"))
     if wrong:
         return Finding(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
     return Finding(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory")
 
 
 def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
-    """A listening port on a host while all are asked; port 0 where that failed."""
+    """A process that keeps a port open on a host during the checks, and the port; 0 if that failed."""
     seconds = int(PATIENCE)
     words = [*ssh, host, f"{_python()} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
     try:
@@ -182,14 +181,14 @@ def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], 
     except FileNotFoundError:
         return subprocess.Popen(["true"], text=True), 0
     assert door.stdout is not None
-    alarm = threading.Timer(15, door.kill)  # a host that takes the connection and says nothing
+    alarm = threading.Timer(15, door.kill)  # a host may accept the connection and never answer
     alarm.start()
-    said = door.stdout.readline().strip()
+    answer = door.stdout.readline().strip()
     alarm.cancel()
-    return door, int(said) if said.isdigit() else 0
+    return door, int(answer) if answer.isdigit() else 0
 
 
 def _python() -> str:
-    """Ours, with the path that `launch hosts` passes on."""
+    """The command of this Python, with the PYTHONPATH that `launch hosts` passes on."""
     path = os.environ.get("PYTHONPATH")
     return f"{f'env PYTHONPATH={shlex.quote(path)} ' if path else ''}{shlex.quote(sys.executable)}"

@@ -1,11 +1,11 @@
-"""`trilevel parity CONFIG`: our recipe and timm's own pieces, step by step on the same batches, until something differs.
+"""`trilevel parity CONFIG`: our recipe and timm's own components, step by step on the same batches, until something differs.
 
-Ours: SparseViT at keep 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and average.
-timm's: see `timm_recipe`. Both run freely from their own initialisation, in float32 without drop path and dropout, and every
-tensor on the way is compared: to the bit unless a tolerance is given.
+Ours: SparseViT at keep ratio 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and EMA.
+timm's: see `timm_recipe`. Both sides train independently from their own initialisation, in float32 without drop path and dropout,
+and every intermediate tensor is compared: bitwise unless a tolerance is given.
 
-Not compared here: decoding and the augmentation on the host (held against timm in the tests), the engine, gradient clipping
-(the same call on both sides), and the noise of erasing (timm's is not keyed; both sides get ours).
+Not compared here: decoding and augmentation on the host (the tests compare them with timm), the engine, gradient clipping (the
+same call on both sides), and the noise of random erasing (timm's is not keyed; both sides use ours).
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from trainer.preflight.timm_recipe import (
     seed_of,
 )
 
-SCHEDULE_TOLERANCE = 1e-12  # progress in epochs against a count of steps: the last bit of a double
+SCHEDULE_TOLERANCE = 1e-12  # progress in epochs and a count of steps differ in the last bit of a double
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first thing that differs: at which step (-1: before the first) and by how much at most.
+    """The first difference: its step (-1: before the first) and the largest difference in that tensor.
 
-    `relative` is the difference over the largest value of timm's tensor; `ours` and `theirs` are the values there.
+    relative: difference / largest absolute value of timm's tensor. ours, theirs: the two values at that place.
     """
 
     step: int
@@ -74,12 +74,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared and how it ended. `first` None: equal (within `tolerance`, 0 = to the bit) over all `steps`."""
+    """The result of a comparison. `first` None: equal (within `tolerance`, 0 = bitwise) over all `steps`."""
 
     steps: int
     first: Divergence | None
     tolerance: float
-    largest: dict[str, float] = field(default_factory=dict)  # kind of thing -> largest relative difference seen
+    largest: dict[str, float] = field(default_factory=dict)  # kind of tensor -> largest relative difference
     losses: tuple[float, float] = (float("nan"), float("nan"))  # of the first and the last step
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class Certificate:
     def __str__(self) -> str:
         if self.first is not None:
             return str(self.first)
-        how = "to the bit" if self.tolerance == 0 else f"within {self.tolerance:g}"
+        how = "bitwise" if self.tolerance == 0 else f"within {self.tolerance:g}"
         loss = f"loss {self.losses[0]:.4f} -> {self.losses[1]:.4f}"
         return f"equal {how} over {self.steps} steps ({loss}): {', '.join(self.largest)}"
 
@@ -109,8 +109,11 @@ def parity(
 ) -> Certificate:
     """Run `steps` optimizer steps of both sides on the first `rows` (default: a micro-batch) of each global batch.
 
-    `against`: what timm's side is built from, where that should not be `config`. Raises DataError without shards, ConfigError
-    where timm has no such thing.
+    config: the recipe, with its shards.
+    against: configuration of timm's side, if it is not `config`.
+    tolerance: largest relative difference that counts as equal; 0: bitwise.
+    rows: rows per step.
+    Raises DataError without shards, ConfigError if timm has no such model or option.
     """
     config, against = _plain(config), _plain(against or config)
     device, rows = torch.device(device), rows or config.data.micro_batch
@@ -132,7 +135,7 @@ def parity(
         "torch": torch.__version__,
         "timm": timm.__version__,
     }  # fmt: skip
-    seen: dict[str, float] = {}
+    largest: dict[str, float] = {}
     losses: list[float] = []
 
     def first(step: int, a: Iterator[TracedTensor], b: Iterator[TracedTensor]) -> Divergence | None:
@@ -145,7 +148,7 @@ def parity(
                 losses.append(float(x.value.detach()))
             allowed = SCHEDULE_TOLERANCE if x.what == "learning rate" else tolerance
             relative, found = _compare(step, x, y)
-            seen[x.what] = max(seen.get(x.what, 0.0), relative)
+            largest[x.what] = max(largest.get(x.what, 0.0), relative)
             if not relative <= allowed:
                 return found
         return None
@@ -158,7 +161,7 @@ def parity(
         found = first(step, ours.step(step, batch), theirs.step(step, batch))
         step += 1
     ends = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
-    return Certificate(step, found, tolerance, seen, ends, facts)
+    return Certificate(step, found, tolerance, largest, ends, facts)
 
 
 def _compare(step: int, ours: TracedTensor, theirs: TracedTensor) -> tuple[float, Divergence | None]:
@@ -223,14 +226,14 @@ class _Ours:
 
 
 def _plain(config: Config) -> Config:
-    """The same run without drop path and dropout, whose masks would be drawn from two generators."""
+    """The same configuration without drop path and dropout, whose masks would come from two generators."""
     rates = {name: 0.0 for name in config.model.args if name.endswith(("drop_rate", "drop_path_rate"))}
     model = config.model.model_copy(update={"drop_path": 0.0, "args": {**config.model.args, **rates}})
     return config.model_copy(update={"model": model})
 
 
 def _whole_pairs(batch: Batch, rows: int, device: torch.device) -> Batch:
-    """The first rows of a batch, less the pairs with a broken image or padding in them: timm's losses know no weights."""
+    """The first rows of a batch without pairs that contain a broken image or padding: timm's losses have no weights."""
     whole = (batch.weights.view(-1, 2) > 0).all(1).repeat_interleave(2)
     kept = whole.nonzero().flatten()[: rows - rows % 2]
     return Batch(*(value[kept].to(device) for value in batch[:-1]), batch.broken)  # pyright: ignore

@@ -1,7 +1,7 @@
-"""The recipe as timm's and DeiT's training scripts put it together, out of timm's own pieces: what `parity` holds ours against.
+"""The recipe of timm's and DeiT's training scripts, built from timm's own components: the reference of `parity`.
 
 timm's model, `PrefetchLoader`'s normalisation, `Mixup` (unmodified), losses, `create_optimizer_v2`, `create_scheduler_v2` and
-`ModelEmaV3`. Both sides tell what they did as a sequence of `TracedTensor`s in the same order.
+`ModelEmaV3`. Both sides yield their intermediate tensors as a sequence of `TracedTensor`s in the same order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEDULE_POINTS = 2000
 
 
 class TracedTensor(NamedTuple):
-    """Something both sides have: what it is, which one, its value."""
+    """A tensor that both sides have: its kind, its name, its value."""
 
     what: str
     name: str
@@ -39,7 +39,7 @@ class TracedTensor(NamedTuple):
 
 
 class Timm:
-    """timm's side. `state`: weights to begin with, where they don't come from timm's initialisation."""
+    """timm's side. `state`: initial weights, if they don't come from timm's initialisation."""
 
     def __init__(self, config: Config, batches: int, device: torch.device, state: dict[str, Tensor] | None = None):
         m, o, a = config.model, config.optim, config.augment
@@ -65,7 +65,7 @@ class Timm:
                 a.mixup, a.cutmix, prob=a.mix_probability, switch_prob=a.mix_switch, mode="batch",
                 label_smoothing=a.smoothing, num_classes=m.classes,
             )  # fmt: skip
-        # without mixing timm's script takes LabelSmoothingCrossEntropy: the same sum in another order of rounding
+        # without mixing timm's script uses LabelSmoothingCrossEntropy: the same value, rounded in another order
         self.soft = SoftTargetCrossEntropy()
         self.binary = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0, reduction="none")
         self.ema = None if o.ema is None else ModelEmaV3(self.model, decay=o.ema)
@@ -107,7 +107,7 @@ class Timm:
             yield from (TracedTensor("average", name, value) for name, value in self.ema.module.state_dict().items())
 
     def _mixed(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """timm pairs i with b-1-i: put neighbours there, mix, and put the rows back."""
+        """timm mixes row i with row b-1-i, we mix neighbours: reorder the rows, mix, restore the order."""
         if self.mixup is None:
             return images, mixup_target(labels, self.config.model.classes, smoothing=self.config.augment.smoothing)
         b = len(labels)
@@ -119,14 +119,14 @@ class Timm:
 
 
 class LegacyGenerator:
-    """numpy's old generator, which timm draws from, under the names of the new one, which we draw from."""
+    """numpy's legacy generator, which timm uses, with the method names of the new one, which we use."""
 
     def __init__(self, state: np.random.RandomState):
         self.random, self.beta, self.integers = state.rand, state.beta, state.randint
 
 
 def schedule_points(config: Config, batches: int) -> list[int]:
-    """Up to 2000 steps over the whole run, the ends of the warm-up among them."""
+    """Up to 2000 steps, evenly spaced over the whole run, with the first and the last."""
     last = config.epochs * batches - 1
     return sorted({round(t) for t in np.linspace(0, last, min(SCHEDULE_POINTS, last + 1))})
 
@@ -174,7 +174,7 @@ def seed_of(config: Config, step: int) -> int:
 
 @contextlib.contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """numpy's global generator, which timm's Mixup draws from, set for the block and put back after it."""
+    """numpy's global generator, which timm's Mixup uses, seeded inside the block and restored after it."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""`trilevel verify`: decode every example of a set of shards, list those that can't be."""
+"""`trilevel verify`: decode every example of a set of shards and list the broken ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHORT_SIDE = 256  # pixels, that evaluation at 224 resizes to: an image is too 
 
 
 class Broken(NamedTuple):
-    """An example that can't be decoded. id: as in the index; where: shard and key; reason: for people."""
+    """An example that can't be decoded. id: as in the index; where: shard and key; reason: error text."""
 
     id: int
     where: str
@@ -36,10 +36,14 @@ def verify(
     folder: str | None = None,
     cache: Cache | None = None,
 ) -> list[Broken]:
-    """Every example that can't be read or decoded, in order of ids. Raises DataError where shards and index don't fit.
+    """Every example that can't be read or decoded, by id. Raises DataError if shards and index don't match.
 
-    All bytes are held against the index: of files first, of remote shards when they come through the cache. Images are decoded
-    whole, as evaluation does, in threads: the decoder lets go of the interpreter. folder, cache: see `build_index`.
+    pattern, labels: of the shards, as in `data.train` and `data.labels`.
+    workers: decoding threads; the decoder releases the GIL.
+    progress: show a progress bar.
+    folder, cache: see `build_index`.
+    All bytes are compared with the index's hashes: of local shards first, of remote ones when they enter the cache. Images are
+    decoded whole, as in evaluation.
     """
     index = open_index(pattern, labels, "fast" if scheme(pattern) else "full", folder=folder)
     chunks = [np.arange(at, min(at + _CHUNK, len(index))) for at in range(0, len(index), _CHUNK)]

@@ -16,14 +16,14 @@ class Due(NamedTuple):
     evaluate: bool
     save: bool
     end: bool
-    status: str  # of the end: "finished", "preempted" (by a signal) or "stopped" (at `stop_at`); "" where the run goes on
+    status: str  # at the end: "finished", "preempted" (by a signal) or "stopped" (at `stop_at`); "" while the run continues
 
 
 def after_step(config: Config, before: TrainState, after: TrainState, batches: int, *, stop: bool, skipped: bool) -> Due:
     """What is due after the step from `before` to `after`, in an epoch of `batches` steps.
 
-    stop: a signal asks all ranks to end. skipped: the gradient was not finite and the step was not taken; the journal names it.
-    Everything that is saved or evaluated has a log line before it: the audit compares hashes at log lines.
+    stop: a signal requested the end on some rank. skipped: the gradient was not finite, so the optimizer step was skipped.
+    A log line precedes every checkpoint and evaluation, because the audit compares hashes at log lines.
     """
     finished = after.epoch == config.epochs
     end = finished or stop or reached(config.stop_at, after, batches)
@@ -35,7 +35,7 @@ def after_step(config: Config, before: TrainState, after: TrainState, batches: i
 
 
 def crosses(every: Duration, before: TrainState, after: TrainState, batches: int) -> bool:
-    """Whether a multiple of `every` lies in the step from `before` to `after`; never where it is 0."""
+    """Whether the step from `before` to `after` reached a multiple of `every`; always False for `every` 0."""
     if every.count == 0:
         return False
     if every.unit == "step":
@@ -44,12 +44,12 @@ def crosses(every: Duration, before: TrainState, after: TrainState, batches: int
 
 
 def reached(end: Duration | None, state: TrainState, batches: int) -> bool:
-    """Whether the run is at `end` or past it; never where there is none."""
+    """Whether the run is at `end` or past it; False without an `end`."""
     if end is None:
         return False
     return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
 
 
 def _progress(state: TrainState, batches: int) -> float:
-    """Finished epochs, with the started one in part; `batches`: of the epoch that the last step belonged to."""
+    """Epochs done, the current one as a fraction; `batches`: steps of the epoch of the last step."""
     return state.epoch + state.batch / batches

@@ -1,8 +1,8 @@
-"""Saving while training goes on: gathered on all ranks, copied into the memory of rank 0, written there by a thread.
+"""Saving while training continues: state is gathered on all ranks, copied to host memory of rank 0 and written by a thread.
 
-Training stands still for the gathering and the copy alone; the disk has until the next save. The copy is the whole price: weights,
-optimizer, average and example statistics once more in the memory of the first node (for DeiT-S under AdamW with an average 350 MB)
-until they are written. What is written is the same as without a thread, and the training that goes on reads nothing of it.
+Training is blocked only by gathering and copying; writing may take until the next save. The cost is host memory on the first
+node: a second copy of weights, optimizer state, EMA and example statistics (350 MB for DeiT-S with AdamW and EMA) until they are
+written. The files are the same as without a thread, and training does not read the copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.run.shutdown import Stop
 
 
 class Checkpointer:
-    """The checkpoints of one attempt. A write that failed asks the run to stop, so that every rank raises it from `wait`."""
+    """The checkpoints of one attempt. A failed write requests a stop, so that every rank raises the error from `wait`."""
 
     def __init__(
         self, config: Config, engine: Engine, recorder: Recorder, stop: Stop, fingerprint: str, ema: Ema, examples: Examples
@@ -33,13 +33,13 @@ class Checkpointer:
         self._write: AsyncWrite | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
-        """Collective. Returns when the state is copied; when it is on the disk if `last`, or without `checkpoint.asynchronous`."""
+        """Collective. Returns once the state is copied; with `last`, or without `checkpoint.asynchronous`, once it is on disk."""
         self.wait()
         began = time.perf_counter()
         weights, optimizer = self.engine.state.weights(), self.engine.state.optimizer_state()
         averages, statistics = self.ema.state_dict(), self.examples.state_dict(self.engine.all_gather)
         if self.engine.is_main:
-            self.recorder.sync()  # the lines before a checkpoint are at least as durable as it is
+            self.recorder.sync()  # journal lines before a checkpoint must be durable before the checkpoint is
 
             def write() -> Path:
                 path = save_load.save_checkpoint(
@@ -54,39 +54,39 @@ class Checkpointer:
             self.wait()
 
     def poll(self) -> None:
-        """After every step, no collective: tell what became durable meanwhile; a failure is raised by the `wait` it leads to."""
+        """After every step, no collective: record a write that has completed; a failed one requests a stop, and `wait` raises it."""
         if self._write is not None and self._write.ended:
             if self._write.failure:
                 self.stop.request()
             else:
-                self._tell(self._write)
+                self._report(self._write)
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's thread is at work."""
+        """Whether this rank's thread is still writing."""
         return self._write is not None and not self._write.ended
 
     def wait(self) -> None:
-        """Collective. Until nothing is being written. Raises CheckpointError on all ranks where that failed."""
+        """Collective. Waits for the write in progress. Raises CheckpointError on all ranks if it failed."""
         failure = self._write.wait() if self._write is not None else ""
         if failure := self.engine.broadcast_object(failure):
             raise save_load.CheckpointError(failure)
         if self._write is not None:
-            self._tell(self._write)
+            self._report(self._write)
 
-    def _tell(self, write: AsyncWrite) -> None:
+    def _report(self, write: AsyncWrite) -> None:
         assert write.path is not None
         self.recorder.saved(write.state, write.path, write.blocking, write.seconds)
         self._write = None
 
 
 class AsyncWrite:
-    """One checkpoint on its way to the disk. blocking: seconds that training stood still for it; seconds: of writing."""
+    """One checkpoint being written. blocking: seconds for which it blocked training; seconds: time of writing."""
 
     def __init__(self, state: TrainState, write: Callable[[], Path], began: float):
         self.state, self.failure, self.seconds = state, "", 0.0
         self.path: Path | None = None
-        # not a daemon: an interpreter that ends over another error lets it finish, and so keeps what is nearly saved
+        # not a daemon: if the interpreter exits on another error, it waits for the write to complete
         self._thread = threading.Thread(target=self._run, args=[write], name="checkpoint")
         self._thread.start()
         self.blocking = time.perf_counter() - began
@@ -96,7 +96,7 @@ class AsyncWrite:
         return not self._thread.is_alive()
 
     def wait(self) -> str:
-        """The failure, or "" where the checkpoint is whole on the disk."""
+        """The error message, or "" if the checkpoint is complete on disk."""
         started = time.perf_counter()
         self._thread.join()
         self.blocking += time.perf_counter() - started
@@ -108,8 +108,8 @@ class AsyncWrite:
             self.path = write()
         except OSError as error:
             self.failure = (
-                f"checkpoint at step {self.state.step} could not be written: {error}; the one before is whole: make room, "
-                "then --resume"
+                f"checkpoint at step {self.state.step} could not be written: {error}; the previous checkpoint is intact: "
+                "free disk space, then resume with --resume"
             )
         except Exception as error:
             self.failure = f"checkpoint at step {self.state.step} could not be written: {type(error).__name__}: {error}"

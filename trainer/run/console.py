@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one live line on a terminal, plain lines elsewhere (one per log step at most)."""
+"""Progress of a run on standard output: one live line on a terminal, else plain lines (at most one per log step)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from trainer.analysis.units import duration
 from trainer.storage.standard_streams import forgiving
 from trainer.storage.text import printable
 
-WIDE = 120  # columns of a terminal from which on a bar is drawn
-PACE = 600.0  # seconds that the time left is estimated from: dropping makes epochs shorter, the whole run would mislead
+WIDE = 120  # columns; narrower terminals get no progress bar
+PACE = 600.0  # seconds of progress that the time left is estimated from: with dropping, later epochs are faster than the run's mean
 
 
 class Console:
-    """Shows the facts of step, epoch and eval lines as the journal has them. What a closed or full terminal, pipe or log does not take is
-    left out: no method raises OSError.
+    """Shows step, epoch and eval lines of the journal. Drops output that a closed or full terminal, pipe or log does not accept: no
+    method raises OSError.
 
-    `until`: the progress (in epochs) at which the run ends; `start`: the progress it continues from. get_time: seconds (for tests).
+    name: of the run.
+    until, start: progress (in epochs) at which the run ends, and at which this attempt starts.
+    file: default standard output.
+    terminal: whether `file` is a terminal; default: detect.
+    get_time: clock in seconds, for tests.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class Console:
         columns = (
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
         self._progress = Progress(
             *(columns if self._has_bar else columns[::2]),
@@ -54,52 +58,53 @@ class Console:
             get_time=get_time,
             disable=not self._is_live,
         )
-        self._task = self._progress.add_task(name, total=until, said="starting")
+        self._task = self._progress.add_task(name, total=until, text="starting")
         self._progress.update(self._task, completed=start)
         self._progress.start()
 
     def epoch(self, **facts: Any) -> None:
-        """What the epoch shows: kept, examples."""
+        """Examples of the epoch: kept, examples."""
         self._facts |= facts
 
     def eval(self, **facts: Any) -> None:
-        """The accuracy, shown with the next step: top1, ema."""
+        """Accuracy, shown with the next log step: top1, ema."""
         self._facts["top1_ema" if facts.get("ema") else "top1"] = facts["top1"]
 
     def step(self, **facts: Any) -> None:
-        """One log step: progress, loss, images_per_second, data_wait, keep_tokens, keep_connections; shown where given."""
+        """One log step: progress, loss, images_per_second, data_wait, keep_tokens, keep_connections; missing ones are left out."""
         self._facts |= facts
         progress = float(self._facts.get("progress", 0.0))
         self._progress.update(self._task, completed=min(progress, self._until))
         left = self._progress.tasks[0].time_remaining  # None before two steps
-        said = described(self._facts, self._until, left)
+        text = described(self._facts, self._until, left)
         if self._is_live:
             name, width = self._name, self._terminal.width
-            if len(name) + len(said) + (18 if self._has_bar else 1) > width:
-                said = described(self._facts, self._until, left, short=True)
-                wanted = described(self._facts | {"top1": None, "top1_ema": None}, self._until, left, short=True)
-                name = name if len(name) + len(wanted) < width else ""
-                room = width - len(name) - 1
-                said = said if len(said) <= room else f"{said[: room - 1]}…"
-            self._progress.update(self._task, said=said, description=name)
+            if len(name) + len(text) + (18 if self._has_bar else 1) > width:
+                text = described(self._facts, self._until, left, short=True)
+                without = described(self._facts | {"top1": None, "top1_ema": None}, self._until, left, short=True)
+                name = name if len(name) + len(without) < width else ""
+                columns = width - len(name) - 1
+                text = text if len(text) <= columns else f"{text[: columns - 1]}…"
+            self._progress.update(self._task, text=text, description=name)
         else:
-            self._say(f"{self._name}  {said}")
+            self._print(f"{self._name}  {text}")
 
-    def end(self, status: str, step: int) -> None:
-        """How it ended, with the last accuracy: no step follows that would show it."""
-        said = f"{self._name}: {status} at step {step:,}, epoch {self._facts.get('progress', 0.0):.1f}"
-        self.message("  ".join([said, *_accuracy(self._facts)]))
+    def end(self, status: str, step: int, progress: float) -> None:
+        """The closing line: status, position at the end (the last log line has the position before its step), last accuracy."""
+        self._progress.update(self._task, completed=min(progress, self._until))
+        text = f"{self._name}: {status} at step {step:,}, epoch {progress:.4g}"
+        self.message("  ".join([text, *_accuracy(self._facts)]))
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """A line printed above the live line."""
         text = printable(text)
         if self._is_live:
             self._terminal.print(text, markup=False, soft_wrap=True)
         else:
-            self._say(text)
+            self._print(text)
 
     def close(self) -> None:
-        """Leave the last state of the live line on the terminal. May be called twice."""
+        """Stop updating the live line, which stays on the terminal. May be called twice."""
         with contextlib.suppress(OSError):  # rich asks the terminal itself
             self._progress.stop()
 
@@ -109,12 +114,12 @@ class Console:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=self._terminal.file, flush=True)
 
 
 def described(facts: dict[str, Any], until: float, left: float | None, short: bool = False) -> str:
-    """The facts as one line of about 100 characters, the most wanted first; short: 80, what is kept of examples/tokens/connections."""
+    """The facts as one line of about 100 characters, the most important first; short: about 80."""
     parts = [f"epoch {facts.get('progress', 0.0):.1f}/{until:g}"]
     if left is not None:
         parts.append(f"{duration(left)} left")

@@ -1,8 +1,8 @@
-"""Every run carries its own control: at each plateau it times dense forward and backward passes beside its own.
+"""The dense baseline that a run times itself: at each plateau, dense forward and backward passes beside its own.
 
-Same process, same weights, same batch, interleaved, so that a slow node is slow for both. Nothing of the run is touched:
-gradients are taken by `torch.autograd.grad` on the network without DeepSpeed's or DDP's wrapper, so no hook fires, nothing is sent
-and nothing is accumulated; random generators are put back. `DenseBaseline.measure_if_due` gives the `control` line of the journal.
+Same process, same weights, same batch, interleaved, so that a slow node slows both. The run is not affected: gradients are
+computed by `torch.autograd.grad` on the network without DeepSpeed's or DDP's wrapper, so no hook runs, nothing is communicated and
+nothing is accumulated; random generators are restored. `DenseBaseline.measure_if_due` returns the journal's `control` line.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trainer.model.schedule import keep_schedule
 from trainer.telemetry import timing
 from trainer.telemetry.meters import StepClock
 
-WARM, WATCHED = 5, 20  # steps under a new plan before real steps are timed, and how many are
+WARM, WATCHED = 5, 20  # steps under a new plan: warm-up, then those that are timed
 FEWEST, MOST = 3, 10  # pairs of passes
-COMPILING = 60.0  # s that the first dense pass may take under torch.compile (DeiT-S on a GPU takes less)
-TELLING = 0.05  # share of a dense pass, or of a step, from which on a loss is named
+COMPILING = 60.0  # s allowed for the first dense pass under torch.compile (DeiT-S on a GPU takes less)
+NOTABLE = 0.05  # overhead that is reported, as a share of a dense pass or of a step
 
 
 class DenseBaseline:
-    """Watches the plateaus of a run and times its control, within `config.control` (a share of the training time)."""
+    """Times dense passes once per plateau, within `config.control` (a share of the training time)."""
 
     def __init__(self, config: Config, engine: Engine, objective: Objective, outputs: frozenset[str]):
         self.config, self.engine, self.objective, self.outputs = config, engine, objective, outputs
@@ -54,10 +54,14 @@ class DenseBaseline:
         at_hand: tuple[Tensor, Tensor, Tensor],
         ending: bool = False,
     ) -> dict[str, Any] | None:
-        """After each step, on all ranks, no collectives; the facts of a `control` line once per plateau, else None.
+        """After each step, on all ranks, no collectives: the fields of a `control` line once per plateau, else None.
 
-        steps: batches in this epoch. clock: of the real steps so far. at_hand: a micro-batch, images (b, 3, H, W) float, targets (b, C),
-        rng_keys (b,). ending: no step comes after this one.
+        progress: epochs done before this step.
+        steps: steps in this epoch.
+        plan: keep ratios of this step.
+        clock: of the training steps so far.
+        at_hand: a micro-batch: images (b, 3, H, W) float, targets (b, C), rng_keys (b,).
+        ending: this step is the last one.
         """
         if plan != self._plan:
             lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
@@ -65,13 +69,13 @@ class DenseBaseline:
             self._began, self._done = clock, self.config.control == 0.0
             self._plans_seen.add(plan)
             if short and last is not None:
-                self._reported_short = True  # a plan that changes every step would say it every step
-                return self._not_measured(last, f"the plan changed after {lasted} steps, {WARM + WATCHED} are watched first")
+                self._reported_short = True  # once: a plan that changes every step would report it every step
+                return self._not_measured(last, f"the plan changed after {lasted} steps; at least {WARM + WATCHED} are needed")
         passed = clock.steps - self._began.steps
         if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._reported_short:
             self._done = True
             return self._not_measured(
-                plan, f"training ended after {passed + 1} steps of it, {WARM + WATCHED} are watched first"
+                plan, f"training ended after {passed + 1} steps under this plan; at least {WARM + WATCHED} are needed"
             )
         if self._done or passed < WARM + WATCHED:
             self._from = clock if passed == WARM else self._from
@@ -87,24 +91,24 @@ class DenseBaseline:
     ) -> dict[str, Any]:
         model: SparseViT = self.engine.module
         if self.config.engine.kind == "deepspeed" and self.config.engine.zero == 3:
-            return self._not_measured(plan, "with engine.zero=3 no process holds the parameters that a pass of its own needs")
+            return self._not_measured(plan, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
         bound = cost_of(model, plan)["multiply_adds"] / cost_of(model, DENSE)["multiply_adds"]
         step = (clock.seconds - self._from.seconds) / WATCHED
         wait = (clock.waited - self._from.waited) / WATCHED
-        own_pass = step / self.engine.batch_split.accumulation  # at most
-        dense = self._control(model)
+        own_pass = step / self.engine.batch_split.accumulation  # upper bound
+        dense = self._dense_network(model)
         compared = plan != DENSE or dense is not model
         end = min([border for border in self._borders if border > progress] + [float(self.config.epochs)])
         allowed = self.config.control * (clock.seconds + (end - progress) * steps * step) - self._spent
         known = DENSE in self._plans_seen if dense is model else self._dense is not None
         fixed = COMPILING if compared and self.config.engine.compile and not known else 0.0
         one = own_pass * (1 + 1 / bound) if compared else own_pass
-        pairs = min(MOST, int((allowed - fixed) / one) - 1)  # less one to warm up
+        pairs = min(MOST, int((allowed - fixed) / one) - 1)  # minus one for the warm-up
         if pairs < FEWEST:
             return self._not_measured(
                 plan,
-                f"this plateau is too short: control={self.config.control:g} of the training time leaves {max(allowed, 0):.2g} s for it, "
-                f"{fixed + (FEWEST + 1) * one:.2g} s are needed",
+                f"the plateau is too short: control={self.config.control:g} of the training time allows {max(allowed, 0):.2g} s, "
+                f"the passes need {fixed + (FEWEST + 1) * one:.2g} s",
             )
         if dense is not model:
             self._dense = dense
@@ -115,12 +119,12 @@ class DenseBaseline:
             times = interleaved(passes, pairs, self.engine.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return self._not_measured(plan, "a dense pass over this micro-batch does not fit into the memory of the device")
+            return self._not_measured(plan, "out of device memory in a dense pass over one micro-batch; lower data.micro_batch")
         return journal_fields(plan, bound, times, step, wait, self.engine.batch_split.accumulation)
 
-    def _control(self, model: SparseViT) -> SparseViT:
-        """The network of the dense passes: the run's own, or under `compat: authors`, whose attention is slower than timm's, one with
-        the same weights and timm's attention, compiled where the run's is."""
+    def _dense_network(self, model: SparseViT) -> SparseViT:
+        """The network of the dense passes: the run's own. Under `compat: authors`, whose attention is slower than timm's: a second one
+        with the same weights and timm's attention, compiled if the run's is."""
         if model.attend is attention.fused:
             return model
         if self._dense is not None:
@@ -147,7 +151,7 @@ class DenseBaseline:
 
 
 def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Each pass once to warm up, then `pairs` rounds; random generators are as before."""
+    """Each pass once to warm up, then `pairs` rounds; restores the random generators."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         return timing.interleave(passes, pairs, warm_up=1)
 
@@ -155,11 +159,18 @@ def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torc
 def journal_fields(
     plan: Plan, bound: float, times: dict[str, list[float]], step: float, wait: float, accumulation: int
 ) -> dict[str, Any]:
-    """The measured fields of a `control` line. bound: multiply-adds, own / dense; times: s per pass; step, wait: s per real step."""
+    """The measured fields of a `control` line.
+
+    plan: keep ratios of the own passes.
+    bound: multiply-adds, own / dense.
+    times: {"own", "dense": seconds per pass}.
+    step, wait: seconds per training step, and of it waiting for data.
+    accumulation: micro-batches per step on a rank.
+    """
     own, dense = (median(times.get(name, times["own"])) for name in ("own", "dense"))
     ratios = [a / b for a, b in zip(times["own"], times.get("dense", times["own"]), strict=True)]
     measured, longer = median(ratios), accumulation * (dense - own)
-    # a loader that makes the own step wait has that much more time in a dense one
+    # while the own step waits for the loader, the longer passes of a dense step would overlap with that wait
     dense_step = step + (max(longer - wait, 0.0) if longer > 0 else longer)
     about = {
         "keep_tokens": plan.keep_tokens,
@@ -180,27 +191,27 @@ def journal_fields(
 
 
 def explain_overhead(about: dict[str, Any]) -> str:
-    """What eats the saving, in words."""
+    """Why a pass or a step takes longer than its multiply-adds suggest, as text."""
     found = []
-    if about["data_wait"] > TELLING:
-        found.append(f"the loader: a step waits for data {about['data_wait']:.0%} of its time")
-    if (small := about["measured"] - about["bound_passes"]) > TELLING:
+    if about["data_wait"] > NOTABLE:
+        found.append(f"loader: a step waits for data for {about['data_wait']:.0%} of its time")
+    if (small := about["measured"] - about["bound_passes"]) > NOTABLE:
         found.append(
-            f"launch overhead, small kernels and what is no matrix product: a pass takes {about['measured']:.2f} of dense, its "
-            f"multiply-adds are {about['bound_passes']:.2f} ({small:+.2f})"
+            f"kernel launches, small kernels and operations other than matrix products: a pass takes {about['measured']:.2f} of a "
+            f"dense pass, its multiply-adds are {about['bound_passes']:.2f} ({small:+.2f})"
         )
     outside = 1 - about["passes_share"] - about["data_wait"]
-    if outside > 3 * TELLING:
-        found.append(
-            f"the engine: {outside:.0%} of a step is neither pass nor waiting for data (optimizer, all-reduce, bookkeeping)"
-        )
-    return "; ".join(found) or "nothing eats the saving"
+    if outside > 3 * NOTABLE:
+        found.append(f"engine: {outside:.0%} of a step is outside passes and data wait (optimizer, all-reduce, bookkeeping)")
+    return "; ".join(found) or "no significant overhead"
 
 
 def describe(line: dict[str, Any]) -> str:
-    """A `control` line for a person."""
-    head = f"control at tokens {line['keep_tokens']:.3g}, connections {line['keep_connections']:.3g}: "
+    """A `control` line as text for the console."""
+    head = f"dense baseline at keep ratios tokens {line['keep_tokens']:.3g}, connections {line['keep_connections']:.3g}: "
     if "measured" not in line:
         return head + line["said"]
-    run = f"; whole run {line['run_speedup']:.3f}x so far (bound {line['run_bound']:.3f}x)" if line.get("run_speedup") else ""
-    return f"{head}a pass takes {line['measured']:.3f} of dense (bound {line['bound_passes']:.3f}){run}; {line['said']}"
+    run = (
+        f"; run so far: speedup {line['run_speedup']:.3f}x (bound {line['run_bound']:.3f}x)" if line.get("run_speedup") else ""
+    )
+    return f"{head}a pass takes {line['measured']:.3f} of a dense pass (bound {line['bound_passes']:.3f}){run}; {line['said']}"

@@ -1,4 +1,4 @@
-"""What places a run: the facts of its start line, its environment and its plan as files. All of it goes to MLflow with the run."""
+"""The description of a run: fields of its start line, and files with its environment and its plan. MLflow receives all of it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trainer.model.build import cost_of
 from trainer.model.schedule import keep_schedule
 from trainer.run import directory as run
 
-# Variables that change how a step is computed or where it is sent; others may hold secrets and stay out.
+# Variables that affect computation or communication; others may hold secrets and are not recorded.
 PREFIXES = ("OMP_", "MKL_", "NCCL_", "GLOO_", "DS_", "TORCH", "PYTORCH_", "CUDA_", "KMP_", "MALLOC_")
 NAMED = ("LD_PRELOAD", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
-MANY_CLASSES = 4096  # above, the start line leaves their names out
+MANY_CLASSES = 4096  # with more, the start line omits their names
 
 
 def start_line(config: Config, engine: Engine, data: dict[str, Index], model: SparseViT) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def write(directory: Path, config: Config, model: SparseViT) -> None:
 
 
 def environment() -> str:
-    """Python, system, devices, settings of the surroundings, installed packages; no secrets, no host names."""
+    """Python, system, devices, environment variables, installed packages; no secrets, no host names."""
     cores, memory = psutil.cpu_count(logical=True), psutil.virtual_memory().total / 2**30
     lines = [f"python {sys.version.split()[0]}", f"system {platform.system()} {platform.release()} {platform.machine()}"]
     lines += [f"cores {cores}", f"memory {memory:.1f} GiB", f"threads {torch.get_num_threads()}"]
@@ -66,12 +66,12 @@ def environment() -> str:
 
 
 def plan_table(config: Config, model: SparseViT) -> str:
-    """The stretches of the run under one plan each, as Markdown: epochs, what is kept, tokens per block, multiply-adds."""
+    """The plateaus of the run as a Markdown table: epochs, keep ratios, tokens per block, multiply-adds."""
     dense = cost_of(model, DENSE)["multiply_adds"]
     changes = keep_schedule(config).changes(config.epochs)
     borders = [*[start for start, _ in changes], float(config.epochs)]
     lines = [
-        "| epochs | tokens kept at a pruning block | connections kept | tokens per block | multiply-adds | of dense |",
+        "| epochs | keep ratio of tokens | keep ratio of connections | tokens per block | multiply-adds | of dense |",
         "|---|---:|---:|---|---:|---:|",
     ]
     for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
@@ -81,7 +81,8 @@ def plan_table(config: Config, model: SparseViT) -> str:
         lines.append(f"| {start:g} - {end:g} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
     examples = config.examples
     lines += ["", f"Examples: {examples.method}, removed {examples.removed:g} of the data set."]
-    return "\n".join([*lines, "Multiply-adds are of one image's forward pass.", ""])
+    lines += ["The keep ratio of tokens applies at each pruning block. Multiply-adds: forward pass of one image."]
+    return "\n".join([*lines, ""])
 
 
 def _described(index: Index, pattern: str) -> dict[str, Any]:
@@ -89,6 +90,6 @@ def _described(index: Index, pattern: str) -> dict[str, Any]:
 
 
 def _class_names(index: Index) -> list[str]:
-    """For the start line; none where there are very many."""
+    """For the start line; empty above MANY_CLASSES."""
     names = [str(name) for name in index.classes]
     return names if len(names) <= MANY_CLASSES else []

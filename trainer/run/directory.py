@@ -1,4 +1,4 @@
-"""The run directory and what is written into it: configuration, source, journal, checkpoints, logs. Rank 0 writes, the others don't.
+"""The run directory and its files: configuration, source, journal, checkpoints, logs. Only rank 0 writes; each rank has its own log.
 
 runs/NAME/{config.yaml, source.txt, journal.jsonl, checkpoints/, kept/, weights.safetensors, logs/rank-*.txt}
 """
@@ -27,36 +27,36 @@ LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow",
 
 
 def create_run_directory(config: Config, resume: bool) -> None:
-    """Make the run directory, or refuse one that exists without `resume`. Rank 0 only. Raises ConfigError."""
+    """Create the run directory; without `resume`, refuse one that holds a run. Rank 0 only. Raises ConfigError."""
     directory = config.directory()
     left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
     if any(path.exists() for path in left) and not resume:
         raise ConfigError(
-            f"{directory} exists: go on with it by --resume, or start another run by name=SOMETHING_ELSE (nothing is overwritten)"
+            f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never overwritten)"
         )
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
         (directory / "source.txt").write_text(source())
-        for folder in (directory, directory.parent):  # or a crash could take the whole directory, synced checkpoints and all
+        for folder in (directory, directory.parent):  # else a crash could lose the directory with its synced checkpoints
             Disk().sync(folder)
     except OSError as error:
-        raise ConfigError(f"runs={config.runs}: {error}; make room there, or choose another place by runs=DIRECTORY") from error
+        raise ConfigError(f"runs={config.runs}: {error}; free disk space, or set runs to a writable directory") from error
 
 
 def log_to(path: Path) -> None:
-    """What libraries log on this rank, and the stack of a crash (a segmentation fault too), go to a file of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # another node's first sight of the folder
+    """Write this rank's library logs and crash tracebacks (segmentation faults too) to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # on another node the folder may not be visible yet
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    faulthandler.enable(open(path, "a"))  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable(open(path, "a"))  # noqa: SIM115 (stays open until the process exits)
 
 
 def source() -> str:
-    """Commit and uncommitted changes of the code that runs, so that a run can be told from another."""
+    """Commit and uncommitted changes of the running code."""
     home = SOURCE_ROOT
     if shutil.which("git") is None or not (home / ".git").exists():
         return "commit unknown (not a git checkout)\n"
@@ -65,7 +65,7 @@ def source() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What a reader needs to place a run: commit, dirty, versions, host."""
+    """commit, dirty, host, python, versions of libraries."""
     text = source()
     return {
         "commit": text.split()[1],
@@ -77,7 +77,7 @@ def facts() -> dict[str, Any]:
 
 
 def launcher() -> str:
-    """Who started the processes, in the user's words."""
+    """What started the processes: slurm, accelerate, torchrun or none."""
     for name, variable in (
         ("slurm", "SLURM_JOB_ID"),
         ("accelerate", "ACCELERATE_MIXED_PRECISION"),

@@ -1,4 +1,4 @@
-"""What rank 0 writes of an attempt: lines of the journal, the person's console, kept lists, MLflow's shipper, the report at the end."""
+"""What rank 0 writes in an attempt: journal lines, console output, kept lists, the report; it also starts the MLflow shipper."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.meters import MeterReading
 from trainer.tracking.shipper import Shipper, start
 
-LISTED = 64  # leftover ids written out in a line; beyond, their number
-SENDING = 60  # s that MLflow gets for the rest at the end of a run
+LISTED = 64  # leftover ids listed in a journal line, which always has their count
+SENDING = 60  # s to wait for MLflow to receive the rest at the end of a run
 
 
 class RankZeroLog:
-    """From the first line of an attempt to its last one; what it is told has been agreed by all ranks."""
+    """The journal and console of one attempt. All ranks agree on the arguments of its methods."""
 
     def __init__(self, config: Config, journal: Journal, efficiency: Efficiency, state: TrainState):
-        """state: where the attempt begins."""
+        """state: at the start of the attempt."""
         self.config, self.journal, self.efficiency = config, journal, efficiency
         self.directory = config.directory()
         self.console = Console(config.name, config.epochs, start=float(state.epoch))
         self.shipper: Shipper | None = None
 
     def say(self, text: str) -> None:
-        """A message, to the journal and to the person."""
+        """A message to the journal and to the console."""
         self.journal.write("message", text=text)
         self.console.message(text)
 
     def start(self, state: TrainState, engine: Engine, data: dict[str, Index], model: SparseViT, facts: dict[str, Any]) -> None:
-        """The first lines; what the run is goes into files beside them. From here on lines are shipped."""
+        """The first lines of the attempt, environment.txt and plan.md. Starts the MLflow shipper."""
         self.journal.write("start", **description.start_line(self.config, engine, data, model), **facts)
         if self.journal.attempt:
             self.journal.write("resume", epoch=state.epoch, batch=state.batch, step=state.step)
         if state.step:
-            self.console.message(f"{self.config.name}: goes on at epoch {state.epoch}, batch {state.batch} (step {state.step})")
+            self.console.message(f"{self.config.name}: resumes at epoch {state.epoch}, batch {state.batch} (step {state.step})")
         try:
             description.write(self.directory, self.config, model)
         except OSError as error:
@@ -61,14 +61,16 @@ class RankZeroLog:
             self.shipper = start(self.directory, self.config.tracking)
 
     def epoch(self, state: TrainState, selection: Selection, order: EpochOrder, examples: int) -> None:
-        """What the epoch shows, and its list to disk, for replay and audit; where there is no room the run goes on without."""
+        """The epoch's line and its kept list, which replay and audit need. If the list can't be written, the run continues without."""
         self.efficiency.kept = selection.num_kept / max(examples, 1)
         leftover = order.leftover()
         try:
             kept_lists.write(self.directory, selection)
         except OSError as error:
             name = selection.facts["hash"]
-            self.say(f"the kept list {name} could not be written ({error}): its epochs can't be replayed or audited")
+            self.say(
+                f"kept list {name} could not be written ({error}): its epochs can't be replayed or audited; free disk space"
+            )
         self.journal.write(
             "epoch",
             epoch=state.epoch,
@@ -89,7 +91,7 @@ class RankZeroLog:
         self.journal.write("plateau", **where, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections, **cost)
 
     def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
-        """The dense control of a plateau, and what the run saved so far."""
+        """The dense baseline of a plateau, and the savings of the run so far."""
         line = {"epoch": state.epoch, "step": state.step, "progress": progress, **facts}
         if "measured" in facts:
             so_far = savings(joined(lineage(self.directory), [{"kind": "control", **line}]))
@@ -99,11 +101,11 @@ class RankZeroLog:
         self.console.message(describe(line))
 
     def step(self, state: TrainState, reading: MeterReading, **facts: Any) -> None:
-        """A log line, the broken images before it, what ranks and nodes say behind it."""
+        """A log line, preceded by the broken images of its interval, followed by the readings of ranks and nodes."""
         where = {"epoch": state.epoch, "batch": state.batch, "step": state.step}
         for number, reason in reading.broken.items():
             self.journal.write("broken", **where, id=number, reason=reason)
-            self.console.message(f"broken image {number}: {reason}; it counts for nothing in the loss, the run goes on")
+            self.console.message(f"broken image {number}: {reason}; excluded from the loss, training continues")
         line = where | facts | reading.facts | self.efficiency.of(reading, state.seconds)
         line |= {"chain": state.chain, "seconds_total": state.seconds, "images_total": state.images}
         self.journal.write("step", **line)
@@ -114,12 +116,12 @@ class RankZeroLog:
             self.journal.write("system", step=state.step, **reading.nodes)
 
     def skipped(self, line: dict[str, Any]) -> None:
-        """A step that was not taken, see `nonfinite_steps.journal_line`."""
+        """A skipped step, see `nonfinite_steps.journal_line`."""
         self.journal.write("skipped", **line)
         self.console.message(nonfinite_steps.describe(line, self.directory))
 
     def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> None:
-        """A line for the weights, and one for their average where there is one."""
+        """A line for the weights, and one for their EMA if there is one."""
         for ema, scores in results:
             facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
             facts["per_class"] = [round(accuracy, 4) for accuracy in scores.per_class]
@@ -133,7 +135,7 @@ class RankZeroLog:
         self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds)
 
     def end(self, state: TrainState, status: str, reason: str) -> None:
-        """The last line, the report, and up to SENDING seconds for what MLflow has not yet."""
+        """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest."""
         saved = savings_of(self.directory)
         facts = self.efficiency.so_far(state.seconds)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
@@ -141,9 +143,9 @@ class RankZeroLog:
         self.journal.write("end", status=status, reason=reason, **about, **facts)
         try:
             report.write(self.directory)
-        except Exception as error:  # table and picture can be made again; a run must not fail over them
-            say(f"no report: {error}; try `trilevel report {self.directory}`")
-        self.console.end(status, state.step)
+        except Exception as error:  # the report can be made again; it must not fail a run
+            say(f"report not written: {error}; make it with `trilevel report {self.directory}`")
+        self.console.end(status, state.step, state.progress)
         self.console.close()
-        if self.shipper is not None and (said := self.shipper.finish(timeout=SENDING).message):
-            say(said)
+        if self.shipper is not None and (message := self.shipper.finish(timeout=SENDING).message):
+            say(message)

@@ -1,4 +1,4 @@
-"""What a run tells, on all ranks: what is counted and agreed is here, what rank 0 writes of it is the `RankZeroLog`'s."""
+"""The record of an attempt, on all ranks: counts and agrees on what is recorded; `RankZeroLog` writes it on rank 0."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from trainer.telemetry.profiler import Trace
 
 
 class RunResult(NamedTuple):
-    """How a run ended: "finished", "stopped" (at `stop_at`) or "preempted" (by a signal; a resume goes on), and its last score."""
+    """How a run ended: "finished", "stopped" (at `stop_at`) or "preempted" (by a signal; --resume continues it), and its last top-1."""
 
     status: str
     top1: float
@@ -44,10 +44,10 @@ class RunResult(NamedTuple):
 
 
 class Recorder:
-    """The record of one attempt. Methods that take a TrainState and return one carry what they counted forward."""
+    """The record of one attempt. Methods that take a TrainState and return one add their counts to it."""
 
     def __init__(self, config: Config, engine: Engine, resume: bool):
-        """Claim the run directory. Raises ConfigError on all ranks where it exists and `resume` is off."""
+        """Create or reopen the run directory. Raises ConfigError on all ranks if it exists and `resume` is off."""
         self.config, self.engine = config, engine
         self.directory = config.directory()
         self.checkpoints = self.directory / "checkpoints"
@@ -59,17 +59,16 @@ class Recorder:
         failure: Exception | None = None
         if engine.is_main:
             try:
-                if (
-                    resume and (self.directory / FILE).exists()
-                ):  # refuses a run that lives, before its config.yaml is written over
-                    self._journal = Journal(self.directory)
+                if resume and (self.directory / FILE).exists():
+                    self._journal = Journal(
+                        self.directory
+                    )  # first: refuses a run in progress before config.yaml is overwritten
                 run.create_run_directory(config, resume)
                 self._journal = self._journal or Journal(self.directory)
             except Exception as error:
                 failure = error
-        if (
-            failure := engine.broadcast_object(failure)
-        ) is not None:  # a pickled copy on the other ranks, so that none of them waits
+        failure = engine.broadcast_object(failure)  # on all ranks, so that none of them waits for rank 0
+        if failure is not None:
             raise failure
         run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.broadcast_object(self._journal.attempt if self._journal else 0))
@@ -90,25 +89,25 @@ class Recorder:
         self._log.start(state, self.engine, data, model, facts)
 
     def epoch(self, state: TrainState, selection: Selection, order: EpochOrder, examples: int) -> None:
-        """What the epoch shows."""
+        """The examples that the epoch shows."""
         if self._log:
             self._log.epoch(state, selection, order, examples)
 
     def plan(self, state: TrainState, progress: float, plan: Plan, cost_of: Callable[[Plan], dict[str, Any]]) -> None:
-        """A line where the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""
+        """A line when the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""
         if self._log and plan != self._plan:
             self._plan = plan
             self._log.plan(state, progress, plan, cost_of(plan))
 
     def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
-        """A line of the dense control, with what the run saved so far."""
+        """A line of the dense baseline, with the savings of the run so far."""
         if self._log:
             self._log.control(state, progress, facts)
 
     def step(
         self, state: TrainState, reading: MeterReading, chain: str, norm: float, *, progress: float, lr: float, plan: Plan
     ) -> TrainState:
-        """A log line; the broken images of the window go to the ledger. Raises DataError past `data.broken_share`."""
+        """A log line; adds the broken images of its interval to the state. Raises DataError past `data.broken_share`."""
         meters, broken = reading.facts, reading.broken
         facts = {"progress": progress, "lr": lr, "keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections}
         state = self._state = replace(
@@ -124,8 +123,8 @@ class Recorder:
         return state
 
     def skipped(self, before: TrainState, state: TrainState, seen: str) -> TrainState:
-        """The step from `before` to `state` was not taken; its batch has the digest `seen`. Raises EngineError where there are too
-        many of them, see `nonfinite_steps`."""
+        """The step from `before` to `state` was skipped; its batch has the digest `seen`. Raises EngineError if too many steps were,
+        see `nonfinite_steps`."""
         state = self._state = replace(state, skipped=[*state.skipped, state.step])
         if self._log:
             self._log.skipped(nonfinite_steps.journal_line(before.epoch, before.batch, seen, state.skipped))
@@ -135,7 +134,7 @@ class Recorder:
     def scored(
         self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan, saving: bool
     ) -> TrainState:
-        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is kept, so it may be the best one."""
+        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is saved, so it may become the best."""
         if self._log:
             self._log.scored(state, results, progress, plan)
         self._top1 = results[-1][1].top1
@@ -143,41 +142,43 @@ class Recorder:
         return replace(state, best=self._top1, best_step=state.step) if better else state
 
     def weights(self, weights: dict[str, Tensor]) -> None:
-        """The deployable weights of the run, under timm's names."""
+        """Write RUN/weights.safetensors, with timm's parameter names."""
         save_weights(self.directory / "weights.safetensors", weights)
 
     def sync(self) -> None:
-        """Bring the lines of the journal to the disk."""
+        """Sync the journal to disk."""
         if self._journal:
             self._journal.sync()
 
     def saved(self, state: TrainState, path: Path, blocking: float, seconds: float) -> None:
-        """A checkpoint is durable; training stood still for `blocking` seconds, writing took `seconds`."""
+        """A checkpoint is on disk; it blocked training for `blocking` seconds, writing took `seconds`."""
         if self._log:
             self._log.saved(state, path, blocking, seconds)
 
     def report_damaged(self, found: Newest) -> None:
-        """Say which checkpoints were too damaged to go on from."""
+        """Report the damaged checkpoints that the resume did not use."""
         if self._log and found.path:
             for reason in found.damaged:
-                self._log.say(f"checkpoint {reason}: it is damaged and not used, the run goes on from {found.path.name}")
+                self._log.say(f"checkpoint {reason}: damaged, not used; the run resumes from {found.path.name}")
 
     def end(self, state: TrainState, status: str, reason: str = "") -> RunResult:
-        """Last line of the attempt; the shipper gets a bounded time to send the rest."""
+        """Last line of the attempt; waits a bounded time for the MLflow shipper."""
         self.trace.close(state.step)
-        said = "stopped" if status == "preempted" else status
+        recorded = "stopped" if status == "preempted" else status
         reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
         if self._log:
-            self._log.end(state, said, reason)
-        elif self._journal:  # it failed before it had begun
-            self._journal.write("end", status=said, reason=reason, step=state.step, seconds=state.seconds, images=state.images)
+            self._log.end(state, recorded, reason)
+        elif self._journal:  # it failed before `start`
+            self._journal.write(
+                "end", status=recorded, reason=reason, step=state.step, seconds=state.seconds, images=state.images
+            )
         if self._journal:
             self._journal.close()
         return RunResult(status, self._top1, self.directory)
 
     @contextlib.contextmanager
     def recording_failures(self) -> Iterator[None]:
-        """Around the loop: a failure is the attempt's last line before it goes on up."""
+        """Around the loop: writes an exception as the attempt's last line, then re-raises it."""
         try:
             yield
         except BaseException as error:
@@ -186,7 +187,7 @@ class Recorder:
             raise
 
     def _say(self, text: str) -> None:
-        """A message of this rank: into the journal, to the person; of another rank than 0 to standard output."""
+        """A message of this rank: rank 0 to journal and console, the others to standard output."""
         if self._log:
             self._log.say(text)
         else:
@@ -196,8 +197,8 @@ class Recorder:
         """Raises DataError where more images are broken than `data.broken_share` of the data set."""
         allowed, examples = self.config.data.broken_share, self._examples
         if len(state.broken) > allowed * examples:
-            some = "; ".join(list(state.broken.values())[:3])
+            first = "; ".join(list(state.broken.values())[:3])
             raise DataError(
-                f"{len(state.broken)} of {examples} images are broken, more than data.broken_share={allowed}: {some}. "
-                "`trilevel verify SHARDS` lists them all; pack again without them, or raise data.broken_share"
+                f"{len(state.broken)} of {examples} images are broken, more than data.broken_share={allowed}: {first}. "
+                "List them with `trilevel verify SHARDS`, pack again without them, or raise data.broken_share"
             )

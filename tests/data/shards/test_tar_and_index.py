@@ -308,7 +308,7 @@ def test_shards_sorted_by_class_are_said_to_be(tmp_path: Path, capsys: pytest.Ca
     files = {f"{name}_{i}.jpg": jpeg(0) for name in ("ant", "bee", "cat", "dog") for i in range(20)}
     write_tar(tmp_path / "sorted-0.tar", files)
     assert main(["index", str(tmp_path / "sorted-*.tar"), "--labels", "key"]) == 0
-    assert "sorted by class: 96% of neighbours share a label (24.1% when shuffled)" in capsys.readouterr().out
+    assert "sorted by class: 96% of neighbours share a label (24.1% if shuffled)" in capsys.readouterr().out
     names = np.random.default_rng(0).permutation(sorted(files)).tolist()
     write_tar(tmp_path / "mixed-0.tar", {name: files[name] for name in names})
     assert main(["index", str(tmp_path / "mixed-*.tar"), "--labels", "key"]) == 0
