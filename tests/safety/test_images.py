@@ -1,4 +1,4 @@
-"""Images made to hurt: each counts as one broken image, by name; none ends a run, and none takes gigabytes."""
+"""Hostile images: each counts as one broken image, by name; none ends a run, and none takes gigabytes."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_an_image_that_can_not_be_transformed_is_named_and_counted(
     assert batch.broken == [(1, f"x.tar key 'b': {type(error).__name__}: {error}")]
 
 
-def test_an_unknown_marker_leaves_the_word_to_the_decoder() -> None:
+def test_an_unknown_marker_is_decided_by_the_decoder() -> None:
     """FF 00 and garbage between markers are skipped by libjpeg, and were read as segments."""
     real = encoded(picture(1, 60, 60))
     for odd in (b"\xff\x00", b"\xff\x02\x00\x04\x00\x00", b"\x12\x34", b"\xff\xd8"):

@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_a_fifo_is_refused(source: Path, tmp_path: Path) -> None:
     os.mkfifo(source / "a" / "x.jpg")
-    os.mkfifo(source / "a" / "notes.txt")  # no image: nothing of ours
+    os.mkfifo(source / "a" / "notes.txt")  # not an image: ignored
     with pytest.raises(DataError, match=r"a/x.jpg: not a regular file"):
         pack(str(source), tmp_path / "out", progress=False, workers=1)
 

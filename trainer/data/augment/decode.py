@@ -140,7 +140,7 @@ class Frame(NamedTuple):
 
 def frame(data: bytes | memoryview) -> Frame:
     """From the markers before the first scan, read as libjpeg reads them: what it would skip or refuse gives an empty Frame, and
-    PIL has the word. 7 us; PIL's header takes 120."""
+    PIL decides. 7 us; PIL's header takes 120."""
     at, found = 2, Frame(0, 0, 0, 0, 0)
     while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:
         kind = data[at + 1]

@@ -86,7 +86,7 @@ def cut(data: bytes | memoryview, box: tuple[int, int, int, int], size: tuple[in
     """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
     size: (height, width) that the JPEG must have.
 
-    None where there is no library, or where TurboJPEG fails or warns: then the full decode has the word. What lies behind the
+    None where there is no library, or where TurboJPEG fails or warns: then the full decode decides. What lies behind the
     box's last row is not looked at, see `decode.EncodedImage`.
     """
     turbo = library()
