@@ -50,7 +50,7 @@ def test_all_rows_run_on_the_same_images(job: Path, workers: int, capsys: Any) -
         else:
             assert 0 < row["min"] <= row["median"] <= row["max"] and row["unit"] in ("images/s", "s"), name
     assert "ours / webdataset: " in said and "by CPU time" in said
-    for path in ("decoding, torchvision", "decoding of the crop", "resize", "shear", "translation", "smoothing"):
+    for path in ("decoding, ", "decoding of the crop", "resize", "shear", "translation", "smoothing"):
         assert path in said, "the error of every fast path is printed"
     if workers == 0:
         assert {"ours_short_side", "ours_randaugment", "timm_randaugment", "epoch_all", "epoch_dropped"} <= rows.keys()
@@ -104,7 +104,7 @@ def _photographs(config: pytest.Config) -> list[bytes]:
 
 
 def test_fast_decode_and_fast_resize_against_pil(request: pytest.FixtureRequest, record_property: Any) -> None:
-    """Reported: mean and largest error in grey levels of torchvision's decoder, and of our resize, against PIL on the same input."""
+    """Reported: mean and largest error in grey levels of our resize against PIL on the same input. The decoder's pixels are PIL's."""
     decoded, resized = [], []
     transform = Transform(AugmentConfig(), 224, train=True)
     for number, data in enumerate(_photographs(request.config)):
@@ -119,11 +119,11 @@ def test_fast_decode_and_fast_resize_against_pil(request: pytest.FixtureRequest,
         cut = cut.resize((224, 224), PIL.Image.Resampling.BICUBIC)
         made = transform.apply(EncodedImage.of(ours), number).pixels.int()
         resized.append((torch.from_numpy(np.array(cut)).permute(2, 0, 1).int() - made).abs())
-    for name, errors in (("decode_jpeg", decoded), ("resize", resized)):
+    for name, errors in (("decode", decoded), ("resize", resized)):
         mean, most = max(float(e.float().mean()) for e in errors), max(int(e.max()) for e in errors)
         record_property(name, f"mean {mean:.3f}, largest {most}")
         print(f"{name} against PIL, {len(errors)} images: worst mean error {mean:.4f}, largest {most} of 255")
     # the same filter with 16-bit weights, as torchvision's: PIL's have more bits, which shows at hard edges and in large shrinks;
     # seen: drawn images .04 and 4, real photographs .27 and 14
     assert max(int(e.max()) for e in resized) <= 16 and max(float(e.float().mean()) for e in resized) < 0.5
-    assert max(float(e.float().mean()) for e in decoded) < 0.5
+    assert max(int(e.max()) for e in decoded) == 0

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from trainer.data.augment import turbojpeg
 from trainer.data.augment.decode import decode
 from trainer.data.augment.policy import ops_of, posterized
 from trainer.data.loader.workers import Loader
@@ -52,9 +53,8 @@ class Peer(NamedTuple):
 def bare_decode(place: PeerInput) -> Peer:
     """The floor: bytes in memory -> pixels of the whole image, which stay in the worker."""
     loader = _loader(_Bare(place.index, place.batch), place.workers, batch_size=None, shuffle=True)
-    return Peer(
-        "read from the shards, torchvision decode_jpeg of the whole image, thrown away in the worker", lambda: sum(loader)
-    )
+    decoder = "TurboJPEG" if turbojpeg.library() else "PIL"
+    return Peer(f"read from the shards, {decoder} of the whole image, thrown away in the worker", lambda: sum(loader))
 
 
 class _Bare(Dataset[int]):

@@ -23,11 +23,10 @@ _FILL = (124, 116, 104)
 
 def pixel_errors(index: Index, size: int, images: int = IMAGES) -> list[str]:
     """A line for each fast path, over up to `images` images: mean and largest error in grey levels of 255."""
+    library = "TurboJPEG" if turbojpeg.library() else "PIL"
     paths = {
-        "decoding, torchvision": "PIL's decoder",
-        "decoding of the crop, TurboJPEG"
-        if turbojpeg.library()
-        else "decoding of the crop, whole": "the whole, decoded by PIL",
+        f"decoding, {library}": "PIL's decoder",
+        f"decoding of the crop, {library}": "the whole, decoded by PIL",
         "resize, torch uint8": "PIL's resize of the same crop",
         "shear, four taps": "PIL's transform of the same image",
         "translation, four taps": "PIL's transform of the same image",

@@ -1,15 +1,15 @@
-"""Bytes of an image -> pixels: JPEG through torchvision and TurboJPEG, everything else through PIL, bombs and broken images refused."""
+"""Bytes of an image -> pixels: JPEG through TurboJPEG where it is installed, everything else through PIL; bombs and broken images are
+refused. The pixels are PIL's either way, bit for bit, and PIL decides what is broken."""
 
 from __future__ import annotations
 
 import io
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from trainer.config.errors import TrilevelError
 from trainer.data.augment import turbojpeg
@@ -65,16 +65,16 @@ def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
 
 
 def decode(data: bytes | memoryview) -> Tensor:
-    """(3, H, W) uint8, as `decode_exact`; RGB and grey JPEG take torchvision's decoder, all else PIL's. Raises BrokenImage."""
+    """(3, H, W) uint8, as `decode_exact`; RGB and grey JPEG by TurboJPEG, all else by PIL. Raises BrokenImage."""
     return EncodedImage(data).whole()
 
 
 class EncodedImage:
     """An image whose pixels are decoded when they are asked for; copies of an example share one.
 
-    A box of a JPEG is decoded by itself where TurboJPEG is there: the same pixels for less. A picture that isn't plainly in order
-    is always decoded whole by torchvision, so that what counts as broken doesn't depend on the library or on the box.
-    Raises BrokenImage, here or later.
+    A box of a JPEG is decoded by itself where TurboJPEG is installed: the same pixels for less. A JPEG that is more than one plain
+    scan is decoded whole, and by PIL where TurboJPEG has a warning, so that what counts as broken depends neither on the library
+    nor on the box. Raises BrokenImage, here or later.
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -102,17 +102,13 @@ class EncodedImage:
     def whole(self) -> Tensor:
         """(3, H, W) uint8."""
         if self._pixels is None:
-            try:
-                self._pixels = cast(
-                    Tensor, decode_jpeg(torch.frombuffer(self._data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-                )
-            except Exception as error:
-                raise BrokenImage(_reason(error)) from None
-            if self._pixels.shape != (3, self._frame.height, self._frame.width):
-                height, width = self._pixels.shape[1:]
-                raise BrokenImage(
-                    f"broken image: its header has {self._frame.width} x {self._frame.height} pixels, the decoder {width} x {height}"
-                )
+            size = self._frame.height, self._frame.width
+            cut = turbojpeg.cut(self._data, (0, 0, *size), size)
+            pixels = as_tensor(decode_exact(self._data) if cut is None else cut)
+            if pixels.shape[1:] != size:
+                height, width = pixels.shape[1:]
+                raise BrokenImage(f"broken image: its header has {size[1]} x {size[0]} pixels, the decoder {width} x {height}")
+            self._pixels = pixels
         return self._pixels
 
     def box(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -120,7 +116,7 @@ class EncodedImage:
         if self._pixels is None and is_plain_scan(self._data, self._frame):
             pixels = turbojpeg.cut(self._data, (top, left, height, width), (self._frame.height, self._frame.width))
             if pixels is not None:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
+                return as_tensor(pixels)
         return self.whole()[:, top : top + height, left : left + width]
 
 
@@ -174,6 +170,6 @@ def is_plain_scan(data: bytes | memoryview, frame: Frame) -> bool:
     return bool(((kinds[:-1] & 0xF8) == 0xD0).all())
 
 
-def as_tensor(image: PIL.Image.Image) -> Tensor:
-    """RGB image -> (3, H, W) uint8, channels last in memory."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_tensor(image: PIL.Image.Image | np.ndarray) -> Tensor:
+    """RGB image, or (H, W, 3) uint8 -> (3, H, W) uint8, channels last in memory; an array's memory is shared."""
+    return torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image)).permute(2, 0, 1)

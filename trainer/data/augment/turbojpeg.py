@@ -107,9 +107,8 @@ def _cut(
     unit = _UNIT_WIDTH.get(turbo.tj3Get(handle, _SUBSAMPLING))
     whole_width, whole_height = turbo.tj3Get(handle, _WIDTH), turbo.tj3Get(handle, _HEIGHT)
     known = turbo.tj3Get(handle, _PRECISION) == 8 and turbo.tj3Get(handle, _COLOURS) in _COLOURED
-    if size not in (None, (whole_height, whole_width)):
-        return None
-    if unit is None or not known or top + height > whole_height or left + width > whole_width:
+    inside = 0 < height <= whole_height - top and 0 < width <= whole_width - left  # to TurboJPEG 0 means all that is left
+    if unit is None or not known or not inside or size not in (None, (whole_height, whole_width)):
         return None
     # a region begins between iMCUs; the smooth enlarging of colours looks one sample to each side, and is given up where there
     # are less than two of them
