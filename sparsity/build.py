@@ -8,66 +8,65 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsity import attention
 from sparsity.connections import CONNECTIONS
+from sparsity.settings import ConnectionSettings, Network, TokenSettings, choose
 from sparsity.tokens import TOKENS
-from sparsity.types import MechanismOptions
 from sparsity.vit import SparseViT, refuse
 
 
 def build(
     vit: VisionTransformer,
     *,
-    tokens: str = "all",
-    connections: str = "all",
+    tokens: TokenSettings | str = "all",
+    connections: ConnectionSettings | str = "all",
     blocks: Sequence[int] = (3, 6, 9),
     position: str = "attention",
-    fuse: bool = False,
-    merged: int = 0,
     compat: str = "none",
 ) -> SparseViT:
-    """`vit` with the named mechanisms in `blocks`. Raises ValueError, with the key to change, for what doesn't go together."""
+    """`vit` with a mechanism of each level in `blocks`; a name stands for its method with default settings.
+
+    Raises ValueError, with the key to change, for what doesn't go together.
+    """
     refuse(vit)
-    for key, name, names in (("tokens", tokens, TOKENS), ("connections", connections, CONNECTIONS)):
-        if name not in names:
-            raise ValueError(f"{key}.method={name!r}: unknown; there are {', '.join(names)}")
-    _refuse_misfits(vit, tokens, connections, blocks, fuse, merged, compat)
-    options = MechanismOptions(vit.has_class_token, fuse, merged, compat == "authors", connections != "all")
+    tokens = choose(TOKENS, tokens)() if isinstance(tokens, str) else tokens
+    connections = choose(CONNECTIONS, connections)() if isinstance(connections, str) else connections
+    off = tokens.off and connections.off
+    if not off:
+        _refuse_blocks(blocks, len(vit.blocks))
+    _refuse_compat(vit, tokens, connections, compat)
+    authors = compat == "authors"
+    network = Network(vit.has_class_token, vit.global_pool, carry_qkv=not connections.off, authors=authors)
     return SparseViT(
         vit,
-        reduce=TOKENS[tokens](options),
-        connect=CONNECTIONS[connections](options),
-        blocks=() if tokens == connections == "all" else blocks,
+        reduce=tokens.build(network),
+        connect=connections.build(network),
+        blocks=() if off else blocks,
         position=position,
-        attend=attention.authors if compat == "authors" else attention.fused,
+        attend=attention.authors if authors else attention.fused,
     )
 
 
-def _refuse_misfits(
-    vit: VisionTransformer, tokens: str, connections: str, blocks: Sequence[int], fuse: bool, merged: int, compat: str
-) -> None:
-    def no(text: str) -> None:
-        raise ValueError(text)
+def _refuse_blocks(blocks: Sequence[int], depth: int) -> None:
+    if not blocks:
+        raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
+    if max(blocks) >= depth:
+        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}")
 
-    active = not tokens == connections == "all"
-    if active and not blocks:
-        no(f"tokens.blocks=[] with tokens.method={tokens}, connections.method={connections}: name the blocks, e.g. [3, 6, 9]")
-    if active and max(blocks) >= len(vit.blocks):
-        no(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {len(vit.blocks) - 1}")
-    if fuse and tokens not in ("topk", "random"):
-        no(f"tokens.fuse=true with tokens.method={tokens}: only what is dropped can be fused; choose topk, or set fuse=false")
-    if merged and tokens != "tome":
-        no(f"tokens.merged={merged} with tokens.method={tokens}: only tome merges; choose it, or set merged=0")
-    if tokens == "tome" and vit.global_pool not in ("token", "map", "prr"):
-        no(f"tokens.method=tome with global_pool={vit.global_pool!r}: the mean would count a merged token once; choose topk")
-    if connections == "shared_keys" and not vit.has_class_token:
-        no("connections.method=shared_keys: this network has no [CLS] token to rank keys by; choose shared_keys_column")
+
+def _refuse_compat(vit: VisionTransformer, tokens: TokenSettings, connections: ConnectionSettings, compat: str) -> None:
     if compat not in ("none", "authors"):
-        no(f"compat={compat!r}: there are none, authors")
-    if compat == "authors" and (not vit.has_class_token or vit.num_prefix_tokens != 1):
-        no(
+        raise ValueError(f"compat={compat!r}: unknown value; valid values: none, authors")
+    if compat == "none":
+        return
+    if not vit.has_class_token or vit.num_prefix_tokens != 1:
+        raise ValueError(
             "compat=authors: the reference code knows no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
         )
-    if compat == "authors" and (fuse or tokens not in ("all", "topk") or connections not in ("all", "exact")):
-        no(
-            f"compat=authors with tokens.method={tokens}, fuse={str(fuse).lower()}, connections.method={connections}: the reference "
-            "code has topk without fusion and exact; choose those, or compat=none"
+    if not (tokens.in_reference_code and connections.in_reference_code):
+        names = (
+            next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
+            for methods, settings in ((TOKENS, tokens), (CONNECTIONS, connections))
+        )
+        raise ValueError(
+            "compat=authors with tokens.method={}, connections.method={}: the reference code has tokens.method=topk without "
+            "tokens.fuse, and connections.method=exact; choose those, or compat=none".format(*names)
         )

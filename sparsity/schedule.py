@@ -6,97 +6,139 @@ Every distinct plan is another shape of network, and under torch.compile another
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
+from sparsity.settings import Count, Epochs, Keep, Settings, setting
 from sparsity.types import DENSE, Plan
 
-Stairs = Sequence[tuple[float, float, float]]
-"""(from epoch, keep_tokens, keep_connections), epochs rising."""
+
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Base of the kinds of schedules: what is kept at `progress`, in epochs, on the way to the plan `final` of the levels."""
+
+    section: ClassVar[str] = "plan"
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        """What a step at `progress` keeps."""
+        raise NotImplementedError
+
+    def borders(self, epochs: int) -> Sequence[float]:
+        """The points of progress, beside 0, at which the plan may change in a run of `epochs`."""
+        return ()
+
+    @property
+    def ends_at(self) -> Plan | None:
+        """The plan that the schedule itself ends with; None: that of the levels (`tokens.keep`, `connections.keep`)."""
+        return None
+
+    @property
+    def every_step_differs(self) -> str:
+        """The setting that gives every step a plan of its own, and what to set instead; "" where plans are few."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Constant(PlanSettings):
+    """The final plan from the first step on."""
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        return final
+
+
+@dataclass(frozen=True)
+class Cosine(PlanSettings):
+    """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length, from dense to the final plan b (EViT's cosine;
+    docs/methods.md, section Schedule).
+
+    Quantised: each of `plateaus` equal stretches has the value of its middle, so the work over the run is that of the curve.
+    """
+
+    warmup: Epochs = setting(10.0, "epochs with everything kept, before the way down")
+    length: Epochs = setting(100.0, "epochs from everything kept to the final keep ratios")
+    plateaus: Count = setting(8, "distinct plans on the way down, each its own compiled graph; 0 = every step its own")
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        warmup, length, plateaus = self.warmup, self.length, self.plateaus
+        if progress < warmup or final == DENSE:
+            return DENSE
+        if progress >= warmup + length:
+            return final
+        done = (progress - warmup) / length
+        if plateaus:
+            # The stretch is counted from its border as `borders` writes it, so that both agree to the last bit.
+            stretch = sum(progress >= warmup + length * step / plateaus for step in range(1, plateaus))
+            done = (stretch + 0.5) / plateaus
+        way = 0.5 * (1.0 + math.cos(math.pi * done))
+        return Plan(*(b + (1.0 - b) * way for b in (final.keep_tokens, final.keep_connections)))
+
+    def borders(self, epochs: int) -> Sequence[float]:
+        """With `plateaus=0` the plan changes at every step; then the start of each epoch stands for its steps."""
+        down = range(self.plateaus + 1)
+        between = (
+            [self.warmup + self.length * step / self.plateaus for step in down] if self.plateaus else range(math.ceil(epochs))
+        )
+        return [self.warmup, *between, self.warmup + self.length]
+
+    @property
+    def every_step_differs(self) -> str:
+        return "" if self.plateaus else "plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
+
+
+@dataclass(frozen=True)
+class Staircase(PlanSettings):
+    """The keep ratios of the last stair that is reached; dense before the first."""
+
+    stairs: tuple[tuple[Epochs, Keep, Keep], ...] = setting(
+        (), "list of [from epoch, keep tokens, keep connections], epochs rising"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        starts = [start for start, _, _ in self.stairs]
+        if not starts or any(later <= earlier for earlier, later in pairwise(starts)):
+            raise ValueError(
+                f"plan.stairs={[list(stair) for stair in self.stairs]}: write [from epoch, keep tokens, keep connections], epochs rising"
+            )
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        reached = [Plan(tokens, connections) for start, tokens, connections in self.stairs if progress >= start]
+        return reached[-1] if reached else DENSE
+
+    def borders(self, epochs: int) -> Sequence[float]:
+        return [start for start, _, _ in self.stairs]
+
+    @property
+    def ends_at(self) -> Plan | None:
+        return Plan(*self.stairs[-1][1:])
+
+
+PLANS: dict[str, type[PlanSettings]] = {"constant": Constant, "cosine": Cosine, "staircase": Staircase}
 
 
 @dataclass(frozen=True)
 class KeepSchedule:
-    """How a run comes to its final keeps. method: a name in PLANS; warmup, length: epochs; the keeps are where a cosine ends.
+    """How a run comes to its final plan. tokens, connections: whether level 2 and level 3 are on; a level that is off keeps all."""
 
-    plateaus: distinct plans on the way down, 0 = every step its own. Raises ValueError for an unknown method, for keeps outside (0, 1] and
-    for a staircase without stairs or out of order.
-    """
-
-    method: str = "constant"
-    keep_tokens: float = 1.0
-    keep_connections: float = 1.0
-    warmup: float = 10.0
-    length: float = 100.0
-    plateaus: int = 8
-    stairs: Stairs = ()
-
-    def __post_init__(self) -> None:
-        if self.method not in PLANS:
-            raise ValueError(f"plan.method={self.method!r}: unknown; there are {', '.join(PLANS)}")
-        starts = [start for start, _, _ in self.stairs]
-        if self.method == "staircase" and (not starts or any(later <= earlier for earlier, later in pairwise(starts))):
-            raise ValueError(
-                f"plan.stairs={list(self.stairs)}: write [from epoch, keep tokens, keep connections], epochs rising"
-            )
-        _ = self.final
-
-    @property
-    def final(self) -> Plan:
-        return Plan(self.keep_tokens, self.keep_connections)
+    schedule: PlanSettings = Constant()
+    final: Plan = DENSE
+    tokens: bool = True
+    connections: bool = True
 
     def at(self, progress: float) -> Plan:
         """The plan at `progress`, in epochs."""
-        return PLANS[self.method](progress, self)
+        found = self.schedule.at(progress, self.final)
+        if self.tokens and self.connections:
+            return found
+        return Plan(found.keep_tokens if self.tokens else 1.0, found.keep_connections if self.connections else 1.0)
 
-    def changes(self, epochs: float) -> list[tuple[float, Plan]]:
-        """Where the plan changes in a run of `epochs`: [(from progress, plan)], from progress 0 on, each plan distinct from the one before.
-
-        With `plateaus=0` a cosine changes at every step; then it is listed as it is at the start of each epoch.
-        """
-        down = range(self.plateaus + 1)
-        cosine = (
-            [self.warmup + self.length * step / self.plateaus for step in down] if self.plateaus else range(math.ceil(epochs))
-        )
-        borders = {
-            "cosine": [self.warmup, *cosine, self.warmup + self.length],
-            "staircase": [start for start, _, _ in self.stairs],
-        }
+    def changes(self, epochs: int) -> list[tuple[float, Plan]]:
+        """Where the plan changes in a run of `epochs`, from progress 0 on: [(from progress, plan)], no two in a row alike."""
         found: list[tuple[float, Plan]] = []
-        for progress in sorted({0.0, *borders.get(self.method, [])}):
+        for progress in sorted({0.0, *self.schedule.borders(epochs)}):
             now = self.at(progress)
             if progress < epochs and (not found or found[-1][1] != now):
                 found.append((progress, now))
         return found
-
-
-def _constant(progress: float, schedule: KeepSchedule) -> Plan:
-    return schedule.final
-
-
-def _cosine(progress: float, schedule: KeepSchedule) -> Plan:
-    """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length (EViT's cosine; docs/methods.md, section Schedule).
-
-    Quantised: each of `plateaus` equal stretches has the value of its middle, so the work over the run is that of the curve.
-    """
-    warmup, length, plateaus, final = schedule.warmup, schedule.length, schedule.plateaus, schedule.final
-    if progress < warmup or final == DENSE:
-        return DENSE
-    if progress >= warmup + length:
-        return final
-    done = (progress - warmup) / length
-    if plateaus:
-        # The stretch is counted from its border as `changes` writes it, so that both agree to the last bit.
-        stretch = sum(progress >= warmup + length * step / plateaus for step in range(1, plateaus))
-        done = (stretch + 0.5) / plateaus
-    way = 0.5 * (1.0 + math.cos(math.pi * done))
-    return Plan(*(b + (1.0 - b) * way for b in (final.keep_tokens, final.keep_connections)))
-
-
-def _staircase(progress: float, schedule: KeepSchedule) -> Plan:
-    reached = [Plan(tokens, connections) for start, tokens, connections in schedule.stairs if progress >= start]
-    return reached[-1] if reached else DENSE
-
-
-PLANS: dict[str, Callable[[float, KeepSchedule], Plan]] = {"constant": _constant, "cosine": _cosine, "staircase": _staircase}

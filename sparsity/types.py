@@ -190,16 +190,6 @@ def single_process(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class MechanismOptions(NamedTuple):
-    """What a mechanism may ask about the run it is made for."""
-
-    has_class_token: bool = True
-    fuse: bool = False
-    merged: int = 0
-    authors: bool = False
-    carry_qkv: bool = True  # level 3 comes after level 2 and reads q, k, v of the tokens that are left
-
-
 @dataclass(frozen=True)
 class ConnectAll:
     """The identity: all keys visible."""

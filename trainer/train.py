@@ -23,12 +23,11 @@ from trainer.data.loader.validation import Validation
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, world_size
-from trainer.model.build import build_examples, build_model, cost_of
+from trainer.model.build import build_examples, build_model, build_objective, cost_of
 from trainer.model.ema import Ema
-from trainer.model.evaluate import evaluate
-from trainer.model.objective import Objective
+from trainer.model.evaluate import Scores, evaluate
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import learning_rate, plan_at, set_learning_rate
+from trainer.model.schedule import Schedule, set_learning_rate
 from trainer.provenance.hash_chain import HashChain
 from trainer.run.cadence import after_step, reached
 from trainer.run.checkpointer import Checkpointer
@@ -44,9 +43,10 @@ def train(config: Config, resume: bool = False) -> RunResult:
     Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
     """
     torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
-    index, validation_index = open_indexes(config, verify=is_first_of_node())
+    index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
-    model, examples, objective = build_model(config), build_examples(config, index), Objective(config)
+    model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
+    schedule = Schedule(config)
     batch_split = micro_batches(config.data.batch, config.data.micro_batch, world_size())
     engine = Engine(config.engine, batch_split, config.optim.clip)
     stopping = install_handlers()
@@ -72,11 +72,21 @@ def train(config: Config, resume: bool = False) -> RunResult:
         selection = saved.selection if saved else None
         chain, meters = HashChain(state.chain), Meters(engine)
         outputs = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
-        baseline = DenseBaseline(config, engine, objective, outputs)
+        baseline = DenseBaseline(config.control, schedule, engine, objective, outputs)
         recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
         recorder.report_damaged(found)
         checkpointer = Checkpointer(config, engine, recorder, stopping, index.fingerprint, ema, examples)
-        score = partial(_scored, config, engine, recorder, stopping, ema, validation, model.vit)
+        classes, augment = config.model.classes, config.augment
+        measure = partial(
+            evaluate,
+            engine.forward,
+            validation,
+            classes=classes,
+            augment=augment,
+            device=engine.device,
+            add_up=engine.all_reduce_sum,
+        )
+        score = partial(_scored, measure, schedule, engine, recorder, stopping, ema, model.vit)
 
         if state.pending_evaluation:  # the previous attempt was stopped during its evaluation
             state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
@@ -97,7 +107,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
             for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch), stopping):
                 recorder.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
-                plan, lr = plan_at(progress, config), learning_rate(progress, config)
+                plan, lr = schedule.plan(progress), schedule.lr(progress)
                 recorder.plan(state, progress, plan, lambda plan: cost_of(model, plan))
                 set_learning_rate(engine.optimizer, lr)
                 engine.reseed(config.seed, state.step)
@@ -178,7 +188,7 @@ class _Interrupted(Exception):
 
 
 def _scored(
-    config: Config, engine: Engine, recorder: Recorder, stopping: Stop, ema: Ema, validation: Validation, network: nn.Module,
+    measure: Callable[..., Scores], schedule: Schedule, engine: Engine, recorder: Recorder, stopping: Stop, ema: Ema, network: nn.Module,
     state: TrainState, at: float, *, kept: bool,
 ) -> TrainState:  # fmt: skip
     """Evaluate the weights, and their EMA if there is one, under the plan at progress `at`; collective. If a stop is requested
@@ -188,15 +198,13 @@ def _scored(
         if engine.read_delayed(engine.all_reduce_sum(torch.tensor(float(stopping.requested()), device=engine.device))):
             raise _Interrupted
 
-    plan = plan_at(at, config)
+    plan = schedule.plan(at)
     engine.model.eval()
     try:
-        results = [(False, evaluate(engine.forward, validation, plan, config, engine.device, engine.all_reduce_sum, agree))]
+        results = [(False, measure(plan, between=agree))]
         if ema.decay is not None:
             with ema.applied(network):
-                results.append(
-                    (True, evaluate(engine.forward, validation, plan, config, engine.device, engine.all_reduce_sum, agree))
-                )
+                results.append((True, measure(plan, between=agree)))
     except _Interrupted:
         return replace(state, pending_evaluation={"at": at})
     engine.model.train()

@@ -7,15 +7,30 @@ Never: keeps state between batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
-from sparsity.connections.exact_mask import ExactMask
-from sparsity.connections.shared_keys import SharedKeys
-from sparsity.types import Connect, ConnectAll, MechanismOptions
+from sparsity.connections.exact_mask import ExactMaskSettings
+from sparsity.connections.shared_keys import SharedKeysColumnSettings, SharedKeysSettings
+from sparsity.settings import ConnectionSettings, Network
+from sparsity.types import ConnectAll
 
-CONNECTIONS: dict[str, Callable[[MechanismOptions], Connect]] = {
-    "all": lambda options: ConnectAll(),
-    "exact": lambda options: ExactMask(options.authors),
-    "shared_keys": lambda options: SharedKeys("cls"),
-    "shared_keys_column": lambda options: SharedKeys("column"),
+
+@dataclass(frozen=True)
+class ConnectAllSettings(ConnectionSettings):
+    off: ClassVar[bool] = True
+
+    @property
+    def in_reference_code(self) -> bool:
+        return True
+
+    def build(self, network: Network) -> ConnectAll:
+        return ConnectAll()
+
+
+CONNECTIONS: dict[str, type[ConnectionSettings]] = {
+    "all": ConnectAllSettings,
+    "exact": ExactMaskSettings,
+    "shared_keys": SharedKeysSettings,
+    "shared_keys_column": SharedKeysColumnSettings,
 }

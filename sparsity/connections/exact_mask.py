@@ -14,9 +14,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from sparsity.settings import ConnectionSettings, Keep, Network, setting
 from sparsity.tokens import scores
 from sparsity.tokens.scores import among_patches, work
 from sparsity.types import QKV, BlockShape, Plan, Tokens, VisibleKeys, num_kept
+
+
+@dataclass(frozen=True)
+class ExactMaskSettings(ConnectionSettings):
+    keep: Keep = setting(1.0, "share of the keys that each query may see, once the schedule is through")
+
+    @property
+    def in_reference_code(self) -> bool:
+        return True
+
+    def build(self, network: Network) -> ExactMask:
+        return ExactMask(network.authors)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,29 @@ from typing import Literal
 
 import torch
 
+from sparsity.settings import ConnectionSettings, Keep, Network, setting
 from sparsity.tokens import scores
 from sparsity.tokens.scores import among_patches, work
 from sparsity.types import QKV, BlockShape, Plan, Tokens, VisibleKeys, num_kept
+
+
+@dataclass(frozen=True)
+class SharedKeysSettings(ConnectionSettings):
+    keep: Keep = setting(1.0, "share of the keys that all queries of an image may see, once the schedule is through")
+
+    def build(self, network: Network) -> SharedKeys:
+        if not network.has_class_token:
+            raise ValueError(
+                "connections.method=shared_keys: this network has no [CLS] token to rank keys by; choose "
+                "connections.method=shared_keys_column"
+            )
+        return SharedKeys("cls")
+
+
+@dataclass(frozen=True)
+class SharedKeysColumnSettings(SharedKeysSettings):
+    def build(self, network: Network) -> SharedKeys:
+        return SharedKeys("column")
 
 
 @dataclass(frozen=True)

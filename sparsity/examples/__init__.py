@@ -7,13 +7,24 @@ Never: reads data or knows ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
-from sparsity.examples.curriculum import Curriculum
-from sparsity.examples.forgetting import Forgetting
-from sparsity.examples.infobatch import InfoBatch
-from sparsity.examples.random_subset import RandomEpoch, RandomFixed
+from sparsity.examples.curriculum import Curriculum, ExampleSettings, TrainingRun
+from sparsity.examples.forgetting import ForgettingSettings
+from sparsity.examples.infobatch import InfoBatchSettings
+from sparsity.examples.random_subset import RandomEpochSettings, RandomFixedSettings
 from sparsity.types import Selection
+
+
+@dataclass(frozen=True)
+class AllSettings(ExampleSettings):
+    off: ClassVar[bool] = True
+
+    def build(self, run: TrainingRun) -> All:
+        return All(self, run)
 
 
 class All(Curriculum):
@@ -21,23 +32,16 @@ class All(Curriculum):
 
     name = "all"
 
-    def _start(self) -> None:
-        if self.removed:
-            raise ValueError(
-                f"examples.removed={self.removed} with examples.method=all: 'all' removes nothing; choose examples.method="
-                f"{'|'.join(name for name in EXAMPLES if name != 'all')}, or set examples.removed=0"
-            )
-
     def _select(self, epoch: int) -> Selection:
         return self._everything()
 
 
-EXAMPLES: dict[str, type[Curriculum]] = {
-    "all": All,
-    "forgetting": Forgetting,
-    "infobatch": InfoBatch,
-    "random_fixed": RandomFixed,
-    "random_epoch": RandomEpoch,
+EXAMPLES: dict[str, type[ExampleSettings]] = {
+    "all": AllSettings,
+    "forgetting": ForgettingSettings,
+    "infobatch": InfoBatchSettings,
+    "random_fixed": RandomFixedSettings,
+    "random_epoch": RandomEpochSettings,
 }
 
 

@@ -1,15 +1,21 @@
-"""What all methods of level 1 share: settings, observations gathered once per epoch, draws by class, the selection of an epoch."""
+"""What all methods of level 1 share: observations gathered once per epoch, draws by class, the selection of an epoch.
+
+A method is two classes in one file: its settings (a dataclass on `ExampleSettings`) and what it does with them (on `Curriculum` or
+`Observer`).
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from sparsity.examples.observations import Observations, Observed
+from sparsity.settings import Settings
 from sparsity.types import Gather, Observation, Selection
 
 
@@ -22,52 +28,84 @@ class Draw(IntEnum):
     PRUNED = 3
 
 
+class TrainingRun(NamedTuple):
+    """What a method of level 1 is built for. num_examples: N. labels: (N,) int class of each example. epochs: of the whole run.
+
+    repeats: epochs in which the stream presents every kept example (repeated augmentation); what is shown changes only between such
+    rounds.
+    """
+
+    num_examples: int
+    labels: np.ndarray
+    epochs: int
+    seed: int = 0
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class ExampleSettings(Settings):
+    """Base of the settings of level 1. `removed`, `anneal` and `balanced` mean the same in every method that has them:
+    the share of the data set left out of an epoch, the last share of the epochs that shows everything, and whether every class loses
+    the same share.
+
+    shares_known: whether `removed` alone tells how many examples an epoch shows; else only the run can tell.
+    counts_forgetting: whether a checkpoint has forgetting events of each example, as `Forgetting` keeps them.
+    """
+
+    section: ClassVar[str] = "examples"
+    shares_known: ClassVar[bool] = True
+    counts_forgetting: ClassVar[bool] = False
+
+    def build(self, run: TrainingRun) -> Curriculum:
+        """The method over a data set, see `Curriculum`. Raises ValueError, naming key, value and remedy."""
+        raise NotImplementedError
+
+    @property
+    def left_out(self) -> float:
+        """The setting `removed`, 0 for a method without."""
+        return float(getattr(self, "removed", 0.0))
+
+    @property
+    def summary(self) -> str:
+        """How many examples an epoch leaves out, for a person."""
+        return f"removed {self.left_out:g} of the data set"
+
+    def all_from(self, epochs: int, repeats: int) -> int:
+        """The first epoch of the last share of a run (`anneal`), which shows everything.
+
+        Whole rounds of `repeats` epochs only: an epoch in the middle of a round shows what the round began with.
+        """
+        shown = epochs - round(float(getattr(self, "anneal", 0.0)) * epochs)
+        return -(-shown // repeats) * repeats
+
+
 class Curriculum:
     """A method of level 1. A subclass says what it remembers (`_update_statistics`) and what an epoch shows (`_select`).
 
-    num_examples: N. labels: (N,) int class of each example. removed, swap: shares of the data set. window: epochs between
-    updates. anneal: last share of the epochs that shows everything. repeats: epochs in which the stream presents every kept
-    example (repeated augmentation); what is shown changes only between such rounds. Raises ValueError for settings that can't
-    be met, naming key, value and way out.
+    Raises ValueError for settings that can't be met, naming key, value and remedy.
     """
 
     name: ClassVar[str]
     observes: ClassVar[Literal["loss"] | None] = None
+    decides_state: ClassVar[tuple[str, ...]] = ()  # settings that decide which arrays the state has
     wants_spread = False
 
-    def __init__(
-        self,
-        num_examples: int,
-        labels: np.ndarray,
-        *,
-        epochs: int,
-        seed: int = 0,
-        removed: float = 0.0,
-        swap: float = 0.0,
-        window: float = 30.0,
-        updates: int = 0,
-        balanced: bool = False,
-        ties: str = "spread",
-        restore: str = "random",
-        anneal: float = 0.0,
-        repeats: int = 1,
-    ):
-        if len(labels) != num_examples:
-            raise ValueError(f"examples: {len(labels)} labels for {num_examples} examples: rebuild the index of the shards")
-        self.num_examples, self.labels, self.seed = num_examples, np.asarray(labels), seed
-        self.removed, self.swap, self.window, self.updates = removed, swap, window, updates
-        self.balanced, self.ties, self.epochs, self.repeats = balanced, ties, epochs, repeats
-        self.restore = restore
-        self.num_removed = round(removed * num_examples)
-        if removed and not 0 < self.num_removed < num_examples:
+    def __init__(self, settings: ExampleSettings, run: TrainingRun):
+        num_examples = run.num_examples
+        if len(run.labels) != num_examples:
+            raise ValueError(f"examples: {len(run.labels)} labels for {num_examples} examples: rebuild the index of the shards")
+        self.num_examples, self.labels, self.seed, self.repeats = num_examples, np.asarray(run.labels), run.seed, run.repeats
+        self.num_removed = round(settings.left_out * num_examples)
+        if settings.left_out and not 0 < self.num_removed < num_examples:
             raise ValueError(
-                f"examples.removed={removed} leaves out {self.num_removed} of {num_examples} examples: take a share that "
-                "removes some and keeps some, or examples.method=all"
+                f"examples.removed={settings.left_out} leaves out {self.num_removed} of {num_examples} examples: take a share "
+                "that removes some and keeps some, or examples.method=all"
             )
-        # whole rounds only: an epoch in the middle of a round shows what the round began with
-        self.anneal_from = -(-(epochs - round(anneal * epochs)) // repeats) * repeats
+        self.anneal_from = settings.all_from(run.epochs, run.repeats)
         self.updated = 0  # how often what is shown was chosen anew
+        balanced = getattr(settings, "balanced", False)
         self.group = self.labels if balanced else np.broadcast_to(np.int8(0), num_examples)  # one byte, not N
+        self.settings: Any = settings  # of the subclass's own kind
         self._start()
 
     def _start(self) -> None:
@@ -136,9 +174,9 @@ class Curriculum:
 class Observer(Curriculum):
     """A method that remembers what it saw."""
 
-    def __init__(self, num_examples: int, labels: np.ndarray, **settings: Any):
-        super().__init__(num_examples, labels, **settings)
-        self._observations = Observations(num_examples, "spread" if self.wants_spread else self.observes)
+    def __init__(self, settings: ExampleSettings, run: TrainingRun):
+        super().__init__(settings, run)
+        self._observations = Observations(run.num_examples, "spread" if self.wants_spread else self.observes)
 
     @property
     def state_bytes(self) -> int:
@@ -153,9 +191,10 @@ class Observer(Curriculum):
         mine = self._arrays()
         found, wanted = ({key: value.shape for key, value in arrays.items()} for arrays in (state, mine))
         if found != wanted:
+            own = "".join(f", examples.{key}={getattr(self.settings, key)}" for key in self.decides_state)
             raise ValueError(
-                f"examples.method={self.name} with examples.ties={self.ties} keeps {wanted}, the checkpoint holds {found}: "
-                "go on with the method, the ties and the shards of the checkpoint"
+                f"examples.method={self.name}{own} keeps {wanted}, the checkpoint holds {found}: go on with the method, "
+                "its settings and the shards of the checkpoint"
             )
         self._observations.clear()
         self._restore(state)

@@ -14,62 +14,84 @@ differ from the authors: one permutation for all ranks, events counted on the ga
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from sparsity.examples.curriculum import Draw, Observer, first_per_group, quotas
+from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun, first_per_group, quotas
 from sparsity.examples.observations import Observed
+from sparsity.settings import Count, Epochs, Share, setting
 from sparsity.types import Selection
 
 FEWEST_SEEN = 3  # presentations that a score needs
 RIGHT, LEARNED = np.uint8(1), np.uint8(2)  # bits of `memory`: right last time, right at least once in this window
 
 
+@dataclass(frozen=True)
+class ForgettingSettings(ExampleSettings):
+    counts_forgetting: ClassVar[bool] = True
+    removed: Share = setting(0.0, "share of the data set left out of an epoch")
+    swap: Share = setting(0.05, "share of the data set exchanged at an update")
+    window: Epochs = setting(30.0, "epochs between two updates, in which forgetting events are counted")
+    updates: Count = setting(5, "updates in a run")
+    restore: Literal["random", "never_trained"] = setting("random", "which examples come back from the pool first")
+    ties: Literal["spread", "id"] = setting("spread", "equal scores: flattest [CLS] attention first, or lowest id first")
+    balanced: bool = setting(False, "remove the same share of every class")
+    anneal: Share = setting(0.0, "last share of the epochs, which shows every example")
+
+    def build(self, run: TrainingRun) -> Forgetting:
+        return Forgetting(self, run)
+
+
 class Forgetting(Observer):
     """State per example: active (bool), events, seen (uint16), memory (2 bits), spread (float32 sum over the window)."""
 
     name = "forgetting"
+    decides_state = ("ties", "restore")
+    settings: ForgettingSettings
 
     def _start(self) -> None:
-        self.num_swap = round(self.swap * self.num_examples)
+        s = self.settings
+        self.num_swap = round(s.swap * self.num_examples)
         self._refuse()
         # without a pool or without updates nothing is ever swapped: events are still counted, ties are never broken
-        self.swaps = bool(self.num_removed and self.num_swap and self.updates)
-        self.wants_spread = self.ties == "spread" and self.swaps
+        self.swaps = bool(self.num_removed and self.num_swap and s.updates)
+        self.wants_spread = s.ties == "spread" and self.swaps
         self.active = self._starting_set()
-        self.by_trained = self.restore == "never_trained"
+        self.by_trained = s.restore == "never_trained"
         self.trained = (
             np.packbits(self.active, bitorder="little") if self.by_trained else np.zeros(0, np.uint8)
         )  # ever shown: bits
         self._forget_everything()
         if self.swaps and (room := int(self._room().sum())) < self.num_swap:
             raise ValueError(
-                f"examples.swap={self.swap} exchanges {self.num_swap} examples, but with examples.removed={self.removed} only "
+                f"examples.swap={s.swap} exchanges {self.num_swap} examples, but with examples.removed={s.removed} only "
                 f"{room} can be: set examples.swap<={room / self.num_examples:.4g}, or change examples.removed"
             )
 
     def _refuse(self) -> None:
-        if not self.removed or not self.updates or not self.swap:
+        s = self.settings
+        if not s.removed or not s.updates or not s.swap:
             return
         if self.num_swap == 0:
             raise ValueError(
-                f"examples.swap={self.swap} of {self.num_examples} examples is none: raise it, or set 0 to swap nothing"
+                f"examples.swap={s.swap} of {self.num_examples} examples is none: raise it, or set 0 to swap nothing"
             )
         if self.num_swap > self.num_removed:
             raise ValueError(
-                f"examples.swap={self.swap} ({self.num_swap} examples) is more than the pool of examples.removed="
-                f"{self.removed} ({self.num_removed}) holds: set examples.swap<={self.removed}, or raise examples.removed"
+                f"examples.swap={s.swap} ({self.num_swap} examples) is more than the pool of examples.removed="
+                f"{s.removed} ({self.num_removed}) holds: set examples.swap<={s.removed}, or raise examples.removed"
             )
-        passes = self.window / self.repeats
+        passes = s.window / self.repeats
         if passes != int(passes):
             raise ValueError(
-                f"examples.window={self.window:g}ep is not a multiple of data.repeats={self.repeats} epochs: an update "
+                f"examples.window={s.window:g}ep is not a multiple of data.repeats={self.repeats} epochs: an update "
                 f"falls between two passes over the kept examples; try {max(round(passes), FEWEST_SEEN) * self.repeats}ep"
             )
         if passes < FEWEST_SEEN:
             raise ValueError(
-                f"examples.window={self.window:g}ep with data.repeats={self.repeats} presents an example {passes:g} time(s) "
+                f"examples.window={s.window:g}ep with data.repeats={self.repeats} presents an example {passes:g} time(s) "
                 f"between updates, a score needs {FEWEST_SEEN}: set examples.window>={FEWEST_SEEN * self.repeats}ep"
             )
 
@@ -96,7 +118,7 @@ class Forgetting(Observer):
         return score
 
     def _select(self, epoch: int) -> Selection:
-        due = min(int(epoch // self.window), self.updates) if self.swaps else 0
+        due = min(int(epoch // self.settings.window), self.settings.updates) if self.swaps else 0
         if due <= self.updated:
             return self._selection(self.active)
         self.updated = due

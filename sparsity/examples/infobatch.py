@@ -10,11 +10,31 @@ in bfloat16 id 1281166 becomes 1277952. See docs/methods.md, section Examples.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
-from sparsity.examples.curriculum import Draw, Observer
+from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun
 from sparsity.examples.observations import Observed
+from sparsity.settings import Share, setting
 from sparsity.types import Selection
+
+
+@dataclass(frozen=True)
+class InfoBatchSettings(ExampleSettings):
+    """It prunes by loss and corrects by weight, so it has no form balanced by class."""
+
+    shares_known: ClassVar[bool] = False
+    removed: Share = setting(0.0, "share left out of the examples whose loss is below the mean (the paper's r)")
+    anneal: Share = setting(0.0, "last share of the epochs, which shows every example")
+
+    @property
+    def summary(self) -> str:
+        return f"removed {self.removed:g} of those below the mean loss"
+
+    def build(self, run: TrainingRun) -> InfoBatch:
+        return InfoBatch(self, run)
 
 
 class InfoBatch(Observer):
@@ -22,13 +42,9 @@ class InfoBatch(Observer):
 
     name = "infobatch"
     observes = "loss"
+    settings: InfoBatchSettings
 
     def _start(self) -> None:
-        if self.balanced:
-            raise ValueError(
-                "examples.balanced=true: infobatch prunes by loss and corrects by weight, it has no balanced form; set it to "
-                "false, or take examples.method=forgetting|random_fixed|random_epoch"
-            )
         self.loss = np.full(self.num_examples, np.nan, np.float32)
         self.keep = np.ones(self.num_examples, dtype=bool)
         self.below = np.zeros(self.num_examples, dtype=bool)
@@ -55,7 +71,7 @@ class InfoBatch(Observer):
         self.below = seen & (self.loss < mean)
         candidates = self._draw(Draw.PRUNED, self.updated).permutation(np.flatnonzero(self.below))
         self.keep = np.ones(self.num_examples, dtype=bool)
-        self.keep[candidates[: int(self.removed * len(candidates))]] = False
+        self.keep[candidates[: int(self.settings.removed * len(candidates))]] = False
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {

@@ -7,10 +7,29 @@ keeping a third shows every example once in three epochs. Balanced draws do that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from sparsity.examples.curriculum import Curriculum, Draw, first_per_group, quotas
+from sparsity.examples.curriculum import Curriculum, Draw, ExampleSettings, TrainingRun, first_per_group, quotas
+from sparsity.settings import Share, setting
 from sparsity.types import Selection
+
+
+@dataclass(frozen=True)
+class RandomFixedSettings(ExampleSettings):
+    removed: Share = setting(0.0, "share of the data set left out of an epoch")
+    balanced: bool = setting(False, "remove the same share of every class")
+    anneal: Share = setting(0.0, "last share of the epochs, which shows every example")
+
+    def build(self, run: TrainingRun) -> Curriculum:
+        return RandomFixed(self, run)
+
+
+@dataclass(frozen=True)
+class RandomEpochSettings(RandomFixedSettings):
+    def build(self, run: TrainingRun) -> Curriculum:
+        return RandomEpoch(self, run)
 
 
 class RandomFixed(Curriculum):

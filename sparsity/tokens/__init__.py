@@ -7,18 +7,30 @@ Never: keeps state between batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
-from sparsity.tokens import scores
-from sparsity.tokens.tome import Merge
-from sparsity.tokens.topk import TopK
-from sparsity.types import KeepAll, MechanismOptions, Reduce
+from sparsity.settings import Network, TokenSettings
+from sparsity.tokens.tome import MergeSettings
+from sparsity.tokens.topk import RandomSettings, TopKSettings
+from sparsity.types import KeepAll
 
-TOKENS: dict[str, Callable[[MechanismOptions], Reduce]] = {
-    "all": lambda options: KeepAll(),
-    "topk": lambda options: TopK(
-        scores.cls_row if options.has_class_token else scores.received, options.fuse, options.carry_qkv, options.authors
-    ),
-    "random": lambda options: TopK(scores.random, options.fuse, options.carry_qkv),
-    "tome": lambda options: Merge(options.merged, options.carry_qkv),
+
+@dataclass(frozen=True)
+class KeepAllSettings(TokenSettings):
+    off: ClassVar[bool] = True
+
+    @property
+    def in_reference_code(self) -> bool:
+        return True
+
+    def build(self, network: Network) -> KeepAll:
+        return KeepAll()
+
+
+TOKENS: dict[str, type[TokenSettings]] = {
+    "all": KeepAllSettings,
+    "topk": TopKSettings,
+    "random": RandomSettings,
+    "tome": MergeSettings,
 }

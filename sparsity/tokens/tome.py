@@ -14,8 +14,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsity.attention import gather_tokens
+from sparsity.settings import Count, Keep, Network, TokenSettings, setting
 from sparsity.tokens.scores import ranked
 from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
+
+
+@dataclass(frozen=True)
+class MergeSettings(TokenSettings):
+    keep: Keep = setting(1.0, "share of the patch tokens that stays at each block of `blocks`, once the schedule is through")
+    merged: Count = setting(0, "tokens merged per block wherever less than all is kept; 0 = as many as `keep` asks for")
+
+    def refuse_keep(self, keep: float) -> None:
+        if keep == 1.0:
+            raise ValueError(
+                "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
+            )
+
+    @property
+    def fixed_by(self) -> str:
+        return f"tokens.merged={self.merged}" if self.merged else ""
+
+    @property
+    def dropped_are(self) -> str:
+        return "merged into others"
+
+    def build(self, network: Network) -> Merge:
+        if network.global_pool not in ("token", "map", "prr"):
+            raise ValueError(
+                f"tokens.method=tome with global_pool={network.global_pool!r}: the mean would count a merged token once; choose "
+                "tokens.method=topk"
+            )
+        return Merge(self.merged, network.carry_qkv)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,38 @@ import torch
 from torch import Tensor
 
 from sparsity.attention import gather_tokens
+from sparsity.settings import Keep, Network, TokenSettings, setting
 from sparsity.tokens import scores
 from sparsity.tokens.scores import Score, ranked
 from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
+
+
+@dataclass(frozen=True)
+class TopKSettings(TokenSettings):
+    keep: Keep = setting(1.0, "share of the patch tokens that stays at each block of `blocks`, once the schedule is through")
+    fuse: bool = setting(False, "replace the dropped tokens by one, their sum weighted by score (EViT)")
+
+    @property
+    def dropped_are(self) -> str:
+        return "fused into one more token" if self.fuse else ""
+
+    @property
+    def in_reference_code(self) -> bool:
+        return not self.fuse
+
+    def build(self, network: Network) -> TopK:
+        score = scores.cls_row if network.has_class_token else scores.received
+        return TopK(score, self.fuse, network.carry_qkv, network.authors)
+
+
+@dataclass(frozen=True)
+class RandomSettings(TopKSettings):
+    @property
+    def in_reference_code(self) -> bool:
+        return False
+
+    def build(self, network: Network) -> TopK:
+        return TopK(scores.random, self.fuse, network.carry_qkv)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_every_image_once_on_any_world(shards: str, world: int) -> None:
         batches = list(Validation(index, config, rank, world))
         seen += [int(i) for b in batches for i, w in zip(b.ids, b.weights, strict=True) if w > 0]
         assert len(batches) == len(list(Validation(index, config, 0, world))), "the same number of batches on every rank"
-        scores = evaluate(spy, batches, DENSE, config, torch.device("cpu"))
+        scores = evaluate(spy, batches, DENSE, config.model.classes, config.augment, torch.device("cpu"))
         sums.append((scores.top1 * scores.images, scores.images, scores.broken))
     assert sorted(seen) == sorted(set(range(23)) - {9})
     right, images, broken = np.sum(sums, axis=0)
@@ -102,7 +102,7 @@ def test_one_set_of_weights_at_many_densities(
     assert "the configuration prunes no tokens" in capsys.readouterr().err
     merging = ["tokens.method=tome", "tokens.merged=2"]
     assert main(["eval", "weights.safetensors", "c.yaml", *merging, "--densities", "0.9,0.5"]) == 2
-    assert "merges as many at every density" in capsys.readouterr().err
+    assert "removes as many tokens at every density" in capsys.readouterr().err
     hidden = ["connections.method=exact", "connections.keep=0.5", "--json", "out.json"]  # a density says nothing of connections
     found = []
     for words in ([], ["--densities", "0.7"]):

@@ -19,7 +19,6 @@ model: {name: deit_tiny_patch16_224, classes: 10, image_size: 32, args: {patch_s
 data: {train: x, validation: x, batch: 128, micro_batch: 32}
 optim: {warmup: 1ep, clip: 1.0}
 tokens: {method: topk, keep: 0.7, blocks: [1]}
-plan: {warmup: 1ep, length: 2ep}
 engine: {precision: float32}
 """
 

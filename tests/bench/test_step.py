@@ -15,7 +15,7 @@ from trainer.bench.paired import TimedPlan, interval, paired
 from trainer.config.load import load
 from trainer.config.schema import ConnectionsConfig
 from trainer.model.build import build_model, cost_of
-from trainer.model.schedule import stretches, whole_run
+from trainer.model.schedule import Schedule
 
 RECIPE = """
 name: job
@@ -57,8 +57,9 @@ def test_bounds_of_the_published_recipes(ratio: str, bound: float) -> None:
     config = load(ROOT / "configs" / f"tri_level_deit_small_{ratio}.yaml")
     with torch.device("meta"):
         model = build_model(config.model_copy(update={"connections": ConnectionsConfig()}))
-    dense = cost_of(model, stretches(config)[0][1])["multiply_adds"]
-    assert whole_run(config, lambda plan: cost_of(model, plan)["multiply_adds"] / dense) == pytest.approx(bound, abs=2e-3)
+    schedule = Schedule(config)
+    dense = cost_of(model, schedule.stretches()[0].plan)["multiply_adds"]
+    assert schedule.mean(lambda plan: cost_of(model, plan)["multiply_adds"] / dense) == pytest.approx(bound, abs=2e-3)
 
 
 def test_the_interval_of_a_median() -> None:

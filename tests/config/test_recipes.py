@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparsity.types import Plan
 from trainer.config.load import load
 from trainer.config.run_config import Config
 from trainer.data.augment.transform import Transform
 from trainer.data.order import micro_batches
-from trainer.model.objective import Objective
+from trainer.model.build import build_objective
 from trainer.model.optimizer import refuse_unknown
-from trainer.model.schedule import learning_rate
+from trainer.model.schedule import Schedule
 from trainer.preflight.check import check
 from trainer.preflight.parity import parity
 from trainer.preflight.timm_recipe import Timm
@@ -47,10 +48,11 @@ def test_every_file_loads_and_says_what_it_is(name):
 def test_every_file_fits_what_it_names(name):
     config = load(FOLDER / f"{name}.yaml")
     refuse_unknown(config.optim.name)
-    Objective(config)
+    build_objective(config)
     Transform(config.augment, config.model.image_size, train=True)
-    assert config.plan.method == "constant" or config.plan.warmup + config.plan.length <= config.epochs
-    assert learning_rate(config.optim.warmup, config) > 0.9 * config.optim.lr
+    schedule = Schedule(config)
+    assert schedule.last() == Plan(config.tokens.settings.final_keep, config.connections.settings.final_keep)
+    assert schedule.lr(config.optim.warmup) > 0.9 * config.optim.lr
     for world in (1, 8, 16, 32) if name in IMAGENET else (1, 2, 3):
         batch_split = micro_batches(config.data.batch, config.data.micro_batch, world)
         assert batch_split.micro_batch <= config.data.micro_batch

@@ -17,7 +17,6 @@ WORDS = [
     "tokens.method=all",
     "connections.method=all",
     "examples.method=all",
-    "examples.removed=0",
     "control=0",
 ]
 SMALL = ["model.drop_path=0", "model.args={patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}", "checkpoint.every=2step"]

@@ -110,7 +110,6 @@ def test_a_sweep_is_an_array_that_is_submitted_again_for_what_is_left(digits, tm
             "plan.warmup=0ep",
             "plan.length=1ep",
             "examples.method=all",
-            "examples.removed=0",
         ]
         words = [*settings(digits)[:-1], *small, "--seeds", "0,1", "--nodes", "2", "--cpus", "1", "--at-once", "1"]
         command = [

@@ -21,9 +21,11 @@ from timm.models.vision_transformer import VisionTransformer
 from sparsity.build import build
 from sparsity.connections import CONNECTIONS
 from sparsity.examples import EXAMPLES, kept_ids
+from sparsity.examples.curriculum import TrainingRun
 from sparsity.tokens import TOKENS
 from sparsity.types import DENSE, Observation, Plan, single_process
 from tests.conftest import ROOT, environment, lines, torchrun
+from tests.support.methods import fitting
 from tests.support.vits import images, logits_and_grads, tiny
 from trainer.data.shards.index import build_index
 
@@ -145,9 +147,8 @@ def test_learns_digits(tokens, connections, examples):
     data = load_digits()
     x = torch.from_numpy(data.images[:64, None]).float().div(8).sub(1)
     y = torch.from_numpy(data.target[:64])
-    level = EXAMPLES[examples](
-        64, y.numpy(), epochs=45, removed=0.25 * (examples != "all"), swap=0.05, window=10.0, updates=3, anneal=0.1
-    )
+    settings = fitting(EXAMPLES, examples, removed=0.25, swap=0.05, window=10.0, updates=3, anneal=0.1)
+    level = settings.build(TrainingRun(64, y.numpy(), epochs=45))
     torch.manual_seed(0)
     vit = VisionTransformer(
         img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10, drop_path_rate=0.1
@@ -198,9 +199,9 @@ model: {name: deit_tiny_patch16_224, classes: 10, image_size: 8, drop_path: 0.1,
 data: {train: "DIGITS/train-00000[0-1].tar", validation: "DIGITS/validation-000000.tar", batch: 64, micro_batch: 32, workers: 0, lanes: 4}
 augment: {crop: none, flip: 0.0, mixup: 0.2, cutmix: 1.0}
 optim: {lr: 2.0e-3, warmup: 1ep, clip: 1.0}
-examples: {swap: 0.05, window: 3ep, updates: 1, anneal: 0.1, rule: dominant}
-tokens: {keep: 0.6, blocks: [1, 2]}
-connections: {keep: 0.4}
+examples: {method: forgetting, removed: 0.4, swap: 0.05, window: 3ep, updates: 1, anneal: 0.1, rule: dominant}
+tokens: {method: topk, keep: 0.6, blocks: [1, 2]}
+connections: {method: exact, keep: 0.4}
 plan: {method: staircase, stairs: [[1ep, 0.8, 0.8], [2ep, 0.6, 0.4]]}
 engine: {precision: float32}
 control: 0
@@ -219,7 +220,7 @@ def trained(digits: Path, folder: Path, rows: list[tuple]) -> dict[tuple, tuple[
     runs = []
     for number, (tokens, connections, examples, zero) in enumerate(rows):
         methods = f"tokens.method={tokens} connections.method={connections} examples.method={examples}"
-        runs.append(f"run-{number} {methods} examples.removed={0.4 if examples != 'all' else 0.0} engine.zero={zero}")
+        runs.append(f"run-{number} {methods} engine.zero={zero}")
     words = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), str(config), "5", *runs]
     done = subprocess.run(
         [sys.executable, *torchrun(2), *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=1700

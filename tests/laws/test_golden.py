@@ -11,6 +11,8 @@ from torch import nn
 
 from sparsity.build import build
 from sparsity.tokens import tome
+from sparsity.tokens.tome import MergeSettings
+from sparsity.tokens.topk import TopKSettings
 from sparsity.types import QKV, Plan, Tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,7 +89,7 @@ def test_ours_has_no_dense_rows_where_theirs_has():
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("r", [0.9, 0.7, 0.5])
 def test_evit(r, fuse):
-    record = run(Plan(r), tokens="topk", fuse=fuse)
+    record = run(Plan(r), tokens=TopKSettings(fuse=fuse))
     assert apart(record.logits, golden("evit")[f"r{r}_fuse{int(fuse)}/logits"]) < 1e-5
     assert [record.kept[b].shape[1] for b in BLOCKS] == golden("evit")[f"r{r}_fuse{int(fuse)}/patch_tokens_after"].tolist()
     assert all((record.kept[b] == -1).any().item() == fuse for b in BLOCKS)
@@ -95,7 +97,7 @@ def test_evit(r, fuse):
 
 @pytest.mark.parametrize("r", [0, 2, 4])
 def test_tome(r):
-    record = run(Plan(0.5 if r else 1.0), tokens="tome", merged=r, blocks=tuple(range(12)))
+    record = run(Plan(0.5 if r else 1.0), tokens=MergeSettings(merged=r), blocks=tuple(range(12)))
     assert apart(record.logits, golden("tome")[f"r{r}/logits"]) < 1e-5
     assert record.kept[11].shape[1] == 64 - 12 * r
 

@@ -34,6 +34,7 @@ from trainer.data.shards.index import build_index
 from trainer.engine.engine import Engine
 from trainer.engine.environment import reset_accelerate
 from trainer.engine.processes import Processes
+from trainer.model import build
 from trainer.model.build import build_examples, build_model
 from trainer.model.ema import Ema
 from trainer.model.objective import Objective
@@ -149,8 +150,8 @@ def in_process() -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate takes all cores
     patch = pytest.MonkeyPatch()
     patch.setattr(directory, "log_to", lambda path: None)
-    for name, mine in (("Engine", Watched), ("Ema", WatchedEma), ("Objective", Spoiled)):
-        patch.setattr(loop, name, mine)
+    for module, name, mine in ((loop, "Engine", Watched), (loop, "Ema", WatchedEma), (build, "Objective", Spoiled)):
+        patch.setattr(module, name, mine)
     yield
     patch.undo()
     reset_accelerate()
@@ -230,9 +231,10 @@ class Twin:
 
     def __init__(self, config: Config):
         self.config = config
-        self.index, validation = open_indexes(config)
+        self.index, validation = open_indexes(config.data)
         self.stream, self.validation = Stream(self.index, config, 0, 1), Validation(validation, config, 0, 1)
-        self.model, self.examples, self.objective = build_model(config), build_examples(config, self.index), Objective(config)
+        self.model, self.examples = build_model(config), build_examples(config, self.index)
+        self.objective = Objective(4, smoothing=SMOOTHING)
         self.optimizer = create_optimizer_v2(
             self.model.vit, "adamw", lr=LR, weight_decay=0.05, layer_decay=0.7, betas=(0.9, 0.999), eps=1e-6
         )

@@ -137,9 +137,10 @@ def scored_by_timm(file: Path, run: Path, **how: Any) -> Scores:
     config = load(run / "config.yaml")
     m = config.model
     network = timm.create_model(m.name, num_classes=m.classes, img_size=m.image_size, **m.args, **how).eval()
-    _, index = open_indexes(config)
+    _, index = open_indexes(config.data)
     shown = Validation(index, config, 0, 1)
-    return evaluate(lambda images, _: ModelOutput(network(images), None, None), shown, DENSE, config, torch.device("cpu"))
+    device = torch.device("cpu")
+    return evaluate(lambda images, _: ModelOutput(network(images), None, None), shown, DENSE, m.classes, config.augment, device)
 
 
 def exported_equals_trained(runs: Path, name: str, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from sparsity.examples.observations import Observations
 from sparsity.types import ModelOutput, single_process
 from trainer.config.errors import ConfigError
-from trainer.config.load import parse
 from trainer.data.augment.mixup import NO_MIX, Mix
 from trainer.model.objective import Objective
 
@@ -19,18 +18,7 @@ C = 5
 
 
 def objective(loss="soft", smoothing=0.0, rule="dominant"):
-    return Objective(
-        parse(
-            {
-                "name": "t",
-                "model": {"name": "deit_tiny_patch16_224", "classes": C},
-                "data": {"train": "x", "validation": "x"},
-                "augment": {"smoothing": smoothing},
-                "optim": {"loss": loss},
-                "examples": {"rule": rule},
-            }
-        )
-    )
+    return Objective(C, loss, smoothing=smoothing, rule=rule)
 
 
 def batch(labels, ids=None, copies=None, weights=None):

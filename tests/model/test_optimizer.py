@@ -15,7 +15,7 @@ from trainer.config.load import parse
 from trainer.config.schema import OptimConfig
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import learning_rate, set_learning_rate
+from trainer.model.schedule import Schedule, set_learning_rate
 
 
 class Wrapped(nn.Module):
@@ -91,22 +91,23 @@ def test_an_optimizer_without_betas_is_built_too():
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_learning_rate_is_timms_at_every_step(warmup, layer_decay):
     settings = config(epochs=8, lr=2e-3, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, layer_decay=layer_decay)
-    model, batches = vit(), 6
+    schedule, model, batches = Schedule(settings), vit(), 6
     ours, theirs = build_optimizer(model, settings.optim), build_optimizer(model, settings.optim)
     scheduler = CosineLRScheduler(
         theirs, 8 * batches, lr_min=1e-5, warmup_t=int(settings.optim.warmup * batches), warmup_lr_init=1e-6, t_in_epochs=False
     )
     for step in range(8 * batches + 3):
         scheduler.step_update(step)
-        set_learning_rate(ours, learning_rate(step / batches, settings))
+        set_learning_rate(ours, schedule.lr(step / batches))
         for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
             assert a["lr"] == pytest.approx(b["lr"], rel=1e-12)
 
 
 def test_fewer_batches_in_an_epoch_do_not_shift_the_schedule():
     settings = config(epochs=8, lr=2e-3, warmup="2ep")
-    assert learning_rate(5 + 3 / 6, settings) == learning_rate(5 + 2 / 4, settings)
-    assert learning_rate(8.0, settings) == settings.optim.min_lr
+    schedule = Schedule(settings)
+    assert schedule.lr(5 + 3 / 6) == schedule.lr(5 + 2 / 4)
+    assert schedule.lr(8.0) == settings.optim.min_lr
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99996])

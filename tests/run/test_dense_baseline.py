@@ -22,8 +22,8 @@ from trainer.analysis.report import summary
 from trainer.analysis.savings import savings, savings_of
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
-from trainer.model.build import build_model
-from trainer.model.objective import Objective
+from trainer.model.build import build_model, build_objective
+from trainer.model.schedule import Schedule
 from trainer.run import dense_baseline
 from trainer.run.dense_baseline import WARM, WATCHED, DenseBaseline
 from trainer.telemetry.meters import StepClock
@@ -40,12 +40,18 @@ def tiny(**more: Any) -> Config:
     )
 
 
+def control(config: Config, engine: Any) -> DenseBaseline:
+    return DenseBaseline(config.control, Schedule(config), engine, build_objective(config), frozenset({"cls_attention"}))
+
+
 def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
     """A Control led through the first steps of a plateau, each `step` seconds; what it tells at the end."""
     model = build_model(config).train()
-    engine = SimpleNamespace(module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8))
+    engine = SimpleNamespace(
+        module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8), settings=config.engine
+    )
     engine.forward_unwrapped = lambda network, *args: network(*args)
-    watcher = DenseBaseline(config, engine, Objective(config), frozenset({"cls_attention"}))  # type: ignore[arg-type]
+    watcher = control(config, engine)
     generator = torch.Generator().manual_seed(0)
     at_hand = (torch.randn(4, 3, 32, 32, generator=generator), torch.full((4, 4), 0.25), torch.arange(4))
     told = None
@@ -105,11 +111,16 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
         model = build_model(config).to(dtype).train()
         if settings.get("compile"):
             model.compile(backend="aot_eager", fullgraph=True)
-        objective, told = Objective(config), None
+        objective, told = build_objective(config), None
         engine = SimpleNamespace(
-            module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8), forward_unwrapped=bare
+            module=model,
+            on_gpu=False,
+            device=torch.device("cpu"),
+            batch_split=BatchSplit(4, 2, 8),
+            forward_unwrapped=bare,
+            settings=config.engine,
         )
-        watcher = DenseBaseline(config, engine, objective, frozenset({"cls_attention"}))  # type: ignore[arg-type]
+        watcher = control(config, engine)
         generator = torch.Generator().manual_seed(0)
         targets, rng_keys = torch.full((4, 4), 0.25), torch.arange(4)
         torch.manual_seed(1)
@@ -159,7 +170,7 @@ def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch
 
 
 def test_a_plan_that_changes_too_often_is_said_once() -> None:
-    watcher = DenseBaseline(tiny(), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+    watcher = control(tiny(), SimpleNamespace())
     told = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
     assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["said"]
 
@@ -168,7 +179,7 @@ def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
     """Not of a dense stretch, which is its own control, and not where control=0 asked for none."""
 
     def told(plan: Plan, **more: Any) -> list[dict[str, Any]]:
-        watcher = DenseBaseline(tiny(**more), SimpleNamespace(), Objective(tiny()), frozenset())  # type: ignore[arg-type]
+        watcher = control(tiny(**more), SimpleNamespace())
         given: Any = (None, None, None)
         looks = [
             watcher.measure_if_due(n / 17, 17, plan, StepClock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)

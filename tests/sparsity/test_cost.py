@@ -11,6 +11,7 @@ from sparsity.build import build
 from sparsity.connections import CONNECTIONS
 from sparsity.cost import cost, shape_of
 from sparsity.tokens import TOKENS
+from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
 from tests.support.vits import FAMILIES, images, tiny
 
@@ -37,7 +38,7 @@ def test_deit_small_is_4_6_g():
 
 @pytest.mark.parametrize(("keep", "published"), [(0.9, 4.0), (0.8, 3.5), (0.7, 3.0), (0.6, 2.6), (0.5, 2.3)])
 def test_evit_published(keep, published):
-    assert round(count("small", Plan(keep), tokens="topk", fuse=True).total / 1e9, 1) == published
+    assert round(count("small", Plan(keep), tokens=TopKSettings(fuse=True)).total / 1e9, 1) == published
 
 
 @pytest.mark.parametrize(

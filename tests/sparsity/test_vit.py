@@ -11,6 +11,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import nn
 
 from sparsity.build import build
+from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT, _drop
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
@@ -175,16 +176,14 @@ def test_what_cannot_be_reproduced_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"tokens": "topp"}, "tokens.method='topp': unknown; there are all, topk"),
-        ({"connections": "none"}, "connections.method='none': unknown"),
+        ({"tokens": "topp"}, "tokens.method='topp': unknown value; valid values: all, topk"),
+        ({"connections": "none"}, "connections.method='none': unknown value"),
         ({"tokens": "topk", "blocks": ()}, "name the blocks"),
         ({"tokens": "topk", "blocks": (1, 3)}, "has blocks 0 to 2"),
         ({"tokens": "topk", "position": "mlp"}, "position='mlp'"),
-        ({"tokens": "tome", "fuse": True}, "tokens.fuse=true with tokens.method=tome"),
-        ({"tokens": "topk", "merged": 4}, "only tome merges"),
         ({"compat": "paper"}, "compat='paper'"),
         ({"tokens": "random", "compat": "authors"}, "compat=authors with tokens.method=random"),
-        ({"tokens": "topk", "fuse": True, "compat": "authors"}, "compat=authors"),
+        ({"tokens": TopKSettings(fuse=True), "compat": "authors"}, "compat=authors with tokens.method=topk"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_their_key(settings, says):

@@ -20,11 +20,12 @@ from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 
 from sparsity.build import build
-from sparsity.examples.forgetting import Forgetting
+from sparsity.examples.curriculum import TrainingRun
+from sparsity.examples.forgetting import Forgetting, ForgettingSettings
 from sparsity.types import Observation, single_process
 from trainer.config.load import parse
 from trainer.data.augment.mixup import NO_MIX, draw_mix, mix_images
-from trainer.model.objective import Objective
+from trainer.model.build import build_objective
 
 RULES = ("clear", "without_partner", "dominant", "authors")
 BATCH = 64
@@ -66,8 +67,9 @@ def ranks(epochs: int, seed: int = 0) -> dict[str, Ranked]:
     torch.nn.init.trunc_normal_(vit.pos_embed, std=0.5)
     model, rng = build(vit), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    objectives = {rule: Objective(_config(rule)) for rule in RULES}
-    watchers = {name: Forgetting(len(x), y.numpy(), epochs=epochs, ties="id") for name in (*RULES, "probe")}
+    objectives = {rule: build_objective(_config(rule)) for rule in RULES}
+    run = TrainingRun(len(x), y.numpy(), epochs)
+    watchers = {name: ForgettingSettings(ties="id").build(run) for name in (*RULES, "probe")}
     mixing, step, opens = _config(RULES[0]).augment, 0, epochs // 2
     for epoch in range(epochs):
         order = torch.from_numpy(rng.permutation(len(x))[:num]).view(-1, BATCH)

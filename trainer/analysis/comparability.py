@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from trainer.analysis.history import History
+from trainer.config.recorded import without_foreign
 from trainer.config.run_config import flat
 
 NAMED = 4  # runs named in a sentence; beyond, their number
@@ -74,7 +75,7 @@ def _differ(what: str, values: list[str], names: list[str], then: str) -> list[s
 
 def _changed(before: Start, after: Start) -> list[str]:
     """What a resume changed, in facts of the surroundings and in settings."""
-    a, b = flat(before.get("config") or {}), flat(after.get("config") or {})
+    a, b = (flat(without_foreign(start.get("config") or {})) for start in (before, after))
     own = {what for what, read, _ in _FACTS if read(before) == read(after)}
     found = [f"{what} {_said(read(before))} -> {_said(read(after))}" for what, read, _ in _FACTS if what not in own]
     keys = [key for key in a | b if key not in IGNORED_SETTINGS and not key.startswith("tracking.")]

@@ -19,7 +19,7 @@ from trainer.data.loader.validation import Validation
 from trainer.model import weights
 from trainer.model.build import build_model, cost_of
 from trainer.model.evaluate import Scores, evaluate
-from trainer.model.schedule import last_plan
+from trainer.model.schedule import Schedule
 
 
 class DensityResult(NamedTuple):
@@ -79,19 +79,19 @@ def score(
     config, network = _load(model, config, overrides or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    _, index = open_indexes(config)
-    plans = [Plan(d, 1.0) for d in densities] if densities else [last_plan(config)]
-    if densities and config.tokens.method == "all" and any(d < 1 for d in densities):
+    _, index = open_indexes(config.data)
+    plans = [Plan(d, 1.0) for d in densities] if densities else [Schedule(config).last()]
+    tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
+    if sparse and tokens.off:
         raise ConfigError(f"--densities {densities}: the configuration prunes no tokens; add tokens.method=topk")
-    if densities and config.tokens.merged and any(d < 1 for d in densities):
-        raise ConfigError(
-            f"--densities {densities}: tokens.merged={config.tokens.merged} merges as many at every density; add tokens.merged=0"
-        )
+    if sparse and tokens.fixed_by:
+        key = tokens.fixed_by.partition("=")[0]
+        raise ConfigError(f"--densities {densities}: {tokens.fixed_by} removes as many tokens at every density; add {key}=0")
     rows = []
     half = config.engine.precision != "float32" and device.type == "cuda"
     for plan in plans:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            scores = evaluate(network, Validation(index, config, 0, 1), plan, config, device)
+            scores = evaluate(network, Validation(index, config, 0, 1), plan, config.model.classes, config.augment, device)
         cost = cost_of(network, plan)
         rows.append(
             DensityResult(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.config.recorded import without_foreign
 from trainer.journal.reader import lineage
 
 
@@ -57,7 +58,7 @@ class History:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.start.get("config") or {}
+        return without_foreign(self.start.get("config") or {})
 
     @property
     def name(self) -> str:

@@ -17,7 +17,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sparsity.examples.forgetting import Forgetting
 from sparsity.types import VisibleKeys
 from trainer.analysis.forgotten_examples import contact_sheet
 from trainer.config.errors import ConfigError
@@ -28,7 +27,7 @@ from trainer.data.augment.transform import Transform
 from trainer.data.errors import DataError
 from trainer.model import weights
 from trainer.model.build import build_model
-from trainer.model.schedule import last_plan
+from trainer.model.schedule import Schedule
 from trainer.storage.text import plot_text
 
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
@@ -66,7 +65,7 @@ class Viewer:
             raise ConfigError(f"show {run}: no weights at {file}; a run writes them with its first checkpoint")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
-        self.plan = last_plan(self.config)
+        self.plan = Schedule(self.config).last()
         self.transform = Transform(
             self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
         )
@@ -102,9 +101,8 @@ class Viewer:
     @property
     def faded(self) -> str:
         """Where the patches that fade went, if they were not simply left out."""
-        if self.config.tokens.method == "tome":
-            return "   ·   faded patches are merged into others"
-        return "   ·   faded patches are fused into one more token" if self.config.tokens.fuse else ""
+        fate = self.config.tokens.settings.dropped_are
+        return f"   ·   faded patches are {fate}" if fate else ""
 
 
 def show(
@@ -116,7 +114,7 @@ def show(
     DataError) where they were not. Raises ConfigError where there is nothing to show.
     """
     config = _config(run, overrides)
-    counts = config.examples.method == Forgetting.name
+    counts = config.examples.settings.counts_forgetting
     if not images and not counts:
         raise ConfigError(
             f"show {run}: examples.method={config.examples.method} counts no forgetting, so there is no sheet of examples; give an IMAGE"

@@ -17,8 +17,7 @@ from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix
 from trainer.data.batch import Batch
 from trainer.data.shards.index import Index
-from trainer.model.build import build_examples
-from trainer.model.objective import Objective
+from trainer.model.build import build_examples, build_objective
 from trainer.telemetry.timing import seconds
 
 EXAMPLES = 1_281_167  # ImageNet-1k
@@ -32,7 +31,7 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
     time ends when the device is done, and RuntimeError is raised where the host would wait for it.
     """
     rows = config.data.micro_batch
-    level, objective = build_examples(config, stand_in(examples, config.model.classes)), Objective(config)
+    level, objective = build_examples(config, stand_in(examples, config.model.classes)), build_objective(config)
     batch = _batch(rows, examples, config, device)
     mix = draw_mix(config.augment, config.seed, 0, config.model.image_size)
     logits = torch.randn(rows, config.model.classes, generator=torch.Generator().manual_seed(0)).to(device)

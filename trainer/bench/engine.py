@@ -26,10 +26,9 @@ from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
-from trainer.model.build import build_model
-from trainer.model.objective import Objective
+from trainer.model.build import build_model, build_objective
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import last_plan
+from trainer.model.schedule import Schedule
 from trainer.telemetry import timing
 from trainer.telemetry.timing import interleave
 
@@ -143,7 +142,7 @@ def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
         engine.prepare(network, build_optimizer(network, config.optim))
     finally:
         engine.release_accelerate_state()
-    at_hand, objective = _batch(config, count, engine.device), Objective(config)
+    at_hand, objective = _batch(config, count, engine.device), build_objective(config)
     total = count * engine.world
 
     def one() -> None:
@@ -164,7 +163,7 @@ def _bare(config: Config, count: int, device: torch.device) -> Step:
     if half:
         network = network.bfloat16()
     optimizer = build_optimizer(network, config.optim)
-    objective = Objective(config)
+    objective = build_objective(config)
     (images, targets, rng_keys, plan), parameters = _batch(config, count, device), list(network.parameters())
     images = images.bfloat16() if half else images
 
@@ -185,7 +184,7 @@ def _batch(config: Config, count: int, device: torch.device) -> tuple[Tensor, Te
     size, classes = config.model.image_size, config.model.classes
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     targets = nn.functional.one_hot(torch.arange(count) % classes, classes).float().to(device)
-    return images, targets, torch.arange(count, device=device), last_plan(config)
+    return images, targets, torch.arange(count, device=device), Schedule(config).last()
 
 
 def _memory(device: torch.device, peak: bool) -> float:

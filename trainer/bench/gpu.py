@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsity import build, keyed_random
-from sparsity.examples import EXAMPLES
+from sparsity.examples.curriculum import TrainingRun
+from sparsity.examples.forgetting import ForgettingSettings
+from sparsity.tokens.tome import MergeSettings
 from sparsity.types import Observation, Plan, single_process
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.mixup import Mix, mix_images
@@ -56,7 +58,8 @@ def check(device: torch.device) -> Iterator[Deviation]:
     for tokens, connections in (("all", "all"), ("topk", "all"), ("topk", "exact"), ("topk", "shared_keys"), ("tome", "all")):
         for what in ("logits", "gradients"):
             name = f"{what} with tokens={tokens} connections={connections}"
-            settings = {"tokens": tokens, "connections": connections, "blocks": (1, 2), "merged": 2 if tokens == "tome" else 0}
+            chosen = MergeSettings(merged=2) if tokens == "tome" else tokens
+            settings = {"tokens": chosen, "connections": connections, "blocks": (1, 2)}
             yield _same(name, lambda d, w=what, s=settings: _passes(d, plan, w, **s), device, 2e-4)
     yield from _kept_ids(device, plan)
     yield _bookkeeping(device)
@@ -132,8 +135,8 @@ def _bookkeeping(device: torch.device) -> Deviation:
     """Forgetting on the device and on the CPU from the same observations: the same examples are kept."""
     hashes = []
     for d in (torch.device("cpu"), device):
-        labels = np.arange(200) % 10
-        level = EXAMPLES["forgetting"](200, labels, epochs=12, seed=1, removed=0.2, swap=0.05, window=3, updates=2)
+        run = TrainingRun(200, np.arange(200) % 10, epochs=12, seed=1)
+        level = ForgettingSettings(removed=0.2, swap=0.05, window=3, updates=2).build(run)
         for epoch in range(7):
             chosen = level.select(epoch, single_process)
             ids = torch.arange(200)

@@ -155,7 +155,7 @@ def _selection(examples: int) -> Selection:
 def _place(scratch: Path, config: Config, images: str | None, batch: int, workers: int, limit: int) -> PeerInput:
     """Shards and class folders of the same images."""
     if images is None:
-        source = opened(config.data.train, config, None)
+        source = opened(config.data.train, config.data, None)
     else:
         source = pack(images, scratch / "source", workers=max(workers, 1), progress=False)["train"]
         limit = len(source)

@@ -21,7 +21,7 @@ from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
 from trainer.model.build import build_model, cost_of
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import UNKNOWN, last_plan, stretches, whole_run
+from trainer.model.schedule import Schedule, row_of
 
 COLUMNS = {
     "ms": "{median:.2f}",
@@ -49,9 +49,10 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
     for network, of in ((ours, config), (theirs, other), (timm, config)):
         _compile(network, of)
-    final, base = last_plan(config), DENSE if against is None else last_plan(other)
+    schedule = Schedule(config)
+    final, base = schedule.last(), DENSE if against is None else Schedule(other).last()
     whole = cost_of(theirs, base)["multiply_adds"]
-    named = {"ours": final} | {f"ours from epoch {start:g}": plan for start, plan in stretches(config) if plan != final}
+    named = {"ours": final} | {row_of(stretch, final): stretch.plan for stretch in schedule.stretches()}
     rows = {name: TimedPlan(ours, plan, cost_of(ours, plan)["multiply_adds"] / whole) for name, plan in named.items()}
     rows |= {
         "against": TimedPlan(theirs, base, 1.0),
@@ -64,9 +65,10 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     )  # fmt: skip
     measured = {plan: found[name] | {"bound": rows[name].share} for name, plan in named.items()}
     ends = {"median": "ratio", "min": "ratio_low", "max": "ratio_high", "bound": "bound"}
-    run = {key: whole_run(config, lambda plan, field=field: measured[plan][field]) for key, field in ends.items()}
-    known = config.examples.method not in UNKNOWN
-    note = "" if known else f"{config.examples.method} decides in the run what it leaves out: counted as nothing"
+    run = {key: schedule.mean(lambda plan, field=field: measured[plan][field]) for key, field in ends.items()}
+    note = (
+        "" if schedule.shares_known else f"{config.examples.method} decides in the run what it leaves out: counted as nothing"
+    )
     beside: dict[str, dict[str, Any]] = {"run": run | {"unit": "of against", "note": note}}
     beside["run"] |= {"cpu": device.type == "cpu", "threads": torch.get_num_threads()}  # `trilevel plan` reads them
     notes = [
@@ -74,7 +76,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
         "whole run: {median:.3f} of against ({min:.3f} - {max:.3f}), bound {bound:.3f} by multiply-adds; examples left out are in "
         "both".format_map(run) + (f"; {note}" if note else ""),
     ]  # fmt: skip
-    if config.examples.method != "all":
+    if not config.examples.settings.off:
         beside["bookkeeping"] = bookkeeping(config, device)
         notes.append(bookkeeping_told(beside["bookkeeping"]))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32"

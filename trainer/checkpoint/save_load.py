@@ -24,6 +24,7 @@ from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import parse
+from trainer.config.recorded import without_foreign
 from trainer.config.run_config import Config, differences
 from trainer.config.schema import CheckpointConfig
 from trainer.storage import safetensors_stream
@@ -77,7 +78,7 @@ def save_checkpoint(
 
     def same(there: dict[str, Any]) -> bool:
         """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
-        known = {key: there[key] for key in ("config", "fingerprint")}
+        known = {"config": without_foreign(there["config"]), "fingerprint": there["fingerprint"]}
         return known == {key: about[key] for key in known} and all(
             there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
         )

@@ -11,7 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.errors import ConfigError
+from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
+from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import Config
 from trainer.config.values import Section
 
@@ -29,32 +31,29 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: the file must hold keys and values, it holds {type(raw).__name__}")
     refuse_grant_by_file(raw, str(path))
-    for text in overrides or []:
-        _override(raw, text)
+    raw = without_foreign(raw)
+    given = [_split(text) for text in overrides or []]
+    _replace_methods(raw, given)
+    for key, value in given:
+        _override(raw, key, value)
     return parse(raw, str(path))
 
 
 def parse(raw: dict[str, Any], source: str = "config") -> Config:
     """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and what is near."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(without_foreign(raw))
     except ValidationError as error:
         raise ConfigError("\n".join([f"{source}:"] + [_explain(e) for e in error.errors()])) from None
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _split(text: str) -> tuple[str, Any]:
+    """`key.sub=value` as key and plain value."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: write it as key.sub=value, e.g. optim.lr=1e-3")
     if key == "data.allow_pipe":
         raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, give {ALLOW_HINT}")
-    node = raw
-    *parents, last = key.split(".")
-    for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {text!r}: {part} is a value, it has no {last!r} under it")
-        node = child
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:  # a glob or a brace pattern is YAML's syntax for other things
@@ -64,14 +63,38 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text; people mean the number
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
-    node[last] = parsed
+    return key, parsed
+
+
+def _replace_methods(raw: dict[str, Any], given: list[tuple[str, Any]]) -> None:
+    """Where `section.method=NAME` replaces the method of the file, the settings that only the file's method has go with it."""
+    for name, section in method_sections().items():
+        chosen = [value for key, value in given if key == f"{name}.method"]
+        there = raw.get(name)
+        if not chosen or not isinstance(there, dict):
+            continue
+        mine, kept = (section.keys_of(str(method)) for method in (there.get("method", section.default_method()), chosen[-1]))
+        for key in mine:
+            if key not in kept:
+                there.pop(key, None)
+
+
+def _override(raw: dict[str, Any], key: str, value: Any) -> None:
+    node = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}={value}: {part} is a value, it has no {last!r} under it")
+        node = child
+    node[last] = value
 
 
 def _explain(error: Any) -> str:
-    where = [str(p) for p in error["loc"]]
+    where = [str(p) for i, p in enumerate(error["loc"]) if (i, p) != (1, SETTINGS)]
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
-        known = list(_section(where[:-1]).model_fields)
+        known = _keys(_section(where[:-1]))
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         elsewhere = [k for k in _all_keys() if k.split(".")[-1] == where[-1]]
         hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
@@ -81,7 +104,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"  {key}: this key is required; add it to the file or give {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
-    if not key:
+    if not key or message.startswith(key):  # it names its keys itself
         return f"  {message}"
     return f"  {key}={error['input']!r}: {message}"
 
@@ -98,12 +121,16 @@ def _section(parts: list[str]) -> type[BaseModel]:
     return section
 
 
+def _keys(section: type[BaseModel]) -> list[str]:
+    return section.all_keys() if issubclass(section, MethodSection) else list(section.model_fields)
+
+
 def _all_keys() -> list[str]:
     keys = []
     for name, field in Config.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            keys += [f"{name}.{k}" for k in kind.model_fields]
+            keys += [f"{name}.{k}" for k in _keys(kind)]
         else:
             keys.append(name)
     return keys

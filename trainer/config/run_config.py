@@ -76,10 +76,10 @@ class Config(Section):
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    examples: ExamplesConfig = ExamplesConfig()
-    tokens: TokensConfig = TokensConfig()
-    connections: ConnectionsConfig = ConnectionsConfig()
-    plan: PlanConfig = PlanConfig()
+    examples: ExamplesConfig = Field(default_factory=ExamplesConfig)
+    tokens: TokensConfig = Field(default_factory=TokensConfig)
+    connections: ConnectionsConfig = Field(default_factory=ConnectionsConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -100,21 +100,7 @@ class Config(Section):
             )
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
-        stairs = self.plan.stairs if self.plan.method == "staircase" else ()
-        for name, level, last in (("tokens", self.tokens, 1), ("connections", self.connections, 2)):
-            if stairs and level.method != "all" and level.keep not in (1.0, stairs[-1][last]):
-                raise ValueError(
-                    f"{name}.keep={level.keep} with plan.method=staircase, whose last stair keeps {stairs[-1][last]}: the stairs decide; "
-                    f"leave {name}.keep out, or change the stair"
-                )
-        if self.tokens.method == "tome" and self.tokens.keep == 1.0 and not stairs:
-            raise ValueError(
-                "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
-            )
-        if self.engine.compile and self.plan.method == "cosine" and self.plan.plateaus == 0:
-            raise ValueError(
-                "engine.compile=true with plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
-            )
+        self._levels_fit_the_plan()
         e = self.engine
         if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
             raise ValueError(
@@ -132,6 +118,23 @@ class Config(Section):
                 "ranks; use engine.zero<=2, or compile=false"
             )
         return self
+
+    def _levels_fit_the_plan(self) -> None:
+        plan, tokens, connections = self.plan.settings, self.tokens.settings, self.connections.settings
+        if plan.ends_at is None:
+            tokens.refuse_keep(tokens.final_keep)
+        else:
+            for name, level, end in (
+                ("tokens", tokens, plan.ends_at.keep_tokens),
+                ("connections", connections, plan.ends_at.keep_connections),
+            ):
+                if level.final_keep not in (1.0, end):
+                    raise ValueError(
+                        f"{name}.keep={level.final_keep} with plan.method={self.plan.method}, which ends at {end}: the plan decides; "
+                        f"leave {name}.keep out, or change the plan"
+                    )
+        if self.engine.compile and plan.every_step_differs:
+            raise ValueError(f"engine.compile=true with {plan.every_step_differs}")
 
     def directory(self) -> Path:
         return Path(self.runs) / self.name

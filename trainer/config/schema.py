@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from trainer.config.values import Blocks, Chance, Duration, Epochs, Keep, Length, Section, Share
+from sparsity.settings import ConnectionSettings, Settings, TokenSettings
+from trainer.config.method_section import MethodSection
+from trainer.config.values import Blocks, Chance, Duration, Epochs, Length, Section, Share
+
+if TYPE_CHECKING:
+    from sparsity.examples.curriculum import ExampleSettings
+    from sparsity.schedule import PlanSettings
 
 
 class ModelConfig(Section):
@@ -93,50 +100,68 @@ class OptimConfig(Section):
     max_skipped_in_row: int = Field(default=4, ge=0)  # the same, of steps that follow one another
 
 
-class ExamplesConfig(Section):
-    """Level 1, which examples an epoch shows (names in `sparsity.examples.EXAMPLES`; docs/methods.md, section Examples)."""
+class ExamplesConfig(MethodSection):
+    """Level 1, which examples an epoch shows. Keys beside these: the settings of the method, see `sparsity.examples`
+    (docs/methods.md, section Examples)."""
 
-    method: str = "all"
-    removed: Share = 0.0  # share of the data set left out of an epoch (infobatch: of those below the mean loss)
-    swap: Share = 0.05  # share of the data set exchanged at an update (forgetting)
-    window: Epochs = 30.0
-    updates: int = Field(default=5, ge=0)
+    if TYPE_CHECKING:
+        settings: ExampleSettings = cast(Any, None)
+
     # whether a mixed image was right, see `Objective.credit`
     rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
-    restore: Literal["random", "never_trained"] = "random"  # who comes back from the pool first (forgetting)
-    ties: Literal["spread", "id"] = "spread"
-    balanced: bool = False  # remove the same share of every class
-    anneal: Share = 0.0  # last share of the epochs that shows everything (infobatch)
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.examples import EXAMPLES  # it imports torch, which reading a journal does not need
+
+        return EXAMPLES
 
 
-class TokensConfig(Section):
-    """Level 2, which tokens the following blocks see (names in `sparsity.tokens.TOKENS`; docs/methods.md, section Tokens)."""
+class TokensConfig(MethodSection):
+    """Level 2, which tokens the following blocks see. Keys beside these: the settings of the method, see `sparsity.tokens`
+    (docs/methods.md, section Tokens)."""
 
-    method: str = "all"
-    keep: Keep = 1.0
-    blocks: Blocks = (3, 6, 9)
+    if TYPE_CHECKING:
+        settings: TokenSettings = cast(Any, None)
+
+    blocks: Blocks = (3, 6, 9)  # where levels 2 and 3 select
     position: Literal["attention", "block"] = "attention"
-    fuse: bool = False  # EViT: one token carries the dropped ones
-    merged: int = Field(default=0, ge=0)  # ToMe: tokens merged per block
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.tokens import TOKENS
+
+        return TOKENS
 
 
-class ConnectionsConfig(Section):
-    """Level 3, which keys the following blocks see (names in `sparsity.connections.CONNECTIONS`; docs/methods.md, section Connections)."""
+class ConnectionsConfig(MethodSection):
+    """Level 3, which keys the following blocks see. Other keys: the settings of the method, see `sparsity.connections`
+    (docs/methods.md, section Connections)."""
 
-    method: str = "all"
-    keep: Keep = 1.0
+    if TYPE_CHECKING:
+        settings: ConnectionSettings = cast(Any, None)
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.connections import CONNECTIONS
+
+        return CONNECTIONS
 
 
-class PlanConfig(Section):
-    """How both keep ratios come down over the run (names in `sparsity.schedule.PLANS`; docs/methods.md, section Schedule)."""
+class PlanConfig(MethodSection):
+    """How both keep ratios come down over the run. Other keys: the settings of the kind of schedule, see `sparsity.schedule`
+    (docs/methods.md, section Schedule)."""
+
+    if TYPE_CHECKING:
+        settings: PlanSettings = cast(Any, None)
 
     method: str = "constant"
-    warmup: Epochs = 10.0
-    length: Epochs = 100.0
-    plateaus: int = Field(
-        default=8, ge=0
-    )  # distinct values on the way down, each its own compiled graph; 0 = every step its own
-    stairs: tuple[tuple[Epochs, Keep, Keep], ...] = ()  # staircase: (from epoch, keep tokens, keep connections)
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.schedule import PLANS
+
+        return PLANS
 
 
 class EngineConfig(Section):

@@ -54,7 +54,6 @@ Epochs = Annotated[
     PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part that is taken away; all of it can't be
-Keep = Annotated[float, Field(gt=0.0, le=1.0)]  # a part that stays; nothing can't be
 Chance = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

@@ -1,18 +1,18 @@
-"""From the configuration to the three levels: the network with its seams, the examples' curriculum, the plan of a moment."""
+"""From the configuration to what is trained: the network with its seams, the examples' curriculum, the objective."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sparsity import build, cost
-from sparsity.examples import EXAMPLES
-from sparsity.examples.curriculum import Curriculum
+from sparsity.examples.curriculum import Curriculum, TrainingRun
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.model import weights
+from trainer.model.objective import Objective
 
 
 def build_model(config: Config) -> SparseViT:
@@ -25,12 +25,10 @@ def build_model(config: Config) -> SparseViT:
     try:
         model = build.build(
             network,
-            tokens=t.method,
-            connections=config.connections.method,
+            tokens=t.settings,
+            connections=config.connections.settings,
             blocks=t.blocks,
             position=t.position,
-            fuse=t.fuse,
-            merged=t.merged,
             compat=config.compat,
         )
     except ValueError as error:
@@ -44,27 +42,16 @@ def build_model(config: Config) -> SparseViT:
 
 def build_examples(config: Config, index: Index) -> Curriculum:
     """The curriculum of `config.examples` over the examples of an index. Raises ConfigError."""
-    e = config.examples
-    if e.method not in EXAMPLES:
-        raise ConfigError(f"examples.method={e.method!r}: unknown; there are {', '.join(EXAMPLES)}")
+    run = TrainingRun(len(index), index.labels, config.epochs, config.seed, config.data.repeats)
     try:
-        return EXAMPLES[e.method](
-            len(index),
-            index.labels,
-            epochs=config.epochs,
-            seed=config.seed,
-            removed=e.removed,
-            swap=e.swap,
-            window=e.window,
-            updates=e.updates,
-            balanced=e.balanced,
-            ties=e.ties,
-            restore=e.restore,
-            anneal=e.anneal,
-            repeats=config.data.repeats,
-        )
+        return config.examples.settings.build(run)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def build_objective(config: Config) -> Objective:
+    """Loss and observations as configured. Raises ConfigError where settings contradict each other."""
+    return Objective(config.model.classes, config.optim.loss, smoothing=config.augment.smoothing, rule=config.examples.rule)
 
 
 def cost_of(model: SparseViT, plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsity.types import Plan
-from trainer.config.run_config import Config
+from trainer.config.schema import AugmentConfig
 from trainer.data.augment.on_device import normalise
 from trainer.data.batch import Batch
 
@@ -39,23 +39,24 @@ def evaluate(
     forward: Callable[[Tensor, Plan], Any],
     batches: Iterable[Batch],
     plan: Plan,
-    config: Config,
+    classes: int,
+    augment: AugmentConfig,
     device: torch.device,
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     between: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score `forward` (images (b, 3, H, W) float, plan -> ModelOutput) over the batches of this rank; `add_up` sums over ranks.
+    `augment` gives mean and standard deviation.
     `between` is called with every batch: what it raises ends the evaluation.
 
     The model is put in evaluation mode by the caller. Collective where `add_up` is.
     """
-    classes = config.model.classes
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # right, right in five, loss, images, broken
     right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)
     started = time.perf_counter()
     for batch in batches:
         between()
-        images = normalise(batch.images.to(device, non_blocking=True), config.augment)
+        images = normalise(batch.images.to(device, non_blocking=True), augment)
         labels = batch.labels.to(device)
         counted = batch.weights.to(device) > 0
         logits = forward(images, plan).logits.float()

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from sparsity.types import ModelOutput, Observation
 from trainer.config.errors import ConfigError
-from trainer.config.run_config import Config
 from trainer.data.augment.mixup import Mix, mix_targets, partners
 
 if TYPE_CHECKING:
@@ -28,14 +27,13 @@ CLEAR = 0.75  # own share from which a mixed image says what an unmixed one woul
 
 
 class Objective:
-    """Targets, losses and observations under `optim.loss`, `augment.smoothing` and `examples.rule`. Holds no state.
+    """Targets, losses and observations. Holds no state.
 
-    Raises ConfigError where the settings contradict each other.
+    loss: `optim.loss`. smoothing: `augment.smoothing`. rule: `examples.rule`. Raises ConfigError where they contradict each other.
     """
 
-    def __init__(self, config: Config):
-        self.classes, self.smoothing = config.model.classes, config.augment.smoothing
-        self.loss, self.rule = config.optim.loss, config.examples.rule
+    def __init__(self, classes: int, loss: str = "soft", *, smoothing: float = 0.0, rule: str = "clear"):
+        self.classes, self.loss, self.smoothing, self.rule = classes, loss, smoothing, rule
         if self.loss == "bce" and self.smoothing > 0:
             raise ConfigError(
                 f"optim.loss=bce with augment.smoothing={self.smoothing}: binary targets are 1 wherever soft ones are above 0, "

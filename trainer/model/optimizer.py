@@ -1,9 +1,7 @@
-"""Optimizer, learning rate and weight average, as timm makes them.
+"""Optimizer and weight average, as timm makes them; the learning rate of a moment is `schedule`'s.
 
 The optimizer comes from timm's factory with timm's groups: no weight decay on biases, norms and what the model itself names
-(pos_embed, cls_token, ...), and with `layer_decay` a smaller rate for earlier blocks. The learning rate is a pure function of
-progress (epochs, fractional), equal to timm's CosineLRScheduler stepped per update; so neither a resume nor shorter epochs
-nor another world size can shift it.
+(pos_embed, cls_token, ...), and with `layer_decay` a smaller rate for earlier blocks.
 """
 
 from __future__ import annotations

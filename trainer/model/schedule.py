@@ -1,10 +1,15 @@
-"""Keep ratios and learning rate as functions of progress (epochs, with the started one in part)."""
+"""What a run keeps and how fast it learns, as pure functions of progress: epochs done, the started one in part.
+
+All ranks get the same answer, and neither a resume nor shorter epochs nor another world size can shift it. The learning rate equals
+timm's CosineLRScheduler stepped per update. Built once per run from its configuration.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -13,66 +18,79 @@ from sparsity.types import Plan
 from trainer.config.run_config import Config
 
 
-def plan_at(progress: float, config: Config) -> Plan:
-    """What a step at this progress (in epochs) keeps."""
-    return keep_schedule(config).at(progress)
+class Stretch(NamedTuple):
+    """A part of a run under one plan: `start` to `end`, in epochs."""
+
+    start: float
+    end: float
+    plan: Plan
 
 
-def last_plan(config: Config) -> Plan:
-    """What the last step of a run keeps, and so its last score: a change that falls on the very end is never trained under."""
-    return plan_at(math.nextafter(float(config.epochs), 0.0), config)
+def row_of(segment: Stretch, final: Plan) -> str:
+    """The name of a stretch's row in `trilevel bench step --json`, which `trilevel plan` reads."""
+    return "ours" if segment.plan == final else f"ours from epoch {segment.start:g}"
 
 
-def keep_schedule(config: Config) -> KeepSchedule:
-    """How the run comes down to `tokens.keep` and `connections.keep`; levels that are off keep all."""
-    p = config.plan
-    tokens, connections = config.tokens.method != "all", config.connections.method != "all"
-    return KeepSchedule(
-        p.method,
-        keep_tokens=config.tokens.keep if tokens else 1.0,
-        keep_connections=config.connections.keep if connections else 1.0,
-        warmup=p.warmup,
-        length=p.length,
-        plateaus=p.plateaus,
-        stairs=[(start, t if tokens else 1.0, c if connections else 1.0) for start, t, c in p.stairs],
-    )
+class Schedule:
+    """The schedule of a run: keep ratios, learning rate, and the share of the data set that an epoch shows."""
 
+    def __init__(self, config: Config) -> None:
+        tokens, connections = config.tokens.settings, config.connections.settings
+        final = Plan(tokens.final_keep, connections.final_keep)
+        self.epochs = config.epochs
+        self._course = KeepSchedule(config.plan.settings, final, tokens=not tokens.off, connections=not connections.off)
+        self._examples, self._optim = config.examples.settings, config.optim
+        self._all_from = self._examples.all_from(config.epochs, config.data.repeats)
 
-def learning_rate(progress: float, config: Config) -> float:
-    """The learning rate at `progress` = epoch + batch / batches in this epoch.
+    def plan(self, progress: float) -> Plan:
+        """What a step at `progress` keeps."""
+        return self._course.at(progress)
 
-    Linear from `warmup_lr`, then the cosine over *all* epochs (timm's warmup_prefix=False: the warm-up covers its beginning).
-    """
-    o = config.optim
-    if progress < o.warmup:
-        return o.warmup_lr + progress * (o.lr - o.warmup_lr) / o.warmup
-    if progress >= config.epochs:
-        return o.min_lr
-    return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1 + math.cos(math.pi * progress / config.epochs))
+    def last(self) -> Plan:
+        """What the last step keeps, and so the last evaluation: a change that falls on the very end is never trained under."""
+        return self.plan(math.nextafter(float(self.epochs), 0.0))
+
+    def stretches(self) -> list[Stretch]:
+        """The run in stretches of one plan each, from 0 to `epochs`, see `KeepSchedule.changes`."""
+        changes = self._course.changes(self.epochs)
+        ends = pairwise([*(start for start, _ in changes), float(self.epochs)])
+        return [Stretch(start, end, plan) for (start, end), (_, plan) in zip(ends, changes, strict=True)]
+
+    def lr(self, progress: float) -> float:
+        """The learning rate at `progress` = epoch + batch / batches in this epoch.
+
+        Linear from `warmup_lr`, then the cosine over *all* epochs (timm's warmup_prefix=False: the warm-up covers its beginning).
+        """
+        o = self._optim
+        if progress < o.warmup:
+            return o.warmup_lr + progress * (o.lr - o.warmup_lr) / o.warmup
+        if progress >= self.epochs:
+            return o.min_lr
+        return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1 + math.cos(math.pi * progress / self.epochs))
+
+    @property
+    def shares_known(self) -> bool:
+        """Whether the settings tell how many examples an epoch shows; else `left_out` counts none, and only the run can tell."""
+        return self._examples.shares_known
+
+    def left_out(self, epoch: int) -> float:
+        """The share of the data set that `epoch` leaves out, as far as the settings tell."""
+        return self._examples.left_out if self.shares_known and epoch < self._all_from else 0.0
+
+    def shown(self, epoch: int) -> float:
+        """The share of the data set that `epoch` shows, as far as the settings tell."""
+        return 1 - self.left_out(epoch)
+
+    def mean(self, value: Callable[[Plan], float]) -> float:
+        """A value of each plan over the run: weighted by epochs and by the share of the examples that an epoch shows."""
+        least, all_from, total = self.shown(0), self._all_from, 0.0
+        for start, end, plan in self.stretches():
+            shown = least * max(0.0, min(end, all_from) - start) + max(0.0, end - max(start, all_from))
+            total += shown * value(plan)
+        return total / self.epochs
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its rate: `lr` times the group's `lr_scale` (layer decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def stretches(config: Config) -> list[tuple[float, Plan]]:
-    """Where the plan changes, in epochs, from 0 on."""
-    return keep_schedule(config).changes(config.epochs)
-
-
-def whole_run(config: Config, ratio: Callable[[Plan], float]) -> float:
-    """A ratio to dense by plan, over the run: weighted by epochs and by the share of the examples that an epoch shows."""
-    changes, e = stretches(config), config.examples
-    removed = 0.0 if e.method in UNKNOWN else e.removed
-    rounds = config.data.repeats
-    everything = -(-(config.epochs - round(e.anneal * config.epochs)) // rounds) * rounds  # as in `Curriculum`
-    total = 0.0
-    for (start, end), (_, plan) in zip(pairwise([*[s for s, _ in changes], float(config.epochs)]), changes, strict=True):
-        shown = (1 - removed) * max(0.0, min(end, everything) - start) + max(0.0, end - max(start, everything))
-        total += shown * ratio(plan)
-    return total / config.epochs
-
-
-UNKNOWN = frozenset({"infobatch"})  # methods whose share of the examples only the run can tell

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from rich.table import Table
 
@@ -16,10 +15,9 @@ from trainer.data.loader.dataset import check_classes, check_labels, open_indexe
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.data.loader.stream import Stream
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.model.build import build_examples, build_model, cost_of
-from trainer.model.objective import Objective
+from trainer.model.build import build_examples, build_model, build_objective, cost_of
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import keep_schedule
+from trainer.model.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ class CheckReport:
 
     def text(self) -> str:
         c = self.config
-        removed = f"; {c.examples.method} removes {c.examples.removed:.0%} of the examples" if c.examples.removed else ""
+        share = c.examples.settings.left_out
+        removed = f"; {c.examples.method} removes {share:.0%} of the examples" if share else ""
         return (
             f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters, {c.model.image_size} px, {self.dense / 1e9:.4g} GMACs dense\n"
             f"{self.images} training and {self.validation_images} validation images{removed}\n"
@@ -88,7 +87,7 @@ class CheckReport:
 
 def check(config: Config, world: int) -> CheckReport:
     """Check a configuration together with its shards, its model and `world` processes. Raises ConfigError or DataError."""
-    train, validation = open_indexes(config)
+    train, validation = open_indexes(config.data)
     check_labels(validation, config.model.classes)
     check_classes(train, validation)
     model, examples = build_model(config), build_examples(config, train)
@@ -100,7 +99,7 @@ def check(config: Config, world: int) -> CheckReport:
     except ValueError as error:  # the batch does not fit the number of processes, or the epoch
         raise ConfigError(str(error)) from error
     deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
-    Objective(config)
+    build_objective(config)
     build_optimizer(model, config.optim)
     return CheckReport(
         config=config,
@@ -118,10 +117,8 @@ def check(config: Config, world: int) -> CheckReport:
 
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
-    changes = keep_schedule(config).changes(config.epochs)
-    borders = [*[start for start, _ in changes], float(config.epochs)]
     found = []
-    for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
+    for start, end, plan in Schedule(config).stretches():
         about = cost_of(model, plan)
         found.append(Plateau(start, end, plan, about["tokens"], float(about["multiply_adds"])))
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +17,12 @@ from typing import Any
 from rich.table import Table
 
 from trainer.config.errors import ConfigError
+from trainer.config.load import parse
 from trainer.config.run_config import Config
+from trainer.config.schema import EngineConfig
 from trainer.data.loader.dataset import open_indexes
 from trainer.journal.reader import lineage
-from trainer.model.schedule import UNKNOWN, stretches
+from trainer.model.schedule import Schedule, row_of
 from trainer.preflight.check import check
 
 GRADIENT_BYTES = {"bf16": 2, "autocast": 4, "float32": 4}  # per parameter, as the engine sends them
@@ -140,19 +141,20 @@ def plan(
     if bandwidth is not None and bandwidth <= 0:
         raise ConfigError(f"--bandwidth {bandwidth:g}: must be > 0, in GB/s")
     world = nodes * processes
-    checked, (index, _) = check(config, world), open_indexes(config, verify=False)
+    checked, (index, _) = check(config, world), open_indexes(config.data, verify=False)
     local = config.data.batch / world  # images of a device in a step
     # on a CPU, passes and decoding share the cores of a node
     slower = processes * bench.threads / cores if bench.cpu else 1.0
     decode = bench.decode or 0.0
     ring = nodes if nodes > 1 else processes
-    sent = 2 * (ring - 1) / ring * checked.parameters * GRADIENT_BYTES[config.engine.precision] * _volume(config)
+    sent = 2 * (ring - 1) / ring * checked.parameters * GRADIENT_BYTES[config.engine.precision] * _volume(config.engine)
     reduce = sent / (bandwidth * 1e9) if bandwidth else 0.0
     engine = bench.engine or 0.0
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
     steps = total = images = multiply_adds = 0.0
     fastest = float("inf")
-    for segment in _segments(config, checked.images, bench.passes):
+    schedule = Schedule(config)
+    for segment in _segments(schedule, config.data.batch, checked.images, bench.passes):
         compute = local * segment.passes * slower
         load = local * processes * decode / cores
         one = compute + engine + reduce + (load if bench.cpu else 0.0)
@@ -182,7 +184,7 @@ def plan(
     notes += [] if bandwidth or world == 1 else ["all-reduce counted as 0; set --bandwidth GB/s"]
     if bandwidth and nodes == 1 and world > 1:
         notes.append("one node: --bandwidth is the bandwidth between its processes")
-    if config.examples.method in UNKNOWN:
+    if not schedule.shares_known:
         notes.append(
             f"examples.method={config.examples.method} decides during the run what to remove; counted as removing nothing"
         )
@@ -203,43 +205,40 @@ class _Segment:
     passes: float
 
 
-def _segments(config: Config, examples: int, passes: dict[str, float]) -> list[_Segment]:
+def _segments(schedule: Schedule, batch: int, examples: int, passes: dict[str, float]) -> list[_Segment]:
     """Every plateau of the schedule with its measured passes. Raises ConfigError if the measurement has another schedule."""
-    changes = stretches(config)
-    removed = 0.0 if config.examples.method in UNKNOWN else config.examples.removed
-    rounds = config.data.repeats
-    everything = -(-(config.epochs - round(config.examples.anneal * config.epochs)) // rounds) * rounds  # as in `bench step`
-    found = []
-    for (start, end), (_, under) in zip(pairwise([*[s for s, _ in changes], float(config.epochs)]), changes, strict=True):
-        row = "ours" if under == changes[-1][1] else f"ours from epoch {start:g}"
+    found, stretches = [], schedule.stretches()
+    for stretch in stretches:
+        row = row_of(stretch, stretches[-1].plan)
         if row not in passes:
             raise ConfigError(
                 f"--from: no row {row!r} in the step measurement (rows: {', '.join(passes)}): it has another schedule; measure this "
                 "configuration: trilevel bench step CONFIG --json FILE"
             )
-        for epoch in range(int(start), -(-int(end * 1e6) // 10**6)):
-            inside = max(0.0, min(end, epoch + 1) - max(start, epoch))
-            shown = examples - round(removed * examples) if epoch < everything else examples
-            found.append(_Segment(inside * (shown // config.data.batch), passes[row]))
+        for epoch in range(int(stretch.start), -(-int(stretch.end * 1e6) // 10**6)):
+            inside = max(0.0, min(stretch.end, epoch + 1) - max(stretch.start, epoch))
+            shown = examples - round(schedule.left_out(epoch) * examples)
+            found.append(_Segment(inside * (shown // batch), passes[row]))
     return found
 
 
-def _volume(config: Config) -> float:
+def _volume(engine: EngineConfig) -> float:
     """Communication relative to one all-reduce: ZeRO 3 gathers the parameters twice per step."""
-    return 1.5 if config.engine.kind == "deepspeed" and config.engine.zero == 3 else 1.0
+    return 1.5 if engine.kind == "deepspeed" and engine.zero == 3 else 1.0
 
 
 def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
     """Seconds per step of a run of one process outside its passes and its data wait, one value per step line."""
     found: list[float] = []
-    world, batch, config, first = 1, 1, None, True
+    world, batch, schedule, first = 1, 1, None, True
     for line in lineage(run):
         if line["kind"] == "start":
-            world, batch, first = line["world"], line["config"]["data"]["batch"], True
-            config = Config.model_validate(line["config"])
-        elif line["kind"] == "step" and config is not None:
+            config = parse(line["config"], f"{run}/journal.jsonl")
+            world, batch, first, schedule = line["world"], config.data.batch, True, Schedule(config)
+        elif line["kind"] == "step" and schedule is not None:
             if not first and line.get("images"):  # the first line includes the warm-up
-                under = [row for start, row in _rows(config) if start <= line["progress"]][-1]
+                stretches = schedule.stretches()
+                under = [row_of(s, stretches[-1].plan) for s in stretches if s.start <= line["progress"]][-1]
                 steps = line["images"] / batch
                 found.append(line["seconds"] * (1 - line["data_wait"]) / steps - batch * bench.passes.get(under, 0.0))
             first = False
@@ -248,8 +247,3 @@ def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
     if not found:
         raise ConfigError(f"--from {run}: too short, no second step line; train some steps with log_every=10step")
     return found
-
-
-def _rows(config: Config) -> list[tuple[float, str]]:
-    changes = stretches(config)
-    return [(start, "ours" if under == changes[-1][1] else f"ours from epoch {start:g}") for start, under in changes]

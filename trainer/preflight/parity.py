@@ -28,11 +28,10 @@ from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.dataset import opened
 from trainer.data.loader.stream import Stream
-from trainer.model.build import build_model
+from trainer.model.build import build_model, build_objective
 from trainer.model.ema import Ema
-from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import learning_rate, set_learning_rate
+from trainer.model.schedule import Schedule, set_learning_rate
 from trainer.preflight.timm_recipe import (
     LegacyGenerator,
     Timm,
@@ -117,7 +116,7 @@ def parity(
     """
     config, against = _plain(config), _plain(against or config)
     device, rows = torch.device(device), rows or config.data.micro_batch
-    index = opened(config.data.train, config, config.data.verify)
+    index = opened(config.data.train, config.data, config.data.verify)
     stream = Stream(index, config, 0, 1)
     batches = stream.order(0, None).steps
     ours = _Ours(config, batches, device)
@@ -184,26 +183,26 @@ class _Ours:
     """The recipe as `train` runs it, on one device without an engine."""
 
     def __init__(self, config: Config, batches: int, device: torch.device):
-        self.config, self.batches = config, batches
+        self.config, self.batches, self.schedule = config, batches, Schedule(config)
         wrapped = build_model(config)
         self.wrapped, self.model = wrapped.to(device), wrapped.vit
-        self.objective, self.optimizer = Objective(config), build_optimizer(wrapped, config.optim)
+        self.objective, self.optimizer = build_objective(config), build_optimizer(wrapped, config.optim)
         self.ema = Ema(self.model, config.optim.ema)
 
     def start(self) -> Iterator[TracedTensor]:
         yield from initial(self.model, self.optimizer)
-        for t in schedule_points(self.config, self.batches):
-            set_learning_rate(self.optimizer, learning_rate(self._progress(t), self.config))
+        for t in schedule_points(self.config.epochs, self.batches):
+            set_learning_rate(self.optimizer, self.schedule.lr(self._progress(t)))
             yield from rates(self.optimizer, f"of step {t}")
 
     def step(self, step: int, batch: Batch) -> Iterator[TracedTensor]:
         config, w = self.config, batch.weights
         self.wrapped.train()
-        set_learning_rate(self.optimizer, learning_rate(self._progress(step), config))
+        set_learning_rate(self.optimizer, self.schedule.lr(self._progress(step)))
         yield from rates(self.optimizer, f"of step {step}")
         images = augment_on_device(batch, config.augment)
         yield TracedTensor("images", "before mixing", images)
-        rng: Any = LegacyGenerator(np.random.RandomState(seed_of(config, step)))
+        rng: Any = LegacyGenerator(np.random.RandomState(seed_of(config.seed, step)))
         mix = sample(config.augment, rng, config.model.image_size)
         images, targets = mix_images(images, mix, w), self.objective.targets(batch.labels, mix, w)
         yield TracedTensor("images", "mixed", images)
@@ -215,7 +214,7 @@ class _Ours:
         self.optimizer.zero_grad()
         loss.backward()
         yield from gradients(self.model)
-        clip(self.model, config)
+        clip(self.model, config.optim.clip)
         self.optimizer.step()
         yield from parameters("weight", self.model)
         self.ema.update(self.model)

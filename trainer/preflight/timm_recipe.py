@@ -72,7 +72,7 @@ class Timm:
 
     def start(self) -> Iterator[TracedTensor]:
         yield from initial(self.model, self.optimizer)
-        for t in schedule_points(self.config, self.batches):
+        for t in schedule_points(self.config.epochs, self.batches):
             self.scheduler.step_update(t)
             yield from rates(self.optimizer, f"of step {t}")
 
@@ -99,7 +99,7 @@ class Timm:
         self.optimizer.zero_grad()
         loss.backward()
         yield from gradients(self.model)
-        clip(self.model, self.config)
+        clip(self.model, self.config.optim.clip)
         self.optimizer.step()
         yield from parameters("weight", self.model)
         if self.ema is not None:
@@ -112,7 +112,7 @@ class Timm:
             return images, mixup_target(labels, self.config.model.classes, smoothing=self.config.augment.smoothing)
         b = len(labels)
         order = torch.tensor([*range(0, b, 2), *range(b - 1, 0, -2)], device=images.device)
-        with _numpy_seeded(seed_of(self.config, step)):
+        with _numpy_seeded(seed_of(self.config.seed, step)):
             mixed, targets = self.mixup(images[order], labels[order])
         back = order.argsort()
         return mixed[back], targets[back]
@@ -125,9 +125,9 @@ class LegacyGenerator:
         self.random, self.beta, self.integers = state.rand, state.beta, state.randint
 
 
-def schedule_points(config: Config, batches: int) -> list[int]:
+def schedule_points(epochs: int, batches: int) -> list[int]:
     """Up to 2000 steps, evenly spaced over the whole run, with the first and the last."""
-    last = config.epochs * batches - 1
+    last = epochs * batches - 1
     return sorted({round(t) for t in np.linspace(0, last, min(SCHEDULE_POINTS, last + 1))})
 
 
@@ -163,13 +163,13 @@ def gradients(model: nn.Module) -> Iterator[TracedTensor]:
     return (TracedTensor("gradient", name, value.grad) for name, value in model.named_parameters() if value.grad is not None)
 
 
-def clip(model: nn.Module, config: Config) -> None:
-    if config.optim.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+def clip(model: nn.Module, norm: float) -> None:
+    if norm:
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
 
 
-def seed_of(config: Config, step: int) -> int:
-    return (config.seed * 1_000_003 + step) % 2**32
+def seed_of(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**32
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class RecordedRun:
         self._order = lru_cache(maxsize=2)(self._build_order)
 
     def _index(self) -> Index:
-        index = opened(self.config.data.train, self.config, self.config.data.verify)
+        index = opened(self.config.data.train, self.config.data, self.config.data.verify)
         told = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
         if told is not None and told != index.fingerprint:
             raise RecordedRunError(

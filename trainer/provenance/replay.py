@@ -23,7 +23,7 @@ from trainer.data.augment.mixup import Mix, draw_mix, mix_images, shares
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
-from trainer.model.schedule import learning_rate, plan_at
+from trainer.model.schedule import Schedule
 from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.recorded_run import RecordedRun
 
@@ -81,11 +81,12 @@ def replay(run: RecordedRun, step: int) -> Replayed:
     mix = draw_mix(config.augment, config.seed, step - 1, config.model.image_size)
     number = stretch.batch + step - stretch.first - 1
     progress = stretch.epoch + number / order.steps
-    plan = plan_at(progress, config)
+    schedule = Schedule(config)
+    plan = schedule.plan(progress)
     facts = {
         "title": f"{run.directory} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
-        "progress": progress, "lr": learning_rate(progress, config), "keep_tokens": plan.keep_tokens,
+        "progress": progress, "lr": schedule.lr(progress), "keep_tokens": plan.keep_tokens,
         "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
         "skipped": run.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
         "broken": [list(one) for one in batch.broken],

@@ -18,11 +18,10 @@ from torch import Tensor
 from sparsity import attention
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
-from trainer.config.run_config import Config
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
-from trainer.model.schedule import keep_schedule
+from trainer.model.schedule import Schedule
 from trainer.telemetry import timing
 from trainer.telemetry.meters import StepClock
 
@@ -33,11 +32,11 @@ NOTABLE = 0.05  # overhead that is reported, as a share of a dense pass or of a 
 
 
 class DenseBaseline:
-    """Times dense passes once per plateau, within `config.control` (a share of the training time)."""
+    """Times dense passes once per plateau, within `share` of the training time (0 = never)."""
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective, outputs: frozenset[str]):
-        self.config, self.engine, self.objective, self.outputs = config, engine, objective, outputs
-        self._borders = [start for start, _ in keep_schedule(config).changes(config.epochs)]
+    def __init__(self, share: float, schedule: Schedule, engine: Engine, objective: Objective, outputs: frozenset[str]):
+        self.share, self.engine, self.objective, self.outputs = share, engine, objective, outputs
+        self._ends = [stretch.end for stretch in schedule.stretches()]
         self._plan: Plan | None = None
         self._plans_seen: set[Plan] = set()
         self._began = self._from = StepClock(0, 0.0, 0.0)
@@ -66,7 +65,7 @@ class DenseBaseline:
         if plan != self._plan:
             lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
             short = not self._done and last is not None and not self._reported_short
-            self._began, self._done = clock, self.config.control == 0.0
+            self._began, self._done = clock, self.share == 0.0
             self._plans_seen.add(plan)
             if short and last is not None:
                 self._reported_short = True  # once: a plan that changes every step would report it every step
@@ -90,7 +89,7 @@ class DenseBaseline:
         self, progress: float, steps: int, plan: Plan, clock: StepClock, at_hand: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Any]:
         model: SparseViT = self.engine.module
-        if self.config.engine.kind == "deepspeed" and self.config.engine.zero == 3:
+        if self.engine.settings.kind == "deepspeed" and self.engine.settings.zero == 3:
             return self._not_measured(plan, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
         bound = cost_of(model, plan)["multiply_adds"] / cost_of(model, DENSE)["multiply_adds"]
         step = (clock.seconds - self._from.seconds) / WATCHED
@@ -98,16 +97,16 @@ class DenseBaseline:
         own_pass = step / self.engine.batch_split.accumulation  # upper bound
         dense = self._dense_network(model)
         compared = plan != DENSE or dense is not model
-        end = min([border for border in self._borders if border > progress] + [float(self.config.epochs)])
-        allowed = self.config.control * (clock.seconds + (end - progress) * steps * step) - self._spent
+        end = min([end for end in self._ends if end > progress], default=self._ends[-1])
+        allowed = self.share * (clock.seconds + (end - progress) * steps * step) - self._spent
         known = DENSE in self._plans_seen if dense is model else self._dense is not None
-        fixed = COMPILING if compared and self.config.engine.compile and not known else 0.0
+        fixed = COMPILING if compared and self.engine.settings.compile and not known else 0.0
         one = own_pass * (1 + 1 / bound) if compared else own_pass
         pairs = min(MOST, int((allowed - fixed) / one) - 1)  # minus one for the warm-up
         if pairs < FEWEST:
             return self._not_measured(
                 plan,
-                f"the plateau is too short: control={self.config.control:g} of the training time allows {max(allowed, 0):.2g} s, "
+                f"the plateau is too short: control={self.share:g} of the training time allows {max(allowed, 0):.2g} s, "
                 f"the passes need {fixed + (FEWEST + 1) * one:.2g} s",
             )
         if dense is not model:
@@ -130,7 +129,7 @@ class DenseBaseline:
         if self._dense is not None:
             return self._dense
         dense = SparseViT(model.vit)
-        if self.config.engine.compile:
+        if self.engine.settings.compile:
             dense.compile()
         return dense
 

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
-from trainer.model.schedule import keep_schedule
+from trainer.model.schedule import Schedule
 from trainer.run import directory as run
 
 # Variables that affect computation or communication; others may hold secrets and are not recorded.
@@ -68,19 +67,16 @@ def environment() -> str:
 def plan_table(config: Config, model: SparseViT) -> str:
     """The plateaus of the run as a Markdown table: epochs, keep ratios, tokens per block, multiply-adds."""
     dense = cost_of(model, DENSE)["multiply_adds"]
-    changes = keep_schedule(config).changes(config.epochs)
-    borders = [*[start for start, _ in changes], float(config.epochs)]
     lines = [
         "| epochs | keep ratio of tokens | keep ratio of connections | tokens per block | multiply-adds | of dense |",
         "|---|---:|---:|---|---:|---:|",
     ]
-    for (start, end), (_, plan) in zip(pairwise(borders), changes, strict=True):
+    for start, end, plan in Schedule(config).stretches():
         about = cost_of(model, plan)
         tokens, cost = " ".join(map(str, about["tokens"])), about["multiply_adds"]
         kept = f"{plan.keep_tokens:.3f} | {plan.keep_connections:.3f}"
         lines.append(f"| {start:g} - {end:g} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
-    examples = config.examples
-    lines += ["", f"Examples: {examples.method}, removed {examples.removed:g} of the data set."]
+    lines += ["", f"Examples: {config.examples.method}, {config.examples.settings.summary}."]
     lines += ["The keep ratio of tokens applies at each pruning block. Multiply-adds: forward pass of one image."]
     return "\n".join([*lines, ""])
 

@@ -75,10 +75,14 @@ def tags(start: dict[str, Any]) -> dict[str, str]:
 def param_changes(have: dict[str, str], want: dict[str, str], before: dict[str, str], attempt: int) -> dict[str, str]:
     """MLflow's parameters can't change: what a resume changed becomes tags `param_drift.KEY`, an entry per change.
 
-    have: the parameters in MLflow; want: those of this attempt; before: the tags in MLflow.
+    have: the parameters in MLflow; want: those of this attempt; before: the tags in MLflow. A setting that is gone while the
+    section's method is the same is no change: it was another method's, which earlier versions recorded too.
     """
     changed = {}
     for key in have:
+        method = f"{key.partition('.')[0]}.method"
+        if key not in want and method in have and have[method] == want.get(method):
+            continue
         new = want.get(key, "(absent)")
         name = _key(f"param_drift.{key}")
         said = before.get(name, "")

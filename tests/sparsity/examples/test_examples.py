@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsity.examples import EXAMPLES, kept_ids
-from sparsity.examples.curriculum import first_per_group, quotas
+from sparsity.examples.curriculum import TrainingRun, first_per_group, quotas
 from sparsity.types import Observation, Selection, single_process
+from tests.support.methods import fitting
 
 N, CLASSES, EPOCHS = 203, 7, 18
 LABELS = np.random.default_rng(5).integers(0, CLASSES, N).astype(np.int32)
@@ -22,11 +23,10 @@ SETTINGS = {"seed": 3, "removed": 0.2, "swap": 0.05, "window": 4.0, "updates": 3
 METHODS = sorted(EXAMPLES)
 
 
-def make(name, **changes):
+def make(name, labels=LABELS, **changes):
     given = SETTINGS | changes
-    if name == "all":
-        given["removed"] = changes.get("removed", 0.0)
-    return EXAMPLES[name](N, LABELS, **given)
+    run = TrainingRun(len(labels), labels, given["epochs"], given["seed"], given.get("repeats", 1))
+    return fitting(EXAMPLES, name, **given).build(run)
 
 
 def outcomes(epoch: int, ids: np.ndarray) -> Observation:
@@ -186,8 +186,7 @@ def test_state_of_imagenet_stays_under_20_megabytes(name, restore):
     """Everything but the labels, which are the index's."""
     many = 1_281_167
     labels = np.arange(many, dtype=np.int32) % 1000
-    more = {"removed": 0.0 if name == "all" else 0.2, "window": 30.0, "restore": restore}
-    method = EXAMPLES[name](many, labels, **SETTINGS | more)
+    method = make(name, labels, window=30.0, restore=restore)
     ids = torch.arange(500, 628)
     yes, number = torch.ones(128, dtype=torch.bool), torch.ones(128)
     method.observe(ids, Observation(yes, number, number, yes))
@@ -252,7 +251,6 @@ def test_first_of_each_keeps_the_order_given():
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("all", {"removed": 0.2}, ["examples.removed=0.2", "examples.method=all", "forgetting"]),
         ("forgetting", {"removed": 0.03}, ["examples.swap=0.05", "examples.removed=0.03", "swap<=0.03"]),
         ("forgetting", {"removed": 0.98, "swap": 0.3}, ["examples.swap=0.3", "only 4 can be"]),
         ("forgetting", {"swap": 0.001}, ["examples.swap=0.001", "203 examples is none"]),
@@ -261,7 +259,9 @@ def test_first_of_each_keeps_the_order_given():
         ("forgetting", {"window": 10.0, "repeats": 3}, ["data.repeats=3", "try 9ep"]),
         ("random_fixed", {"removed": 0.001}, ["examples.removed=0.001", "0 of 203"]),
         ("random_epoch", {"removed": 0.999}, ["examples.removed=0.999", "203 of 203"]),
-        ("infobatch", {"balanced": True}, ["examples.balanced=true", "random_fixed"]),
+        ("forgetting", {"swap": 1.0}, ["examples.swap=1.0: must be >= 0 and < 1"]),
+        ("forgetting", {"ties": "loss"}, ["examples.ties='loss': unknown value; valid values: spread, id"]),
+        ("infobatch", {"anneal": -0.1}, ["examples.anneal=-0.1: must be >= 0 and < 1"]),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused_with_a_way_out(name, changes, said):
@@ -273,7 +273,7 @@ def test_settings_that_cannot_be_met_are_refused_with_a_way_out(name, changes, s
 
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="5 labels for 6 examples"):
-        EXAMPLES["all"](6, np.zeros(5, int), epochs=1)
+        EXAMPLES["all"]().build(TrainingRun(6, np.zeros(5, int), epochs=1))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsity.examples import EXAMPLES, kept_ids
+from sparsity.examples import kept_ids
 from sparsity.examples.forgetting import Forgetting
 from sparsity.types import Observation, single_process
+from tests.support.methods import curriculum
 
 
 def observe(method, ids, correct, spread=None, loss=None, valid=None) -> None:
@@ -53,7 +54,7 @@ def play(method, table, spread=None) -> None:
 
 def test_events_and_scores_of_the_table():
     n = len(TABLE)
-    method = Forgetting(n, np.zeros(n, np.int32), epochs=9)
+    method = curriculum("forgetting", np.zeros(n, np.int32), epochs=9)
     play(method, [row[0] for row in TABLE])
     state = method.state_dict(single_process)
     assert state["events"].tolist() == [row[1] for row in TABLE]
@@ -63,7 +64,7 @@ def test_events_and_scores_of_the_table():
 
 def swapping(n, **changes) -> Forgetting:
     given = {"epochs": 99, "removed": 0.25, "swap": 0.25, "window": 5.0, "updates": 2}
-    return Forgetting(n, np.arange(n) % 2, **given | changes)
+    return curriculum("forgetting", np.arange(n) % 2, **given | changes)
 
 
 def test_the_least_forgotten_go_lowest_spread_first_then_lowest_id():
@@ -151,7 +152,8 @@ def test_what_comes_back_is_a_random_part_of_the_pool_that_depends_on_the_seed()
 
 
 def test_the_papers_counts_at_imagenet():
-    method = Forgetting(1_281_167, np.zeros(1_281_167, np.int32), epochs=300, removed=0.2, swap=0.05, window=30.0, updates=5)
+    settings = {"removed": 0.2, "swap": 0.05, "window": 30.0, "updates": 5}
+    method = curriculum("forgetting", np.zeros(1_281_167, np.int32), epochs=300, **settings)
     assert (method.num_removed, method.num_swap) == (256_233, 64_058)
     assert method.active.sum() == 1_281_167 - 256_233
 
@@ -159,7 +161,7 @@ def test_the_papers_counts_at_imagenet():
 def test_large_ids_survive_the_gather():
     """1281166 is 1277952 in bfloat16: ids must never travel as floats."""
     n = 1_281_167
-    method = EXAMPLES["infobatch"](n, np.zeros(n, np.int32), epochs=3, removed=0.5)
+    method = curriculum("infobatch", np.zeros(n, np.int32), epochs=3, removed=0.5)
     observe(method, [n - 1, n - 2], [True, True], loss=[0.25, 0.75])
 
     def gather(tensor):
@@ -172,7 +174,7 @@ def test_large_ids_survive_the_gather():
 
 def test_infobatch_prunes_below_the_mean_and_keeps_the_sum_of_weights():
     n = 1000
-    method = EXAMPLES["infobatch"](n, np.arange(n) % 10, epochs=10, removed=0.5, anneal=0.2, seed=4)
+    method = curriculum("infobatch", np.arange(n) % 10, epochs=10, removed=0.5, anneal=0.2, seed=4)
     loss = np.random.default_rng(0).gamma(2.0, size=n).astype(np.float32)
     first = method.select(0, single_process)
     assert first.num_kept == n and first.weight is None  # nothing is known yet
@@ -194,7 +196,7 @@ def test_infobatch_prunes_below_the_mean_and_keeps_the_sum_of_weights():
 
 
 def test_infobatch_leaves_what_it_has_not_seen():
-    method = EXAMPLES["infobatch"](10, np.zeros(10, np.int32), epochs=10, removed=0.9)
+    method = curriculum("infobatch", np.zeros(10, np.int32), epochs=10, removed=0.9)
     observe(method, [0, 1, 2, 3], [True] * 4, loss=[0.0, 0.0, 0.0, 9.0])
     selection = method.select(1, single_process)
     assert set(range(3, 10)) <= set(kept_ids(selection, 10)) and selection.num_kept == 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsity.build import build
-from sparsity.tokens.tome import Merge, merge
+from sparsity.tokens.tome import Merge, MergeSettings, merge
 from sparsity.types import DENSE, QKV, Plan
 from tests.sparsity.tokens.test_topk import scene
 from tests.support.vits import FAMILIES, images, tiny
@@ -57,7 +57,7 @@ def test_identical_tokens_merge_without_a_trace():
 @pytest.mark.parametrize("family", ["deit", "deit_distilled", "registers", "map_pooling", "patch_drop"])
 def test_families(family):
     vit = FAMILIES[family]().train()
-    model = build(vit, tokens="tome", blocks=(0, 1), merged=2)
+    model = build(vit, tokens=MergeSettings(merged=2), blocks=(0, 1))
     output = model(images(vit), Plan(0.9), frozenset({"kept"}), torch.arange(4))
     before = 9 if family == "patch_drop" else 16
     assert output.kept[1].shape == (4, before - 4) and output.logits.isfinite().all()

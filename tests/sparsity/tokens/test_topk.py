@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sparsity.settings import Network
 from sparsity.tokens import scores
-from sparsity.tokens.topk import TopK
+from sparsity.tokens.topk import TopK, TopKSettings
 from sparsity.types import DENSE, QKV, KeepAll, Plan, Tokens, VisibleKeys
 from tests.support.vits import tiny
 
@@ -130,13 +131,8 @@ def test_counts(n, keep, k):
 
 
 def test_a_family_without_cls_is_ranked_by_what_patches_receive():
-    from sparsity.tokens import TOKENS
-    from sparsity.types import MechanismOptions
-
-    assert (
-        TOKENS["topk"](MechanismOptions(has_class_token=tiny(class_token=False, global_pool="avg").has_class_token)).score
-        is scores.received
-    )
+    vit = tiny(class_token=False, global_pool="avg")
+    assert TopKSettings().build(Network(has_class_token=vit.has_class_token)).score is scores.received
 
 
 @pytest.mark.parametrize("n", [17, 196, 1024])

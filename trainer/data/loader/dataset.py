@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 
-from trainer.config.run_config import Config
 from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
@@ -42,14 +41,12 @@ def check_classes(train: Index, validation: Index) -> None:
     )
 
 
-def open_indexes(config: Config, verify: bool = True) -> tuple[Index, Index]:
-    """The indexes of training and validation shards, held against the shards unless `verify` is off."""
-    how = config.data.verify if verify else None
-    train, validation = (opened(p, config, how) for p in (config.data.train, config.data.validation))
-    return train, validation
+def open_indexes(data: DataConfig, verify: bool = True) -> tuple[Index, Index]:
+    """The indexes of training and validation shards, compared with the shards unless `verify` is off."""
+    how = data.verify if verify else None
+    return opened(data.train, data, how), opened(data.validation, data, how)
 
 
-def opened(pattern: str, config: Config, verify: Literal["fast", "full"] | None) -> Index:
-    """The index of shards that a configuration names, held against them as `verify` says."""
-    data = config.data
+def opened(pattern: str, data: DataConfig, verify: Literal["fast", "full"] | None) -> Index:
+    """The index of the shards `pattern`, with the labels and the index folder of `data`, compared with them as `verify` says."""
     return open_index(pattern, data.labels, verify, folder=data.index)

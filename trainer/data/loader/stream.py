@@ -85,7 +85,7 @@ class Stream:
         self._ahead = None
         if cache := cache_of(index, data):
             rows, ranks = rows_of_node(data.batch, world, rank)
-            refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.removed)
+            refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.settings.left_out)
             cache.refuse_full_disk()
             self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()

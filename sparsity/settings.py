@@ -1,0 +1,175 @@
+"""The settings of a mechanism: a frozen dataclass in the mechanism's own file, one field per key of the configuration.
+
+The type of a field has its unit and its bounds (`Share`, `Keep`, `Epochs`, `Count`, or a Literal), `setting` its default and its
+meaning. The configuration reads both: `examples: {method: forgetting, swap: .05}` becomes ForgettingSettings(swap=.05). Bounds are
+checked where a dataclass is made, so they hold for every caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from sparsity.types import Connect, Reduce  # they import torch, which reading a configuration does not need
+
+
+EPOCHS = "epochs"  # the unit of durations, which the configuration writes as "5ep"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Unit and bounds of a number; `least` and `most` are allowed, `above` and `below` are not."""
+
+    unit: str
+    least: float = -inf
+    above: float = -inf
+    most: float = inf
+    below: float = inf
+
+    def refusal(self, value: Any) -> str:
+        """What a value must be, "" where it is."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"must be a number ({self.unit})"
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return ""
+        bounds = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+        return "must be " + " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if abs(bound) != inf)
+
+
+Share = Annotated[float, Range("share", least=0.0, below=1.0)]
+"""A part that is taken away; all of it can't be."""
+Keep = Annotated[float, Range("share", above=0.0, most=1.0)]
+"""A part that stays; nothing can't be."""
+Epochs = Annotated[float, Range(EPOCHS, least=0.0)]
+Count = Annotated[int, Range("count", least=0)]
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of a settings dataclass: its default and one line for the reader of the configuration."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+class SettingsError(ValueError):
+    """Values outside their bounds. problems: {field: what it must be}."""
+
+    def __init__(self, section: str, values: Mapping[str, Any], problems: Mapping[str, str]):
+        self.problems = dict(problems)
+        super().__init__("; ".join(f"{section}.{name}={values[name]!r}: {text}" for name, text in problems.items()))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings. section: the section of the configuration they stand in. Raises SettingsError, naming key, value and bounds."""
+
+    section: ClassVar[str]
+    off: ClassVar[bool] = False  # whether the method leaves nothing out
+
+    def __post_init__(self) -> None:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        hints = get_type_hints(type(self), include_extras=True)
+        problems = {name: text for name, value in values.items() if (text := _refusal(hints[name], value))}
+        if problems:
+            raise SettingsError(self.section, values, problems)
+
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def choose(methods: Mapping[str, type[Kind]], name: str) -> type[Kind]:
+    """The settings class of a method by name. Raises ValueError with the names there are."""
+    if name in methods:
+        return methods[name]
+    section = next(iter(methods.values())).section
+    raise ValueError(f"{section}.method={name!r}: unknown value; valid values: {', '.join(methods)}")
+
+
+class Network(NamedTuple):
+    """What a mechanism of level 2 or 3 is built for.
+
+    has_class_token, global_pool: of the VisionTransformer. carry_seen: whether a level 3 follows level 2, which then has to gather
+    queries, keys and values too. authors: `compat: authors`, the form of the Tri-Level reference code.
+    """
+
+    has_class_token: bool = True
+    global_pool: str = "token"
+    carry_qkv: bool = True
+    authors: bool = False
+
+
+@dataclass(frozen=True)
+class _LevelSettings(Settings):
+    """What levels 2 and 3 share."""
+
+    @property
+    def final_keep(self) -> float:
+        """The share that stays when the schedule is through: the setting `keep` of methods that have one, else 1."""
+        return float(getattr(self, "keep", 1.0))
+
+    @property
+    def in_reference_code(self) -> bool:
+        """Whether the Tri-Level reference code has this method, with these settings (`compat: authors`)."""
+        return False
+
+
+@dataclass(frozen=True)
+class TokenSettings(_LevelSettings):
+    """Base of the settings of level 2."""
+
+    section: ClassVar[str] = "tokens"
+
+    def build(self, network: Network) -> Reduce:
+        """The mechanism. Raises ValueError, naming key and remedy, for a network that it does not work in."""
+        raise NotImplementedError
+
+    def refuse_keep(self, keep: float) -> None:
+        """Raises ValueError where the method does nothing in a run that ends with the keep ratio `keep`."""
+
+    @property
+    def fixed_by(self) -> str:
+        """The setting that fixes the number of tokens whatever the keep ratio is, as key=value; "" where there is none."""
+        return ""
+
+    @property
+    def dropped_are(self) -> str:
+        """Where the patches that leave go, for the titles of pictures; "" where they are left out."""
+        return ""
+
+
+@dataclass(frozen=True)
+class ConnectionSettings(_LevelSettings):
+    """Base of the settings of level 3."""
+
+    section: ClassVar[str] = "connections"
+
+    def build(self, network: Network) -> Connect:
+        """The mechanism. Raises ValueError, naming key and remedy, for a network that it does not work in."""
+        raise NotImplementedError
+
+
+def _refusal(hint: Any, value: Any) -> str:
+    """What a value of a field with this type must be, "" where it is."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return next((text for part in parts[1:] if isinstance(part, Range) and (text := part.refusal(value))), "")
+    if origin is Literal and value not in parts:
+        return f"unknown value; valid values: {', '.join(map(str, parts))}"
+    if hint is bool and not isinstance(value, bool):
+        return "must be true or false"
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return "must be a list"
+        each = [parts[0]] * len(value) if parts[1:] == (...,) else list(parts)
+        if len(each) != len(value):
+            return f"must have {len(each)} entries, not {len(value)}"
+        return next(
+            (
+                f"entry {i}: {text}"
+                for i, (part, one) in enumerate(zip(each, value, strict=True))
+                if (text := _refusal(part, one))
+            ),
+            "",
+        )
+    return ""

@@ -1,0 +1,34 @@
+"""Configurations as runs recorded them before each method had its own settings: every key of every method, whatever the method.
+
+Such a record stands in the config.yaml, the checkpoints and the journal of a run. The keys of other methods had no effect there, so
+they are left out when it is read. A record is known by its `plan`, which names the keys of all kinds of schedules: no configuration
+that is valid today does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config.method_section import MethodSection
+from trainer.config.run_config import Config
+
+
+def method_sections() -> dict[str, type[MethodSection]]:
+    """The sections of the configuration that choose a method, by name."""
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, MethodSection)}
+
+
+def without_foreign(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as plain values, without the keys of other methods where it is such a record; else as it is."""
+    plan = raw.get("plan")
+    if not isinstance(plan, dict) or not {"method", "warmup", "length", "plateaus", "stairs"} <= plan.keys():
+        return raw
+    cleaned = dict(raw)
+    for name, section in method_sections().items():
+        there = raw.get(name)
+        if isinstance(there, dict) and there.get("method") in section.methods():
+            kept = [*section.own_keys(), *section.keys_of(there["method"])]
+            foreign = set(section.all_keys()) - set(kept)
+            cleaned[name] = {key: value for key, value in there.items() if key not in foreign}
+    return cleaned
