@@ -90,13 +90,16 @@ def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
             {"data": {"validation": {"fingerprint": "x"}, "train": START["data"]["train"]}},
             "validation set: validation-abc in a, x in b",
         ),
-        ({"data": {"train": {"fingerprint": "x"}, "validation": START["data"]["validation"]}}, "learned from other images"),
+        (
+            {"data": {"train": {"fingerprint": "x"}, "validation": START["data"]["validation"]}},
+            "the runs trained on different images",
+        ),
         ({"device": "H200"}, "device: cpu in a, H200 in b; times and device hours are not comparable"),
         ({"world": 8}, "processes: 2 in a, 8 in b; compare device hours"),
         ({"pixels": ["scaled decode"]}, "options that change pixels: none in a, scaled decode in b"),
         ({"commit": "beef"}, "commit: c0ffee in a, beef in b"),
         ({"dirty": True}, "b ran with uncommitted changes"),
-        ({"config": CONFIG | {"name": "b", "model": {"image_size": 64}}}, "image size: not told in a, 64 in b"),
+        ({"config": CONFIG | {"name": "b", "model": {"image_size": 64}}}, "image size: unknown in a, 64 in b"),
     ],
 )
 def test_what_stands_against_comparing_is_said(tmp_path: Path, other: dict[str, Any], said: str):
@@ -112,7 +115,7 @@ def test_unfinished_runs_and_seeds_not_shared_are_said(tmp_path: Path):
     found = compare([a, tmp_path / "b"])
     assert found.groups[1].against and not found.groups[1].against.paired
     said = " | ".join(warnings(found))
-    assert "b is not finished (running)" in said and "share no seed" in said
+    assert "b is not finished (running)" in said and "no seed in common" in said
 
 
 def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
@@ -126,7 +129,7 @@ def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
     journal.write_text(journal.read_text().replace('"finished"', '"failed"'))
     one_group = compare([tmp_path / "s0", tmp_path / "s1"])
     assert len(one_group.groups) == 1 and warnings(one_group) == [
-        "s1 is not finished (failed); the last score is not the final one"
+        "s1 is not finished (failed): the last top-1 is not the final one"
     ]
     assert "s1 is not finished" in page(one_group) and "<h1>s0</h1>" in page(one_group)
 
@@ -141,8 +144,8 @@ def test_what_a_resume_changed_and_skipped_steps_are_said(tmp_path: Path):
     write(tmp_path / "a", [*first, *({"time": time} | line | {"attempt": 1} for line in again)])
     said = warnings(compare([tmp_path / "a"]))
     assert said == [
-        "tri: 1 of 30 steps were skipped, their loss or gradient was not finite",
-        "tri was changed between its attempts: processes 2 -> 4, optim.lr 0.001 -> 0.0005",
+        "tri: 1 of 30 steps were skipped (non-finite loss or gradient)",
+        "tri changed between its attempts: processes 2 -> 4, optim.lr 0.001 -> 0.0005",
     ]
 
 
@@ -150,7 +153,7 @@ def test_runs_without_a_score_and_seeds_without_a_partner_are_named(both: list[P
     write(tmp_path / "young", [next(lines())])
     said = warnings(compare([*both[:3], *both[4:], tmp_path / "young"]))
     assert said[0] == f"left out, without an evaluation: {tmp_path}/young"
-    assert said[1:] == ["sparse and dense share 2 of 3 seeds: differences are of these alone"]
+    assert said[1:] == ["sparse and dense have 2 of 3 seeds in common: differences are over these alone"]
 
 
 def test_groups_lose_their_seed_from_the_name_and_nothing_else(tmp_path: Path):
@@ -163,14 +166,14 @@ def test_groups_lose_their_seed_from_the_name_and_nothing_else(tmp_path: Path):
 def test_without_a_common_seed_there_is_no_interval(both: list[Path], tmp_path: Path):
     found = compare([*both[:3], run(tmp_path, "other", seed=7)])
     row = rows(found)[1]
-    assert "share no seed" in warnings(found)[-1] and not any("[" in value for value in row.values())
+    assert "no seed in common" in warnings(found)[-1] and not any("[" in value for value in row.values())
 
 
 def test_refusals_name_the_way_out(tmp_path: Path):
     write(tmp_path / "young", [next(lines())])
     with pytest.raises(NothingToCompare, match=r"no evaluation in .*young.*evaluate.every"):
         compare([tmp_path / "young"])
-    with pytest.raises(NothingToCompare, match="there are a"):
+    with pytest.raises(NothingToCompare, match="valid values: a"):
         compare([run(tmp_path, "a")], base="b")
 
 
@@ -178,7 +181,7 @@ def test_the_forms_say_the_same_and_the_page_stands_alone(both: list[Path], tmp_
     found = compare(both)
     said = rows(found)
     assert said[0]["run"] == "dense (base)" and said[1]["top-1 %"] == "85.47 ± 0.10"
-    assert said[1]["whole run: time x"] == "2.25 [2.25, 2.25]" and said[1]["tokens %"] == "92"
+    assert said[1]["whole run: time x"] == "2.25 [2.25, 2.25]" and said[1]["kept tokens %"] == "92"
     assert list(csv.DictReader(io.StringIO(comma_separated(found)))) == said
     out = io.StringIO()
     Terminal(file=out, width=120).print(table(found))

@@ -100,7 +100,7 @@ def test_picture_shows_the_run(tmp_path: Path):
 
 
 def test_where_to_look(tmp_path: Path):
-    assert where_to_look(tmp_path) == f"not in MLflow yet; bring it there: trilevel sync {tmp_path}"
+    assert where_to_look(tmp_path) == f"not in MLflow yet; to upload it: trilevel sync {tmp_path}"
     state = {"uri": "sqlite:////x/runs/mlflow.db", "run_id": "abc", "experiment_id": "1"}
     (tmp_path / "mlflow.json").write_text(json.dumps(state))
     assert where_to_look(tmp_path).startswith("mlflow ui --backend-store-uri sqlite:////x/runs/mlflow.db ")

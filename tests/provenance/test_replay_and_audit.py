@@ -173,10 +173,10 @@ def test_lost_lines_and_another_configuration_are_found(run: Path, digits: Path)
     assert any("seed=0" in problem and "seed" in problem for problem in found.problems) and found.differing == found.marks
     (run / "config.yaml").write_text(text)
     changed(run, lambda line: line["kind"] != "epoch" or line["epoch"] != 1)
-    with pytest.raises(RecordedRunError, match="epoch 0 has 3 batches, the journal gives it 6"):
+    with pytest.raises(RecordedRunError, match="epoch 0 has 3 batches, but 6"):
         RecordedRun(run)
     changed(run, lambda line: line["attempt"] != 1)
-    with pytest.raises(RecordedRunError, match="after step 2 the journal must go on with epoch 0, batch 2"):
+    with pytest.raises(RecordedRunError, match="after step 2 it must continue with epoch 0, batch 2"):
         RecordedRun(run)
 
 

@@ -69,7 +69,7 @@ def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> Non
     assert all(line["loss"] < 10 for line in steps.values()), "of the losses that are numbers"
     past = RecordedRun(spoiled)
     seen = replay(past, 5)
-    assert seen.confirmed and seen.facts["skipped"] == skipped[1]["seen"] and "not taken" in seen.text()
+    assert seen.confirmed and seen.facts["skipped"] == skipped[1]["seen"] and "was skipped" in seen.text()
     assert replay(past, 4).facts["skipped"] is None
 
 

@@ -130,7 +130,7 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
     shipper.process.wait(40)  # it lingers 2 s and what its last request takes
     server.start() if how == "killed" else server.go_on()
     server.wait()
-    assert sync.sync(directory) == (True, f"MLflow has all of it ({server.uri})")
+    assert sync.sync(directory) == (True, f"journal fully uploaded to MLflow at {server.uri}")
     assert rows(server.uri, directory) == expected(directory)
     assert client(server.uri).get_run(SyncState.load(directory).run_id).info.status == "FINISHED"
 

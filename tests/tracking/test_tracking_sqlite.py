@@ -78,13 +78,13 @@ def test_compare_reads_an_experiment_here_or_from_mlflow(default_run: Path, tmp_
 def test_experiments_that_cannot_be_read_are_refused_and_nothing_is_made(default_run: Path, tmp_path: Path):
     shutil.copy(default_run.parent / "mlflow.db", tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(NothingToCompare, match=r"'other': not at sqlite.*there are Default, trilevel"):
+    with pytest.raises(NothingToCompare, match=r"'other' at sqlite.*valid values: Default, trilevel"):
         from_mlflow("other", tmp_path, uri)
     mlflow = client(uri)
     mlflow.create_run(mlflow.get_experiment_by_name("trilevel").experiment_id, run_name="young")
     assert from_mlflow("trilevel", tmp_path / "out", uri)[1] == ["young"]
     said = warnings(compare([default_run], missing=["young"]))
-    assert said == ["left out, without a journal in MLflow: young; bring it there by trilevel sync RUN"]
+    assert said == ["left out, without a journal in MLflow: young; upload it with trilevel sync RUN"]
     with pytest.raises(NothingToCompare, match="no such database"):
         from_mlflow("trilevel", tmp_path, f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
     assert not (tmp_path / "elsewhere").exists()
@@ -137,7 +137,7 @@ def test_training_killed_the_shipper_brings_the_rest_and_ends(default_run: Path,
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler ends a job by signals to all of its processes
         shipper.send_signal(number)
     done, message = sync.sync(directory)
-    assert not done and "a shipper is at work" in message
+    assert not done and "another process is uploading" in message
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.wait()
     assert psutil.wait_procs([shipper], timeout=20)[0]
@@ -161,4 +161,4 @@ def test_deleted_run_is_said_and_a_refused_metric_holds_nothing_up(
     client(uri).delete_run(SyncState.load(directory).run_id)
     write(directory, [{"kind": "step", "time": 1.8e9, "attempt": 0, "step": 11, "lr": 1.0}])
     done, message = sync.sync(directory)
-    assert not done and "was deleted there: delete mlflow.json" in message
+    assert not done and "was deleted in MLflow: delete mlflow.json" in message

@@ -1,10 +1,10 @@
-"""Runs side by side, at equal accuracy: what one saves against another, and when two must not be compared.
+"""Compare runs: differences to a base, over the whole run and at equal accuracy, and why two runs are not comparable.
 
-Reads journals (run directories, or the journals MLflow holds). Runs that differ only in their seed are one group: mean +- sd, and
+Reads journals (run directories, or the journals in MLflow). Runs that differ only in their seed are one group: mean +- sd, and
 differences to the base paired by seed, with 95 % intervals of Student's t (ratios in logarithms). The score of a run is its last
-top-1, of the moving average where it has one.
+top-1, of the EMA if it has one.
 
-Two speedups are told, because each alone misleads: of the whole run (final scores differ), and at equal top-1, the highest that
+There are two speedups, because each alone misleads: of the whole run (final scores differ), and at equal top-1, the highest that
 both reached (a schedule made for a shorter run is ahead early).
 """
 
@@ -25,7 +25,7 @@ from trainer.analysis.history import History, Point, history
 from trainer.config.errors import TrilevelError
 from trainer.config.run_config import flat
 
-COSTS = {  # what a score may be held against: how to read it off a point
+COSTS = {  # costs of a score: how to read them from a point
     "time": lambda point: point.elapsed,
     "device hours": lambda point: point.device_seconds / 3600,
     "multiply-adds": lambda point: point.multiply_adds,
@@ -34,7 +34,7 @@ COSTS = {  # what a score may be held against: how to read it off a point
 
 
 class NothingToCompare(TrilevelError, ValueError):
-    """Runs that can't be found or have no score; the text names them and the way out."""
+    """Runs that can't be found or have no score; the message names them and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MeanInterval:
 
     @classmethod
     def of_ratios(cls, values: list[float]) -> MeanInterval:
-        """Of how many times one is the other: in logarithms, so that half and double are equally far from 1 and none is below 0."""
+        """Of ratios: in logarithms, so that half and double are equally far from 1 and no bound is below 0."""
         spread = cls.of([math.log(value) for value in values])
         return cls(math.exp(spread.mean), math.nan, math.exp(spread.low), math.exp(spread.high), spread.count)
 
@@ -71,7 +71,7 @@ class MeanInterval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A group against the base, paired by seed where both have the seeds (`paired` of them), else each with each, without intervals.
+    """A group compared with the base, paired by seed (`paired` pairs); without common seeds each with each, without intervals.
 
     top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
     up to the score that both of a pair reached; at: these scores.
@@ -100,22 +100,22 @@ class Group:
 class Comparison:
     base: Group
     groups: tuple[Group, ...]  # the base first, then as given
-    wrong: tuple[str, ...] = ()  # why a difference may not be what it seems, one sentence each
+    wrong: tuple[str, ...] = ()  # why differences may be misleading, one sentence each
 
 
 def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequence[str] = ()) -> Comparison:
-    """Compare run directories (at least one). `base`: the name of the run all others are held against; without it the dense one
-    where there is exactly one (seeds apart), else the first. `missing`: names of runs that have no journal, to be told.
+    """Compare run directories (at least one). `base`: the name of the reference run; default: the dense one if there is exactly one
+    (not counting seeds), else the first. `missing`: names of runs without a journal, which become warnings.
 
-    Raises JournalError for a directory without a journal, NothingToCompare where there is no score or no such base.
+    Raises JournalError for a directory without a journal, NothingToCompare without any score or for an unknown base.
     """
     read = [history(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)]
     scored = [run for run in read if evaluations(run)]
     if not scored:
-        said = ", ".join(str(run.directory) for run in read) or "no runs given"
-        raise NothingToCompare(f"no evaluation in {said}: let a run come to its first evaluation (evaluate.every)")
+        names = ", ".join(str(run.directory) for run in read) or "no runs given"
+        raise NothingToCompare(f"no evaluation in {names}: wait for the first evaluation of a run (evaluate.every)")
     groups: dict[tuple[str, int], list[History]] = {}
-    for run in scored:  # the same settings and the same seed again are a group of their own: something else must differ
+    for run in scored:  # a second run with the same settings and seed is a group of its own: something else must differ
         same = _sameness(run)
         turn = next(i for i in range(len(scored)) if seed(run) not in [seed(other) for other in groups.get((same, i), [])])
         groups.setdefault((same, turn), []).append(run)
@@ -126,22 +126,22 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
     else:
         first = next((n for n, members in named if base == n or base in [run.name for run in members]), None)
     if first is None:
-        raise NothingToCompare(f"base {base!r}: no such run here; there are {', '.join(run.name for run in scored)}")
+        raise NothingToCompare(f"--base: unknown value {base!r}; valid values: {', '.join(run.name for run in scored)}")
     ours = tuple(dict(named)[first])
     found = [Group(first, ours, None)]
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]
     left = [f"left out, without an evaluation: {run.directory}" for run in read if run not in scored]
-    left += [f"left out, without a journal in MLflow: {name}; bring it there by trilevel sync RUN" for name in missing]
+    left += [f"left out, without a journal in MLflow: {name}; upload it with trilevel sync RUN" for name in missing]
     return Comparison(found[0], tuple(found), (*left, *caveats([run for group in found for run in group.runs])))
 
 
 def dense(run: History) -> bool:
-    """Whether the run left nothing out: no example, no token, no connection."""
+    """Whether the run kept every example, token and connection."""
     return all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
 
 
 def evaluations(run: History) -> list[Point]:
-    """Evaluations that count for the run: of the moving average where there is one."""
+    """Evaluations that count for the run: of the EMA if there is one."""
     return run.evals(ema=True) or run.evals(ema=False)
 
 
@@ -154,7 +154,7 @@ def final(run: History) -> float:
 
 
 def cost_to_reach(run: History, top1: float, cost: str) -> float:
-    """What it took to come to `top1` first, between two evaluations by straight line; nan where it never did or nobody counted."""
+    """Cost until `top1` was first reached, interpolated linearly between evaluations; nan if never reached or the cost is unknown."""
     before: tuple[float, float] | None = None  # (cost, best so far)
     for point in evaluations(run):
         here = (COSTS[cost](point), float(point["top1"]))
@@ -167,7 +167,7 @@ def cost_to_reach(run: History, top1: float, cost: str) -> float:
 
 
 def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
-    """Hold the runs of a group against those of the base."""
+    """The runs of a group compared with those of the base."""
     seeds = {seed(run): run for run in base}
     pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
     paired = len(pairs)
@@ -188,33 +188,31 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
 
 
 def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[list[Path], list[str]]:
-    """Journals of the runs of an experiment, and names of its runs without one. Of each the run directory where it is on this
-    machine, else the journal MLflow holds.
+    """Journals of the runs of an experiment, and names of its runs without one. For each: the run directory if it is on this machine,
+    else the journal in MLflow, downloaded under `into`.
 
-    Raises NothingToCompare where MLflow does not answer, has no such experiment, or no run of it with a journal.
+    Raises NothingToCompare if MLflow does not answer, the experiment is unknown or has no run with a journal.
     """
     from trainer.tracking.mlflow_client import journals_of
 
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
     file = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not file.is_file():  # or MLflow would make an empty one there
-        raise NothingToCompare(f"{file}: no such database; name yours by --uri, or give run directories")
+        raise NothingToCompare(f"{file}: no such database; set --uri, or give run directories")
     try:
         found, missing = journals_of(uri, experiment, into)
     except LookupError as error:
-        raise NothingToCompare(f"experiment {experiment!r}: not at {uri}; there are {error}") from error
+        raise NothingToCompare(f"--experiment: unknown value {experiment!r} at {uri}; valid values: {error}") from error
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise NothingToCompare(f"{uri}: {type(error).__name__}: {text}; or give run directories") from error
     if not found:
-        raise NothingToCompare(
-            f"experiment {experiment!r} at {uri}: no run with a journal there; send them by trilevel sync RUN"
-        )
+        raise NothingToCompare(f"experiment {experiment!r} at {uri}: no run with a journal; upload them with trilevel sync RUN")
     return found, missing
 
 
 def _sameness(run: History) -> str:
-    """Equal for runs that differ only in their seed and in what does not touch a result or a time."""
+    """A key that is equal for runs that differ only in their seed and in settings that affect neither results nor times."""
     config = {
         key: value for key, value in flat(run.config).items() if key not in IGNORED_SETTINGS and not key.startswith("tracking.")
     }
@@ -225,7 +223,7 @@ def _sameness(run: History) -> str:
 
 
 def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
-    """Groups under the name of their first run, less the seed where the names differ; numbered where two would be the same."""
+    """Groups by the name of their first run, without the seed if the names differ; numbered if two would be the same."""
     named: dict[str, list[History]] = {}
     for members in groups:
         name = members[0].name

@@ -1,4 +1,4 @@
-"""A comparison to look at: a table (terminal, CSV, Markdown) and one HTML page that needs nothing beside itself."""
+"""The output of a comparison: a table (terminal, CSV, Markdown) and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ figure{margin:0}svg{width:100%;height:auto}.note{color:#555;font-size:.9rem}.scr
 
 
 def rows(comparison: Comparison) -> list[dict[str, str]]:
-    """One row per group, columns by name; the same in all forms of the table."""
+    """One row per group, columns by name, the same in all formats."""
     found = []
     for group in comparison.groups:
         against = group.against
@@ -48,7 +48,7 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
         }
         for kept in ("examples", "tokens", "connections"):
             shares = [share for run in group.runs if (share := run.mean_share(kept)) is not None]
-            row[f"{kept} %"] = _plus_minus(MeanInterval.of(shares).alone(), 100, "{:.0f}")
+            row[f"kept {kept} %"] = _plus_minus(MeanInterval.of(shares).alone(), 100, "{:.0f}")
         for name, cost in (
             ("whole run: time x", "time"),
             ("whole run: device hours x", "device hours"),
@@ -68,10 +68,10 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def table(comparison: Comparison) -> Table:
-    """For a terminal: runs are columns, so that it stays narrow."""
+    """For a terminal, with runs as columns to keep it narrow."""
     found = rows(comparison)
     alone = len(comparison.groups) == 1
-    shown = Table(title="against " * (not alone) + comparison.base.name, title_justify="left", title_style="bold")
+    shown = Table(title="compared with " * (not alone) + comparison.base.name, title_justify="left", title_style="bold")
     shown.add_column("", style="dim")
     for row in found:
         shown.add_column(row["run"], justify="right")
@@ -96,26 +96,26 @@ def comma_separated(comparison: Comparison) -> str:
 
 
 def warnings(comparison: Comparison) -> list[str]:
-    """Why runs may not be compared, or only in part."""
+    """Why runs are not comparable, or only partly."""
     found, base = list(comparison.wrong), comparison.base
     for group in comparison.groups:
         most = max(len(group.runs), len(base.runs))
         if group.against and not group.against.paired:
             found.append(
-                f"{group.name} and {base.name} share no seed: differences are of all runs with all, without an interval"
+                f"{group.name} and {base.name} have no seed in common: differences are over all pairs of runs, without intervals"
             )
         elif group.against and group.against.paired < most:
             found.append(
-                f"{group.name} and {base.name} share {group.against.paired} of {most} seeds: differences are of these alone"
+                f"{group.name} and {base.name} have {group.against.paired} of {most} seeds in common: differences are over these alone"
             )
     return found
 
 
 def page(comparison: Comparison) -> str:
-    """The whole page: tables, pictures as SVG, what stands against comparing. Loads nothing from anywhere."""
+    """The HTML page: warnings, table, plots as SVG. Loads nothing from the network."""
     found, base = rows(comparison), html.escape(comparison.base.name)
     others = [group.name for group in comparison.groups[1:]]
-    heading = f"{html.escape(_listed(others))} against {base}" if others else base
+    heading = f"{html.escape(_listed(others))} compared with {base}" if others else base
     first, *rest = found[0]  # runs are columns, so that the page stays narrow
     head = f"<th>{first}</th>" + "".join(f"<th>{html.escape(row[first])}</th>" for row in found)
     body = "".join(
@@ -125,11 +125,11 @@ def page(comparison: Comparison) -> str:
     wrong = "".join(f"<li>{html.escape(text)}</li>" for text in warnings(comparison))
     parts = [
         f"<h1>{heading}</h1>",
-        f'<div class="wrong"><b>Mind when comparing</b><ul>{wrong}</ul></div>' if wrong else "",
+        f'<div class="wrong"><b>Warnings</b><ul>{wrong}</ul></div>' if wrong else "",
         f'<h2>Table</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
         '<p class="note">mean &plusmn; standard deviation over seeds; [ ] 95 % interval of the mean, paired by seed. '
-        "x above 1: the run needs less than the base. Equal top-1 is the highest that both runs of a pair reached.</p>",
-        f"<h2>Accuracy against what it cost</h2><figure>{accuracy(comparison)}</figure>",
+        "x: base / run, above 1 the run needs less. Equal top-1: the highest that both runs of a pair reached.</p>",
+        f"<h2>Accuracy by cost</h2><figure>{accuracy(comparison)}</figure>",
         f"<h2>Throughput</h2><figure>{throughput(comparison)}</figure>",
     ]
     classes = per_class(comparison)
@@ -150,12 +150,12 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
 
 
 def _listed(names: list[str]) -> str:
-    """The names of the others, few of them written out."""
+    """The names of up to three runs, else their number."""
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
 
 
 def _middle(run: History, name: str) -> float:
-    """Median over the log lines; nan where they don't tell."""
+    """Median over the log lines; nan if they don't have it."""
     values = [float(point[name]) for point in run.of("step") if point.get(name) is not None]
     return statistics.median(values) if values else math.nan
 
@@ -167,14 +167,14 @@ def _highest(run: History, name: str) -> float:
 def _plus_minus(spread: MeanInterval, factor: float, form: str) -> str:
     if math.isnan(spread.mean):
         return ""
-    said = form.format(factor * spread.mean)
-    return said if math.isnan(spread.sd) else f"{said} ± {form.format(factor * spread.sd).lstrip('+')}"
+    text = form.format(factor * spread.mean)
+    return text if math.isnan(spread.sd) else f"{text} ± {form.format(factor * spread.sd).lstrip('+')}"
 
 
 def _interval(spread: MeanInterval, factor: float, form: str) -> str:
     if math.isnan(spread.mean):
         return ""
-    said = form.format(factor * spread.mean)
+    text = form.format(factor * spread.mean)
     if math.isnan(spread.low):
-        return said
-    return f"{said} [{form.format(factor * spread.low)}, {form.format(factor * spread.high)}]"
+        return text
+    return f"{text} [{form.format(factor * spread.low)}, {form.format(factor * spread.high)}]"

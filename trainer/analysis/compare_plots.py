@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as SVG: accuracy against what it cost, throughput, classes that moved."""
+"""The plots of a comparison, as SVG: accuracy by cost, throughput, classes whose accuracy changed most."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trainer.storage.text import plot_text
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
 LINES = ("-", "--", ":", "-.")
 TITLES = {
-    "time": "time at work",
+    "time": "time (gaps between attempts left out)",
     "device hours": "device time",
     "multiply-adds": "multiply-adds (forward)",
-    "images": "images seen",
+    "images": "images trained on",
 }
 
 
@@ -60,7 +60,7 @@ def throughput(comparison: Comparison) -> str:
             tops.append(draw_throughput(axes, run, scale, color, plot_text(group.name) if i == 0 else None, line))
     axes.set_ylim(0, 1.15 * max(tops) or 1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("time at work" + unit)
+    axes.set_xlabel("time (gaps between attempts left out)" + unit)
     axes.set_ylabel("images/s in training")
     _legend(figure, axes)
     _plain(axes)
@@ -68,7 +68,7 @@ def throughput(comparison: Comparison) -> str:
 
 
 def per_class(comparison: Comparison, most: int = 12) -> str:
-    """Bars of the classes whose accuracy moved most, mean over the seeds; empty where the evaluations don't list classes."""
+    """Bars of the classes whose accuracy changed most, mean over the seeds; empty if the evaluations don't list classes."""
     base, others = _of_classes(comparison.base), [(g, _of_classes(g)) for g in comparison.groups if g.against]
     others = [(group, values) for group, values in others if base and values and len(values) == len(base)]
     if not base or not others:
@@ -89,7 +89,7 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
     axes.set_yticks(range(len(moved)), [plot_text(str(names[c])) if c < len(names) else f"class {c}" for c in moved])
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_xlabel("accuracy of the class against the base (points)")
+    axes.set_xlabel("accuracy of the class, difference to the base (percentage points)")
     _legend(figure, axes)
     _plain(axes, "x")
     return _svg(figure)
@@ -110,7 +110,7 @@ def _device_unit(hours: float) -> tuple[float, str]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the panels, where no line runs through it."""
+    """Above the panels, so that it covers no line."""
     lines, names = axes.get_legend_handles_labels()
     if names:
         longest = max(map(len, names))
@@ -120,7 +120,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _styles(comparison: Comparison) -> list[tuple[str, str]]:
-    """Colour and line of each group; beyond the colours that can be told apart the lines differ."""
+    """Colour and line style of each group; line styles differ once all colours are used."""
     return [(COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]) for i in range(len(comparison.groups))]
 
 

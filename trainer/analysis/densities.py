@@ -1,4 +1,4 @@
-"""`trilevel eval`: one set of weights at one or many densities, with timm's evaluation transform, beside what it costs."""
+"""`trilevel eval`: evaluate one set of weights at one or many densities, with timm's evaluation transform; accuracy and cost."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from trainer.model.schedule import Schedule
 
 
 class DensityResult(NamedTuple):
-    """density, connections: shares of tokens and keys kept at each pruning block. tokens: in the last block. gmacs: of one image's
-    forward pass / 1e9."""
+    """density, connections: keep ratios of tokens and connections at each pruning block. tokens: in the last block. gmacs: 1e9
+    multiply-adds of one image's forward pass."""
 
     density: float
     connections: float
@@ -71,10 +71,10 @@ class DensityResults(NamedTuple):
 def score(
     model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None
 ) -> DensityResults:
-    """Score `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
+    """Evaluate `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
-    `config` None: the run's own, with `overrides`. densities: shares of tokens, with all connections kept; None: the final plan of the
-    configuration. Raises ConfigError.
+    `config` None: the run's own, with `overrides`. densities: keep ratios of tokens, with all connections kept; None: the final plan
+    of the configuration. Raises ConfigError.
     """
     config, network = _load(model, config, overrides or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,14 +100,14 @@ def score(
 
 
 def _refuse_change(text: str) -> None:
-    """A head that starts anew or a resized embedding is a way to train, not a thing to score."""
+    """Weights must fit exactly: a reinitialised head or a resized embedding would be evaluated untrained."""
     raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
 
 
 def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Config, Any]:
     if model.startswith("timm:"):
         if config is None:
-            raise ConfigError(f"eval {model}: which images? Give a CONFIG whose data.validation names the shards")
+            raise ConfigError(f"eval {model}: no validation shards given; add a CONFIG with data.validation")
         name = model.removeprefix("timm:")
         config = _as_timm_evaluates(config, name)
         return config, build_model(config)
@@ -116,9 +116,9 @@ def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Conf
         config = config or load(path / "config.yaml", overrides)
         path = path / "weights.safetensors"
     if config is None:
-        raise ConfigError(f"eval {model}: a weights file needs a CONFIG that says which model it is of")
+        raise ConfigError(f"eval {model}: a weights file needs a CONFIG with its model; add one")
     if not path.is_file():
-        raise ConfigError(f"eval {model}: no weights at {path}; a run writes them with its first checkpoint")
+        raise ConfigError(f"eval {model}: {path} does not exist; a run writes it with its first checkpoint")
     network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
     weights.fit(network.vit, weights.load_weights(path), str(path), say=_refuse_change)
     return config, network
@@ -130,11 +130,11 @@ def _as_timm_evaluates(config: Config, name: str) -> Config:
     network = timm.create_model(name, pretrained=False)
     about, classes = timm.data.resolve_model_data_config(network), getattr(network, "num_classes", 0)
     if classes != config.model.classes:
-        raise ConfigError(f"timm:{name} knows {classes} classes, the configuration has model.classes={config.model.classes}")
-    if about.get("crop_mode", "center") != "center":
         raise ConfigError(
-            f"timm:{name} is evaluated with crop_mode={about['crop_mode']}, this evaluation crops the centre only"
+            f"model.classes={config.model.classes}: timm:{name} has {classes} classes; set model.classes={classes}"
         )
+    if about.get("crop_mode", "center") != "center":
+        raise ConfigError(f"timm:{name} needs crop_mode={about['crop_mode']} for evaluation; only the centre crop is supported")
     model = config.model.model_copy(
         update={
             "name": name,

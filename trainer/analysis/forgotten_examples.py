@@ -1,4 +1,4 @@
-"""The contact sheet of `trilevel show`: the examples that a run forgot most and least, and some that were never right."""
+"""The contact sheet of `trilevel show`: the most and the least forgotten examples of a run, and some that were never right."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHEET = 12  # pictures in a row
 
 
 def contact_sheet(run: Path, config: Config, path: Path) -> Path:
-    """The most and the least forgotten examples of the running window, and some that were never right, from the newest checkpoint.
+    """Draw the most and the least forgotten examples of the current window, and some that were never right, from the newest checkpoint.
 
-    Raises ConfigError where there is no checkpoint, DataError where the shards aren't there.
+    Raises ConfigError without a checkpoint, DataError without the shards.
     """
     found = save_load.latest(run / "checkpoints")
     if found is None:
@@ -64,7 +64,7 @@ def contact_sheet(run: Path, config: Config, path: Path) -> Path:
 
 
 def ranked(level: Forgetting) -> dict[str, np.ndarray]:
-    """Up to a row of ids of each kind, in the order in which an update would leave examples out; kinds without any are left out."""
+    """Up to a row of ids of each kind, in the order in which an update would move them to the pool; empty kinds are left out."""
     scores = level.scores()
     scored, never = np.flatnonzero(np.isfinite(scores)), np.flatnonzero(np.isinf(scores))
     ties = level.spread[scored] / level.seen[scored] if level.wants_spread else np.zeros(len(scored))

@@ -1,7 +1,7 @@
-"""A run as its journal tells it: counters along the lineage that survives, ready for a table, a picture or a comparison.
+"""A run, read from its journal: counters along its lineage, for tables, plots and comparisons.
 
-Time is time at work: the gaps between attempts are left out, and so is what a killed attempt did behind the point where the
-next one went on. Device time is that time by the number of processes (one per device).
+Times leave out gaps between attempts, and steps of a killed attempt after the point from which the next one resumed. Device time
+is this time x the number of processes (one per device).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from trainer.journal.reader import lineage
 
 @dataclass(frozen=True)
 class Point:
-    """What lies behind a line of the journal. Multiply-adds: forward, over all images; nan where the journal doesn't tell."""
+    """Counters at a line of the journal. Multiply-adds: forward, over all images so far; nan if the journal lacks them."""
 
     step: int
     progress: float
-    elapsed: float  # seconds at work, evaluation and checkpoints included
+    elapsed: float  # seconds, with evaluation and checkpoints, without gaps between attempts
     trained: float  # seconds of training steps alone
     images: int  # presented to the model in training
     multiply_adds: float
@@ -38,11 +38,11 @@ class Point:
 
 @dataclass(frozen=True)
 class History:
-    """One run. `starts`: the start line of every attempt; `points`: lines of each kind, oldest first; `last`: where the run stands."""
+    """One run. `starts`: the start line of every attempt; `points`: lines of each kind, oldest first; `last`: the newest one."""
 
     directory: Path
     starts: list[dict[str, Any]]
-    status: str  # of the last attempt: "finished", "stopped", "failed", or "running" (also: killed without a word)
+    status: str  # of the last attempt: "finished", "stopped", "failed", or "running" (also if it was killed)
     reason: str
     points: dict[str, list[Point]]
     last: Point
@@ -72,20 +72,20 @@ class History:
 
     @property
     def images_per_second(self) -> float:
-        """Over the whole of training, evaluation and checkpoints left out; 0 before the first step line."""
+        """Mean over all training steps, without evaluation and checkpoints; 0 before the first step line."""
         return self.last.images / self.last.trained if self.last.trained > 0 else 0.0
 
     @property
     def saved(self) -> float | None:
-        """Share of the multiply-adds saved, of those a dense model takes on every example of these epochs; None if not told."""
+        """Share of multiply-adds saved, relative to a dense model on every example of these epochs; None if unknown."""
         dense = self.last.dense_multiply_adds
         return 1 - self.last.multiply_adds / dense if dense > 0 else None
 
     def shares(self, kept: str) -> list[tuple[Point, float]]:
-        """How much is kept from each point on, of "examples", "tokens" or "connections"; empty where nothing tells.
+        """The kept share of "examples", "tokens" or "connections" from each point on; empty if the journal lacks it.
 
-        "examples" is kept / all. "tokens" is what is computed: tokens in all blocks / tokens of a dense model, where the
-        plateaus list them, else the keep ratio of the plan.
+        "examples": kept / all. "tokens": tokens computed in all blocks / tokens of a dense model, if the plateau lines list them,
+        else the keep ratio.
         """
         if kept == "examples":
             return [(point, point["kept"] / point["examples"]) for point in self.of("epoch") if point.get("examples")]
@@ -106,7 +106,7 @@ class History:
 
 
 def history(directory: Path | str) -> History:
-    """Read a run directory. Raises JournalError where it has no journal."""
+    """Read a run directory. Raises JournalError if it has no journal."""
     directory = Path(directory)
     points: dict[str, list[Point]] = {}
     starts: list[dict[str, Any]] = []
@@ -132,7 +132,7 @@ def history(directory: Path | str) -> History:
         elapsed += passed
         device_seconds += passed * world
         if isinstance(line.get("step"), int):
-            step = max(step, line["step"])  # a checkpoint is told when it is durable, after later steps
+            step = max(step, line["step"])  # a checkpoint line is written once it is on disk, after lines of later steps
         progress = line.get("progress", progress)
         if kind == "step":
             trained += line.get("seconds", 0.0)
@@ -153,7 +153,7 @@ def history(directory: Path | str) -> History:
 def _stretches(
     plans: list[tuple[int, float, float]], begin: int, end: int, last: tuple[float, float]
 ) -> Iterator[tuple[float, float, float]]:
-    """The steps behind `begin` up to `end` in stretches of one plan and epoch: (share of them, per_image, kept).
+    """The steps from `begin` + 1 to `end`, split by plan and epoch: (share of them, per_image, kept).
 
     plans: (step up to which they held, per_image, kept) of all but the last one.
     """

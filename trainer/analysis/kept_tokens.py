@@ -1,5 +1,5 @@
-"""`trilevel show RUN IMAGE ...`: which tokens of an image survive each pruning block, which keys a token still sees, and which
-examples a run forgot most and least. Pictures under the run's final plan, evaluation transform and newest weights.
+"""`trilevel show RUN IMAGE ...`: which tokens of an image remain after each pruning block, which keys a token attends to, and which
+examples a run forgot most and least. Drawn with the run's final plan, evaluation transform and newest weights.
 """
 
 from __future__ import annotations
@@ -30,15 +30,23 @@ from trainer.model.build import build_model
 from trainer.model.schedule import Schedule
 from trainer.storage.text import plot_text
 
-CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it sees
-FADED = np.array([205, 215, 232], dtype=np.float32)  # what is left out fades to this, neither black nor white
+CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it attends to
+FADED = np.array([205, 215, 232], dtype=np.float32)  # colour of removed patches, neither black nor white
 WIDTH = 2.4  # inches of a panel
 
 
 class TokenView(NamedTuple):
-    """One image through the network. pixels: (S, S, 3) uint8. grid: patches down and across. kept: {block: (k,) patch ids, rising}.
-    seen: {block: (j,) ids of the tokens that the chosen one sees from there on, -1 for a fused one}; a block where it no longer
-    lives has none. keys: {block: how many tokens there are to be seen}."""
+    """One image through the network.
+
+    pixels: (S, S, 3) uint8.
+    grid: patches down and across.
+    predicted: class.
+    kept: {block: (k,) patch ids, ascending}.
+    token: id of the chosen patch.
+    seen: {block: (j,) ids of the tokens that the chosen one attends to from this block on, -1 for a fused one}; without the blocks
+    after its removal.
+    keys: {block: number of remaining tokens}.
+    """
 
     pixels: np.ndarray
     grid: tuple[int, int]
@@ -50,19 +58,17 @@ class TokenView(NamedTuple):
 
 
 class Viewer:
-    """A run's network, ready to look. Raises ConfigError for a run without weights, or one that leaves out no tokens and no keys."""
+    """A run's network in evaluation mode. Raises ConfigError for a run without weights, or one that keeps all tokens and connections."""
 
     def __init__(self, run: Path | str, overrides: Sequence[str] = ()) -> None:
         self.run, self.config = Path(run), _config(run, overrides)
         settings = self.config.model.model_copy(update={"init": "random"})
         self.model = build_model(self.config.model_copy(update={"model": settings}))
         if not self.model.blocks:
-            raise ConfigError(
-                f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
-            )
+            raise ConfigError(f"show {run}: tokens.method=all and connections.method=all keep everything, so no tokens to show")
         file = self.run / "weights.safetensors"
         if not file.is_file():
-            raise ConfigError(f"show {run}: no weights at {file}; a run writes them with its first checkpoint")
+            raise ConfigError(f"show {run}: {file} does not exist; a run writes it with its first checkpoint")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
         self.plan = Schedule(self.config).last()
@@ -72,16 +78,16 @@ class Viewer:
 
     @torch.no_grad()
     def look(self, image: Path | str, token: int | None = None) -> TokenView:
-        """token: a patch id, counted from 0 in reading order; None: the survivor nearest to the middle. Raises ConfigError."""
+        """token: a patch id, counted from 0 in reading order; None: the kept one nearest to the middle. Raises ConfigError."""
         try:
             pixels = self.transform(memoryview(Path(image).read_bytes())).pixels
         except (OSError, ValueError) as error:
-            raise ConfigError(f"show {image}: not readable as an image: {error}") from error
+            raise ConfigError(f"show {image}: can't be read as an image: {error}") from error
         images = normalise(pixels[None], self.config.augment)
         output = self.model(images, self.plan, frozenset({"kept", "keys"}))
         across, down = self.model.vit.patch_embed.grid_size[::-1]
         if token is not None and not 0 <= token < across * down:
-            raise ConfigError(f"--token {token}: this network has patches 0 to {across * down - 1}, in reading order")
+            raise ConfigError(f"--token {token}: must be 0 to {across * down - 1} (patches in reading order)")
         orders = {block: ids[0].numpy() for block, ids in output.kept.items()}  # fused tokens have id -1
         last = orders[max(orders)]
         if token is None:
@@ -108,16 +114,16 @@ class Viewer:
 def show(
     run: Path | str, images: Sequence[str], out: Path, token: int | None = None, overrides: Sequence[str] = ()
 ) -> list[Path]:
-    """Write one picture per image, and examples.png where the newest checkpoint counts forgetting; the files written.
+    """Write one plot per image, and examples.png if the run counts forgetting events; returns the files written.
 
-    Without checkpoint or shards there is no examples.png: that is told where images were asked for, and raised (ConfigError,
-    DataError) where they were not. Raises ConfigError where there is nothing to show.
+    Without checkpoint or shards examples.png can't be made: a message if images were given, else ConfigError or DataError. Raises
+    ConfigError if there is nothing to show.
     """
     config = _config(run, overrides)
     counts = config.examples.settings.counts_forgetting
     if not images and not counts:
         raise ConfigError(
-            f"show {run}: examples.method={config.examples.method} counts no forgetting, so there is no sheet of examples; give an IMAGE"
+            f"show {run}: examples.method={config.examples.method} does not count forgetting events, so no examples to show; give an IMAGE"
         )
     out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -138,7 +144,7 @@ def show(
 
 
 def draw(looked: TokenView, path: Path, title: str) -> Path:
-    """Upper row: the image, then what is left after each pruning block. Lower row, with level 3: what the chosen token sees."""
+    """Upper row: the image, then the tokens left after each pruning block. Lower row, with level 3: keys of the chosen token."""
     blocks = sorted(looked.kept)
     total = looked.grid[0] * looked.grid[1]
     connected = any(len(seen) < looked.keys[block] for block, seen in looked.seen.items())
@@ -155,11 +161,11 @@ def draw(looked: TokenView, path: Path, title: str) -> Path:
         _mark(panels[1, 0], looked, [looked.token], CHOSEN)
         for axes, block in zip(panels[1, 1:], blocks, strict=True):
             if block not in looked.seen:
-                _panel(axes, looked, looked.kept[block], f"token {looked.token} is gone")
+                _panel(axes, looked, looked.kept[block], f"token {looked.token} was removed")
                 continue
             seen = looked.seen[block]
             patches = seen[seen >= 0]
-            _panel(axes, looked, patches, f"it sees {len(seen)} of {looked.keys[block]} keys")
+            _panel(axes, looked, patches, f"attends to {len(seen)} of {looked.keys[block]} keys")
             _mark(axes, looked, patches, SEEN)
             _mark(axes, looked, [looked.token], CHOSEN)
             lines = [[_middle(looked, looked.token), _middle(looked, int(key))] for key in patches]
@@ -172,12 +178,12 @@ def draw(looked: TokenView, path: Path, title: str) -> Path:
 def _config(run: Path | str, overrides: Sequence[str]) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"show {run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
+        raise ConfigError(f"show {run}: no config.yaml; give the directory of a run, e.g. runs/NAME")
     return load(path, list(overrides))
 
 
 def _visible(keys: VisibleKeys | None, patch: int, num_prefix: int) -> np.ndarray | None:
-    """Positions among the patches that are left which the patch at position `patch` sees; None: all."""
+    """Positions among the remaining patches that the patch at position `patch` attends to; None: all."""
     if keys is None:
         return None
     if keys.mask is not None:
@@ -189,7 +195,7 @@ def _visible(keys: VisibleKeys | None, patch: int, num_prefix: int) -> np.ndarra
 
 
 def _panel(axes: Axes, looked: TokenView, bright: np.ndarray | None, title: str) -> None:
-    """The image; patches that are not `bright` fade."""
+    """The image, with all patches but `bright` faded."""
     pixels = looked.pixels.astype(np.float32)
     if bright is not None:
         shown = np.zeros(looked.grid[0] * looked.grid[1], dtype=bool)

@@ -1,4 +1,4 @@
-"""What a run came to: a closing table and a picture, from its journal alone."""
+"""The report of a run: a table and a plot, from its journal alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReportRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """The closing table of a run in three forms: `table` for a terminal, `text` for a log, `markdown` for a page."""
+    """The table of a run in three formats: `table` for a terminal, `text` for a log, `markdown` for a page."""
 
     title: str
     rows: list[ReportRow]
@@ -56,7 +56,7 @@ class Summary:
 
 
 def summary(run: Path | str | History) -> Summary:
-    """The table of a run, also of one that is still running or was killed. Raises JournalError where there is no journal."""
+    """The table of a run, also of one that is still running or was killed. Raises JournalError without a journal."""
     run = run if isinstance(run, History) else history(run)
     rows = [*_accuracy(run)]
     last = run.last
@@ -87,11 +87,11 @@ def summary(run: Path | str | History) -> Summary:
     )
     broken = len(run.of("broken"))
     if broken:
-        rows.append(ReportRow("broken images", f"{broken:,}", "named in the journal"))
+        rows.append(ReportRow("broken images", f"{broken:,}", "listed in the journal"))
     if skipped := len(run.of("skipped")):
-        rows.append(ReportRow("skipped steps", f"{skipped:,}", "their loss or gradient was not finite; named in the journal"))
+        rows.append(ReportRow("skipped steps", f"{skipped:,}", "non-finite loss or gradient; listed in the journal"))
     if run.attempts > 1:
-        rows.append(ReportRow("attempts", str(run.attempts), "what killed attempts did in vain is left out"))
+        rows.append(ReportRow("attempts", str(run.attempts), "without steps of killed attempts that were repeated"))
     status = run.status + (f": {run.reason}" if run.reason else "")
     return Summary(f"{run.name}: {status}, {last.step:,} steps, epoch {last.progress:g}", rows)
 
@@ -99,14 +99,14 @@ def summary(run: Path | str | History) -> Summary:
 def write(directory: Path | str) -> Summary:
     """RUN/report.md and RUN/report.png, which go to MLflow with the run when they are there before `Shipper.finish`."""
     run = history(directory)
-    said = summary(run)
-    (run.directory / "report.md").write_text(said.markdown)
+    found = summary(run)
+    (run.directory / "report.md").write_text(found.markdown)
     picture(run)
-    return said
+    return found
 
 
 def where_to_look(directory: Path | str) -> str:
-    """How to open the run in MLflow's pages, from what the shipper left in RUN/mlflow.json, or how to bring it there."""
+    """How to open the run in MLflow, from RUN/mlflow.json, or how to upload it."""
     directory = Path(directory)
     try:
         state = json.loads((directory / "mlflow.json").read_text())
@@ -114,7 +114,7 @@ def where_to_look(directory: Path | str) -> str:
     except (OSError, ValueError, KeyError):
         state, uri, run_id = {}, "", None
     if not run_id:
-        return f"not in MLflow yet; bring it there: trilevel sync {directory}"
+        return f"not in MLflow yet; to upload it: trilevel sync {directory}"
     page = f"experiments/{state.get('experiment_id')}/runs/{run_id}"
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/#/{page}"
@@ -134,16 +134,16 @@ def _accuracy(run: History) -> list[ReportRow]:
 
 
 def _machine(run: History) -> list[ReportRow]:
-    """Use of the device and of the time; nothing of what the journal doesn't tell."""
-    told = [step.line for step in run.of("step")]
+    """MFU, phases, goodput, energy; only those that the journal has."""
+    lines = [step.line for step in run.of("step")]
     rows = []
-    mfu = [line["mfu"] for line in told if line.get("mfu") is not None]
+    mfu = [line["mfu"] for line in lines if line.get("mfu") is not None]
     if mfu:
         rate = run.start.get("matrix_tflops")
-        of = f"of {rate:.3g} TFLOP/s that a device reached in products of matrices at the start" if rate else "of a device"
+        of = f"of the {rate:.3g} TFLOP/s that a device reached in large matrix products at the start" if rate else "of a device"
         rows.append(ReportRow("MFU", f"{100 * median(mfu):.1f} %", of))
     phases: dict[str, list[float]] = {}
-    for line in told:
+    for line in lines:
         for phase, spread in (line.get("phases") or {}).items():
             phases.setdefault(phase, []).append(spread["median"])
     if phases:
@@ -151,17 +151,17 @@ def _machine(run: History) -> list[ReportRow]:
         most = max((phase for phase in found if phase != "communication"), key=found.__getitem__)
         rest = ", ".join(f"{_named(phase)} {100 * share:.0f}" for phase, share in found.items() if phase != most)
         rows.append(ReportRow(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
-    last = told[-1] if told else {}
+    last = lines[-1] if lines else {}
     if last.get("goodput") is not None:
-        first = next((line["time_to_first_step"] for line in told if "time_to_first_step" in line), None)
-        note = "of the wall time of all attempts was steps that count"
+        first = next((line["time_to_first_step"] for line in lines if "time_to_first_step" in line), None)
+        note = "of the wall time of all attempts was spent on steps whose weights survive"
         rows.append(
             ReportRow(
                 "goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else "")
             )
         )
     if last.get("energy_kwh") is not None:
-        rows.append(ReportRow("energy", f"{last['energy_kwh']:.3g} kWh", "of the devices, by NVML"))
+        rows.append(ReportRow("energy", f"{last['energy_kwh']:.3g} kWh", "of all devices, measured by NVML"))
     return rows
 
 
@@ -170,7 +170,7 @@ def _named(phase: str) -> str:
 
 
 def _certified(run: History) -> list[ReportRow]:
-    """What the run measured against its own dense control; nothing before a plateau was timed."""
+    """The certified speedup over the run's dense baseline; nothing before a plateau was timed."""
     found = savings_of(run.directory) if any("measured" in line.line for line in run.of("control")) else None
     return (
         []
@@ -184,6 +184,6 @@ def _over(kept: str) -> str:
 
 
 def _device(run: History) -> str:
-    device = run.start.get("device") or "device not told"
+    device = run.start.get("device") or "unknown device"
     hosts = run.start.get("hosts") or ([run.start["host"]] if run.start.get("host") else [])
     return f"{device}, {len(hosts)} hosts" if len(hosts) > 1 else str(device)

@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy, throughput and what was kept over the time at work."""
+"""The plot of a run: accuracy, throughput and kept shares over time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trainer.analysis.units import duration
 from trainer.storage.text import plot_text
 
 PICTURE = "report.png"
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey
+# Okabe and Ito's colours: distinguishable for colour-blind readers and in grey
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
 KEPT = {"examples": BLUE, "tokens": ORANGE, "connections": GREEN}
 
 
 def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
-    """Accuracy, throughput and kept shares over the time at work, as a PNG (RUN/report.png). Raises as `summary`."""
+    """Accuracy, throughput and kept shares over time (without gaps between attempts), as a PNG (RUN/report.png). Raises as `summary`."""
     run = run if isinstance(run, History) else history(run)
     path = run.directory / PICTURE if path is None else Path(path)
     figure = Figure(figsize=(8.4, 8.0), dpi=130, layout="constrained", facecolor="white")
@@ -37,7 +37,7 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
     bottom.set_xlim(0, max(run.last.elapsed / scale, 1e-3))
-    bottom.set_xlabel(f"time at work ({unit})")
+    bottom.set_xlabel(f"time ({unit})")
     figure.suptitle(_title(run), x=0.02, ha="left", fontsize=12, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(path)
@@ -46,13 +46,13 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
 
 def _title(run: History) -> str:
     evals = run.evals()
-    said = [plot_text(run.name)]
+    parts = [plot_text(run.name)]
     if evals:
-        said.append(f"top-1 {100 * evals[-1]['top1']:.2f} %")
+        parts.append(f"top-1 {100 * evals[-1]['top1']:.2f} %")
     if run.images_per_second:
-        said.append(f"{run.images_per_second:,.0f} images/s")
-    said.append(duration(run.last.elapsed))
-    return "   ·   ".join(said)
+        parts.append(f"{run.images_per_second:,.0f} images/s")
+    parts.append(duration(run.last.elapsed))
+    return "   ·   ".join(parts)
 
 
 def _draw_accuracy(axes: Axes, run: History, scale: float) -> None:
@@ -84,7 +84,7 @@ def _draw_throughput(axes: Axes, run: History, scale: float) -> None:
 
 
 def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: str | None = None, line: str = "-") -> float:
-    """Images/s over time, thin as logged and thick as a running median; returns how high the picture must be, 0 without steps."""
+    """Images/s over time: thin as logged, thick the running median; returns the 99th percentile for the axis, 0 without steps."""
     steps = [point for point in run.of("step") if point.get("images_per_second") is not None]
     if not steps:
         return 0.0
@@ -106,7 +106,7 @@ def _draw_kept(axes: Axes, run: History, scale: float) -> None:
             drawn += 1
     axes.set_ylabel("kept (%)")
     if not drawn:
-        _nothing(axes, "nothing is said of what is kept")
+        _nothing(axes, "no keep ratios logged")
         return
     axes.set_ylim(0, 105)
     axes.legend(frameon=False, loc="lower left", ncols=3)

@@ -1,7 +1,7 @@
-"""What a run saved so far, from its own journal: training time against the dense control that the run timed beside it.
+"""What a run saved so far, from its own journal: its training time compared with the dense baseline that it timed itself.
 
-A plateau's `control` line says how long a dense step would have taken there; the examples left out would have been more such
-steps. Time-weighted over the plateaus: sum of (seconds x dense step / own step / kept share) against sum of seconds.
+A plateau's `control` line has the time of a dense step there; removed examples would have been more such steps. Speedup,
+weighted by time over the plateaus: sum of (seconds x dense step / own step / kept share of examples) / sum of seconds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ EVERYTHING = (1.0, 1.0)  # keep_tokens, keep_connections of a dense plan
 
 class Savings(NamedTuple):
     """kept: share of the examples shown in the newest epoch. speedup: training time of a dense run on every example / own
-    time, over the stretches that were timed (None where there is none), in x; bound: the same in multiply-adds, over the
-    same stretches. timed: share of the training time that they are."""
+    time, over the plateaus that were timed (None if there are none); bound: the same in multiply-adds, over the same plateaus.
+    timed: their share of the training time."""
 
     kept: float
     speedup: float | None
@@ -32,8 +32,8 @@ class Savings(NamedTuple):
 
 
 def savings(lines: Iterable[dict[str, Any]]) -> Savings:
-    """From the lines of a journal, oldest first. Stretches under a dense plan are their own control and need no timing (under
-    `compat: authors` they get one: that attention is slower than timm's)."""
+    """From the lines of a journal, oldest first. Plateaus with a dense plan are their own baseline and need no timing (under
+    `compat: authors` they are timed: that attention is slower than timm's)."""
     seconds: dict[tuple[float, float], float] = defaultdict(float)
     whole: dict[tuple[float, float], float] = defaultdict(float)  # seconds, had every example been shown
     images: dict[tuple[float, float], float] = defaultdict(float)
@@ -67,5 +67,5 @@ def savings(lines: Iterable[dict[str, Any]]) -> Savings:
 
 
 def savings_of(run: Path | str) -> Savings:
-    """Of a run directory, along the lineage that survives. Raises JournalError where it has no journal."""
+    """Of a run directory, along its lineage. Raises JournalError if it has no journal."""
     return savings(lineage(run))

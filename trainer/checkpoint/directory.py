@@ -1,9 +1,9 @@
-"""A folder of checkpoints: one is put there whole or not at all, the newest usable one is found, the others go.
+"""A folder of checkpoints: write one completely or not at all, find the newest usable one, delete old ones.
 
-`step-00001234/` holds files and `state.json`, which names the length and hash of each of them and of itself. It is written under
-a temporary name, synced, renamed; the file `latest`, which names the checkpoint to go on from, moves last, and only then is
-anything removed. Nothing usable is ever overwritten: another checkpoint of the same step becomes `step-00001234.2`. So a crash at
-any point leaves the previous checkpoint or the new one, and what a disk damaged later is noticed (tests/checkpoint/test_power_loss.py).
+`step-00001234/` has files and `state.json`, which lists the length and hash of each of them and its own hash. It is written under
+a temporary name, synced, renamed; then the file `latest`, the name of the checkpoint to resume from, is replaced; only then is
+anything deleted. A usable checkpoint is never overwritten: another one of the same step becomes `step-00001234.2`. So a crash at
+any point leaves the previous checkpoint or the new one, and later damage on disk is detected (tests/checkpoint/test_power_loss.py).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, NamedTuple
 from trainer.config.errors import TrilevelError
 from trainer.storage.disk import Disk
 
-FORMAT = 2  # 1 knew the lengths of files, not their hashes
+FORMAT = 2  # format 1 has lengths of files, no hashes
 ABOUT, LATEST = "state.json", "latest"
 TEMPORARY = ".writing-"
 NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 
 class Damaged(TrilevelError, ValueError):
-    """A checkpoint that is not what was written; the text says in what."""
+    """A checkpoint that differs from what was written; the message says how."""
 
 
 class Newest(NamedTuple):
-    """The checkpoint to go on from, None where nothing was ever saved; and why newer ones are passed over."""
+    """The checkpoint to resume from, None if nothing was ever saved; and why damaged ones are not used."""
 
     path: Path | None
     damaged: list[str]
@@ -45,13 +45,17 @@ def write(
     same: Callable[[dict[str, Any]], bool],
     disk: Disk,
 ) -> Path:
-    """Write a checkpoint of `files` (name -> pieces) and `about`, and point `latest` at it. `same` tells from what lies there whether it
-    is this very checkpoint: then only `latest` has to move.
+    """Write a checkpoint and point `latest` at it.
 
-    OSError (a full disk) leaves the previous checkpoint and `latest` as they were, and nothing half-written.
+    folder, step: of the checkpoint.
+    files: {name: pieces of its content}.
+    about: more fields of `state.json`.
+    same: whether an existing `state.json` describes this very checkpoint; then only `latest` is replaced.
+    disk: where to write.
+    OSError (a full disk) leaves the previous checkpoint and `latest` unchanged, and no partial files.
     """
     for name in disk.names(folder):
-        if name.startswith(TEMPORARY):  # of a save that a crash ended
+        if name.startswith(TEMPORARY):  # left by a save that a crash interrupted
             disk.remove(folder / name)
     name, there = _place(folder, step, same, disk)
     temporary = folder / (TEMPORARY + name)
@@ -74,9 +78,9 @@ def write(
 
 
 def newest(folder: Path, disk: Disk | None = None) -> Newest:
-    """The checkpoint that `latest` names; where it is damaged, or `latest` is lost, the newest that is whole. All of it is read.
+    """The checkpoint that `latest` names; if it is damaged, or `latest` is missing, the newest intact one. Reads and verifies all files.
 
-    Raises Damaged where there are checkpoints and none of them can be used.
+    Raises Damaged if there are checkpoints and all of them are damaged.
     """
     disk = disk or Disk()
     names = by_age(disk.names(folder))[::-1]
@@ -92,19 +96,19 @@ def newest(folder: Path, disk: Disk | None = None) -> Newest:
             damaged.append(str(reason))
     if damaged:
         raise Damaged(
-            f"no checkpoint in {folder} can be used: {'; '.join(damaged)}. Bring one back from a copy, or move the run's directory "
-            "away to start anew"
+            f"all checkpoints in {folder} are damaged: {'; '.join(damaged)}. Restore one from a copy, or move the run directory "
+            "away to start from scratch"
         )
     return Newest(None, [])
 
 
 def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[str, Any]:
-    """What `state.json` says, after a look at every file of the checkpoint: its length, and with `content` its hash. Raises Damaged."""
+    """The content of `state.json`, after checking the length of every file, and with `content` its hash. Raises Damaged."""
     disk = disk or Disk()
     try:
         about = json.loads(disk.read(path / ABOUT))
         if about["format"] > FORMAT:
-            return about  # not ours to judge
+            return about  # written by a newer version
         if about["format"] > 1 and about["seal"] != _seal(about):
             raise Damaged(f"{path.name}: {ABOUT} was changed")
         files = about["files"] if about["format"] > 1 else {name: (size, None) for name, size in about["bytes"].items()}
@@ -113,7 +117,7 @@ def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[s
                 is_there = "is missing" if there < 0 else f"has {there} bytes"
                 raise Damaged(f"{path.name}: {file} {is_there}, {size} were written")
             if content and hashed is not None and disk.content(path / file).hash != hashed:
-                raise Damaged(f"{path.name}: {file} has another hash than what was written")
+                raise Damaged(f"{path.name}: the hash of {file} differs from what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, Damaged):
             raise
@@ -122,7 +126,7 @@ def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[s
 
 
 def prune(folder: Path, wanted: Collection[str], disk: Disk) -> None:
-    """Remove the checkpoints that are not `wanted`, and what is damaged; a crash leaves each of them whole or recognisably not."""
+    """Delete the checkpoints that are not `wanted`; a crash leaves each of them intact or under a temporary name."""
     for name in by_age(disk.names(folder)):
         if name not in wanted:
             disk.rename(folder / name, folder / (TEMPORARY + "old-" + name))
@@ -130,7 +134,7 @@ def prune(folder: Path, wanted: Collection[str], disk: Disk) -> None:
 
 
 def by_age(names: Iterable[str]) -> list[str]:
-    """The checkpoints among names of files, by step, the oldest first."""
+    """The checkpoints among file names, by step, oldest first."""
     found = [(match, name) for name in names if (match := NAME.fullmatch(name))]
     return [name for match, name in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)))]
 
@@ -142,7 +146,7 @@ def step_of(name: str) -> int:
 
 
 def _place(folder: Path, step: int, same: Callable[[dict[str, Any]], bool], disk: Disk) -> tuple[str, bool]:
-    """A name for a checkpoint of `step`, and whether this very checkpoint has it already."""
+    """A name for a checkpoint of `step`, and whether this very checkpoint exists under it."""
     taken = disk.names(folder)
     for again in count(1):
         name = f"step-{step:08d}" + (f".{again}" if again > 1 else "")
@@ -152,17 +156,17 @@ def _place(folder: Path, step: int, same: Callable[[dict[str, Any]], bool], disk
             if same(verify(folder / name, disk)):
                 return name, True
         except Damaged:
-            pass  # it goes when the new one is there
+            pass  # deleted after the new one is written
     raise AssertionError
 
 
 def _sealed(about: dict[str, Any]) -> bytes:
-    plain = json.loads(json.dumps(about))  # as it is read again: keys are texts, tuples are lists
+    plain = json.loads(json.dumps(about))  # as JSON reads it: keys are strings, tuples are lists
     return json.dumps({**plain, "seal": _seal(plain)}, indent=1).encode()
 
 
 def _seal(about: dict[str, Any]) -> str:
-    """Hash of all that `state.json` says but for the hash itself."""
+    """Hash of `state.json` without the hash itself."""
     rest = {key: value for key, value in about.items() if key != "seal"}
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
 

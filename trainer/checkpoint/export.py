@@ -1,6 +1,6 @@
-"""`trilevel export`: the weights of a checkpoint as one safetensors file that plain timm loads, from any ZeRO stage and world.
+"""`trilevel export`: the weights of a checkpoint as one safetensors file that timm loads, from any ZeRO stage and world size.
 
-A checkpoint holds every weight whole and by timm's name, so nothing is converted. What the file is of stands in its header.
+A checkpoint has every weight unsharded, by timm's name, so nothing is converted. The file's header describes its origin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.model.weights import save_weights
 
 
 class Exported(NamedTuple):
-    """The file, and what its header says."""
+    """The file and its header."""
 
     path: Path
     about: dict[str, str]
@@ -30,27 +30,27 @@ class Exported(NamedTuple):
         about = self.about
         words = f"timm.create_model({about['model']!r}, num_classes={about['classes']}, img_size={about['image_size']}"
         more = "".join(f", {key}={value!r}" for key, value in json.loads(about["args"]).items())
-        which = "their moving average" if about["ema"] == "true" else "weights"
-        top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not scored"
+        which = "EMA weights" if about["ema"] == "true" else "weights"
+        top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not evaluated"
         return f"{self.path}: {which} of step {about['step']}{top1}\n{words}{more}, checkpoint_path={str(self.path)!r})"
 
 
 def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | None = None) -> Exported:
-    """Write the weights of a run's checkpoint to `out`. which: "latest", "best" or the checkpoint's folder. ema: the moving average, the
-    weights themselves, or (None) the average where there is one.
+    """Write the weights of a run's checkpoint to `out`. which: "latest", "best" or the checkpoint's folder. ema: True: EMA weights;
+    False: raw weights; None: EMA weights if there are any.
 
-    Raises ConfigError or CheckpointError with the way out; an existing `out` is replaced whole.
+    Raises ConfigError or CheckpointError with a remedy; replaces an existing `out` atomically.
     """
     path, about = _chosen(Path(run), which)
     config = parse(about["config"], str(path))
     averages = load_file(path / "ema.safetensors")
     if ema and not averages:
-        raise ConfigError(f"export --ema: {path} has no moving average, the run had optim.ema=null; use --raw")
+        raise ConfigError(f"export --ema: {path} has no EMA weights (optim.ema=null); use --raw")
     use_ema = bool(averages) if ema is None else ema
     weights = averages if use_ema else load_file(path / "weights.safetensors")
     out = Path(out)
     if out.suffix != ".safetensors":
-        raise ConfigError(f"export {out}: name it *.safetensors, timm tells the format by it")
+        raise ConfigError(f"export {out}: file name must end with .safetensors, timm needs it")
     header = _header(config, about["state"], use_ema, _top1(Path(run), about["state"]["step"], use_ema))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(out, weights, header)
@@ -58,7 +58,7 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
 
 
 def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a checkpoint and what its `state.json` says, all files of it being whole."""
+    """The folder of a checkpoint, verified, and its `state.json`."""
     folder = run / "checkpoints"
     if which not in ("latest", "best"):
         path = Path(which)
@@ -66,16 +66,14 @@ def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:
     else:
         found = save_load.latest(folder)
         if found is None:
-            raise ConfigError(f"export {run}: no checkpoint in it; give the directory of a run, e.g. runs/NAME")
+            raise ConfigError(f"export {run}: no checkpoint; give the directory of a run with one, e.g. runs/NAME")
         path = found
     about = _examined(path)
     if which == "best":
         step = about["state"]["best_step"]
         names = [name for name in directory.by_age([p.name for p in folder.iterdir()]) if directory.step_of(name) == step]
         if not names:
-            raise ConfigError(
-                f"export {run} --checkpoint best: no checkpoint of it was scored and kept (checkpoint.best); use latest"
-            )
+            raise ConfigError(f"export {run} --checkpoint best: no evaluated checkpoint was kept (checkpoint.best); use latest")
         path = folder / names[-1]
         about = _examined(path)
     return path, about
@@ -85,11 +83,11 @@ def _examined(path: Path) -> dict[str, Any]:
     try:
         return directory.verify(path)
     except directory.Damaged as error:
-        raise save_load.CheckpointError(f"{path.parent}: {error}; export another one by --checkpoint PATH") from error
+        raise save_load.CheckpointError(f"{path.parent}: {error}; export another one with --checkpoint PATH") from error
 
 
 def _header(config: Config, state: dict[str, Any], ema: bool, top1: float | None) -> dict[str, str]:
-    """All texts: safetensors knows no other metadata."""
+    """The values are strings, as safetensors requires."""
     model, augment = config.model, config.augment
     pixels = {"mean": augment.mean, "std": augment.std, "interpolation": augment.interpolation}
     about = {
@@ -109,7 +107,7 @@ def _header(config: Config, state: dict[str, Any], ema: bool, top1: float | None
 
 
 def _top1(run: Path, step: int, ema: bool) -> float | None:
-    """What the run's own evaluation gave these weights, None where it made none."""
+    """Top-1 of these weights in the run's own evaluation, None if it did not evaluate them."""
     try:
         scores = [line for line in lineage(run) if line["kind"] == "eval" and (line["step"], line["ema"]) == (step, ema)]
     except JournalError:

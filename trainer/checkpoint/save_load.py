@@ -1,8 +1,8 @@
-"""Checkpoints: what a run must know to go on, whole, elastic, readable without pickle.
+"""Checkpoints: the full state of a run, for any world size, readable without pickle.
 
 A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA), one npz (example statistics and
-selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Everything is stored by timm's
-parameter name and whole, so any world size and any ZeRO stage can go on from it. How it gets to the disk: see `directory`.
+selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Tensors are stored unsharded,
+by timm's parameter name, so any world size and any ZeRO stage can resume from it. Writing: see `directory`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STORED_AS = {"pending_evaluation": "owed"}  # fields of TrainState that have an
 
 
 class CheckpointError(TrilevelError, RuntimeError):
-    """A checkpoint that can't be used; the text says what differs and the way out."""
+    """A checkpoint that can't be used; the message says what differs and the remedy."""
 
 
 def save_checkpoint(
@@ -51,9 +51,14 @@ def save_checkpoint(
     selection: Selection | None,
     disk: Disk | None = None,
 ) -> Path:
-    """Write one checkpoint below `folder` and point `latest` at it, then delete what retention no longer wants. Rank 0 only.
+    """Write one checkpoint below `folder` and point `latest` at it, then delete those that retention does not keep. Rank 0 only.
 
-    OSError (a full disk) leaves the previous checkpoint in place and no half-written folder behind.
+    state: position in the run.
+    config, fingerprint: of the run and its training shards; a resume must match them.
+    weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
+    examples, selection: statistics of level 1, and the examples of the current epoch.
+    disk: where to write; default: the file system.
+    OSError (a full disk) leaves the previous checkpoint in place and no partial folder.
     """
     disk = disk or Disk()
     arrays = {f"examples.{k}": v for k, v in examples.items()}
@@ -85,13 +90,13 @@ def save_checkpoint(
 
     folder.mkdir(parents=True, exist_ok=True)
     path = directory.write(folder, state.step, files, about, same, disk)
-    with suppress(OSError):  # the new one is whole and `latest`; what is too old goes with the next save
+    with suppress(OSError):  # the new checkpoint is complete; old ones are deleted at the next save
         directory.prune(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
     return path
 
 
 class OnDisk(NamedTuple):
-    """A usable checkpoint: its folder's name, and where it stands."""
+    """A usable checkpoint: its folder's name and its position."""
 
     name: str
     step: int
@@ -99,9 +104,9 @@ class OnDisk(NamedTuple):
 
 
 def retained(there: list[OnDisk], settings: CheckpointConfig, current: str, best_step: int) -> set[str]:
-    """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or behind each multiple of `keep_every`,
+    """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or after each multiple of `keep_every`,
     and the current one. Of several of one step the last counts."""
-    last = {one.step: one for one in there if one.step <= directory.step_of(current)}  # what lies ahead was left behind
+    last = {one.step: one for one in there if one.step <= directory.step_of(current)}  # later steps are of an abandoned attempt
     wanted = {one.name for one in list(last.values())[-settings.keep :]} | {current}
     if settings.best and best_step in last:
         wanted.add(last[best_step].name)
@@ -127,8 +132,8 @@ def _on(folder: Path, disk: Disk) -> list[OnDisk]:
 
 
 def newest(folder: Path) -> Newest:
-    """The checkpoint a resume starts from, every file of it read and held against its hash. Raises CheckpointError where there are
-    some and all are damaged: starting anew in their place must be said."""
+    """The checkpoint to resume from, with the hash of every file verified. Raises CheckpointError if all checkpoints are damaged: a
+    start from scratch must then be explicit."""
     try:
         return directory.newest(folder)
     except directory.Damaged as error:
@@ -145,7 +150,7 @@ def _state_of(stored: dict[str, Any]) -> TrainState:
 
 
 def load(path: Path, config: Config, fingerprint: str) -> Saved:
-    """Read a checkpoint. Raises CheckpointError where resuming would silently change the run: every difference is named."""
+    """Read a checkpoint. Raises CheckpointError, with every difference, if resuming would change the run."""
     try:
         about = directory.verify(path, content=False)
     except directory.Damaged as error:
@@ -157,7 +162,9 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
     try:
         theirs = parse(about["config"], str(path))
     except ConfigError as error:
-        raise CheckpointError(f"{path}: its configuration is not readable by this version:\n{error}") from error
+        raise CheckpointError(
+            f"{path}: this version can't read its configuration; use the version that wrote it:\n{error}"
+        ) from error
     wrong = [f"  {key}: checkpoint {b!r}, now {a!r}" for key, (a, b) in differences(config, theirs).items()]
     if about["fingerprint"] != fingerprint:
         wrong.append(f"  shards: checkpoint was trained on {about['fingerprint']}, data.train now holds {fingerprint}")
@@ -165,7 +172,7 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
         raise CheckpointError(
             f"{path} belongs to another run:\n"
             + "\n".join(wrong)
-            + "\nGo on with the settings of the checkpoint, or start a new run with another name=..."
+            + "\nContinue with the settings of the checkpoint, or start a new run with name=NEW_NAME"
         )
     arrays = np.load(path / "examples.npz", allow_pickle=False)
     selection = None

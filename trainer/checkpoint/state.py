@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors: the position in the run."""
+"""The part of a checkpoint that is not tensors: the position in the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsity.types import Selection
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: the next batch is `batch` of `epoch`; `step` optimizer steps lie behind it."""
+    """Position of a run: the next batch is `batch` of `epoch`; `step` optimizer steps are done."""
 
     epoch: int = 0
     batch: int = 0
@@ -26,7 +26,7 @@ class TrainState:
     best_step: int = -1
     broken: dict[str, str] = field(default_factory=dict)  # example id -> reason
     skipped: list[int] = field(default_factory=list)  # steps whose gradient was not finite, as the journal counts
-    progress: float = 0.0  # epochs behind, the started one in part
+    progress: float = 0.0  # epochs done, the current one as a fraction
     pending_evaluation: dict[str, float] = field(
         default_factory=dict
     )  # an evaluation that a stop cut short, {"at": progress its plan is of}
@@ -40,7 +40,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Saved:
-    """What `load` gives back."""
+    """The result of `save_load.load`."""
 
     state: TrainState
     weights: dict[str, Tensor]

@@ -1,10 +1,10 @@
-"""`trilevel audit RUN`: was seen what the journal says was seen, and what was seen how often.
+"""`trilevel audit RUN`: recompute the hash chain of a run, compare it with the journal, and count presentations of examples.
 
-The journal's step lines carry the head of a hash chain over all global batches so far (`seen`). Here the chain is made again
-from configuration, index and kept lists alone, over every attempt of the surviving lineage, and held against every line. Each
-window between two lines is judged on its own from the head the journal gives at its start, so that a difference has a place.
-No shard is read. What it proves: the examples and their augmentation keys; not the bytes behind them (the index does that) and
-not the arithmetic of the step.
+The journal's step lines have the head of a hash chain over all global batches so far (`chain`). The audit recomputes the chain
+from configuration, index and kept lists alone, over every attempt of the lineage, and compares it at every step line. Each
+interval between two lines is checked from the journal's head at its start, so that a difference has a location. No shard is read.
+It proves which examples and augmentation keys were used; not the bytes of the images (the index's hashes do) and not the
+arithmetic of the step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.kept_lists import KeptError
 from trainer.provenance.recorded_run import LoggedStep, RecordedRun, Segment
 
-LISTED = 20  # differences and broken images written out; beyond, their number
+LISTED = 20  # differences and broken images that are listed
 
 
 @dataclass
 class Audit:
-    """What an audit found. problems: texts, empty where all is as the journal says. presentations: {times: examples}."""
+    """The result of an audit. problems: texts, empty if all agrees with the journal. presentations: {times: examples}."""
 
     run: str
     steps: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
     marks: int = 0
     differing: int = 0
-    chain: str = ""  # head after the last step that the journal tells, made again
+    chain: str = ""  # recomputed head after the last step in the journal
     problems: list[str] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     presentations: dict[int, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Audit:
         return {"equal": self.equal, **vars(self)}
 
     def table(self) -> Table:
-        table = Table(title=f"{self.run}: what was seen", title_justify="left")
+        table = Table(title=f"{self.run}: presentations of examples", title_justify="left")
         for column in ("epoch", "steps", "kept", "once", "more often", "left over", "broken", "kept list"):
             table.add_column(column, justify="right")
         for e in self.epochs:
@@ -59,32 +59,32 @@ class Audit:
 
     def text(self) -> str:
         worlds = ", ".join(f"{a['first'] + 1}-{a['last']} on {a['world']}" for a in self.attempts)
-        seen = ", ".join(f"{n} times: {count}" for n, count in self.presentations.items())
+        times = ", ".join(f"{count} shown {n} times" for n, count in self.presentations.items())
         lines = [
-            f"{self.steps} steps (processes: {worlds}), {self.marks} heads of the chain in the journal, {self.differing} differ",
-            f"presentations per example: {seen}",
+            f"{self.steps} steps (processes: {worlds}); {self.marks} chain heads in the journal, {self.differing} differ",
+            f"presentations per example: {times}",
         ]
         if self.broken:
             some = "; ".join(f"{i}: {reason}" for i, reason in list(self.broken.items())[:LISTED])
-            lines.append(f"{len(self.broken)} broken image(s), without weight wherever they came: {some}")
+            lines.append(f"{len(self.broken)} broken image(s), excluded from the loss: {some}")
         lines += [f"DIFFERS: {problem}" for problem in self.problems[:LISTED]]
         if len(self.problems) > LISTED:
             lines.append(f"... and {len(self.problems) - LISTED} more")
-        lines.append(f"chain {self.chain}: {'equal' if self.equal else 'NOT what the journal says'}")
+        lines.append(f"hash chain {self.chain}: {'equal to the journal' if self.equal else 'DIFFERENT from the journal'}")
         return "\n".join(lines)
 
 
 def audit(run: RecordedRun, progress: bool = True) -> Audit:
-    """Make the chain again and count. A kept list that is missing or was changed ends the recomputation there, and is named."""
+    """Recompute the chain and count. A missing or changed kept list ends the recomputation there and is reported."""
     found = Audit(str(run.directory), marks=len(run.logged_steps))
     for attempt, config in run.configs():
         for key, (now, then) in differences(run.config, config).items():
-            found.problems.append(f"attempt {attempt} began with {key}={then!r}, config.yaml has {now!r}")
+            found.problems.append(f"attempt {attempt} started with {key}={then!r}, config.yaml has {now!r}")
     worlds = {line["attempt"]: line["world"] for line in run.lines if line["kind"] == "start"}
     for attempt, (first, last) in run.surviving_steps().items():
         found.attempts.append({"attempt": attempt, "world": worlds[attempt], "first": first, "last": last})
     if not run.segments:
-        found.problems.append("the journal tells of no step: nothing was trained, or its lines are gone")
+        found.problems.append("no steps in the journal: nothing was trained, or lines are missing")
         return found
     found.steps = run.segments[-1].last
     counts = np.zeros(len(run.index), dtype=np.int64)
@@ -126,12 +126,12 @@ def audit(run: RecordedRun, progress: bool = True) -> Audit:
 
 
 class _Window:
-    """The chain made again, and held against the journal's heads; `head` never takes anything from the journal."""
+    """Recomputes the chain and compares it with the journal's heads; `head` uses nothing from the journal."""
 
     def __init__(self, marks: list[LoggedStep]) -> None:
         self.head = ""
         self._marks, self._at, self._images = marks, 0, 0
-        self._from, self._local = 0, ""  # of this window: last step before it, the journal's head there carried on
+        self._from, self._local = 0, ""  # of this interval: last step before it, the journal's head there, extended
         self._was_equal = True
 
     def broken(self) -> dict[int, str]:
@@ -146,34 +146,36 @@ class _Window:
         where = f"steps {self._from + 1} to {step} (epoch {segment.epoch}, up to batch {batch}, attempt {segment.attempt})"
         if self._local != mark.chain:
             found.differing += 1
-            found.problems.append(f"{where}: the journal's chain is {mark.chain}, made again it is {self._local}")
+            found.problems.append(f"{where}: hash chain mismatch: journal {mark.chain}, recomputed {self._local}")
             if found.first_difference is None:
                 found.first_difference = {
                     "steps": [self._from + 1, step], "epoch": segment.epoch, "batch": batch, "attempt": segment.attempt,
                     "journal": mark.chain, "again": self._local,
                 }  # fmt: skip
         elif self._images != mark.images:
-            found.problems.append(f"{where}: the journal counts {mark.images} images, made again there are {self._images}")
+            found.problems.append(f"{where}: {mark.images} images in the journal, {self._images} recomputed")
         self._at, self._from, self._images, self._local = self._at + 1, step, 0, mark.chain
 
 
 class _Epoch:
-    """Presentations in one epoch, over the attempts that share it."""
+    """Presentations in one epoch, over all of its attempts."""
 
     def __init__(self, run: RecordedRun, segment: Segment) -> None:
-        self.number, self._past, self._steps, self._broken = segment.epoch, run, 0, 0
+        self.number, self._run, self._steps, self._broken = segment.epoch, run, 0, 0
         self._counts = np.zeros(len(run.index), dtype=np.int16)
-        self._stretch: Segment | None = None
+        self._segment: Segment | None = None
 
     def add(self, segment: Segment, found: Audit) -> None:
-        kept = self._past.selection(segment.kept).num_kept
+        kept = self._run.selection(segment.kept).num_kept
         if kept != segment.line["kept"]:
-            found.problems.append(f"epoch {self.number}: the journal has {segment.line['kept']} kept, its list {kept}")
-        if self._stretch is not None and self._stretch.kept != segment.kept:
             found.problems.append(
-                f"epoch {self.number}: attempt {segment.attempt} went on with list {segment.kept}, it began with {self._stretch.kept}"
+                f"epoch {self.number}: {segment.line['kept']} kept examples in the journal, {kept} in its kept list"
             )
-        self._stretch = segment
+        if self._segment is not None and self._segment.kept != segment.kept:
+            found.problems.append(
+                f"epoch {self.number}: attempt {segment.attempt} resumed with list {segment.kept}, not {self._segment.kept}"
+            )
+        self._segment = segment
         self._steps += segment.last - segment.first
 
     def show(self, ids: np.ndarray, broken: int) -> None:
@@ -181,30 +183,32 @@ class _Epoch:
         self._broken += broken
 
     def close(self, found: Audit) -> None:
-        if self._stretch is None:
+        if self._segment is None:
             return
-        past, order = self._past, self._past.order(self._stretch)
-        repeats = past.layout.repeats
-        keep = np.unpackbits(past.selection(self._stretch.kept).keep, count=len(past.index), bitorder="little").astype(bool)
+        run, order = self._run, self._run.order(self._segment)
+        repeats = run.layout.repeats
+        keep = np.unpackbits(run.selection(self._segment.kept).keep, count=len(run.index), bitorder="little").astype(bool)
         whole = self._steps == order.steps
         wrong = np.flatnonzero((self._counts > 0) & ~keep)
         if len(wrong):
-            found.problems.append(f"epoch {self.number}: {len(wrong)} dropped examples were shown, e.g. {wrong[:5].tolist()}")
+            found.problems.append(f"epoch {self.number}: {len(wrong)} removed examples were shown, e.g. {wrong[:5].tolist()}")
         often = np.flatnonzero((self._counts != 0) & (self._counts != repeats))
         if len(often):
-            found.problems.append(f"epoch {self.number}: shown another number of times than {repeats}: {often[:5].tolist()}")
+            found.problems.append(
+                f"epoch {self.number}: {len(often)} examples were not shown {repeats} time(s), e.g. {often[:5].tolist()}"
+            )
         missing = keep & (self._counts == 0)
         left = order.leftover()
         expected = len(left) if repeats == 1 else int(missing.sum())  # with repeats an epoch shows a part
         if whole and int(missing.sum()) != expected:
             found.problems.append(
-                f"epoch {self.number}: {int(missing.sum())} kept examples were not shown, {expected} may be left over"
+                f"epoch {self.number}: {int(missing.sum())} kept examples were not shown, expected {expected} left over"
             )
-        told = self._stretch.line["leftover"]["count"]
-        if told != len(left):
-            found.problems.append(f"epoch {self.number}: the journal has {told} left over, made again there are {len(left)}")
+        logged = self._segment.line["leftover"]["count"]
+        if logged != len(left):
+            found.problems.append(f"epoch {self.number}: {logged} left over in the journal, {len(left)} recomputed")
         found.epochs.append({
             "epoch": self.number, "steps": self._steps, "of": order.steps, "whole": whole, "kept": int(keep.sum()),
             "once": int((self._counts == 1).sum()), "more": int((self._counts > 1).sum()), "leftover": len(left),
-            "broken": self._broken, "list": self._stretch.kept,
+            "broken": self._broken, "list": self._segment.kept,
         })  # fmt: skip

@@ -1,7 +1,7 @@
-"""What was seen, as one hash chain: (example, copy, augmentation) of every global batch, whatever the number of processes.
+"""The hash chain of a run's training data: (example, copy, augmentation) of every global batch, for any number of processes.
 
 A batch's digest is the sum modulo 2^64 of one 64-bit hash per row, so ranks can be added in any order; the chain folds the
-digests in step order with BLAKE2b. It names a difference between two runs, it does not resist a forger of single rows.
+digests in step order with BLAKE2b. It detects differences between two runs; it is not safe against deliberate forgery of rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HashChain:
 
     def __init__(self, head: str = ""):
         self.head = head
-        self.last = ""  # digest of the newest batch in the chain, over all ranks: names it whoever looks
+        self.last = ""  # digest of the newest batch in the chain, over all ranks
         self._pending: list[int] = []
 
     def add(self, ids: torch.Tensor, rng_keys: torch.Tensor, weights: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The kept lists of a run: which examples each epoch showed, whole, so that any batch can be rebuilt and every batch audited.
+"""The kept lists of a run: which examples each epoch showed, so that any batch can be rebuilt and every batch audited.
 
 RUN/kept/HASH.npz holds the packed bits of a selection and its weights where it has any. HASH is the selection's own hash, which
 the journal's `epoch` lines carry: equal selections share a file (a method that changes nothing writes one), attempts can't
@@ -20,7 +20,7 @@ FOLDER = "kept"
 
 
 class KeptError(TrilevelError, ValueError):
-    """A kept list that is missing or not what it was; the text names the file and the way out."""
+    """A kept list that is missing or was changed; the message names the file and the remedy."""
 
 
 def path_of(run: Path | str, name: str) -> Path:
@@ -48,11 +48,9 @@ def read(run: Path | str, name: str, num_examples: int) -> Selection:
         with np.load(path, allow_pickle=False) as arrays:
             keep, weight = arrays["keep"], arrays.get("weight")
     except Exception as error:  # zip, zlib, numpy: each has its own
-        raise KeptError(f"kept list {path} can't be read ({error}): bring it back from a copy of the run") from error
+        raise KeptError(f"kept list {path} can't be read ({error}): restore it from a copy of the run") from error
     if keep.dtype != np.uint8 or keep.shape != (-(-num_examples // 8),) or (weight is not None and len(weight) != num_examples):
-        raise KeptError(f"kept list {path} is no list over {num_examples} examples: is data.train the data of the run?")
+        raise KeptError(f"kept list {path} does not fit {num_examples} examples: set data.train to the shards of the run")
     if selection_hash(keep, weight) != name:
-        raise KeptError(
-            f"kept list {path} was changed: it no longer has the hash in its name; bring it back from a copy of the run"
-        )
+        raise KeptError(f"kept list {path} was changed: its hash differs from its name; restore it from a copy of the run")
     return Selection(keep, int(np.bitwise_count(keep).sum()), weight, {"hash": name})

@@ -22,7 +22,7 @@ COLUMNS = ("label", "class", "examples", "kept", "rate", "mean_weight")
 
 
 class Kept(NamedTuple):
-    """An epoch's list. ids: (k,) int64, rising; weights: (k,) float32, of the loss. classes: one dict per class, see COLUMNS."""
+    """An epoch's list. ids: (k,) int64, ascending; weights: (k,) float32, of the loss. classes: one dict per class, see COLUMNS."""
 
     epoch: int
     name: str
@@ -33,7 +33,8 @@ class Kept(NamedTuple):
     def table(self) -> Table:
         lowest = sorted(self.classes, key=lambda row: row["rate"])[:SHOWN]
         table = Table(
-            title=f"epoch {self.epoch}, list {self.name}: {len(self.ids):,} examples; least kept classes", title_justify="left"
+            title=f"epoch {self.epoch}, list {self.name}: {len(self.ids):,} examples; classes with the lowest keep rate",
+            title_justify="left",
         )
         for column in COLUMNS:
             table.add_column(column.replace("_", " "), justify="left" if column == "class" else "right")
@@ -46,14 +47,14 @@ class Kept(NamedTuple):
 
 
 def kept_of(run: RecordedRun, epoch: int | None = None) -> Kept:
-    """The list of an epoch, counted from 0 (None: the newest). Raises RecordedRunError for an epoch that the run never began, KeptError."""
+    """The list of an epoch, counted from 0 (None: the newest). Raises RecordedRunError for an epoch without steps, KeptError."""
     lists = {stretch.epoch: stretch.kept for stretch in run.segments}
     if not lists:
-        raise RecordedRunError(f"{run.directory}: its journal tells of no step yet, so there is no list")
+        raise RecordedRunError(f"{run.directory}: no steps in its journal yet, so no kept list")
     epoch = max(lists) if epoch is None else epoch
     if epoch not in lists:
         raise RecordedRunError(
-            f"--epoch {epoch}: the journal of {run.directory} tells of epochs {min(lists)} to {max(lists)}, counted from 0"
+            f"--epoch {epoch}: {run.directory} has epochs {min(lists)} to {max(lists)} in its journal, counted from 0"
         )
     selection, index = run.selection(lists[epoch]), run.index
     ids = kept_ids(selection, len(index))

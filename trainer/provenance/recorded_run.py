@@ -1,7 +1,7 @@
-"""The past of a run: from its configuration, the index of its shards, its journal and its kept lists to any global batch.
+"""A recorded run: any of its global batches, from its configuration, the index of its shards, its journal and its kept lists.
 
-`step` S is the optimizer step after which the journal says S: the first batch of a run is step 1. Only the surviving lineage
-counts: what a killed attempt did behind the point where a later one went on is not part of the run's weights.
+Steps count as in the journal: the first batch of a run is step 1. Only the lineage counts: steps of a killed attempt after the
+point from which a later one resumed are not part of the run's weights.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trainer.provenance import kept_lists as kept
 
 
 class RecordedRunError(TrilevelError, ValueError):
-    """A past that can't be told: a step the run never made, a journal with a hole; the text says which."""
+    """A batch that can't be rebuilt: a step the run never made, or a journal with missing lines; the message says which."""
 
 
 class Segment(NamedTuple):
-    """Steps of one attempt in one epoch under one kept list: first + 1 .. last, batches `batch` and on of the epoch."""
+    """Steps first + 1 to last of one attempt, in one epoch under one kept list; batches of the epoch from `batch` on."""
 
     attempt: int
     epoch: int
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
 
 
 class LoggedStep(NamedTuple):
-    """A step line: what the journal says at `step`. broken: ids of this window that could not be decoded."""
+    """A step line of the journal. broken: {id: reason} of images since the previous step line that could not be decoded."""
 
     step: int
     attempt: int
@@ -51,16 +51,16 @@ class LoggedStep(NamedTuple):
 
 
 class RecordedRun:
-    """A run, opened to be looked at. stretches and marks: in step order, of the surviving lineage.
+    """A run, opened for reading. segments, logged_steps: in step order, of the lineage.
 
-    overrides: `key=value`, e.g. data.train=OTHER/PLACE. Raises ConfigError, DataError (shards that aren't those of the run),
-    JournalError or RecordedRunError.
+    overrides: `key=value`, e.g. data.train=OTHER/FOLDER. Raises ConfigError, DataError, JournalError, or RecordedRunError (shards
+    that are not those of the run, or missing lines).
     """
 
     def __init__(self, run: Path | str, overrides: list[str] | None = None) -> None:
         self.directory = Path(run)
         if not (self.directory / "config.yaml").is_file():
-            raise ConfigError(f"{run}: no config.yaml in it; give the directory of a run, e.g. runs/NAME")
+            raise ConfigError(f"{run}: no config.yaml; give the directory of a run, e.g. runs/NAME")
         self.config = load(self.directory / "config.yaml", overrides)
         self.lines = list(read(self.directory))
         self.index = self._index()
@@ -76,19 +76,19 @@ class RecordedRun:
         told = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
         if told is not None and told != index.fingerprint:
             raise RecordedRunError(
-                f"{self.directory}: it was trained on shards with fingerprint {told}, data.train={self.config.data.train} has "
-                f"{index.fingerprint}; give the shards of the run as data.train=PATTERN"
+                f"{self.directory}: trained on shards with fingerprint {recorded}, data.train={self.config.data.train} has "
+                f"{index.fingerprint}; set data.train=PATTERN to the shards of the run"
             )
         return index
 
     def configs(self) -> list[tuple[int, Config]]:
-        """(attempt, the configuration its start line holds)."""
+        """(attempt, configuration of its start line)."""
         where = f"{self.directory}/journal.jsonl, start of attempt"
         starts = [line for line in self.lines if line["kind"] == "start"]
         return [(line["attempt"], parse(line["config"], f"{where} {line['attempt']}")) for line in starts]
 
     def surviving_steps(self) -> dict[int, tuple[int, int]]:
-        """{attempt: (step it went on from, last step of it that survives)}; attempts of which nothing survives are left out."""
+        """{attempt: (step it resumed from, its last step in the lineage)}, without attempts that have no step in the lineage."""
         begin: dict[int, int] = {}
         worked: dict[int, int] = {}
         for line in self.lines:
@@ -121,14 +121,14 @@ class RecordedRun:
         for one in found:
             if (one.first, one.epoch, one.batch) != at:
                 raise RecordedRunError(
-                    f"{self.directory}: after step {at[0]} the journal must go on with epoch {at[1]}, batch {at[2]}; its next epoch line "
-                    f"is for step {one.first}, epoch {one.epoch}, batch {one.batch}: lines are missing"
+                    f"{self.directory}: lines are missing in the journal: after step {at[0]} it must continue with epoch {at[1]}, batch "
+                    f"{at[2]}, its next epoch line has step {one.first}, epoch {one.epoch}, batch {one.batch}"
                 )
             behind, batches = one.batch + one.last - one.first, one.line["steps"]
             if behind > batches:
                 raise RecordedRunError(
-                    f"{self.directory}: epoch {one.epoch} has {batches} batches, the journal gives it {behind} up to step {one.last}: "
-                    "an epoch line is missing"
+                    f"{self.directory}: an epoch line is missing in the journal: epoch {one.epoch} has {batches} batches, but {behind} "
+                    f"steps up to step {one.last}"
                 )
             at = (one.last, one.epoch + 1, 0) if behind == batches else (one.last, one.epoch, behind)
         return found
@@ -146,12 +146,12 @@ class RecordedRun:
         return sorted(marks)
 
     def segment(self, step: int) -> Segment:
-        """Where a step lies. Raises RecordedRunError for a step that the run did not make, or did not tell."""
+        """The segment of a step. Raises RecordedRunError for a step that is not in the journal."""
         for one in self.segments:
             if one.first < step <= one.last:
                 return one
         last = self.segments[-1].last if self.segments else 0
-        raise RecordedRunError(f"--step {step}: the journal of {self.directory} tells of steps 1 to {last}")
+        raise RecordedRunError(f"--step {step}: {self.directory} has steps 1 to {last} in its journal")
 
     def _selection(self, name: str) -> Selection:
         return kept.read(self.directory, name, len(self.index))
@@ -163,9 +163,9 @@ class RecordedRun:
         return self._order(segment.epoch, segment.kept)
 
     def rows(self, segment: Segment, step: int) -> Rows:
-        """The whole global batch of a step in a stretch."""
+        """The whole global batch of a step in a segment."""
         return self.order(segment).rows(segment.batch + step - segment.first - 1)
 
     def keys(self, segment: Segment, rows: Rows) -> np.ndarray:
-        """(b,) int64: what all random choices about each row are keyed by."""
+        """(b,) int64: the keys of all random choices about each row."""
         return row_keys(self.config.seed, segment.epoch, rows.ids, rows.copies)

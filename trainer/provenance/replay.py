@@ -1,7 +1,7 @@
-"""`trilevel replay RUN --step S`: one global batch of a run as the model saw it, from configuration, index and kept list alone.
+"""`trilevel replay RUN --step S`: rebuild one global batch of a run as given to the model, from configuration, index and kept list.
 
-Rows, keys and pixels are made by the stream's own code, flip, normalisation, erasing and mixing by the device's own code (on the
-CPU here); pictures are denormalised for viewing. No checkpoint and no process group is needed.
+Rows, keys and pixels come from the loader's own code; flip, normalisation, erasing and mixing from the device's own code (here on
+the CPU); images are denormalised for viewing. Needs no checkpoint and no process group.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from trainer.model.schedule import Schedule
 from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.recorded_run import RecordedRun
 
-ACROSS, SHEET = 16, 256  # pictures in a row and on a contact sheet
+ACROSS, SHEET = 16, 256  # images per row and per contact sheet
 SHOWN = 24  # rows of the printed table
 _PART = 64  # rows finished at a time, so that a batch of 4,096 fits a laptop
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A global batch of b rows. batch: what the host made. images: (b, 3, S, S) uint8, as the model saw them, denormalised.
+    """A global batch of b rows. batch: what the host made. images: (b, 3, S, S) uint8, as given to the model, denormalised.
 
-    rows: one dict per row; facts: about the step. confirmed: whether the journal's chain says that it was this batch
-    (None where it has no line behind the step).
+    rows: one dict per row; facts: of the step. confirmed: whether the journal's hash chain confirms this batch (None if it has no
+    step line at or after the step).
     """
 
     batch: Batch
@@ -57,11 +57,15 @@ class Replayed:
 
     def text(self) -> str:
         more = f"the first {SHOWN} of {len(self.rows)} rows\n" if len(self.rows) > SHOWN else ""
-        said = {True: "the journal's chain confirms these rows", None: "the journal has no chain behind this step yet"}
+        checks = {
+            True: "the journal's hash chain confirms this batch",
+            None: "not checked: no step line at or after this step in the journal",
+        }
         broken = [f"broken: {number}: {reason}\n" for number, reason in self.batch.broken]
         if self.facts["skipped"]:
-            broken.append("this step was not taken: its loss or its gradient was not finite\n")
-        return more + "".join(broken) + said.get(self.confirmed, "NOT what the journal's chain says: see `trilevel audit`")
+            broken.append("this step was skipped: its loss or gradient was not finite\n")
+        mismatch = "this batch DIFFERS from the journal's hash chain: run `trilevel audit`"
+        return more + "".join(broken) + checks.get(self.confirmed, mismatch)
 
 
 def _text(value: Any) -> str:
@@ -71,7 +75,7 @@ def _text(value: Any) -> str:
 
 
 def replay(run: RecordedRun, step: int) -> Replayed:
-    """Rebuild the batch of a step, as the journal counts. Raises RecordedRunError, KeptError or DataError."""
+    """Rebuild the batch of a step, numbered as in the journal. Raises RecordedRunError, KeptError or DataError."""
     config, stretch = run.config, run.segment(step)
     rows, order, selection = run.rows(stretch, step), run.order(stretch), run.selection(stretch.kept)
     maker = BatchMaker(run.index, config, train=True)
@@ -125,7 +129,7 @@ def _rows(run: RecordedRun, maker: BatchMaker, batch: Batch, mix: Mix) -> list[d
 
 
 def _confirmed(run: RecordedRun, step: int, batch: Batch) -> bool | None:
-    """Whether the chain's window around the step closes with this batch in it."""
+    """Whether the chain agrees with the step line at or after the step, if this batch is part of it."""
     before = max((mark for mark in run.logged_steps if mark.step < step), default=None)
     mark = min((mark for mark in run.logged_steps if mark.step >= step), default=None)
     if mark is None:
@@ -142,7 +146,7 @@ def _confirmed(run: RecordedRun, step: int, batch: Batch) -> bool | None:
 
 
 def write(replayed: Replayed, folder: Path) -> list[Path]:
-    """batch.json (facts and rows), rows.csv, images.npz (ids and pictures, uint8) and contact sheets; the files written."""
+    """Write batch.json (facts and rows), rows.csv, images.npz (ids and images, uint8) and contact sheets; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "batch.json", folder / "rows.csv", folder / "images.npz"]
     paths[0].write_text(json.dumps(replayed.facts | {"rows": replayed.rows}, indent=1) + "\n")
@@ -158,7 +162,7 @@ def write(replayed: Replayed, folder: Path) -> list[Path]:
 
 
 def _sheet(images: Tensor) -> PIL.Image.Image:
-    """(b, 3, S, S) -> one picture, rows of the batch in reading order, mixing partners side by side."""
+    """(b, 3, S, S) -> one image, rows of the batch in reading order, mixing partners side by side."""
     b, _, side, _ = images.shape
     cell = side + 2
     sheet = torch.full((-(-b // ACROSS) * cell, min(b, ACROSS) * cell, 3), 255, dtype=torch.uint8)

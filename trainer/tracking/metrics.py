@@ -1,9 +1,9 @@
-"""What a journal line is in MLflow's words: metrics, parameters, tags, data sets. Pure; knows MLflow's limits, not MLflow.
+"""Converts journal lines to MLflow metrics, parameters, tags and data sets. Pure: knows MLflow's limits, does not import it.
 
 Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`, `system/HOST/cpu_utilization_percentage` (per
-node), `run/device_hours` (end). Their step
-is the global optimizer step, their time the journal's. Every number of a line is sent, whatever its name; texts, booleans and ids are not.
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `checkpoint/seconds`,
+`system/HOST/cpu_utilization_percentage` (per node), `run/device_hours` (end). Their step is the global optimizer step, their time
+the journal's. Every number of a line is sent; texts, booleans and ids are not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIX = {
     "end": "run",
 }
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-PARAM_LENGTH = 500  # older servers take no more; newer ones take 6000
+PARAM_LENGTH = 500  # limit of older servers; newer ones accept 6000
 TAG_LENGTH = 5000
 KEY_LENGTH = 250
 LONGEST_LIST = 64
@@ -42,10 +42,10 @@ class Metric(NamedTuple):
 
 
 def metrics(line: dict[str, Any], step: int) -> list[Metric]:
-    """The metrics of a journal line; `step` is where it stands."""
+    """The metrics of a journal line at optimizer step `step`."""
     kind = line["kind"]
     prefix = ("eval_ema" if line.get("ema") else "eval") if kind == "eval" else PREFIX.get(kind)
-    if prefix is None or (kind == "epoch" and line.get("batch")):  # a resume tells its epoch again: it is known
+    if prefix is None or (kind == "epoch" and line.get("batch")):  # a resume writes the line of its epoch again
         return []
     facts = {k: v for k, v in line.items() if k not in _POSITION and not (k == "progress" and kind != "step")}
     if kind == "epoch" and facts.get("examples"):
@@ -55,25 +55,25 @@ def metrics(line: dict[str, Any], step: int) -> list[Metric]:
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
-    """Every setting by its dotted key; a value too long for MLflow is cut and says so."""
+    """Every setting by its dotted key; a value too long for MLflow is cut, with a note."""
     return {_key(key): _cut(str(value), PARAM_LENGTH, "config.yaml") for key, value in flat(config).items()}
 
 
 def tags(start: dict[str, Any]) -> dict[str, str]:
-    """What a start line says of the attempt beside its settings: commit, dirty, hosts, launcher, versions, own tags."""
-    said = {f"version.{name}": value for name, value in (start.get("versions") or {}).items()}
+    """Fields of a start line other than settings: commit, dirty, hosts, launcher, versions, the user's tags."""
+    found = {f"version.{name}": value for name, value in (start.get("versions") or {}).items()}
     for name, value in start.items():
         if name not in _NO_TAG and not isinstance(value, dict) and value is not None:
-            said[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
-    said["attempts"] = start.get("attempt", 0) + 1
+            found[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    found["attempts"] = start.get("attempt", 0) + 1
     if start.get("commit"):
-        said["mlflow.source.git.commit"] = start["commit"]
-    said |= ((start.get("config") or {}).get("tracking") or {}).get("tags") or {}
-    return {_key(name): _cut(str(value), TAG_LENGTH, "the journal") for name, value in said.items()}
+        found["mlflow.source.git.commit"] = start["commit"]
+    found |= ((start.get("config") or {}).get("tracking") or {}).get("tags") or {}
+    return {_key(name): _cut(str(value), TAG_LENGTH, "the journal") for name, value in found.items()}
 
 
 def param_changes(have: dict[str, str], want: dict[str, str], before: dict[str, str], attempt: int) -> dict[str, str]:
-    """MLflow's parameters can't change: what a resume changed becomes tags `param_drift.KEY`, an entry per change.
+    """Settings that a resume changed, as tags `param_drift.KEY` with one entry per change: MLflow's parameters can't change.
 
     have: the parameters in MLflow; want: those of this attempt; before: the tags in MLflow. A setting that is gone while the
     section's method is the same is no change: it was another method's, which earlier versions recorded too.
@@ -85,10 +85,12 @@ def param_changes(have: dict[str, str], want: dict[str, str], before: dict[str, 
             continue
         new = want.get(key, "(absent)")
         name = _key(f"param_drift.{key}")
-        said = before.get(name, "")
-        last = said.rpartition(" -> ")[2] or have[key]
+        earlier = before.get(name, "")
+        last = earlier.rpartition(" -> ")[2] or have[key]
         if new != last:
-            changed[name] = _cut(f"{said}; " * bool(said) + f"attempt {attempt}: {last} -> {new}", TAG_LENGTH, "the journal")
+            changed[name] = _cut(
+                f"{earlier}; " * bool(earlier) + f"attempt {attempt}: {last} -> {new}", TAG_LENGTH, "the journal"
+            )
     return changed
 
 
@@ -124,12 +126,12 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 
 
 def _key(name: str) -> str:
-    """MLflow takes letters, digits and _ - . : / and a space."""
+    """MLflow accepts letters, digits, _ - . : / and spaces."""
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:KEY_LENGTH]
 
 
 def _cut(text: str, length: int, whole: str) -> str:
     if len(text) <= length:
         return text
-    note = f" ... (cut, {len(text)} characters; whole in {whole})"
+    note = f" ... (cut, {len(text)} characters; complete in {whole})"
     return text[: length - len(note)] + note

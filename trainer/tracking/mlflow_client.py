@@ -20,11 +20,11 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")  # it becomes the name 
 
 
 class RunDeleted(TrilevelError, RuntimeError):
-    """What we shipped to was deleted in MLflow: trying again won't help."""
+    """The run or experiment was deleted in MLflow: a retry won't help."""
 
 
 class Store:
-    """Requests about one run, each bounded by `timeout`. Whatever goes wrong raises; Gone where trying again won't help."""
+    """Requests about one run, each bounded by `timeout`. Every failure raises; RunDeleted if a retry won't help."""
 
     def __init__(self, uri: str, runs: Path):
         from mlflow.tracking import MlflowClient
@@ -33,14 +33,20 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         self._uri, self._runs = uri, runs
         with _one_at_a_time(runs) if uri.startswith("sqlite") else contextlib.nullcontext():
-            self._client = MlflowClient(tracking_uri=uri)  # makes the tables of a new sqlite file, which takes seconds
+            self._client = MlflowClient(tracking_uri=uri)  # creates the tables of a new sqlite file, which takes seconds
 
     def find_or_make(self, experiment: str, name: str, key: str, began: float, parent: str | None = None) -> tuple[str, str]:
-        """(experiment id, run id) of the run tagged with `key`, made where there is none; below the run named `parent`, made too."""
+        """(experiment id, run id) of the run tagged with `key`, created if missing, as a child of the run named `parent`.
+
+        experiment, name: of the run.
+        key: identifies the run; equal in all requests for it.
+        began: start time, seconds since 1970.
+        parent: name of the parent run, created if missing; None: no parent.
+        """
         found = self._client.get_experiment_by_name(experiment)
         if found is not None and found.lifecycle_stage != "active":
             raise RunDeleted(
-                f"experiment {experiment!r} is deleted there: restore it, or set tracking.experiment to another name"
+                f"experiment {experiment!r} was deleted in MLflow: restore it, or set tracking.experiment to another name"
             )
         if found is None:
             local = None if self._uri.startswith(("http", "databricks")) else (self._runs / "mlflow-artifacts").as_uri()
@@ -53,14 +59,14 @@ class Store:
                 place, int(began * 1000), {"trilevel_key": key, "mlflow.source.name": "trilevel train"}, name
             )
         first, *others = sorted(self._client.search_runs([place], mine), key=lambda run: run.info.run_id)
-        for other in others:  # a request that timed out here and was carried out there
+        for other in others:  # a request timed out here but the server completed it
             self._client.delete_run(other.info.run_id)
         if parent is not None:
             self._client.set_tag(first.info.run_id, "mlflow.parentRunId", self._parent(place, parent))
         return place, first.info.run_id
 
     def _parent(self, place: str, name: str) -> str:
-        """Run id of the parent of that name: the first that was made, should two children have made one at the same moment."""
+        """Run id of the parent of that name: the first one created, if two children created one at the same time."""
         mine = f"tags.trilevel_parent = '{name}'"
         if not self._client.search_runs([place], mine):
             made = self._client.create_run(place, None, {"trilevel_parent": name, "mlflow.source.name": "launch sweep"}, name)
@@ -72,17 +78,17 @@ class Store:
         return {metric.key: metric.step for metric in self._run(run_id).data.to_proto().metrics}
 
     def begin(self, run_id: str, line: dict[str, Any], directory: Path) -> None:
-        """An attempt starts: parameters, tags, data sets; the run is running (again). May be repeated."""
+        """An attempt starts: send parameters, tags, data sets; set the run's status to RUNNING. May be repeated."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         run, want = self._run(run_id), params(line.get("config") or {})
-        said = tags(line) | {"run_directory": str(directory)}
+        wanted = tags(line) | {"run_directory": str(directory)}
         if line.get("attempt", 0):
-            said |= param_changes(run.data.params, want, run.data.tags, line["attempt"])
+            wanted |= param_changes(run.data.params, want, run.data.tags, line["attempt"])
         new = [Param(k, v) for k, v in want.items() if k not in run.data.params]
         for i in range(0, len(new), 100):
             self._client.log_batch(run_id, params=new[i : i + 100])
-        new = [RunTag(k, v) for k, v in said.items()]
+        new = [RunTag(k, v) for k, v in wanted.items()]
         for i in range(0, len(new), 100):
             self._client.log_batch(run_id, tags=new[i : i + 100])
         inputs = [
@@ -99,7 +105,7 @@ class Store:
         self._client.update_run(run_id, status="RUNNING")
 
     def send(self, run_id: str, batch: list[Metric]) -> list[Metric]:
-        """Metrics in one request. Those that MLflow calls invalid come back: one bad number must not hold up the rest."""
+        """Send metrics in one request; returns those that MLflow rejects as invalid: one bad value must not block the rest."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
@@ -110,7 +116,7 @@ class Store:
         except MlflowException as error:
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
                 raise
-        self._run(run_id)  # raises where it is the run that is wrong
+        self._run(run_id)  # raises if the run itself is the problem
         if len(batch) == 1:
             return batch
         half = len(batch) // 2
@@ -135,7 +141,7 @@ class Store:
             run = None
         if run is None or run.info.lifecycle_stage != "active":
             raise RunDeleted(
-                f"run {run_id} was deleted there: delete {STATE} in the run directory to ship the journal to a new one"
+                f"run {run_id} was deleted in MLflow: delete {STATE} in the run directory to upload the journal to a new run"
             )
         return run
 
@@ -143,8 +149,8 @@ class Store:
 def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list[str]]:
     """Run directories of an experiment's active runs, and names of those without a journal.
 
-    A run that is on this machine is read there, another as a journal downloaded under `into`. Raises LookupError for an experiment
-    that is not there, with those that are; MLflow's own errors as they come, after seconds.
+    A run on this machine is read from its directory, another from its journal downloaded under `into`. Raises LookupError for an
+    unknown experiment, with the known ones as text; MLflow's own errors after some seconds.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -159,7 +165,7 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
         page = client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000, page_token=token)
         for run in page:
             here = Path(run.data.tags.get("run_directory", "/nowhere"))
-            # another run may be in that folder by now, or on this machine
+            # that folder may hold another run by now, or belong to another machine
             if not ((here / "journal.jsonl").is_file() and SyncState.load(here).run_id == run.info.run_id):
                 if not _RUN_ID.fullmatch(run.info.run_id):
                     raise ValueError(
@@ -169,7 +175,7 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
                 here.mkdir(parents=True, exist_ok=True)
                 try:
                     client.download_artifacts(run.info.run_id, "journal.jsonl", str(here))
-                except (MlflowException, OSError):  # not shipped to its end yet, or the parent of a sweep
+                except (MlflowException, OSError):  # not uploaded yet, or the parent of a sweep
                     with contextlib.suppress(OSError):
                         here.rmdir()
                     if "trilevel_parent" not in run.data.tags:
@@ -181,10 +187,10 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
 
 
 def timeout(seconds: int | None = None) -> int:
-    """Seconds a request of this process may take; MLflow reads it at every request."""
+    """Set (if given) and return the timeout of this process's requests in seconds; MLflow reads it at every request."""
     if seconds is not None:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # we try again ourselves, and ask first what arrived
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `sync` retries, after asking MLflow what it received
         os.environ["MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"] = str(max(30, seconds))
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     return int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
@@ -192,7 +198,7 @@ def timeout(seconds: int | None = None) -> int:
 
 @contextlib.contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Two runs that begin together must not both make the tables of RUNS/mlflow.db."""
+    """A lock: two runs that start together must not both create the tables of RUNS/mlflow.db."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

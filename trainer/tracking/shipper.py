@@ -1,6 +1,6 @@
-"""The training's side of tracking: starts the process that ships the journal, and at the end waits for it a little.
+"""The training's side of tracking: starts the process that uploads the journal, and waits for it a limited time at the end.
 
-Nothing here can fail a training or hold it up. The other side is `tracking`; what both know is RUN/mlflow.json.
+Nothing here can fail or delay training. The other side is `sync.follow`; both read RUN/mlflow.json.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trainer.tracking.state import LOG, SyncResult, SyncState
 
 
 def start(directory: Path | str, settings: TrackingConfig, *, every: float = 5.0, linger: float = 60.0) -> Shipper:
-    """Start shipping, on rank 0, after the start line of this attempt. Takes milliseconds; never raises for MLflow's sake.
+    """Start the shipper, on rank 0, after the start line of this attempt. Takes milliseconds; MLflow's failures never raise here.
 
-    every: seconds between two looks at the journal. linger: seconds the shipper may live on after this process.
-    With `tracking.to: journal` there is nothing to ship and the Shipper is idle.
+    every: seconds between two checks of the journal. linger: seconds for which the shipper may outlive this process.
+    With `tracking.to: journal` nothing is uploaded.
     """
     directory = Path(directory).resolve()
     if settings.to == "journal":
@@ -36,7 +36,7 @@ def start(directory: Path | str, settings: TrackingConfig, *, every: float = 5.0
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the training, which then says goodbye in order
+                start_new_session=True,  # Ctrl-C must reach the training only, which then ends in order
                 env=os.environ | threads | {"PYTHONPATH": python_path()},
             )
     except OSError as error:
@@ -45,15 +45,15 @@ def start(directory: Path | str, settings: TrackingConfig, *, every: float = 5.0
 
 
 class Shipper:
-    """The training's handle on the process that ships."""
+    """The training's handle on the uploading process."""
 
     def __init__(self, directory: Path, process: subprocess.Popen[bytes] | None, trouble: str = ""):
         self._directory, self.process, self._trouble = directory, process, trouble
 
     def finish(self, timeout: float = 20.0) -> SyncResult:
-        """Say that the journal is complete; wait up to `timeout` seconds for MLflow to have it, less where nobody answers.
+        """Tell the shipper that the journal is complete; wait up to `timeout` seconds for the upload, less if MLflow does not answer.
 
-        What is left is shipped while the shipper lingers, or by `trilevel sync`. Files made before this call go along.
+        The rest is uploaded while the shipper lingers, or by `trilevel sync`. Files written before this call are uploaded too.
         """
         if self.process is None:
             return SyncResult(not self._trouble, self._later(self._trouble) if self._trouble else "")
@@ -67,19 +67,18 @@ class Shipper:
                 break
             time.sleep(0.05)
         state = SyncState.load(self._directory)
-        if _no_room(self._directory) and process.returncode != 0:  # its trouble could not be noted either
+        if _no_room(self._directory) and process.returncode != 0:  # the shipper could not write its error either
             return SyncResult(
-                False, f"MLflow does not have all of the run: no room at {self._directory}; make room, then trilevel sync RUN"
+                False, f"not all of the run is in MLflow: no disk space at {self._directory}; free some, then trilevel sync RUN"
             )
         if process.returncode == 0:
-            return SyncResult(True, f"MLflow has all of it ({state.uri})")
-        ended = f"the shipper ended with code {process.returncode}, see {self._directory / LOG}"
-        return SyncResult(False, self._later(state.trouble or ("it is slow" if process.returncode is None else ended)))
+            return SyncResult(True, f"journal fully uploaded to MLflow at {state.uri}")
+        ended = f"the shipper exited with code {process.returncode}, see {self._directory / LOG}"
+        slow = f"still uploading after {timeout:g} s"
+        return SyncResult(False, self._later(state.trouble or (slow if process.returncode is None else ended)))
 
     def _later(self, why: str) -> str:
-        return (
-            f"MLflow does not have all of the run yet: {why}; the journal has; bring it there: trilevel sync {self._directory}"
-        )
+        return f"not all of the run is in MLflow yet: {why}; the journal is complete; to upload it: trilevel sync {self._directory}"
 
 
 def _no_room(directory: Path) -> bool:

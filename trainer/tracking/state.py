@@ -1,4 +1,4 @@
-"""`mlflow.json`: how much of a journal MLflow has, and in which run."""
+"""`mlflow.json`: how much of a journal is uploaded to MLflow, and to which run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG = "logs/tracking.txt"
 
 
 class SyncResult(NamedTuple):
-    """done: MLflow has all of the journal. message: for a person, says where it went or what to do."""
+    """done: the whole journal is uploaded. message: where it was uploaded, or what to do."""
 
     done: bool
     message: str
@@ -25,19 +25,19 @@ class SyncResult(NamedTuple):
 
 @dataclass
 class SyncState:
-    """How far the shipping is: RUN/mlflow.json, replaced as a whole after every batch."""
+    """Progress of the upload: RUN/mlflow.json, replaced as a whole after every batch."""
 
     uri: str = ""
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run that was made but not noted
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run that was created but not recorded here
     experiment_id: str = ""
     run_id: str = ""
     offset: int = 0  # bytes of the journal that are sent
-    step: int = 0  # where the line before `offset` stands
+    step: int = 0  # of the line before `offset`
     last: dict[str, int] = field(default_factory=dict)  # {metric: last step sent}
     ended: bool = False  # the end of the last attempt is sent
-    refused: int = 0  # metrics MLflow does not take
+    refused: int = 0  # metrics that MLflow rejected
     uploaded: dict[str, list[int]] = field(default_factory=dict)  # {file: [bytes, time]}
-    trouble: str = ""  # why the last request failed; empty when it did not
+    trouble: str = ""  # error of the last request; empty if it succeeded
 
     @classmethod
     def load(cls, directory: Path) -> SyncState:

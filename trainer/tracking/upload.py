@@ -1,4 +1,4 @@
-"""The journal of one run on its way to MLflow, a batch at a time. What may fail and how often it is tried is `tracking`'s."""
+"""Uploads the journal of one run to MLflow, a batch at a time. Retries are in `sync`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FORGOTTEN = 15 * 60  # seconds without a line after which `sync` calls a run wit
 
 
 def uri_of(directory: Path, settings: TrackingConfig) -> str:
-    """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else the server it went to before (a shell without that variable must
-    not ship it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
+    """The tracking URI of a run: tracking.uri, else MLFLOW_TRACKING_URI, else the server used before (a shell without that variable
+    must not upload it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
     before = SyncState.load(directory).uri
     server = before if before.startswith(("http", "databricks")) else ""
     asked = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or server
@@ -32,7 +32,7 @@ def uri_of(directory: Path, settings: TrackingConfig) -> str:
 
 
 class JournalUploader:
-    """The journal of one run on its way to MLflow, a batch at a time. Another tracking.uri than before: all of it, anew."""
+    """Uploads the journal of one run, a batch at a time. With a different tracking URI than before, uploads all of it again."""
 
     def __init__(self, directory: Path):
         starts, last = [], {}
@@ -40,7 +40,9 @@ class JournalUploader:
             if last["kind"] == "start":
                 starts.append(last)
         if not starts:
-            raise writer.JournalError(f"{directory / FILE}: no start line in it yet, so nothing tells where it is to go")
+            raise writer.JournalError(
+                f"{directory / FILE}: no start line yet, which has the tracking URI; wait until the run has started"
+            )
         config = starts[-1].get("config") or {}
         settings = TrackingConfig.model_validate(config.get("tracking") or {})
         self.directory, self.uri, self._weights = directory, uri_of(directory, settings), settings.weights
@@ -50,7 +52,7 @@ class JournalUploader:
         if self.state.uri.rstrip("/") != self.uri:
             self.state = SyncState(uri=self.uri)
         self._store: Store | None = None
-        self._steps_known = False  # state.last is what MLflow has; no more once a request is on its way
+        self._steps_known = False  # whether state.last is what MLflow has; not while a request is in progress
         self._when = last["time"]
 
     @property
@@ -58,7 +60,7 @@ class JournalUploader:
         return (self.directory / FILE).stat().st_size
 
     def send_batch(self, limit: float = math.inf) -> bool:
-        """Send the next lines: a full batch, or up to a start or an end, none behind byte `limit`. False: there are none."""
+        """Send the next lines: a full batch, or up to a start or end line, none after byte `limit`. False if there are none."""
         state = self.state
         if state.offset >= min(limit, self.size):
             return False
@@ -92,33 +94,33 @@ class JournalUploader:
         state.offset, state.step, state.last, state.trouble = offset, step, last, ""
         state.refused += len(refused)
         for metric in refused[:3]:
-            print(f"MLflow does not take {metric}", flush=True)
+            print(f"MLflow rejected {metric}", flush=True)
         self._note()
         return True
 
     def upload(self, first: bool = False) -> None:
-        """The run's files that are new or changed since they were sent; first: only those that are there from the start."""
+        """Upload the run's files that are new or changed; first: only those written at the start of a run."""
         fresh = []
         for path in self._files(first):
             with contextlib.suppress(OSError):
                 facts, name = path.stat(), str(path.relative_to(self.directory))
-                seen = [facts.st_size, facts.st_mtime_ns]
-                if self.state.uploaded.get(name) != seen:
-                    fresh.append((path, name, seen))
-        for path, name, seen in fresh:
+                version = [facts.st_size, facts.st_mtime_ns]
+                if self.state.uploaded.get(name) != version:
+                    fresh.append((path, name, version))
+        for path, name, version in fresh:
             self._ready().upload(self.state.run_id, path, str(Path(name).parent))
-            self.state.uploaded[name] = seen
+            self.state.uploaded[name] = version
         if fresh or self.state.trouble:
             self.state.trouble = ""
             self._note()
 
     def mark_killed(self, by_hand: bool) -> None:
-        """All lines are sent and the run said no goodbye: it was killed (by hand: if it is silent for long)."""
+        """After all lines are sent: a run without an end line was killed (by hand: only if its last line is old)."""
         if not self.state.ended and (not by_hand or time.time() - self._when > FORGOTTEN):
             self._ready().end(self.state.run_id, "KILLED", self._when)
 
     def failed(self, error: BaseException) -> None:
-        """Note the trouble and say it, once."""
+        """Record the error, and print it if it is new."""
         text = f"{self.uri}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if text != self.state.trouble:
             print(time.strftime("%F %T"), text, flush=True)
@@ -126,7 +128,7 @@ class JournalUploader:
         self._note()
 
     def _note(self) -> None:
-        """How far it is, where there is room for that on the disk; else the next shipper asks MLflow, see `_ready`."""
+        """Save the state; on a full disk it stays old, and the next shipper asks MLflow, see `_ready`."""
         with contextlib.suppress(OSError):
             self.state.save(self.directory)
 
@@ -142,7 +144,7 @@ class JournalUploader:
         if self._store is None:
             self._store = Store(self.uri, self.directory.parent)
         if not state.run_id:
-            state.save(self.directory)  # the key first: a run made and not noted is found again by it
+            state.save(self.directory)  # save the key first: it finds a run that was created but not recorded
             place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
             state.experiment_id, state.run_id = place, run
             self._note()
