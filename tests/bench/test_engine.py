@@ -40,11 +40,11 @@ def rows(**ratios: float) -> dict[str, dict[str, float]]:
 def test_the_advice_names_what_the_engine_costs_and_the_keys_of_a_better_one() -> None:
     said = advice(config(zero=1), rows(ddp=1.03, zero0=1.1, zero1=1.2), 32)
     assert said == (
-        "32 images per device: this model fits; against the bare loop DDP 1.03 x, ZeRO 0 1.10 x, ZeRO 1 1.20 x: "
-        "take engine.kind=ddp"
+        "32 images per device: this model fits without sharding; step time relative to the bare loop: "
+        "DDP 1.03 x, ZeRO 0 1.10 x, ZeRO 1 1.20 x; set engine.kind=ddp"
     )
-    assert "ZeRO 1, as configured, is as good as any" in advice(config(zero=1), rows(ddp=1.0, zero1=1.01), 32)
-    assert "take engine.zero=2" in advice(config(zero=1), rows(zero2=1.5), 32)
+    assert "ZeRO 1, as configured, is among the fastest" in advice(config(zero=1), rows(ddp=1.0, zero1=1.01), 32)
+    assert "set engine.zero=2" in advice(config(zero=1), rows(zero2=1.5), 32)
     assert advice(config(zero=1), {}, 32) == "32 images per device: no engine could be measured"
 
 

@@ -72,7 +72,7 @@ def test_an_unknown_row_and_too_few_images_are_refused(job: Path, capsys: Any) -
     assert main(["bench", "input", "job.yaml", "--images", "pictures", "--batch", "4", "--rows", "dali"]) == 2
     assert "--rows: unknown value 'dali'; valid values: ours" in capsys.readouterr().err
     assert main(["bench", "input", "job.yaml", "--images", "pictures", "--batch", "30"]) == 2
-    assert "40 images make no two batches of 30" in capsys.readouterr().err
+    assert "40 images are fewer than two batches of 30" in capsys.readouterr().err
 
 
 def test_the_plan_of_imagenet_on_a_rank_is_known_at_once(job: Path, capsys: Any) -> None:

@@ -118,7 +118,7 @@ def flip(path: Path) -> None:
     [
         (lambda path: (path / "weights.safetensors").write_bytes(b"short"), "weights.safetensors has 5 bytes"),
         (lambda path: (path / "examples.npz").unlink(), "examples.npz is missing"),
-        (lambda path: flip(path / "optimizer.safetensors"), "optimizer.safetensors has another hash"),
+        (lambda path: flip(path / "optimizer.safetensors"), "hash of optimizer.safetensors differs"),
         (lambda path: (path / "state.json").write_text("{"), "state.json can't be read"),
         (lambda path: rewritten(path / "state.json", lambda a: a["state"].update(batch=3)), "state.json was changed"),
     ],
@@ -136,7 +136,9 @@ def test_a_damaged_one_is_passed_over_and_that_is_said(tmp_path: Path, config: C
 
 def test_where_all_are_damaged_nothing_starts_anew_in_silence(tmp_path: Path, config: Config) -> None:
     flip(save(tmp_path, config, 1) / "weights.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* step-00000001: weights.safetensors has another hash.*copy"):
+    with pytest.raises(
+        CheckpointError, match=r"all checkpoints in .* step-00000001: the hash of weights.safetensors differs.*copy"
+    ):
         newest(tmp_path)
 
 

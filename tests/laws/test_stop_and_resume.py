@@ -173,7 +173,7 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
     run, file = runs / "runs" / "whole", tmp_path / "w.safetensors"
     assert main(["export", str(run), str(file)]) == 0
     told = capsys.readouterr().out
-    assert "their moving average of step 9, top-1 " in told
+    assert "EMA weights of step 9, top-1 " in told
     network = eval(told.splitlines()[1], {"timm": timm})  # the line is there to be pasted
     network.load_state_dict(load_file(file), strict=True)
     with safe_open(file, "pt") as opened:
@@ -184,9 +184,9 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
     assert export(run, file, "best").about["step"] == str(best)
     about = export(run, file, "step-00000005", ema=False).about
     assert about["step"] == "5" and "top1" not in about, "nobody scored it"
-    with pytest.raises(ConfigError, match=r"name it \*\.safetensors"):
+    with pytest.raises(ConfigError, match=r"must end with \.safetensors"):
         export(run, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match="no checkpoint in it"):
+    with pytest.raises(ConfigError, match="no checkpoint; give"):
         export(tmp_path, file)
     with pytest.raises(CheckpointError, match=r"state\.json can't be read"):
         export(run, file, "step-00000007")

@@ -85,7 +85,7 @@ def test_a_trace_of_steps_that_never_came_is_told(tmp_path: Path):
         trace.at(step)
     trace.close(5)
     trace.close(5)
-    assert said == ["trace.steps=[200, 210]: this attempt made none of them, it ends at step 5; no trace"]
+    assert said == ["trace.steps=[200, 210]: no trace, this attempt ended at step 5 without any of them"]
     trace = Trace(TraceSettings(), tmp_path, 0, False, said.append)
     trace.close(5)
     assert len(said) == 1 and list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
-"""What level 1 costs a step: `Objective.credit` and `observe` by themselves, at ImageNet's size, and the memory that they hold.
+"""The cost of level 1 per step: time of `Objective.credit` and `observe` alone, at ImageNet's size, and their memory.
 
-Part of `trilevel bench step`, and of `make gpu PART=step`, where a read of the device by the host would raise.
+Part of `trilevel bench step` and of `make gpu PART=step`, where a host sync would raise.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from trainer.model.build import build_examples, build_objective
 from trainer.telemetry.timing import seconds
 
 EXAMPLES = 1_281_167  # ImageNet-1k
-WARM_UP, STEPS, AT_ONCE = 5, 40, 10  # AT_ONCE steps are timed together: one takes less than a clock and a synchronisation say
+WARM_UP, STEPS, AT_ONCE = 5, 40, 10  # AT_ONCE steps are timed together: a single one is too short for clock and synchronisation
 
 
 def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) -> dict[str, Any]:
     """{median, min, max, unit: "ms", megabytes, examples}: a micro-batch of the configured size, mixed as configured.
 
-    megabytes: state of the method on host and device, without the labels, which it shares with the index. On a GPU the
-    time ends when the device is done, and RuntimeError is raised where the host would wait for it.
+    megabytes: state of the method on host and device, without the labels, which it shares with the index. On a GPU the time
+    includes the work of the device, and a host sync raises RuntimeError.
     """
     rows = config.data.micro_batch
     level, objective = build_examples(config, stand_in(examples, config.model.classes)), build_objective(config)
@@ -53,9 +53,9 @@ def bookkeeping(config: Config, device: torch.device, examples: int = EXAMPLES) 
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The row for a person."""
+    """The row as text."""
     return (
-        f"bookkeeping of examples ({row['method']}): {row['median']:.3f} ms a step ({row['min']:.3f} - {row['max']:.3f}), "
+        f"bookkeeping of examples ({row['method']}): {row['median']:.3f} ms per step ({row['min']:.3f} - {row['max']:.3f}), "
         f"{row['megabytes']:.1f} MB at {row['examples']:,} examples"
     )
 
@@ -69,12 +69,12 @@ class _Labels:
 
 
 def stand_in(examples: int, classes: int) -> Index:
-    """As much of an index as a method of level 1 asks for."""
+    """The part of an index that a method of level 1 uses."""
     return cast(Index, _Labels(np.arange(examples, dtype=np.int32) % classes))
 
 
 def _timed(one: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of a step, mean of AT_ONCE. On a GPU torch raises where the host would wait for it."""
+    """Milliseconds of a step, mean of AT_ONCE. On a GPU a host sync raises."""
 
     def several() -> None:
         mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0

@@ -1,6 +1,6 @@
-"""`trilevel bench checkpoint CONFIG`: how long training stands still for a save, how long the disk takes, and what share of a run
-that is. The network, optimizer, average and example statistics of the configuration are real, the images are random; written is
-to `runs`, as a run would, and removed. Start it by torchrun or `python -m launch` to measure the gathering over several processes.
+"""`trilevel bench checkpoint CONFIG`: how long a save blocks training, how long writing takes, and their share of a run. Network,
+optimizer, EMA and example statistics are those of the configuration, the images are random. Writes to `runs`, as a run does, and
+deletes the files. Start it with torchrun or `python -m launch` to include the gathering over several processes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.run.checkpointer import Checkpointer
 from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
 
-EXAMPLES = 1_281_167  # ImageNet's, whose statistics are saved too
+EXAMPLES = 1_281_167  # ImageNet-1k; their statistics are saved too
 HOUR = 3600.0
 
 
 class RecorderStub:
-    """Stands for the run's records: keeps what a save tells."""
+    """Replaces the run's Recorder: collects times and sizes of saves."""
 
     def __init__(self, directory: Path):
         self.directory, self.checkpoints = directory, directory / "checkpoints"
@@ -53,7 +53,7 @@ class RecorderStub:
 
 
 def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResult | None:
-    """Collective; None on all ranks but the first. Raises ConfigError, and OSError where `runs` can't be written.
+    """Collective; None on all ranks but the first. Raises ConfigError, and OSError if `runs` is not writable.
 
     Rows `blocking`, `writing`: seconds of a save; `bytes`: MiB on the disk.
     """
@@ -67,12 +67,12 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
     selection = level.select(0, engine.all_gather)
     _step(engine, config)
     folder = Path(tempfile.mkdtemp(prefix=".bench-checkpoint-", dir=_made(Path(config.runs)))) if engine.is_main else Path()
-    told = RecorderStub(folder)
+    recorder = RecorderStub(folder)
     try:
-        checkpointer = Checkpointer(config, engine, cast(Recorder, told), Stop(), "bench", ema, level)
-        for number in range(saves + 1):  # the first one warms up
+        checkpointer = Checkpointer(config, engine, cast(Recorder, recorder), Stop(), "bench", ema, level)
+        for number in range(saves + 1):  # the first one is the warm-up
             checkpointer.save(TrainState(step=number + 1), selection, last=False)
-            while checkpointer.writing:  # here nobody waits for it, as in training
+            while checkpointer.writing:  # without blocking, as in training
                 time.sleep(0.01)
             checkpointer.wait()
     finally:
@@ -82,20 +82,20 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
         return None
     precision = f"{config.engine.kind}, zero {config.engine.zero}, {config.engine.precision}"
     title = f"{config.name}: saves of {config.model.name} on {engine.device_name()}, {engine.world} process(es), {precision}"
-    measured = {"blocking": (told.blocking, "s"), "writing": (told.writing, "s"), "bytes": (told.sizes, "MiB")}
+    measured = {"blocking": (recorder.blocking, "s"), "writing": (recorder.writing, "s"), "bytes": (recorder.sizes, "MiB")}
     rows = {name: stats(values[1:], unit) for name, (values, unit) in measured.items()}
     blocking, writing, size = (row["median"] for row in rows.values())
     both = blocking + writing
     note = (
-        f"training stands still for {blocking:.3f} s of a save, the disk takes {writing:.3f} s more beside it: at hourly saves "
+        f"a save blocks training for {blocking:.3f} s, writing takes {writing:.3f} s more in the background: with hourly saves "
         f"{blocking:.3f} / {HOUR:.0f} = {blocking / HOUR:.4%} of the run; checkpoint.asynchronous=false: {both:.3f} / {HOUR:.0f} = "
-        f"{both / HOUR:.4%}. Once more in the memory of the first node while it is written: {size:.0f} MiB"
+        f"{both / HOUR:.4%}. Extra memory on the first node while writing: {size:.0f} MiB"
     )
     return BenchResult(title, rows, notes=[note])
 
 
 def _step(engine: Engine, config: Config) -> None:
-    """One step, so that the optimizer has a state."""
+    """One step, so that the optimizer has state."""
     size = config.model.image_size
     images = torch.randn(2, 3, size, size, device=engine.device)
     rng_keys = torch.arange(2, device=engine.device)

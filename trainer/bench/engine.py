@@ -1,8 +1,8 @@
-"""`trilevel bench engine CONFIG`: what the engine costs. DDP and ZeRO 0 to 3 against the bare loop, on every device of this machine.
+"""`trilevel bench engine CONFIG`: step time of DDP and ZeRO 0 to 3 relative to a bare PyTorch loop, on every device of this machine.
 
-All of them live in the same processes and take turns, every other round backwards, so that a drifting machine drifts for all. A step
-is forward, backward, clipping and optimizer at the final plan of the run, on random images: no loader. `bare` is the same network in
-a plain loop, nothing sent and nothing read. A step takes as long as its slowest rank.
+All of them run in the same processes, interleaved, so that drift of the machine affects all alike. A step is forward, backward,
+clipping and optimizer at the final plan of the run, on random images, without a loader. `bare` is the same network in a plain loop
+without communication. The time of a step is that of its slowest rank.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.telemetry.timing import interleave
 BARE = "bare"
 ENGINES = {"ddp": ("ddp", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 WARM_UP = 3
-EQUAL = 1.02  # a ratio below which one engine is not worth changing for another
+EQUAL = 1.02  # engines within this ratio count as equally fast
 Step = Callable[[], None]
 
 
@@ -49,21 +49,21 @@ COLUMNS = {
 
 
 def batches(text: str | None) -> list[int]:
-    """Images per device, from `256,32`; None: what is worth measuring on this machine. Raises ConfigError."""
+    """Images per device, from text like `256,32`; None: the default for this machine. Raises ConfigError."""
     words = (text or ("256,32" if torch.cuda.is_available() else "8,2")).split(",")
     if not all(word.isdigit() and int(word) for word in words):
-        raise ConfigError(f"--images-per-device {text}: write numbers with commas between: 256,32")
+        raise ConfigError(f"--images-per-device {text}: must be integers >= 1, separated by commas, e.g. 256,32")
     return [int(word) for word in words]
 
 
 def on_every_device(processes: int | None) -> None:
-    """Start this very command again as one process per device and don't come back; nothing under a launcher, or for one process."""
+    """Replace this process by torchrun with the same command, one process per device; a no-op under a launcher or for one process."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 2
     count = processes or devices
     if "WORLD_SIZE" in os.environ or count == 1:
         return
     if torch.cuda.is_available() and count > devices:
-        raise ConfigError(f"--processes {count}: this machine has {devices} GPU(s), one process each")
+        raise ConfigError(f"--processes {count}: must be <= {devices}, the number of GPUs of this machine")
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     sys.stdout.flush()
@@ -72,10 +72,10 @@ def on_every_device(processes: int | None) -> None:
 
 
 def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] | None = None) -> BenchResult:
-    """Measure, on all ranks of this world; the answer is the same on all. Raises ConfigError for an unknown row.
+    """Measure, on all ranks; the result is the same on all. Raises ConfigError for an unknown row.
 
     Rows "ROW@IMAGES": {median, min, max, unit: "ms", images_per_second, ratio (of bare, median over rounds), ratio_low, ratio_high
-    (95 % interval), memory_mib}, or {said} where a row could not be measured.
+    (95 % interval), memory_mib}, or {said: why} for a row that could not be measured.
     """
     names = [BARE, *ENGINES]
     if unknown := [name for name in only or [] if name not in names]:
@@ -97,7 +97,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
     steps: dict[str, Step] = {}
     found: dict[str, dict[str, Any]] = {}
     engine = Engine(config.engine.model_copy(update={"kind": "ddp", "zero": 0, "deepspeed": None}), BatchSplit(count, 1, count))
-    engine.release_accelerate_state()  # speaks for the world below; its model is never used
+    engine.release_accelerate_state()  # used below for rank and world size; it never gets a model
     for name in names:
         before = _memory(engine.device, peak=False)
         try:
@@ -107,12 +107,16 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
         except (ConfigError, torch.OutOfMemoryError) as error:
             steps.pop(name, None)
             oom = isinstance(error, torch.OutOfMemoryError)
-            found[name] = {"said": "does not fit beside the others: try --rows" if oom else str(error).splitlines()[-1].strip()}
+            found[name] = {
+                "said": "out of memory beside the other rows; select fewer with --rows"
+                if oom
+                else str(error).splitlines()[-1].strip()
+            }
             continue
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
     own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds)
-    everyones = engine.all_gather_objects([own])
-    times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in everyones), strict=True)] for name in own}
+    gathered = engine.all_gather_objects([own])
+    times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in gathered), strict=True)] for name in own}
     for name, seconds in times.items():
         ratios = [mine / bare for mine, bare in zip(seconds, times[BARE], strict=True)]
         low, high = interval(ratios)
@@ -126,16 +130,16 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
 
 
 def _timed(engine: Engine, step: Step) -> float:
-    """Seconds, on this rank, of a step that all ranks begin together."""
+    """Seconds on this rank of a step that all ranks start together."""
     engine.barrier()
     return timing.seconds(step, engine.device)
 
 
 def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
-    """A step through our engine, as the loop takes it."""
+    """A step through our engine, as in the training loop."""
     settings = config.resolved()
     settings["engine"] |= {"kind": kind, "zero": zero}
-    config = parse(settings, f"engine.kind={kind}, engine.zero={zero}")  # refuses what does not go together
+    config = parse(settings, f"engine.kind={kind}, engine.zero={zero}")  # raises on conflicting settings
     engine = Engine(config.engine, BatchSplit(count, 1, count), config.optim.clip)
     try:
         network = build_model(config)
@@ -180,7 +184,7 @@ def _bare(config: Config, count: int, device: torch.device) -> Step:
 
 
 def _batch(config: Config, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Plan]:
-    """Images (b, 3, S, S), targets (b, C), keys of the random choices (b,), plan."""
+    """Images (b, 3, S, S), targets (b, C), rng_keys (b,), plan."""
     size, classes = config.model.image_size, config.model.classes
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     targets = nn.functional.one_hot(torch.arange(count) % classes, classes).float().to(device)
@@ -188,7 +192,7 @@ def _batch(config: Config, count: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def _memory(device: torch.device, peak: bool) -> float:
-    """Bytes: allocated on the GPU, its peak since the last call without `peak`; of a CPU what the process holds."""
+    """Bytes: on a GPU allocated, with `peak` the peak since the last call without it; on a CPU resident memory of the process."""
     if device.type != "cuda":
         return float(psutil.Process().memory_info().rss)
     if peak:
@@ -198,18 +202,20 @@ def _memory(device: torch.device, peak: bool) -> float:
 
 
 def advice(config: Config, rows: dict[str, dict[str, Any]], count: int) -> str:
-    """One line: what the configured engine costs, and which one to take."""
+    """One line: step times relative to the bare loop, and which engine to use."""
     ratios = {name: rows[f"{name}@{count}"]["ratio"] for name in ENGINES if "ratio" in rows.get(f"{name}@{count}", {})}
     head = f"{count} images per device: "
     if not ratios:
         return head + "no engine could be measured"
     mine = "ddp" if config.engine.kind == "ddp" else f"zero{config.engine.zero}"
     best = min(ratios, key=lambda name: ratios[name])
-    fits = "this model fits" if best in ("ddp", "zero0") else "DDP does not fit or is no faster"
+    fits = "this model fits without sharding" if best in ("ddp", "zero0") else "DDP does not fit or is not faster"
     costs = ", ".join(f"{_label(name)} {ratio:.2f} x" for name, ratio in ratios.items())
     if mine in ratios and ratios[mine] <= EQUAL * ratios[best]:
-        return f"{head}{fits}; against the bare loop {costs}: {_label(mine)}, as configured, is as good as any"
-    return f"{head}{fits}; against the bare loop {costs}: take {_keys(best)}"
+        return (
+            f"{head}{fits}; step time relative to the bare loop: {costs}; {_label(mine)}, as configured, is among the fastest"
+        )
+    return f"{head}{fits}; step time relative to the bare loop: {costs}; set {_keys(best)}"
 
 
 def _label(name: str) -> str:

@@ -1,5 +1,5 @@
-"""`make gpu PART=check`: on a GPU host, from the source tree, with its own torch and no network: what the device computes against
-what the CPU computes, for every path that a run takes on it. A CPU is compared with itself (the tests do that).
+"""`make gpu PART=check`: compare results of the GPU with those of the CPU, for every computation of a run on the device. Needs no
+network. Without a GPU the CPU is compared with itself (the tests do that).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.batch import Batch
 
 
 class Deviation(NamedTuple):
-    """One comparison: the largest difference seen and what is allowed."""
+    """One comparison: the largest difference and the allowed one."""
 
     what: str
     difference: float
@@ -40,7 +40,7 @@ class Deviation(NamedTuple):
 
 
 def check(device: torch.device) -> Iterator[Deviation]:
-    """Every device path against the CPU: keyed draws, augmentation, dense and pruned forward and backward passes, bookkeeping."""
+    """Compare every computation on the device with the CPU: random numbers, augmentation, forward and backward passes, bookkeeping."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     keys = torch.arange(512) * 7919 - 12345
@@ -132,7 +132,7 @@ def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Deviation]:
 
 
 def _bookkeeping(device: torch.device) -> Deviation:
-    """Forgetting on the device and on the CPU from the same observations: the same examples are kept."""
+    """Forgetting on the device and on the CPU, from the same observations, keeps the same examples."""
     hashes = []
     for d in (torch.device("cpu"), device):
         run = TrainingRun(200, np.arange(200) % 10, epochs=12, seed=1)
@@ -162,7 +162,7 @@ def _bfloat16(device: torch.device) -> Iterator[Deviation]:
 
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device: correctness of nothing but itself"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (no CUDA device: the CPU is compared with itself)"
     print(f"check on {where}, torch {torch.__version__}, timm {timm.__version__}")
     bad = 0
     for finding in check(device):

@@ -1,8 +1,8 @@
-"""`trilevel bench input`: images per second of our stream, of decoding alone, and of the loaders people use, in one run.
+"""`trilevel bench input`: images per second of our loader, of decoding alone, and of other loaders, in one run.
 
-All rows take the same images at the same size with the same number of workers; passes are interleaved, the first one warms up,
-medians are taken, and only ratios of one run count. Device work (normalise, flip, erase, mix) is no part of a row where a loader
-leaves it to the device; what each row did is printed beside it.
+All rows use the same images at the same size with the same number of workers; passes are interleaved, the first one is the warm-up,
+medians are reported, and only ratios within one run are meaningful. Work that a loader leaves to the device (normalise, flip,
+erase, mix) is not included; the table describes the work of each row.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ def bench(
     config: Config, *, images: str | None = None, workers: int = 2, batch: int = 50, passes: int = 5, limit: int = 2000,
     only: list[str] | None = None, progress: bool = True,
 ) -> BenchResult:  # fmt: skip
-    """Measure all rows (or those in `only`). images: a folder or tar; None: the first `limit` images of data.train.
+    """Measure all rows (or those in `only`).
 
+    images: a folder or tar; None: the first `limit` images of data.train.
+    workers, batch: worker processes and batch size of every loader.
+    passes: measured passes.
+    progress: show a progress bar.
     Writes three copies of the images to the temporary folder. Raises DataError.
     """
     with tempfile.TemporaryDirectory(prefix="trilevel-bench-") as scratch:
@@ -73,8 +77,8 @@ def bench(
 
 
 def measured(peers: dict[str, Peer], passes: int, show: str | None, without: int | None = None) -> dict[str, dict[str, Any]]:
-    """Rows {median, min, max, unit, cpu_ms (per image, of all our processes, median), did}; of a library that is not installed
-    {unit, did}. images/s, or seconds for rows that begin with `epoch`. without: see `cpu_seconds`."""
+    """Rows {median, min, max, unit, cpu_ms (per image, of all our processes, median), did}; for a library that is not installed
+    {unit, did}. Unit: images/s, or seconds for rows whose name starts with `epoch`. without: see `cpu_seconds`."""
     rows: dict[str, dict[str, Any]]
     rows = {name: {"unit": "s" if name.startswith("epoch") else "images/s", "did": peer.did} for name, peer in peers.items()}
     passed = {name: partial(_pass, peer, without) for name, peer in peers.items() if peer.epoch is not None}
@@ -86,7 +90,7 @@ def measured(peers: dict[str, Peer], passes: int, show: str | None, without: int
 
 
 def _pass(peer: Peer, without: int | None) -> tuple[int, float, float]:
-    """Images, seconds, processor seconds of a pass."""
+    """Images, seconds, CPU seconds of a pass."""
     peer.prepare()
     busy, started = cpu_seconds(without), time.perf_counter()
     images = peer.epoch() if peer.epoch is not None else 0
@@ -128,7 +132,7 @@ def _rows(place: PeerInput, config: Config, scratch: Path) -> dict[str, Callable
 
 
 def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "") -> Peer:
-    """The stream of the main job on one rank, with its augmentation reduced to crop, flip and `policy`."""
+    """The loader of a training run on one rank, with its augmentation reduced to crop, flip and `policy`."""
     plain = AugmentConfig(policy=policy, interpolation="bicubic")
     data = config.data.model_copy(update={
         "train": place.shards, "batch": place.batch, "micro_batch": place.batch, "workers": place.workers, "lanes": 2,
@@ -161,7 +165,9 @@ def _place(scratch: Path, config: Config, images: str | None, batch: int, worker
         limit = len(source)
     count = min(limit, len(source))
     if count < 2 * batch:
-        raise DataError(f"bench input: {count} images make no two batches of {batch}; give more, or a smaller --batch")
+        raise DataError(
+            f"bench input: {count} images are fewer than two batches of {batch}; give more images, or lower --batch"
+        )
     folder = _unpacked(source, count, scratch / "folder")
     size = _shard_size(source.length[:count], workers)
     index = pack(str(folder), scratch / "shards", workers=max(workers, 1), shard_size=size, progress=False)["train"]

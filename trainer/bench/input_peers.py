@@ -1,7 +1,7 @@
-"""The loaders that `trilevel bench input` measures ours against: each as its own README or reference script sets it up.
+"""The other loaders of `trilevel bench input`, each set up as in its own README or reference script.
 
 A peer gets the same images, crop (random resized, bicubic, antialiased, flip), output size, batch and workers, and keeps its
-workers between passes where it can. Libraries are imported where a peer is made; one that isn't installed is said to be so.
+workers between passes if it can. Libraries are imported when a peer is created; a missing one gets a row "not installed".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_INSTALLED = "not installed"
 
 
 class PeerInput(NamedTuple):
-    """The same images in the forms that loaders want. shards: pattern of tars; folder: CLASS/KEY.EXTENSION; index: of shards."""
+    """The same images in the formats that the loaders need. shards: pattern of tars; folder: CLASS/KEY.EXTENSION; index: of shards."""
 
     shards: str
     folder: Path
@@ -42,8 +42,8 @@ def _nothing() -> None: ...
 
 
 class Peer(NamedTuple):
-    """One row. did: in words. epoch: one pass, returns the images it gave; None where the library is not installed. prepare: runs
-    before a pass and is not timed."""
+    """One row. did: description. epoch: one pass, returns the number of images; None if the library is not installed. prepare: runs
+    before a pass, not timed."""
 
     did: str
     epoch: Callable[[], int] | None
@@ -51,7 +51,7 @@ class Peer(NamedTuple):
 
 
 def bare_decode(place: PeerInput) -> Peer:
-    """The floor: bytes in memory -> pixels of the whole image, which stay in the worker."""
+    """Decoding alone: bytes -> pixels of the whole image, which are not sent to the main process."""
     loader = _loader(_Bare(place.index, place.batch), place.workers, batch_size=None, shuffle=True)
     decoder = "TurboJPEG" if turbojpeg.library() else "PIL"
     return Peer(f"read from the shards, {decoder} of the whole image, thrown away in the worker", lambda: sum(loader))
@@ -108,15 +108,15 @@ def timm(place: PeerInput, policy: str | None = None) -> Peer:
         auto_augment=policy, interpolation="bicubic", num_workers=place.workers, device=torch.device("cpu"),
         persistent_workers=place.workers > 0,
     )  # fmt: skip
-    said = "timm create_loader (PIL, create_transform, fast_collate), uint8; its normalisation on the device is left out, as ours is"
+    work = "timm create_loader (PIL, create_transform, fast_collate), uint8; without normalisation on the device, as ours"
     if policy is not None:
         for step in data.transform.transforms:
             for op in ops_of(step) if hasattr(step, "ops") else []:
                 if op.aug_fn.__name__ == "posterize":
                     op.aug_fn = posterized
-        said += f"; {policy}; its posterize raises at 0 bits with Pillow 13 and is given a black image there, as ours"
+        work += f"; {policy}; its posterize, which raises at 0 bits with Pillow 13, returns a black image there, as ours"
     inner = loader.loader if hasattr(loader, "loader") else loader
-    return Peer(said, _count(inner))
+    return Peer(work, _count(inner))
 
 
 def mosaicml_streaming(place: PeerInput) -> Peer:

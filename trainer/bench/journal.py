@@ -1,8 +1,8 @@
-"""`trilevel bench journal`: what a logging step costs the training, with the tracking server stopped, silent and running.
+"""`trilevel bench journal`: time of a logging step in training, with the MLflow server stopped, unresponsive and running.
 
-A logging step is what rank 0 does at a log line: close the meters, write the line, show it. Beside it the real shipper works, in its
-own process, towards a server that refuses (stopped), takes every request and never answers (silent: the worst), or serves
-(a real `mlflow server` on sqlite, started here). `alone` has no shipper: what the journal costs by itself.
+A logging step is the work of rank 0 at a log line: reduce the meters, write the line, show it. Meanwhile the real shipper, in its
+own process, uploads to a server that refuses connections (stopped), accepts requests and never answers (silent: the worst case),
+or works (running: a real `mlflow server` on sqlite, started here). `alone` has no shipper: the cost of the journal itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.tracking.shipper import start
 from trainer.tracking.state import SyncState
 
 STATES = ("alone", "stopped", "silent", "running")
-STEP, EVERY = 0.05, 20  # s of a training step, steps per log line (the default) that the share is told for
+STEP, EVERY = 0.05, 20  # s of a training step, and steps per log line (the default), for the column `share`
 MIB = 2**20
 COLUMNS = {
     "ms": "{median:.3f}",
@@ -54,12 +54,12 @@ COLUMNS = {
 
 def bench(lines: int = 2000, pause: float = 0.02, states: tuple[str, ...] = STATES) -> BenchResult:
     """Rows {state of the server: {median, p99, min, max (ms of a logging step), unit, share (mean / STEP x EVERY), cpu, cpu_p99 (ms
-    of processor time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent
+    of CPU time: mean, 99th percentile), cpu_share, memory_mib, shipper_mib: [after a quarter of the lines, after all], sent
     (share of the journal's bytes)}}.
 
-    pause: s between two log lines. On a machine with other work only the processor time speaks of the logging.
+    pause: s between two log lines. On a machine with other work only the CPU time is meaningful.
     """
-    title = f"a logging step by state of the server; share of {EVERY} steps of {1000 * STEP:g} ms"
+    title = f"time of a logging step by state of the MLflow server; share: of {EVERY} steps of {1000 * STEP:g} ms"
     return BenchResult(title, {state: _measured(state, lines, pause) for state in states}, COLUMNS)
 
 
@@ -100,7 +100,7 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
 def _step(meters: Meters) -> None:
     right = torch.ones(8, dtype=torch.bool)
     meters.add(torch.ones(8), torch.ones(8), Observation(right, torch.ones(8), torch.zeros(8), right))
-    for _ in range(2):  # the second one is a sample
+    for _ in range(2):  # the second one is sampled
         for phase in ("rest", "host_to_device", "forward", "backward", "optimizer"):
             meters.end_phase(phase)
         meters.end_step(8, [], 0.0)
@@ -114,12 +114,12 @@ def _resident(process: subprocess.Popen[bytes]) -> float:
 
 @contextlib.contextmanager
 def _server(state: str, folder: Path) -> Iterator[str]:
-    """The address of a tracking server in the wanted state."""
+    """The address of an MLflow server in the given state."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{door.getsockname()[1]}"
         if state == "silent":
-            door.listen(128)  # connections are made, nobody reads them
+            door.listen(128)  # accepts connections, never reads them
             yield uri
             return
     if state != "running":
@@ -145,4 +145,4 @@ def _wait(uri: str, patience: float = 120.0) -> None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
             return
         time.sleep(0.2)
-    raise TimeoutError(f"mlflow server at {uri} did not come up within {patience:g} s; try `mlflow server` by hand")
+    raise TimeoutError(f"mlflow server at {uri} did not start within {patience:g} s; run `mlflow server` by hand to see why")

@@ -1,7 +1,7 @@
-"""`python -m trainer.bench.latency_server FOLDER MILLISECONDS`: serves the files of a folder on this machine as if they were far away.
+"""`python -m trainer.bench.latency_server FOLDER MILLISECONDS`: serves the files of a folder with a latency per request.
 
-Every request waits before it is answered. `/NAME` is a web server's file, `/BUCKET/NAME` an S3 server's object: HEAD and GET with
-a range from somewhere on are all that reading shards takes. It prints its port and ends with its standard input. For measurements.
+`/NAME` is a web server's file, `/BUCKET/NAME` an S3 server's object. Supports what reading shards needs: HEAD, and GET with an open
+range (`bytes=N-`). Prints its port; exits when standard input is closed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def server(folder: Path, seconds: float) -> ThreadingHTTPServer:
-    """A server on a free port, not yet running. seconds: of waiting per request."""
+    """A server on a free port, not yet running. seconds: latency per request."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -35,10 +35,10 @@ def server(folder: Path, seconds: float) -> ThreadingHTTPServer:
                 return
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-                begin = min(int(asked[1]), size) if asked else 0
-                self.send_response(206 if asked else 200)
-                if asked:
+                wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                begin = min(int(wanted[1]), size) if wanted else 0
+                self.send_response(206 if wanted else 200)
+                if wanted:
                     self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
                 self.send_header("Content-Length", str(size - begin))
                 self.end_headers()

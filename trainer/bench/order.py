@@ -1,7 +1,7 @@
-"""`trilevel bench input --plan-only`: how long a rank takes to know what comes next, at any size of data set and world.
+"""`trilevel bench input --plan-only`: time and memory for computing the order of examples on a rank, for any data set and world size.
 
-Only the order is computed, no shard is needed: set-up of an epoch with a fifth of the examples dropped, its first batches, and
-the first batches of a resume in mid-epoch. Memory is what all this has allocated at its largest, the packed list included.
+Needs no shards: set-up of an epoch with a fifth of the examples removed, its first batches, and the first batches of a resume in
+mid-epoch. Memory: peak of all allocations, with the packed list of kept examples.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ QUALITY, CLASSES = 5_000_000, 1000
 
 
 def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult:
-    """Measure one rank (the middle one) of `world`. The batch of CONFIG is raised to 32 per rank where it is smaller.
+    """Measure one rank (the middle one) of `world`. The batch of CONFIG is raised to at least 32 per rank.
 
-    set_up: layout and epoch; start, resume: the next 10 batches from the epoch's start, from its middle (the set-up included);
-    memory: allocated at the largest moment. One measurement each: a second one would find warm memory.
+    Rows: set_up: layout and epoch; start, resume: set-up and the next 10 batches from the epoch's start, from its middle; memory:
+    peak of allocations. One measurement each: a second one would find warm memory.
     """
     if not 0 < shards <= examples:
-        raise ConfigError(f"--examples {examples} --shards {shards}: there must be a shard, and an example for each")
+        raise ConfigError(f"--examples {examples} --shards {shards}: must be 1 <= shards <= examples")
     d = config.data
     group = d.lanes * d.repeats * 2
     batch = max(d.batch, -(-PER_RANK * world // group) * group)
@@ -41,7 +41,7 @@ def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult
         return EpochOrder(Layout(sizes, config.seed, batch, d.lanes, d.window, d.homes, d.repeats), 3, keep)
 
     def batches(share: float) -> tuple[float, float]:
-        """Seconds until the order is there, and until BATCHES batches from this share of the epoch on are known."""
+        """Seconds for the order, and for it and BATCHES batches from this share of the epoch on."""
         started = time.perf_counter()
         order = ordered()
         ready = time.perf_counter()
@@ -52,7 +52,7 @@ def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult
 
     set_up, start = batches(0.0)
     resume = batches(0.5)[1]
-    tracemalloc.start()  # numpy tells it what it allocates; a run of its own, for it slows down
+    tracemalloc.start()  # numpy reports its allocations to it; measured separately because it slows down
     batches(0.5)
     memory = tracemalloc.get_traced_memory()[1] + keep.nbytes
     tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Step times of several networks in one process, interleaved, so that a drifting machine drifts for all: only ratios count."""
+"""Step times of several networks in one process, interleaved, so that drift affects all alike; only ratios are meaningful."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class TimedPlan:
-    """What a row computes: a network (several rows may share one, or its weights) under a plan; share: its multiply-adds / the base's."""
+    """The computation of a row: a network (rows may share networks or weights) under a plan; share: its multiply-adds / the base's."""
 
     network: nn.Module
     plan: Plan = DENSE
@@ -46,12 +46,19 @@ def paired(
     precision: torch.dtype | None = torch.bfloat16,
     show: str | None = None,
 ) -> dict[str, Any]:
-    """Time forward + backward + optimizer step of each row `rounds` times, one after the other, each round in an order of its own.
+    """Time forward, backward and optimizer step of each row `rounds` times, interleaved, each round in a different order.
 
-    {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_low, ratio_high (95 %
-    interval of that median, by order statistics), ratio_min, ratio_max, share, peak_mib; of_timm and of_timm_interval where there
-    is a row `timm`}}. peak_mib: most memory in a step beyond weights and optimizer. precision: of autocast on a GPU; a CPU computes
-    in float32.
+    rows: {name: network and plan}.
+    device: of the networks.
+    images, size: batch size and image size in pixels.
+    rounds: measured steps per row.
+    base: the row that ratios refer to.
+    optimizer: builds the optimizer of a network.
+    precision: of autocast on a GPU; a CPU computes in float32.
+    show: title of a progress bar.
+    Returns {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_low, ratio_high (95 %
+    interval of that median, by order statistics), ratio_min, ratio_max, share, peak_mib; of_timm and of_timm_interval if there is a
+    row `timm`}}. peak_mib: peak memory of a step beyond weights and optimizer state.
     """
     autocast = device.type == "cuda" and precision is not None
     inputs = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -89,7 +96,7 @@ def paired(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median by order statistics, no distribution assumed; of fewer than 6 values it is their range."""
+    """95 % confidence interval of the median by order statistics, for any distribution; the range for fewer than 6 values."""
     if len(values) < 6:
         return min(values), max(values)
     low, high = quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
@@ -105,7 +112,7 @@ def _step(
     autocast: bool,
 ) -> Callable[[], float]:
     labels = torch.arange(len(inputs), device=device) % 2
-    rng_keys = torch.arange(len(inputs), device=device)  # a run keys drop path by example: its cost belongs to the step
+    rng_keys = torch.arange(len(inputs), device=device)  # a run keys drop path by example; its cost is part of the step
 
     def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -118,13 +125,13 @@ def _step(
 
 
 def _peak(one: Callable[[], Any], device: torch.device) -> float:
-    """Bytes: the most that a step holds beyond what was there before it."""
+    """Peak bytes that a step allocates beyond what was allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         one()
         return torch.cuda.max_memory_allocated(device) - before
-    # a CPU keeps no peak; the profiler sees every allocation of torch's allocator, in order
+    # torch records no peak on a CPU; the profiler records every allocation, in order
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and end on stderr otherwise
     with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiler:
         one()

@@ -1,4 +1,4 @@
-"""How far the pixels of each fast path lie from PIL's on the same input: printed by `trilevel bench input`."""
+"""Pixel errors of each fast path relative to PIL on the same input; printed by `trilevel bench input`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pixel_errors(index: Index, size: int, images: int = IMAGES) -> list[str]:
             error = np.abs(ours.astype(np.int16) - pils)
             errors.append((float(error.mean()), int(error.max())))
     return [
-        f"{name} against {what}: mean error {np.mean([m for m, _ in errors]):.4f}, largest {max(w for _, w in errors)} of 255, "
+        f"{name}, compared with {what}: mean error {np.mean([m for m, _ in errors]):.4f}, largest {max(w for _, w in errors)} of 255, "
         f"over {len(errors)} images"
         for (name, what), errors in zip(paths.items(), found, strict=True)
         if errors

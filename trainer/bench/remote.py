@@ -1,4 +1,4 @@
-"""`trilevel bench remote`: images per second of our stream from shards behind a network, against the same shards as files.
+"""`trilevel bench remote`: images per second of our loader from shards behind a network, compared with the same shards as files.
 
 A server on this machine answers every request after a latency, as a web server and (where boto3 is installed) as an S3 server. A
 pass is a whole epoch; before it the node's cache is emptied, so every byte comes through it. Passes are interleaved, the first
@@ -42,9 +42,9 @@ def bench(
     """Measure an epoch over the first shards of data.train that hold `limit` images. latency: ms per request. Raises DataError."""
     source = open_index(config.data.train, config.data.labels, verify=None, folder=config.data.index)
     if source.is_remote():
-        raise DataError(f"bench remote: data.train={config.data.train} is remote itself; give shards of this machine")
+        raise DataError(f"bench remote: data.train={config.data.train} is remote; give local shards")
     did = {
-        "local": "files of this machine, in its page cache",
+        "local": "local files, in the page cache",
         "http": f"http, {latency:g} ms per request, through an empty cache",
         "s3": f"s3 (boto3), {latency:g} ms per request, through an empty cache",
     }
@@ -105,7 +105,7 @@ class Far(NamedTuple):
 
 @contextmanager
 def _far(scratch: Path, source: Index, limit: int, latency: float) -> Iterator[Far]:
-    """The first shards of `source`, served as long as this lasts."""
+    """Serves the first shards of `source` inside the block."""
     folder = scratch / "shards"
     folder.mkdir()
     count = 0

@@ -1,4 +1,4 @@
-"""What a benchmark measured: rows of numbers, as a table for the terminal and as JSON, and notes in words."""
+"""The result of a benchmark: rows of numbers, as a table for the terminal and as JSON, and notes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 SPREAD = {"median": "{median:.4g}", "min": "{min:.4g}", "max": "{max:.4g}", "unit": "{unit}"}
-WORDS = frozenset({"unit", "what it did"})  # columns of words stand left
+WORDS = frozenset({"unit", "what it did"})  # columns of text are left-aligned
 
 
 def stats(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -20,9 +20,12 @@ def stats(values: Sequence[float], unit: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """title: what was measured, on what. rows: {row: {median, min, max, unit, more numbers}}. columns of the table: {head: format
-    of a row's fields}; a row without a field has "-" there. notes: lines below the table. beside: rows of other kinds, in JSON
-    only (a note shows them)."""
+    """title: what was measured, on which hardware.
+    rows: {row: {median, min, max, unit, more numbers}}.
+    columns: of the table, {heading: format of a row's fields}; "-" for a missing field.
+    notes: lines below the table.
+    beside: rows of other kinds, in JSON only (a note shows them).
+    """
 
     title: str
     rows: dict[str, dict[str, Any]]

@@ -1,7 +1,7 @@
-"""`trilevel bench step CONFIG`: what a training step costs under each plan of a run, beside its dense control and plain timm.
+"""`trilevel bench step CONFIG`: step time under each plan of a run, compared with its dense baseline and timm's model.
 
-Forward, backward and optimizer step on random images of the configured size, batch data.micro_batch, one process, no engine and
-no loader; beside it the bookkeeping of examples. The whole run follows from the plateaus, weighted by their epochs and by the
+Forward, backward and optimizer step on random images of the configured size, batch data.micro_batch, one process, without engine
+and loader; also the bookkeeping of examples. The estimate for the whole run weights the plateaus by their epochs and by the
 examples each epoch shows.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
 from trainer.bench.bookkeeping import bookkeeping
-from trainer.bench.bookkeeping import describe as bookkeeping_told
+from trainer.bench.bookkeeping import describe as describe_bookkeeping
 from trainer.bench.paired import TimedPlan, paired
 from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
@@ -36,16 +36,16 @@ COLUMNS = {
 
 def bench(config: Config, against: Config | None = None, pairs: int = 30) -> BenchResult:
     """Measure on this machine's GPU, or else its CPU (float32). against: another configuration at its final plan; None: the dense
-    control of `config`. Raises ConfigError.
+    baseline of `config`. Raises ConfigError.
 
-    Rows: see `paired.paired`. Beside them `run`: the whole run against `against`, and its bound by multiply-adds; with a method
+    Rows: see `paired.paired`. In JSON also `run`: the whole run relative to `against`, and its bound by multiply-adds; with a method
     of level 1 `bookkeeping`: see there.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
     other = config if against is None else against
     other = other.model_copy(update={"model": other.model.model_copy(update={"init": "random"})})
-    ours = build_model(config)  # one set of weights for all rows: where they lie in memory then favours none
+    ours = build_model(config)  # one set of weights for all rows, so that memory placement favours none
     theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
     for network, of in ((ours, config), (theirs, other), (timm, config)):
         _compile(network, of)
@@ -73,12 +73,12 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     beside["run"] |= {"cpu": device.type == "cpu", "threads": torch.get_num_threads()}  # `trilevel plan` reads them
     notes = [
         "against / timm: {of_timm:.3f} ({of_timm_interval[0]:.3f} - {of_timm_interval[1]:.3f})".format_map(found["against"]),
-        "whole run: {median:.3f} of against ({min:.3f} - {max:.3f}), bound {bound:.3f} by multiply-adds; examples left out are in "
-        "both".format_map(run) + (f"; {note}" if note else ""),
+        "whole run: {median:.3f} of against ({min:.3f} - {max:.3f}), bound {bound:.3f} by multiply-adds; both count removed "
+        "examples".format_map(run) + (f"; {note}" if note else ""),
     ]  # fmt: skip
     if not config.examples.settings.off:
         beside["bookkeeping"] = bookkeeping(config, device)
-        notes.append(bookkeeping_told(beside["bookkeeping"]))
+        notes.append(describe_bookkeeping(beside["bookkeeping"]))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32"
     half = "bf16 autocast, " if device.type == "cuda" and config.engine.precision != "float32" else ""
     how = f"{half}{'compiled, ' if config.engine.compile else ''}{pairs} pairs, {where}"

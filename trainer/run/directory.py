@@ -42,7 +42,9 @@ def create_run_directory(config: Config, resume: bool) -> None:
         for folder in (directory, directory.parent):  # else a crash could lose the directory with its synced checkpoints
             Disk().sync(folder)
     except OSError as error:
-        raise ConfigError(f"runs={config.runs}: {error}; free disk space, or set runs to a writable directory") from error
+        raise ConfigError(
+            f"runs={config.runs}: {error}; free disk space, or set runs=DIRECTORY to a writable folder"
+        ) from error
 
 
 def log_to(path: Path) -> None:

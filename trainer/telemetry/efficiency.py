@@ -1,4 +1,4 @@
-"""What follows from a run's meters: rates of tokens and of arithmetic, and what all attempts cost, killed ones too."""
+"""Efficiency from a run's meters: token rate, MFU, goodput, device hours and energy of all attempts, killed ones too."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 from trainer.journal.reader import read
 from trainer.telemetry.meters import MeterReading
 
-TRAINING = 3  # a step takes about three times the multiply-adds of its forward pass: backward twice as many
+TRAINING = 3  # a step has about three times the multiply-adds of its forward pass: backward has twice as many
 
 
 class Efficiency:
-    """The attempts that lie behind, from the journal, and the one that runs. An attempt lasts from the start of its process to its
-    last line; the time between two attempts, when nothing ran, is nobody's."""
+    """The earlier attempts, from the journal, and the current one. An attempt lasts from the start of its process to its last line;
+    time between attempts is not counted."""
 
     def __init__(self, directory: Path, attempt: int, world: int, living: float, rate: float):
-        """attempt: the one that runs, of `world` processes; living: seconds that its process lived until now; rate: FLOP/s that
-        its devices reach together in products of large matrices."""
+        """directory: of the run.
+        attempt, world: the current attempt and its number of processes.
+        living: seconds since its process started.
+        rate: FLOP/s that its devices reach together in large matrix products."""
         self._world, self._began, self._rate = world, time.time() - living, rate
         self.kept = 1.0  # share of the examples that this epoch shows
         self.cost: dict[str, Any] = {}  # of an image under this plan, see `model.cost_of`
         self._joules_now: float | None = None
-        self._first = False  # the first step is told
+        self._first = False  # whether the time to the first step was reported
         self._wall = self._device = self._joules = 0.0
         spans: dict[int, tuple[float, float, int, float]] = {}  # attempt: begin, last line, processes, joules
         if (directory / "journal.jsonl").exists():
@@ -42,9 +44,9 @@ class Efficiency:
             self._joules += joules
 
     def of(self, reading: MeterReading, useful: float) -> dict[str, float]:
-        """Of a log line: keep_examples; tokens_per_second (computed ones, mean over blocks); mfu: multiply-adds of the model under its
-        plan x 2 x 3 as a share of `rate` (none for what gradient checkpointing computes again); time_to_first_step (s, from
-        the start of the process, once); and `so_far`."""
+        """Fields of a log line: keep_examples; tokens_per_second (computed tokens, mean over blocks); mfu: multiply-adds of the model
+        under its plan x 2 x 3 x images/s as a share of `rate` (without recomputation by gradient checkpointing);
+        time_to_first_step (s, from the start of the process, once); and `so_far`."""
         facts, per_second = {"keep_examples": self.kept}, reading.facts["images_per_second"]
         if self.cost:
             facts["tokens_per_second"] = per_second * sum(self.cost["tokens"]) / len(self.cost["tokens"])
@@ -56,8 +58,8 @@ class Efficiency:
         return facts | self.so_far(useful)
 
     def so_far(self, useful: float) -> dict[str, float]:
-        """goodput: `useful` (seconds of steps in the lineage that survives) as a share of the wall time of all attempts;
-        device_hours: of all of them, useful or not; energy_kwh of the devices where NVML tells."""
+        """goodput: `useful` (seconds of steps in the lineage) as a share of the wall time of all attempts; device_hours: of all
+        attempts, useful or not; energy_kwh of the devices if NVML is available."""
         now = time.time() - self._began
         facts = {
             "goodput": min(1.0, useful / max(self._wall + now, 1e-9)),

@@ -1,6 +1,6 @@
-"""What the machine is and how it fares: its rate of matrix products, energy and load of a GPU, load of the node.
+"""Measurements of the machine: rate of matrix products, energy and load of a GPU, load of the node.
 
-NVML is asked where `nvidia-ml-py` is installed and the device is NVIDIA's; where it is not, its numbers are absent.
+Energy and GPU load come from NVML; they are absent without `nvidia-ml-py` or an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 from trainer.telemetry.timing import seconds
 
-MEASURING = 0.1  # seconds given to the matrix rate
-SIZES = {"cpu": 512, "cuda": 8192}  # rows of the square matrices, so large that the rate no longer grows with them
+MEASURING = 0.1  # seconds for measuring the matrix rate
+SIZES = {"cpu": 512, "cuda": 8192}  # rows of the square matrices; larger ones do not raise the rate
 MIB = 2**20
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """Floating point operations per second in products of large matrices, the best of a few, in the precision of a run
-    (`engine.precision`): what the arithmetic of a step is held against. Under half a second."""
+    """FLOP/s in large matrix products, the best of several, in the precision of a run (`engine.precision`): the denominator of MFU.
+    Takes less than half a second."""
     kind = torch.float32 if precision == "float32" else torch.bfloat16
     size = SIZES.get(device.type, 512)
     a = torch.full((size, size), 0.5, dtype=kind, device=device)
@@ -31,26 +31,26 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     ends = time.perf_counter() + MEASURING
     for turn in range(50):
         took = seconds(lambda: torch.mm(a, a, out=out), device)
-        best = min(best, took) if turn else best  # the first one warms up
+        best = min(best, took) if turn else best  # the first one is the warm-up
         if turn and time.perf_counter() > ends:
             break
     return 2 * size**3 / best
 
 
 def peak_memory(device: torch.device) -> float:
-    """MiB that this process held at most: of a GPU what was allocated, else what was resident."""
+    """Peak memory of this process in MiB: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else MIB)
 
 
 def since_start() -> float:
-    """Seconds that this process lives."""
+    """Seconds since this process started."""
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
 class Gpu:
-    """A GPU as NVML knows it; without one, or without NVML, every answer is empty."""
+    """Energy and load of a GPU, from NVML; without a GPU or NVML: nan and {}."""
 
     FIELDS = ("gpu_utilization_percentage", "gpu_memory_usage_percentage", "gpu_power_usage_watts")
 
@@ -58,7 +58,7 @@ class Gpu:
         self._nvml: Any = None
         if device.type != "cuda":
             return
-        with contextlib.suppress(Exception):  # absent, or a driver that refuses: nothing then
+        with contextlib.suppress(Exception):  # NVML is missing or the driver refuses
             import pynvml  # pyright: ignore[reportMissingImports]
 
             pynvml.nvmlInit()
@@ -68,7 +68,7 @@ class Gpu:
             self._nvml = pynvml
 
     def joules(self) -> float:
-        """Energy of the whole device since this object was made; nan where nobody counts."""
+        """Energy of the whole device since this object was created; nan if not measured."""
         if self._nvml is not None:
             with contextlib.suppress(Exception):
                 return (self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._first) / 1000
@@ -85,7 +85,7 @@ class Gpu:
 
 
 class Node:
-    """The load of this machine, in MLflow's names of system metrics; network: MB since this object was made."""
+    """The load of this machine, under MLflow's names of system metrics; network: MB since this object was created."""
 
     FIELDS = (
         "cpu_utilization_percentage",

@@ -17,7 +17,7 @@ from trainer.engine.engine import Engine
 from trainer.telemetry.hardware import Gpu, Node, peak_memory
 from trainer.telemetry.step_phases import PHASES, Phases
 
-SYSTEM_EVERY = 10.0  # seconds between two looks at the load of a node, at least
+SYSTEM_EVERY = 10.0  # shortest time between two readings of a node's load, in seconds
 _SHARES = (*PHASES, "communication")
 _OWN: tuple[str, ...] = (
     *_SHARES,
@@ -25,11 +25,11 @@ _OWN: tuple[str, ...] = (
     "joules",
     *Node.FIELDS,
     *Gpu.FIELDS,
-)  # what every rank tells of itself, in this order
+)  # the readings of every rank, in this order
 
 
 class StepClock(NamedTuple):
-    """Since the start of the attempt, on this rank: steps, seconds (pauses left out), seconds of them waiting for data."""
+    """Since the start of the attempt, on this rank: steps, seconds (without pauses), seconds of them waiting for data."""
 
     steps: int
     seconds: float
@@ -37,8 +37,14 @@ class StepClock(NamedTuple):
 
 
 class MeterReading(NamedTuple):
-    """What lies between two log lines. facts: see `Meters.reduce`; broken: images, {id: reason}; ranks: {phase: its share of a
-    step on every rank}; nodes: {host: {its load}}, where one was looked at; first_step: when (unix) the attempt's first was done."""
+    """Measurements between two log lines.
+
+    facts: see `Meters.reduce`.
+    broken: images, {id: reason}.
+    ranks: {phase: its share of a step on every rank}.
+    nodes: {host: {its load}}, of the nodes that were read.
+    first_step: end of the attempt's first step, seconds since 1970.
+    """
 
     facts: dict[str, Any]
     broken: dict[int, str]
@@ -63,7 +69,7 @@ class Meters:
         self._gpu, self._node = Gpu(engine.device), Node()
         self._looked = 0.0
         self.hosts = engine.all_gather_objects([os.uname().nodename])
-        self._looks = self.hosts.index(self.hosts[engine.rank]) == engine.rank  # one rank per node tells of it
+        self._looks = self.hosts.index(self.hosts[engine.rank]) == engine.rank  # one rank per node reads its load
         self.end_phase = self._phases.end_phase
         self._first_step: float | None = None
 
@@ -89,17 +95,17 @@ class Meters:
         self._steps += 1
         self._all_steps += 1
         self._all_waited += waited
-        if self._steps == 1:  # the second step of a window is a sample: nothing is logged in it
+        if self._steps == 1:  # the second step after a log line is sampled: it contains no logging
             self._phases.begin()
 
     def reduce(self) -> MeterReading:
-        """Collective, a host sync: over all ranks since the last call, and start again.
+        """Collective, a host sync: returns the measurements over all ranks since the last call, and resets them.
 
         facts: loss (nats), train_top1 (share, under the correctness rule), images_per_second (all ranks) and per device, step_ms
         (mean) and its 50th and 95th percentile on this rank, data_wait (share of the time, mean over ranks), images (over all
         ranks), seconds, phases {phase: {min, median, max over ranks, slowest: the rank of max, slowest_host}} as shares of a
-        sampled step (of one rank: the median alone), memory_peak_mib (largest of a rank so far), joules (of all devices in this
-        attempt; where NVML tells).
+        sampled step (with one rank: the median alone), memory_peak_mib (largest over ranks so far), joules (of all devices in this
+        attempt, if NVML is available).
         """
         world, device = self._engine.world, self._engine.device
         counts = torch.tensor([self._images, len(self._broken), self._waited], dtype=torch.float64, device=device)
@@ -136,7 +142,7 @@ class Meters:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that evaluation or a checkpoint takes."""
+        """Exclude the time of the block (evaluation, a checkpoint) from the measurements."""
         started = time.perf_counter()
         yield
         away = time.perf_counter() - started
@@ -150,7 +156,7 @@ class Meters:
         return StepClock(self._all_steps, time.perf_counter() - self._began, self._all_waited)
 
     def _again(self) -> None:
-        alone = self._steps == 1  # every step is logged: then each one is a sample
+        alone = self._steps == 1  # every step is logged: then each one is sampled
         self._sums.zero_()
         self._broken, self._step_seconds = [], []
         self._images = self._steps = 0
@@ -160,12 +166,15 @@ class Meters:
             self._phases.begin()
 
     def _own(self) -> list[float]:
-        """The row of this rank, nan where it has nothing to tell."""
-        told = self._phases.pop_shares() | {"memory_peak_mib": peak_memory(self._engine.device), "joules": self._gpu.joules()}
+        """The readings of this rank; nan if it has none."""
+        readings = self._phases.pop_shares() | {
+            "memory_peak_mib": peak_memory(self._engine.device),
+            "joules": self._gpu.joules(),
+        }
         if time.monotonic() - self._looked >= SYSTEM_EVERY:
             self._looked = time.monotonic()
-            told |= (self._node.load() if self._looks else {}) | self._gpu.load()
-        return [told.get(name, float("nan")) for name in _OWN]
+            readings |= (self._node.load() if self._looks else {}) | self._gpu.load()
+        return [readings.get(name, float("nan")) for name in _OWN]
 
     def _spread(self, shares: np.ndarray) -> dict[str, Any]:
         slowest = int(np.nanargmax(shares))

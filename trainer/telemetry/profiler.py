@@ -1,8 +1,8 @@
-"""Profiling on demand: `trace.steps: [a, b]` of a run as a Chrome trace, and what its memory held.
+"""Profiling on demand: steps `trace.steps: [a, b]` of a run as a Chrome trace, and their memory.
 
 RUN/traces/steps-A-B.rank-R.json.gz opens in chrome://tracing or ui.perfetto.dev. With `trace.memory` a GPU also gives
-memory-A-B.rank-R.pickle, the allocator's history for pytorch.org/memory_viz; on a CPU the trace itself holds every allocation.
-Both go to MLflow with the run. Steps count as in the journal: the first batch of a run is step 1.
+memory-A-B.rank-R.pickle, the allocator's history for pytorch.org/memory_viz; on a CPU the trace itself has every allocation.
+Both are uploaded to MLflow. Steps count as in the journal: the first batch of a run is step 1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from trainer.config.schema import TraceConfig as Settings
 
 FOLDER = "traces"
-EVENTS = 1_000_000  # allocations remembered by the memory snapshot
+EVENTS = 1_000_000  # allocations recorded by the memory snapshot
 
 
 class Trace:
-    """The profiler of this rank; does nothing where `settings` name no steps, or other ranks."""
+    """The profiler of this rank; does nothing if `settings` has no steps, or other ranks."""
 
     def __init__(self, settings: Settings, directory: Path, rank: int, gpu: bool, say: Callable[[str], None]):
         self._settings, self._gpu, self._say = settings, gpu, say
@@ -31,7 +31,7 @@ class Trace:
         self._first = 0
 
     def at(self, behind: int) -> None:
-        """Before every step, and with `close` behind the last one; behind: optimizer steps that are done."""
+        """Call before every step. behind: optimizer steps done."""
         if not self._wanted or self._settings.steps is None:
             return
         first, last = self._settings.steps
@@ -45,18 +45,18 @@ class Trace:
             self._start(behind + 1)
 
     def close(self, behind: int) -> None:
-        """The attempt ends: what was recorded until now is written; steps that it never came to are named."""
+        """Call at the end of the attempt: writes what was recorded; a message if none of the steps was reached."""
         if self._profiler is not None:
             self._span.__exit__(None, None, None)
             self._write(behind)
         elif self._wanted and self._settings.steps is not None:
             self._say(
-                f"trace.steps={list(self._settings.steps)}: this attempt made none of them, it ends at step {behind}; no trace"
+                f"trace.steps={list(self._settings.steps)}: no trace, this attempt ended at step {behind} without any of them"
             )
             self._wanted = False
 
     def _name(self, step: int) -> None:
-        """The journal's number over the operators of a step."""
+        """Label the operators of a step with its number."""
         self._span = torch.autograd.profiler.record_function(f"step {step}")
         self._span.__enter__()
 
@@ -75,7 +75,7 @@ class Trace:
         self._name(step)
 
     def _write(self, last: int) -> None:
-        """A trace that can't be written is a message: the run goes on."""
+        """Write the trace; on failure a message, and the run continues."""
         profiler, self._profiler, self._wanted = self._profiler, None, False
         name = f"{self._first}-{last}.rank-{self._rank}"
         try:
@@ -90,4 +90,4 @@ class Trace:
                 torch.cuda.memory._record_memory_history(enabled=None)
                 self._say(f"memory of steps {self._first} to {last}: {memory}")
         except (OSError, RuntimeError) as error:
-            self._say(f"the trace of steps {self._first} to {last} could not be written: {error}")
+            self._say(f"trace of steps {self._first} to {last} not written: {error}")

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: borders of its phases, timed in sampled steps only; communication that nothing hides.
+"""Times of the phases of a step, in sampled steps only, and exposed communication.
 
-A sampled step waits for the device at every border, so its phases are exact and it is a little slower than the others; all
-other steps pay one `if`. Communication is watched in other, rarer steps, by torch's profiler: it runs inside backward and
-optimizer, beside the arithmetic, and only what nothing hides costs time.
+A sampled step synchronises the device at the end of every phase, so its phases are exact and it is slightly slower; all other
+steps cost one `if`. Communication is measured in other, rarer steps by torch's profiler: it runs during backward and optimizer,
+in parallel with computation, and only the exposed part costs time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.autograd.profiler import profile
 from trainer.telemetry.timing import synchronize
 
 # data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
-# the communication in it. optimizer: with the moving average. rest: bookkeeping, reductions, logging.
+# its communication. optimizer: with the EMA. rest: bookkeeping, reductions, logging.
 PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
-WARM = 20  # steps before communication is watched for the first time
-SELDOM = 500  # steps between two watched ones, at least
+WARM = 20  # steps before communication is first profiled
+SELDOM = 500  # least number of steps between two profiled ones
 
 
 class Phases:
@@ -34,17 +34,17 @@ class Phases:
         self._seconds: dict[str, float] = {}
         self._steps, self._watch_from = 0, WARM
         self._profiler: Any = None
-        self.shares: dict[str, float] = {}  # of the last sampled step, in [0, 1]; `communication` of the last watched one
+        self.shares: dict[str, float] = {}  # of the last sampled step, in [0, 1]; `communication` of the last profiled one
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and end on stderr otherwise
 
     def begin(self) -> None:
-        """The next step is a sample."""
+        """The next step is sampled."""
         synchronize(self._device)
         self._began = self._at = time.perf_counter()
         self._seconds, self._sampling = dict.fromkeys(PHASES, 0.0), True
 
     def end_phase(self, phase: str) -> None:
-        """What happened since the last mark was `phase`."""
+        """The time since the end of the previous phase belongs to `phase`."""
         if self._sampling:
             synchronize(self._device)
             now = time.perf_counter()
@@ -54,7 +54,7 @@ class Phases:
             self._watch()
 
     def end(self, waited: float) -> None:
-        """A step is over, sampled or not; waited: seconds of it until the loader had its batch."""
+        """A step has ended, sampled or not; waited: seconds of it waiting for its batch."""
         self._steps += 1
         if self._sampling:
             self.end_phase("rest")
@@ -68,17 +68,17 @@ class Phases:
         self._watching = not self._alone and self._steps >= self._watch_from
 
     def exclude(self, seconds: float) -> None:
-        """Time that belongs to no step: evaluation, a checkpoint."""
+        """Exclude time that belongs to no step: evaluation, a checkpoint."""
         self._at += seconds
         self._began += seconds
 
     def pop_shares(self) -> dict[str, float]:
-        """The shares known since the last call."""
+        """The shares measured since the last call."""
         known, self.shares = self.shares, {}
         return known
 
     def _watch(self) -> None:
-        if torch.autograd._profiler_enabled():  # by `trace`: there can be one at a time
+        if torch.autograd._profiler_enabled():  # by `Trace`: only one profiler can run
             return
         gpu = self._device.type == "cuda"
         synchronize(self._device)
@@ -100,10 +100,10 @@ class Phases:
 
 
 def exposed(spans: Iterable[tuple[str, int, int]], gpu: bool) -> int:
-    """Nanoseconds in which something is sent and nothing is computed, from (name, begin, end) of kernels or CPU operators.
+    """Nanoseconds with communication and without computation, from (name, begin, end) of kernels or CPU operators.
 
-    NCCL's kernels and gloo's operations send; all other kernels of a GPU compute, of a CPU's operators those of ATen do (the others
-    only name or enqueue).
+    NCCL's kernels and gloo's operations communicate; all other kernels of a GPU compute, and of a CPU's operators those of ATen (the
+    others are labels or enqueue work).
     """
     sent, computed = [], []
     for name, begin, end in spans:

@@ -1,4 +1,4 @@
-"""Timing that a drifting machine does not bend: wait for the device, take turns, count processor time beside the clock."""
+"""Timing that is robust to drift of the machine: synchronise the device, interleave rows, measure CPU time beside wall time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
-    """Return when the device has computed everything it was given; a CPU has computed it already."""
+    """Wait until the device has finished all queued work; a no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(one: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, until the device has finished its work."""
+    """Seconds of a call, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()
     one()
@@ -34,8 +34,8 @@ def interleave(
 ) -> dict[str, list[T]]:
     """Call every row once per round; {row: what it returned, by round}, without the first `warm_up` rounds.
 
-    The order of a round is random, that of the next one its reverse: a step pays for memory that the step before it gave back in
-    other sizes, so in a fixed order the row after a sparse one would always pay. The order is the same on all ranks.
+    The order of a round is random, that of the next one its reverse: a step is slower if the previous step freed memory in other
+    block sizes, so in a fixed order the row after a sparse one would always be slower. The order is the same on all ranks.
     show: title of a progress bar.
     """
     turns = [
@@ -52,8 +52,8 @@ def interleave(
 
 
 def cpu_seconds(without: int | None = None) -> float:
-    """Processor time of this process and all its children until now, which other work on the machine hardly changes.
-    without: process id of a child that stands for another machine."""
+    """CPU time of this process and all its children so far, which other work on the machine hardly affects.
+    without: process id of a child that is not counted because it simulates another machine."""
     process = psutil.Process()
     own = process.cpu_times()
     children = [child.cpu_times() for child in process.children(recursive=True) if child.pid != without]

@@ -133,5 +133,5 @@ def _key(name: str) -> str:
 def _cut(text: str, length: int, whole: str) -> str:
     if len(text) <= length:
         return text
-    note = f" ... (cut, {len(text)} characters; complete in {whole})"
+    note = f" ... (cut, {len(text)} characters; whole in {whole})"
     return text[: length - len(note)] + note
