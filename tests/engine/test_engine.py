@@ -112,7 +112,7 @@ except EngineError as error:
     print("refused:", error)
 """
     done = subprocess.run([sys.executable, "-c", text], env=environment(), capture_output=True, text=True, timeout=120)
-    assert "refused: accelerate counts 1 process(es), the launcher started WORLD_SIZE=2" in done.stdout, done.stderr[-2000:]
+    assert "refused: WORLD_SIZE=2, but accelerate counts 1 process(es)" in done.stdout, done.stderr[-2000:]
 
 
 def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:

@@ -71,7 +71,7 @@ def test_unreadable_line_in_the_middle_is_named_and_left_out(tmp_path: Path):
         journal.write("step", step=1)
     with (tmp_path / FILE).open("ab") as file:
         file.write(b"\x00\x00\x00\n[1]\n")
-    with pytest.warns(UserWarning, match="no journal line"):
+    with pytest.warns(UserWarning, match="not a journal line"):
         with Journal(tmp_path) as journal:
             journal.write("step", step=2)
         assert [line["step"] for line in read(tmp_path)] == [1, 2]
@@ -104,7 +104,7 @@ with Journal(sys.argv[1]) as journal:
 
 def test_one_writer_and_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
     journal = Journal(tmp_path)
-    with pytest.raises(JournalError, match="another process writes it"):
+    with pytest.raises(JournalError, match="another process is writing it"):
         Journal(tmp_path)
     here, there = os.pipe()
     child = os.fork()
@@ -132,7 +132,7 @@ def test_a_resume_of_a_living_run_leaves_its_files_alone(tmp_path: Path):
     engine: Any = SimpleNamespace(is_main=True, broadcast_object=lambda item: item)
     with Journal(tmp_path / "x"):
         (tmp_path / "x" / "config.yaml").write_text("of the living one")
-        with pytest.raises(JournalError, match="another process writes it"):
+        with pytest.raises(JournalError, match="another process is writing it"):
             Recorder(config, engine, resume=True)
         assert (tmp_path / "x" / "config.yaml").read_text() == "of the living one"
 
@@ -143,7 +143,7 @@ def test_attempts_count_up_and_none_is_used_twice(tmp_path: Path):
         with Journal(tmp_path) as journal:
             assert journal.attempt == attempt
             journal.write("start")
-    with pytest.raises(JournalError, match="attempt 1 is in it already"):
+    with pytest.raises(JournalError, match="attempt 1 exists already"):
         Journal(tmp_path, attempt=1)
     with Journal(tmp_path, attempt=7) as journal:  # the failed one left no lock behind
         journal.write("start")

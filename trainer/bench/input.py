@@ -146,8 +146,8 @@ def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Sel
         return sum(len(batch.labels) for batch in stream.epoch(next(turns), selection))
 
     decoder = "TurboJPEG of the crop alone" if turbojpeg.library() else "PIL of the whole image"
-    said = f"our stream: coalesced reads, {decoder}, crop and resize in uint8, keyed draws; uint8 batches, flip drawn"
-    return Peer(did or (said if policy == "none" else f"the same with {policy} on PIL (timm's operations, keyed)"), epoch)
+    work = f"our loader: coalesced reads, {decoder}, crop and resize in uint8; uint8 batches; flip is left to the device"
+    return Peer(did or (work if policy == "none" else f"the same with {policy} on PIL (timm's operations, keyed)"), epoch)
 
 
 def _selection(examples: int) -> Selection:

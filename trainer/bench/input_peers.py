@@ -54,7 +54,7 @@ def bare_decode(place: PeerInput) -> Peer:
     """Decoding alone: bytes -> pixels of the whole image, which are not sent to the main process."""
     loader = _loader(_Bare(place.index, place.batch), place.workers, batch_size=None, shuffle=True)
     decoder = "TurboJPEG" if turbojpeg.library() else "PIL"
-    return Peer(f"read from the shards, {decoder} of the whole image, thrown away in the worker", lambda: sum(loader))
+    return Peer(f"read from the shards, {decoder} of the whole image, discarded in the worker", lambda: sum(loader))
 
 
 class _Bare(Dataset[int]):

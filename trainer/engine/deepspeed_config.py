@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, rendered from our configuration, and what the launcher says of the world."""
+"""DeepSpeed's configuration, rendered from the configuration of the run and the number of processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from trainer.engine.deepspeed_conflicts import merged
 
 
 def deepspeed_config(settings: schema.EngineConfig, batch_split: BatchSplit, world: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's dictionary: rendered from ours, nothing left to "auto", and what the user says beside it (see `deepspeed_conflicts`).
+    """DeepSpeed's dictionary: rendered from ours, without "auto", plus the user's own settings (see `deepspeed_conflicts`).
 
-    Raises ConfigError that names both values where the user's files or accelerate's environment contradict the configuration.
+    Raises ConfigError with both values if the user's files or accelerate's environment contradict the configuration.
     """
     ours = {
         "train_micro_batch_size_per_gpu": batch_split.micro_batch,

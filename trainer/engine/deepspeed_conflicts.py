@@ -1,8 +1,8 @@
-"""A user's own words to DeepSpeed: a `ds_config.json` (`engine.deepspeed`), and what `accelerate launch --config_file` says.
+"""A user's own DeepSpeed settings: a `ds_config.json` (`engine.deepspeed`), and the file of `accelerate launch --config_file`.
 
-accelerate passes its file on through the environment (and a DeepSpeed file by name). What the configuration of the run decides is
-not theirs to change: every such value must be equal, "auto" or absent, else the error names both. All other keys (buckets, overlap,
-offload, timers) go to DeepSpeed as they are.
+accelerate passes its file on through the environment (and a DeepSpeed file by name). Values that the configuration of the run
+determines must be equal, "auto" or absent there, else the error names both. All other keys (buckets, overlap, offload, timers) are
+passed to DeepSpeed unchanged.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from trainer.config import schema
 from trainer.config.errors import ConfigError
 
 AUTO = "auto"
-# Sections that would do what the configuration of a run does, or what this trainer's loop can't follow.
+# Sections that duplicate the configuration of a run, or that the training loop does not support.
 OURS = {
     "optimizer": "the optimizer is built from optim.*",
     "scheduler": "the learning rate is a function of progress, from optim.*",
-    "fp16": "engine.precision knows autocast (bf16), bf16 and float32",
-    "amp": "engine.precision knows autocast (bf16), bf16 and float32",
-    "data_efficiency": "the data and its order are those of the configuration",
-    "curriculum_learning": "the data and its order are those of the configuration",
-    "progressive_layer_drop": "model.drop_path drops layers",
+    "fp16": "valid values of engine.precision: autocast (bf16), bf16, float32",
+    "amp": "valid values of engine.precision: autocast (bf16), bf16, float32",
+    "data_efficiency": "data and order are set by data.* and examples.*",
+    "curriculum_learning": "data and order are set by data.* and examples.*",
+    "progressive_layer_drop": "layers are dropped by model.drop_path",
     "elasticity": "a run is elastic by itself: any number of processes may resume it",
-    "load_universal_checkpoint": "checkpoints are elastic without it",
-    "compression_training": "the network is that of the configuration",
-    "autotuning": "it would start runs of its own; see `trilevel bench engine`",
-    "tensor_parallel": "only data is parallel here",
-    "communication_data_type": "engine.precision decides in what gradients are summed",
-    "data_types": "engine.precision decides in what gradients are summed",
-    "quantize_training": "the network is that of the configuration",
-    "sparse_gradients": "gradients are dense here",
-    "eigenvalue": "the network is that of the configuration",
-    "hybrid_engine": "nothing is generated here",
-    "pipeline": "only data is parallel here",
-    "sequence_parallel_size": "only data is parallel here",
+    "load_universal_checkpoint": "our checkpoints work for any number of processes without it",
+    "compression_training": "the network is set by model.*, tokens.* and connections.*",
+    "autotuning": "it starts runs of its own; use `trilevel bench engine`",
+    "tensor_parallel": "only data parallelism is supported",
+    "communication_data_type": "the precision of gradient sums is set by engine.precision",
+    "data_types": "the precision of gradient sums is set by engine.precision",
+    "quantize_training": "the network is set by model.*, tokens.* and connections.*",
+    "sparse_gradients": "gradients are dense tensors",
+    "eigenvalue": "the network is set by model.*, tokens.* and connections.*",
+    "hybrid_engine": "it is for text generation",
+    "pipeline": "only data parallelism is supported",
+    "sequence_parallel_size": "only data parallelism is supported",
 }
-NEEDED = {  # what the loop and the numbers rely on, where DeepSpeed would let it be changed
-    "zero_optimization.compute_grad_norm": (True, "the norm tells which steps are not finite"),
-    "zero_optimization.zero_quantized_gradients": (False, "it changes the numbers of a run in silence"),
-    "zero_optimization.zero_quantized_weights": (False, "it changes the numbers of a run in silence"),
+NEEDED = {  # options with one supported value
+    "zero_optimization.compute_grad_norm": (True, "the norm is needed to detect non-finite steps"),
+    "zero_optimization.zero_quantized_gradients": (False, "it changes the results of a run silently"),
+    "zero_optimization.zero_quantized_weights": (False, "it changes the results of a run silently"),
     "bf16.bf16_master_weights_and_grads": (False, "engine.precision=bf16 keeps float32 master weights"),
-    "torch_autocast.lower_precision_safe_modules": ([], "engine.precision=autocast is torch's own list"),
-    "bf16.check_grad_overflow": (True, "steps that are not finite are skipped"),
+    "torch_autocast.lower_precision_safe_modules": ([], "engine.precision=autocast uses torch's own list"),
+    "bf16.check_grad_overflow": (True, "non-finite steps are skipped"),
     "managed_gradient_accumulation": (True, "micro-batches are counted by DeepSpeed"),
 }
-DECIDES = {  # the setting behind a key of DeepSpeed
+DECIDES = {  # {key of DeepSpeed: the setting that determines it}
     "train_batch_size": "data.batch",
     "train_micro_batch_size_per_gpu": "data.micro_batch",
-    "gradient_accumulation_steps": "data.batch over data.micro_batch and the processes: accumulation",
+    "gradient_accumulation_steps": "accumulation (data.batch / data.micro_batch / processes)",
     "gradient_clipping": "optim.clip",
     "zero_optimization.stage": "engine.zero",
     "bf16.enabled": "engine.precision",
@@ -73,7 +73,7 @@ VARIABLES = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "zero_optimization.offload_optimizer.nvme_path",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "zero_optimization.offload_param.nvme_path",
 }
-ELSEWHERE = {  # ways to wrap a model that are not ours: variable, the value that is harmless
+ELSEWHERE = {  # other ways to wrap a model: variable, its harmless value
     "ACCELERATE_USE_FSDP": "false",
     "ACCELERATE_USE_MEGATRON_LM": "false",
     "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "none",
@@ -81,7 +81,7 @@ ELSEWHERE = {  # ways to wrap a model that are not ours: variable, the value tha
 
 
 class ExternalSetting(NamedTuple):
-    """A value that somebody else gives for a key of DeepSpeed, and where it stands."""
+    """A value for a key of DeepSpeed from outside the configuration, and its source."""
 
     where: str
     key: str
@@ -89,7 +89,7 @@ class ExternalSetting(NamedTuple):
 
 
 def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """`ours` (see `deepspeed_config.deepspeed_config`) with what the user says beside it. Raises ConfigError that names every conflict."""
+    """`ours` (see `deepspeed_config.deepspeed_config`) with the user's settings. Raises ConfigError with every conflict."""
     environment = os.environ if environment is None else environment
     config, wrong = json.loads(json.dumps(ours)), environment_conflicts(settings, environment)
     mine = _flat(ours)
@@ -107,9 +107,9 @@ def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Map
         elif one.key in mine and one.key not in FREE:
             if not _same(mine[one.key], one.value):
                 wrong.append(f"{_setting(one.key, mine[one.key], settings)} but {one.where} has {one.key}={_text(one.value)}")
-        elif any(key.startswith(f"{one.key}.") for key in mine):  # a whole section, not a key of it; {} says nothing
+        elif any(key.startswith(f"{one.key}.") for key in mine):  # a whole section, not a key of it; {} sets nothing
             if one.value != {}:
-                wrong.append(f"{one.where} has {one.key}={_text(one.value)}: its keys are those of the configuration")
+                wrong.append(f"{one.where} has {one.key}={_text(one.value)}: its keys are set by the configuration")
         else:
             before = _flat(config).get(one.key, one.value)
             if one.key not in FREE and not _same(before, one.value):
@@ -118,14 +118,14 @@ def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Map
             _put(config, one.key, one.value)
     if wrong:
         raise ConfigError(
-            "what DeepSpeed or accelerate is told contradicts the configuration: " + "; ".join(dict.fromkeys(wrong)) + ". The "
-            'configuration of a run decides these: take the key out there (or write "auto"), or change the setting here'
+            "settings of DeepSpeed or accelerate contradict the configuration: " + "; ".join(dict.fromkeys(wrong)) + ". Remove "
+            'these keys there (or write "auto"), or change the setting in the configuration of the run'
         )
     return config
 
 
 def external_settings(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[ExternalSetting]:
-    """What the user's files and accelerate's variables give, key by key."""
+    """The settings of the user's files and accelerate's variables, key by key."""
     found: list[ExternalSetting] = []
     files = {"engine.deepspeed": settings.deepspeed}
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -141,7 +141,7 @@ def external_settings(settings: schema.EngineConfig, environment: Mapping[str, s
 
 
 def environment_conflicts(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[str]:
-    """Conflicts that are not about a key of DeepSpeed."""
+    """Conflicts with accelerate's environment other than keys of DeepSpeed."""
     wrong = []
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.kind != "deepspeed":
         wrong.append(
@@ -168,16 +168,16 @@ def _read(name: str, what: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(name).read_text())
     except OSError as error:
-        raise ConfigError(f"{what}={name}: {error.strerror}; give the path of a JSON file that DeepSpeed reads") from error
+        raise ConfigError(f"{what}={name}: {error.strerror}; give the path of a JSON file of DeepSpeed") from error
     except ValueError as error:
-        raise ConfigError(f"{what}={name}: no JSON: {error}") from error
+        raise ConfigError(f"{what}={name}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{what}={name}: DeepSpeed's settings are an object, this is a {type(content).__name__}")
+        raise ConfigError(f"{what}={name}: must be a JSON object, got {type(content).__name__}")
     return content
 
 
 def _off(given: list[ExternalSetting], where: str, section: str) -> bool:
-    """Whether a section is there but turned off."""
+    """Whether a section is present but disabled."""
     return any(one[:2] == (where, f"{section}.enabled") and one.value in (False, 0) for one in given)
 
 
@@ -195,7 +195,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _value(text: str) -> Any:
-    """A variable's text as the value it would have in JSON."""
+    """An environment variable's text, parsed as JSON if possible."""
     try:
         return json.loads(text.lower())
     except ValueError:

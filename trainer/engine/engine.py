@@ -1,8 +1,8 @@
-"""The engine: DeepSpeed through accelerate, or plain DDP as a control. This package is the only importer of both libraries.
+"""The engine: DeepSpeed through accelerate, or plain DDP for comparison. This package is the only importer of both libraries.
 
-The engine is what the rest of the trainer knows of processes: rank, world size, device, collectives, one optimizer step. The
-loss that it gets is already sum(weight x loss) / sum of weights of the *global* batch, so neither accumulation nor the
-number of processes appears in a gradient.
+It gives the rest of the trainer rank, world size, device, collectives and the optimizer step. Its loss is already
+sum(weight x loss) / sum of weights over the *global* batch, so gradients depend neither on accumulation nor on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from trainer.engine.processes import Processes
 
 
 class Engine(Processes):
-    """One process of a run. Building it starts the process group; `prepare` wraps the model; `close` ends both.
+    """One process of a run. Its creation starts the process group; `prepare` wraps the model; `close` ends the process group.
 
-    Raises EngineError where accelerate counts other processes than the launcher started (on CPU that happens silently:
-    every rank believes to be alone and checkpoints collide).
+    Raises EngineError if accelerate counts a different number of processes than the launcher started (on CPUs that happens
+    silently: every rank trains alone and checkpoints collide).
     """
 
     def __init__(self, settings: schema.EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
@@ -45,21 +45,21 @@ class Engine(Processes):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
         if settings.kind == "deepspeed" and not self.on_gpu:
-            # DeepSpeed would compile an all-reduce over shared memory at every first start, under one lock for all runs of a user:
-            # they wait for each other without a word (seen: minutes). gloo does the same sums.
+            # DeepSpeed would compile an all-reduce over shared memory at its first start, under one lock for all runs of a user, which
+            # wait for each other silently (minutes, as measured). gloo computes the same sums.
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        told = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: its conflicts are refused here
+        rendered = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: raises on conflicts
         plugin = None
         self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         if settings.kind == "deepspeed":
-            # told that it is on a CPU, accelerate forgets DeepSpeed (state.py: "and not cpu") and wraps in DDP; it finds the CPU itself
+            # with ACCELERATE_USE_CPU accelerate ignores DeepSpeed (state.py: "and not cpu") and wraps in DDP; it detects the CPU itself
             os.environ.pop("ACCELERATE_USE_CPU", None)
-            # accelerate raises where its file and a DeepSpeed file both say something, equal or not; here both were compared
+            # accelerate raises if its file and a DeepSpeed file set the same key, even to equal values; we compared them above
             os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-            plugin = DeepSpeedPlugin(hf_ds_config=told)
-            plugin.deepspeed_config |= {"steps_per_print": told["steps_per_print"]}  # accelerate writes its own
+            plugin = DeepSpeedPlugin(hf_ds_config=rendered)
+            plugin.deepspeed_config |= {"steps_per_print": rendered["steps_per_print"]}  # accelerate sets its own value
         self.clip, self._behind = clip, 0  # micro-batches of this step
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
@@ -70,8 +70,8 @@ class Engine(Processes):
         expected = world_size()
         if self._accelerator.num_processes != expected:
             raise EngineError(
-                f"accelerate counts {self._accelerator.num_processes} process(es), the launcher started WORLD_SIZE={expected}: every "
-                "rank would train alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
+                f"WORLD_SIZE={expected}, but accelerate counts {self._accelerator.num_processes} process(es): every rank would train "
+                "alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
         atexit.register(self.close)
@@ -83,7 +83,7 @@ class Engine(Processes):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Move the model to the device and hand both to DeepSpeed (or DDP). The stream is never handed over: accelerate
+        """Move the model to the device and wrap both with DeepSpeed (or DDP). The data loader is not passed to accelerate, which
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
             self.compile_cache = use_persistent_compile_cache()
@@ -91,7 +91,7 @@ class Engine(Processes):
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:
                 raise ConfigError(
-                    "engine.compile=true with engine.zero=3 crashes inside DeepSpeed: use engine.zero<=2 or compile=false"
+                    "engine.compile=true with engine.zero=3 crashes inside DeepSpeed: set engine.zero<=2 or engine.compile=false"
                 )
             # both in one call: DeepSpeed builds its own optimizer around the parameters it owns
             self.model, wrapped = self._accelerator.prepare(model, optimizer)
@@ -103,19 +103,19 @@ class Engine(Processes):
 
     @property
     def module(self) -> Any:
-        """The model without its wrapper; parameters are whole on every rank for ZeRO 0 to 2."""
+        """The model without its wrapper; parameters are unsharded on every rank for ZeRO 0 to 2."""
         return getattr(self.model, "module", self.model)
 
     def reseed(self, seed: int, step: int) -> None:
-        """Make what still draws from the global generator (dropout; drop path is keyed by example) depend on the position alone,
-        so that a resumed run draws what the uninterrupted one would have."""
+        """Seed the global generator (used by dropout; drop path is keyed by example) from the position alone, so that a resumed run
+        has the same random numbers as an uninterrupted one."""
         torch.manual_seed(int(hashed(seed, step, self.rank)) >> 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's answer; its first argument is cast where parameters are bf16 ("bf16" mode, not autocast)."""
+        """The model's output; casts the first argument if parameters are bf16 ("bf16" mode, not autocast)."""
         if self.settings.precision == "bf16":
             args = (args[0].to(torch.bfloat16), *args[1:])
-        if self.settings.kind == "ddp" and self.world > 1:  # DDP decides here, not in backward, whether that one sends
+        if self.settings.kind == "ddp" and self.world > 1:  # DDP decides here whether backward communicates
             self.model.require_backward_grad_sync = (
                 self._behind + 1 == self.batch_split.accumulation or not torch.is_grad_enabled()
             )
@@ -123,7 +123,7 @@ class Engine(Processes):
             return self.model(*args, **kwargs)
 
     def forward_unwrapped(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
-        """The answer of a network in this engine's precision with neither DeepSpeed nor DDP around it: nothing is hooked or sent."""
+        """The output of a network in this engine's precision without DeepSpeed or DDP: no hooks, no communication."""
         if self.settings.precision == "bf16":
             images = images.to(torch.bfloat16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast"):
@@ -136,9 +136,9 @@ class Engine(Processes):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean."""
-        # Times 1, or NaN where the loss is infinite: its gradient may be finite all the same. Then the norm below speaks for the loss too.
+        # Times 1, or NaN if the loss is infinite, because its gradient may still be finite: the norm below then covers the loss too.
         loss = loss * (1.0 + 0.0 * loss.detach())
-        loss = loss * self.world  # both libraries average over ranks; the parts of a mean are to be added
+        loss = loss * self.world  # both libraries average over ranks, but the parts of a mean must be added
         if self.settings.kind == "deepspeed":
             self.model.backward(loss, scale_wrt_gas=False)
             if not last:
@@ -148,22 +148,22 @@ class Engine(Processes):
             self._behind = 0 if last else self._behind + 1
 
     def step(self) -> bool:
-        """One optimizer step; False, on all ranks, where the gradient (or a loss) was not finite: then nothing has moved, no
-        weight, no moment and no count.
+        """One optimizer step; False, on all ranks, if the gradient (or a loss) was not finite: then no weight, moment or step count
+        has changed.
 
-        The norm of the reduced gradient decides, which all ranks hold. That is one number read by the host per step: DeepSpeed's
-        ZeRO reads it in its own step whatever is asked, so DDP and ZeRO 0 do the same.
+        Decided by the norm of the reduced gradient, which is equal on all ranks. The host reads it once per step: DeepSpeed's ZeRO
+        reads it in its own step anyway, so DDP and ZeRO 0 do the same.
         """
         if self.settings.kind == "deepspeed" and self.settings.zero > 0:
             self.model.step()
             return not self.optimizer.overflow
-        if self.settings.kind == "deepspeed":  # it keeps no norm for plain gradients, and steps whatever they are
+        if self.settings.kind == "deepspeed":  # ZeRO 0 computes no norm, and steps on non-finite gradients
             self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             taken = bool(self._norm.isfinite())
             if not taken:
                 self.model.zero_grad()
                 self.model.set_gradient_accumulation_boundary(False)
-            self.model.step()  # off a boundary it only counts the micro-batch
+            self.model.step()  # not at a boundary it only counts the micro-batch
             self.model.set_gradient_accumulation_boundary(None)
             return taken
         self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
@@ -180,12 +180,12 @@ class Engine(Processes):
         return float(self._norm)
 
     def device_name(self) -> str:
-        """What computes, in words: the GPU's name, or the processor."""
+        """Name of the GPU or of the processor."""
         return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.processor() or platform.machine()})"
 
     def release_accelerate_state(self) -> None:
-        """Let the process build another engine beside this one, which still steps: accelerate's singletons and what it wrote into the
-        environment are put back. The process group stays."""
+        """Allow another engine in this process beside this one, which still works: resets accelerate's singletons and restores the
+        environment variables that it changed. The process group stays."""
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -201,5 +201,5 @@ class Engine(Processes):
 
     @property
     def state(self) -> FullState:
-        """Weights and optimizer, whole and by timm's names: what a checkpoint holds."""
+        """Weights and optimizer state, unsharded and by timm's names, as in a checkpoint."""
         return FullState(getattr(self.module, "vit", self.module), self.optimizer, self.rank, self.world, self.device)

@@ -1,4 +1,4 @@
-"""What the launcher set for this process: world size, local rank, compile cache."""
+"""Environment variables of this process: world size, local rank, compile cache."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from trainer.config.errors import ConfigError
 
 
 def use_persistent_compile_cache() -> str:
-    """The folder where torch.compile's graphs outlive the process, so that a restart finds them: TORCHINDUCTOR_CACHE_DIR, else one
-    of the user's for all runs (torch's own default is below /tmp, which a node's next job does not see)."""
+    """Keep torch.compile's graphs for later processes in TORCHINDUCTOR_CACHE_DIR, else in ~/.cache/trilevel/compiled (torch's own
+    default is below /tmp, which the next job of a node may not share). Returns the folder."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    if folder == default_cache_dir():  # torch writes its default into the environment when anything asks for it: nobody's wish
+    if folder == default_cache_dir():  # torch itself sets the variable to its default: not the user's choice
         folder = "~/.cache/trilevel/compiled"
     try:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser())
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, as in some containers
         raise ConfigError(
-            f"{folder}: {getattr(error, 'strerror', error)}; name another folder for compiled graphs by TORCHINDUCTOR_CACHE_DIR"
+            f"{folder}: {getattr(error, 'strerror', error)}; set TORCHINDUCTOR_CACHE_DIR to a writable folder for compiled graphs"
         ) from error
     return folder
 
@@ -32,21 +32,21 @@ def world_size() -> int:
 
 
 def is_first_of_node() -> bool:
-    """Whether this process does what is needed once per node."""
+    """Whether this process has local rank 0 and does the work needed once per node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def set_single_process_env() -> None:
-    """A plain `trilevel train` is a world of one: say so in the words torch.distributed reads."""
+    """Without a launcher, set torch.distributed's variables for one process."""
     if "WORLD_SIZE" in os.environ:
         return
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    # port 0: bound where the system likes when the store opens; one asked for here could be another run's by then
+    # port 0: the system chooses a free port when the store opens; one chosen here could be taken by then
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def reset_accelerate() -> None:
-    """Forget accelerate's singletons, so that this process can build another Engine. The process group stays until the process ends:
+    """Reset accelerate's singletons, so that this process can create another Engine. The process group stays until the process exits:
     DeepSpeed keeps a reference to it."""
     from accelerate.state import AcceleratorState
 

@@ -6,4 +6,4 @@ from trainer.config.errors import TrilevelError
 
 
 class EngineError(TrilevelError, RuntimeError):
-    """The processes, the devices or the libraries are not as the run needs them."""
+    """Processes, devices or libraries do not meet the needs of the run; the message has the remedy."""

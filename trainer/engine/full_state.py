@@ -1,4 +1,4 @@
-"""Weights and optimizer state, whole and by parameter name, out of DeepSpeed's flat pieces and back: any ZeRO stage, any world.
+"""Weights and optimizer state, unsharded and by parameter name, from DeepSpeed's flat partitions and back: any ZeRO stage and world size.
 
 DeepSpeed's own checkpoints are tied to the world size and need a conversion ("universal checkpoint") and pickle. Its
 `safe_get_full_*` accessors give every tensor by parameter, so that a checkpoint can be elastic by construction: measured
@@ -19,15 +19,15 @@ GROUP_STEP = "group.step"
 
 
 class FullState:
-    """A view of a prepared model and its optimizer. Reading is collective; rank 0 gets everything, on the CPU, the others {}."""
+    """Full state of a prepared model and its optimizer. Reading is collective; rank 0 gets everything, on the CPU, the others {}."""
 
     def __init__(self, module: nn.Module, optimizer: Any, rank: int, world: int, device: torch.device):
         self.module, self.optimizer = module, optimizer
         self.rank, self.world, self.device = rank, world, device
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter (float32) and buffer, whole; collective."""
-        saved = self.module.state_dict().keys()  # less the buffers that are not persistent
+        """Every parameter (float32) and buffer, unsharded; collective."""
+        saved = self.module.state_dict().keys()  # without non-persistent buffers
         state = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers() if name in saved}
         for name, parameter in self.module.named_parameters():
             whole = self._whole(parameter).detach()
@@ -36,16 +36,16 @@ class FullState:
         return state if self.rank == 0 else {}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's state by parameter, whole and independent of the world size: {"name|key": tensor}; collective.
+        """The optimizer's state by parameter, unsharded and independent of the world size: {"name|key": tensor}; collective.
 
-        DeepSpeed keeps it in flat pieces per rank. Naming it by parameter instead makes a checkpoint elastic (any world
+        DeepSpeed keeps it in flat partitions per rank. Naming it by parameter instead makes a checkpoint elastic (any world
         size, any ZeRO stage) without a conversion, and readable without pickle. Scalars (step counts) are "|key".
         """
         self._link()
         base = self._base_optimizer()
         first = base.state.get(self._holders()[0], {})
         scalars = {key: value for key, value in first.items() if torch.as_tensor(value).ndim == 0}
-        if "step" in base.param_groups[0]:  # timm's LAMB counts its steps there
+        if "step" in base.param_groups[0]:  # timm's LAMB keeps its step count there
             scalars[GROUP_STEP] = base.param_groups[0]["step"]
         state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
         for name, parameter in self.module.named_parameters():
@@ -60,7 +60,7 @@ class FullState:
         return state if self.rank == 0 else {}
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Put back what `weights` and `optimizer_state` gave, on any world size. Raises EngineError on unknown names."""
+        """Load the output of `weights` and `optimizer_state`, for any world size. Raises EngineError for a missing weight."""
         scalars = {name[1:]: value for name, value in optimizer.items() if name.startswith("|")}
         keys = sorted({name.split("|")[1] for name in optimizer} - set(scalars))
         if GROUP_STEP in scalars:
@@ -74,7 +74,7 @@ class FullState:
                     buffer.copy_(weights[name])
             for name, parameter in self.module.named_parameters():
                 if name not in weights:
-                    raise EngineError(f"checkpoint has no weight {name!r}: it is of another model")
+                    raise EngineError(f"checkpoint has no weight {name!r}: it belongs to another model; check model.*")
                 self._put(parameter, weights[name].to(self.device))
                 for key in keys:
                     if (value := optimizer.get(f"{name}|{key}")) is not None:
@@ -87,14 +87,14 @@ class FullState:
         return inner
 
     def _holders(self) -> list[Tensor]:
-        """The tensors the base optimizer really steps: flat pieces under ZeRO, parameters otherwise."""
+        """The tensors that the base optimizer updates: flat partitions under ZeRO, parameters otherwise."""
         flat = getattr(
             self.optimizer, "fp32_partitioned_groups_flat", None
         )  # ZeRO 3 keeps them out of the groups between steps
         return flat or [p for group in self._base_optimizer().param_groups for p in group["params"]]
 
     def _make_state(self, keys: list[str], scalars: dict[str, Tensor]) -> None:
-        """Create the optimizer's state before its first step, so that there is something to fill."""
+        """Create the optimizer's state before its first step, so that it can be filled."""
         base = self._base_optimizer()
         # a step count lives where the optimizer's kernels look for it: on the device only if fused or capturable
         on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
@@ -105,14 +105,14 @@ class FullState:
         self._link()
 
     def _link(self) -> None:
-        """Let DeepSpeed find the state of every parameter. Its own linking (ZeRO 1, 2) runs inside the first group's first step,
-        when the other groups have no state yet, and never again (seen in 0.19.8)."""
+        """Link the state of every parameter. DeepSpeed's own linking (ZeRO 1, 2) runs once, in the first group's first step, when the
+        other groups have no state yet (observed in 0.19.8)."""
         if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
-        """A parameter in float32, or its optimizer state `key`, whole; collective."""
+        """A parameter in float32, or its optimizer state `key`, unsharded; collective."""
         if is_pieces(parameter):
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -122,7 +122,7 @@ class FullState:
         return parameter if key is None else self._base_optimizer().state[parameter][key]
 
     def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """The reverse of `_whole`; every rank takes its own piece."""
+        """The reverse of `_whole`; every rank takes its own partition."""
         if hasattr(parameter, "ds_id"):
             from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 def local_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What this rank holds of every parameter and persistent buffer, by name: the module's own tensors, under ZeRO 3 its flat and
-    padded pieces of the parameters."""
+    """This rank's part of every parameter and persistent buffer, by name: the module's own tensors; under ZeRO 3 the flat, padded
+    partitions of the parameters."""
     values = dict(module.state_dict())
     return values | {name: parameter.ds_tensor for name, parameter in _cut(module)}
 
 
 def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as `local_tensors` gives them, whole, on the CPU; collective under ZeRO 3, where the ranks but the first get {}."""
+    """Tensors from `local_tensors`, unsharded, on the CPU; collective under ZeRO 3, where all ranks but the first get {}."""
     cut = dict(_cut(module))
     if not cut:
         return {name: value.cpu().clone() for name, value in values.items()}
@@ -34,8 +34,7 @@ def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tens
 
 @torch.no_grad()
 def copy_own_part(module: nn.Module, into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """The reverse of `full_tensors`: each rank copies its own part of the whole `values` over `into`, which is as `local_tensors` gives
-    it."""
+    """The reverse of `full_tensors`: each rank copies its own part of the full `values` into `into`, which is from `local_tensors`."""
     cut = dict(_cut(module))
     for name, value in values.items():
         if name in cut:
@@ -49,10 +48,10 @@ def copy_own_part(module: nn.Module, into: dict[str, Tensor], values: dict[str, 
 
 @torch.no_grad()
 def load_local(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy tensors as `local_tensors` gives them into the module."""
+    """Copy tensors from `local_tensors` into the module."""
     cut = [parameter for _, parameter in _cut(module)]
     if gathered_ones := [p for p in cut if p.data.numel() == p.ds_numel]:
-        # small parameters stay gathered between steps: let them go, or the network would go on with the copies
+        # small parameters stay gathered between steps: partition them again, or the network would keep using the copies
         gathered_ones[0].partition(param_list=gathered_ones, has_been_updated=False)
     own = local_tensors(module)
     for name, value in values.items():
@@ -60,7 +59,7 @@ def load_local(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _cut(module: nn.Module) -> list[tuple[str, Any]]:
-    """The parameters that ZeRO 3 has cut over the ranks."""
+    """The parameters that ZeRO 3 partitions over the ranks."""
     return [(name, parameter) for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")]
 
 

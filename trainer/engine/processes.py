@@ -1,4 +1,4 @@
-"""The processes of a run: rank, number of ranks, and the collectives that the trainer uses. With one process all are the identity."""
+"""The processes of a run: rank, number of ranks, and the collectives of the trainer, which are the identity for one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.engine.errors import EngineError
 
 
 class Processes:
-    """rank: of this process; world: number of ranks; device: of the tensors that are sent. The process group must exist if world > 1."""
+    """rank: of this process; world: number of ranks; device: of communicated tensors. The process group must exist if world > 1."""
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.world = rank, world
@@ -57,7 +57,7 @@ class Processes:
         return [item for part in lists for item in part]
 
     def read_delayed(self, value: Tensor) -> bool:
-        """Whether a number that all ranks share was above 0, read two steps late on a GPU so that no step waits for it."""
+        """Whether a number that is equal on all ranks was above 0; on a GPU read two steps late, so that no step waits for it."""
         if self.device.type != "cuda":
             return bool(value > 0)
         host = torch.empty((), dtype=value.dtype, pin_memory=True)
@@ -72,7 +72,7 @@ class Processes:
         return bool(host > 0)
 
     def assert_same_on_all_ranks(self, value: str, what: str) -> None:
-        """Raise EngineError unless every rank holds the same text."""
+        """Raises EngineError if the text differs between ranks. what: its name in the message."""
         if self.world == 1:
             return
         values = self.all_gather_objects([value])

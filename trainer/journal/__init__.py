@@ -2,5 +2,5 @@
 
 In: one JSON object per event, from rank 0.
 Out: `journal.jsonl`, and readers that survive torn lines and follow resumed runs.
-Never: talks to MLflow or to a network.
+Never: contacts MLflow or a network.
 """

@@ -1,4 +1,4 @@
-"""The file of a journal: one writer, no torn line, values as JSON has them. What is written is `journal`'s."""
+"""The file of a journal: one writer, no incomplete lines, JSON values. Its content is described in `writer`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JournalError(TrilevelError, RuntimeError):
-    """The journal can't be written or read; the text names the file and the way out."""
+    """The journal can't be written or read; the message names the file and the remedy."""
 
 
 def lock(file: int, path: Path) -> None:
@@ -22,14 +22,14 @@ def lock(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise JournalError(
-            f"{path}: another process writes it; wait for it to end, or start another run by name=OTHER"
+            f"{path}: another process is writing it; wait until it ends, or start another run with name=NEW_NAME"
         ) from None
     except OSError:
-        pass  # a file system without locks: rank 0 being the only writer is then all there is
+        pass  # a file system without locks: only rank 0 writes, but two runs are not detected
 
 
 def repair(file: int) -> int:
-    """Cut off a line that a kill tore; the size of what stays."""
+    """Remove an incomplete last line, left by a kill; returns the size of the rest."""
     size = os.fstat(file).st_size
     end = size
     while end > 0:
@@ -45,7 +45,7 @@ def repair(file: int) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Values as JSON has them: numpy and 0-d tensors become numbers, not finite ones texts, paths and the like texts."""
+    """Convert to JSON values: numpy and 0-d tensors become numbers, non-finite numbers strings, paths and the like strings."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

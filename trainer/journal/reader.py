@@ -13,21 +13,21 @@ from trainer.journal.file import JournalError, finite
 FILE = "journal.jsonl"
 
 
-# What makes a line the same line when an attempt writes it again after its resume point.
+# Fields that identify a line if an attempt writes it again after its resume point.
 _IDENTITY = {"step": ("step",), "epoch": ("epoch",), "plateau": ("step",), "eval": ("step", "ema"), "checkpoint": ("step",)}
 
 
 def read(directory: Path | str) -> Iterator[dict[str, Any]]:
-    """Every whole line, oldest first; a torn last line is left out, an unreadable one elsewhere is left out with a warning.
+    """Every complete line, oldest first; skips an incomplete last line, and unreadable ones elsewhere with a warning.
 
-    `directory` is a run directory or a journal file; raises JournalError where there is none.
+    `directory` is a run directory or a journal file; raises JournalError if it does not exist.
     """
     for _, line in read_from(directory, 0):
         yield line
 
 
 def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines from byte `offset` on, each with the offset behind it: what a follower stores to go on from there."""
+    """Complete lines from byte `offset` on, each with the offset after it, from which a follower can continue."""
     path = _file_of(directory)
     with path.open("rb") as file:
         file.seek(offset)
@@ -39,7 +39,7 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
                 line = json.loads(raw)
                 kind = line["kind"]
             except (ValueError, TypeError, KeyError):
-                warnings.warn(f"{path}: the line that ends at byte {offset} is no journal line; it is left out", stacklevel=2)
+                warnings.warn(f"{path}: the line ending at byte {offset} is not a journal line; skipped", stacklevel=2)
                 continue
             line = finite(line)
             line["kind"] = kind
@@ -47,10 +47,10 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
 
 
 def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
-    """The lines behind the weights that survive, oldest first. What a killed attempt did after the point where a later attempt
-    went on is left out, and what the later attempt wrote again at that very point. `start` and `end` lines all stay.
+    """The lines of the lineage, oldest first: without the lines of a killed attempt after the step from which a later one resumed,
+    and without the lines that the later attempt repeated at that step. Keeps all `start` and `end` lines.
 
-    A line without `step` stands where the line before it in its attempt stands. Memory: one entry per eval, epoch and plateau.
+    A line without `step` has the step of the previous line of its attempt. Memory: one entry per eval, epoch and plateau.
     """
     cuts = _cuts(directory)
     seen: set[tuple[Any, ...]] = set()
@@ -61,7 +61,7 @@ def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
         if kind not in ("start", "end"):
             if position[attempt] > min((step for later, step in cuts.items() if later > attempt), default=position[attempt]):
                 continue
-            if kind in _IDENTITY and kind != "step":  # steps can't come twice: the later attempt begins behind the cut
+            if kind in _IDENTITY and kind != "step":  # steps can't repeat: the later attempt starts after the cut
                 name = (kind, *(line.get(field) for field in _IDENTITY[kind]))
                 if name in seen:
                     continue
@@ -70,13 +70,13 @@ def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def last_attempt(directory: Path | str) -> int:
-    """The highest attempt in the journal, -1 where there is none."""
+    """The highest attempt in the journal, -1 without a journal."""
     path = _file_of(directory, must=False)
     return max((line.get("attempt", 0) for line in read(path)), default=-1) if path.exists() else -1
 
 
 def _cuts(directory: Path | str) -> dict[int, int]:
-    """{attempt: the step it went on from}, for attempts after the first that did any work."""
+    """{attempt: the step it resumed from}, for attempts after the first that logged any work."""
     cuts: dict[int, int] = {}
     first: int | None = None
     for line in read(directory):
@@ -85,7 +85,7 @@ def _cuts(directory: Path | str) -> dict[int, int]:
         if line["kind"] == "resume":
             cuts[attempt] = line["step"]
         elif attempt != first and attempt not in cuts and line["kind"] in _IDENTITY:
-            cuts[attempt] = 0  # it worked without a resume line: from the beginning
+            cuts[attempt] = 0  # no resume line: it started from scratch
     return cuts
 
 

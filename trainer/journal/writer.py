@@ -1,7 +1,7 @@
-"""The journal: one JSON line per event in RUN/journal.jsonl, appended, whole after a kill. MLflow, report and compare read it.
+"""The journal: one JSON line per event in RUN/journal.jsonl, appended, readable after a kill. MLflow, report and compare read it.
 
 Every line has `kind`, `time` (unix seconds) and `attempt` (0, then one more at each start of the same run). `step` counts the
-optimizer steps that lie behind the line; `epoch` and `batch` count from 0; `progress` is epoch + batch / batches in this epoch.
+optimizer steps done; `epoch` and `batch` count from 0; `progress` is epoch + batch / batches in this epoch.
 Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow by name, lists as one metric per position.
 
 | kind       | when                         | fields                                                                           |
@@ -26,8 +26,8 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            | could not be                 | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
 |            |                              | data_wait, passes_share (of the step time), step_speedup (x, a dense step / own),|
 |            |                              | run_speedup, run_bound (x, whole run so far against dense on every example),     |
-|            |                              | timed (share of the training time these two speak of), seconds (it took); said   |
-|            |                              | (what eats the saving, or why it was not measured)                               |
+|            |                              | timed (share of the training time these two cover), seconds (of timing); said    |
+|            |                              | (overheads as text, or why it was not measured)                                  |
 | step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
@@ -40,17 +40,17 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            | 10 s at most                 |                                                                                  |
 | eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
 |            |                              | ema (bool: weights of the moving average), per_class (accuracy of every class)   |
-| checkpoint | after it is durable, which   | epoch, batch, step, path, bytes, blocking (seconds that training stood still for |
-|            | may be steps later           | it), seconds (of writing; beside the training where `checkpoint.asynchronous`)   |
+| checkpoint | after it is on disk, which   | epoch, batch, step, path, bytes, blocking (seconds for which it blocked          |
+|            | may be steps later           | training), seconds (of writing; in background with `checkpoint.asynchronous`)    |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
-| skipped    | a step was not taken: its    | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
+| skipped    | a step was skipped: its      | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
 |            | gradient was not finite      | the batch, see `hash_chain`), skipped, in_row (steps so far)                     |
-| message    | a person should know it      | text                                                                             |
+| message    | a message to the user        | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours (of all      |
 |            |                              | attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in `control`)  |
 
-Numbers that are not finite stand as the texts "NaN", "Infinity", "-Infinity" (JSON has no word for them), read back as floats.
+Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ from trainer.journal.file import JournalError, lock, plain, repair
 from trainer.journal.reader import FILE, last_attempt
 from trainer.storage.standard_streams import say
 
-DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # on the disk, not only in its cache, when `write` returns
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # what may be over when there is room, or the file system is back
-PENDING_BYTES = 16 << 20  # what is held in memory while the disk is full, before the run must stop
+DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # synced to disk when `write` returns
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # errors that may be temporary: disk full, file system away
+PENDING_BYTES = 16 << 20  # bytes kept in memory while the disk is full; with more, the run stops
 
 _open: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
 class Journal:
-    """The one writer of a run's journal. When `write` returns, the line is whole in the file, or held while the disk is full.
+    """The only writer of a run's journal. When `write` returns, the line is complete in the file, or in memory while the disk is full.
 
-    `attempt` None: one more than the last in the file (a checkpoint can't tell: it knows no attempt that saved nothing).
-    Raises JournalError where another process writes the same journal.
+    `attempt` None: one more than the last in the file (a checkpoint does not know attempts that saved nothing).
+    Raises JournalError if another process is writing the same journal.
     """
 
     def __init__(self, directory: Path | str, attempt: int | None = None):
@@ -92,9 +92,7 @@ class Journal:
             self._size = repair(self._file)
             last = last_attempt(directory)
             if attempt is not None and attempt <= last:
-                raise JournalError(
-                    f"{self.path}: attempt {attempt} is in it already (the last one is {last}); leave `attempt` out"
-                )
+                raise JournalError(f"{self.path}: attempt {attempt} exists already (the last one is {last}); omit `attempt`")
         except BaseException:
             self.close()
             raise
@@ -102,7 +100,7 @@ class Journal:
         _open.add(self)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
+        """Append one line; takes microseconds except for durable kinds. Raises on a full disk once PENDING_BYTES are in memory."""
         line = {"kind": kind, "time": round(time.time(), 6), "attempt": self.attempt} | fields
         self._pending += json.dumps(plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._flush()
@@ -110,9 +108,9 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Bring all lines to the disk. Before a checkpoint becomes the latest: a crash of the node then loses no line.
+        """Sync all lines to disk; called before a checkpoint becomes the latest, so that a crash of the node then loses no line.
 
-        Where the disk refuses (NFS reports a full quota here, not at the write), the run goes on and says so once.
+        If that fails (NFS reports a full quota here, not at the write), the run continues, with one warning.
         """
         if self._pending:
             return
@@ -151,7 +149,7 @@ class Journal:
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            os.ftruncate(self._file, self._size)  # no half line; the whole is tried again with the next one
+            os.ftruncate(self._file, self._size)  # no partial line; all is retried with the next line
             if len(self._pending) > PENDING_BYTES:
                 raise JournalError(
                     f"{self.path}: {error.strerror} for {len(self._pending)} bytes: make room, then resume"
@@ -165,7 +163,7 @@ class Journal:
 
 
 def _forget_in_child() -> None:
-    """A forked worker must not keep the lock of a dead parent, nor write into its journal."""
+    """A forked worker must not hold the lock of a parent that has exited, nor write to its journal."""
     for journal in list(_open):
         journal._pending = b""
         journal.close()

@@ -1,7 +1,7 @@
-"""What a checkpoint does to a disk: files that are on it when `write` returns, renames, and the syncs that make them last.
+"""Durable file operations: writes that are on disk when they return, renames, and the syncs that make names durable.
 
-All of it goes through a handful of system calls, given as `system`: a test puts a disk of its own there, which may fail at any of
-them, or lose at a crash whatever was not synced, in any order that POSIX allows.
+All of them use a few system calls of `system`: tests substitute a simulated disk, which can fail at any call, or lose unsynced
+data at a crash, in any order that POSIX allows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-CHUNK = 16 << 20  # bytes handed to the system at once
+CHUNK = 16 << 20  # bytes per system call
 WRITING = ".writing-"  # how the name of a file begins that `atomic_write` has not finished
 
 
@@ -37,14 +37,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 class Content(NamedTuple):
-    """What is in a file: its length, and the BLAKE2b hash of it (16 bytes, hexadecimal)."""
+    """A file's length and its BLAKE2b hash (16 bytes, hexadecimal)."""
 
     size: int
     hash: str
 
 
 class Disk:
-    """Files and folders by `system` (the module `os`, or what stands for it). Every method may raise OSError."""
+    """Operations on files and folders through `system` (the module `os`, or a substitute). Every method may raise OSError."""
 
     def __init__(self, system: Any = os):
         self._os = system
@@ -53,7 +53,7 @@ class Disk:
         self._os.mkdir(path)
 
     def write(self, path: Path, pieces: Iterable[Any]) -> Content:
-        """A file of `pieces` (bytes, or buffers of them), on the disk when this returns; its name lasts after `sync` of the folder."""
+        """Write a file from `pieces` (bytes or buffers), on disk when this returns; its name is durable after `sync` of the folder."""
         size, hashed = 0, hashlib.blake2b(digest_size=16)
         handle = self._os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -71,11 +71,11 @@ class Disk:
         return Content(size, hashed.hexdigest())
 
     def rename(self, old: Path, new: Path) -> None:
-        """`new` is what `old` was, at once; which of the two a crash leaves is decided by `sync` of the folder."""
+        """Rename atomically; durable after `sync` of the folder."""
         self._os.replace(old, new)
 
     def sync(self, folder: Path) -> None:
-        """The names in a folder are on the disk when this returns."""
+        """Sync a folder: its names are on disk when this returns."""
         handle = self._os.open(folder, os.O_RDONLY, 0)
         try:
             self._os.fsync(handle)
@@ -83,7 +83,7 @@ class Disk:
             self._os.close(handle)
 
     def remove(self, path: Path) -> None:
-        """A file, or a folder with what is in it; nothing where there is none."""
+        """Delete a file, or a folder with its content, if it exists."""
         try:
             self._os.unlink(path)
         except FileNotFoundError:
@@ -94,13 +94,13 @@ class Disk:
             self._os.rmdir(path)
 
     def names(self, folder: Path) -> list[str]:
-        """What lies in a folder, sorted; empty where there is no such folder."""
+        """File names in a folder, sorted; empty if it does not exist."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(self._os.listdir(folder))
         return []
 
     def size(self, path: Path) -> int:
-        """Bytes of a file, -1 where there is none."""
+        """Size of a file in bytes, -1 if it does not exist."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return int(self._os.stat(path).st_size)
         return -1
@@ -109,7 +109,7 @@ class Disk:
         return b"".join(self._chunks(path))
 
     def content(self, path: Path) -> Content:
-        """What is in a file now, read whole."""
+        """Length and hash of a file, from its current content."""
         size, hashed = 0, hashlib.blake2b(digest_size=16)
         for chunk in self._chunks(path):
             size += len(chunk)

@@ -1,5 +1,5 @@
-"""A safetensors file piece by piece, straight from the tensors: the library's own `save` makes two more copies in memory, and
-holds Python's lock while it does, which would stop the training that goes on beside a save."""
+"""A safetensors file piece by piece, without copying tensors: the library's own `save` makes two more copies in memory and holds
+the GIL meanwhile, which would block training during a save in the background."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ WORDS = {
 
 
 def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Header and data of a safetensors file; the tensors are on the CPU. Raises ValueError for a type the format has no word for."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # the widest first: all are aligned
+    """Header and data of a safetensors file; the tensors are on the CPU. Raises ValueError for an unsupported dtype."""
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # widest dtype first, so that all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in WORDS:
-            raise ValueError(f"{name}: safetensors has no word for {tensor.dtype}")
+            raise ValueError(f"{name}: safetensors does not support {tensor.dtype}")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
