@@ -66,7 +66,7 @@ CONFLICTS = [
     ({"gradient_clipping": 1.0}, r"optim\.clip=0\.5 but .*ds\.json has gradient_clipping=1\.0"),
     ({"zero_optimization": {"stage": 3}}, r"engine\.zero=2 but .*ds\.json has zero_optimization\.stage=3"),
     ({"bf16": {"enabled": True}}, r"engine\.precision=autocast but .*ds\.json has bf16\.enabled=true"),
-    ({"fp16": {"enabled": True}}, r"ds\.json has fp16\.enabled=true: engine\.precision knows"),
+    ({"fp16": {"enabled": True}}, r"ds\.json has fp16\.enabled=true: valid values of engine\.precision"),
     (
         {"optimizer": {"type": "Adam", "params": {"lr": 1}}},
         r"ds\.json has optimizer\.type=Adam: the optimizer is built from optim",

@@ -52,7 +52,7 @@ NEEDED = {  # options with one supported value
 DECIDES = {  # {key of DeepSpeed: the setting that determines it}
     "train_batch_size": "data.batch",
     "train_micro_batch_size_per_gpu": "data.micro_batch",
-    "gradient_accumulation_steps": "accumulation (data.batch / data.micro_batch / processes)",
+    "gradient_accumulation_steps": "data.batch / data.micro_batch / processes: accumulation",
     "gradient_clipping": "optim.clip",
     "zero_optimization.stage": "engine.zero",
     "bf16.enabled": "engine.precision",

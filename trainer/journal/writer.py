@@ -13,9 +13,9 @@ Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
 |            |                              | classes (names), matrix_tflops (a device's rate of matrix products, measured),   |
 |            |                              | starting (seconds from the start of the process to this line)                    |
-| resume     | later attempts, before any   | epoch, batch, step the attempt goes on from (step 0: nothing was saved), path    |
+| resume     | later attempts, before any   | epoch, batch, step that the attempt resumes from (step 0: nothing saved), path   |
 |            | step                         |                                                                                  |
-| epoch      | before the first batch of an | epoch, batch (0, or where a resume goes on), step, kept (examples), examples (in |
+| epoch      | before the first batch of an | epoch, batch (0, or that of a resume), step, kept (examples), examples (in       |
 |            | epoch                        | the data set), steps (batches), leftover (count, or {count, ids} when few),      |
 |            |                              | facts {of the selection; hash: its list is RUN/kept/HASH.npz}                    |
 | plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
@@ -131,7 +131,7 @@ class Journal:
                 self._flush()
             if self._pending:
                 lost = self._pending.count(b"\n")
-                say(f"{self.path}: still no room; its last {lost} line(s) are lost", error=True)
+                say(f"{self.path}: the disk is still full; its last {lost} line(s) are lost", error=True)
             os.close(self._file)
             self._file = -1
 
@@ -152,10 +152,10 @@ class Journal:
             os.ftruncate(self._file, self._size)  # no partial line; all is retried with the next line
             if len(self._pending) > PENDING_BYTES:
                 raise JournalError(
-                    f"{self.path}: {error.strerror} for {len(self._pending)} bytes: make room, then resume"
+                    f"{self.path}: {error.strerror} for {len(self._pending)} bytes in memory: free disk space, then resume with --resume"
                 ) from error
             if not self._warned:
-                say(f"{self.path}: {error.strerror}; lines are held in memory and written when there is room", error=True)
+                say(f"{self.path}: {error.strerror}; lines are held in memory until the disk has free space", error=True)
                 self._warned = True
             return
         self._size += len(self._pending)
