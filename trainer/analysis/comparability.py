@@ -74,7 +74,7 @@ def _differ(what: str, values: list[str], names: list[str], then: str) -> list[s
 
 
 def _changed(before: Start, after: Start) -> list[str]:
-    """What a resume changed, in facts of the surroundings and in settings."""
+    """What a resume changed: environment and settings."""
     a, b = (flat(without_foreign(start.get("config") or {})) for start in (before, after))
     own = {what for what, read, _ in _FACTS if read(before) == read(after)}
     found = [f"{what} {_text(read(before))} -> {_text(read(after))}" for what, read, _ in _FACTS if what not in own]

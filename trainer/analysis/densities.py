@@ -83,10 +83,12 @@ def score(
     plans = [Plan(d, 1.0) for d in densities] if densities else [Schedule(config).last()]
     tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
     if sparse and tokens.off:
-        raise ConfigError(f"--densities {densities}: the configuration prunes no tokens; add tokens.method=topk")
+        raise ConfigError(f"--densities {densities}: the configuration does not prune tokens; add tokens.method=topk")
     if sparse and tokens.fixed_by:
         key = tokens.fixed_by.partition("=")[0]
-        raise ConfigError(f"--densities {densities}: {tokens.fixed_by} removes as many tokens at every density; add {key}=0")
+        raise ConfigError(
+            f"--densities {densities}: {tokens.fixed_by} removes the same number of tokens at every density; add {key}=0"
+        )
     rows = []
     half = config.engine.precision != "float32" and device.type == "cuda"
     for plan in plans:

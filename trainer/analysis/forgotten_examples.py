@@ -29,7 +29,7 @@ def contact_sheet(run: Path, config: Config, path: Path) -> Path:
     """
     found = save_load.latest(run / "checkpoints")
     if found is None:
-        raise ConfigError(f"show {run}: no checkpoint in it, so no statistics of examples")
+        raise ConfigError(f"show {run}: no checkpoint, which has the statistics of examples; wait for the first one")
     index, _ = open_indexes(config.data, verify=False)
     with np.load(found / "examples.npz", allow_pickle=False) as arrays:
         state = {key.removeprefix("examples."): arrays[key] for key in arrays.files if key.startswith("examples.")}

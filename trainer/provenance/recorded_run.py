@@ -73,8 +73,8 @@ class RecordedRun:
 
     def _index(self) -> Index:
         index = opened(self.config.data.train, self.config.data, self.config.data.verify)
-        told = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
-        if told is not None and told != index.fingerprint:
+        recorded = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
+        if recorded is not None and recorded != index.fingerprint:
             raise RecordedRunError(
                 f"{self.directory}: trained on shards with fingerprint {recorded}, data.train={self.config.data.train} has "
                 f"{index.fingerprint}; set data.train=PATTERN to the shards of the run"
