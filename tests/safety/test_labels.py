@@ -59,13 +59,13 @@ def test_each_image_gets_the_label_of_its_own_line(
 @pytest.mark.parametrize(
     ("names", "lines", "reason"),
     [
-        (["x/1.jpg", "y/1.jpg"], "1.jpg cat\n", r"line 1: '1.jpg' fits 2 images"),
+        (["x/1.jpg", "y/1.jpg"], "1.jpg cat\n", r"line 1: '1.jpg' matches 2 images"),
         (["x/1.jpg", "y/1.jpg"], "x/1.jpg cat\nz/1.jpg dog\n", r"no label for 'y/1'"),
-        (["1.jpg", "2.jpg"], "1.jpg cat\n2.jpg dog\n1.jpg owl\n", r"'1' is 'cat' by line 1 and 'owl' by line 3"),
-        (["1.jpg", "2.jpg"], "x/1.jpg cat\ny/1.jpg dog\n2.jpg owl\n", r"'1' is 'cat' by line 1 and 'dog' by line 2"),
+        (["1.jpg", "2.jpg"], "1.jpg cat\n2.jpg dog\n1.jpg owl\n", r"'1' has label 'cat' in line 1 and 'owl' in line 3"),
+        (["1.jpg", "2.jpg"], "x/1.jpg cat\ny/1.jpg dog\n2.jpg owl\n", r"'1' has label 'cat' in line 1 and 'dog' in line 2"),
         (["1.jpg", "2.jpg"], "1.jpg golden retriever\n2.jpg golden eagle\n", r"line 1: 3 words for '1'; put a tab or a comma"),
-        (["1.jpg", "2.jpg"], "1.jpg\t\n2.jpg\tdog\n", r"label '' is neither"),
-        (["1.jpg", "2.jpg"], f"1.jpg {'a' * 1001}\n2.jpg dog\n", r"has 1001 characters, at most 1000"),
+        (["1.jpg", "2.jpg"], "1.jpg\t\n2.jpg\tdog\n", r"empty label"),
+        (["1.jpg", "2.jpg"], f"1.jpg {'a' * 1001}\n2.jpg dog\n", r"has 1001 characters, must be <= 1000"),
     ],
 )
 def test_what_fits_two_ways_is_refused(tmp_path: Path, names: list[str], lines: str, reason: str) -> None:
@@ -76,8 +76,8 @@ def test_what_fits_two_ways_is_refused(tmp_path: Path, names: list[str], lines: 
 def test_foreign_shards_by_full_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = "x/1.jpg,cat,more\ny/1.jpg,dog,more\nunknown.jpg,owl,more\n"
     assert indexed(tmp_path, ["x/1", "y/1"], lines) == {"x/1": "cat", "y/1": "dog"}
-    assert "columns behind the second are ignored (3 lines" in capsys.readouterr().err
-    with pytest.raises(DataError, match="fits 2 images"):
+    assert "columns after the second are ignored (in 3 lines" in capsys.readouterr().err
+    with pytest.raises(DataError, match="matches 2 images"):
         indexed(tmp_path, ["x/1", "y/1"], "1.jpg cat\n")
     (tmp_path / "labels.txt").write_bytes(b"x/1.jpg caf\xe9\n")
     with pytest.raises(DataError, match=r"labels .*: byte 11 is not UTF-8"):
@@ -161,7 +161,7 @@ def test_a_long_label_takes_no_memory(tmp_path: Path, labels: str) -> None:
             f"k{number}.json": f'{{"label": "{text}"}}'.encode(),
         }
     write_tar(tmp_path / "x.tar", files)
-    with pytest.raises(DataError, match=r"key 'k7'.*(1048576 bytes|1048576 characters).*at most"):
+    with pytest.raises(DataError, match=r"key 'k7'.*(1048576 bytes|1048576 characters), must be"):
         build_index(str(tmp_path / "x.tar"), labels, progress=False)
     (tmp_path / "y.tar").write_bytes((tmp_path / "x.tar").read_bytes())
     write_tar(tmp_path / "y.tar", {"k.jpg": jpeg(0), "k.json": b'{"label":' + b"[" * 100_000})

@@ -53,7 +53,7 @@ def test_a_body_of_unknown_size_stays_inside_the_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr("trainer.data.remote.cache.stat", lambda _: RemoteStat(None, ""))
     monkeypatch.setattr("trainer.data.remote.cache._STEP", 1 << 20)
     with (
-        pytest.raises(DataError, match=r"more than the 4194304 bytes that the cache may hold"),
+        pytest.raises(DataError, match=r"more than the cache limit of 4194304 bytes"),
         Cache(tmp_path, 4 << 20).import_shard("http://127.0.0.1:9/x.tar"),
     ):
         pass

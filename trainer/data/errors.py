@@ -6,16 +6,16 @@ from trainer.config.errors import TrilevelError
 
 
 class DataError(TrilevelError, ValueError):
-    """Data that can't be used; the text names the shard (and key), what is wrong and the way out."""
+    """Unusable data; the message names the shard (and key), the fault and the remedy."""
 
 
 class StorageUnavailable(DataError):
-    """Storage that can't be reached now. No image is to blame: reading ends, where a single lost shard would only be counted."""
+    """Storage is unreachable or the cache's disk fails. Ends the run; a single unreadable shard is only counted as broken images."""
 
 
 class NotFound(DataError):
-    """What a server says isn't there, or not for us."""
+    """The server answered 401, 403, 404 or 410: the file does not exist, or may not be read."""
 
 
 class Changed(DataError):
-    """A file that was replaced on its server while it was read."""
+    """The file was replaced on its server while it was read."""

@@ -141,7 +141,7 @@ def test_a_full_cache_waits_and_never_holds_more(web: Web, index: Index, tmp_pat
         for d in done:
             d.result()
     assert 0 < most <= cache.size and web.most <= 2
-    with pytest.raises(DataError, match=r"has \d+ bytes, data.cache_size allows 1000"):
+    with pytest.raises(DataError, match=r"has \d+ bytes, more than data.cache_size .1000 bytes."):
         Cache(tmp_path / "small", 1000).fetch(index.source(0))
 
 
@@ -229,7 +229,7 @@ def test_too_small_a_cache_is_refused_with_the_number(index: Index, tmp_path: Pa
     small = {"cache": str(tmp_path / "cache"), "cache_size": 2 * length / 2**30}
     with pytest.raises(DataError, match=r"data.cache_size=.*raise data.cache_size, or lower data.lanes"):
         Stream(index, config("x", data=small), 0, 1)
-    with pytest.raises(DataError, match=r"cache_size=1e\+06 \(GiB\): .* has room for"):
+    with pytest.raises(DataError, match=r"cache_size=1e\+06 \(GiB\): only .* GiB are free"):
         Stream(index, config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 1e6}), 0, 1)
     assert rows_of_node(12, 3, 1) == ((4, 8), 1)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -54,7 +54,7 @@ def test_a_trickling_server_is_given_up_in_time(
     with pytest.raises(StorageUnavailable, match=rf"{NAME}: less than 1048576 bytes in 1 s \(after 2 attempts\)"):
         Cache(tmp_path / "c", 1 << 30).fetch(source(web))
     assert time.monotonic() - began < 10
-    assert f"warning: shard {web.url}/{NAME}: less than 1048576 bytes in 1 s; attempt 2 of 2 follows" in capfd.readouterr().err
+    assert f"warning: shard {web.url}/{NAME}: less than 1048576 bytes in 1 s; starting attempt 2 of 2" in capfd.readouterr().err
     assert not list((tmp_path / "c").rglob("*.part"))
 
 
@@ -101,7 +101,7 @@ def test_a_shard_replaced_in_the_middle(web: Web, tmp_path: Path, if_range: bool
     Cache(tmp_path / "c", 1 << 30).fetch(known)
     path.write_bytes(content)
     web.hook, web.faults = replace(content[::-1]), {NAME: ["cut"]}
-    with pytest.raises(DataError, match="its bytes are others"):
+    with pytest.raises(DataError, match="hash mismatch in 3 downloads"):
         Cache(tmp_path / "d", 1 << 30).fetch(known)
     assert not list((tmp_path / "d").rglob("*.tar"))
 
@@ -117,14 +117,14 @@ def test_another_range_than_the_requested_one(
         return bool(handler.headers.get("Range")) and send(handler, 206, data[5000:], Content_Range=content_range)
 
     web.hook, web.faults = hook, {NAME: ["cut"]}
-    with pytest.raises(StorageUnavailable, match=r"Content-Range .* where bytes from \d+ on were requested"):
+    with pytest.raises(StorageUnavailable, match=r"requested bytes from \d+ on, got Content-Range"):
         Cache(tmp_path / "c", 1 << 30).fetch(source(web))
 
 
 @pytest.mark.parametrize("length", ["abc", "-5", "1" * 30, "1" * 5000])
 def test_a_size_that_is_no_number(web: Web, length: str) -> None:
     web.hook = lambda handler: handler.command == "HEAD" and send(handler, 200, Content_Length=length)
-    with pytest.raises(DataError, match=rf"{NAME}: the server gives the size '{length[:30]}', which is not a number"):
+    with pytest.raises(DataError, match=rf"{NAME}: the server sent the size '{length[:30]}', not a number"):
         client.stat(f"{web.url}/{NAME}")
 
 
@@ -143,9 +143,7 @@ def test_bodies_of_unknown_size_stay_below_the_limits(web: Web, tmp_path: Path, 
         return True
 
     web.hook = endless
-    with pytest.raises(
-        DataError, match=rf"{NAME} has more than the 16777216 bytes that the cache may hold; raise --cache-size"
-    ):
+    with pytest.raises(DataError, match=rf"{NAME} has more than the cache limit of 16777216 bytes; raise --cache-size"):
         build_index(f"{web.url}/train-{{0000..0000}}.tar", progress=False, cache=Cache(tmp_path / "c", 16 << 20))
     assert len(sent) < 40 and not list((tmp_path / "c").rglob("*.part"))
     monkeypatch.setattr(location, "LARGEST_FILE", 1000)
@@ -198,10 +196,10 @@ def test_s3_redirects_are_refused(web: Web, monkeypatch: pytest.MonkeyPatch, sta
 
 def test_lists_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "pages", lambda *_: ([f"a-{n}.tar"] for n in itertools.count()))
-    with pytest.raises(DataError, match=r"does not end after 2001 names on 2001 pages; name the shards with braces"):
+    with pytest.raises(DataError, match=r"has more than 2001 names on 2001 pages; name the shards with braces"):
         client.listed("s3://bucket/a-*.tar")
     monkeypatch.setattr(stores, "pages", lambda *_: ([f"a-{n}.tar"] * 100_000 for n in itertools.count()))
-    with pytest.raises(DataError, match=r"does not end after 1100000 names"):
+    with pytest.raises(DataError, match=r"has more than 1100000 names"):
         client.listed("s3://bucket/a-*.tar")
 
 

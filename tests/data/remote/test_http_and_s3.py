@@ -115,9 +115,9 @@ def test_s3_is_the_same_as_files(tmp_path: Path, s3: Any) -> None:
     s3.delete_object(Bucket="images", Key="in1k/train-0001.tar")
     with pytest.raises(DataError, match=r"in1k/train-0001.tar is in the index .* missing"):
         open_index("s3://images/in1k/train-*.tar")
-    with pytest.raises(DataError, match=r"s3://images/in1k/train-0001.tar: the server says 404"):
+    with pytest.raises(DataError, match=r"s3://images/in1k/train-0001.tar: HTTP status 404"):
         build_index("s3://images/in1k/train-{0000..0002}.tar", progress=False)
-    with pytest.raises(DataError, match=r"s3://images/none-\*.tar.*nothing there matches"):
+    with pytest.raises(DataError, match=r"s3://images/none-\*.tar.*no object matches"):
         expand("s3://images/none-*.tar")
 
 
@@ -162,19 +162,19 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"train-0002.tar changed since it was indexed"):
         open_index(braces(web))
     got = Reader(index, Cache(tmp_path / "b", ROOM)).read(np.arange(13))
-    assert [isinstance(g, DataError) for g in got] == [False] * 6 + [True] * 7 and "its bytes are others" in str(got[6])
+    assert [isinstance(g, DataError) for g in got] == [False] * 6 + [True] * 7 and "hash mismatch in 3 downloads" in str(got[6])
     assert not list((tmp_path / "b").rglob("*.part"))
     path.write_bytes(original + b"\0" * 512)
-    with pytest.raises(DataError, match=r"train-0002.tar changed: it has \d+ bytes, the index says"):
+    with pytest.raises(DataError, match=r"train-0002.tar changed: \d+ bytes, \d+ in the index"):
         open_index(braces(web))
     path.unlink()
-    with pytest.raises(DataError, match=r"train-0002.tar: the server says 404"):
+    with pytest.raises(DataError, match=r"train-0002.tar: HTTP status 404"):
         open_index(braces(web))
-    with pytest.raises(DataError, match=r"no index .*trilevel index"):
+    with pytest.raises(DataError, match=r"index .* not found; .*trilevel index"):
         open_index(f"{web.url}/else/train-{{0..1}}.tar")
     monkeypatch.setattr(retry, "_TRIES", 3)
     web.faults = {"train-0000.tar": [500] * 9}
-    with pytest.raises(DataError, match=r"train-0000.tar: the server says 500 .*after 3 attempts"):
+    with pytest.raises(DataError, match=r"train-0000.tar: HTTP status 500 .*after 3 attempts"):
         Cache(tmp_path / "c", ROOM).fetch(index.source(0))
     with pytest.raises(DataError, match=r"Connection refused.*after 3 attempts"):
         client.stat("http://127.0.0.1:9/train.tar")
@@ -208,7 +208,7 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
     settings = config("x", data={"cache": str(tmp_path / "b"), "cache_size": 0.1, "workers": workers, "batch": 4, "window": 4})
     for batches in (Stream(index, settings, 0, 1).epoch(0, None), iter(Validation(index, settings, 0, 1))):
         with pytest.raises(
-            StorageUnavailable, match=r"train-000\d.tar: the server says 503 .*after 2 attempts.*is the server up"
+            StorageUnavailable, match=r"train-000\d.tar: HTTP status 503 .*after 2 attempts.*check that the server is up"
         ) as error:
             next(batches)
         assert "Traceback" not in str(error.value)
@@ -217,7 +217,7 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
 def test_a_cache_that_can_not_be_written_ends_the_run_by_its_name(web: Web, tmp_path: Path) -> None:
     index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageUnavailable, match=r"data.cache=.*file: Not a directory .*; name a folder"):
+    with pytest.raises(StorageUnavailable, match=r"data.cache=.*file: Not a directory .*; use a folder"):
         Reader(index, Cache(tmp_path / "file", ROOM)).read(np.arange(13))
 
 
@@ -233,9 +233,9 @@ def test_errors_inside_a_remote_shard_name_its_url(web: Web, tmp_path: Path) -> 
     [
         ("https://me:word@host/train-{0..3}.tar", r"'https://host/train-\{0..3\}.tar'.*user or password.*NETRC"),
         ("s3://key:secret@bucket/x.tar", "user or password"),
-        ("http://host/train-*.tar", "can't be listed.*braces"),
+        ("http://host/train-*.tar", "no listing.*braces"),
         ("https://host/x.tar?X-Amz-Signature=abc", "queries"),
-        ("ftp://host/x.tar", "ftp:// is not read"),
+        ("ftp://host/x.tar", "unsupported scheme ftp://"),
         ("pipe:cat x.tar", "would run 'cat x.tar' in a shell.*--allow-pipe"),
     ],
 )
@@ -299,4 +299,4 @@ def test_command_line(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not list((tmp_path / "www").glob("*.index"))
     same(open_index(local, folder=str(tmp_path / "indexes")), open_index(braces(web), folder=str(tmp_path / "indexes")))
     assert trilevel.main(["index", f"{web.url}/none.tar"]) == 2
-    assert "none.tar: the server says 404" in capsys.readouterr().err
+    assert "none.tar: HTTP status 404" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_splits_share_the_order_of_classes(tmp_path: Path) -> None:
     assert indexes["train"].classes == indexes["test"].classes == ["ant", "bee", "cat"]
     pack(str(write_folder(tmp_path / "more", {"bee/1.jpg": jpeg(1)})), tmp_path / "out", name="extra", progress=False)
     assert open_index(str(tmp_path / "out" / "extra-*.tar")).labels.tolist() == [1]
-    with pytest.raises(DataError, match=r"'yak' is none of the 3 classes"):
+    with pytest.raises(DataError, match=r"'yak' is not among the 3 classes"):
         pack(str(write_folder(tmp_path / "odd", {"yak/1.jpg": jpeg(1)})), tmp_path / "out", name="odd", progress=False)
 
 
@@ -131,7 +131,7 @@ def test_again_is_free_and_another_source_is_refused(tmp_path: Path) -> None:
     pack(str(src), out, shard_size=5000, progress=False)
     assert {n: b for n, (_, b) in before.items() if n.endswith("tar")} == {p.name: p.read_bytes() for p in out.glob("*.tar")}
     for change in ({"seed": 1}, {"shard_size": 2000}, {"short_side": 16}):
-        with pytest.raises(DataError, match=r"holds train shards of another source or setting"):
+        with pytest.raises(DataError, match=r"train shards of another source or setting exist"):
             pack(str(src), out, **{"shard_size": 5000, "progress": False} | change)
 
 
@@ -174,9 +174,9 @@ def test_refusals(tmp_path: Path) -> None:
 
     refused(tmp_path / "nothing", "no such file")
     refused(write_folder(tmp_path / "a", {"x.txt": b""}), "no images")
-    refused(write_folder(tmp_path / "b", {"x.jpg": jpeg(0), "y.jpg": jpeg(1)}), r"names no class.*--labels")
+    refused(write_folder(tmp_path / "b", {"x.jpg": jpeg(0), "y.jpg": jpeg(1)}), r"no class in.*--labels")
     refused(
-        write_folder(tmp_path / "c", {"a/x.jpg": jpeg(0), "a/x.png": jpeg(0), "b/y.jpg": jpeg(1)}), r"both have the key 'a_x'"
+        write_folder(tmp_path / "c", {"a/x.jpg": jpeg(0), "a/x.png": jpeg(0), "b/y.jpg": jpeg(1)}), r"both get the key 'a_x'"
     )
     numbers = tmp_path / "n.txt"
     numbers.write_text("1\n2\n")
@@ -186,12 +186,12 @@ def test_refusals(tmp_path: Path) -> None:
     numbers.write_text("x.jpg cat\n")
     refused(tmp_path / "d", r"no label for 'y'", labels=str(numbers))
     for options in ({"name": "train-extra"}, {"name": "a*"}, {"name": "../up"}):
-        refused(tmp_path / "d", r"a name is one word", **options)
+        refused(tmp_path / "d", r"must be one word", **options)
     with pytest.raises(DataError, match=r"\*\?"):
         pack(str(tmp_path / "d"), tmp_path / "out[1]", progress=False)
     whole = lzma.compress(write_tar(tmp_path / "e.tar", FLAT).read_bytes())
     (tmp_path / "e.tar.xz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "e.tar.xz", "can't be unpacked")
+    refused(tmp_path / "e.tar.xz", "cannot be unpacked")
     (tmp_path / "f.tar").write_bytes((tmp_path / "e.tar").read_bytes()[:5000])
     refused(tmp_path / "f.tar", "truncated")
 

@@ -96,7 +96,7 @@ def test_training_and_validation_share_classes_txt(tmp_path: Path) -> None:
     write_tar(tmp_path / "val-0.tar", {"owl_1.jpg": jpeg(0)})
     assert index_of(str(tmp_path / "val-0.tar"), "key").labels.tolist() == [2]
     write_tar(tmp_path / "val-0.tar", {"yak_1.jpg": jpeg(0)})
-    with pytest.raises(DataError, match=r"'yak' is none of the 3 classes"):
+    with pytest.raises(DataError, match=r"'yak' is not among the 3 classes"):
         index_of(str(tmp_path / "val-0.tar"), "key")
 
 
@@ -108,7 +108,7 @@ def test_patterns(tmp_path: Path) -> None:
         assert (root, names) == (str(tmp_path), want)
         assert stem == ("shards" if pattern == "." else "train")
     assert expand(str(tmp_path / "train-0001.tar"))[1:] == ("train", ["train-0001.tar"])
-    with pytest.raises(DataError, match=r"train-0003.tar and 1 more is missing"):
+    with pytest.raises(DataError, match=r"train-0003.tar and 1 more not found"):
         expand(str(tmp_path / "train-{0000..0004}.tar"))
     with pytest.raises(DataError, match=r"no file matches"):
         expand(str(tmp_path / "none-*.tar"))
@@ -134,7 +134,7 @@ def test_damaged_tars_are_refused_by_name(tmp_path: Path, how: str) -> None:
     path = tmp_path / "train-0001.tar"
     path.write_bytes(damaged(path.read_bytes(), how))
     reason = {"cut in a member": "truncated inside 'img00002", "not a tar": "no tar header", "gzip": "no tar header.*gzip"}
-    with pytest.raises(DataError, match=rf"train-0001.tar: {reason.get(how, 'truncated, it ends')}"):
+    with pytest.raises(DataError, match=rf"train-0001.tar: {reason.get(how, 'truncated: no end mark')}"):
         index_of(pattern)
 
 
@@ -164,7 +164,7 @@ def block(name: str, kind: bytes, data: bytes, size: bytes | None = None) -> byt
         (block("b.jpg", b"2", b""), "'b.jpg' is a symbolic link"),
         (block("b.jpg", b"S", b""), "'b.jpg' is a sparse file.*without --sparse"),
         (block("p", b"x", b"28 GNU.sparse.name=d/b.jpeg\n"), "'d/b.jpeg' is a sparse file"),
-        (block("b.jpg", b"0", b"") + bytes(1024), "another tar follows behind its end mark"),
+        (block("b.jpg", b"0", b"") + bytes(1024), "another tar follows its end mark"),
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path: Path, first: bytes, reason: str) -> None:
@@ -183,10 +183,10 @@ def test_links_and_folders_that_are_no_images_are_left_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("labels", "member", "reason"),
     [
-        ("cls", b"", "label ''"),
+        ("cls", b"", "empty label"),
         ("cls", b"-1", "label '-1'"),
-        ("cls", b"3.0", "label '3.0' is neither a name nor a whole number"),
-        ("cls", b"99999999999", "class number 99999999999 is far too large"),
+        ("cls", b"3.0", "invalid label '3.0'"),
+        ("cls", b"99999999999", "class number 99999999999 is too large"),
         ("json:l", b'{"l": 3.0}', "field 'l' of its .json is 3.0"),
         ("json:l", b'{"l": null}', "is None"),
         ("json:l", b"[3]", "no field 'l'"),
@@ -201,7 +201,7 @@ def test_labels_that_mean_nothing_are_refused(tmp_path: Path, labels: str, membe
 
 def test_shards_without_an_example_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a-0.tar", {})
-    with pytest.raises(DataError, match="no example in them"):
+    with pytest.raises(DataError, match="no examples found"):
         index_of(str(tmp_path / "a-*.tar"))
     write_tar(tmp_path / "a-1.tar", {"a.jpg": jpeg(0), "a.cls": b"0"})
     assert index_of(str(tmp_path / "a-*.tar")).sizes.tolist() == [0, 1]
@@ -224,13 +224,13 @@ def test_samples_that_make_no_example(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"c-0.tar: key 'b' has no .cls"):
         index_of(str(tmp_path / "c-0.tar"))
     write_tar(tmp_path / "c-0.tar", {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"cat"})
-    with pytest.raises(DataError, match=r"numbers .* and names"):
+    with pytest.raises(DataError, match=r"both numbers .* and names"):
         index_of(str(tmp_path / "c-0.tar"))
 
 
 def test_changed_shards_are_refused_by_name(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, [3, 3, 3])
-    with pytest.raises(DataError, match=r"no index .*trilevel index"):
+    with pytest.raises(DataError, match=r"index .* not found; .*trilevel index"):
         open_index(pattern)
     index_of(pattern)
     assert len(open_index(pattern, verify="full")) == 9
@@ -278,7 +278,7 @@ def test_one_index_serves_all_patterns_of_the_same_shards(tmp_path: Path) -> Non
     assert index.path.name == "train.index"
     for pattern in ("train-{0000..0003}.tar", "train-000*.tar"):
         assert open_index(str(tmp_path / pattern)).path == index.path, "that of `train-*.tar`: the same shards"
-    with pytest.raises(DataError, match=r"no index .*train-\w+.index; run `trilevel index"):
+    with pytest.raises(DataError, match=r"index .*train-\w+.index not found; run `trilevel index"):
         open_index(str(tmp_path / "train-{0000..0002}.tar"))
 
 
@@ -317,7 +317,7 @@ def test_shards_sorted_by_class_are_said_to_be(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_can_not_be_read_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = write_shards(tmp_path, [2])
-    with pytest.raises(DataError, match=r"index .*can't be written: .*--index DIR"):
+    with pytest.raises(DataError, match=r"index .*cannot be written: .*--index DIR"):
         build_index(pattern, progress=False, folder=str(tmp_path / "train-0000.tar" / "below"))
     index_of(pattern)
 
@@ -327,7 +327,7 @@ def test_what_can_not_be_read_or_written_is_named(tmp_path: Path, monkeypatch: p
     for function in ("index.fingerprint", "scan.samples"):
         with (
             monkeypatch.context() as patch,
-            pytest.raises(DataError, match=r"train-0000.tar: can't be read: Permission denied"),
+            pytest.raises(DataError, match=r"train-0000.tar: cannot be read: Permission denied"),
         ):
             patch.setattr(f"trainer.data.shards.{function}", forbidden)
             open_index(pattern) if function == "index.fingerprint" else index_of(pattern)

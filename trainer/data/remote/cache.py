@@ -1,10 +1,9 @@
-"""A bounded store of shards on the node, shared by all its processes: for remote shards, and for slow file systems.
+"""A size-limited cache of shards on the node, shared by all its processes: for remote shards, and for slow file systems.
 
-A file is named by the hash of its bytes and appears by a rename, whole and checked, so it is never wrong or half there. It is
-written as `.part` under a lock of its own, which the kernel drops with the process: what a killed process leaves is noticed
-and removed by the next one that needs room. Room is counted and made under one lock of the folder; the shards longest unused
-go first. A reader that has a file open may lose its name, never its bytes. `cache_folder` says which files these are: no other
-file is ever deleted or written.
+A file is named by the hash of its bytes and appears by a rename after its hash was checked, so no reader finds a partial file. It
+is written as `.part` under its own flock, which the kernel releases when the process dies: the next process that needs space removes
+the leftover. Sizes are summed and files evicted, least recently used first, under one lock of the folder. A reader with an open
+descriptor keeps the bytes of an evicted file. Only files named as in `cache_folder` are written or deleted.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from trainer.data.remote import cache_folder
 from trainer.data.remote.client import RemoteStat, stat, stream
 from trainer.data.remote.url import scheme
 
-_USED = 2.0  # seconds within which a second use is not noted
-_WHOLE_TRIES = 3  # downloads of a shard whose bytes are not those of the index
-_STEP = 64 << 20  # room taken at once for a shard of unknown size
+_USED = 2.0  # seconds after a use in which another use is not recorded
+_WHOLE_TRIES = 3  # downloads of a shard whose hash differs from the index's
+_STEP = 64 << 20  # space reserved at a time for a shard of unknown size
 
 
 class Source(NamedTuple):
-    """A shard as the index knows it: where it comes from, its size, the hash of all its bytes."""
+    """A shard as the index lists it: URL or path, size, hash of all its bytes."""
 
     url: str
     bytes: int
@@ -40,13 +39,13 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache:
-    """folder: on a disk of the node. size: bytes that all shards in it may take together."""
+    """folder: on a disk of the node. size: limit in bytes for all shards in it together."""
 
     folder: Path
     size: int
 
     def open(self, source: Source) -> int:
-        """A descriptor of the shard's bytes; fetches it where it is missing. Raises DataError, Outage where the disk fails."""
+        """A descriptor of the shard's bytes; downloads it if missing. Raises DataError, StorageUnavailable if the disk fails."""
         path = self._path(source.whole)
         while True:
             with self._disk():
@@ -69,17 +68,20 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def holds(self, source: Source) -> bool:
-        """Whether the shard is here; counts as a use."""
+        """Whether the shard is in the cache; counts as a use."""
         with suppress(OSError):
             os.utime(self._path(source.whole), follow_symlinks=False)
             return True
         return False
 
     def fetch(self, source: Source) -> None:
-        """Bring the shard here, once however many ask at the same time. Raises DataError: not there, changed, no room."""
+        """Download the shard, once even if several processes ask at the same time. Raises DataError: missing, changed, too large."""
         final = self._path(source.whole)
         if source.bytes > self.size:
-            raise DataError(f"shard {source.url} has {source.bytes} bytes, data.cache_size allows {self.size}; raise it")
+            raise DataError(
+                f"shard {source.url} has {source.bytes} bytes, more than data.cache_size ({self.size} bytes); "
+                "raise data.cache_size"
+            )
         with self._part(source.whole, source.url) as (part, file):
             if final.exists():
                 return
@@ -91,15 +93,18 @@ class Cache:
                             part.rename(final)
                         return
             raise DataError(
-                f"shard {source.url} changed since it was indexed: its bytes are others; restore it or run `trilevel index` again"
+                f"shard {source.url} changed since it was indexed: hash mismatch in {_WHOLE_TRIES} downloads; restore it "
+                "or run `trilevel index` again"
             )
 
     @contextmanager
     def import_shard(self, url: str) -> Iterator[tuple[Path, RemoteStat]]:
-        """A shard no index knows yet, whole at the path while the context lasts; kept afterwards. Raises DataError."""
+        """A shard that is not indexed yet, complete at the path inside the context; then kept in the cache. Raises DataError."""
         about = stat(url)
         if about.bytes is not None and about.bytes > self.size:
-            raise DataError(f"shard {url} has {about.bytes} bytes, the cache may hold {self.size}; raise --cache-size")
+            raise DataError(
+                f"shard {url} has {about.bytes} bytes, more than the cache limit of {self.size} bytes; raise --cache-size"
+            )
         with self._part(hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), url) as (part, file):
             self._reserve(part, file, about.bytes or 0)
             whole = self._written(url, about.bytes, part, file)
@@ -108,15 +113,15 @@ class Cache:
                 part.rename(self._path(whole))
 
     def refuse_full_disk(self) -> None:
-        """Raise DataError where the disk has no room for a cache of this size."""
+        """Raise DataError if the disk has too little free space for a cache of this size."""
         with self._disk():
             own = self._prepare()
             held = sum(about.st_size for _, about in cache_folder.files(own))
             free = shutil.disk_usage(own).free
         if held + free < self.size:
             raise DataError(
-                f"data.cache_size={self.size / 2**30:g} (GiB): {self.folder} has room for {(held + free) / 2**30:.1f}; set "
-                "data.cache_size to less, or data.cache to a folder on a larger disk"
+                f"data.cache_size={self.size / 2**30:g} (GiB): only {(held + free) / 2**30:.1f} GiB are free for it in "
+                f"{self.folder}; lower data.cache_size, or set data.cache to a folder on a larger disk"
             )
 
     @property
@@ -126,22 +131,22 @@ class Cache:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """What the disk refuses ends the run by its name: no image is to blame."""
+        """Turn an OSError of the disk into StorageUnavailable: it ends the run and is not counted as a broken image."""
         try:
             yield
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise StorageUnavailable(
-                f"data.cache={self.folder}: {error.strerror}{where}; name a folder on a disk of the node"
+                f"data.cache={self.folder}: {error.strerror}{where}; use a folder on a local disk of the node"
             ) from error
 
     def _prepare(self, url: str = "") -> Path:
-        """The folder, made where it is missing. Raises OSError; Outage where it is not the cache's, or holds the shard `url`."""
+        """The folder, created if missing. Raises OSError; StorageUnavailable if it is not the cache's, or holds the shard `url`."""
         if url and not scheme(url):
             shards, own = Path(os.path.realpath(url)).parent, Path(os.path.realpath(self.directory))
             if shards == own.parent or shards.is_relative_to(own):
                 raise StorageUnavailable(
-                    f"data.cache={self.folder}: this folder holds the shards that are read; name another one"
+                    f"data.cache={self.folder}: this folder holds the shards to be cached; use another folder"
                 )
         return cache_folder.prepare(self.folder)
 
@@ -150,7 +155,7 @@ class Cache:
 
     @contextmanager
     def _part(self, name: str, url: str) -> Iterator[tuple[Path, int]]:
-        """(path, descriptor) of a file being written, ours alone; waits for whoever writes it now, removes it at the end."""
+        """(path, descriptor) of a `.part` file, locked; waits until its present writer is done, removes it at the end."""
         part = self.directory / f"{name}.part"
         with self._disk():
             self._prepare(url)
@@ -169,48 +174,48 @@ class Cache:
             os.close(file)
 
     def _written(self, url: str, size: int | None, part: Path, file: int) -> str:
-        """Write a shard's bytes to the file; their hash."""
+        """Write a shard's bytes to the file; returns their hash."""
         digest, at, taken = hashlib.blake2b(digest_size=16), 0, size or 0
         os.lseek(file, 0, os.SEEK_SET)
         for piece in stream(url, size):
             at += len(piece)
             if at > self.size and size is None:
-                raise DataError(f"shard {url} has more than the {self.size} bytes that the cache may hold; raise --cache-size")
+                raise DataError(f"shard {url} has more than the cache limit of {self.size} bytes; raise --cache-size")
             if at > taken:
                 taken = at + _STEP
-                self._reserve(part, file, taken, wait=False)  # two files that grow would wait for each other
+                self._reserve(part, file, taken, wait=False)  # two growing files would wait for each other
             digest.update(piece)
             view = memoryview(piece)
             try:
                 while view:
                     view = view[os.write(file, view) :]
             except OSError as error:
-                raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+                raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; lower data.cache_size") from error
         try:
             os.ftruncate(file, at)
             os.fsync(file)
         except OSError as error:
-            raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; set data.cache_size to less") from error
+            raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; lower data.cache_size") from error
         return digest.hexdigest()
 
     def _reserve(self, part: Path, file: int, need: int, wait: bool = True) -> None:
-        """Take `need` bytes of the cache for a file being written: the longest unused shards go, others' downloads are waited
-        for. A file whose size the server did not give takes what it needs, up to the size of the cache (`wait` False)."""
+        """Reserve `need` bytes of the cache for a file being written: evicts the least recently used shards and waits for the downloads
+        of other processes. A file of unknown size does not wait (`wait` False), and may grow up to the size of the cache."""
         while True:
             with self._counting():
                 if self._evicted(part, need) or not wait:
-                    os.ftruncate(file, need)  # its size is what counts
+                    os.ftruncate(file, need)  # the file's size is the reservation
                     return
             time.sleep(0.05)
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """The lock of the folder. A rename needs it too: a file that changes its name in the middle of a count is missed."""
+        """The lock of the folder. Renames take it too: a file renamed while sizes are summed would be missed."""
         with self._disk(), cache_folder.locked(self.directory):
             yield
 
     def _evicted(self, part: Path, need: int) -> bool:
-        """Whether `need` bytes are free beside `part`, or could be made so."""
+        """Whether `need` bytes are free beside `part`, after evicting shards if necessary."""
         shards, total, writing = [], need, False
         for path, about in cache_folder.files(self.directory):
             if path.name == part.name:
@@ -225,14 +230,14 @@ class Cache:
         for _, size, path in sorted(shards):
             if total <= self.size:
                 break
-            with suppress(OSError):  # gone, or of another user
+            with suppress(OSError):  # deleted meanwhile, or owned by another user
                 path.unlink()
                 total -= size
         return total <= self.size or not writing
 
 
 def cache_root() -> Path:
-    """Where caches and indexes of remote shards are where nothing else is said: TRILEVEL_CACHE, else ~/.cache/trilevel."""
+    """Default folder of caches and of indexes of remote shards: TRILEVEL_CACHE, else ~/.cache/trilevel."""
     named = os.environ.get("TRILEVEL_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trilevel"
 

@@ -1,8 +1,8 @@
 """The folder of a cache: DIR/trilevel-cache-1/{CACHEDIR.TAG, lock, HASH.tar, HASH.part}, HASH being 32 hex digits.
 
-The cache makes this folder and marks it with CACHEDIR.TAG (bford.info/cachedir: backup programs leave such folders out). It deletes
-and writes only files of these names in a folder with this mark. Links are not followed: whoever may write to DIR could otherwise
-have files of other users overwritten.
+The cache creates this folder and marks it with CACHEDIR.TAG (bford.info/cachedir: backup programs skip such folders). It writes and
+deletes only files of these names in a folder with this mark. Links are not followed: with write access to DIR another user could
+otherwise plant a link and have other files overwritten.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a planted FIFO would blo
 
 
 def prepare(folder: Path) -> Path:
-    """The cache's own folder below `folder`, made and marked where it is missing. Raises Outage where a folder of that name was
-    not made by the cache, OSError where the disk fails."""
+    """The cache's own folder below `folder`, created and marked if missing. Raises StorageUnavailable if a folder of that name was
+    not created by the cache, OSError if the disk fails."""
     own = folder / NAME
     own.mkdir(parents=True, exist_ok=True)
     if _marked(own):
@@ -61,7 +61,7 @@ def _marked(own: Path) -> bool:
 
 
 def _refuse_foreign(folder: Path, own: Path) -> None:
-    """An empty folder may be taken; beside the lock and an empty mark, nothing may be in it."""
+    """Accept an empty folder, or one with only the lock and an empty mark. Raises StorageUnavailable otherwise."""
     found = sorted(set(os.listdir(own)) - {"lock"})
     with suppress(FileNotFoundError):
         if not found or (found == [_MARK] and not (own / _MARK).lstat().st_size):
@@ -69,13 +69,13 @@ def _refuse_foreign(folder: Path, own: Path) -> None:
     if _marked(own):  # by another process, after the caller looked
         return
     raise StorageUnavailable(
-        f"data.cache={folder}: {own} holds {found[0]!r}, and its {_MARK} was not written by trilevel: files in it may not be deleted; "
-        "name another folder, or remove this one"
+        f"data.cache={folder}: {own} holds {found[0]!r} and has no {_MARK} written by trilevel, so nothing in it may be deleted; "
+        "use another folder, or remove this one"
     )
 
 
 def open_regular(path: Path | str, flags: int, mode: int = 0o666) -> int:
-    """A descriptor of a regular file. Raises OSError for links, and for whatever else is not a file."""
+    """A descriptor of a regular file. Raises OSError for links and anything else that is not a regular file."""
     file = os.open(path, flags | _SAFE, mode)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -84,7 +84,7 @@ def open_regular(path: Path | str, flags: int, mode: int = 0o666) -> int:
 
 
 def open_part(path: Path) -> int:
-    """A descriptor to write a file that has this name alone: created, or left over from a killed process. Raises OSError."""
+    """A descriptor for writing a file without other hard links: created, or left over from a killed process. Raises OSError."""
     while True:
         with suppress(FileExistsError):
             return open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -93,7 +93,7 @@ def open_part(path: Path) -> int:
             if os.fstat(file).st_nlink <= 1:
                 return file
             os.close(file)
-            raise OSError(errno.EMLINK, f"{path} has another name too (hard link); remove it")
+            raise OSError(errno.EMLINK, f"{path} has another hard link; remove it")
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def locked(own: Path) -> Iterator[None]:
 
 
 def files(own: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The cache's files in its folder; other files there are not its own."""
+    """The cache's files in its folder; files with other names are skipped."""
     for entry in os.scandir(own):
         if _OURS.fullmatch(entry.name):
             with suppress(FileNotFoundError):
@@ -118,7 +118,7 @@ def files(own: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def is_same(path: Path, file: int) -> bool:
-    """Whether the descriptor is of the file that has this name now."""
+    """Whether the path still names the file of this descriptor."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file))
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def is_same(path: Path, file: int) -> bool:
 
 
 def remove_unfinished(path: Path) -> bool | None:
-    """Remove a `.part` that no process writes any more (None). Else whether one writes it; False: it is another user's."""
+    """Remove a `.part` that no process is writing and return None. True: a process is writing it; False: another user's file."""
     try:
         file = open_regular(path, os.O_RDWR)
     except FileNotFoundError:

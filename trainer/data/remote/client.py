@@ -1,5 +1,5 @@
-"""Shards that are not files of this machine: http(s)://, s3://, gs://, hf:// and (where allowed) pipe:. Their bytes as one stream
-that goes on after a cut connection; which shards there are, of which size. Credentials: see `sessions`."""
+"""Remote shards: http(s)://, s3://, gs://, hf:// and (where allowed) pipe:. Their bytes as one stream that resumes after a broken
+connection, their sizes, and lists of their names. Credentials: see `sessions`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from trainer.data.remote.url import LISTED, refuse, scheme
 
 _CHUNK = 1 << 18
 _PROGRESS = 1 << 20  # bytes that count as progress
-_SLOW = 60.0  # seconds of waiting without progress after which a request is given up
-_MOST, _MOST_PAGES = 1_000_000, 2_000  # shards of a pattern, pages of a list
+_SLOW = 60.0  # seconds of waiting without progress until a request is aborted
+_MOST, _MOST_PAGES = 1_000_000, 2_000  # limits: shards of a pattern, pages of a listing
 
 
 def is_listed(url: str) -> bool:
-    """Whether a URL names shards by a list of its bucket: it has *, ? or [..], ends with "/" or is the bucket alone."""
+    """Whether a URL needs a listing of its bucket: it has *, ? or [..], ends with "/" or is the bucket alone."""
     if scheme(url) not in LISTED:
         return False
     key = stores.split(url)[1]
@@ -33,8 +33,8 @@ def is_listed(url: str) -> bool:
 
 
 def listed(url: str) -> list[str]:
-    """The URLs a pattern with *, ? or [..] names, or all .tar under a URL that ends with "/"; sorted. Raises DataError where the
-    list has more than 10^6 entries."""
+    """The URLs that match a pattern with *, ? or [..], or all .tar under a URL that ends with "/"; sorted. Raises DataError if the
+    listing has more than 10^6 entries."""
     base, key = stores.split(url)
     wanted = key + "*.tar" if key.endswith("/") or not key else key
     prefix = re.split(r"[*?\[]", wanted, maxsplit=1)[0]
@@ -52,14 +52,14 @@ def _keys(url: str, prefix: str, deep: bool) -> list[str]:
             read += 1
             if len(keys) > _MOST or read > _MOST_PAGES:
                 raise DataError(
-                    f"shards {url!r}: the server's list does not end after {len(keys)} names on {read} pages; name the shards with "
+                    f"shards {url!r}: the server's listing has more than {len(keys)} names on {read} pages; name the shards with "
                     "braces, as in train-{0000..1023}.tar"
                 )
     return keys
 
 
 def stat(url: str) -> RemoteStat:
-    """Size and tag of a shard: one request. Raises DataError where it isn't there. (None, "") for a pipe."""
+    """Size and tag of a shard, by one request. Raises DataError if it does not exist. (None, "") for a pipe."""
     kind = scheme(url)
     if kind == "":
         return RemoteStat(_stat(url).st_size, "")
@@ -69,12 +69,12 @@ def stat(url: str) -> RemoteStat:
 
 
 def stream(url: str, size: int | None = None) -> Iterator[bytes]:
-    """All bytes of a shard, in pieces. A cut or stalled connection is taken up again where it stopped, with backoff; after
-    10 attempts without progress DataError. size: bytes expected, so that an early end is noticed (None: as the server says).
-    Raises Changed where the shard was replaced meanwhile."""
+    """All bytes of a shard, in pieces. A broken or stalled connection is resumed at the same byte, with backoff; DataError after
+    10 attempts without progress. size: expected bytes, to detect a truncated body (None: the server's Content-Length).
+    Raises Changed if the shard was replaced during the download."""
     size = stat(url).bytes if size is None else size
     body, left = _Body(url), tries()
-    limited = scheme(url) not in ("", "pipe")  # a command may think before it answers
+    limited = scheme(url) not in ("", "pipe")  # a command may take long before its first byte
     while True:
         mark, waited = body.at, 0.0
         try:
@@ -87,7 +87,7 @@ def stream(url: str, size: int | None = None) -> Iterator[bytes]:
                         break
                     body.at += len(piece)
                     if size is not None and body.at > size:
-                        raise DataError(f"shard {url} changed: it has more than the {size} bytes expected; index it again")
+                        raise DataError(f"shard {url} changed: it has more than the expected {size} bytes; index it again")
                     yield piece
                     if body.at - mark >= _PROGRESS:
                         mark, waited, left = body.at, 0.0, tries()
@@ -95,7 +95,7 @@ def stream(url: str, size: int | None = None) -> Iterator[bytes]:
                 return
             raise TransientError(f"the connection ended after {body.at} of {size} bytes")
         except Exception as error:
-            if scheme(url) == "pipe":  # a command can't be taken up in the middle
+            if scheme(url) == "pipe":  # a command cannot be resumed in the middle
                 raise error if isinstance(error, DataError) else DataError(f"shard {url}: {error}") from error
             if isinstance(error, Stalled):
                 error = Stalled(f"less than {_PROGRESS} bytes in {_SLOW:.0f} s")
@@ -103,7 +103,7 @@ def stream(url: str, size: int | None = None) -> Iterator[bytes]:
 
 
 def read_all(url: str, most: int) -> bytes:
-    """All bytes of a small file. Raises DataError where it has more than `most`."""
+    """All bytes of a small file. Raises DataError if it has more than `most`."""
     found = bytearray()
     for piece in stream(url):
         found += piece
@@ -113,14 +113,14 @@ def read_all(url: str, most: int) -> bytes:
 
 
 class _Body:
-    """The bytes of a shard from `at` on; `tag`: of the version they are of, "" = not known."""
+    """The bytes of a shard from `at` on; `tag`: identifies their version, "" = unknown."""
 
     def __init__(self, url: str) -> None:
         self.url, self.at, self.tag = url, 0, ""
 
     def pieces(self) -> Generator[bytes, None, None]:
         """The rest, by one request."""
-        at, kind = self.at, scheme(self.url)  # the reader moves `at` on while this runs ahead of it
+        at, kind = self.at, scheme(self.url)  # the reader advances `at` while this generator prefetches
         if kind == "":
             with open(self.url, "rb") as file:
                 file.seek(at)
@@ -142,9 +142,9 @@ class _Body:
 
 
 def open_pipe(url: str) -> BinaryIO:
-    """The output of a `pipe:` command, as webdataset opens it; a failure of the command is an error at the end."""
-    refuse(url)  # however the name came here: patterns are checked before, an index or a cache only names shards
-    from webdataset.gopen import gopen  # imports torch, which the fetching process does without
+    """The output of a `pipe:` command, opened by webdataset's gopen; if the command fails, reading its end raises."""
+    refuse(url)  # patterns are checked earlier, names from an index are not
+    from webdataset.gopen import gopen  # here, because it imports torch and the fetch process runs without
 
     return gopen(url)  # pyright: ignore[reportReturnType]
 

@@ -1,6 +1,6 @@
-"""A deadline that a server cannot stretch: what waits for it runs in a thread that is left behind when time is up.
+"""A total deadline for requests: the request runs in a thread that is abandoned when time is up.
 
-A socket's timeout counts from byte to byte, so a server that sends a byte now and then, in headers or body, would hold a reader for
+A socket's timeout restarts with every byte, so a server that sends a byte now and then, in headers or body, could block a reader for
 ever. The threads are daemons: they end with their connection, at the latest with the process.
 """
 
@@ -14,15 +14,15 @@ from typing import TypeVar
 
 from trainer.data.remote.retry import Stalled
 
-_AHEAD = 4  # items made before they are asked for: 1 MiB of a body
+_AHEAD = 4  # items produced before they are requested: 1 MiB of a body
 
 T = TypeVar("T")
 
 
 @contextmanager
 def in_thread(work: Callable[[], Generator[T, None, None]]) -> Iterator[Callable[[float | None], T | None]]:
-    """`get(seconds)` gives the next item of `work()`, None at its end, and raises what `work` raised. Stalled where the item takes
-    longer (None: no limit). Items are never None."""
+    """`get(seconds)` returns the next item of `work()`, None at its end, and raises what `work` raised. Raises Stalled if the item
+    takes longer (None: no limit). Items are never None."""
     made: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
     space, left = threading.Semaphore(_AHEAD), threading.Event()
 
@@ -42,7 +42,7 @@ def in_thread(work: Callable[[], Generator[T, None, None]]) -> Iterator[Callable
         try:
             item = made.get(timeout=None if seconds is None else max(seconds, 0.0))
         except queue.Empty:
-            raise Stalled("no answer in time") from None
+            raise Stalled("no response in time") from None
         space.release()
         if isinstance(item, BaseException):
             raise item
@@ -57,7 +57,7 @@ def in_thread(work: Callable[[], Generator[T, None, None]]) -> Iterator[Callable
 
 
 def in_time(ask: Callable[[], T], seconds: float) -> T:
-    """What `ask()` returns (not None). Raises Stalled where it takes longer."""
+    """The result of `ask()` (not None). Raises Stalled if it takes longer than `seconds`."""
 
     def once() -> Generator[T, None, None]:
         yield ask()

@@ -1,8 +1,8 @@
-"""`python -m trainer.data.remote.fetch_process FOLDER SIZE`: fetches shards into a cache ahead of their use, in a process of its own.
+"""`python -m trainer.data.remote.fetch_process FOLDER SIZE`: prefetches shards into a cache, in its own process.
 
-Every line of standard input is a JSON list of [url, bytes, hash], soonest needed first, and takes the place of the one before.
-It ends at a line `end` and with its standard input, so with the rank that started it. What it can't fetch it leaves to the
-reader, who says why.
+Every line of standard input is a JSON list of [url, bytes, hash], soonest needed first, and replaces the previous list. The process
+ends at a line `end` or at the end of standard input, so at the latest with the rank that started it. A shard that it cannot fetch is
+fetched again by the reader, which reports the error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _THREADS = 4  # shards fetched at once
 
 
 class FetchQueue:
-    """What is still to be fetched, soonest first; replaced as a whole."""
+    """Shards still to be fetched, soonest needed first; replaced as a whole."""
 
     def __init__(self) -> None:
         self._wanted: list[Source] = []
@@ -53,15 +53,15 @@ def _work(cache: Cache, queue: FetchQueue) -> None:
         source = queue.next()
         try:
             cache.fetch(source)
-        except (DataError, OSError) as error:  # a thread that ended would fetch nothing more
-            print(f"not fetched ahead: {error}", file=sys.stderr, flush=True)
+        except (DataError, OSError) as error:  # keep the thread alive: nothing restarts it
+            print(f"prefetch failed: {error}", file=sys.stderr, flush=True)
         finally:
             queue.done(source)
 
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the rank stops in order and needs its data until then
+        signal.signal(number, signal.SIG_IGN)  # the rank shuts down in order and needs data until then
     cache, plan = Cache(Path(sys.argv[1]), int(sys.argv[2])), FetchQueue()
     for _ in range(_THREADS):
         threading.Thread(target=_work, args=(cache, plan), daemon=True).start()

@@ -1,8 +1,8 @@
 """Retry transient errors of a server with backoff; raise the others with a remedy.
 
-Attempts and waits are urllib3's `Retry` (exponential backoff, jitter, Retry-After). It is counted here and not mounted on a session
-or left to botocore: one attempt of ours is one request, so that a deadline holds for each (see `deadline`), and a body that was
-cut in the middle counts as an attempt too.
+Attempts and waits are urllib3's `Retry` (exponential backoff, jitter, Retry-After). Attempts are counted here, not by an
+HTTPAdapter or botocore: each attempt is one request with its own deadline (see `deadline`), and a body that ends early counts as an
+attempt too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib3.util.retry import Retry
 from trainer.data.errors import DataError, NotFound, StorageUnavailable
 from trainer.data.remote.url import scheme
 
-_TRIES, _WAIT, _LONGEST_WAIT = 10, 0.15, 30.0  # attempts in a row that bring nothing (70 s in all); seconds between them
+_TRIES, _WAIT, _LONGEST_WAIT = 10, 0.15, 30.0  # attempts in a row without progress (70 s in all); seconds between them
 _SILENT = 2  # failures in a row that are not printed
 _STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-_NETWORK = frozenset({  # classes of errors that may be over at the next attempt, by the library they are of
+_NETWORK = frozenset({  # exception classes of transient errors, as library.class
     "builtins.OSError", "http.HTTPException", "urllib3.HTTPError", "httpx.TransportError", "httpx2.TransportError",
     "botocore.HTTPClientError", "botocore.ConnectionError", "botocore.IncompleteReadError", "google.TransportError",
 })  # fmt: skip
@@ -30,14 +30,14 @@ _LIBRARIES = frozenset({"requests", "urllib3", "boto3", "botocore", "google", "h
 _CREDENTIALS = {
     "s3": "check the AWS credentials in the environment and AWS_ENDPOINT_URL",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS (needs pip install 'trilevel[gs]')",
-    "hf": "set HF_TOKEN; for a gated data set accept its conditions on the Hub first",
+    "hf": "set HF_TOKEN; for a gated data set, accept its conditions on the Hub first",
 }
 
 T = TypeVar("T")
 
 
 class TransientError(Exception):
-    """A failure that may be over at the next attempt. reply: the server's answer as urllib3 has it, for its Retry-After."""
+    """A failure that another attempt may not meet. reply: urllib3's response, for its Retry-After."""
 
     def __init__(self, text: str, reply: Any = None) -> None:
         super().__init__(text)
@@ -45,11 +45,11 @@ class TransientError(Exception):
 
 
 class Stalled(TransientError):
-    """A server that did not answer in time, or answered too slowly."""
+    """The server did not respond in time, or too slowly."""
 
 
 def tries() -> Retry:
-    """All attempts of a request, none used."""
+    """The retry budget of a request."""
     return Retry(
         total=_TRIES - 1,
         backoff_factor=_WAIT,
@@ -60,7 +60,7 @@ def tries() -> Retry:
 
 
 def with_retries(url: str, ask: Callable[[], T]) -> T:
-    """What `ask()` returns, tried again with backoff while the failure is transient."""
+    """The result of `ask()`, retried with backoff while it fails with transient errors."""
     left = tries()
     while True:
         try:
@@ -70,16 +70,16 @@ def with_retries(url: str, ask: Callable[[], T]) -> T:
 
 
 def backoff_or_raise(url: str, error: Exception, left: Retry) -> Retry:
-    """Wait before the next attempt; the attempts that are left then. Raises DataError where another one makes no sense."""
+    """Wait before the next attempt; returns the remaining budget. Raises DataError for errors that a retry cannot cure."""
     reason = _transient(url, error)
     reply = error.reply if isinstance(error, TransientError) else None
     try:
         left = left.increment("GET", url, response=reply, error=None if reply else error)
     except MaxRetryError:
-        text = f"shard {url}: {reason} (after {len(left.history) + 1} attempts); is the server up and reachable?"
+        text = f"shard {url}: {reason} (after {len(left.history) + 1} attempts); check that the server is up and reachable"
         raise StorageUnavailable(text) from error
     if isinstance(error, Stalled) or len(left.history) > _SILENT:
-        text = f"warning: shard {url}: {reason}; attempt {len(left.history) + 1} of {_TRIES} follows"
+        text = f"warning: shard {url}: {reason}; starting attempt {len(left.history) + 1} of {_TRIES}"
         print(text, file=sys.stderr, flush=True)
     with suppress(InvalidHeader):  # a Retry-After that is neither a number nor a date
         left.sleep(reply)
@@ -89,9 +89,9 @@ def backoff_or_raise(url: str, error: Exception, left: Retry) -> Retry:
 
 
 def check_response(url: str, reply: Any) -> None:
-    """Raise what a web server's status means: TransientError, NotFound or DataError."""
+    """Raise the error for a web server's status: TransientError, NotFound or DataError."""
     if reply.status_code in _STATUSES:
-        raise TransientError(f"the server says {reply.status_code} {reply.reason}", reply.raw)
+        raise TransientError(f"HTTP status {reply.status_code} {reply.reason}", reply.raw)
     if reply.status_code not in (200, 206):
         raise refused(url, reply.status_code, reply.reason)
 
@@ -100,13 +100,13 @@ def refused(url: str, status: int, text: str) -> DataError:
     """The error for a status that no further attempt changes."""
     kind = scheme(url)
     if status in (401, 403):
-        hint = _CREDENTIALS.get(kind, "credentials come from a netrc file (NETRC=FILE)")
+        hint = _CREDENTIALS.get(kind, "give credentials in a netrc file (NETRC=FILE)")
     elif 300 <= status < 400:
         hint = "check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL" if kind == "s3" else "check the URL"
     else:
-        hint = "is the name right?"
+        hint = "check the name"
     error = NotFound if status in (401, 403, 404, 410) else DataError
-    return error(f"shard {url}: the server says {status} {without_secrets(text)}; {hint}")
+    return error(f"shard {url}: HTTP status {status} {without_secrets(text)}; {hint}")
 
 
 def without_secrets(text: str) -> str:
@@ -115,7 +115,7 @@ def without_secrets(text: str) -> str:
 
 
 def _transient(url: str, error: Exception) -> str:
-    """What to print of a failure that may pass. Raises DataError for every other one, and `error` where it is a mistake of ours."""
+    """The text of a transient error. Raises DataError for other errors of the network, and `error` itself if it is a bug of ours."""
     if isinstance(error, DataError):
         raise error
     if isinstance(error, TransientError):
@@ -128,7 +128,7 @@ def _transient(url: str, error: Exception) -> str:
         status = getattr(response, "status_code", 0)
         text = getattr(response, "reason_phrase", "") or text
     if status in _STATUSES:
-        return f"the server says {status} {text}"
+        return f"HTTP status {status} {text}"
     if status:
         raise refused(url, status, text) from None
     kinds = type(error).__mro__
@@ -138,11 +138,11 @@ def _transient(url: str, error: Exception) -> str:
         return text
     if (wrong and isinstance(error, (OSError, ImportError))) or any(name.partition(".")[0] in _LIBRARIES for name in names):
         raise DataError(f"shard {url}: {text}") from None
-    if isinstance(error, RecursionError):  # botocore follows a redirect by asking for the region, which is redirected
+    if isinstance(error, RecursionError):  # botocore follows a redirect by a request for the region, which is redirected again
         raise DataError(
             f"shard {url}: the server redirects every request; check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
         ) from None
-    raise error  # our mistake, not the network's
+    raise error  # a bug, not the network
 
 
 def _s3_error(response: dict[str, Any]) -> tuple[int, str]:

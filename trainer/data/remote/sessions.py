@@ -1,8 +1,9 @@
-"""Clients of web servers, S3, Google Cloud Storage and the Hugging Face Hub, one per process, with the environment's credentials.
+"""Clients for web servers, S3, Google Cloud Storage and the Hugging Face Hub, one per process, with the environment's credentials.
 
-netrc and proxies as `requests` reads them; AWS_* (also AWS_ENDPOINT_URL) as boto3 does; GOOGLE_APPLICATION_CREDENTIALS and Google's
-other defaults as google-auth does (STORAGE_EMULATOR_HOST: another server, unsigned); HF_TOKEN or `hf auth login`, HF_ENDPOINT. Without
-any, public buckets and data sets are read unsigned. Libraries are imported where they are used: the fetching process stays light.
+netrc and proxies as in `requests`; AWS_* (also AWS_ENDPOINT_URL) as in boto3; GOOGLE_APPLICATION_CREDENTIALS and Google's other
+defaults as in google-auth (STORAGE_EMULATOR_HOST: another server, unsigned); HF_TOKEN or `hf auth login`, HF_ENDPOINT. Without
+credentials, public buckets and data sets are read unsigned. Libraries are imported in the functions that use them: the fetch process
+loads few.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 from trainer.data.errors import DataError
 
-TIMEOUT = (10.0, 30.0)  # seconds to connect, to the next byte
+TIMEOUT = (10.0, 30.0)  # seconds: to connect, until the next byte
 
-_clients: dict[tuple[str, int], Any] = {}  # by kind and process: connections don't survive a fork
+_clients: dict[tuple[str, int], Any] = {}  # by kind and process: connections do not survive a fork
 
 
 def _once(kind: str, make: Callable[[], Any]) -> Any:
@@ -32,7 +33,7 @@ def web() -> Any:
 
 
 def _pooled(session: Any) -> Any:
-    """The session with connections for all threads that read at the same time."""
+    """The session with a connection pool large enough for all reading threads."""
     from requests.adapters import HTTPAdapter
 
     for start in ("http://", "https://"):
@@ -88,4 +89,4 @@ def google_server() -> str:
 
 
 def hub_server() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None  # None: the library's own
+    return os.environ.get("HF_ENDPOINT") or None  # None: the library's default

@@ -1,6 +1,6 @@
-"""What each kind of store is asked for: the size of a shard, its bytes from a place on, a list of names.
+"""Requests to each kind of store: the size of a shard, its bytes from an offset on, a listing of names.
 
-Bytes of http(s), gs and hf come through `requests`, those of S3 through boto3. Credentials: see `sessions`.
+http(s), gs and hf are read by `requests`, S3 by boto3. Credentials: see `sessions`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(
 
 
 class RemoteStat(NamedTuple):
-    """What a server says of a shard. bytes: None = it doesn't say; tag: changes with the content, "" = none."""
+    """A server's metadata of a shard. bytes: None = unknown; tag: changes with the content, "" = none."""
 
     bytes: int | None
     tag: str
 
 
 class Reply(NamedTuple):
-    """An open body. begin: place of its first byte in the shard; read(n): up to n bytes, b"" at the end."""
+    """An open body. begin: offset of its first byte in the shard; read(n): up to n bytes, b"" at the end."""
 
     begin: int
     tag: str
@@ -40,7 +40,7 @@ def split(url: str) -> tuple[str, str]:
     """(bucket or data set with its scheme, path in it). Raises DataError for an hf:// URL of another form."""
     if scheme(url) == "hf":
         if not (found := _HUB.fullmatch(url)):
-            raise DataError(f"shards {url!r}: hf:// URLs have the form hf://datasets/ORG/NAME[@REVISION]/PATH")
+            raise DataError(f"shards {url!r}: invalid hf:// URL; use hf://datasets/ORG/NAME[@REVISION]/PATH")
         return url.removesuffix(found[3]).rstrip("/") if found[3] else url.rstrip("/"), found[3] or ""
     kind, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
@@ -56,10 +56,10 @@ def stat_of(url: str) -> RemoteStat:
     client, address, auth = _web_client(url)
     headers = {"Accept-Encoding": "identity"}
     with client.head(address, timeout=TIMEOUT, allow_redirects=True, headers=headers, auth=auth) as reply:
-        for hop in reply.history:  # the Hub answers itself what it redirects to a signed URL, which may refuse HEAD
+        for hop in reply.history:  # the Hub sends the size with its redirect to a signed URL, which may refuse HEAD
             if "X-Linked-Size" in hop.headers:
                 return RemoteStat(_bytes(url, hop.headers["X-Linked-Size"]), hop.headers.get("X-Linked-Etag", ""))
-        if reply.status_code in (405, 501):  # no HEAD here
+        if reply.status_code in (405, 501):  # HEAD not supported
             return RemoteStat(None, "")
         check_response(url, reply)
         return RemoteStat(_bytes(url, reply.headers.get("Content-Length")), _tag(reply))
@@ -67,8 +67,8 @@ def stat_of(url: str) -> RemoteStat:
 
 @contextmanager
 def opened(url: str, at: int, tag: str) -> Iterator[Reply]:
-    """The body from byte `at` on; from an earlier one where the server knows no ranges. tag: of the part that was read before,
-    "" = none. Raises Changed where the shard has another tag now."""
+    """The body from byte `at` on; from an earlier byte if the server ignores ranges. tag: of the part already read, "" = none.
+    Raises Changed if the shard has another tag now."""
     if scheme(url) == "s3":
         base, key = split(url)
         asked = ({"Range": f"bytes={at}-"} if at else {}) | ({"IfMatch": tag} if tag else {})
@@ -84,13 +84,13 @@ def opened(url: str, at: int, tag: str) -> Iterator[Reply]:
         return
     client, address, auth = _web_client(url)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
-    if at and tag.startswith('"'):  # a weak tag or a date makes no sure condition
+    if at and tag.startswith('"'):  # If-Range needs a strong tag
         headers["If-Range"] = tag
     with client.get(address, stream=True, timeout=TIMEOUT, headers=headers, auth=auth) as reply:
         check_response(url, reply)
         if (encoding := reply.headers.get("Content-Encoding", "identity")) != "identity":
             raise DataError(
-                f"shard {url}: the server sends it with Content-Encoding {encoding!r}; it must serve the file as it is"
+                f"shard {url}: the server sends Content-Encoding {encoding!r}; configure it to serve the file unencoded"
             )
         found = _tag(reply)
         if tag and found and tag != found:
@@ -100,7 +100,7 @@ def opened(url: str, at: int, tag: str) -> Iterator[Reply]:
 
 
 def pages(url: str, prefix: str, deep: bool) -> Iterator[list[str]]:
-    """Paths below the bucket or data set of `url` that begin with `prefix`, in pages; deep: those of folders further down too."""
+    """Paths below the bucket or data set of `url` that begin with `prefix`, in pages; deep: include subfolders."""
     base, kind = split(url)[0], scheme(url)
     folder = prefix.rpartition("/")[0]
     if kind == "s3":
@@ -131,7 +131,7 @@ def pages(url: str, prefix: str, deep: bool) -> Iterator[list[str]]:
 
 
 def _web_client(url: str) -> tuple[Any, str, Any]:
-    """(session, address, auth) of a shard that comes over plain HTTP requests."""
+    """(session, address, auth) of a shard that is read by plain HTTP requests."""
     kind = scheme(url)
     if kind == "gs":
         base, key = split(url)
@@ -146,7 +146,7 @@ def _web_client(url: str) -> tuple[Any, str, Any]:
 
 
 def _bearer(token: str | None, request: Any) -> Any:
-    """As `auth` of a request: the token is for this host, `requests` takes it away where it is redirected to another one."""
+    """The `auth` of a request: `requests` drops the token on a redirect to another host."""
     if token:
         request.headers["Authorization"] = f"Bearer {token}"
     return request
@@ -164,23 +164,23 @@ def _tag(reply: Any) -> str:
 
 
 def _changed(url: str) -> Changed:
-    return Changed(f"shard {url} was replaced on its server while it was read; read it again")
+    return Changed(f"shard {url} was replaced on its server while it was read; start again")
 
 
 def _begin(url: str, at: int, content_range: str | None) -> int:
-    """Place of the first byte of a partial body. Raises TransientError where it is not the one that was requested."""
+    """Offset of the first byte of a partial body. Raises TransientError if it lies after the requested one."""
     if content_range is None and at == 0:
         return 0
     found = re.match(r"bytes (\d{1,19})-", content_range or "")
     if not found or int(found[1]) > at:
-        raise TransientError(f"the server sent Content-Range {content_range!r} where bytes from {at} on were requested")
+        raise TransientError(f"requested bytes from {at} on, got Content-Range {content_range!r}")
     return int(found[1])
 
 
 def _bytes(url: str, length: Any) -> int | None:
-    """A size as a server gives it. Raises DataError where it is no size."""
+    """A size that a server sent. Raises DataError if it is not a number."""
     if length is None or length == "":
         return None
     if not re.fullmatch(r"\d{1,18}", str(length)):
-        raise DataError(f"shard {url}: the server gives the size {str(length)[:30]!r}, which is not a number of bytes")
+        raise DataError(f"shard {url}: the server sent the size {str(length)[:30]!r}, not a number of bytes; check the server")
     return int(length)

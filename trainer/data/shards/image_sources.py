@@ -1,4 +1,4 @@
-"""Where images to be packed come from: folders, tars, tars of tars, scikit-learn's digits. Lists them and reads none."""
+"""Sources of `trilevel pack`: folders, tars, tars of tars, scikit-learn's digits. Lists the images without reading them."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class _Found(NamedTuple):
 
 
 def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) -> dict[str, list[SourceImage]]:
-    """{split: its images} of a source. Top folders named train, val, test ... are splits of their own; else all is `name`.
+    """{split: its images} of a source. Top folders named train, val, test ... give one split each; else all images are in split `name`.
 
-    Compressed tars are unpacked to one plain tar in `scratch` first. Raises DataError: nothing there, no class to be read
-    from the names, two images with one key.
+    Compressed tars are first unpacked to a plain tar in `scratch`. Raises DataError: no images, names without a class, two
+    images with one key.
     """
     if src == "sklearn:digits":
         return _digits(seed)
@@ -64,15 +64,15 @@ def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) ->
     elif path.is_file():
         found = list(_tar(_plain(path, scratch)))
     else:
-        raise DataError(f"pack {src}: no such file or folder (or `sklearn:digits`)")
+        raise DataError(f"pack {src}: no such file or folder; give a folder, a tar or `sklearn:digits`")
     found = [f for f in found if _is_image(f.name)]
     if not found:
-        raise DataError(f"pack {src}: no images in it; known endings: {', '.join(sorted(IMAGES))}")
+        raise DataError(f"pack {src}: no images found; supported extensions: {', '.join(sorted(IMAGES))}")
     parts = [tuple(f.name.split("/")) for f in found]
     while len(firsts := {p[0] for p in parts if len(p) > 1}) == 1 and all(len(p) > 1 for p in parts):
         rest = [p[1:] for p in parts]
         if labels is None and all(len(p) == 1 for p in rest) and not all("_" in p[0] for p in rest):
-            break  # one class only: its folder is all that names it
+            break  # one class only: its folder holds the name
         parts = rest
     if len(firsts) > 1 and firsts <= SPLITS.keys() and all(len(p) > 1 for p in parts):
         groups = {
@@ -87,7 +87,7 @@ def images(src: str, labels: str | None, name: str, seed: int, scratch: Path) ->
 def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: str | None) -> list[SourceImage]:
     stems = ["/".join(p).rpartition(".")[0] for p in parts]
     table = label_table(Path(labels), stems) if labels is not None else None
-    result, seen = [], {}
+    result, names = [], {}
     for one, part, stem in zip(found, parts, stems, strict=True):
         file, extension = part[-1].rpartition(".")[0], part[-1].rpartition(".")[2].lower()
         if table is not None:
@@ -98,13 +98,13 @@ def _named(src: str, found: list[_Found], parts: list[tuple[str, ...]], labels: 
             label = file.partition("_")[0]
         else:
             raise DataError(
-                f"pack {src}: {one.name!r} names no class: neither a class folder nor `class_name`; pass --labels FILE"
+                f"pack {src}: no class in {one.name!r}: neither a class folder nor `class_name`; pass --labels FILE"
             )
         key = file if len(part) == 1 or file.startswith(f"{label}_") else stem.replace("/", "_")
-        key = key.replace(".", "_")  # webdataset's keys end at the first dot
-        if key in seen:
-            raise DataError(f"pack {src}: {seen[key]!r} and {one.name!r} would both have the key {key!r}; rename one")
-        seen[key] = one.name
+        key = key.replace(".", "_")  # webdataset keys end at the first dot
+        if key in names:
+            raise DataError(f"pack {src}: {names[key]!r} and {one.name!r} would both get the key {key!r}; rename one")
+        names[key] = one.name
         extension = {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension)
         result.append(SourceImage(key, label, extension, one.path, one.offset, one.length))
     return result
@@ -117,7 +117,7 @@ def _is_image(name: str) -> bool:
 
 
 def _folder(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[_Found]:
-    """Files before folders, each in order of their names. Links are followed, but not back to a folder that this one is in (`above`)."""
+    """Files before folders, each sorted by name. Links are followed, except to a folder that contains this one (`above`)."""
     here = os.path.join(root, below)
     try:
         about = os.stat(here)
@@ -126,7 +126,7 @@ def _folder(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()
     except OSError as error:
         raise DataError(f"pack {here}: {error.strerror}; make it readable or remove it") from error
     if (me := (about.st_dev, about.st_ino)) in above:
-        raise DataError(f"pack {here}: a link back to a folder that it is in; remove it")
+        raise DataError(f"pack {here}: a link to a folder that contains it; remove it")
     for entry in entries:
         if entry.name not in folders and _is_image(os.path.join(below, entry.name)):
             yield _file(entry, os.path.join(below, entry.name))
@@ -138,8 +138,8 @@ def _file(entry: os.DirEntry[str], name: str) -> _Found:
     try:
         about = entry.stat()
     except OSError as error:
-        raise DataError(f"pack {entry.path}: {error.strerror} (a link to a missing file?); remove it") from error
-    if not stat.S_ISREG(about.st_mode):  # reading a FIFO would wait for ever
+        raise DataError(f"pack {entry.path}: {error.strerror} (broken link?); remove it") from error
+    if not stat.S_ISREG(about.st_mode):  # reading a FIFO would block for ever
         raise DataError(f"pack {entry.path}: not a regular file; remove it")
     return _Found(name, entry.path, 0, about.st_size)
 
@@ -156,22 +156,22 @@ def _tar(path: Path) -> Iterator[_Found]:
 
 
 def _plain(path: Path, scratch: Path) -> Path:
-    """The tar itself, or an unpacked copy: shuffling needs any image at any time."""
+    """The tar itself, or an unpacked copy: shuffling needs random access."""
     opener = _OPENERS.get(path.suffix)
     if opener is None:
         return path
-    target = scratch / f".{path.name}.{fingerprint(path)}.unpacked"  # another archive of this name and size has another hash
+    target = scratch / f".{path.name}.{fingerprint(path)}.unpacked"  # the hash tells archives of one name and size apart
     if not target.is_file():
         try:
             with opener(path, "rb") as source, atomic_write(target) as file:
                 shutil.copyfileobj(source, file, 1 << 22)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"pack {path}: can't be unpacked: {error}; is the download complete?") from error
+            raise DataError(f"pack {path}: cannot be unpacked: {error}; check that the download is complete") from error
     return target
 
 
 def _digits(seed: int) -> dict[str, list[SourceImage]]:
-    """scikit-learn's 1,797 real handwritten digits, 8 x 8 grey PNG; a fifth, drawn by seed, is for validation."""
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8 grey PNG; a fifth, drawn by seed, is the validation split."""
     import PIL.Image
     from sklearn.datasets import load_digits
 

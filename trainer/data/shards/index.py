@@ -1,7 +1,7 @@
-"""The index: where every example of a set of shards lies, its key and its label; memory-mapped, 24 bytes an example.
+"""The index: offset, length, key and label of every example of a set of shards; memory-mapped, 24 bytes an example.
 
-It is one file beside the shards (`train.index` for `train-*.tar`), or in a folder of this machine (see `location`; what is in it:
-`indexfile`). A shard that changed after indexing is refused at the start of a run, by name.
+It is one file beside the shards (`train.index` for `train-*.tar`), or in a local folder (see `location`; its format: `index_file`). A
+shard that changed after indexing is an error at the start of a run, with the shard's name.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from trainer.data.shards.location import ShardSet, hash_of, joined, locate_shard
 from trainer.data.shards.samples import fingerprint
 from trainer.data.shards.scan import Scan, scan_shard, with_labels
 
-_BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check still reads whole
+_BUDGET = 2 << 30  # bytes of shards with a new time stamp that the fast check reads completely
 
 
 class Index:
     """An opened index. root: directory or URL of the shards; names: relative to it. sizes: (S,) int64 examples per shard;
     first: (S + 1,) int64 first id of each; offset (N,) int64, length (N,) uint32: an image in its shard; labels: (N,) int32;
     classes: names in label order; packing: how pixels were changed when packed ("" = not); fingerprint: of names, bytes and
-    labels. Cheap to pickle: it is opened again on the other side. Raises DataError for a damaged file, ending with `remedy`."""
+    labels. Cheap to pickle: unpickling opens the file again. Raises DataError for a damaged file, ending with `remedy`."""
 
     def __init__(self, path: str | Path, root: str | None = None, remedy: str = "run `trilevel index` on its shards") -> None:
-        """root: None: the shards lie beside the index. The file has no say in it: it may come from somebody else."""
+        """root: None = the shards lie beside the index. Not stored in the file, which may come from another user."""
         self.path = Path(path)
         header, arrays, self.seal = index_file.read(self.path, remedy)
         self.root = str(self.path.parent) if root is None else root
@@ -67,20 +67,20 @@ class Index:
         return bool(scheme(self.root) or scheme(self.names[0]))
 
     def source(self, shard: int) -> Source:
-        """Where a shard comes from and what its bytes are."""
+        """A shard's URL or path, its size and hash."""
         name = self.names[shard]
         url = name if scheme(name) else joined(self.root, name)
         return Source(url, self.shards[shard]["bytes"], self.shards[shard]["whole"])
 
     def where(self, example: int) -> str:
-        """An example for people: shard and key."""
+        """Shard and key of an example, for messages."""
         return f"{self.names[int(self.shard_of(example))]} key {self.key(example)!r}"
 
 
 def _reopen(path: Path, root: str, seal: str) -> Index:
     index = Index(path, root)
     if index.seal != seal:
-        raise DataError(f"index {path}: changed while it was in use; start again")
+        raise DataError(f"index {path}: changed while it was in use; start the run again")
     return index
 
 
@@ -97,10 +97,10 @@ def build_index(
     """Read the headers and labels of all shards once, in parallel, write the index and open it.
 
     labels: "cls" (member .cls), "json:FIELD" (member .json), "key" (the key's directory, else its start up to "_"), or
-    "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Whole numbers from .cls, JSON or a
-    file are class numbers; everything else is a name, and classes are the sorted names: those of `classes.txt` beside
-    the shards where it exists, so that training and validation agree. folder: of the index, see `locate_shards`. Remote shards
-    pass through `cache` (None: the default one), which keeps them as far as it can. Raises DataError.
+    "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Integers from .cls, JSON or a file are
+    class numbers; other texts are names, and classes are the sorted names, or those of `classes.txt` beside the shards if
+    it exists, so that training and validation agree. folder: of the index, see `locate_shards`. Remote shards
+    are downloaded into `cache` (None: the default one), which keeps as many as fit. Raises DataError.
     """
     shard_set = locate_shards(pattern, folder)
     source, cache = label_of(labels), cache or cache_at(None, 64)
@@ -110,14 +110,14 @@ def build_index(
             scanned = scan_shard(path, name, source)
             return scanned._replace(shard=scanned.shard | {"tag": about.tag})
 
-    # daemon threads: Ctrl-C ends the command though a server keeps one waiting
+    # daemon threads: Ctrl-C ends the command even while a server blocks one
     with ThreadPool(workers) as pool, progress_bar("index", len(shard_set.names), "shards", progress) as shown:
         scans = []
         for one in pool.imap(scan, shard_set.names):
             scans.append(one)
             shown.advance(shown.task_ids[0])
     if not any(len(scan.offset) for scan in scans):
-        raise DataError(f"shards {pattern!r}: no example in them; were they packed to the end?")
+        raise DataError(f"shards {pattern!r}: no examples found; check that packing finished")
     if labels.startswith("file:"):
         scans = with_labels(Path(labels.removeprefix("file:")), scans)
     texts = {text for scan in scans for text in scan.values}
@@ -141,26 +141,24 @@ def open_index(
     workers: int = 16,
     folder: str | None = None,
 ) -> Index:
-    """Open the index of these shards and hold the shards against it. Raises DataError naming the first shard that differs.
+    """Open the index of these shards and check the shards against it. Raises DataError naming the first shard that differs.
 
-    fast: names, sizes, a hash of 16 blocks, and all bytes of shards whose time stamp is new (up to 2 GiB of them); full: all
-    bytes; None: names and sizes (for all ranks of a node but the first). Of remote shards fast asks for sizes and tags, None
-    asks nothing: their bytes are held against the index whenever they are fetched. folder: of the index, see `locate_shards`.
+    fast: names, sizes, a hash of 16 blocks, and all bytes of shards with a new time stamp (up to 2 GiB of them); full: all
+    bytes; None: names and sizes (for all ranks of a node but the first). For remote shards fast requests sizes and tags, None
+    makes no request: their hash is checked at every download. folder: of the index, see `locate_shards`.
     """
     shard_set = locate_shards(pattern, folder)
     root, again = shard_set.root, f"run `trilevel index {pattern!r}{'' if labels == 'cls' else f' --labels {labels!r}'}`"
     index = _index_of(shard_set, again)
     if index is None:
-        raise DataError(f"shards {pattern!r}: no index {shard_set.index}; {again}")
+        raise DataError(f"shards {pattern!r}: index {shard_set.index} not found; {again}")
     path = index.path
     if index.label_source != labels:
         raise DataError(f"index {path} has labels from {index.label_source!r}, data.labels={labels!r}; set that or {again}")
     for name in sorted(set(shard_set.names) - set(index.names)):
         raise DataError(f"shard {joined(root, name)} is not in the index {path}; {again}")
     for name in sorted(set(index.names) - set(shard_set.names)):
-        raise DataError(
-            f"shard {joined(root, name)} is in the index {path}, but missing in {pattern!r}; put it back or {again}"
-        )
+        raise DataError(f"shard {joined(root, name)} is in the index {path}, but missing in {pattern!r}; restore it or {again}")
     if shard_set.is_remote() and verify is None:
         return index
 
@@ -170,7 +168,7 @@ def open_index(
         for shard, (size, stamp) in zip(index.shards, pool.imap(lambda s: _now(shard_set, s), index.shards), strict=True):
             if size is not None and size != shard["bytes"]:
                 raise DataError(
-                    f"shard {shard_set.url(shard['name'])} changed: it has {size} bytes, the index says {shard['bytes']}; "
+                    f"shard {shard_set.url(shard['name'])} changed: {size} bytes, {shard['bytes']} in the index; "
                     f"restore it or {again}"
                 )
             touched = stamp != shard["tag" if shard_set.is_remote() else "time"] and budget + shard["bytes"] <= _BUDGET
@@ -185,7 +183,7 @@ def open_index(
             try:
                 return fingerprint(url, whole=kind == "whole") == shard[kind]
             except OSError as error:
-                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
+                raise DataError(f"shard {url}: cannot be read: {error.strerror}") from error
 
         if verify is not None:
             for (shard, _), good in zip(checks, pool.imap(same, checks), strict=True):
@@ -195,7 +193,7 @@ def open_index(
 
 
 def _index_of(shard_set: ShardSet, remedy: str) -> Index | None:
-    """The index of a pattern, or one that another pattern with the same shards has (`train-*.tar`, as `trilevel pack` names them)."""
+    """The index of a pattern, or that of `train-*.tar` (as `trilevel pack` writes it) if it lists the same shards."""
     if shard_set.index.is_file():
         return Index(shard_set.index, shard_set.root, remedy)
     other = Index(shard_set.shared, shard_set.root, remedy) if shard_set.shared.is_file() else None
@@ -203,7 +201,7 @@ def _index_of(shard_set: ShardSet, remedy: str) -> Index | None:
 
 
 def _now(shard_set: ShardSet, shard: dict[str, Any]) -> tuple[int | None, int | str]:
-    """(size, time stamp or tag) of a shard at this moment."""
+    """(size, time stamp or tag) of a shard now."""
     if shard_set.is_remote():
         return stat(shard_set.url(shard["name"]))
     found = os.stat(shard_set.url(shard["name"]))

@@ -1,4 +1,4 @@
-"""Labels from a file of lines: which line is about which image. What could be read in two ways is refused."""
+"""Labels from a text file: which line belongs to which image. Ambiguous lines are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: \1(?: -?\d+){4})*")  # Kaggle's LOC_
 
 
 class _Line(NamedTuple):
-    """name, label: None where the line has one column. words: of a line that is separated by blanks, else 0."""
+    """name, label: None where the line has one column. words: their number in a line separated by blanks, else 0."""
 
     number: int
     name: str
@@ -28,9 +28,9 @@ class _Line(NamedTuple):
 def label_table(path: Path, keys: list[str]) -> dict[str, str]:
     """{key: label} from a file: lines `name label`, or one label per line for the sorted keys.
 
-    A line with a tab is split at tabs, else one with a comma at commas (with CSV's quotes), else at blanks; behind tabs and
-    commas a third column and more are ignored. A name may have an extension, and more or fewer folders than the key where only
-    one image fits. Lines about other images (a heading) are ignored. Raises DataError: no label, two different labels or an
+    A line with a tab is split at tabs, else one with a comma at commas (with CSV's quotes), else at blanks; with tabs and
+    commas, the third and later columns are ignored. A name may have an extension, and more or fewer folders than the key if only
+    one image matches. Lines of other images (a heading) are ignored. Raises DataError: no label, two different labels or an
     ambiguous name for a key.
     """
     if not path.is_file():
@@ -60,13 +60,15 @@ def _parse(path: Path, text: str) -> list[_Line]:
         ignored += len(columns) > 2
         found.append(_Line(number, name, boxes[1] if boxes else label, 0))
     if ignored:
-        print(f"labels {path}: columns behind the second are ignored ({ignored} lines have some)", file=sys.stderr)
+        print(f"labels {path}: columns after the second are ignored (in {ignored} lines)", file=sys.stderr)
     return found
 
 
 def _in_order(path: Path, labels: list[str], keys: list[str]) -> dict[str, str]:
     if len(labels) != len(keys):
-        raise DataError(f"labels {path}: {len(labels)} labels for {len(keys)} images; or write lines `name label`")
+        raise DataError(
+            f"labels {path}: {len(labels)} labels for {len(keys)} images; give one label per image, or lines `name label`"
+        )
     if all(label.isdecimal() for label in labels) and min(map(int, labels)) == 1:
         raise DataError(
             f"labels {path}: class numbers start at 1 (ILSVRC's own numbering is not the order of sorted wnids); "
@@ -76,7 +78,7 @@ def _in_order(path: Path, labels: list[str], keys: list[str]) -> dict[str, str]:
 
 
 def _by_name(path: Path, lines: list[_Line], keys: list[str]) -> dict[str, str]:
-    """The whole name first; then names with more folders than the key, then with fewer."""
+    """Whole names first; then names with more folders than the key, then with fewer."""
     table: dict[str, str] = {}
     every = dict.fromkeys(keys)
     for of_name, of_key in ((_itself, _itself), (_tails, _itself), (_itself, _tails)):
@@ -96,9 +98,9 @@ _Forms = Callable[[str], Iterator[str]]
 def _matched(
     path: Path, lines: list[_Line], keys: list[str], claims: Counter[str], stems: _Forms, of_name: _Forms, of_key: _Forms
 ) -> dict[str, str]:
-    """{key: label} of the keys that one way of comparing finds. claims: how many keys a name would fit."""
+    """{key: label} of the keys that match in one way of comparing. claims: how many keys a name matches."""
     first: dict[str, _Line] = {}
-    other: dict[str, _Line] = {}  # of another label
+    other: dict[str, _Line] = {}  # a line with another label
     for line in lines:
         for stem in stems(line.name):
             for part in of_name(stem):
@@ -112,18 +114,18 @@ def _matched(
         line = first[part]
         if part in other:
             raise DataError(
-                f"labels {path}: {key!r} is {line.label!r} by line {line.number} and {other[part].label!r} by line "
-                f"{other[part].number}; leave one label for each image, and write names with their folders"
+                f"labels {path}: {key!r} has label {line.label!r} in line {line.number} and {other[part].label!r} in line "
+                f"{other[part].number}; keep one label per image, and write names with their folders"
             )
         if claims[part] > 1:
             raise DataError(
-                f"labels {path}, line {line.number}: {line.name!r} fits {claims[part]} images, {key!r} is one; write names with "
-                "their folders"
+                f"labels {path}, line {line.number}: {line.name!r} matches {claims[part]} images, among them {key!r}; write names "
+                "with their folders"
             )
         if line.words > 2:
             raise DataError(
                 f"labels {path}, line {line.number}: {line.words} words for {key!r}; put a tab or a comma between name and label, or "
-                "leave out what is neither"
+                "remove the other words"
             )
         table[key] = str(line.label)
     return table
@@ -141,7 +143,7 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _without_extension(name: str) -> Iterator[str]:
-    """The name as it stands, and without its last extension."""
+    """The name, and the name without its last extension."""
     yield name
     folder, slash, file = name.rpartition("/")
     if "." in file:
@@ -149,6 +151,6 @@ def _without_extension(name: str) -> Iterator[str]:
 
 
 def _before_first_dot(name: str) -> Iterator[str]:
-    """As webdataset makes keys."""
+    """As in webdataset's keys."""
     folder, slash, file = name.rpartition("/")
     yield folder + slash + file.partition(".")[0]

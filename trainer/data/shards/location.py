@@ -1,4 +1,4 @@
-"""Where a set of shards lies and where its index is: beside the shards, or in a folder of this machine."""
+"""Locations of a set of shards and of its index: beside the shards, or in a local folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.data.shards.pattern import expand
 
 
 class ShardSet(NamedTuple):
-    """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the file, of
-    this pattern alone; shared: a name that other patterns may have too, looked at where `index` is missing."""
+    """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the
+    file of this pattern only; shared: a name that other patterns may have too, tried if `index` is missing."""
 
     root: str
     names: list[str]
@@ -33,7 +33,7 @@ class ShardSet(NamedTuple):
         return joined(self.root, name)
 
     def classes(self) -> list[str] | None:
-        """The names in `classes.txt` beside the shards; None where there is no such file."""
+        """The names in `classes.txt` beside the shards; None if that file does not exist."""
         if not self.root:
             return None
         if not self.is_remote():
@@ -48,13 +48,13 @@ class ShardSet(NamedTuple):
 
     @contextmanager
     def opened(self, name: str, cache: Cache) -> Iterator[tuple[Path, RemoteStat]]:
-        """A shard as a file, and what its server says of it. Errors raised inside name the shard, not the cache's file."""
+        """A shard as a local file, and the server's metadata. Errors raised inside name the shard, not the file in the cache."""
         url = self.url(name)
         if not self.is_remote():
             try:
                 yield Path(url), RemoteStat(None, "")
             except OSError as error:
-                raise DataError(f"shard {url}: can't be read: {error.strerror}") from error
+                raise DataError(f"shard {url}: cannot be read: {error.strerror}") from error
             return
         with cache.import_shard(url) as (path, about):
             try:
@@ -70,8 +70,8 @@ def joined(root: str, name: str) -> str:
 def locate_shards(pattern: str, folder: str | None = None) -> ShardSet:
     """`folder`: of the index; None: beside the shards, and for remote ones TRILEVEL_CACHE/index. Raises DataError: see `expand`.
 
-    `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) a name of its own, so that
-    two that begin alike don't write over each other's.
+    `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) has another name, so that
+    two patterns with one prefix do not overwrite each other's index.
     """
     root, stem, names = expand(pattern)
     if scheme(pattern):
@@ -93,7 +93,7 @@ def _short(text: str) -> str:
 
 
 def hash_of(url: str) -> str:
-    """Hash of all bytes of a remote shard, read through once."""
+    """Hash of all bytes of a remote shard, by one download."""
     digest = hashlib.blake2b(digest_size=16)
     for piece in stream(url):
         digest.update(piece)

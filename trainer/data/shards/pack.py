@@ -1,7 +1,7 @@
 """`trilevel pack`: images -> shuffled webdataset shards, classes.txt and index.
 
-A shard is written under another name and renamed when it is complete, so a killed run goes on where it was; what a shard holds
-depends on the source, the seed and the settings only.
+A shard is written under another name and renamed when it is complete, so running a killed command again continues it; the content of
+a shard depends on the source, the seed and the settings only.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def pack(
     src: class folders, flat `<class>_...` files, a tar(.xz, .gz, .bz2) of either, a tar of class tars, a flat folder or tar
     with `labels` (a file, see `label_table`), or `sklearn:digits`. Sources with train/, val/, test/ folders give several
     splits, others one called `name`. Splits packed into one `dst` share the order of classes. Images keep their bytes unless
-    `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; that is written into the index.
-    Running it again goes on after a kill, and returns at once when all is there. Raises DataError.
+    `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; the index records it.
+    Running it again continues after a kill, and returns at once if everything is packed. Raises DataError.
     """
     dst = Path(dst)
     if set("*?[]{},") & set(f"{dst}{name}") or not re.fullmatch(r"\w+", name):
         raise DataError(
-            f"pack into {dst}, --name {name}: shards are named by patterns, so neither may hold any of *?[]{{}}, and a name is one word "
-            "(`train-*.tar` would find those of `train-extra` too)"
+            f"pack into {dst}, --name {name}: neither may contain any of *?[]{{}}, which are wildcards of shard patterns, and --name "
+            "must be one word (`train-*.tar` would match the shards of `train-extra` too)"
         )
     try:
         dst.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def pack(
                 pool.shutdown(cancel_futures=True)
                 raise
         indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
-        for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # of a pack that was killed
+        for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # left by a killed pack
             left.unlink()
     for left in dst.glob(".*.unpacked"):
         left.unlink()
@@ -105,7 +105,7 @@ def _index(pattern: str, packing: str, changed: bool, workers: int, progress: bo
 
 
 def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
-    """{label text: number}; classes.txt is written once and holds for every split packed into `dst`."""
+    """{label text: number}; classes.txt is written once, for all splits packed into `dst`."""
     listed = dst / "classes.txt"
     known = read_classes(listed.read_bytes(), str(listed)) if listed.is_file() else None
     number, classes = class_numbers(texts, "key" if labels is None else "file", known, f"pack into {dst}")
@@ -116,7 +116,7 @@ def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
 
 
 def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], settings: list[object]) -> None:
-    """Write down what the shards of a split are made of, or hold it against what is written there."""
+    """Record source and settings of a split's shards; raises DataError if the existing shards have others."""
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for image in part:
         digest.update(f"{image.key}\0{image.label}\0{image.length}\n".encode("utf-8", "surrogateescape"))
@@ -125,9 +125,9 @@ def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], setting
     there = json.loads(file.read_text()) if file.is_file() else None
     if shards and (there is None or there["hash"] != plan["hash"]):
         raise DataError(
-            f"pack into {dst}: it holds {split} shards of another source or setting "
-            f"({there['source'] if there else 'unknown'}); pack under another name, into another "
-            f"folder, or remove {dst}/{split}-*.tar"
+            f"pack into {dst}: {split} shards of another source or setting exist "
+            f"({there['source'] if there else 'unknown source'}); use another --name or folder, "
+            f"or remove {dst}/{split}-*.tar"
         )
     if there != plan:
         with atomic_write(file) as written:
@@ -140,18 +140,18 @@ def _write(path: Path, part: list[SourceImage], number: dict[str, int], short_si
             for image in part:
                 data, extension = image.read(), image.extension
                 if len(data) != image.length:
-                    raise DataError(f"pack: {image.path} got shorter while packing")
+                    raise DataError(f"pack: {image.path} changed while packing; run the same command again")
                 if short_side is not None or quality is not None:
                     data, extension = _smaller(data, extension, short_side, quality or 90)
                 tar.write({"__key__": image.key, extension: data, "cls": str(number[image.label]).encode()})
     except OSError as error:
-        raise DataError(f"pack: writing {path}: {error}; finished shards stay, run the same command again") from error
+        raise DataError(f"pack: writing {path}: {error}; finished shards are kept, run the same command again") from error
 
 
 def _smaller(data: bytes, extension: str, short_side: int | None, quality: int) -> tuple[bytes, str]:
-    """Shrink and encode as JPEG. A broken image stays as it is: `trilevel verify` and the run's ledger will name it."""
+    """Shrink and encode as JPEG. A broken image is kept unchanged: `trilevel verify` and the run report it."""
     try:
-        image = header(data)  # of the formats that training reads: PIL's plugin for EPS starts Ghostscript
+        image = header(data)  # only the formats that training reads: PIL's EPS plugin starts Ghostscript
         if short_side is not None and min(image.size) > short_side:
             scale = short_side / min(image.size)
             size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
@@ -160,6 +160,6 @@ def _smaller(data: bytes, extension: str, short_side: int | None, quality: int) 
             return data, extension
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=quality)
-    except Exception:  # a decoder raises what it likes on torn bytes
+    except Exception:  # decoders raise arbitrary exceptions on damaged bytes
         return data, extension
     return file.getvalue(), "jpg"

@@ -1,4 +1,4 @@
-"""From a shard pattern (path, glob, braces, URL) to the shards it names."""
+"""Expands a shard pattern (path, glob, braces, URL) to the shards that match."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _BRACES = re.compile(
 
 def expand(pattern: str) -> tuple[str, str, list[str]]:
     """(root, stem, names): the directory or URL above the pattern's first wildcard, the literal start of the file names, the
-    shards relative to root, sorted. A directory (s3, gs, hf: a URL ending with "/") stands for all its tars. Web servers are not
-    asked here. Raises DataError: a URL of another kind or with a password, no match, a named file missing."""
+    shards relative to root, sorted. A directory (s3, gs, hf: a URL ending with "/") stands for all its tars. Sends no request to
+    web servers. Raises DataError: an unsupported URL or one with a password, no match, a missing file."""
     kind = scheme(pattern)
     if kind:
         refuse(pattern)
@@ -36,22 +36,22 @@ def expand(pattern: str) -> tuple[str, str, list[str]]:
     for path in _expand_braces(pattern):
         found = sorted(glob.glob(path)) if re.search(r"[*?\[]", path) else [path]
         if not found:
-            raise DataError(f"shards {pattern!r}: no file matches {path!r}; is the path right, were the shards packed?")
+            raise DataError(f"shards {pattern!r}: no file matches {path!r}; check the path, or pack the shards")
         paths += found
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         some = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"shards {pattern!r}: {missing[0]}{some} is missing; put it back or change the pattern")
+        raise DataError(f"shards {pattern!r}: {missing[0]}{some} not found; restore or change the pattern")
     names = sorted({os.path.relpath(p, root or ".") for p in paths})
     if len(names) != len(paths):
-        raise DataError(f"shards {pattern!r}: a shard is named twice")
+        raise DataError(f"shards {pattern!r}: a shard matches twice; remove the overlap")
     return root or ".", re.sub(r"[-_.]?\d*$", "", stem) or "shards", names
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """webdataset's expansion. Raises DataError for unbalanced braces and for more than 10^6 names, before they fill the memory."""
+    """webdataset's brace expansion. Raises DataError for unbalanced braces, and for more than 10^6 names before they are in memory."""
     if sum(_num_names(part) for part in pattern.split("::")) > _MOST:
-        raise DataError(f"shards {pattern[:200]!r}: the braces name more than {_MOST} shards; check their ranges")
+        raise DataError(f"shards {pattern[:200]!r}: the braces expand to more than {_MOST} shards; check their ranges")
     try:
         return expand_urls(pattern)
     except ValueError as error:
@@ -59,8 +59,8 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _num_names(pattern: str) -> int:
-    """How many names the braces of a pattern give, or more."""
-    before, last = [0], [1]  # of every open brace: names of the alternatives up to the last comma, and of the one behind it
+    """An upper bound on the number of names that the braces of a pattern expand to."""
+    before, last = [0], [1]  # per open brace: names of the alternatives before the last comma, and of the one after it
     for token in _BRACES.finditer(pattern):
         if token["first"]:
             digits = max(len(token["first"]), len(token["last"]))
@@ -88,10 +88,10 @@ def _expand_url(kind: str, pattern: str) -> tuple[str, str, list[str]]:
     for url in _expand_braces(pattern):
         found = listed(url) if is_listed(url) else [url]
         if not found:
-            raise DataError(f"shards {pattern!r}: nothing there matches {url!r}; is the name right?")
+            raise DataError(f"shards {pattern!r}: no object matches {url!r}; check the name")
         urls += found
     if len(set(urls)) != len(urls):
-        raise DataError(f"shards {pattern!r}: a shard is named twice")
+        raise DataError(f"shards {pattern!r}: a shard matches twice; remove the overlap")
     if kind == "pipe":
         return "", "pipe", sorted(urls)
     literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]

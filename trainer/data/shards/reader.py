@@ -1,4 +1,4 @@
-"""Reads the bytes of images out of shards, in as few and as long reads as their places allow."""
+"""Reads the bytes of images from shards, merging neighbours into few long reads."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from trainer.data.errors import DataError, StorageUnavailable
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index
 
-_GAP = 64 << 10  # bytes read in vain rather than starting another read
+_GAP = 64 << 10  # bytes: smaller gaps are read along, cheaper than another read
 _RUN = 16 << 20  # the longest read
 _OPEN = 128  # files kept open
 
 
 class Reader:
-    """Images by id. Holds open files only, so it may be forked or pickled at any time.
+    """Images by id. Its only state is open files, so it may be forked or pickled at any time.
 
-    cache: shards are read through it, and its files are open only while they are read, or the space of those that had to go
-    would not be free. None: files are read where they are, remote shards through the default cache."""
+    cache: shards are read through it, and its files are closed after each read: an open descriptor would keep the space of an
+    evicted file in use. None: local files are read directly, remote shards through the default cache."""
 
     def __init__(self, index: Index, cache: Cache | None = None) -> None:
         self._index = index
@@ -39,13 +39,13 @@ class Reader:
             os.close(self._files.popitem()[1])
 
     def read(self, ids: np.ndarray) -> list[memoryview | DataError]:
-        """The bytes of each id, in the order asked; what can't be read comes as the error that says why. ids: (b,) int64.
+        """The bytes of each id, in the order of ids; a DataError in place of unreadable bytes. ids: (b,) int64.
 
-        Raises Outage where a server stays away or the cache can't be written: the next image would fare no better."""
+        Raises StorageUnavailable if a server is unreachable or the cache cannot be written: other images would fail too."""
         index = self._index
-        wanted, place = np.unique(ids, return_inverse=True)  # ids rise with their place in a shard
+        wanted, place = np.unique(ids, return_inverse=True)  # ids rise with the offset in a shard
         found: list[memoryview | DataError] = []
-        lost: dict[int, str] = {}  # shards that can't be had: asked for once, or every run of images would wait out all retries
+        lost: dict[int, str] = {}  # unreadable shards and why: opened once, or every read would go through all retries
         if not len(wanted):
             return found
         shard = index.shard_of(wanted)
@@ -65,7 +65,7 @@ class Reader:
     def _run(self, shard: int, begin: np.ndarray, end: np.ndarray, lost: dict[int, str]) -> list[memoryview | DataError]:
         start, stop = int(begin[0]), int(end[-1])
         buffer = np.empty(stop - start, dtype=np.uint8).data
-        got, reason = 0, lost.get(shard, "the file is shorter than its index says")
+        got, reason = 0, lost.get(shard, "the file is shorter than in its index")
         try:
             file = -1 if shard in lost else self._open(shard)
             while file >= 0 and got < len(buffer) and (read := os.preadv(file, [buffer[got:]], start + got)):

@@ -1,7 +1,7 @@
-"""Plain webdataset tars: which shards a pattern names, what lies where in them, whether they changed.
+"""The samples of a webdataset tar, and fingerprints that show whether a shard changed.
 
-A shard is an uncompressed tar whose members of one sample lie side by side and share a key (webdataset's rule: the path up
-to the first dot of the file name). Only headers and labels are read here; images stay where they are.
+A shard is an uncompressed tar in which the members of one sample are adjacent and share a key (webdataset's rule: the path up to
+the first dot of the file name). Only tar headers are read here, no images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def samples(path: str | Path) -> Iterator[Sample]:
                 yield _sample(path, key, group)
             key, group = base, {}
         if extension.lower() in group:
-            raise DataError(f"shard {path}: key {key!r} has two members .{extension}; webdataset refuses that too")
+            raise DataError(f"shard {path}: key {key!r} has two members .{extension}; remove one (webdataset rejects them too)")
         group[extension.lower()] = member
     if key is not None:
         yield _sample(path, key, group)
@@ -53,8 +53,8 @@ def _sample(path: str | Path, key: str, group: dict[str, Member]) -> Sample:
     found = [e for e in group if e in IMAGES] or [e for e in group if e.rsplit(".", 1)[-1] in IMAGES]
     if len(found) != 1:
         raise DataError(
-            f"shard {path}: key {key!r} has {len(found)} images among its members {sorted(group)}; one is needed (a key ends at "
-            "the first dot of a file name, and its members lie side by side: tar --sort=name)"
+            f"shard {path}: key {key!r} has {len(found)} images among its members {sorted(group)}, must have 1; a key ends at the "
+            "first dot of a file name, and its members must be adjacent (tar --sort=name)"
         )
     return Sample(key, group[found[0]], {e: m for e, m in group.items() if e != found[0]})
 

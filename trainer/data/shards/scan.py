@@ -1,4 +1,4 @@
-"""What indexing finds in one shard: where its images lie, their keys and labels."""
+"""The scan of one shard for the index: offsets of its images, their keys and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.data.shards.samples import Sample, fingerprint, samples
 
 
 class Scan(NamedTuple):
-    """What one shard holds, compact. values: distinct label texts; label: (n,) place in values."""
+    """The n examples of one shard. values: distinct label texts; label: (n,) position in values."""
 
     shard: dict[str, Any]
     offset: np.ndarray
@@ -49,14 +49,14 @@ def scan_shard(path: Path, name: str, source: Callable[[Path, Sample], str]) -> 
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """(distinct texts, (n,) int32: the place of each text among them)."""
+    """(distinct texts, (n,) int32: the position of each text among them)."""
     places: dict[str, int] = {}
     label = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.int32)
     return list(places), label
 
 
 def with_labels(path: Path, scans: list[Scan]) -> list[Scan]:
-    """Fill in labels from a file of lines."""
+    """Fill in labels from a label file."""
     keys = []
     for scan in scans:
         ends = np.cumsum(scan.key_length)

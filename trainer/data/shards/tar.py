@@ -1,8 +1,8 @@
-"""A plain tar as it lies on the disk: its files and where their bytes are. Any writer's: ustar, GNU long names, pax.
+"""The members of an uncompressed tar and the offsets of their bytes. Formats: ustar, GNU long names, pax.
 
-What a header says is not believed: lengths stay inside the file, and what can't be read by its place alone (links, sparse files,
-compression) is refused with the remedy. `tarfile` reads the header blocks; we walk over them ourselves, because `TarFile` ends
-silently at a damaged header, reads names and pax records of any length into memory, and takes broken pax records (Python 3.11.7).
+Headers are not trusted: lengths must stay inside the file, and members that cannot be read by offset and length (links, sparse files,
+compression) are errors with a remedy. `tarfile` parses each header block, but not the file: `TarFile` stops silently at a damaged
+header, reads names and pax records of any length into memory, and accepts broken pax records (Python 3.11.7).
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from trainer.data.errors import DataError
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
 _BLOCK = 512
 _LONGEST_NAME = 1 << 20  # bytes of a long name or of pax records
-_BEHIND = 1 << 16  # bytes behind the end mark that are looked at: tars joined by cat would lose all but the first
-_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # of the next member
+_BEHIND = 1 << 16  # bytes searched after the end mark for another tar: of tars joined by cat only the first would be read
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # headers that describe the next member
 _LINKS = {tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -34,7 +39,7 @@ class Member(NamedTuple):
 
 
 def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order; bytes start .. stop of the file hold the tar.
+    """The regular files of an uncompressed tar, in order; the tar is bytes start .. stop of the file.
 
     Reads headers only (about 5 us each). Raises DataError on a truncated, damaged or compressed tar, and on an image that is a
     link or a sparse file.
@@ -46,13 +51,11 @@ def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterat
         while True:
             block = os.pread(descriptor, _BLOCK, at)
             if len(block) < _BLOCK or at + _BLOCK > stop:
-                raise DataError(f"shard {path}: truncated, it ends at byte {stop} without an end mark; copy or pack it again")
+                raise DataError(f"shard {path}: truncated: no end mark before byte {stop}; copy or pack it again")
             if not any(block):
                 rest = os.pread(descriptor, min(_BEHIND, stop - at), at)
                 if any(rest[begin + 257 : begin + 262] == b"ustar" for begin in range(0, len(rest), _BLOCK)):
-                    raise DataError(
-                        f"shard {path}: another tar follows behind its end mark at byte {at}; join tars with tar -A"
-                    )
+                    raise DataError(f"shard {path}: another tar follows its end mark at byte {at}; join tars with tar -A")
                 return
             header = _header(path, block, at)
             kind, length = header.type, header.size
@@ -76,8 +79,8 @@ def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterat
                 elsewhere = "a sparse file" if sparse else _LINKS.get(kind)
                 if elsewhere and name.rpartition(".")[2].lower() in IMAGES:
                     raise DataError(
-                        f"shard {path}: {pax.get('GNU.sparse.name', name)!r} is {elsewhere}, its bytes are not in their place; make "
-                        "the tar again with --dereference --hard-dereference, without --sparse"
+                        f"shard {path}: {pax.get('GNU.sparse.name', name)!r} is {elsewhere}, whose bytes are not stored after its header; "
+                        "make the tar again with --dereference --hard-dereference, without --sparse"
                     )
                 if header.isreg() and not sparse:
                     yield Member(name, offset, length)
@@ -91,7 +94,7 @@ def read(path: str | Path, member: Member) -> bytes:
 
 
 def _header(path: str | Path, block: bytes, at: int) -> tarfile.TarInfo:
-    """What a header block says, its checksum held against its bytes."""
+    """A parsed header block. Raises DataError if its checksum does not match."""
     with contextlib.suppress(tarfile.HeaderError):
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         if header.size >= 0:
@@ -99,7 +102,7 @@ def _header(path: str | Path, block: bytes, at: int) -> tarfile.TarInfo:
     packed = _COMPRESSED.get(block[:2]) if at == 0 else None
     if packed:
         raise DataError(
-            f"shard {path}: no tar header at byte 0; it is {packed} compressed; examples are read by their place, so unpack it"
+            f"shard {path}: no tar header at byte 0; it is {packed} compressed; decompress it (examples are read by offset)"
         )
     raise _damaged(path, at)
 
@@ -119,13 +122,13 @@ def _text(field: bytes) -> str:
 
 
 def _pax(path: str | Path, data: bytes, at: int) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE\\n`, LENGTH in bytes of all of it."""
+    """Records `LENGTH KEY=VALUE\\n`; LENGTH in bytes, of the whole record."""
     records, begin = {}, 0
     while begin < len(data):
         digits, space, _ = data[begin : begin + 20].partition(b" ")
         end = begin + int(digits) if space and digits.isdigit() else begin
         key, equal, value = data[begin + len(digits) + 1 : end - 1].partition(b"=")
-        if not equal or not begin < end <= len(data):  # a length of 0 would never end
+        if not equal or not begin < end <= len(data):  # a length of 0 would loop for ever
             raise _damaged(path, at)
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         begin = end
