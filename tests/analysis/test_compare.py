@@ -62,7 +62,7 @@ def test_spread_is_students():
     spread = MeanInterval.of([1.0, 2.0, 3.0])
     assert (spread.mean, spread.sd) == (2, 1) and spread.high - 2 == 2 - spread.low == pytest.approx(4.302653 / math.sqrt(3))
     ratio = MeanInterval.of_ratios([0.2, 5.0])  # once a fifth, once five times: no speedup, and none below 0
-    assert ratio.mean == pytest.approx(1) and ratio.low > 0 and ratio.low * ratio.high == pytest.approx(1)
+    assert ratio.mean == pytest.approx(1) and 0 < ratio.low < 1 < ratio.high and ratio.low * ratio.high == pytest.approx(1)
     assert (
         math.isnan(MeanInterval.of([1.0]).low)
         and math.isnan(MeanInterval.of_ratios([]).mean)
@@ -81,6 +81,15 @@ def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
     held = compare([tmp_path / "one", longer]).groups[1].against
     assert held and held.at.mean == pytest.approx(0.85375) and held.equal["images"].mean == pytest.approx(1)
     assert held.whole["images"].mean == pytest.approx(4 / 5)
+
+
+def test_a_dip_between_evaluations_does_not_move_where_a_score_was_reached(tmp_path: Path):
+    """.5, .4, .6 after 400, 800 and 1,200 images: .55 is half way from the best so far, .5, to .6."""
+    dip = iter((0.5, 0.4, 0.6, 0.6))
+    journal = [line | {"top1": next(dip)} if line["kind"] == "eval" and line["ema"] else line for line in lines(sparse=False)]
+    one = history(write(tmp_path / "dip", journal))
+    assert cost_to_reach(one, 0.55, "images") == pytest.approx(1000)
+    assert cost_to_reach(one, 0.5, "images") == 400 and cost_to_reach(one, 0.6, "images") == 1200
 
 
 @pytest.mark.parametrize(

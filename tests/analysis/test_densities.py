@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,66 @@ def test_every_image_once_on_any_world(shards: str, world: int) -> None:
     assert sorted(seen) == sorted(set(range(23)) - {9})
     right, images, broken = np.sum(sums, axis=0)
     assert (right, images, broken) == (6, 22, 1)  # ids 0, 4, ... 20 are class 0
+
+
+def test_sums_over_ranks_are_those_of_one(shards: str) -> None:
+    """Every number of the score, where an image is broken and classes have no image: on two ranks what it is on one."""
+    config = small(shards, classes=8)  # images of the classes 0 to 3 only
+    index = open_index(shards)
+
+    bright: list[float] = []
+
+    def answer(images: torch.Tensor, plan: Plan) -> ModelOutput:
+        """Class 1 first for bright images, 6 for others; 3 among the five best; 0 and 2 not."""
+        means = images.mean(dim=(1, 2, 3))
+        bright.extend(means.tolist())
+        logits = torch.tensor([3.0, 8.5, 2.0, 8.0, 7.0, 6.0, 5.0, 1.0]).expand(len(images), -1).clone()
+        logits[torch.arange(len(images)), torch.where(means > 0.1, 1, 6)] = 9.0
+        return ModelOutput(logits)
+
+    def passes(ranks: int, add_up: Any) -> list[Any]:
+        batches = [Validation(index, config, rank, ranks) for rank in range(ranks)]
+        return [
+            evaluate(answer, one, DENSE, config.model.classes, config.augment, torch.device("cpu"), add_up(rank))
+            for rank, one in enumerate(batches)
+        ]
+
+    def scored(ranks: int) -> list[Any]:
+        """What each rank holds when all have added what they have: first gathered, then handed to each."""
+        sent: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+        passes(ranks, lambda rank: lambda sums: sent[rank].append(sums.clone()) or sums)
+        totals = [torch.stack(parts).sum(0) for parts in zip(*sent, strict=True)]
+        left = [iter(totals) for _ in range(ranks)]
+        return passes(ranks, lambda rank: lambda sums: sums.copy_(next(left[rank])))
+
+    (one,) = scored(1)
+    labels = [i % 4 for i in range(23)]
+    right = [label == 1 and mean > 0.1 for label, mean in zip(labels, bright, strict=False)]
+    right[9] = False  # broken, of class 1
+    assert (one.images, one.broken) == (22, 1) and 0 < sum(right) < 5
+    assert one.top1 == pytest.approx(sum(right) / 22)
+    assert one.top5 == pytest.approx((5 + labels.count(3)) / 22)
+    assert one.per_class[:4] == [0.0, sum(right) / 5, 0.0, 0.0] and all(math.isnan(it) for it in one.per_class[4:])
+    assert one.worst_class == 0.0
+    for two in scored(2):
+        assert (two.top1, two.top5, two.worst_class, two.images, two.broken) == (one.top1, one.top5, 0.0, 22, 1)
+        assert two.per_class[:4] == one.per_class[:4] and two.loss == pytest.approx(one.loss)
+    alone = passes(2, lambda rank: lambda sums: sums)
+    assert len({one.per_class[1], *(part.per_class[1] for part in alone)}) == 3, "each rank alone has another accuracy"
+
+
+def test_the_worst_class_is_one_that_has_images(shards: str) -> None:
+    config = small(shards)
+
+    def batches(labels: list[int]) -> Any:
+        whole = next(iter(Validation(open_index(shards), config, 0, 1)))
+        return [whole._replace(labels=torch.tensor(labels), weights=torch.ones(4))]
+
+    def first(images: torch.Tensor, plan: Plan) -> ModelOutput:
+        return ModelOutput(torch.eye(4)[torch.tensor([1, 1, 2, 2])])
+
+    scores = evaluate(first, batches([1, 2, 2, 2]), DENSE, config.model.classes, config.augment, torch.device("cpu"))
+    assert math.isnan(scores.per_class[0]) and scores.worst_class == pytest.approx(2 / 3)
 
 
 def test_the_score_is_timms_own_evaluation(shards: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sparsity.types import Selection
 from tests.conftest import ROOT, rewritten
+from trainer.checkpoint.directory import by_age
 from trainer.checkpoint.save_load import CheckpointError, OnDisk, latest, load, newest, retained, save_checkpoint
 from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
@@ -37,7 +38,7 @@ def config() -> Config:
 
 
 def save(folder: Path, config: Config, step: int, disk: Disk | None = None, **more: Any) -> Path:
-    state = TrainState(epoch=1, batch=2, step=step, chain="ab", **more)
+    state = replace(TrainState(epoch=1, batch=2, step=step, chain="ab"), **more)
     return save_checkpoint(
         folder,
         state,
@@ -53,8 +54,11 @@ def save(folder: Path, config: Config, step: int, disk: Disk | None = None, **mo
 
 
 def test_everything_comes_back(tmp_path: Path, config: Config) -> None:
-    saved = load(save(tmp_path, config, 4, best=0.5, broken={"7": "no image"}), config, "shards")
-    assert saved.state == TrainState(epoch=1, batch=2, step=4, chain="ab", best=0.5, broken={"7": "no image"})
+    counted: dict[str, Any] = {"best": 0.5, "best_step": 3, "broken": {"7": "no image"}, "skipped": [3, 5], "images": 96}
+    counted |= {"seconds": 1.5, "attempt": 2, "progress": 1.25, "pending_evaluation": {"at": 1.0}}
+    saved = load(save(tmp_path, config, 4, **counted), config, "shards")
+    assert saved.state == TrainState(epoch=1, batch=2, step=4, chain="ab", **counted)
+    assert set(counted) | {"epoch", "batch", "step", "chain"} == set(TrainState.__dataclass_fields__), "every field"
     assert torch.equal(saved.weights["head.weight"], torch.full((2, 3), 4.0))
     assert saved.optimizer.keys() == {"head.weight|exp_avg", "|step"}
     assert saved.selection is not None and saved.selection.weight is not None
@@ -152,6 +156,23 @@ def test_the_same_step_saved_again_moves_the_pointer_only(tmp_path: Path, config
     other = config.model_copy(update={"log_every": config.log_every.model_copy(update={"count": 3.0})})
     again = save(tmp_path, other, 1)
     assert again.name == "step-00000001.2" and names(tmp_path) == [again.name], "of several of one step the last counts"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"chain": "cd"}, {"pending_evaluation": {"at": 1.0}}, {"best_step": 1}, {"skipped": [1]}],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_state_of_the_same_step_is_another_checkpoint(tmp_path: Path, config: Config, other: dict[str, Any]) -> None:
+    save(tmp_path, config, 1)
+    again = save(tmp_path, config, 1, **other)
+    assert again.name == "step-00000001.2" and latest(tmp_path) == again
+    assert load(again, config, "shards").state == replace(TrainState(epoch=1, batch=2, step=1, chain="ab"), **other)
+
+
+def test_the_tenth_of_one_step_is_newer_than_the_second() -> None:
+    found = ["step-00000005.10", "latest", "step-00000006", "step-00000005.2", ".writing-step-00000007", "step-00000005"]
+    assert by_age(found) == ["step-00000005", "step-00000005.2", "step-00000005.10", "step-00000006"]
 
 
 def test_one_that_an_older_version_wrote_is_read(tmp_path: Path, config: Config) -> None:

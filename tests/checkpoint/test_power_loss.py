@@ -141,3 +141,26 @@ def test_nothing_that_waits_for_room_is_left_behind_on_a_full_disk() -> None:
     with pytest.raises(OSError, match="No space left"):
         save(system, 3)
     assert set(Disk(system).names(FOLDER)) == before
+
+
+def test_a_pointer_that_found_no_room_is_not_left_behind() -> None:
+    """The new checkpoint is whole and stays; only the write of `latest` fails."""
+    system = started(1, 2)
+    real, opened = system.write, system.open
+    last: list[str] = []
+
+    def remembered(path: Any, flags: int, mode: int) -> int:
+        last[:] = [Path(path).name]
+        return opened(path, flags, mode)
+
+    def full(handle: int, data: Any) -> int:
+        if last == [directory.TEMPORARY + directory.LATEST]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data)
+
+    system.open, system.write = remembered, full  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(OSError, match="No space left"):
+        save(system, 3)
+    system.open, system.write = opened, real  # pyright: ignore[reportAttributeAccessIssue]
+    assert sorted(Disk(system).names(FOLDER)) == ["latest", "step-00000001", "step-00000002", "step-00000003"]
+    assert usable(system) == (2, "")

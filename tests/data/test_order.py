@@ -171,6 +171,27 @@ def test_homes_stay_together() -> None:
             assert (layout.home[ids // 50] == rank).mean() > 0.95
 
 
+def test_homes_are_dealt_by_the_seed_in_equal_numbers() -> None:
+    homes = [Layout(np.full(64, 50), seed, batch=64, lanes=8, window=64, homes=4).home for seed in (0, 0, 1)]
+    assert (homes[0] == homes[1]).all() and (homes[0] != homes[2]).mean() > 0.5
+    assert all(np.bincount(home).tolist() == [16] * 4 for home in homes)
+
+
+@pytest.mark.parametrize(("batch", "lanes", "repeats"), [(6, 3, 2), (10, 5, 2), (20, 5, 4), (18, 3, 2), (8, 2, 2), (12, 3, 4)])
+def test_neighbours_are_never_copies_of_one_image(batch: int, lanes: int, repeats: int) -> None:
+    """Also where a batch has an odd number of distinct images: the last three of them take turns."""
+    layout = Layout(np.array([70, 90]), seed=1, batch=batch, lanes=lanes, window=16, repeats=repeats)
+    for epoch in range(2):
+        order = EpochOrder(layout, epoch)
+        ids, copies = whole_epoch(order)
+        assert len(np.unique(ids)) == ids.size // repeats, "an image is in one batch only"
+        for row, copy in zip(ids, copies, strict=True):
+            assert (row[0::2] != row[1::2]).all()
+            shown = Counter(zip(row.tolist(), copy.tolist(), strict=True))
+            assert len(shown) == batch, "each copy once"
+            assert sorted(shown) == [(int(i), c) for i in np.unique(row) for c in range(repeats)]
+
+
 def test_refusals_name_the_setting() -> None:
     sizes = np.array([10, 10])
     with pytest.raises(ValueError, match=r"lanes x repeats"):

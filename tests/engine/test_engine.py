@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, environment, torchrun
 from trainer.config import run_config
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
 
 pytestmark = pytest.mark.dist
 
@@ -113,6 +115,19 @@ except EngineError as error:
 """
     done = subprocess.run([sys.executable, "-c", text], env=environment(), capture_output=True, text=True, timeout=120)
     assert "refused: WORLD_SIZE=2, but accelerate counts 1 process(es)" in done.stdout, done.stderr[-2000:]
+
+
+def test_dropout_is_seeded_by_seed_step_and_rank() -> None:
+    def seeded(seed: int, step: int, rank: int) -> int:
+        engine = Engine.__new__(Engine)  # no process group
+        engine.rank = rank
+        engine.reseed(seed, step)
+        return torch.initial_seed()
+
+    with torch.random.fork_rng(devices=[]):
+        found = [seeded(*where) for where in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1))]
+        assert len(set(found)) == 5
+        assert seeded(0, 0, 1) == found[1]
 
 
 def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:

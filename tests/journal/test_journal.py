@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from trainer.config.load import parse
+from trainer.journal import writer
 from trainer.journal.file import JournalError
 from trainer.journal.reader import FILE, last_attempt, lineage, read, read_from
 from trainer.journal.writer import Journal
@@ -227,6 +228,75 @@ def test_full_disk_holds_lines_until_there_is_room(tmp_path: Path, capsys: pytes
     journal.write("step", step=4)
     journal.close()
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_costs_no_line_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lines of different length before it, of this writer and of the one before: the file is cut where its last whole line ends."""
+    with Journal(tmp_path) as journal:
+        journal.write("start", text="x" * 300)
+        journal.write("step", step=1)
+    journal, real = Journal(tmp_path), os.write
+    journal.write("step", step=2, text="y" * 200)
+    journal.write("step", step=3)
+    size = (tmp_path / FILE).stat().st_size
+
+    def full(file: int, data: bytes) -> int:
+        real(file, data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in (4, 5):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            journal.write("step", step=step)
+        assert (tmp_path / FILE).stat().st_size == size
+    journal.write("step", step=6)
+    assert [line.get("step") for line in read(tmp_path)] == [None, 1, 2, 3, 4, 5, 6]
+    journal.close()
+
+
+def test_what_is_held_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_file: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "PENDING_BYTES", 1000)
+    journal, real = Journal(tmp_path), os.write
+    monkeypatch.setattr(os, "write", full)
+    journal.write("message", text="x" * 850)
+    with pytest.raises(JournalError, match=r"No space left on device for 1\d\d\d bytes: "):
+        journal.write("message", text="x" * 100)
+    monkeypatch.setattr(os, "write", real)
+    journal.close()
+
+
+def test_a_forked_worker_writes_no_line_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_file: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal, real = Journal(tmp_path), os.write
+    monkeypatch.setattr(os, "write", full)
+    journal.write("step", step=1)
+    monkeypatch.setattr(os, "write", real)  # there is room again when the worker starts
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    journal.write("step", step=2)
+    journal.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2]
+
+
+def test_lines_that_a_resume_builds_on_are_synced_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[int] = []
+    with Journal(tmp_path) as journal:
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(file) or real(file))
+        counts = {}
+        for kind in ("start", "resume", "epoch", "step", "eval", "checkpoint", "message", "end"):
+            before = len(synced)
+            journal.write(kind, step=1)
+            counts[kind] = len(synced) - before
+    assert {kind for kind, count in counts.items() if count} == {"start", "resume", "checkpoint", "end"}
+    assert set(counts.values()) == {0, 1}
 
 
 def test_lines_that_a_full_disk_takes_to_the_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ import pytest
 
 import launch.__main__ as program
 from launch import arguments, local, machine
-from launch.job import Job, LaunchError, check
+from launch.job import Job, LaunchError, check, name_of
 from launch.machine import Machine
 from tests.conftest import wait_for
 from tests.support import fake_trainer
@@ -82,6 +82,11 @@ def test_what_is_not_understood_is_refused_with_what_is_near(words, said, capsys
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(LaunchError, match=r"--processes 3: this machine has 2 GPU.*CUDA_VISIBLE_DEVICES="):
         local.place(Machine(2, 8), 3, 1)
+
+
+def test_the_last_of_two_names_is_the_runs_as_in_the_configuration():
+    assert name_of(Job("c/deit.yaml", ("name=first", "optim.lr=1", "name=second"))) == "second"
+    assert name_of(Job("c/deit.yaml", ("runs.name=x",))) == "deit"
 
 
 def test_settings_may_stand_before_and_after_flags():

@@ -43,9 +43,9 @@ from trainer.run import directory
 from trainer.run.recorder import RunResult
 from trainer.run.shutdown import SIGNALS
 
-SEED, EPOCHS, SPOILED, MICRO = 5, 3, 6, 8  # SPOILED: this step's second micro-batch loses NaN
+SEED, EPOCHS, SPOILED, MICRO = 5, 3, 7, 8  # SPOILED: this step's second micro-batch loses NaN
 LR, WARMUP, WARMUP_LR, MIN_LR, DECAY, CLIP, MIXUP, CHANCE, SMOOTHING = 4e-3, 0.5, 1e-5, 2e-4, 0.8, 0.5, 0.8, 0.7, 0.1
-LOGGED, SCORED, STAIR = 2, 4, 1.5
+LOGGED, SCORED, STAIR = 2, 4, 1.8
 
 
 def settings(folder: Path, name: str, **more: Any) -> Config:
@@ -336,11 +336,16 @@ def test_the_record_covers_what_it_should(whole: Run, twin: Twin) -> None:
     """More than one epoch of different length, a step that is not taken, mixed and unmixed steps, weights other than 1."""
     assert whole.result.status == "finished" and len(whole.steps) == len(twin.steps) > 2 * SCORED
     assert [step.taken for step in twin.steps].count(False) == 1 and not twin.steps[SPOILED - 1].taken
+    assert SPOILED % LOGGED and SPOILED % 5, "only that it was skipped makes a log line of this step"
     shares = [share(step) for step in range(len(twin.steps))]
     assert 1.0 in shares and len(set(shares)) > 5
     lengths = [line["steps"] for line in lines(whole.result.directory, "epoch")]
     assert sum(lengths) == len(twin.steps) and len(set(lengths)) > 1, "InfoBatch leaves examples out of later epochs"
     assert {keep(step.progress).keep_tokens for step in twin.steps} == {0.5, 1.0}
+    borders = [twin.steps[n - 1].progress < STAIR <= twin.steps[n].progress for n in range(SCORED, len(twin.steps), SCORED)]
+    assert any(borders), (
+        "an evaluation falls between the last step of a plan and the first of the next: it takes the last one's"
+    )
 
 
 def test_the_learning_rate_of_each_step_is_the_formulas(whole: Run, twin: Twin) -> None:

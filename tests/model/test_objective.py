@@ -139,6 +139,13 @@ def test_broken_images_are_not_observed_and_leave_their_partner_its_row():
     assert credited("without_partner", rows, says(0, (0, 1), 3, 3), Mix(0.8))[101] is False
 
 
+def test_a_loss_that_is_not_finite_says_nothing_of_its_image():
+    losses = torch.tensor([1.0, float("nan"), float("inf"), 0.5])
+    for mix in (NO_MIX, Mix(0.9)):
+        ids, observation = objective().credit(batch([0, 1, 2, 3]), says(0, 1, 2, 3), losses, mix)
+        assert ids[observation.valid].tolist() == [100, 103]
+
+
 def test_copies_of_one_image_count_once_by_copy_index():
     rows = batch([0, 1, 0, 2], ids=[7, 8, 7, 9], copies=[1, 0, 0, 0])
     assert credited("dominant", rows, says(0, 1, 0, 2), Mix(0.9)) == {8: True, 7: True, 9: True}

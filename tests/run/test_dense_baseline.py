@@ -160,6 +160,31 @@ def test_what_is_not_measured_is_said(more: dict[str, Any], steps: int, words: l
     assert all(word in dense_baseline.describe(told) for word in words)
 
 
+def test_passes_that_take_longer_than_the_runs_own_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair is one own pass and one dense: 50 ms of this step (two micro-batches of 100 ms a step) and 50 ms / bound. What all of them
+    take stays below `control` of the time of the plateau."""
+    asked: list[int] = []
+
+    def counted(passes: dict[str, Any], pairs: int, _device: torch.device) -> dict[str, list[float]]:
+        asked.append(pairs)
+        return {name: [0.05] * pairs for name in passes}
+
+    monkeypatch.setattr(dense_baseline, "interleaved", counted)
+    for steps in (200, 400, 900):
+        asked.clear()
+        _, told = watched(tiny(control=0.005), steps=steps)
+        assert told is not None
+        allowed = 0.005 * steps * 10 * 0.1  # 10 epochs, one plateau
+        bound = told.get("bound_passes", 0.6)
+        pair = 0.05 * (1 + 1 / bound)
+        if asked:
+            assert (asked[0] + 1) * pair <= allowed * 1.01, (steps, asked)  # one pair to warm up
+            assert asked[0] == dense_baseline.MOST or (asked[0] + 2) * pair > allowed * 0.99
+        else:
+            assert (dense_baseline.FEWEST + 1) * pair > allowed * 0.99, steps
+    assert asked
+
+
 def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("full")

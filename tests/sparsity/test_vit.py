@@ -114,6 +114,28 @@ def test_a_draw_makes_an_image_independent_of_its_batch(tokens):
     assert not torch.allclose(whole, ours(x, SPARSE, rng_keys=rng_keys + 1).logits, atol=1e-2)
 
 
+def test_a_key_changes_nothing_in_evaluation():
+    vit = tiny(drop_path_rate=0.5, patch_drop_rate=0.3).eval()
+    ours, x = build(vit), images(vit)
+    assert torch.equal(ours(x, rng_keys=torch.arange(4)).logits, ours(x).logits)
+
+
+def test_a_random_choice_is_another_for_every_key():
+    """Images that are equal to the bit keep other patches: the key reaches the blocks."""
+    vit = tiny(drop_path_rate=0.0).eval()
+    ours, x = build(vit, tokens="random", blocks=(1,)), images(vit, 1).expand(6, -1, -1, -1)
+    kept = ours(x, Plan(0.5, 1.0), frozenset({"kept"}), torch.arange(6) * 977).kept
+    assert kept is not None and len({tuple(row.tolist()) for row in kept[1]}) == 6
+
+
+def test_ordered_patch_drop_keeps_patches_in_their_order():
+    vit = tiny(patch_drop_rate=0.5).train()
+    vit.patch_drop.ordered = True
+    for rng_keys in (None, torch.arange(4)):
+        ids = build(vit)._embedded(images(vit), rng_keys).ids
+        assert (ids.diff(dim=1) > 0).all()
+
+
 def test_keyed_drop_path_drops_the_share_it_should():
     vit = tiny(drop_path_rate=0.5, depth=2).train()  # rates 0 and .5
     ours, x, rng_keys = build(vit), images(vit, 1).expand(400, -1, -1, -1), torch.arange(400)

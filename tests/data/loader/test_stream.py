@@ -124,6 +124,26 @@ def test_weights_of_a_selection_reach_their_rows(index: Index) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_selections_weight_gives_no_weight_to_broken_images(tmp_path: Path, workers: int) -> None:
+    index = build_index(write_shards(tmp_path, [24], broken={3, 17}), progress=False)
+    chosen = selection(24, [0], np.full(24, 2.5, np.float32))
+    weights = {
+        int(i): float(w)
+        for batch in Stream(index, config("x", data={"workers": workers, "batch": 22, "lanes": 1}), 0, 1).epoch(0, chosen)
+        for i, w in zip(batch.ids, batch.weights, strict=True)
+    }
+    assert {weights.pop(i) for i in (-1, 3, 17) if i in weights} == {0.0}, "padding and broken images"
+    assert len(weights) >= 19 and set(weights.values()) == {2.5}
+
+
+def test_workers_follow_another_selection_of_the_same_epoch(index: Index) -> None:
+    stream = Stream(index, config("x", data={"workers": 1}), 0, 1)
+    for removed in (range(25), range(25, 50)):
+        shown = torch.cat([batch.ids for batch in stream.epoch(4, selection(50, list(removed)))])
+        assert len(shown) == 24 and not set(shown.tolist()) & set(removed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_keep_their_slot_and_are_named(tmp_path: Path, workers: int) -> None:
     files: dict[str, bytes] = {}
     for i in range(24):
@@ -186,6 +206,9 @@ def test_training_and_validation_must_name_the_same_classes(tmp_path: Path) -> N
         return build_index(str(tmp_path / f"{stem}.tar"), labels, progress=False)
 
     check_classes(of("a", "xyz"), of("b", "zyx"))
+    numbered = build_index(write_shards(tmp_path / "numbered", [4]), progress=False)
+    check_classes(of("a", "xyz"), numbered)
+    check_classes(numbered, of("a", "xyz"))
     with pytest.raises(DataError, match=r"class 1 is 'y' in .*a-\w+.index and 'z' in .*c-\w+.index.*classes.txt"):
         check_classes(of("a", "xyz"), of("c", "xz"))
 

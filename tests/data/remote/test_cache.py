@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,48 @@ def test_two_shards_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, m
 
     with ThreadPoolExecutor(2) as pool:
         assert [done.result(60) for done in [pool.submit(take, f"pipe:cat {n}") for n in range(2)]] == [8000, 8000]
+
+
+def test_a_shard_gets_its_name_when_its_bytes_are_on_the_disk_and_nobody_counts(
+    web: Web, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the node after the rename must not leave a name with other bytes; a count in the middle of it must not miss a file."""
+    calls: list[str] = []
+    fsync, rename, locked = os.fsync, Path.rename, cache_folder.locked
+
+    @contextmanager
+    def watched(own: Path) -> Iterator[None]:
+        with locked(own):
+            calls.append("lock")
+            yield
+            calls.append("unlock")
+
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda self, to: calls.append("rename") or rename(self, to))
+    monkeypatch.setattr(cache_folder, "locked", watched)
+    cache = Cache(tmp_path / "cache", 1 << 30)
+    cache.fetch(index.source(0))
+    assert cache.holds(index.source(0))
+    assert calls[-4:] == ["fsync", "lock", "rename", "unlock"], calls
+    calls.clear()
+    with cache.import_shard(f"{web.url}/{index.names[1]}") as (part, _):
+        assert calls[-1] == "fsync" and part.stat().st_size == index.shards[1]["bytes"]
+    assert calls[-4:] == ["fsync", "lock", "rename", "unlock"], calls
+
+
+def test_at_the_end_of_an_epoch_the_next_ones_shards_are_fetched(
+    web: Web, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Prefetcher, "request", lambda self, shards: asked.append(list(shards)))
+    settings = config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 0.1, "workers": 0, "batch": 4, "window": 4})
+    stream = Stream(index, settings, 0, 1)
+    for epoch in range(3):
+        asked.clear()
+        list(stream.epoch(epoch, None))
+        following = list(upcoming(stream.order(epoch + 1, None), 0, stream.bounds))
+        assert asked[-1][-len(following) :] == following, epoch
+        assert following != list(upcoming(stream.order(epoch, None), 0, stream.bounds)), "epochs begin with other shards"
 
 
 def test_the_order_says_which_shards_come_next() -> None:

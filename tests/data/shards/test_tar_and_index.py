@@ -16,6 +16,7 @@ from webdataset import WebDataset
 from tests.support.images import jpeg, write_shards, write_tar
 from trainer.__main__ import main
 from trainer.data.errors import DataError
+from trainer.data.shards import index as shard_index
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.pattern import expand
 from trainer.data.shards.reader import Reader
@@ -302,6 +303,26 @@ def test_fast_fingerprint_of_a_long_shard(tmp_path: Path) -> None:
     open_index(str(path))
     with pytest.raises(DataError, match="changed since"):
         open_index(str(path), verify="full")
+
+
+def test_touched_shards_are_read_whole_up_to_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two whose time stamp is new, the one that fits is read whole; the other by its sample, which misses this change."""
+    paths = [
+        write_tar(tmp_path / f"x-{n}.tar", {"a.jpg": np.random.default_rng(n).bytes(3 << 20), "a.cls": b"0"}) for n in range(2)
+    ]
+    pattern = str(tmp_path / "x-*.tar")
+    index_of(pattern)
+    data = bytearray(paths[1].read_bytes())
+    data[100_000] ^= 1  # between two of the sampled blocks
+    paths[1].write_bytes(data)
+    os.utime(paths[0], ns=(1, 1))
+    for budget, read_whole in ((len(data) - 1, False), (len(data), False), (2 * len(data), True)):
+        monkeypatch.setattr(shard_index, "_BUDGET", budget)
+        if read_whole:
+            with pytest.raises(DataError, match="changed since"):
+                open_index(pattern)
+        else:
+            open_index(pattern)
 
 
 def test_shards_sorted_by_class_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

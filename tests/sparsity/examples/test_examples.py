@@ -219,6 +219,18 @@ def test_what_is_shown_changes_only_between_rounds_of_repeats():
         assert all(hashes[e] == hashes[e - e % 3] for e in range(EPOCHS)) and len(set(hashes)) > 1, name
 
 
+@pytest.mark.parametrize(
+    ("epochs", "anneal", "repeats", "first"),
+    [(10, 0.3, 1, 7), (10, 0.3, 3, 9), (12, 0.25, 3, 9), (12, 0.3, 3, 9), (10, 0.0, 3, 12)],
+)
+def test_everything_is_shown_from_the_first_whole_round_of_the_last_epochs_on(epochs, anneal, repeats, first):
+    """A round that has begun goes on with what it began with: 3 of 10 epochs in rounds of 3 are those from 9 on."""
+    method, shown = make("random_epoch", epochs=epochs, anneal=anneal, repeats=repeats), []
+    for epoch in range(epochs):
+        shown.append(method.select(epoch, single_process).num_kept)
+    assert [num == N for num in shown] == [epoch >= first for epoch in range(epochs)]
+
+
 @pytest.mark.parametrize("name", ["random_fixed", "random_epoch", "forgetting"])
 def test_balanced_removes_the_same_share_of_every_class(name):
     _, selections = run(name, balanced=True, anneal=0.0)

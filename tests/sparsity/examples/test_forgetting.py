@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsity.examples import kept_ids
+from sparsity.examples.curriculum import Draw
 from sparsity.examples.forgetting import Forgetting
 from sparsity.types import Observation, single_process
 from tests.support.methods import curriculum
@@ -90,6 +91,50 @@ def test_the_least_forgotten_go_lowest_spread_first_then_lowest_id():
     assert selection.facts["swapped"] == 10 and selection.facts["update"] == 1
     assert selection.facts["never_learned"] == 4 and selection.facts["unforgettable"] == 22
     assert not method.seen.any() and not method.events.any() and not method.memory.any() and not method.spread.any()
+
+
+def test_ties_go_by_the_mean_spread_however_often_an_example_was_shown():
+    """Shown 3 times at .3 (sum .9) it varies less than shown 5 times at .2 (sum 1.0) ... and leaves after it."""
+    method = swapping(40)
+    active = np.flatnonzero(method.active)
+    often, seldom = active[:10], active[10:20]
+    for epoch in range(5):
+        method.select(epoch, single_process)
+        shown = np.concatenate([often, active[20:]] if epoch >= 3 else [active])
+        spread = np.where(np.isin(shown, often), 0.2, np.where(np.isin(shown, seldom), 0.3, 0.9))
+        observe(method, shown.tolist(), [True] * len(shown), spread=spread.tolist())
+    before = method.active.copy()
+    method.select(5, single_process)
+    assert set(np.flatnonzero(before & ~method.active)) == set(often)
+
+
+def test_each_update_draws_other_places_of_the_pool():
+    """Two updates over pools of one size: a draw that forgot its number would bring back the same places."""
+    places = []
+    method = swapping(400, removed=0.5, swap=0.05, updates=2)
+    for epoch in range(11):
+        pool, before = np.flatnonzero(~method.active), method.active.copy()
+        method.select(epoch, single_process)
+        if (back := method.active & ~before).any():
+            places.append(np.flatnonzero(back[pool]).tolist())
+        observe(method, np.flatnonzero(method.active).tolist(), [True] * 200)
+    assert [len(place) for place in places] == [20, 20]
+    assert len(set(places[0]) & set(places[1])) < 10
+
+
+def test_the_never_trained_of_a_large_pool_come_back_in_the_order_drawn():
+    """Sorted by whether they were trained, and in the drawn order within: a sort that is not stable mixes pools beyond 16."""
+    method = swapping(2000, removed=0.5, swap=0.1, updates=3, restore="never_trained")
+    for epoch in range(16):
+        pool, before = np.flatnonzero(~method.active), method.active.copy()
+        trained = np.unpackbits(method.trained, count=2000, bitorder="little").astype(bool)
+        method.select(epoch, single_process)
+        if (method.active & ~before).any():
+            drawn = method._draw(Draw.RESTORED, method.updated).permutation(pool)
+            expected = [i for i in drawn if not trained[i]] + [i for i in drawn if trained[i]]
+            assert set(np.flatnonzero(method.active & ~before)) == set(expected[:200])
+        observe(method, np.flatnonzero(method.active).tolist(), [True] * 1000)
+    assert method.updated == 3
 
 
 def test_ties_by_id_alone():
@@ -193,6 +238,13 @@ def test_infobatch_prunes_below_the_mean_and_keeps_the_sum_of_weights():
         assert previous is None or set(previous) != set(np.flatnonzero(keep))  # drawn anew each epoch
         previous = np.flatnonzero(keep)
     assert method.select(8, single_process).num_kept == n and method.select(8, single_process).weight is None
+
+
+def test_infobatch_prunes_nothing_where_all_losses_are_the_mean():
+    method = curriculum("infobatch", np.zeros(8, np.int32), epochs=10, removed=0.5)
+    observe(method, list(range(8)), [True] * 8, loss=[0.5] * 8)
+    selection = method.select(1, single_process)
+    assert selection.num_kept == 8 and selection.weight is None and selection.facts["below_mean"] == 0
 
 
 def test_infobatch_leaves_what_it_has_not_seen():

@@ -123,7 +123,8 @@ def test_random_keeps_every_patch_equally_often_and_nests():
 
 
 @pytest.mark.parametrize(
-    ("n", "keep", "k"), [(196, 0.9, 177), (177, 0.9, 160), (160, 0.9, 144), (196, 0.7, 138), (97, 0.7, 68), (3, 0.01, 1)]
+    ("n", "keep", "k"),
+    [(196, 0.9, 177), (177, 0.9, 160), (160, 0.9, 144), (196, 0.7, 138), (97, 0.7, 68), (100, 0.55, 56), (3, 0.01, 1)],
 )
 def test_counts(n, keep, k):
     assert TopK(scores.cls_row).count(n, Plan(keep)) == k

@@ -1,0 +1,130 @@
+"""When a save blocks, what it writes and in which order, and who hears of a failed one; the files are tests/checkpoint's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import wait_for
+from tests.support import images as drawn
+from trainer.checkpoint import save_load
+from trainer.checkpoint.state import TrainState
+from trainer.run.checkpointer import Checkpointer
+from trainer.run.shutdown import Stop
+
+
+class Scene:
+    """A Checkpointer over parts that write down what it asks of them; `gate` holds the writing until it is set."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, main: bool = True, asynchronous: bool = True, told: str | None = None
+    ):
+        self.calls: list[Any] = []
+        self.gate, self.error, self.stop = threading.Event(), None, Stop()
+        self.exported: dict[str, float] = {}
+        state = SimpleNamespace(
+            weights=lambda: {"a": torch.tensor(1.0), "b": torch.tensor(2.0)},
+            optimizer_state=lambda: {"a|exp_avg": torch.zeros(1)},
+        )
+        engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None)
+        engine.broadcast_object = lambda value: value if told is None else told  # what rank 0 holds
+        recorder: Any = SimpleNamespace(checkpoints=Path("checkpoints"))
+        recorder.sync = lambda: self.calls.append("journal synced")
+        recorder.weights = lambda tensors: self.exported.update({k: float(v) for k, v in tensors.items()})
+        recorder.saved = lambda state, path, blocking, seconds: self.calls.append((state.step, path, blocking, seconds))
+        ema: Any = SimpleNamespace(state_dict=lambda: {"a": torch.tensor(5.0)})
+        examples: Any = SimpleNamespace(state_dict=lambda gather: {})
+        monkeypatch.setattr(save_load, "save_checkpoint", self.write)
+        config = drawn.config("nowhere", checkpoint={"asynchronous": asynchronous})
+        self.it = Checkpointer(config, engine, recorder, self.stop, "shards", ema, examples)
+
+    def write(self, folder: Path, state: TrainState, *_: Any, **tensors: Any) -> Path:
+        assert self.gate.wait(30)
+        self.calls.append("written")
+        if self.error:
+            raise self.error
+        return folder / f"step-{state.step}"
+
+    def save(self, step: int, last: bool = False) -> None:
+        self.it.save(TrainState(step=step), None, last)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch)
+    scene.save(3)
+    assert scene.calls == ["journal synced"] and scene.it.writing
+    scene.it.poll()
+    assert scene.calls == ["journal synced"], "nothing is recorded before it is written"
+    scene.gate.set()
+    wait_for(lambda: not scene.it.writing, 30)
+    scene.it.poll()
+    scene.it.poll()
+    assert scene.calls[1] == "written" and scene.calls[2][:2] == (3, Path("checkpoints/step-3")) and len(scene.calls) == 3
+    assert scene.exported == {"a": 5.0, "b": 2.0}, "weights.safetensors holds the averages where there are some"
+    assert not scene.stop.requested()
+
+
+@pytest.mark.parametrize(("last", "asynchronous"), [(True, True), (False, False)])
+def test_the_last_one_and_one_in_the_foreground_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, last: bool, asynchronous: bool
+) -> None:
+    scene = Scene(monkeypatch, asynchronous=asynchronous)
+    threading.Timer(0.3, scene.gate.set).start()
+    began = time.perf_counter()
+    scene.save(3, last)
+    took = time.perf_counter() - began
+    step, _, blocking, seconds = scene.calls[-1]
+    assert step == 3 and scene.calls[:2] == ["journal synced", "written"] and not scene.it.writing
+    assert 0.2 < seconds <= took and 0.2 < blocking <= took, "all of it blocked training"
+
+
+def test_the_next_save_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch)
+    scene.save(3)
+    threading.Timer(0.2, scene.gate.set).start()
+    scene.save(4)
+    wait_for(lambda: not scene.it.writing, 30)
+    scene.it.wait()
+    words = [call if isinstance(call, str) else call[0] for call in scene.calls]
+    assert words == ["journal synced", "written", 3, "journal synced", "written", 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            r"step 3 could not be written: .*No space left.*previous checkpoint is intact",
+        ),
+        (RuntimeError("a bug"), r"step 3 could not be written: RuntimeError: a bug"),
+    ],
+)
+def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    scene = Scene(monkeypatch)
+    scene.error = error
+    scene.gate.set()
+    scene.save(3)
+    wait_for(lambda: not scene.it.writing, 30)
+    assert not scene.stop.requested()
+    scene.it.poll()
+    assert scene.stop.requested()
+    with pytest.raises(save_load.CheckpointError, match=said):
+        scene.save(4, last=True)
+    assert scene.exported == {} and scene.calls == ["journal synced", "written"]
+
+
+def test_other_ranks_write_nothing_and_raise_what_rank_0_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, main=False)
+    scene.save(3, last=True)
+    assert scene.calls == [] and not scene.it.writing
+    failed = Scene(monkeypatch, main=False, told="the disk of rank 0 is full")
+    with pytest.raises(save_load.CheckpointError, match="the disk of rank 0 is full"):
+        failed.it.wait()
