@@ -198,7 +198,7 @@ def test_refusals_name_the_setting() -> None:
         Layout(sizes, 0, batch=10, lanes=4, window=8)
     with pytest.raises(ValueError, match=r"data.batch=3 with data.repeats=3"):
         Layout(sizes, 0, batch=3, lanes=1, window=8, repeats=3)
-    with pytest.raises(ValueError, match=r"20 kept examples make no batch of data.batch=32"):
+    with pytest.raises(ValueError, match=r"20 kept examples are too few for a batch of data.batch=32"):
         EpochOrder(Layout(sizes, 0, batch=32, lanes=4, window=8), 0)
     with pytest.raises(ValueError, match="another data set"):
         EpochOrder(Layout(sizes, 0, batch=4, lanes=2, window=8), 0, np.zeros(4, np.uint8))

@@ -56,7 +56,7 @@ def test_a_line_of_pixels_is_refused_before_it_grows(name: str) -> None:
     if name == "rrc":  # a crop of it is resized, never all of it
         assert transform(memoryview(LONG), key).pixels.shape == (3, 224, 224)
         return
-    with pytest.raises(BrokenImage, match=r"65500 x 1 pixels, resized to a short side of (224|256), .* decompression bomb"):
+    with pytest.raises(BrokenImage, match=r"65500 x 1 pixels, resized to a short side of (224|256), .*decompression bomb"):
         transform(memoryview(LONG), key)
     assert transform(memoryview(encoded(PIL.Image.new("RGB", (1000, 4)), "PNG")), key).pixels.shape == (3, 224, 224)
 
@@ -109,7 +109,7 @@ def test_decoded_pixels_must_have_the_size_of_the_header(library: str, monkeypat
         monkeypatch.setattr(module.turbojpeg, "library", lambda: None)
     real = frame(data := encoded(picture(1, 60, 60)))
     monkeypatch.setattr(module, "frame", lambda _: real._replace(height=50, width=50))
-    with pytest.raises(BrokenImage, match="its header has 50 x 50 pixels, the decoder 60 x 60"):
+    with pytest.raises(BrokenImage, match="50 x 50 pixels in its header, 60 x 60 decoded"):
         EncodedImage(data).box(0, 0, 40, 40)
 
 

@@ -1,4 +1,4 @@
-"""A rank's rows of a global batch, made: read, decode, transform. Nothing in the pixels depends on ranks or workers."""
+"""The Batch of one rank: tensors of its rows of a global batch. Pixels do not depend on the number of ranks or workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-NOBODY = -1  # id of a padding slot
+PADDING = -1  # id of a padding slot
 
 
 class Batch(NamedTuple):
@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     images: (b, 3, S, S) uint8, channels last in memory. labels, ids, copies: (b,) int64. weights: (b,) float32, 0 = padding or
     broken image. flip: (b,) bool. erase: (b, 4) int32 top, left, height, width, height 0 = none. rng_keys: (b,) int64 key of all random
-    choices about a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
+    choices of a row. broken: (id, reason) of images that could not be decoded: they stay in their slot, black, with weight 0.
     """
 
     images: Tensor

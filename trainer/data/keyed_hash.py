@@ -1,5 +1,5 @@
-"""Random numbers that are pure functions of what they are about: a counter hash, not numpy's generators, whose streams may
-change between releases. The same on every machine, for ever: orders of old runs are made again with them."""
+"""Random numbers as pure functions of integer keys: a counter hash, not numpy's generators, whose streams may change between
+releases. Equal on every machine and in every release: replay rebuilds the order of old runs from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def hashed(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 hash of integers (splitmix64 over each part in turn); arrays broadcast. The same on every machine."""
+    """uint64 hash of integers (splitmix64 over each part in turn); arrays broadcast. Equal on every machine."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x6A09E667F3BCC909)
         for part in parts:
@@ -20,10 +20,10 @@ def hashed(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, *about: int) -> np.ndarray:
-    """(n,) int64 permutation of 0 .. n - 1, a pure function of `about`."""
+    """(n,) int64 permutation of 0 .. n - 1, a pure function of the integers `about`."""
     return np.argsort(hashed(*about, np.arange(n)), kind="stable")
 
 
 def row_keys(seed: int, epoch: int, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """(b,) int64 key of every row: what all its random choices are keyed by, on the host and on the device."""
+    """(b,) int64 key of every row, for all its random choices on host and device."""
     return hashed(seed, epoch, ids, copies).view(np.int64)

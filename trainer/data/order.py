@@ -5,7 +5,7 @@ An epoch is a pure function of (seed, epoch, kept examples, shard sizes, batch, 
 1. Shards are dealt once, by seed, to `homes`; home by home, in an order new in every epoch, the kept examples of the shards
    are laid end to end: one sequence of K ids.
 2. The sequence is cut into `lanes` equal ranges. A lane is read as a ring from a start new in every epoch and permuted in
-   windows, so neither window borders nor the leftovers at its end fall on the same examples twice.
+   windows, so window borders and leftovers fall on other examples in every epoch.
 3. Global batch b takes the same number of rows from every lane, in lane order, two lanes at a time in turn: neighbours 2i and
    2i + 1, which mixup pairs, come from different lanes, so from different shards (on shards sorted by class neighbours of
    one lane are of one class two hundred times too often: `shuffle_quality`).
@@ -29,7 +29,7 @@ import numpy as np
 from trainer.config.errors import ConfigError
 from trainer.data.keyed_hash import hashed, permutation
 
-_DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # what a random number is about
+_DEAL, _SHARDS, _START, _WINDOW = 1, 2, 3, 4  # keys of the random streams
 
 
 class Rows(NamedTuple):
@@ -52,8 +52,8 @@ def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
     pairs = batch // 2
     if batch % 2 or pairs < world:
         raise ConfigError(
-            f"data.batch={batch} on {world} processes: it must be even and give every process a pair of rows (mixup pairs "
-            f"neighbours); use data.batch>={2 * world} or fewer processes"
+            f"data.batch={batch} on {world} processes: must be even and >= {2 * world}, a pair of rows per process (mixup "
+            "pairs neighbours); change data.batch or use fewer processes"
         )
     return 2 * (rank * pairs // world), 2 * ((rank + 1) * pairs // world)
 
@@ -61,7 +61,7 @@ def slice_of(batch: int, world: int, rank: int) -> tuple[int, int]:
 def micro_batches(batch: int, micro_batch: int, world: int) -> BatchSplit:
     """Equal, even micro-batches of at most `micro_batch` rows that hold the longest slice of any rank."""
     if micro_batch < 2 or micro_batch % 2:
-        raise ConfigError(f"data.micro_batch={micro_batch}: must be even and at least 2, mixup pairs neighbours")
+        raise ConfigError(f"data.micro_batch={micro_batch}: must be even and >= 2 (mixup pairs neighbours)")
     slice_of(batch, world, 0)
     pairs = -(-batch // 2 // world)
     accumulation = -(-2 * pairs // micro_batch)
@@ -71,7 +71,7 @@ def micro_batches(batch: int, micro_batch: int, world: int) -> BatchSplit:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What stays the same over the epochs of a run. sizes: (S,) int64 examples of each shard; batch: global."""
+    """The settings that are constant over the epochs of a run. sizes: (S,) int64 examples of each shard; batch: global."""
 
     sizes: np.ndarray
     seed: int
@@ -86,13 +86,13 @@ class Layout:
         if min(self.lanes, self.window, self.homes, self.repeats) < 1 or self.batch % group or self.batch < group:
             raise ConfigError(
                 f"data.batch={self.batch}, lanes={self.lanes}, window={self.window}, homes={self.homes}, "
-                f"repeats={self.repeats}: all are at least 1 and the batch is a multiple of lanes x repeats; change "
+                f"repeats={self.repeats}: all must be >= 1 and the batch a multiple of lanes x repeats; change "
                 "data.batch or data.lanes"
             )
         if self.repeats > 1 and self.batch < 2 * self.repeats:
             raise ConfigError(
-                f"data.batch={self.batch} with data.repeats={self.repeats} holds one image only and would mix it with "
-                f"itself; use data.batch>={2 * self.repeats}"
+                f"data.batch={self.batch} with data.repeats={self.repeats}: one distinct image, which mixup would mix "
+                f"with itself; use data.batch>={2 * self.repeats}"
             )
         object.__setattr__(self, "sizes", np.ascontiguousarray(self.sizes, dtype=np.int64))
 
@@ -112,9 +112,8 @@ class Layout:
 class EpochOrder:
     """The global batches of one epoch. keep: packed bits as in `Selection`, None = everything.
 
-    keep: as given. num_kept: K. steps: floor(presentations / batch), where an epoch presents its K (with repeats: about K / R
-    times R) rows.
-    Raises ConfigError for an epoch that has no full batch, ValueError for a `keep` of another length.
+    num_kept: K. steps: floor(rows / batch), where an epoch has K rows (with repeats: about K / R examples R times).
+    Raises ConfigError for an epoch without a full batch, ValueError for a `keep` of another length.
     """
 
     def __init__(self, layout: Layout, epoch: int, keep: np.ndarray | None = None) -> None:
@@ -122,7 +121,9 @@ class EpochOrder:
         lanes, repeats = layout.lanes, layout.repeats
         num_examples = int(layout.first[-1])
         if keep is not None and len(keep) != -(-num_examples // 8):
-            raise ValueError(f"keep holds bits for another data set: {len(keep)} bytes for {num_examples} examples")
+            raise ValueError(
+                f"keep: {len(keep)} bytes for {num_examples} examples, expected {-(-num_examples // 8)}; it belongs to another data set"
+            )
         counts = layout.sizes if keep is None else _count(keep, layout.first)
         self._round = epoch // repeats
         shards = np.arange(len(layout.sizes))
@@ -138,10 +139,10 @@ class EpochOrder:
         self.steps = int((self._end - self._begin).min()) // self._per_lane
         if self.steps == 0:
             raise ConfigError(
-                f"epoch {epoch}: {self.num_kept} kept examples make no batch of data.batch={layout.batch} rows; use a "
+                f"epoch {epoch}: {self.num_kept} kept examples are too few for a batch of data.batch={layout.batch} rows; use a "
                 "smaller data.batch or keep more examples"
             )
-        self._windows: dict[int, tuple[int, np.ndarray]] = {}  # the window a lane is in: {lane: (window, its ids)}
+        self._windows: dict[int, tuple[int, np.ndarray]] = {}  # the current window of each lane: {lane: (window, its ids)}
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Rows:
         """Rows start .. stop of global batch `step`; touches only the lanes these rows come from."""
@@ -162,7 +163,7 @@ class EpochOrder:
         return Rows(ids[examples - low], copies)
 
     def leftover(self) -> np.ndarray:
-        """Sorted ids this epoch should present and does not; times repeats they are less than one batch."""
+        """Sorted ids of this epoch that fill no batch; times repeats they are less than one batch."""
         used = self._begin + self.steps * self._per_lane
         ids = [self._take(lane, int(a), int(b)) for lane, (a, b) in enumerate(zip(used, self._end, strict=True)) if b > a]
         return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *ids]))
@@ -184,7 +185,7 @@ class EpochOrder:
         return np.where(three < 0, examples, odd + three % 3), np.where(three < 0, copies, three // 3)
 
     def _places(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct examples of a batch -> (lane, place among the m rows of that lane); a last odd lane stands alone."""
+        """Distinct examples of a batch -> (lane, place among the m rows of that lane); an odd last lane has no partner."""
         m, lanes = self._per_lane, self.layout.lanes
         block, place = np.divmod(examples, 2 * m)
         alone = examples >= lanes // 2 * 2 * m
@@ -201,9 +202,9 @@ class EpochOrder:
 
     def window_of(self, lane: int, window: int) -> np.ndarray:
         """Ids of one window of a lane, in the order they are presented."""
-        held = self._windows.get(lane)
-        if held is not None and held[0] == window:
-            return held[1]
+        cached = self._windows.get(lane)
+        if cached is not None and cached[0] == window:
+            return cached[1]
         ids = np.concatenate([self._sequence(begin, end) for begin, end in self._spans(lane, window)])
         ids = ids[permutation(len(ids), self.layout.seed, self._round, lane, _WINDOW, window)]
         self._windows[lane] = (window, ids)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(title: str, total: int, unit: str, show: bool = True) -> Iterator[Progress]:
-    """A progress bar over `total` things; `progress.advance(progress.task_ids[0])` per thing done."""
+    """A progress bar over `total` items; call `progress.advance(progress.task_ids[0])` per item."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

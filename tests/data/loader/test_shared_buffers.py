@@ -1,4 +1,4 @@
-"""Batches travel in memory that is used again, never while somebody still looks at what is in it."""
+"""Shared buffers are reused, and never while a tensor still references them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from trainer.data.loader.stream import Stream
 from trainer.data.shards.index import build_index
 
 
-def test_a_room_is_free_again_when_the_last_view_is_gone() -> None:
-    rooms = BufferPool(2, 3, 8)
-    assert (rooms.acquire(), rooms.acquire(), rooms.acquire()) == (0, 1, NONE)
-    rooms[1].fill_(7)
-    seen = rooms.receive(1)
+def test_a_buffer_is_free_again_when_its_last_view_is_deleted() -> None:
+    buffers = BufferPool(2, 3, 8)
+    assert (buffers.acquire(), buffers.acquire(), buffers.acquire()) == (0, 1, NONE)
+    buffers[1].fill_(7)
+    seen = buffers.receive(1)
     assert seen.shape == (3, 3, 8, 8) and seen.is_contiguous(memory_format=torch.channels_last) and (seen == 7).all()
-    assert seen.data_ptr() == rooms[1].data_ptr() and rooms.acquire() == NONE, "still looked at"
+    assert seen.data_ptr() == buffers[1].data_ptr() and buffers.acquire() == NONE, "the tensor references it"
     part = seen[1:].numpy()
     del seen
     gc.collect()
-    assert rooms.acquire() == NONE, "a part of it is"
+    assert buffers.acquire() == NONE, "a view references it"
     del part
     gc.collect()
-    assert rooms.acquire() == 1 and rooms.acquire() == NONE, "0 has not arrived"
-    rooms.reclaim()
-    assert (rooms.acquire(), rooms.acquire()) == (0, 1)
+    assert buffers.acquire() == 1 and buffers.acquire() == NONE, "0 was not received"
+    buffers.reclaim()
+    assert (buffers.acquire(), buffers.acquire()) == (0, 1)
 
 
 def test_kept_batches_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,10 +46,10 @@ def test_kept_batches_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.Mo
             kept.append(batch)
             if step and len(kept) == step:
                 break
-    assert module.NONE in numbers, "more are kept than there are rooms"
+    assert module.NONE in numbers, "more are kept than there are buffers"
     assert len(kept) == len(reference) and all(torch.equal(a.images, b) for a, b in zip(kept, reference, strict=True))
     del kept, batch
     numbers.clear()
     for batch, expected in zip(stream.epoch(0, None), reference, strict=True):
         assert torch.equal(batch.images, expected)
-    assert module.NONE not in numbers and len(set(numbers)) < len(numbers), "rooms are used again"
+    assert module.NONE not in numbers and len(set(numbers)) < len(numbers), "buffers are used again"

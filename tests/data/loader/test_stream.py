@@ -194,7 +194,7 @@ def test_refusals(index: Index) -> None:
         Validation(index, config("x", classes=3), 0, 1)
     with pytest.raises(ValueError, match=r"data.batch=12 on 7 processes"):
         Stream(index, config("x"), 0, 7)
-    with pytest.raises(ValueError, match=r"50 kept examples make no batch of data.batch=64"):
+    with pytest.raises(ValueError, match=r"50 kept examples are too few for a batch of data.batch=64"):
         next(Stream(index, config("x", data={"batch": 64}), 0, 1).epoch(0, None))
     with pytest.raises(ValueError, match=r"augment.policy='rend'"):
         Stream(index, config("x", augment={"policy": "rend"}), 0, 1)

@@ -1,5 +1,5 @@
-"""Bytes of an image -> pixels: JPEG through TurboJPEG where it is installed, everything else through PIL; bombs and broken images are
-refused. The pixels are PIL's either way, bit for bit, and PIL decides what is broken."""
+"""Bytes of an image -> pixels: JPEG by TurboJPEG if it is installed, all else by PIL. The pixels equal PIL's bit for bit, and PIL
+decides which images are broken. Decompression bombs and broken images raise BrokenImage."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 from trainer.config.errors import TrilevelError
 from trainer.data.augment import turbojpeg
 
-MAX_PIXELS = 89_478_485  # what PIL warns about; a larger image is refused as a decompression bomb
+MAX_PIXELS = 89_478_485  # PIL's limit for its warning; a larger image is treated as a decompression bomb
 
 
-# What PIL may open here, whatever a file is called: its plugin for EPS starts Ghostscript, others raise what they like on torn files.
+# The only formats PIL may open: its EPS plugin starts Ghostscript, others raise arbitrary exceptions on damaged files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 
 
 class BrokenImage(TrilevelError, ValueError):
-    """An image that can't be decoded. The message says why, in one line."""
+    """An image that cannot be decoded; the message gives the reason in one line."""
 
 
 def header(data: bytes | memoryview) -> PIL.Image.Image:
-    """The image with only its header read. Raises BrokenImage where it is no image or far too large."""
+    """The image with only its header read. Raises BrokenImage for bytes that are not an image, and above MAX_PIXELS."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # whatever a decoder raises on torn bytes: the bytes are to blame
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged bytes
         raise BrokenImage("no image" if isinstance(error, PIL.UnidentifiedImageError) else _reason(error)) from None
     _refuse_bomb(image.width, image.height)
     return image
@@ -42,21 +42,21 @@ def _reason(error: Exception) -> str:
 
 def _refuse_bomb(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise BrokenImage(f"{width} x {height} pixels are more than {MAX_PIXELS}: refused as a decompression bomb")
+        raise BrokenImage(f"{width} x {height} pixels, must be <= {MAX_PIXELS} (decompression bomb)")
 
 
 def refuse_long(width: int, height: int, short_side: int) -> None:
-    """Raise BrokenImage for an image so long that it is a bomb once its short side is resized: 65,500 x 1 pixels, a PNG of 270
+    """Raise BrokenImage for an image so long that it exceeds MAX_PIXELS after a resize of its short side: 65,500 x 1 pixels, a PNG of 270
     bytes, become 4 x 10^9."""
     if max(width, height) * short_side**2 > MAX_PIXELS * min(width, height):
         raise BrokenImage(
-            f"{width} x {height} pixels, resized to a short side of {short_side}, are more than {MAX_PIXELS}: refused as a "
-            "decompression bomb"
+            f"{width} x {height} pixels, resized to a short side of {short_side}, are more than {MAX_PIXELS} "
+            "(decompression bomb)"
         )
 
 
 def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
-    """RGB as timm's and torchvision's loaders have it (EXIF orientation is not applied). Raises BrokenImage."""
+    """RGB as in timm's and torchvision's loaders (EXIF orientation is not applied). Raises BrokenImage."""
     image = header(data)
     try:
         return image.convert("RGB")
@@ -70,11 +70,11 @@ def decode(data: bytes | memoryview) -> Tensor:
 
 
 class EncodedImage:
-    """An image whose pixels are decoded when they are asked for; copies of an example share one.
+    """An image that is decoded on first use; copies of an example share one.
 
-    A box of a JPEG is decoded by itself where TurboJPEG is installed: the same pixels for less. A JPEG that is more than one plain
-    scan is decoded whole, and by PIL where TurboJPEG has a warning, so that what counts as broken depends neither on the library
-    nor on the box. Raises BrokenImage, here or later.
+    With TurboJPEG only the box of a JPEG is decoded: the same pixels in less time. A JPEG of more than one plain scan is decoded
+    whole, and by PIL if TurboJPEG warns, so that whether an image is broken depends neither on the library nor on the box.
+    Raises BrokenImage, here or at the first decode.
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -82,12 +82,12 @@ class EncodedImage:
         self._pixels: Tensor | None = None
         if self._frame.channels in (1, 3):
             _refuse_bomb(self._frame.width, self._frame.height)
-        else:  # CMYK, or no JPEG
+        else:  # CMYK, or not a JPEG
             self._pixels = as_tensor(decode_exact(data))
 
     @classmethod
     def of(cls, pixels: Tensor) -> EncodedImage:
-        """From pixels that are there: (3, H, W) uint8."""
+        """From decoded pixels: (3, H, W) uint8."""
         picture = cls.__new__(cls)
         picture._data, picture._frame, picture._pixels = b"", Frame(0, 0, 0, 0, 0), pixels
         return picture
@@ -107,7 +107,7 @@ class EncodedImage:
             pixels = as_tensor(decode_exact(self._data) if cut is None else cut)
             if pixels.shape[1:] != size:
                 height, width = pixels.shape[1:]
-                raise BrokenImage(f"broken image: its header has {size[1]} x {size[0]} pixels, the decoder {width} x {height}")
+                raise BrokenImage(f"broken image: {size[1]} x {size[0]} pixels in its header, {width} x {height} decoded")
             self._pixels = pixels
         return self._pixels
 
@@ -125,7 +125,7 @@ _SEGMENTS = frozenset([0xC4, 0xCC, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE]) 
 
 
 class Frame(NamedTuple):
-    """A JPEG's frame header; all 0 where there is none. kind: number of the SOF marker; scan: where the first scan begins."""
+    """A JPEG's frame header; all 0 if none was found. kind: number of the SOF marker; scan: where the first scan begins."""
 
     height: int
     width: int
@@ -135,14 +135,14 @@ class Frame(NamedTuple):
 
 
 def frame(data: bytes | memoryview) -> Frame:
-    """From the markers before the first scan, read as libjpeg reads them: what it would skip or refuse gives an empty Frame, and
-    PIL decides. 7 us; PIL's header takes 120."""
+    """From the markers before the first scan, parsed as by libjpeg: markers that it would skip or reject give an empty Frame, and
+    PIL decodes. 7 us; PIL's header takes 120."""
     at, found = 2, Frame(0, 0, 0, 0, 0)
     while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:
         kind = data[at + 1]
-        if kind == 0xFF:  # filling
+        if kind == 0xFF:  # fill byte
             at += 1
-        elif 0xD0 <= kind <= 0xD7:  # RST: no length. TEM (01) has none either, and is nothing that PIL reads
+        elif 0xD0 <= kind <= 0xD7:  # RST has no length. TEM (01) has none either; PIL rejects it
             at += 2
         elif kind == 0xDA:
             return found._replace(scan=at + 2 + (data[at + 2] << 8 | data[at + 3]))
@@ -158,8 +158,8 @@ def frame(data: bytes | memoryview) -> Frame:
 
 
 def is_plain_scan(data: bytes | memoryview, frame: Frame) -> bool:
-    """Whether a JPEG is one Huffman-coded scan with no marker but restarts up to its end: then nothing behind a box can make the
-    full decode fail. 25 us. A progressive one gains little (7 %): all its scans are read whatever is shown."""
+    """Whether a JPEG is one Huffman-coded scan without markers except restarts: then no data after a box can make the full
+    decode fail. 25 us. Progressive JPEGs gain little (7 %): all their scans are read for any box."""
     if frame.kind not in (0xC0, 0xC1) or not 0 < frame.scan <= len(data) - 2 or data[-2:] != b"\xff\xd9":
         return False
     scan = np.frombuffer(data, dtype=np.uint8, offset=frame.scan)

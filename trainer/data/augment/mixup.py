@@ -3,7 +3,7 @@
 One draw per optimizer step, keyed by (seed, step), in timm's "batch" mode with timm's distributions; neighbours instead of
 timm's flip of the local batch, so that the pairs don't depend on the number of processes or on accumulation. Mixup (Zhang et
 al. 2018): x = lam * own + (1 - lam) * partner. Cutmix (Yun et al. 2019): a box of the partner is pasted, and lam becomes the
-share of the area that is left.
+share of the remaining area.
 
 Letters: b rows of a micro-batch (even; pairs are never split), S side of an image, C classes.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from trainer.config.schema import AugmentConfig
 
-KEY = 0x6D6978  # keeps this stream of random numbers apart from others with the same seed and step
+KEY = 0x6D6978  # separates this random stream from others with the same seed and step
 
 
 class Mix(NamedTuple):
-    """What a step mixes: the own share `lam` in [0, 1], and for cutmix the box (top, bottom, left, right) of the partner."""
+    """The mix of a step: the own share `lam` in [0, 1], and for cutmix the partner's box (top, bottom, left, right)."""
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
@@ -50,12 +50,12 @@ def sample(augment: AugmentConfig, rng: np.random.Generator, image_size: int) ->
     y, x = int(rng.integers(0, image_size)), int(rng.integers(0, image_size))
     top, bottom = max(y - side // 2, 0), min(y + (side + 1) // 2, image_size)
     left, right = max(x - side // 2, 0), min(x + (side + 1) // 2, image_size)
-    area = (bottom - top) * (right - left)  # what the border leaves of the box decides the shares
+    area = (bottom - top) * (right - left)  # the box clipped at the border gives the shares
     return Mix(1.0 - area / float(image_size * image_size), (top, bottom, left, right))
 
 
 def partners(rows: Tensor) -> Tensor:
-    """Each row's partner at its place: (b, ...) -> (b, ...), rows 2i and 2i+1 exchanged."""
+    """Each row's partner: (b, ...) -> (b, ...), rows 2i and 2i+1 swapped."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
@@ -70,12 +70,12 @@ def shares(mix: Mix, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_images(images: Tensor, mix: Mix, weights: Tensor) -> Tensor:
-    """Mixed images: (b, 3, S, S) float -> the same shape; `weights` (b,), 0 marks a row that nobody may be mixed with."""
+    """Mixed images: (b, 3, S, S) float -> the same shape; rows with `weights` (b,) 0 are not mixed into their partner."""
     if mix.lam == 1.0:
         return images
     if mix.box is None:
         own, other = (share.to(images.dtype).view(-1, 1, 1, 1) for share in shares(mix, weights))
-        # 0 x partner would still carry a NaN over, but a broken row holds zeros by the batch contract
+        # 0 x NaN would be NaN, but broken rows hold zeros (see Batch)
         return images * own + partners(images) * other
     top, bottom, left, right = mix.box
     there = (partners(weights) > 0).view(-1, 1, 1, 1)

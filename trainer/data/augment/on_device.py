@@ -1,4 +1,4 @@
-"""The device's part of the augmentation: flip, normalise, erase. What to do was drawn on the host, keyed by the example.
+"""The device's part of the augmentation: flip, normalise, erase. The host draws the parameters, keyed by the example.
 
 In timm's order and with timm's numbers: flip, then `PrefetchLoader`'s normalisation of 0..255, then random erasing with normal
 noise per pixel (Zhong et al. 2017, timm's "pixel" mode). No host sync.
@@ -20,7 +20,7 @@ from trainer.config.schema import AugmentConfig
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
 
-SALT = 0x657261  # keeps the noise apart from other choices keyed by the same draw
+SALT = 0x657261  # separates the noise from other random choices with the same key
 PLACES = 1 << 20
 
 
@@ -34,7 +34,7 @@ def augment_on_device(batch: Batch, augment: AugmentConfig) -> Tensor:
 
 
 def normalise(images: Tensor, augment: AugmentConfig) -> Tensor:
-    """(b, 3, S, S) uint8 -> float32 with the mean and deviation of `augment`, as timm's PrefetchLoader to the bit."""
+    """(b, 3, S, S) uint8 -> float32 with the mean and std of `augment`; equals timm's PrefetchLoader bit for bit."""
     mean, std = _statistics(augment.mean, augment.std, images.device)
     return images.contiguous().float().sub_(mean).div_(std)  # batches come channels last
 
@@ -42,8 +42,8 @@ def normalise(images: Tensor, augment: AugmentConfig) -> Tensor:
 def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor) -> Tensor:
     """Fill a box of each image with normal noise.
 
-    images: (b, 3, S, S) float; boxes: (b, 4) top, left, height, width, height 0 = none; rng_keys: (b,) int64, which the
-    noise is keyed by.
+    images: (b, 3, S, S) float; boxes: (b, 4) top, left, height, width, height 0 = none; rng_keys: (b,) int64, the keys of
+    the noise.
     """
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
     top, left, height, width = boxes.to(torch.int64).unbind(1)
@@ -56,15 +56,15 @@ def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor) -> Tensor:
 def noise(rng_keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers: rng_keys (b,) int64 -> (b, *shape) float32, the same on any device and in any batch.
 
-    Every row is read from its own place in one table: to hash each pixel took a hundred times as long (16 images of 224 px on
-    one CPU core: 150 ms against 1.2 ms), more than the rest of the augmentation on the device together.
+    Every row is a slice of one table, at an offset drawn by its key: hashing each pixel took a hundred times as long (16 images
+    of 224 px on one CPU core: 150 ms against 1.2 ms), more than the rest of the device's augmentation.
     """
     length = torch.Size(shape).numel()
     places = (keyed_random.uniform(rng_keys, SALT) * PLACES).to(torch.int64)
     return _table(PLACES + length, rng_keys.device).unfold(0, length, 1)[places].unflatten(1, shape)
 
 
-# A tensor made from host numbers is a host sync, so each is made once.
+# Creating a tensor from host numbers is a host sync, so each is cached.
 
 
 @lru_cache(maxsize=8)
@@ -75,5 +75,5 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.d
 
 @lru_cache(maxsize=4)
 def _table(length: int, device: torch.device) -> Tensor:
-    """(length,) float32; made on the CPU, where a logarithm is not rounded otherwise than on the next machine's GPU."""
+    """(length,) float32; made on the CPU: GPUs differ in the rounding of a logarithm."""
     return keyed_random.normal(torch.arange(length), SALT).to(device)

@@ -1,8 +1,8 @@
 """Colour and shape policies on the cropped image: RandAugment (Cubuk et al. 2020), AutoAugment, 3-Augment (Touvron et al. 2022), AugMix.
 
-The operations, their strengths and their probabilities are timm's, read from the transform that timm builds from its text form;
-what is drawn comes from the example's own generator. Shear, translation and sharpening give PIL's pixels by a shorter way (see
-`shear`); everything else is PIL.
+Operations, magnitudes and probabilities are timm's, read from the transform that timm builds from its config string; random
+numbers come from the example's own generator. Shear, translation and sharpening compute PIL's pixels faster (see `shear`); the
+other operations are PIL's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.shear import sheared
 
-Pixels = np.ndarray | PIL.Image.Image  # (S, S, 3) uint8, or PIL's: an operation takes what the one before it left
+Pixels = np.ndarray | PIL.Image.Image  # (S, S, 3) uint8, or PIL's: operations accept both
 Policy = Callable[[np.ndarray, random.Random], Pixels]
 
 _TRANSPOSE = PIL.Image.Transpose.TRANSPOSE
@@ -33,8 +33,8 @@ _BLUR = (0.1, 2.0)  # radius of 3-Augment's blur
 
 
 def policy_of(augment: AugmentConfig, size: int) -> Policy | None:
-    """What `augment.policy` and `augment.color_jitter` ask for, None where that is nothing. As in timm, colour jitter stays out
-    beside RandAugment and its kin. Raises ConfigError for a policy that timm doesn't know."""
+    """The policy of `augment.policy` and `augment.color_jitter`, None if both are off. As in timm, RandAugment, AutoAugment and AugMix
+    switch colour jitter off. Raises ConfigError for a policy unknown to timm."""
     strength = augment.color_jitter
     if augment.policy == "none":
         return (lambda image, rng: jittered(image, rng, strength)) if strength else None
@@ -64,8 +64,8 @@ def _built(text: str, augment: AugmentConfig, size: int) -> Any:
             transform = theirs.auto_augment_transform(text, settings)
     except (AssertionError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"augment.policy={augment.policy!r}: timm doesn't know it ({error}); use 'none', 'three_augment' or timm's text "
-            "form, e.g. 'rand-m9-mstd0.5-inc1'"
+            f"augment.policy={augment.policy!r}: unknown to timm ({error}); use 'none', 'three_augment' or a timm policy "
+            "string, e.g. 'rand-m9-mstd0.5-inc1'"
         ) from None
     for op in ops_of(transform):
         if op.aug_fn is theirs.posterize:
@@ -74,14 +74,14 @@ def _built(text: str, augment: AugmentConfig, size: int) -> Any:
 
 
 def ops_of(transform: Any) -> list[Any]:
-    """timm's operations in one of its policies."""
+    """The operations of a timm policy."""
     if isinstance(transform, theirs.AutoAugment):
         return [op for chain in transform.policy for op in chain]
     return list(transform.ops)
 
 
 def posterized(image: PIL.Image.Image, bits: int, **_: Any) -> PIL.Image.Image:
-    """timm asks for 0 bits at the top magnitude (DeiT's rand-m9-mstd0.5-inc1 at +2 sigma), a black image; Pillow 13 refuses."""
+    """timm's top magnitude is 0 bits (DeiT's rand-m9-mstd0.5-inc1 at +2 sigma), a black image; Pillow 13 raises an error for it."""
     return theirs.posterize(image, bits) if bits > 0 else PIL.Image.new(image.mode, image.size)
 
 
@@ -93,7 +93,7 @@ def _applied(transform: Any, image: Pixels, rng: random.Random) -> Pixels:
 
 
 def _chosen(transform: Any, rng: random.Random) -> list[Any]:
-    """The operations of one image; weighted ones are drawn without return, as timm draws them."""
+    """The operations of one image; weighted ones are drawn without replacement, as in timm."""
     if isinstance(transform, theirs.AutoAugment):
         return rng.choice(transform.policy)
     if transform.choice_weights is None:
@@ -107,7 +107,7 @@ def _chosen(transform: Any, rng: random.Random) -> list[Any]:
 
 
 def arguments(op: Any, rng: random.Random) -> tuple[float, ...]:
-    """How strong an operation of timm's is to be, drawn as `AugmentOp` and its level functions draw it."""
+    """The magnitude of a timm operation, drawn as in `AugmentOp` and its level functions."""
     level = op.magnitude
     if op.magnitude_std == float("inf"):
         level = rng.uniform(0, level)
@@ -128,11 +128,11 @@ def arguments(op: Any, rng: random.Random) -> tuple[float, ...]:
             return (max(0.1, 1 + 0.9 * signed),)
         case "GaussianBlurRand":
             return (rng.uniform(_BLUR[0], _BLUR[1] * level / _LEVELS),)
-    return op.level_fn(level, op.hparams) if op.level_fn else ()  # the others draw nothing
+    return op.level_fn(level, op.hparams) if op.level_fn else ()  # the other operations draw nothing
 
 
 def applied(op: Any, image: Pixels, *how: float) -> Pixels:
-    """One operation of timm's at the strength given by `arguments`."""
+    """Apply a timm operation with the magnitude given by `arguments`."""
     bicubic, fill = op.kwargs["resample"] == PIL.Image.Resampling.BICUBIC, op.kwargs["fillcolor"]
     match op.name:
         case "ShearX" if bicubic:
@@ -159,7 +159,7 @@ def _down(image: Pixels, factor: float, offset: float, fill: tuple[int, ...]) ->
 
 
 def smoothed(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: PIL's `ImageFilter.SMOOTH`, to the bit: mean of 3 x 3 with the middle five times, the border as it is."""
+    """(H, W, 3) uint8: PIL's `ImageFilter.SMOOTH`, bit for bit: mean of 3 x 3 with weight 5 in the middle, the border unchanged."""
     wide = pixels.astype(np.uint16)
     sums = wide[:-2] + wide[1:-1] + wide[2:]
     sums = sums[:, :-2] + sums[:, 1:-1] + sums[:, 2:] + 4 * wide[1:-1, 1:-1]
@@ -175,7 +175,7 @@ def _mixed(transform: Any, image: Pixels, rng: random.Random) -> Pixels:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """AugMix draws from the global `random` and numpy generators: seed them around one example and put them back."""
+    """AugMix draws from the global `random` and numpy generators: seed them for one example, then restore them."""
     ours, numpys = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -1,4 +1,4 @@
-"""What happens to one image on the host: crop, resize, colour policy. Bytes in, uint8 out; the device does the rest.
+"""The host's part of the transform of one image: crop, resize, colour policy. Bytes in, uint8 out; `on_device` does the rest.
 
 Every random choice comes from one generator seeded by (seed, epoch, example, copy), so an image looks the same on any rank and
 worker. Distributions are timm's (`timm.data.transforms_factory`); flip and erasing are drawn here and applied on the device.
@@ -26,7 +26,7 @@ _SRC_PADDING = 4  # DeiT-III's simple random crop
 
 
 class AugmentedImage(NamedTuple):
-    """One image made ready. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none)."""
+    """One transformed image. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none)."""
 
     pixels: Tensor
     flip: bool = False
@@ -34,22 +34,22 @@ class AugmentedImage(NamedTuple):
 
 
 class Transform:
-    """Bytes -> Image. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing."""
+    """Bytes -> AugmentedImage. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing."""
 
     def __init__(self, augment: AugmentConfig, image_size: int, train: bool, crop_pct: float = 0.875) -> None:
         self.augment, self.size, self.train = augment, image_size, train
         self._evaluate = transforms_imagenet_eval(
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
-        self._short_side = math.floor(image_size / crop_pct)  # that timm resizes to
+        self._short_side = math.floor(image_size / crop_pct)  # timm resizes the short side to it
         self._policy = policy_of(augment, image_size)
 
     def __call__(self, data: memoryview, key: int = 0) -> AugmentedImage:
-        """One image; raises BrokenImage saying what is wrong with it. key: see `row_keys`."""
+        """One image; raises BrokenImage with the reason. key: see `row_keys`."""
         return self.apply(self.decode(data), key)
 
     def decode(self, data: memoryview, copies: bool = False) -> EncodedImage | PIL.Image.Image:
-        """An image that `apply` makes ready; of a single one only what it shows is decoded, one with copies is decoded once."""
+        """An image for `apply`. Without copies only the crop is decoded, with copies the whole image, once."""
         if not self.train:
             return decode_exact(data)
         image = EncodedImage(data)
@@ -70,19 +70,19 @@ class Transform:
         return AugmentedImage(pixels, flip, erase)
 
     def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int] | None:
-        """Which part of a height x width image `augment.crop: rrc` shows: top, left, height, width. None for other crops."""
+        """The crop of a height x width image with `augment.crop: rrc`: top, left, height, width. None for other crops."""
         if not self.train or self.augment.crop != "rrc":
             return None
         return _resized_crop(self._generator(key)[0], height, width, self.augment.scale, self.augment.ratio)
 
     def _generator(self, key: int) -> tuple[random.Random, bool, tuple[int, int, int, int]]:
-        """The example's generator behind the draws that the device carries out: flip, box to erase."""
+        """(generator, flip, box to erase): the generator after its draws for the device."""
         rng, a = random.Random(key), self.augment
         flip = rng.random() < a.flip
         return rng, flip, _erase(rng, self.size) if rng.random() < a.erasing else (0, 0, 0, 0)
 
     def _crop(self, image: EncodedImage, rng: random.Random) -> Tensor:
-        """(3, S, S) by the rule of `augment.crop`."""
+        """(3, S, S) uint8, cropped by the method `augment.crop`."""
         size, a = self.size, self.augment
         height, width = image.size()
         if a.crop == "rrc":
@@ -100,7 +100,7 @@ class Transform:
         pixels = pixels[:, top : top + size, left : left + size]
         if a.crop == "none" or a.shift == 0:
             return pixels
-        moved = torch.zeros(3, size, size, dtype=torch.uint8)  # the middle, moved a few pixels; black comes in
+        moved = torch.zeros(3, size, size, dtype=torch.uint8)  # the centre crop, shifted a few pixels, with a black border
         down, right = rng.randint(-a.shift, a.shift), rng.randint(-a.shift, a.shift)
         (to_y, from_y), (to_x, from_x) = _overlap(down, size), _overlap(right, size)
         moved[:, to_y, to_x] = pixels[:, from_y, from_x]
@@ -109,7 +109,7 @@ class Transform:
     def _resize(self, pixels: Tensor, height: int, width: int) -> Tensor:
         if pixels.shape[1:] == (height, width):
             return pixels
-        # torch's uint8 kernel is the one torchvision takes; handed channels last it is 2.4 times as fast as through torchvision
+        # torchvision calls the same uint8 kernel; with channels last it is 2.4 times as fast as through torchvision
         pixels = pixels[None].contiguous(memory_format=torch.channels_last)
         return interpolate(pixels, (height, width), mode=self.augment.interpolation, antialias=True)[0]
 
@@ -121,14 +121,14 @@ def _mirrored(begin: int, size: int, side: int) -> Tensor:
 
 
 def _overlap(by: int, size: int) -> tuple[slice, slice]:
-    """(where to, where from) on one axis of an image moved by some pixels."""
+    """(target, source) slices on one axis of an image shifted by `by` pixels."""
     return slice(max(by, 0), size + min(by, 0)), slice(max(-by, 0), size - max(by, 0))
 
 
 def _resized_crop(
     rng: random.Random, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Box of a random resized crop (Szegedy et al. 2015), drawn as timm and torchvision draw it: top, left, height, width."""
+    """Box of a random resized crop (Szegedy et al. 2015), drawn as in timm and torchvision: top, left, height, width."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_TRIES):
         area, aspect = rng.uniform(*scale) * height * width, math.exp(rng.uniform(low, high))

@@ -1,8 +1,8 @@
-"""The one door to TurboJPEG: the part of a JPEG that a crop shows, decoded without the rest.
+"""The only module that calls TurboJPEG: decodes the crop of a JPEG without the rest.
 
-libjpeg-turbo 3 leaves out the transforms and colours of what lies outside a cropping region, and everything behind its last row.
-The pixels are those of the whole image, bit for bit; a picture that it has anything to say about is left to the full decoder.
-Looked for on the system (Debian's libturbojpeg before 3 can't do it) and in the wheel `turbojpeg`.
+libjpeg-turbo 3 skips inverse transform and colour conversion outside a cropping region, and everything after its last row. The
+pixels equal those of the whole image bit for bit; an image with any warning or error is left to the full decoder. The library is
+searched on the system (Debian's libturbojpeg before 3 lacks cropping) and in the wheel `turbojpeg`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Region(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """TurboJPEG >= 3 by ctypes, None where there is none. Its calls let go of the interpreter."""
+    """TurboJPEG >= 3 by ctypes, None if it is not installed. ctypes calls release the GIL."""
     for path in _places():
         try:
             found = ctypes.CDLL(path)
@@ -86,15 +86,15 @@ def cut(data: bytes | memoryview, box: tuple[int, int, int, int], size: tuple[in
     """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
     size: (height, width) that the JPEG must have.
 
-    None where there is no library, or where TurboJPEG fails or warns: then the full decode decides. What lies behind the
-    box's last row is not looked at, see `decode.EncodedImage`.
+    None without the library, or if TurboJPEG fails or warns: then PIL decodes the whole image. Data after the box's last row
+    is not read, see `decode.EncodedImage`.
     """
     turbo = library()
     if turbo is None:
         return None
     pixels = _cut(turbo, _handle(), np.frombuffer(data, dtype=np.uint8), size, *box)
     if pixels is None:
-        _own.handle = None  # one that has failed may go on failing ("two SOI markers")
+        _own.handle = None  # after a failure a handle may keep failing ("two SOI markers")
     return pixels
 
 
@@ -107,11 +107,11 @@ def _cut(
     unit = _UNIT_WIDTH.get(turbo.tj3Get(handle, _SUBSAMPLING))
     whole_width, whole_height = turbo.tj3Get(handle, _WIDTH), turbo.tj3Get(handle, _HEIGHT)
     known = turbo.tj3Get(handle, _PRECISION) == 8 and turbo.tj3Get(handle, _COLOURS) in _COLOURED
-    inside = 0 < height <= whole_height - top and 0 < width <= whole_width - left  # to TurboJPEG 0 means all that is left
+    inside = 0 < height <= whole_height - top and 0 < width <= whole_width - left  # TurboJPEG takes 0 as the rest of the image
     if unit is None or not known or not inside or size not in (None, (whole_height, whole_width)):
         return None
-    # a region begins between iMCUs; the smooth enlarging of colours looks one sample to each side, and is given up where there
-    # are less than two of them
+    # a region begins at an iMCU border; smooth chroma upsampling reads one sample to each side, and is switched off where
+    # there are fewer than two samples
     last = min(whole_width, max(left + width + 1, unit))
     first = max(0, min(left - 1, last - unit)) // unit * unit
     if turbo.tj3SetCroppingRegion(handle, _Region(first, top, last - first, height)):

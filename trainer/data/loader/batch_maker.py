@@ -1,4 +1,4 @@
-"""The rows of one micro-batch: read, decode, crop, fill; what a worker process does."""
+"""Makes a Batch in a worker process: read, decode, crop, fill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.config.run_config import Config
 from trainer.data.augment.decode import BrokenImage, EncodedImage, header
 from trainer.data.augment.transform import Transform
-from trainer.data.batch import NOBODY, Batch
+from trainer.data.batch import PADDING, Batch
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import cache_of
@@ -29,9 +29,9 @@ class BatchMaker:
         self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
 
     def batch(self, epoch: int, rows: Rows, slots: int, images: Tensor | None = None) -> Batch:
-        """images: where the pixels go, see `shared_buffers`."""
+        """images: the buffer for the pixels, see `shared_buffers`; None: a new one."""
         images = new_buffer(slots, self._size) if images is None else images
-        pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy sets a row in a tenth of the time that torch takes
+        pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy writes a row in a tenth of torch's time
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
         keys = row_keys(self._seed, epoch, rows.ids, rows.copies)
         broken: dict[int, str] = {}
@@ -51,18 +51,22 @@ class BatchMaker:
             except (BrokenImage, DataError) as error:
                 broken[example] = f"{self.index.where(example)}: {error}"
                 continue
-            except (MemoryError, RuntimeError, ValueError) as error:  # of a resize or a colour policy: one image ends no run
+            except (
+                MemoryError,
+                RuntimeError,
+                ValueError,
+            ) as error:  # of a resize or a colour policy: count the image as broken, keep the run alive
                 broken[example] = f"{self.index.where(example)}: {type(error).__name__}: {error}"
                 continue
             pixels[row] = image.pixels.permute(1, 2, 0).numpy()
             weights[row], flip[row], erase[row] = 1.0, image.flip, image.erase
             if not copies:
-                opened.clear()  # done with it
+                opened.clear()  # release the decoded image
         pixels[weights == 0] = 0  # padding and broken images are black
         return Batch(
             images,
             _filled(self.index.labels[rows.ids], slots, 0),
-            _filled(rows.ids, slots, NOBODY),
+            _filled(rows.ids, slots, PADDING),
             _filled(rows.copies, slots, 0),
             torch.from_numpy(weights),
             torch.from_numpy(flip),
@@ -72,7 +76,7 @@ class BatchMaker:
         )
 
     def boxes(self, ids: np.ndarray, keys: np.ndarray) -> list[list[int] | None]:
-        """The crop of each row in its source image (see `Transform.box`); None where the image is broken or the crop has no box."""
+        """The crop of each row in its source image (see `Transform.box`); None for a broken image, and for crops without a box."""
         found: list[list[int] | None] = []
         for data, key in zip(self._reader.read(ids), keys.tolist(), strict=True):
             try:

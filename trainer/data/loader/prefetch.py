@@ -1,7 +1,7 @@
-"""Which shards a rank needs next, told to the process that fetches them into the node's cache before they are read.
+"""Sends the shards that a rank needs next to the fetch process, which downloads them into the node's cache before they are read.
 
-A lane reads the shards of one window all at once and then those of the next, so these are what the cache must hold: (lanes of
-the node's ranks) x (shards of a window), twice that for the next windows to come in while the current ones are read.
+A lane reads all shards of a window at the same time, then those of the next. So the cache must hold (lanes of the node's ranks) x
+(shards of a window), and twice that for the next windows to be downloaded while the current ones are read.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ T = TypeVar("T")
 
 
 class Prefetcher:
-    """Keeps a fetching process busy with the shards named last. share: the part of the cache it may fill for this rank."""
+    """Sends lists of shards to a fetch process. share: the part of the cache for this rank's shards."""
 
     def __init__(self, index: Index, cache: Cache, share: float) -> None:
-        self._index, self._cache, self._room = index, cache, int(cache.size * share)
+        self._index, self._cache, self._space = index, cache, int(cache.size * share)
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
 
     def request(self, shards: Iterable[int]) -> None:
-        """Shards in the order of need; as many as there is room for are fetched."""
+        """Shards in the order of need; as many as fit into the rank's part of the cache are fetched."""
         wanted: dict[int, None] = {}
-        room = self._room
+        space = self._space
         for shard in shards:
             if shard not in wanted:
-                room -= self._index.shards[shard]["bytes"]
-                if room < 0:
+                space -= self._index.shards[shard]["bytes"]
+                if space < 0:
                     break
                 wanted[shard] = None
         line = json.dumps([self._index.source(shard) for shard in wanted])
-        with suppress(OSError):  # it is gone: readers fetch for themselves, the next call starts another
-            told = self._running()
-            told.write(line + "\n")
-            told.flush()
+        with suppress(OSError):  # the process died: readers download by themselves, the next call starts another
+            stdin = self._running()
+            stdin.write(line + "\n")
+            stdin.flush()
 
     def prefetching(
         self, batches: Iterable[T], first: int, place: Callable[[int], Hashable], shards: Callable[[int], Iterable[int]]
     ) -> Iterator[T]:
-        """`batches`, the first of them number `first`. Where place(number) is new, shards(number) are wanted before the batch."""
-        said: Hashable = None
+        """Yields `batches`, numbered from `first`. When place(number) changes, shards(number) are requested before the batch."""
+        last: Hashable = None
         iterator: Iterator[T] | None = None
         for number in itertools.count(first):
-            if (now := place(number)) != said:
+            if (now := place(number)) != last:
                 self.request(shards(number))
-                said = now
+                last = now
             iterator = iter(batches) if iterator is None else iterator
             try:
                 yield next(iterator)
@@ -90,7 +90,7 @@ class Prefetcher:
 
 
 def _end(process: subprocess.Popen[str], owner: int) -> None:
-    """Tell it to end: its input may stay open in decoding processes. Not from one of those, whose rank still needs it."""
+    """Send `end`, because worker processes may keep the pipe open. Does nothing in a worker, whose rank still needs the process."""
     if owner == os.getpid():
         with suppress(OSError, ValueError, subprocess.TimeoutExpired):
             process.communicate("end\n", timeout=5)
@@ -108,18 +108,18 @@ def upcoming(order: EpochOrder, step: int, rows: tuple[int, int]) -> Iterator[in
 
 
 def rows_of_node(batch: int, world: int, rank: int) -> tuple[tuple[int, int], int]:
-    """(rows of a global batch that the ranks of this rank's node take, number of these ranks), as the launcher's LOCAL_RANK and
-    LOCAL_WORLD_SIZE say."""
+    """(rows of a global batch of all ranks on this rank's node, number of these ranks), by LOCAL_RANK and LOCAL_WORLD_SIZE of the
+    launcher."""
     first = max(0, rank - int(os.environ.get("LOCAL_RANK", "0")))
     ranks = max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world - first))
     return (slice_of(batch, world, first)[0], slice_of(batch, world, first + ranks - 1)[1]), ranks
 
 
 def refuse_small_cache(index: Index, layout: Layout, cache: Cache, rows: tuple[int, int], kept: float) -> None:
-    """Raise DataError, with the number, where the cache can't hold the shards that a node reads at the same time.
+    """Raise DataError if the cache is too small for the shards that a node reads at the same time.
 
-    rows: of a global batch, those of all ranks of the node. kept: the smallest share of the examples an epoch shows (dropping
-    spreads a window over more shards). Shards are taken as equally long.
+    rows: of a global batch, those of all ranks of the node. kept: the smallest share of the examples that an epoch shows
+    (dropping examples spreads a window over more shards). Assumes shards of equal size.
     """
     lanes = len(EpochOrder(layout, 0).lanes_of(*rows))
     num_shards, length = len(index.sizes), sum(s["bytes"] for s in index.shards) / len(index.sizes)

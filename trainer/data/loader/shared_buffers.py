@@ -1,7 +1,7 @@
-"""Memory in which batches travel from decoding processes to their rank, used again once nobody holds the last batch in it.
+"""Shared-memory buffers for the pixels of batches, from worker processes to their rank; reused once no tensor references them.
 
-Fresh shared memory costs both sides a page fault for every 4 KiB, .1 ms of an image of 224 px in the worker alone, and each tensor of a
-batch a file handed over through a socket. So pixels stay where they are and go by their room's number, the rest goes as bytes.
+New shared memory costs both sides a page fault per 4 KiB (.1 ms for an image of 224 px in the worker alone), and a file descriptor
+sent through a socket for each tensor of a batch. So pixels stay in their buffer and only its number is sent; the rest is pickled.
 """
 
 from __future__ import annotations
@@ -15,84 +15,84 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-NONE = -1  # no room: the batch goes through memory of its own
+NONE = -1  # no buffer: the batch gets new shared memory
 _names = itertools.count()
 _known: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()  # of the rank's process
 
 
 class BufferPool:
-    """`count` rooms for the pixels of a batch, made before the decoding processes, which are given their numbers."""
+    """`count` buffers for the pixels of a batch, created before the workers, which address them by number."""
 
     def __init__(self, count: int, slots: int, size: int) -> None:
-        self.name, self._rooms = next(_names), [_shared(slots, size) for _ in range(count)]
-        self._held: list[weakref.ref[np.ndarray] | None] = [None] * count
-        self._away: set[int] = set()
+        self.name, self._buffers = next(_names), [_shared(slots, size) for _ in range(count)]
+        self._references: list[weakref.ref[np.ndarray] | None] = [None] * count
+        self._sent: set[int] = set()
         _known[self.name] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": [None] * len(self._rooms)}
+        return self.__dict__ | {"_references": [None] * len(self._buffers)}
 
     def __getitem__(self, number: int) -> Tensor:
         """(slots, 3, S, S) uint8, to be filled."""
-        return self._rooms[number]
+        return self._buffers[number]
 
     def acquire(self) -> int:
-        """A room that nobody works in or looks at, NONE where there is none."""
+        """The number of a buffer that no worker writes and no tensor references; NONE if all are in use."""
         for number in range(
-            len(self._rooms)
+            len(self._buffers)
         ):  # first whether it is away, then who looks at it: `receive` changes them in reverse
-            if number not in self._away and ((held := self._held[number]) is None or held() is None):
-                self._away.add(number)
+            if number not in self._sent and ((reference := self._references[number]) is None or reference() is None):
+                self._sent.add(number)
                 return number
         return NONE
 
     def receive(self, number: int) -> Tensor:
-        """What was filled. The room is taken until this tensor and all its views are gone."""
-        memory = self._rooms[number].numpy()  # a new array each time; the tensor's memory lives and dies with it
-        self._held[number] = weakref.ref(memory)
-        self._away.discard(number)
+        """The filled buffer. It stays in use until this tensor and all its views are deleted."""
+        memory = self._buffers[number].numpy()  # a new array each time: its weakref shows when the last tensor is deleted
+        self._references[number] = weakref.ref(memory)
+        self._sent.discard(number)
         return torch.from_numpy(memory)
 
     def reclaim(self) -> None:
-        """What was taken and has not arrived won't: no worker has a task any more."""
-        self._away.clear()
+        """Free buffers that were acquired and never received: no worker has a task any more."""
+        self._sent.clear()
 
 
 def new_buffer(slots: int, size: int) -> Tensor:
-    """(slots, 3, S, S) uint8, not yet filled. Channels last in memory, as decoders and the resize write; shared in a worker."""
+    """(slots, 3, S, S) uint8, uninitialised. Channels last in memory, as decoders and the resize write; shared in a worker."""
     if get_worker_info() is None:
         return torch.empty((slots, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     return _shared(slots, size)
 
 
 def _shared(slots: int, size: int) -> Tensor:
-    storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # what torch's own collate takes
+    storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # as in torch's default_collate
     strides = (size * size * 3, size * 3, 3, 1)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, size, size, 3), strides).permute(0, 3, 1, 2)
 
 
-def to_parent(batch: Any, rooms: BufferPool | None = None, number: int = NONE) -> Any:
-    """A batch as a data set hands it to its loader."""
-    return batch if get_worker_info() is None else ToParent(batch, rooms, number)
+def to_parent(batch: Any, buffers: BufferPool | None = None, number: int = NONE) -> Any:
+    """A batch as a data set must return it to the loader."""
+    return batch if get_worker_info() is None else ToParent(batch, buffers, number)
 
 
 class ToParent:
-    """A batch (a named tuple, `images` first) that a worker has made; it is the batch again when it arrives."""
+    """Pickles a worker's batch (a named tuple, `images` first); unpickling in the rank gives the batch."""
 
-    def __init__(self, batch: Any, rooms: BufferPool | None = None, number: int = NONE) -> None:
-        self._batch, self._rooms, self._number = batch, rooms, number
+    def __init__(self, batch: Any, buffers: BufferPool | None = None, number: int = NONE) -> None:
+        self._batch, self._buffers, self._number = batch, buffers, number
 
     def __reduce__(self) -> tuple[Any, ...]:
         images, *others = self._batch
-        place = _Place(self._rooms.name, self._number) if self._rooms is not None and self._number != NONE else images
-        return _arrived, (type(self._batch), place, [f.numpy() if isinstance(f, Tensor) else f for f in others])
+        place = _Place(self._buffers.name, self._number) if self._buffers is not None and self._number != NONE else images
+        return _rebuild, (type(self._batch), place, [f.numpy() if isinstance(f, Tensor) else f for f in others])
 
 
 class _Place(NamedTuple):
-    rooms: int
+    buffers: int
     number: int
 
 
-def _arrived(kind: Any, images: Tensor | _Place, others: list[Any]) -> Any:
-    found = _known[images.rooms].receive(images.number) if isinstance(images, _Place) else images
+def _rebuild(kind: Any, images: Tensor | _Place, others: list[Any]) -> Any:
+    found = _known[images.buffers].receive(images.number) if isinstance(images, _Place) else images
     return kind(found, *[torch.from_numpy(f) if isinstance(f, np.ndarray) else f for f in others])

@@ -9,7 +9,7 @@ import numpy as np
 from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 
-_UNEVEN = 1.5  # times a full shuffle's: more is worth a word
+_UNEVEN = 1.5  # times a full shuffle's: from here on the line has a remedy
 
 
 class Quality(NamedTuple):
@@ -24,13 +24,13 @@ class Quality(NamedTuple):
     pairs: float
 
     def text(self) -> str:
-        """For people: one line, with the way out where classes are spread unevenly."""
-        said = (
+        """One line for the console, with a remedy if classes are spread unevenly."""
+        text = (
             f"order: classes in a batch {self.classes:.2f} x as uneven as in a full shuffle, shards {self.shards:.2f} x, mixup partners "
             f"of one class {self.pairs:.2f} x as often"
         )
-        way_out = "; raise data.window or data.lanes, or shuffle the shards once (`trilevel pack` does)"
-        return said + (way_out if max(self.classes, self.pairs) > _UNEVEN else "")
+        remedy = "; raise data.window or data.lanes, or shuffle the shards once (`trilevel pack` does)"
+        return text + (remedy if max(self.classes, self.pairs) > _UNEVEN else "")
 
 
 def runs_of_class(index: Index) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def runs_of_class(index: Index) -> tuple[float, float]:
 
 
 def shuffle_quality(order: EpochOrder, labels: np.ndarray, batches: int = 64) -> Quality:
-    """Measure up to `batches` batches spread over the epoch. labels: (N,) int. Expectations are of draws without return."""
+    """Measure up to `batches` batches spread over the epoch. labels: (N,) int. Expectations are for draws without replacement."""
     layout, label, first = order.layout, np.asarray(labels), order.layout.first
     steps = np.unique(np.linspace(0, order.steps - 1, min(batches, order.steps)).astype(np.int64))
     shown = [order.rows(int(step)) for step in steps]

@@ -1,4 +1,4 @@
-"""Global batches as a rank sees them: its slice, decoded, and nothing that depends on ranks or workers in the pixels."""
+"""The training batches of one rank: its slice of each global batch, decoded. Pixels do not depend on ranks or workers."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from trainer.data.shards.index import Index
 
 
 class _Task(NamedTuple):
-    """What a worker is asked for. turn: counts the epochs asked for, so that a worker notices a new one. room: for its pixels."""
+    """A request to a worker. turn: number of the request for an epoch, so that a worker detects a new one. buffer: for its pixels."""
 
     turn: int
     epoch: int
     step: int
     dropping: bool
-    room: int = NONE
+    buffer: int = NONE
 
 
 class _Batches(Dataset[Batch]):
-    """Step -> this rank's Batch. `keep` lives in shared memory: workers outlive an epoch and see the next one's."""
+    """Step -> this rank's Batch. `keep` is in shared memory: persistent workers read the next epoch's from it."""
 
     def __init__(
-        self, maker: BatchMaker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, rooms: BufferPool | None
+        self, maker: BatchMaker, layout: Layout, bounds: tuple[int, int], slots: int, keep: Tensor, buffers: BufferPool | None
     ) -> None:
         self._maker, self._layout, self._bounds, self._slots, self._keep = maker, layout, bounds, slots, keep
-        self._rooms = rooms
+        self._buffers = buffers
         self._order: tuple[int, EpochOrder] | None = None
 
     def __getitem__(self, task: _Task) -> Batch:
@@ -46,24 +46,24 @@ class _Batches(Dataset[Batch]):
             keep = self._keep.numpy().copy() if task.dropping else None
             self._order = task.turn, EpochOrder(self._layout, task.epoch, keep)
         rows = self._order[1].rows(task.step, *self._bounds)
-        images = None if self._rooms is None or task.room == NONE else self._rooms[task.room]
-        return to_parent(self._maker.batch(task.epoch, rows, self._slots, images), self._rooms, task.room)
+        images = None if self._buffers is None or task.buffer == NONE else self._buffers[task.buffer]
+        return to_parent(self._maker.batch(task.epoch, rows, self._slots, images), self._buffers, task.buffer)
 
 
 class _Tasks:
-    """The sampler: set before every epoch. A task is given its room when the loader takes it, the rank's process knows which are free."""
+    """The sampler: set before every epoch. A task gets a free buffer when the loader takes it, in the rank's process."""
 
-    def __init__(self, rooms: BufferPool | None) -> None:
+    def __init__(self, buffers: BufferPool | None) -> None:
         self.tasks: list[_Task] = []
-        self._rooms = rooms
+        self._buffers = buffers
 
     def __iter__(self) -> Iterator[_Task]:
-        if self._rooms is None:
+        if self._buffers is None:
             yield from self.tasks
             return
-        self._rooms.reclaim()  # run at the first task: the loader has waited for those of the epoch before
+        self._buffers.reclaim()  # at the first task: the loader has waited for those of the previous epoch
         for task in self.tasks:
-            yield task._replace(room=self._rooms.acquire())
+            yield task._replace(buffer=self._buffers.acquire())
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -73,7 +73,7 @@ class Stream:
     """Training batches of one rank. `batch_split` holds micro_batch, accumulation and slots: the rows of a Batch.
 
     The same global batches on any world and with any number of workers; a worker takes every n-th batch. Raises DataError
-    for labels outside model.classes and ValueError where the batch does not fit the world.
+    for labels outside model.classes and ConfigError (a ValueError) if the batch does not fit the world.
     """
 
     def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
@@ -90,11 +90,11 @@ class Stream:
             self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
         maker = BatchMaker(index, config, train=True)
-        # two tasks a worker, the batch looked at, the one before it, and one to spare
-        rooms = BufferPool(2 * data.workers + 3, self.batch_split.slots, config.model.image_size) if data.workers else None
-        self._tasks, self._turn = _Tasks(rooms), 0
+        # two tasks per worker, the current batch, the previous one, and a spare
+        buffers = BufferPool(2 * data.workers + 3, self.batch_split.slots, config.model.image_size) if data.workers else None
+        self._tasks, self._turn = _Tasks(buffers), 0
         self._loader = Loader(
-            _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, rooms),
+            _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, buffers),
             batch_size=None,
             sampler=self._tasks,  # pyright: ignore[reportArgumentType]
             num_workers=data.workers,
@@ -106,7 +106,7 @@ class Stream:
         return EpochOrder(self.layout, epoch, None if selection is None else selection.keep)
 
     def epoch(self, epoch: int, selection: Selection | None, first_batch: int = 0) -> Iterator[Batch]:
-        """This rank's slice of global batches first_batch .. steps of the epoch. Finish or drop one epoch before the next."""
+        """This rank's slice of global batches first_batch .. steps of the epoch. Finish or drop an epoch's iterator before the next."""
         self._turn += 1
         dropping = selection is not None and selection.num_kept < int(self.layout.first[-1])
         order = self.order(epoch, selection)
@@ -120,7 +120,7 @@ class Stream:
             yield batch
 
     def _fetched(self, ahead: Prefetcher, order: EpochOrder, first_batch: int) -> Iterator[Batch]:
-        """The loader's batches, their shards fetched ahead; those of the next epoch too, guessed from what this one keeps."""
+        """The loader's batches, with their shards prefetched; also those of the next epoch, predicted from this epoch's kept examples."""
 
         def shards(step: int) -> Iterable[int]:
             yield from upcoming(order, step, self.bounds)

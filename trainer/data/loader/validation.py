@@ -20,7 +20,7 @@ from trainer.data.shards.index import Index
 
 
 class Validation:
-    """Every image once over all ranks: rank r iterates the r-th contiguous part, on all ranks the same number of batches.
+    """Every image once over all ranks: rank r iterates the r-th contiguous part; all ranks have the same number of batches.
 
     Rows beyond the part are padding with weight 0. Pixels are timm's evaluation transform's.
     """

@@ -1,4 +1,4 @@
-"""Decoding processes: deaf to signals while the rank lives, gone when it ends."""
+"""Worker processes: they ignore signals, and the rank kills them when it ends."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def ignore_signals(_worker: int) -> None:
-    """A decoding process leaves signals to its rank: schedulers send SIGTERM to all, and the rank still needs its data to stop
-    in order. A rank that is gone is noticed by the loader itself."""
+    """Schedulers send SIGTERM to all processes, and the rank still needs data to shut down in order. torch's worker loop detects
+    the death of its rank by itself."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader with deaf workers that doesn't keep an ending process waiting. A DataError of a worker is raised here as it was
-    there, without the worker's stack in its text.
+    """A DataLoader whose workers ignore signals and do not block the exit of the rank. A worker's DataError is raised here unchanged,
+    without the worker's stack in its text.
 
-    Where something still holds the iterator at the end (an uncaught error's traceback does), multiprocessing would send the
-    workers SIGTERM and wait for them for ever.
+    If something still references the iterator at exit (e.g. the traceback of an uncaught error), multiprocessing would send the
+    workers SIGTERM, which they ignore, and wait for them for ever.
     """
 
     def __init__(self, dataset: Dataset[Any], **settings: Any) -> None:
@@ -37,13 +37,13 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         iterator = super().__iter__()
         for worker in getattr(iterator, "_workers", ()):
-            worker.terminate = worker.kill  # what a dropped iterator sends to a busy one: deaf workers don't hear SIGTERM
+            worker.terminate = worker.kill  # a dropped iterator terminates busy workers by SIGTERM, which they ignore
         _live.add(iterator)
         return _raised(iterator)
 
 
 class _ErrorsAsItems(Dataset[Any]):
-    """A data set whose DataErrors are what it gives."""
+    """A data set that returns DataErrors instead of raising them."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -67,9 +67,9 @@ def _raised(iterator: Iterator[Any]) -> Iterator[Any]:
 
 @atexit.register
 def _end() -> None:
-    """Registered after torch's and multiprocessing's own, so called before them."""
+    """Registered after the handlers of torch and multiprocessing, so called before them."""
     if _live and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about what is done here
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for the workers killed here
     for iterator in list(_live):
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()
