@@ -262,7 +262,7 @@ def test_what_is_held_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: py
     journal, real = Journal(tmp_path), os.write
     monkeypatch.setattr(os, "write", full)
     journal.write("message", text="x" * 850)
-    with pytest.raises(JournalError, match=r"No space left on device for 1\d\d\d bytes: "):
+    with pytest.raises(JournalError, match=r"No space left on device for 1\d\d\d bytes "):
         journal.write("message", text="x" * 100)
     monkeypatch.setattr(os, "write", real)
     journal.close()
