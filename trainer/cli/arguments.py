@@ -28,6 +28,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="continue from the newest checkpoint (start from scratch if there is none)"
     )
 
+    c = add("config", "print the keys of a configuration: type, default, unit, meaning")
+    c.add_argument("key", metavar="KEY", nargs="?", help="a key or a section, e.g. data.lanes or tokens (default: all)")
+    c.add_argument("--markdown", action="store_true", help="the whole reference, as docs/configuration.md has it")
+
     c = add("pack", "pack images into webdataset shards with an index")
     c.add_argument(
         "source", metavar="SRC", help="class folders, flat `<class>_...` files, a tar of either, a tar of tars, sklearn:digits"

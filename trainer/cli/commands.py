@@ -39,6 +39,15 @@ def _train(a: argparse.Namespace) -> int:
     return code
 
 
+def _config(a: argparse.Namespace) -> None:
+    from trainer.config import reference
+
+    if a.markdown:
+        print(reference.markdown(), end="")
+    else:
+        print(reference.text(reference.select(a.key) if a.key else reference.all_keys()))
+
+
 def _pack(a: argparse.Namespace) -> None:
     from trainer.data.shards.pack import pack
 
@@ -211,6 +220,7 @@ def _doctor(a: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "train": _train,
+    "config": _config,
     "pack": _pack,
     "index": _index,
     "verify": _verify,

@@ -62,16 +62,25 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is RUNS/NAME."""
     runs: str = "runs"
+    """Folder of run directories."""
     seed: int = Field(default=0, ge=0)
+    """Seed of weights, order and augmentation. Nothing depends on the number of processes or workers."""
     epochs: int = Field(default=300, gt=0)
-    stop_at: Length | None = None  # stop there with a checkpoint, as if preempted; schedules stay those of `epochs`
+    """Length of the schedule in epochs."""
+    stop_at: Length | None = None
+    """Stop there with a checkpoint, as if preempted; schedules stay those of `epochs`. For dry runs and shared studies.
+    Default: none."""
     log_every: Length = Duration(count=20, unit="step")
+    """Distance between log lines, e.g. 20step. Each one synchronises the device once."""
     control: Share = (
         0.005  # share of the training time spent on timing a dense control, see `trainer.run.dense_baseline`; 0 = none
     )
-    # authors: attention, token order and masks as in the reference code; its correctness rule has a name of its own, examples.rule=authors
+    """Share of the training time spent on timing dense passes beside the run's own, for the certified speedup; 0 = none."""
     compat: Literal["none", "authors"] = "none"
+    """`authors`: attention, token order and masks as in the Tri-Level reference code (its correctness rule:
+    examples.rule=authors)."""
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()

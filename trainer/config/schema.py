@@ -20,31 +20,60 @@ class ModelConfig(Section):
     """Which network. `name` is a timm VisionTransformer; `args` goes to `timm.create_model` as it is."""
 
     name: str
+    """timm name of a VisionTransformer, e.g. deit_small_patch16_224."""
     classes: int = Field(default=1000, ge=2)
+    """Number of classes. `trilevel pack` prints it; labels outside are refused."""
     image_size: int = Field(default=224, ge=8)
-    init: str = "random"  # "random", "timm" (pretrained weights by name), or the path of a weights file
+    """Side of the square input in pixels. Another size than the timm model's default changes the number of tokens."""
+    init: str = "random"
+    """Starting weights: `random`, `timm` (pretrained weights by name, downloaded), or the path of a weights file."""
     drop_path: Chance = 0.0
+    """Stochastic depth rate of the last block; earlier blocks rise linearly from 0. Larger models want more (DeiT-B .1)."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `timm.create_model` that build the network, e.g. {patch_size: 4, embed_dim: 96}."""
 
 
 class DataConfig(Section):
     """Where the shards are and how a global batch is made of them (see `trainer.data.order`)."""
 
-    train: str  # path, glob, brace pattern or URL pattern, as webdataset users write it
+    train: str
+    """Training shards, as webdataset users write them: a path, a glob, a brace pattern or a URL pattern."""
     validation: str
-    batch: int = Field(default=1024, ge=2)  # global and fixed, whatever the number of processes
-    micro_batch: int = Field(default=128, ge=1)  # the most a device computes at once; accumulation follows
-    workers: int = Field(default=4, ge=0)  # decoding processes per rank
+    """Validation shards, written like `data.train`."""
+    batch: int = Field(default=1024, ge=2)
+    """Images of one optimizer step over all processes. Fixed whatever the number of processes; a multiple of lanes x repeats,
+    even."""
+    micro_batch: int = Field(default=128, ge=1)
+    """Most images that a device computes at once; accumulation follows. Lower it when memory runs out; results stay the same
+    to rounding."""
+    workers: int = Field(default=4, ge=0)
+    """Decoding processes per rank; 0 decodes in the rank itself. Raise it while `data wait` in the report is above a few
+    percent."""
     lanes: int = Field(default=16, ge=1)
-    window: int = Field(default=4096, ge=1)  # examples permuted together inside a lane
+    """Equal ranges of the epoch's sequence; each global batch takes the same number of images from every lane. More lanes mix
+    more shards into a batch and read more shards at the same time."""
+    window: int = Field(default=4096, ge=1)
+    """Examples of a lane that are shuffled together. Larger shuffles better and needs more shards in memory or cache at the
+    same time."""
     homes: int = Field(default=1, ge=1)
-    repeats: int = Field(default=1, ge=1)  # repeated augmentation: copies of an image in one batch
-    labels: str = "cls"  # "cls", "json:FIELD", "key", or "file:PATH"
-    broken_share: Share = 0.001  # broken images / images of the data set above which the run stops
-    verify: Literal["fast", "full"] = "fast"  # how shards are held against the index at the start
-    index: str | None = None  # folder of the indexes; None: beside the shards, of remote shards ~/.cache/trilevel/index
-    cache: str | None = None  # folder on a disk of the node to read all shards through; None: remote ones, ~/.cache/trilevel
-    cache_size: float = Field(default=64.0, gt=0)  # GiB that the shards in the cache take together
+    """Groups that shards are dealt into once, by seed. With one home per node, a node's cache of remote shards is reused in
+    every epoch. Change it for remote shards with a bounded cache; 1 is one pool."""
+    repeats: int = Field(default=1, ge=1)
+    """Repeated augmentation: copies of an image in one batch. DeiT uses 3; an epoch then shows a third of the images."""
+    labels: str = "cls"
+    """Where a label stands: `cls` (the sample's .cls file), `json:FIELD`, `key` (n01440764/x or n01440764_x), or `file:PATH`."""
+    broken_share: Share = 0.001
+    """Broken images / images of the data set above which the run stops. Below it they get weight 0 and a line in the journal."""
+    verify: Literal["fast", "full"] = "fast"
+    """Check of shards against their index at the start. `fast`: names, sizes, a hash of 16 blocks, all bytes of shards with a new
+    time stamp (up to 2 GiB); `full`: all bytes."""
+    index: str | None = None
+    """Folder of the indexes. Default: beside the shards; for remote shards ~/.cache/trilevel/index."""
+    cache: str | None = None
+    """Folder on a local disk of the node through which all shards are read. Default: only remote shards, in ~/.cache/trilevel.
+    Set it when the shared file system is slow."""
+    cache_size: float = Field(default=64.0, gt=0)
+    """Size limit of the cache in GiB. Too small for the shards that are read at the same time: refused with the number needed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,48 +85,83 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Training augmentation in timm's terms; evaluation is always timm's evaluation transform."""
 
-    crop: Literal["rrc", "src", "shift", "none"] = "rrc"  # random resized, simple random (pad + crop), small shifts
+    crop: Literal["rrc", "src", "shift", "none"] = "rrc"
+    """`rrc`: random resized crop; `src`: simple random crop (DeiT-III: resize, pad 4, crop); `shift`: shift by some pixels;
+    `none`."""
     scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest area of a random resized crop, as shares of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    shift: int = Field(default=0, ge=0)  # pixels, crop: shift
+    """Smallest and largest aspect ratio of a random resized crop."""
+    shift: int = Field(default=0, ge=0)
+    """Largest shift in pixels, for crop: shift."""
     flip: Chance = 0.5
+    """Probability of a horizontal flip. 0 for digits and text."""
     color_jitter: float = Field(default=0.0, ge=0.0)
-    policy: str = "none"  # "none", "three_augment", or timm's text form, e.g. "rand-m9-mstd0.5-inc1"
-    erasing: Chance = 0.0  # probability, pixel mode
+    """Strength of brightness, contrast and saturation changes (timm's color_jitter); 0 = none."""
+    policy: str = "none"
+    """`none`, `three_augment` (DeiT-III), or timm's text form, e.g. rand-m9-mstd0.5-inc1."""
+    erasing: Chance = 0.0
+    """Probability of random erasing, pixel mode."""
     mixup: float = Field(default=0.0, ge=0.0)
+    """Alpha of mixup's Beta distribution; 0 = no mixup. It lowers the certainty of forgetting events."""
     cutmix: float = Field(default=0.0, ge=0.0)
+    """Alpha of cutmix's Beta distribution; 0 = no cutmix."""
     mix_probability: Chance = 1.0
+    """Probability that a batch is mixed at all."""
     mix_switch: Chance = 0.5
+    """Probability of cutmix where mixup and cutmix are both on."""
     smoothing: Share = 0.0
+    """Label smoothing."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Filter for resizing: `bicubic` or `bilinear`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means that are subtracted, of pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations to divide by, of pixels in [0, 1]."""
 
 
 class EvaluateConfig(Section):
     every: Length = Duration(count=1, unit="ep")
+    """Distance between evaluations, e.g. 1ep or 500step; 0ep = at the end only."""
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
-    batch: int = Field(default=256, ge=1)  # per device
+    """Share of the resized image that the central crop keeps (timm's crop_pct)."""
+    batch: int = Field(default=256, ge=1)
+    """Images per device in one forward pass of an evaluation. Does not change results."""
 
 
 class OptimConfig(Section):
     """Optimizer by timm's name, learning rate by progress. `lr` is what is used: nothing is scaled behind your back."""
 
     name: str = "adamw"
+    """timm name of the optimizer, e.g. adamw, sgd, lion, fusedlamb. ZeRO 1 to 3 take those that treat each weight alone."""
     lr: float = Field(default=1e-3, gt=0.0)
+    """Highest learning rate, used as it is: not scaled by the batch. DeiT: 5e-4 x batch / 512."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the running means of gradient and squared gradient."""
     eps: float = Field(default=1e-8, gt=0.0)
+    """Term added to the denominator."""
     weight_decay: float = Field(default=0.05, ge=0.0)
+    """Decoupled weight decay; biases, norms and embeddings have none (timm's rule)."""
     layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
-    clip: float = Field(default=0.0, ge=0.0)  # global gradient norm, 0 = no clipping
+    """Factor of the learning rate per block from the head down; for fine-tuning, e.g. .75. Default: none."""
+    clip: float = Field(default=0.0, ge=0.0)
+    """Largest global gradient norm; 0 = no clipping."""
     loss: Literal["soft", "bce"] = "soft"
+    """`soft`: cross-entropy with soft targets; `bce`: binary cross-entropy per class (DeiT-III)."""
     warmup: Epochs = 5.0
+    """Epochs of linear warm-up; the cosine runs over all epochs underneath (timm's warmup_prefix=False)."""
     warmup_lr: float = Field(default=1e-6, ge=0.0)
+    """Learning rate at the start of the warm-up."""
     min_lr: float = Field(default=1e-5, ge=0.0)
-    ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay per step
-    fused: bool = False  # one kernel per step where the optimizer has one (torch's AdamW, Adam, SGD, Adagrad)
-    max_skipped: int = Field(default=20, ge=0)  # steps of a run without a finite gradient that are skipped; one more stops it
-    max_skipped_in_row: int = Field(default=4, ge=0)  # the same, of steps that follow one another
+    """Learning rate at the end of the run."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay per step of the exponential moving average of the weights, e.g. .9999. Default: none kept."""
+    fused: bool = False
+    """One kernel per step where the optimizer has one (torch's AdamW, Adam, SGD, Adagrad). Faster; not bitwise timm."""
+    max_skipped: int = Field(default=20, ge=0)
+    """Steps of a run without a finite gradient that are skipped; one more stops the run."""
+    max_skipped_in_row: int = Field(default=4, ge=0)
+    """The same for consecutive steps."""
 
 
 class ExamplesConfig(MethodSection):
@@ -107,8 +171,9 @@ class ExamplesConfig(MethodSection):
     if TYPE_CHECKING:
         settings: ExampleSettings = cast(Any, None)
 
-    # whether a mixed image was right, see `Objective.credit`
     rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
+    """When a mixed image counts as right: `clear`, `without_partner`, `dominant` or `authors` (docs/methods.md, section
+    Examples)."""
 
     @classmethod
     def methods(cls) -> Mapping[str, type[Settings]]:
@@ -124,8 +189,10 @@ class TokensConfig(MethodSection):
     if TYPE_CHECKING:
         settings: TokenSettings = cast(Any, None)
 
-    blocks: Blocks = (3, 6, 9)  # where levels 2 and 3 select
+    blocks: Blocks = (3, 6, 9)
+    """Blocks, counted from 0, in which levels 2 and 3 select."""
     position: Literal["attention", "block"] = "attention"
+    """Where in the block tokens are dropped: `attention` (between attention and MLP, as EViT) or `block` (after the MLP)."""
 
     @classmethod
     def methods(cls) -> Mapping[str, type[Settings]]:
@@ -156,6 +223,7 @@ class PlanConfig(MethodSection):
         settings: PlanSettings = cast(Any, None)
 
     method: str = "constant"
+    """Kind of schedule: how the keep ratios come down over the run."""
 
     @classmethod
     def methods(cls) -> Mapping[str, type[Settings]]:
@@ -168,36 +236,57 @@ class EngineConfig(Section):
     """How a step is computed: DeepSpeed through accelerate, or plain DDP as a control."""
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
+    """`deepspeed` (through accelerate) or `ddp` (plain DistributedDataParallel, as a control)."""
     zero: Literal[0, 1, 2, 3] = 1
-    precision: Literal["autocast", "bf16", "float32"] = "autocast"  # autocast: bf16 compute, float32 parameters
-    checkpointing: bool = False  # gradient checkpointing
+    """ZeRO stage: 1 cuts optimizer state over ranks, 2 gradients too, 3 parameters too. Raise it when memory runs out."""
+    precision: Literal["autocast", "bf16", "float32"] = "autocast"
+    """`autocast`: bf16 compute, float32 parameters; `bf16`: bf16 parameters with float32 master weights; `float32`."""
+    checkpointing: bool = False
+    """Gradient checkpointing: activations are computed again in the backward pass. Less memory, about a third slower."""
     compile: bool = False
-    deepspeed: str | None = None  # a ds_config.json: what it says beside our own settings goes to DeepSpeed as it is
+    """torch.compile; one graph per distinct plan. Not with ZeRO 3."""
+    deepspeed: str | None = None
+    """Path of a ds_config.json. Keys that we do not set go to DeepSpeed as they are; conflicts are refused with both values."""
 
 
 class CheckpointConfig(Section):
     every: Length = Duration(count=1, unit="ep")
-    keep: int = Field(default=2, ge=1)  # newest checkpoints kept
-    keep_every: Length = Duration(count=0, unit="ep")  # beside them the first one at or behind each multiple of this; 0 = none
-    best: bool = True  # keep the best one too
-    asynchronous: bool = True  # write in the background: training waits for the copy into memory, not for the disk
+    """Distance between checkpoints, e.g. 1ep or 500step; 0ep = at the end only."""
+    keep: int = Field(default=2, ge=1)
+    """Number of newest checkpoints that stay."""
+    keep_every: Length = Duration(count=0, unit="ep")
+    """Beside them, keep the first checkpoint at or after each multiple of this; 0ep = none."""
+    best: bool = True
+    """Keep the checkpoint with the best top-1 as well."""
+    asynchronous: bool = True
+    """Write in the background: training waits for the copy into host memory, not for the disk. Costs that memory on rank 0."""
 
 
 class TrackingConfig(Section):
     to: Literal["mlflow", "journal"] = "mlflow"
-    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db
+    """`mlflow`, or `journal` for no tracking server (`trilevel sync` uploads later)."""
+    uri: str | None = None
+    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db. Credentials belong in
+    MLFLOW_TRACKING_* variables."""
     experiment: str = "trilevel"
-    weights: bool = False  # send weights.safetensors at the end of an attempt too
-    parent: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # runs of a sweep hang below this one
+    """MLflow experiment."""
+    weights: bool = False
+    """Upload weights.safetensors at the end of an attempt too."""
+    parent: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the MLflow parent run; `launch sweep` sets it."""
     tags: dict[str, str] = Field(default_factory=dict)
+    """MLflow tags of the run."""
 
 
 class TraceConfig(Section):
     """Profiling on demand, see `trainer.telemetry.profiler`."""
 
-    steps: tuple[int, int] | None = None  # first and last step of the trace, counted from 1 as in the journal; null = none
+    steps: tuple[int, int] | None = None
+    """First and last step of a torch.profiler trace, counted from 1 as in the journal, e.g. [100, 105]. Default: none."""
     ranks: tuple[int, ...] = (0,)
-    memory: bool = False  # record what is allocated, too
+    """Ranks that write a trace."""
+    memory: bool = False
+    """Record memory allocations too."""
 
     @model_validator(mode="after")
     def _in_order(self) -> TraceConfig:

@@ -67,4 +67,5 @@ Blocks = Annotated[tuple[int, ...], AfterValidator(_no_duplicates)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # a docstring under a field is its description, see `reference`
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)

@@ -1,0 +1,186 @@
+"""Every key of a configuration with type, default, unit and meaning: `trilevel config`, docs/configuration.md. Read off the schema,
+so it cannot differ from what a run accepts: meanings are the docstrings of the fields, those of a method stand in its own file."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, fields
+from textwrap import wrap
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sparsity.settings import EPOCHS, Range, Settings
+from trainer.config.errors import ConfigError
+from trainer.config.method_section import SETTINGS, MethodSection
+from trainer.config.run_config import Config
+from trainer.config.values import Duration, Section
+
+HEAD = """# Configuration
+
+Every key of a run's YAML. Made by `trilevel config --markdown > docs/configuration.md`; a test compares it with the schema.
+`trilevel config KEY` prints one key or one section. On the command line a key is given as `section.key=value` behind the file.
+
+Durations carry their unit: `5ep` (epochs, may be fractional) or `500step` (optimizer steps). Shares and probabilities are numbers from 0
+to 1. A key with default *required* must be given. A key of another method than the chosen one is refused.
+"""
+
+
+class Key(NamedTuple):
+    """One key. name: with its section, "data.batch". method: of a section with methods, the one that has the key, else ""."""
+
+    name: str
+    method: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def all_keys() -> list[Key]:
+    """Every key, in the order of the schema."""
+    found: list[Key] = []
+    nested: list[tuple[str, type[Section]]] = []
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            nested.append((name, field.annotation))
+        else:
+            found.append(_key(name, field))
+    for section, model in nested:
+        methods = model.methods() if issubclass(model, MethodSection) else {}
+        for name, field in model.model_fields.items():
+            if name == "method":
+                meaning = field.description or f"What the level leaves out; `{field.default}` leaves nothing out."
+                found.append(Key(f"{section}.method", "", " | ".join(methods), str(field.default), meaning))
+            elif name != SETTINGS:
+                found.append(_key(f"{section}.{name}", field))
+        for method, settings in methods.items():
+            found += _settings_keys(section, method, settings)
+    return found
+
+
+def select(name: str) -> list[Key]:
+    """The key, or all keys of the section, called `name`. Raises ConfigError with what is near."""
+    found = [key for key in all_keys() if key.name == name or key.name.startswith(name + ".")]
+    if not found:
+        known = sorted({key.name for key in all_keys()} | {key.name.partition(".")[0] for key in all_keys()})
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name]
+        raise ConfigError(f"{name}: unknown key; " + (f"did you mean {near[0]}?" if near else "`trilevel config` lists all"))
+    return found
+
+
+def text(found: list[Key]) -> str:
+    """For a terminal: a head line per key, its meaning below."""
+    lines = []
+    for key in found:
+        where = f"  (method {key.method})" if key.method else ""
+        lines += [f"{key.name}{where}", f"    {key.kind}; default: {key.default.strip('*')}"]
+        lines += wrap(key.meaning, 100, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    found = all_keys()
+    top = [key for key in found if "." not in key.name]
+    parts += ["## The run\n", _table(top)]
+    for section in dict.fromkeys(key.name.partition(".")[0] for key in found if "." in key.name):
+        mine = [key for key in found if key.name.startswith(section + ".")]
+        model = Config.model_fields[section].annotation
+        about = (model.__doc__ or "").replace("\n", " ").replace("    ", "").strip() if model else ""
+        parts += [f"## {section}\n", *([about + "\n"] if about else []), _table([key for key in mine if not key.method])]
+        for method in dict.fromkeys(key.method for key in mine if key.method):
+            parts += [f"With `{section}.method: {method}`:\n", _table([key for key in mine if key.method == method])]
+    return "\n".join(parts)
+
+
+def _table(found: list[Key]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key in found:
+        cells = (f"`{key.name}`", key.kind, key.default, key.meaning)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    return Key(name, "", _kind(field.annotation, field.metadata), _default(field), " ".join((field.description or "").split()))
+
+
+def _settings_keys(section: str, method: str, settings: type[Settings]) -> list[Key]:
+    hints = get_type_hints(settings, include_extras=True)
+    found = []
+    for field in fields(settings):
+        default = "*required*" if field.default is MISSING else _shown(field.default, hints[field.name])
+        meaning = field.metadata.get("meaning", "")
+        found.append(Key(f"{section}.{field.name}", method, _kind(hints[field.name], ()), default, _sentence(meaning)))
+    return found
+
+
+def _sentence(meaning: str) -> str:
+    return meaning[:1].upper() + meaning[1:].rstrip(".") + "." if meaning else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "*required*"
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()  # pyright: ignore
+    return _shown(value, field.annotation, field.metadata)
+
+
+def _shown(value: Any, hint: Any = None, metadata: Any = ()) -> str:
+    """A default as it is written in YAML."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        unit = "ep" if _is_epochs(hint, metadata) else ""
+        return f"{value:g}{unit}" if float(f"{value:g}") == value else f"{value:.4g}{unit}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_shown(one) for one in value) + "]"
+    return str(value) if value != {} else "{}"
+
+
+def _is_epochs(hint: Any, metadata: Any) -> bool:
+    parts = [*metadata, *(get_args(hint)[1:] if get_origin(hint) is Annotated else ())]
+    return any(isinstance(part, Range) and part.unit == EPOCHS for part in parts) or any(
+        type(part).__name__ == "BeforeValidator" for part in parts
+    )
+
+
+def _kind(hint: Any, metadata: Any) -> str:
+    """A type in words, with its bounds."""
+    if get_origin(hint) is Annotated:
+        hint, *more = get_args(hint)
+        metadata = [*more, *metadata]
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_kind(part, metadata) for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is Literal:
+        return " \\| ".join(map(str, get_args(hint))).replace("\\", "")
+    if isinstance(hint, type) and issubclass(hint, Duration):
+        return "duration"
+    if get_origin(hint) in (tuple, list):
+        parts = get_args(hint)
+        each = _kind(parts[0], ())
+        return f"list of {each}" if len(parts) == 1 or parts[1] is Ellipsis else f"list of {len(parts)} x {each}"
+    if get_origin(hint) is dict or hint is dict:
+        return "mapping"
+    name = {int: "integer", float: "number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+    if hint is float and _is_epochs(None, metadata):
+        name = "epochs"
+    bounds = []
+    for part in metadata:
+        if isinstance(part, Range):
+            signs = ((">=", part.least), (">", part.above), ("<=", part.most), ("<", part.below))
+            bounds += [f"{sign} {bound:g}" for sign, bound in signs if abs(bound) != float("inf")]
+        for kind, sign in ((Ge, ">="), (Gt, ">"), (Le, "<="), (Lt, "<")):
+            if isinstance(part, kind):
+                bounds.append(f"{sign} {getattr(part, kind.__name__.lower()):g}")  # pyright: ignore
+        for sub in getattr(part, "metadata", ()):  # a pydantic Field inside Annotated
+            for kind, sign in ((Ge, ">="), (Gt, ">"), (Le, "<="), (Lt, "<")):
+                if isinstance(sub, kind):
+                    bounds.append(f"{sign} {getattr(sub, kind.__name__.lower()):g}")  # pyright: ignore
+    return f"{name} {', '.join(dict.fromkeys(bounds))}".strip()
