@@ -62,7 +62,7 @@ CONFLICTS = [
         {"zero_optimization": {"compute_grad_norm": False}},
         r"compute_grad_norm=false: the norm is needed to detect non-finite steps",
     ),
-    ({"communication_data_type": "bf16"}, r'communication_data_type="?bf16"?: engine\.precision decides'),
+    ({"communication_data_type": "bf16"}, r'communication_data_type="?bf16"?: the precision of gradient sums'),
     ({"gradient_clipping": 1.0}, r"optim\.clip=0\.5 but .*ds\.json has gradient_clipping=1\.0"),
     ({"zero_optimization": {"stage": 3}}, r"engine\.zero=2 but .*ds\.json has zero_optimization\.stage=3"),
     ({"bf16": {"enabled": True}}, r"engine\.precision=autocast but .*ds\.json has bf16\.enabled=true"),
@@ -75,7 +75,7 @@ CONFLICTS = [
         {"scheduler": {"type": "WarmupLR"}},
         r"ds\.json has scheduler\.type=WarmupLR: the learning rate is a function of progress",
     ),
-    ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow=false: steps that are not finite are skipped"),
+    ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow=false: non-finite steps are skipped"),
 ]
 
 
