@@ -46,7 +46,7 @@ def test_a_resolved_length_is_exact(tmp_path: Path) -> None:
 )
 def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], tmp_path: Path) -> None:
     stairs = ["plan.method=staircase", "plan.stairs=[[0ep, 0.8, 0.8], [2ep, 0.6, 0.4]]"]
-    with pytest.raises(ConfigError, match=r"plan.method=staircase, which ends at 0\.[64]: the plan decides"):
+    with pytest.raises(ConfigError, match=r"plan.method=staircase, which ends at 0\.[64]; remove"):
         changed(*stairs, *words, tmp_path=tmp_path)
     assert changed(*stairs, words[0], tmp_path=tmp_path).plan.settings.stairs[1][1:] == (0.6, 0.4)
     merging = changed(*stairs, "tokens.method=tome", tmp_path=tmp_path)
@@ -56,7 +56,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|known here"),
+        ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|valid keys"),
         ("data.lr=3", "did you mean optim.lr?"),
         ("modle.name=x", "did you mean model?"),
         ("evaluate.crop_pct=0", "evaluate.crop_pct=0: Input should be greater than 0"),
@@ -64,9 +64,9 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("optim.warmup=500step", "write it in epochs, e.g. '5ep'"),
         ("optim.warmup=5", "write epochs as '5ep' or optimizer steps as '500step'"),
         ("optim.warmup=5.0", "write epochs as '5ep' or optimizer steps as '500step'"),
-        ("log_every=1.5step", "is no duration"),
-        ("optim.warmup=300ep", "does not end before epochs=300"),
-        ("data.batch=1000", "is not a multiple of data.lanes x data.repeats = 16 x 1"),
+        ("log_every=1.5step", "is not a duration"),
+        ("optim.warmup=300ep", "optim.warmup=300ep: must be < epochs=300"),
+        ("data.batch=1000", "must be a multiple of data.lanes x data.repeats = 16 x 1"),
         ("data.micro_batch=31", "both must be even"),
         ("tokens.blocks=[3, 3]", "each named once, in rising order"),
         ("engine.zero=4", "engine.zero=4"),
@@ -119,7 +119,7 @@ def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("name: x\n")
     with pytest.raises(ConfigError, match=r"did you mean .*quickstart\.yaml"):
         load(tmp_path / "quikstart.yaml")
-    with pytest.raises(ConfigError, match="model: this key is required"):
+    with pytest.raises(ConfigError, match="model: required key is missing"):
         load(tmp_path / "quickstart.yaml")
     with pytest.raises(ConfigError, match=r"write it as key\.sub=value"):
         load(tmp_path / "quickstart.yaml", ["--lr"])

@@ -33,14 +33,14 @@ def recorded(**changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["tokens.keep=0.7"], ["tokens.keep=0.7: tokens.method=all has no such setting", "topk|random|tome", "leave tokens.keep out"]),
-        (["tokens.method=tome", "tokens.keep=0.7", "tokens.fuse=true"], ["tokens.fuse=True: tokens.method=tome has no such setting"]),
-        (["tokens.method=topk", "tokens.merged=4"], ["tokens.merged=4", "tome has it; choose tokens.method=tome"]),
+        (["tokens.keep=0.7"], ["tokens.keep=0.7: not a setting of tokens.method=all", "topk|random|tome", "remove tokens.keep"]),
+        (["tokens.method=tome", "tokens.keep=0.7", "tokens.fuse=true"], ["tokens.fuse=True: not a setting of tokens.method=tome"]),
+        (["tokens.method=topk", "tokens.merged=4"], ["tokens.merged=4", "set tokens.method=tome"]),
         (["connections.keep=0.1"], ["connections.keep=0.1", "exact|shared_keys|shared_keys_column"]),
-        (["examples.removed=0.2"], ["examples.removed=0.2: examples.method=all has no such setting", "forgetting|infobatch"]),
+        (["examples.removed=0.2"], ["examples.removed=0.2: not a setting of examples.method=all", "forgetting|infobatch"]),
         (["examples.method=infobatch", "examples.swap=0.1"], ["examples.swap=0.1", "choose examples.method=forgetting"]),
         (["examples.method=infobatch", "examples.balanced=true"], ["examples.balanced=True", "random_fixed"]),
-        (["plan.plateaus=4"], ["plan.plateaus=4: plan.method=constant has no such setting", "plan.method=cosine"]),
+        (["plan.plateaus=4"], ["plan.plateaus=4: not a setting of plan.method=constant", "plan.method=cosine"]),
         (["plan.method=cosine", "plan.stairs=[[1ep, 0.5, 0.5]]"], ["plan.stairs=", "plan.method=staircase"]),
         (["examples.method=forgetting", "examples.swap=1.0"], ["examples.swap=1.0: must be >= 0 and < 1"]),
         (["examples.method=forgetting", "examples.window=300step"], ["examples.window='300step'", "write it in epochs, e.g. '5ep'"]),
@@ -52,7 +52,7 @@ def recorded(**changes: dict[str, Any]) -> dict[str, Any]:
         (["tokens.method=topk", "tokens.settings=1"], ["tokens.settings=1: unknown key"]),
         (["tokens.lr=1"], ["tokens.lr=1: unknown key; did you mean optim.lr?"]),
         (["tokens.method=topp"], ["tokens.method='topp': unknown value; valid values: all, topk, random, tome"]),
-        (["plan.method=staircase"], ["plan.stairs=[]: write [from epoch, keep tokens, keep connections], epochs rising"]),
+        (["plan.method=staircase"], ["plan.stairs=[]: use [from epoch, keep tokens, keep connections], epochs rising"]),
         (["plan.method=staircase", "plan.stairs=[[1ep, 0.5, 5]]"], ["plan.stairs.0.2=5: must be > 0 and <= 1"]),
     ],
 )  # fmt: skip
@@ -88,10 +88,10 @@ def test_a_method_on_the_command_line_replaces_the_files_and_its_settings(tmp_pa
     }
     assert config.tokens.settings.off
     assert load(path, ["tokens.method=tome"]).tokens.settings.keep == 0.7, "what both methods have stays"
-    with pytest.raises(ConfigError, match=r"examples\.swap=0\.3: examples\.method=random_epoch has no such setting"):
+    with pytest.raises(ConfigError, match=r"examples\.swap=0\.3: not a setting of examples\.method=random_epoch"):
         load(path, ["examples.method=random_epoch", "examples.swap=0.3"])
     path.write_text(yaml.safe_dump(PLAIN | {"examples": examples | {"method": "infobatch"}}))
-    with pytest.raises(ConfigError, match=r"examples\.swap=0\.1: examples\.method=random_epoch has no such setting"):
+    with pytest.raises(ConfigError, match=r"examples\.swap=0\.1: not a setting of examples\.method=random_epoch"):
         load(path, ["examples.method=random_epoch"])  # the file's own mistake stays one
 
 

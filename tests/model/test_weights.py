@@ -1,4 +1,4 @@
-"""Where weights come from and go to: timm's names both ways, what is resized or reset is said, what does not fit is refused."""
+"""Where weights come from and go to: timm's names both ways, warnings for what is resized or reset, errors for what does not fit."""
 
 import os
 
@@ -24,7 +24,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-class Said(list):
+class Warned(list):
     def __call__(self, text):
         self.append(text)
 
@@ -53,15 +53,15 @@ def test_random_is_timms_initialisation_keyed_by_the_seed(name):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_file_comes_back_whole_and_loads_into_plain_timm(tmp_path, suffix):
-    first, said = create(model(), seed=1), Said()
+    first, warned = create(model(), seed=1), Warned()
     path = tmp_path / f"w.{suffix}"
     if suffix == "pth":
         torch.save({"model": first.state_dict(), "epoch": 3}, path)
     else:
         save_weights(path, {f"vit.{name}": value for name, value in first.state_dict().items()})
         assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-    assert same(create(model(init=path), seed=2, say=said).state_dict(), first.state_dict())
-    assert said == []
+    assert same(create(model(init=path), seed=2, warn=warned).state_dict(), first.state_dict())
+    assert warned == []
     plain = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=64, **SMALL)
     load_checkpoint(plain, str(path))
     assert same(plain.state_dict(), first.state_dict())
@@ -83,36 +83,36 @@ def test_wrappers_prefixes_are_stripped_in_any_order_but_only_from_all():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_position_embedding_is_resized_by_timm_and_said(tmp_path, name):
-    first, said = create(model(name), seed=1), Said()
+def test_position_embedding_is_resized_by_timm_with_a_warning(tmp_path, name):
+    first, warned = create(model(name), seed=1), Warned()
     save_weights(tmp_path / "w.safetensors", first.state_dict())
-    second = create(model(name, image_size=96, init=tmp_path / "w.safetensors"), say=said)
+    second = create(model(name, image_size=96, init=tmp_path / "w.safetensors"), warn=warned)
     prefix = 0 if second.no_embed_class else second.num_prefix_tokens
     expected = resample_abs_pos_embed(first.pos_embed.data, [6, 6], num_prefix_tokens=prefix)
     assert torch.equal(second.pos_embed.data, expected)
-    assert len(said) == 1 and "pos_embed was resized from [1, " in said[0]
+    assert len(warned) == 1 and "pos_embed was resized from [1, " in warned[0]
     assert torch.equal(first.blocks[1].attn.qkv.weight, second.blocks[1].attn.qkv.weight)
 
 
-def test_patch_kernels_are_resized_and_said(tmp_path):
+def test_patch_kernels_are_resized_with_a_warning(tmp_path):
     save_weights(tmp_path / "w.safetensors", create(model(), seed=1).state_dict())
-    said = Said()
-    create(model(image_size=32, init=tmp_path / "w.safetensors", patch_size=8), say=said)
-    assert len(said) == 1 and "patch_embed.proj.weight was resized from [16, 3, 16, 16] to [16, 3, 8, 8]" in said[0]
+    warned = Warned()
+    create(model(image_size=32, init=tmp_path / "w.safetensors", patch_size=8), warn=warned)
+    assert len(warned) == 1 and "patch_embed.proj.weight was resized from [16, 3, 16, 16] to [16, 3, 8, 8]" in warned[0]
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_a_head_of_other_classes_starts_anew_and_is_said(tmp_path, name):
-    first, fresh, said = create(model(name), seed=1), create(model(name, classes=7), seed=2), Said()
+def test_a_head_of_other_classes_is_reset_with_a_warning(tmp_path, name):
+    first, fresh, warned = create(model(name), seed=1), create(model(name, classes=7), seed=2), Warned()
     save_weights(tmp_path / "w.safetensors", first.state_dict())
-    second = create(model(name, classes=7, init=tmp_path / "w.safetensors"), seed=2, say=said)
+    second = create(model(name, classes=7, init=tmp_path / "w.safetensors"), seed=2, warn=warned)
     assert torch.equal(second.head.weight, fresh.head.weight) and torch.equal(second.cls_token, first.cls_token)
-    assert len(said) == 1 and "head.weight, head.bias" in said[0] and "7 classes" in said[0]
-    assert ("head_dist.weight" in said[0]) == ("distilled" in name)
+    assert len(warned) == 1 and "head.weight, head.bias" in warned[0] and "7 classes" in warned[0]
+    assert ("head_dist.weight" in warned[0]) == ("distilled" in name)
     headless = {name: value for name, value in first.state_dict().items() if not name.startswith("head")}
     save_weights(tmp_path / "w.safetensors", headless)
-    create(model(name, init=tmp_path / "w.safetensors"), say=said)
-    assert "the file holds {'head.weight': 'nothing'" in said[1]
+    create(model(name, init=tmp_path / "w.safetensors"), warn=warned)
+    assert "the file has {'head.weight': 'nothing'" in warned[1]
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError) as caught:
         create(model(init=tmp_path / "w.safetensors"))
     text = str(caught.value)
-    assert "blocks.0.norm1.weight: missing" in text and "wieght: unknown to the model (near: blocks.0.norm1.weight)" in text
+    assert "blocks.0.norm1.weight: missing" in text and "wieght: unknown to the model (similar: blocks.0.norm1.weight)" in text
     assert "norm.bias: [3] in the file, [16] in the model" in text
 
 
@@ -131,12 +131,12 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*weights.safetensors"):
         (tmp_path / "weights.safetensors").write_bytes(b"x")
         load_weights(tmp_path / "wieghts.safetensors")
-    with pytest.raises(ConfigError, match="not readable as tensors"):
+    with pytest.raises(ConfigError, match="cannot be read as tensors"):
         load_weights(tmp_path / "weights.safetensors")
     with pytest.raises(ConfigError, match=r"no such file; give 'random', 'timm' or the path"):
         create(model(init="ranbom"))
     torch.save({"model": Evil(tmp_path / "done")}, tmp_path / "evil.pth")
-    with pytest.raises(ConfigError, match="not readable as tensors"):
+    with pytest.raises(ConfigError, match="cannot be read as tensors"):
         load_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "done").exists()
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
@@ -147,13 +147,13 @@ def test_unreadable_files_are_refused(tmp_path):
 def test_unknown_models_and_arguments_are_refused_with_what_is_near():
     with pytest.raises(ConfigError, match=r"model.name='deit_smal_patch16_224'.*did you mean deit_small_patch16_224"):
         create(ModelConfig(name="deit_smal_patch16_224"))
-    with pytest.raises(ConfigError, match=r"resnet18.*timm refuses"):
+    with pytest.raises(ConfigError, match=r"resnet18.*rejected by timm"):
         create(ModelConfig(name="resnet18"))
-    with pytest.raises(ConfigError, match="only timm VisionTransformers"):
+    with pytest.raises(ConfigError, match="must be a timm VisionTransformer, got a"):
         create(ModelConfig(name="cait_xxs24_224"))
-    with pytest.raises(ConfigError, match=r"model.args.drop_path_rate: write it as model.drop_path"):
+    with pytest.raises(ConfigError, match=r"model.args.drop_path_rate: set model.drop_path instead"):
         create(model(drop_path_rate=0.1))
-    with pytest.raises(ConfigError, match=r"timm refuses.*num_haeds"):
+    with pytest.raises(ConfigError, match=r"rejected by timm.*num_haeds"):
         create(model(num_haeds=3))
 
 
@@ -163,5 +163,5 @@ def test_pretrained_weights_that_cannot_be_fetched_name_the_way_out(monkeypatch)
         raise FileNotFoundError("no route to the hub\nand more")
 
     monkeypatch.setattr(weights.timm, "create_model", offline)
-    with pytest.raises(ConfigError, match=r"can't be fetched \(no route to the hub\).*model.init=PATH"):
+    with pytest.raises(ConfigError, match=r"cannot download weights of .* \(no route to the hub\).*model.init=PATH"):
         create(model(init="timm"))

@@ -122,7 +122,7 @@ def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Conf
     if not path.is_file():
         raise ConfigError(f"eval {model}: {path} does not exist; a run writes it with its first checkpoint")
     network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
-    weights.fit(network.vit, weights.load_weights(path), str(path), say=_refuse_change)
+    weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
     return config, network
 
 

@@ -1,4 +1,4 @@
-"""Passwords and tokens in addresses: refused in files and on command lines, which others read, and cut out of messages."""
+"""Passwords and tokens in URLs: an error in files and on command lines, which other users can read, and removed from messages."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _SECRET = re.compile(r"(?i)(?:password|passwd|pwd|token|secret|key|signature|cre
 
 
 def without_credentials(text: str) -> str:
-    """A text with the `user:password@` of every URL in it left out."""
+    """The text without the `user:password@` of its URLs."""
     return _USERINFO.sub("", text)
 
 
 def credential_in(uri: str) -> str | None:
-    """What is wrong with an address of MLflow that stands where others read it, with the remedy but without the address; None where
-    it holds no credential. A user's name alone, for a database, is none."""
+    """The fault and remedy (without the URI) of an MLflow URI with a credential, for places that other users can read; None if it
+    has none. For a database, a user name alone is not a credential."""
     scheme, _, rest = uri.partition("://")
     address, _, query = rest.partition("?")
     if scheme in ("http", "https"):
         if "@" in address:
-            return f"holds a user name or password, which the journal and MLflow would show; leave it out and {REMEDY}"
-        return f"holds a query, which may be a credential; leave it out and {REMEDY}" if query else None
+            return f"contains a user name or password, which the journal and MLflow would show; remove it and {REMEDY}"
+        return f"contains a query, which may be a credential; remove it and {REMEDY}" if query else None
     user, at, _ = address.rpartition("@")
     if (at and ":" in user) or _SECRET.search(query):
-        return f"holds a password, which the journal and MLflow would show; leave it out and {DATABASE_REMEDY}"
+        return f"contains a password, which the journal and MLflow would show; remove it and {DATABASE_REMEDY}"
     return None

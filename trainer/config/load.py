@@ -1,4 +1,4 @@
-"""Reads a configuration: YAML, `key.sub=value` overrides, and errors that name the key, the value and the way out."""
+"""Reads a configuration: YAML, `key.sub=value` overrides, and errors that name the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"config {path}: the file must hold keys and values, it holds {type(raw).__name__}")
+        raise ConfigError(f"config {path}: must be a mapping of keys to values, got {type(raw).__name__}")
     refuse_grant_by_file(raw, str(path))
     raw = without_foreign(raw)
     given = [_split(text) for text in overrides or []]
@@ -40,7 +40,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def parse(raw: dict[str, Any], source: str = "config") -> Config:
-    """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and what is near."""
+    """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and similar keys."""
     try:
         return Config.model_validate(without_foreign(raw))
     except ValidationError as error:
@@ -53,21 +53,21 @@ def _split(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"override {text!r}: write it as key.sub=value, e.g. optim.lr=1e-3")
     if key == "data.allow_pipe":
-        raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, give {ALLOW_HINT}")
+        raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, use {ALLOW_HINT}")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:  # a glob or a brace pattern is YAML's syntax for other things
+    except yaml.YAMLError:  # glob and brace patterns are not valid YAML
         parsed = value
     if isinstance(parsed, dict) and not value.strip().endswith("}"):
         parsed = value
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text; people mean the number
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as a string
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
     return key, parsed
 
 
 def _replace_methods(raw: dict[str, Any], given: list[tuple[str, Any]]) -> None:
-    """Where `section.method=NAME` replaces the method of the file, the settings that only the file's method has go with it."""
+    """If `section.method=NAME` replaces the file's method, drop the settings that the new method does not have."""
     for name, section in method_sections().items():
         chosen = [value for key, value in given if key == f"{name}.method"]
         there = raw.get(name)
@@ -85,7 +85,7 @@ def _override(raw: dict[str, Any], key: str, value: Any) -> None:
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {key}={value}: {part} is a value, it has no {last!r} under it")
+            raise ConfigError(f"override {key}={value}: {part} is a value, not a section, so it has no key {last!r}")
         node = child
     node[last] = value
 
@@ -97,14 +97,14 @@ def _explain(error: Any) -> str:
         known = _keys(_section(where[:-1]))
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         elsewhere = [k for k in _all_keys() if k.split(".")[-1] == where[-1]]
-        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(known)}"
         if elsewhere and not near:
             hint = f"did you mean {elsewhere[0]}?"
         return f"  {key}={error['input']!r}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"  {key}: this key is required; add it to the file or give {key}=VALUE"
+        return f"  {key}: required key is missing; add it to the file or pass {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
-    if not key or message.startswith(key):  # it names its keys itself
+    if not key or message.startswith(key):  # the message names its keys
         return f"  {message}"
     return f"  {key}={error['input']!r}: {message}"
 

@@ -1,7 +1,7 @@
 """A section of the configuration whose keys are the settings of a chosen method: `examples: {method: forgetting, swap: .05}`.
 
 The settings are a frozen dataclass of `sparsity`, in the mechanism's own file; this module reads its fields as keys. Values are
-converted by pydantic ("5ep" where the unit is epochs) and checked by the dataclass. A key of another method is refused by name.
+converted by pydantic ("5ep" where the unit is epochs) and checked by the dataclass. A key of another method is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from sparsity.settings import EPOCHS, Range, Settings, SettingsError, choose
 from trainer.config.values import Epochs, Section
 
-SETTINGS = "settings"  # the field that holds the dataclass; its keys stand in the section itself
+SETTINGS = "settings"  # the field with the dataclass; in files its keys are keys of the section
 
 
 class MethodSection(Section):
@@ -44,12 +44,12 @@ class MethodSection(Section):
 
     @classmethod
     def own_keys(cls) -> list[str]:
-        """The keys that every method has."""
+        """The keys of all methods."""
         return [name for name in cls.model_fields if name != SETTINGS]
 
     @classmethod
     def keys_of(cls, method: str) -> list[str]:
-        """The keys of the settings of a method; none for an unknown one."""
+        """The keys of a method's settings; [] for an unknown method."""
         kind = cls.methods().get(method)
         return [f.name for f in fields(kind)] if kind else []
 
@@ -59,7 +59,7 @@ class MethodSection(Section):
 
     @classmethod
     def all_keys(cls) -> list[str]:
-        """The keys of the section, those of every method among them."""
+        """The keys of the section, including those of every method."""
         return list(dict.fromkeys([*cls.own_keys(), *(key for method in cls.methods() for key in cls.keys_of(method))]))
 
     @model_validator(mode="before")
@@ -80,7 +80,7 @@ class MethodSection(Section):
     @classmethod
     def _read(cls, raw: Any, info: ValidationInfo) -> Settings | None:
         method, raw = info.data.get("method"), raw or {}
-        if method is None:  # refused already
+        if method is None:  # already an error
             return None
         mine = cls.keys_of(method)
         settings, problems = read(cls.methods()[method], {key: value for key, value in raw.items() if key in mine})
@@ -104,13 +104,12 @@ class MethodSection(Section):
         section = cls.methods()[method].section
         return _problem(
             key, value,
-            f"{section}.method={method} has no such setting, {', '.join(others)} {'have' if len(others) > 1 else 'has'} it; "
-            f"choose {section}.method={'|'.join(others)}, or leave {section}.{key} out",
+            f"not a setting of {section}.method={method}; set {section}.method={'|'.join(others)}, or remove {section}.{key}",
         )  # fmt: skip
 
 
 def read(kind: type[Settings], raw: Mapping[str, Any]) -> tuple[Settings | None, list[InitErrorDetails]]:
-    """Settings from plain values of its keys, or what is wrong with them."""
+    """Settings from plain values of its keys, and the list of errors."""
     try:
         return kind(**vars(_reader(kind).model_validate(raw))), []
     except ValidationError as error:
@@ -122,20 +121,20 @@ def read(kind: type[Settings], raw: Mapping[str, Any]) -> tuple[Settings | None,
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as plain YAML types: what `read` reads."""
+    """Settings as plain YAML types, the inverse of `read`."""
     return _reader(type(settings)).model_construct(**vars(settings)).model_dump(mode="json")
 
 
 @lru_cache
 def _reader(kind: type[Settings]) -> type[BaseModel]:
-    """A pydantic model with the fields of a settings dataclass, so that all wrong keys are named at once."""
+    """A pydantic model with the fields of a settings dataclass, so that all invalid keys are reported at once."""
     hints = get_type_hints(kind, include_extras=True)
     keys: dict[str, Any] = {f.name: (_converted(hints[f.name]), f.default) for f in fields(kind)}
     return create_model(kind.__name__, __base__=Section, **keys)
 
 
 def _converted(hint: Any) -> Any:
-    """The type that pydantic reads a field as: epochs from "5ep", numbers within their bounds, the rest as it is."""
+    """The pydantic type of a field: epochs from "5ep", numbers within their bounds, other types unchanged."""
     parts = get_args(hint)
     if get_origin(hint) is Annotated:
         bounds = next(part for part in parts if isinstance(part, Range))

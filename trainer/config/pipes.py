@@ -1,6 +1,6 @@
-"""Whether shards may be `pipe:COMMAND`, run in a shell: only where this command line or its environment says so.
+"""Whether `pipe:COMMAND` shards may run in a shell: only if the command line or its environment allows it.
 
-A configuration file, and so a run directory, may come from somebody else: it can name a command, and must not allow it.
+A configuration file or run directory may come from another user: it can contain a command, but must not allow it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pipes_allowed() -> bool:
 
 @contextmanager
 def pipes_granted(grant: bool) -> Iterator[None]:
-    """Allow commands meanwhile, here and in all processes that are started: loader workers, the fetching process."""
+    """Allow commands inside the context, here and in child processes: loader workers, the fetch process."""
     if not grant or pipes_allowed():
         yield
         return
@@ -38,14 +38,14 @@ def pipes_granted(grant: bool) -> Iterator[None]:
 
 
 def refuse_grant_by_file(raw: dict[str, Any], path: str) -> None:
-    """Raise ConfigError, with the commands that would run, where a file sets data.allow_pipe=true and this command line does not
-    allow it. Files written by earlier versions hold the key."""
+    """Raise ConfigError, with the commands that would run, if a file sets data.allow_pipe=true and the command line does not
+    allow it. Files of earlier versions have the key."""
     data = raw.get("data")
     if not isinstance(data, dict) or (given := data.get("allow_pipe", False)) is False or pipes_allowed():
         return
     commands = [str(data[key]) for key in ("train", "validation") if str(data.get(key, "")).startswith("pipe:")]
     shown = "; ".join(repr(text.removeprefix("pipe:")) for text in dict.fromkeys(commands))
     raise ConfigError(
-        f"config {path}: data.allow_pipe={given!r}: a file can not allow shell commands; remove the line"
-        + (f". This file would run {shown}: if you trust it, give {ALLOW_HINT}" if shown else f", or give {ALLOW_HINT}")
+        f"config {path}: data.allow_pipe={given!r}: a file cannot allow shell commands; remove the line"
+        + (f". This file would run {shown}; if you trust it, use {ALLOW_HINT}" if shown else f", or use {ALLOW_HINT}")
     )

@@ -1,8 +1,8 @@
 """Configurations as runs recorded them before each method had its own settings: every key of every method, whatever the method.
 
-Such a record stands in the config.yaml, the checkpoints and the journal of a run. The keys of other methods had no effect there, so
-they are left out when it is read. A record is known by its `plan`, which names the keys of all kinds of schedules: no configuration
-that is valid today does.
+Such records are in the config.yaml, the checkpoints and the journal of old runs. The keys of other methods had no effect, so they are
+dropped when read. A record is recognised by its `plan`, which has the keys of all kinds of schedules: no configuration that is valid
+today does.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from trainer.config.run_config import Config
 
 
 def method_sections() -> dict[str, type[MethodSection]]:
-    """The sections of the configuration that choose a method, by name."""
+    """The sections of the configuration with a key `method`, by name."""
     kinds = {name: field.annotation for name, field in Config.model_fields.items()}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, MethodSection)}
 
 
 def without_foreign(raw: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as plain values, without the keys of other methods where it is such a record; else as it is."""
+    """A configuration as plain values; if it is such a record, without the keys of other methods."""
     plan = raw.get("plan")
     if not isinstance(plan, dict) or not {"method", "warmup", "length", "plateaus", "stairs"} <= plan.keys():
         return raw

@@ -1,8 +1,8 @@
-"""The configuration of a run, and what its sections must agree on. `sections` holds the settings, `configfile` reads a YAML.
+"""The configuration of a run, and the checks across its sections. Sections: `schema`; reading a YAML: `load`.
 
-Defaults are the plain case (dense DeiT from scratch); a YAML states only what differs. Durations carry their unit ("5ep",
-"500step"); schedules follow progress in epochs, so `ep` is all they take. What can be judged from the file alone is judged
-here; what needs the shards, the world or the model is judged by `check`.
+Defaults are the plain case (dense DeiT from scratch); a YAML lists only what differs. Durations have a unit ("5ep",
+"500step"); schedules follow progress in epochs, so they accept only `ep`. Checked here: what depends on the file alone; what
+depends on the shards, the world size or the model is checked by `trainer.preflight`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.config.schema import (
 )
 from trainer.config.values import Duration, Length, Section, Share
 
-# Optimizers (timm's names) whose step looks at each weight alone, so that ZeRO's flat pieces change nothing.
+# Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing.
 ELEMENTWISE = frozenset(
     [
         "adam",
@@ -75,7 +75,7 @@ class Config(Section):
     log_every: Length = Duration(count=20, unit="step")
     """Distance between log lines, e.g. 20step. Each one synchronises the device once."""
     control: Share = (
-        0.005  # share of the training time spent on timing a dense control, see `trainer.run.dense_baseline`; 0 = none
+        0.005  # share of the training time spent on timing the dense baseline, see `trainer.run.dense_baseline`; 0 = none
     )
     """Share of the training time spent on timing dense passes beside the run's own, for the certified speedup; 0 = none."""
     compat: Literal["none", "authors"] = "none"
@@ -100,31 +100,31 @@ class Config(Section):
         d, o = self.data, self.optim
         if d.batch % (d.lanes * d.repeats):
             raise ValueError(
-                f"data.batch={d.batch} is not a multiple of data.lanes x data.repeats = {d.lanes} x {d.repeats}: "
+                f"data.batch={d.batch}: must be a multiple of data.lanes x data.repeats = {d.lanes} x {d.repeats}, because "
                 "a global batch takes the same number of images from every lane"
             )
         if d.batch % 2 or d.micro_batch % 2:
             raise ValueError(
-                f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even, mixup pairs neighbours"
+                f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even (mixup pairs neighbours)"
             )
         if o.warmup >= self.epochs:
-            raise ValueError(f"optim.warmup={o.warmup:g}ep does not end before epochs={self.epochs}: shorten it")
+            raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
         self._levels_fit_the_plan()
         e = self.engine
         if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
             raise ValueError(
-                f"optim.name={o.name} with engine.zero={e.zero}: ZeRO steps flat pieces of all parameters, which is the same only for "
-                f"optimizers that treat each weight alone ({', '.join(sorted(ELEMENTWISE))}); set engine.zero=0"
+                f"optim.name={o.name} with engine.zero={e.zero}: ZeRO updates flat partitions of all parameters, which is equal only for "
+                f"optimizers that update each weight by itself ({', '.join(sorted(ELEMENTWISE))}); set engine.zero=0"
             )
         if e.precision == "bf16" and (e.kind == "ddp" or e.zero == 0):
             raise ValueError(
-                f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: it needs DeepSpeed's ZeRO; set engine.zero=1, "
+                f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: requires DeepSpeed's ZeRO; set engine.zero=1, "
                 "or engine.precision=autocast"
             )
         if e.kind == "deepspeed" and e.zero == 3 and e.compile:
             raise ValueError(
-                "engine.zero=3 with engine.compile=true: torch.compile does not get through DeepSpeed's hooks on parameters cut over "
-                "ranks; use engine.zero<=2, or compile=false"
+                "engine.zero=3 with engine.compile=true: torch.compile cannot trace DeepSpeed's hooks on partitioned parameters; "
+                "use engine.zero<=2, or compile=false"
             )
         return self
 
@@ -139,8 +139,8 @@ class Config(Section):
             ):
                 if level.final_keep not in (1.0, end):
                     raise ValueError(
-                        f"{name}.keep={level.final_keep} with plan.method={self.plan.method}, which ends at {end}: the plan decides; "
-                        f"leave {name}.keep out, or change the plan"
+                        f"{name}.keep={level.final_keep} with plan.method={self.plan.method}, which ends at {end}; "
+                        f"remove {name}.keep, or change the plan"
                     )
         if self.engine.compile and plan.every_step_differs:
             raise ValueError(f"engine.compile=true with {plan.every_step_differs}")
@@ -149,17 +149,17 @@ class Config(Section):
         return Path(self.runs) / self.name
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its value, as plain YAML types; `Config.model_validate` of it gives the same run."""
+        """Every setting with its value, as plain YAML types; `Config.model_validate` of it gives an equal Config."""
         return self.model_dump(mode="json")
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the numbers of a run; what may change at a resume (see `FREE_TO_CHANGE`) is left out."""
+        """Hash of all settings that affect the numbers of a run: all but those that may change at a resume (`FREE_TO_CHANGE`)."""
         return hashlib.blake2b(
             json.dumps(_flat(self.resolved(), FREE_TO_CHANGE), sort_keys=True).encode(), digest_size=16
         ).hexdigest()
 
 
-# What a resume may change without changing the run: where it is computed and what is written about it.
+# Settings that may change at a resume: they affect where the run is computed and what is written, not its numbers.
 FREE_TO_CHANGE = (
     "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint", "evaluate.every", "evaluate.batch",
     "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
@@ -170,7 +170,7 @@ FREE_TO_CHANGE = (
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide the numbers and differ: {key: (ours, theirs)}; empty when a resume is allowed."""
+    """The settings that differ and affect the numbers: {key: (ours, theirs)}; empty if a resume is allowed."""
     a, b = _flat(ours.resolved(), FREE_TO_CHANGE), _flat(theirs.resolved(), FREE_TO_CHANGE)
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
 
@@ -190,7 +190,7 @@ def _flat(tree: dict[str, Any], without: tuple[str, ...] = (), prefix: str = "")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; an empty section stays as it is."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty section is kept."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}

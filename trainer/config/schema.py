@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Section):
-    """Which network. `name` is a timm VisionTransformer; `args` goes to `timm.create_model` as it is."""
+    """Which network. `name` is a timm VisionTransformer; `args` is passed to `timm.create_model`."""
 
     name: str
     """timm name of a VisionTransformer, e.g. deit_small_patch16_224."""
@@ -78,7 +78,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_grant(cls, raw: Any) -> Any:
-        """Files of earlier versions hold allow_pipe: it never counts, see `pipes`."""
+        """Files of earlier versions have allow_pipe, which is ignored, see `pipes`."""
         return {key: value for key, value in raw.items() if key != "allow_pipe"} if isinstance(raw, dict) else raw
 
 
@@ -130,7 +130,7 @@ class EvaluateConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimizer by timm's name, learning rate by progress. `lr` is what is used: nothing is scaled behind your back."""
+    """Optimizer by timm's name, learning rate by progress. `lr` is used unchanged: it is not scaled by the batch."""
 
     name: str = "adamw"
     """timm name of the optimizer, e.g. adamw, sgd, lion, fusedlamb. ZeRO 1 to 3 take those that treat each weight alone."""
@@ -216,7 +216,7 @@ class ConnectionsConfig(MethodSection):
 
 
 class PlanConfig(MethodSection):
-    """How both keep ratios come down over the run. Other keys: the settings of the kind of schedule, see `sparsity.schedule`
+    """How both keep ratios fall over the run. Other keys: the settings of the kind of schedule, see `sparsity.schedule`
     (docs/methods.md, section Schedule)."""
 
     if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class PlanConfig(MethodSection):
 
 
 class EngineConfig(Section):
-    """How a step is computed: DeepSpeed through accelerate, or plain DDP as a control."""
+    """How a step is computed: DeepSpeed through accelerate, or plain DDP for comparison."""
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
     """`deepspeed` (through accelerate) or `ddp` (plain DistributedDataParallel, as a control)."""
@@ -292,6 +292,6 @@ class TraceConfig(Section):
     def _in_order(self) -> TraceConfig:
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
             raise ValueError(
-                f"trace.steps={list(self.steps)}: give the first and the last step, counted from 1, e.g. [100, 105]"
+                f"trace.steps={list(self.steps)}: must be the first and the last step, counted from 1, e.g. [100, 105]"
             )
         return self

@@ -1,4 +1,4 @@
-"""The kinds of values a configuration holds: durations that carry their unit, shares that have bounds, block numbers."""
+"""Types of configuration values: durations with a unit, shares with bounds, block numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Duration(BaseModel):
 
 
 def _exact(count: float) -> str:
-    """As short as gives the same number again; `:g` alone rounds to six digits, and a run of 1,234,567 steps has seven."""
+    """The shortest text that parses to the same number; `:g` alone rounds to six digits, and a run of 1,234,567 steps has seven."""
     return f"{count:g}" if float(f"{count:g}") == count else repr(count).removesuffix(".0")
 
 
@@ -37,12 +37,12 @@ def _parse_duration(value: Any) -> Any:
             if not 0 <= count < float("inf") or (unit == "step" and count != int(count)):
                 break
             return Duration(count=count, unit=unit)
-    raise ValueError(f"{value!r} is no duration: write epochs as '5ep' or optimizer steps as '500step'")
+    raise ValueError(f"{value!r} is not a duration; write epochs as '5ep' or optimizer steps as '500step'")
 
 
 def _epochs_only(value: Duration) -> float:
     if value.unit != "ep":
-        raise ValueError(f"'{value}' is in steps: a schedule follows progress, write it in epochs, e.g. '5ep'")
+        raise ValueError(f"'{value}' is in steps; schedules follow progress, write it in epochs, e.g. '5ep'")
     return value.count
 
 
@@ -53,13 +53,13 @@ Epochs = Annotated[
     BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
     PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part that is taken away; all of it can't be
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a share that is removed, so never all
 Chance = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _no_duplicates(blocks: tuple[int, ...]) -> tuple[int, ...]:
     if list(blocks) != sorted(set(blocks)) or any(b < 0 for b in blocks):
-        raise ValueError(f"{list(blocks)}: blocks are counted from 0, each named once, in rising order")
+        raise ValueError(f"{list(blocks)}: must be block numbers >= 0, unique, in ascending order")
     return blocks
 
 

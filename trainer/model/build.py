@@ -1,4 +1,4 @@
-"""From the configuration to what is trained: the network with its seams, the examples' curriculum, the objective."""
+"""Builds the parts of training from the configuration: the network with its mechanisms, the examples' curriculum, the objective."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trainer.model.objective import Objective
 
 
 def build_model(config: Config) -> SparseViT:
-    """The timm VisionTransformer of `config.model`, seeded, with the token and connection levels around it. Raises ConfigError, also
-    for one whose multiply-adds are not known: a run tells its savings."""
+    """The timm VisionTransformer of `config.model`, seeded, with the mechanisms of levels 2 and 3. Raises ConfigError, also for
+    a network whose multiply-adds are unknown, because a run reports its savings."""
     network = weights.create(config.model, config.seed)
     if config.engine.checkpointing:
         network.set_grad_checkpointing()
@@ -50,7 +50,7 @@ def build_examples(config: Config, index: Index) -> Curriculum:
 
 
 def build_objective(config: Config) -> Objective:
-    """Loss and observations as configured. Raises ConfigError where settings contradict each other."""
+    """Loss and observations as configured. Raises ConfigError if settings contradict each other."""
     return Objective(config.model.classes, config.optim.loss, smoothing=config.augment.smoothing, rule=config.examples.rule)
 
 

@@ -15,8 +15,8 @@ from trainer.engine.partition import copy_own_part, full_tensors, load_local, lo
 class Ema:
     """Exponential moving average of the weights in float32, on their device: average <- decay * average + (1 - decay) * weight.
 
-    As timm's ModelEmaV3 with a constant decay: floating point buffers are averaged too, others copied. `decay` None: nothing is
-    kept and every method does nothing. Names are those of `module`. Under ZeRO 3 each rank averages its own pieces: build it after
+    As timm's ModelEmaV3 with a constant decay: floating point buffers are averaged too, others copied. `decay` None:
+    every method does nothing. Names are those of `module`. Under ZeRO 3 each rank averages its own partitions: build it after
     `Engine.prepare`.
     """
 
@@ -30,7 +30,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """After every optimizer step; no host sync, nothing is sent."""
+        """Call after every optimizer step; no host sync, no communication."""
         if self.decay is None:
             return
         averages, weights = [], []
@@ -45,7 +45,7 @@ class Ema:
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Inside the block `module` holds the averages; after it, whatever happens, the weights it had before, to the bit."""
+        """Inside the context `module` has the averages; afterwards, also after an exception, its own weights again, bit for bit."""
         weights = {name: value.detach().clone() for name, value in local_tensors(module).items()} if self._averages else {}
         try:
             load_local(module, self._averages)
@@ -54,12 +54,14 @@ class Ema:
             load_local(module, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every average whole on the CPU, {} without a decay; under ZeRO 3 collective, and {} on all ranks but the first."""
+        """All averages, unpartitioned, on the CPU; {} without a decay. Under ZeRO 3 collective, and {} on all ranks but the first."""
         return full_tensors(self._module, self._averages)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ConfigError where the names are not those of this model."""
+        """Raises ConfigError if the names are not those of this model."""
         wrong = sorted(state.keys() ^ self._averages.keys())
         if wrong:
-            raise ConfigError(f"the saved average (optim.ema={self.decay}) is of another model: {', '.join(wrong[:4])} ...")
+            raise ConfigError(
+                f"the saved average (optim.ema={self.decay}) belongs to another model: different names {', '.join(wrong[:4])} ..."
+            )
         copy_own_part(self._module, self._averages, state)

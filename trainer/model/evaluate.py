@@ -17,8 +17,8 @@ from trainer.data.batch import Batch
 
 
 class Scores(NamedTuple):
-    """top1, top5, worst_class (lowest accuracy of a class) in [0, 1]; loss in nats; images: each counted once; broken: left out
-    of all of these, and reported; per_class: accuracy of every class, nan of one without images."""
+    """top1, top5, worst_class (lowest accuracy of a class) in [0, 1]; loss in nats; images: each counted once; broken: number of
+    broken images, which are excluded from all scores; per_class: accuracy of every class, nan without images."""
 
     top1: float
     top5: float
@@ -47,9 +47,9 @@ def evaluate(
 ) -> Scores:
     """Score `forward` (images (b, 3, H, W) float, plan -> ModelOutput) over the batches of this rank; `add_up` sums over ranks.
     `augment` gives mean and standard deviation.
-    `between` is called with every batch: what it raises ends the evaluation.
+    `between` is called before every batch; its exceptions end the evaluation.
 
-    The model is put in evaluation mode by the caller. Collective where `add_up` is.
+    The caller puts the model in evaluation mode. Collective if `add_up` is.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # right, right in five, loss, images, broken
     right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)

@@ -1,8 +1,8 @@
-"""What a step minimises, and what it says about its examples.
+"""The loss of a step, and its observations of the examples.
 
 Losses are timm's: soft-target cross entropy (DeiT), or binary cross entropy against "is this class in the picture" (Wightman et
-al. 2021; DeiT III), per example in float32; the caller weighs them and divides by the weight of the global batch. `credit`
-turns the same forward pass into one observation per image, which is all that level 1 ever learns: no extra pass.
+al. 2021; DeiT III), per example in float32; the caller weights them and divides by the weight of the global batch. `credit`
+makes one observation per image from the same forward pass, the only input of level 1: no extra pass.
 
 Letters: b rows of a micro-batch, C classes, n_last patch tokens in the last block.
 """
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from trainer.data.batch import Batch
 
 
-CLEAR = 0.75  # own share from which a mixed image says what an unmixed one would: see docs/results/forgetting-rules.md
+CLEAR = 0.75  # own share from which a mixed image gives the result of an unmixed one, see docs/results/forgetting-rules.md
 
 
 class Objective:
     """Targets, losses and observations. Holds no state.
 
-    loss: `optim.loss`. smoothing: `augment.smoothing`. rule: `examples.rule`. Raises ConfigError where they contradict each other.
+    loss: `optim.loss`. smoothing: `augment.smoothing`. rule: `examples.rule`. Raises ConfigError if they contradict each other.
     """
 
     def __init__(self, classes: int, loss: str = "soft", *, smoothing: float = 0.0, rule: str = "clear"):
@@ -47,7 +47,9 @@ class Objective:
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each row: logits and targets (b, C) -> (b,) float32, unweighted."""
         if not isinstance(logits, Tensor):
-            raise ConfigError("the model returns two logits (distillation), but nothing here teaches the second one")
+            raise ConfigError(
+                "the model returns two logits (distillation), but there is no teacher for the second; choose a model without distillation"
+            )
         logits = logits.float()
         if self.loss == "soft":
             return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
@@ -56,15 +58,15 @@ class Objective:
 
     @torch.no_grad()
     def credit(self, batch: Batch, output: ModelOutput, losses: Tensor, mix: Mix) -> tuple[Tensor, Observation]:
-        """One observation per image: ids (b,) int64, the example each row speaks of, and what it says.
+        """One observation per image: ids (b,) int64, the example that each row is credited to, and the observation.
 
-        In a mixed pair each image dominates exactly one of the two rows, and that row speaks of it (at lam = 1/2 each its
-        own). `dominant`: right when the prediction is the dominating label, which is the argmax of the soft target.
-        `without_partner`: the same, with the lesser label left out of the argmax, so that a close second isn't an error.
-        `clear`: the same, and only rows in which one image has CLEAR of the picture count: between two halves the prediction is a coin.
-        `authors` (Tri-Level's code): each row speaks of its own image and label, however little of it is left.
+        In a mixed pair each image dominates exactly one of the two rows, and that row is credited to it (at lam = 1/2, each row
+        to its own image). `dominant`: right when the prediction is the dominating label, which is the argmax of the soft target.
+        `without_partner`: the same, with the lesser label excluded from the argmax, so that a close second is not an error.
+        `clear`: the same, and only rows in which one image has a share >= CLEAR count: between two halves the prediction is a coin toss.
+        `authors` (Tri-Level's code): each row is credited to its own image and label, however small its share.
         Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
-        finite: they say nothing of their example.
+        finite.
         """
         logits, labels, there = output.logits.float(), batch.labels, batch.weights > 0
         mixed = there & partners(there) & (mix.lam < 1.0)

@@ -1,6 +1,6 @@
-"""Optimizer and weight average, as timm makes them; the learning rate of a moment is `schedule`'s.
+"""The optimizer from timm's factory; the learning rate comes from `schedule`.
 
-The optimizer comes from timm's factory with timm's groups: no weight decay on biases, norms and what the model itself names
+Parameter groups are timm's: no weight decay on biases, norms and the model's `no_weight_decay`
 (pos_embed, cls_token, ...), and with `layer_decay` a smaller rate for earlier blocks.
 """
 
@@ -20,14 +20,16 @@ from trainer.config.schema import OptimConfig
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer by name over all parameters of `model` (a SparseViT, or a timm model).
 
-    Raises ConfigError on a name timm doesn't know, and where a parameter would be left untrained in silence.
+    Raises ConfigError for a name unknown to timm, and for trainable parameters outside timm's groups.
     """
     refuse_unknown(settings.name)
-    network = getattr(model, "vit", model)  # the one that knows its `no_weight_decay` and its layers
+    network = getattr(model, "vit", model)  # it has `no_weight_decay` and the layer groups
     mine = {id(parameter) for parameter in network.parameters()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
     if outside:
-        raise ConfigError(f"{', '.join(outside)}: trainable parameters outside the timm model, no group is defined for them")
+        raise ConfigError(
+            f"{', '.join(outside)}: trainable parameters outside the timm model would not be trained; freeze them or put them in the model"
+        )
     more: dict[str, Any] = {"fused": True} if settings.fused else {}
     try:
         return create_optimizer_v2(
@@ -37,22 +39,24 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
             weight_decay=settings.weight_decay,
             filter_bias_and_bn=True,
             layer_decay=settings.layer_decay,
-            betas=settings.betas,  # timm takes out what this optimizer has no use for
+            betas=settings.betas,  # timm drops settings that the optimizer does not have
             eps=settings.eps,
             **more,
         )
     except TypeError as error:
         if "fused" not in str(error):
             raise
-        raise ConfigError(f"optim.fused=true: {settings.name} has no fused step; use adamw or sgd, or fused=false") from error
+        raise ConfigError(
+            f"optim.fused=true: {settings.name} has no fused step; use adamw or sgd, or set optim.fused=false"
+        ) from error
 
 
 def refuse_unknown(name: str) -> None:
-    """Raise ConfigError where timm has no such optimizer, with the names that are near."""
+    """Raise ConfigError, with similar names, for an optimizer unknown to timm."""
     try:
         get_optimizer_info(name.lower().split("_")[-1])
     except ValueError:
         known = [str(known) for known in list_optimizers()]
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.optim.list_optimizers() lists them"
-        raise ConfigError(f"optim.name={name!r}: timm has no such optimizer; {hint}") from None
+        raise ConfigError(f"optim.name={name!r}: unknown optimizer of timm; {hint}") from None

@@ -1,6 +1,6 @@
-"""What a run keeps and how fast it learns, as pure functions of progress: epochs done, the started one in part.
+"""The keep ratios and the learning rate of a run, as pure functions of progress (epochs, with the fraction of the current one).
 
-All ranks get the same answer, and neither a resume nor shorter epochs nor another world size can shift it. The learning rate equals
+All ranks get the same values, and a resume, shorter epochs or another world size do not shift them. The learning rate equals
 timm's CosineLRScheduler stepped per update. Built once per run from its configuration.
 """
 
@@ -43,11 +43,11 @@ class Schedule:
         self._all_from = self._examples.all_from(config.epochs, config.data.repeats)
 
     def plan(self, progress: float) -> Plan:
-        """What a step at `progress` keeps."""
+        """The plan of a step at `progress`."""
         return self._course.at(progress)
 
     def last(self) -> Plan:
-        """What the last step keeps, and so the last evaluation: a change that falls on the very end is never trained under."""
+        """The plan of the last step, and so of the last evaluation: a change exactly at the end is never trained."""
         return self.plan(math.nextafter(float(self.epochs), 0.0))
 
     def stretches(self) -> list[Stretch]:
@@ -70,15 +70,15 @@ class Schedule:
 
     @property
     def shares_known(self) -> bool:
-        """Whether the settings tell how many examples an epoch shows; else `left_out` counts none, and only the run can tell."""
+        """Whether the settings determine how many examples an epoch shows; if not, only the run can count them and `left_out` is 0."""
         return self._examples.shares_known
 
     def left_out(self, epoch: int) -> float:
-        """The share of the data set that `epoch` leaves out, as far as the settings tell."""
+        """The share of the data set that `epoch` leaves out, as far as the settings determine it."""
         return self._examples.left_out if self.shares_known and epoch < self._all_from else 0.0
 
     def shown(self, epoch: int) -> float:
-        """The share of the data set that `epoch` shows, as far as the settings tell."""
+        """The share of the data set that `epoch` shows, as far as the settings determine it."""
         return 1 - self.left_out(epoch)
 
     def mean(self, value: Callable[[Plan], float]) -> float:
@@ -91,6 +91,6 @@ class Schedule:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its rate: `lr` times the group's `lr_scale` (layer decay)."""
+    """Set every group's learning rate: `lr` times the group's `lr_scale` (layer decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

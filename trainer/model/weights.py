@@ -1,8 +1,7 @@
-"""A timm VisionTransformer and where its weights come from: timm's initialisation, timm's pretrained ones, or a file.
+"""A timm VisionTransformer with its weights: timm's initialisation, timm's pretrained weights, or a file.
 
-Weights keep timm's names on disk, both ways: what we write loads into plain timm, and what timm or the papers' authors wrote
-loads here. Position embeddings and patch kernels of another size are resampled by timm's own functions, and whatever had to
-be changed is said.
+Files use timm's names: our files load into plain timm, and files of timm or of the papers' authors load here. Position embeddings and
+patch kernels of another size are resampled by timm's functions, and every change is logged.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from trainer.storage.safetensors_stream import pieces
 
 PREFIXES = ("module.", "_orig_mod.", "vit.")  # DDP and DeepSpeed, torch.compile, SparseViT
 AVERAGES = ("state_dict_ema", "model_ema")
-NESTED = (*AVERAGES, "state_dict", "model")  # where training scripts put the weights; averages first, as timm does
-say_in_log = logging.getLogger(__name__).warning
+NESTED = (*AVERAGES, "state_dict", "model")  # keys under which training scripts save the weights; averages first, as in timm
+log_warning = logging.getLogger(__name__).warning
 
 
-def create(settings: ModelConfig, seed: int = 0, say: Callable[[str], None] = say_in_log) -> VisionTransformer:
-    """The network of a run on the CPU, float32; `seed` decides a random initialisation and nothing else is drawn.
+def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = log_warning) -> VisionTransformer:
+    """The network of a run on the CPU, float32; `seed` keys the random initialisation, the only random draw.
 
-    `say` is told in words what was resized or reset. Raises ConfigError on a model or arguments that timm does not know, a
-    network that is no VisionTransformer, and weights that do not fit.
+    `warn` is called with a text for each tensor that was resized or reset. Raises ConfigError for a model or arguments unknown to
+    timm, a network other than a VisionTransformer, and weights that do not fit.
     """
     model = build(settings, seed, pretrained=settings.init == "timm")
     if settings.init == "timm":
@@ -47,86 +46,86 @@ def create(settings: ModelConfig, seed: int = 0, say: Callable[[str], None] = sa
             ("position embedding", (own.get("input_size") or (0,))[-1], settings.image_size),
         ):
             if theirs != ours:
-                verb = "starts anew" if what == "head" else "was resized"
-                say(f"model.init=timm: {what} {verb}, {settings.name} was trained with {theirs}, this run has {ours}")
+                verb = "was reset" if what == "head" else "was resized"
+                warn(f"model.init=timm: {what} {verb}: {settings.name} was trained with {theirs}, this run has {ours}")
     elif settings.init != "random":
-        fit(model, load_weights(settings.init), f"model.init={settings.init}", say)
+        fit(model, load_weights(settings.init), f"model.init={settings.init}", warn)
     return model
 
 
 def build(settings: ModelConfig, seed: int, pretrained: bool = False) -> VisionTransformer:
-    """`timm.create_model` in our words, with timm's initialisation drawn from `seed`; the global generator is put back."""
+    """`timm.create_model` from `ModelConfig`, with timm's initialisation drawn from `seed`; the global generator is restored."""
     refuse_unknown(settings.name)
     named = {"num_classes": settings.classes, "img_size": settings.image_size, "drop_path_rate": settings.drop_path}
     twice = named.keys() & settings.args.keys()
     if twice:
         keys = {"num_classes": "model.classes", "img_size": "model.image_size", "drop_path_rate": "model.drop_path"}
-        raise ConfigError("; ".join(f"model.args.{key}: write it as {keys[key]}" for key in sorted(twice)))
+        raise ConfigError("; ".join(f"model.args.{key}: set {keys[key]} instead" for key in sorted(twice)))
     try:
         with seeded(seed):
             model = timm.create_model(settings.name, pretrained=pretrained, **named, **settings.args)
     except (TypeError, AttributeError, AssertionError) as error:
-        raise ConfigError(f"model.name={settings.name} with model.args={settings.args}: timm refuses: {error}") from error
+        raise ConfigError(f"model.name={settings.name} with model.args={settings.args}: rejected by timm: {error}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise ConfigError(
-            f"model.init=timm: weights of {settings.name} can't be fetched ({_first_line(error)}); fetch them elsewhere and "
-            "give the file: model.init=PATH"
+            f"model.init=timm: cannot download weights of {settings.name} ({_first_line(error)}); download them elsewhere and "
+            "set model.init=PATH"
         ) from error
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(
-            f"model.name={settings.name}: this is a {type(model).__name__}, only timm VisionTransformers can be run"
-        )
+        raise ConfigError(f"model.name={settings.name}: must be a timm VisionTransformer, got a {type(model).__name__}")
     return model
 
 
 def refuse_unknown(name: str) -> None:
-    """Raises ConfigError, with near names, for a model that timm does not know."""
+    """Raise ConfigError, with similar names, for a model unknown to timm."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists them"
-        raise ConfigError(f"model.name={name!r}: timm {timm.__version__} has no such model; {hint}")
+        raise ConfigError(f"model.name={name!r}: unknown model of timm {timm.__version__}; {hint}")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's global CPU generator, which timm's initialisation draws from, set for the block and put back after it."""
+    """Seed torch's global CPU generator, used by timm's initialisation, for the context; restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
-def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, say: Callable[[str], None] = say_in_log) -> None:
-    """Load `state` (timm's or the authors' names) into `model`, resizing and resetting only what `say` is told.
+def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn: Callable[[str], None] = log_warning) -> None:
+    """Load `state` (timm's or the authors' names) into `model`, calling `warn` for each tensor that is resized or reset.
 
-    Position embedding and patch kernel are resampled (timm's bicubic); where the head is of other classes, or absent, the
-    model's fresh one stays.
-    Raises ConfigError naming every other tensor that is missing, too much, or of another shape.
+    Position embedding and patch kernel are resampled (timm's bicubic); a head with another number of classes, or without weights
+    in the file, keeps its initialisation. Raises ConfigError naming every other tensor that is missing, unknown, or of another
+    shape.
     """
     before = to_timm(state)
     after = checkpoint_filter_fn(dict(before), model, adapt_layer_scale=True)
     wanted = model.state_dict()
     for name in after.keys() & before.keys():
         if after[name].shape != before[name].shape:
-            say(f"{source}: {name} was resized from {list(before[name].shape)} to {list(after[name].shape)}")
+            warn(f"{source}: {name} was resized from {list(before[name].shape)} to {list(after[name].shape)}")
     heads = [name for name in wanted if name.split(".")[0] in _heads(model)]
     reset = [name for name in heads if name not in after or after[name].shape != wanted[name].shape]
     if reset:
         had = {name: list(after[name].shape) if name in after else "nothing" for name in reset}
-        say(f"{source}: {', '.join(reset)} start anew, the file holds {had} and this model has {model.num_classes} classes")
+        warn(
+            f"{source}: {', '.join(reset)} reset to their initialisation: the file has {had}, this model {model.num_classes} classes"
+        )
     kept = {name: value for name, value in after.items() if name not in reset}
     wrong = [f"{name}: missing in the file" for name in wanted if name not in kept and name not in reset]
     for name, value in kept.items():
         if name not in wanted:
             near = difflib.get_close_matches(name, wanted, n=1)
-            wrong.append(f"{name}: unknown to the model" + (f" (near: {near[0]})" if near else ""))
+            wrong.append(f"{name}: unknown to the model" + (f" (similar: {near[0]})" if near else ""))
         elif value.shape != wanted[name].shape:
             wrong.append(f"{name}: {list(value.shape)} in the file, {list(wanted[name].shape)} in the model")
     if wrong:
         more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ConfigError(f"{source} does not fit this model:\n  " + "\n  ".join(wrong[:8]) + more)
-    model.load_state_dict(kept, strict=False)  # strict but for the heads: checked above, with names
+    model.load_state_dict(kept, strict=False)  # all names but the heads' were checked above
 
 
 def _about(model: VisionTransformer) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def _heads(model: VisionTransformer) -> set[str]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under timm's names: wrappers' prefixes stripped wherever all names carry them, in any order."""
+    """The same tensors with timm's names: prefixes of wrappers are removed if all names have them, in any order."""
     names = list(state)
     while found := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(found) for name in names]
@@ -147,13 +146,13 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write safetensors under timm's names, with `metadata` in the header; after a crash the file is whole, or what it was before."""
+    """Write safetensors under timm's names, with `metadata` in the header; after a crash the file is complete, or the previous one."""
     with atomic_write(path) as file:
         file.writelines(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors or PyTorch file by timm's names, on the CPU. Pickled code is never run. Raises ConfigError."""
+    """Tensors of a safetensors or PyTorch file by timm's names, on the CPU. Never executes pickled code. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
@@ -166,19 +165,21 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(
-            f"weights {path}: not readable as tensors ({_first_line(error)}); convert it to safetensors where you trust it"
+            f"weights {path}: cannot be read as tensors ({_first_line(error)}); if you trust it, convert it to safetensors"
         ) from error
     return to_timm(_tensors(content, path))
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of tensors in what a training script saved."""
+    """The dictionary of tensors in a file of a training script."""
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"weights {path}: no dictionary of tensors, neither at its top nor under {', '.join(NESTED)}")
+        raise ConfigError(
+            f"weights {path}: no dictionary of tensors found at top level or under {', '.join(NESTED)}; save a state_dict"
+        )
     return content
 
 

@@ -23,7 +23,7 @@ def refuse(pattern: str) -> None:
     if kind == "pipe":
         if not pipes_allowed():
             command = pattern.removeprefix("pipe:")
-            raise DataError(f"shards {pattern!r}: this would run {command!r} in a shell; if you trust it, set {ALLOW_HINT}")
+            raise DataError(f"shards {pattern!r}: this would run {command!r} in a shell; if you trust it, use {ALLOW_HINT}")
         return
     if kind not in ("http", "https", *LISTED):
         raise DataError(
