@@ -1,7 +1,7 @@
-"""Attention of one block: from its input to what is added to the stream, and what it saw on the way.
+"""Attention of one block: from its input to its residual, with the queries, keys and values for the mechanisms.
 
 `fused` is timm's own attention (scaled_dot_product_attention, or timm's plain form where its `fused_attn` is off), bit for bit
-where nothing is left out. `authors` is the softmax with an epsilon of the Tri-Level reference code, for `compat: authors` only.
+if nothing is left out. `authors` is the softmax with an epsilon of the Tri-Level reference code, for `compat: authors` only.
 
 Letters as in `types`; S keys that are visible.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from sparsity.types import QKV, Tokens
 
 Attend = Callable[[Any, Tensor, Tokens], tuple[Tensor, QKV]]
-"""(timm Attention, normed x (B, T, D), the tokens it belongs to) -> (B, T, D) before LayerScale, and what was seen."""
+"""(timm Attention, normed x (B, T, D), the tokens it belongs to) -> (B, T, D) before LayerScale, and its QKV."""
 
 EPS = 1e-6  # of the authors' softmax
 
 
 def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
-    """timm's attention over the visible keys. `tokens.size` weighs a key by the patches it stands for (ToMe, eq. 1)."""
+    """timm's attention over the visible keys. `tokens.size` weights a key by its number of patches (ToMe, eq. 1)."""
     qkv = project_qkv(attention, x)
     k, v, bias = visible(qkv, tokens)
     if attention.fused_attn:
@@ -42,7 +42,7 @@ def authors(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
     """(A + eps/T) / (sum A + eps) with A = exp(S - max S) * mask, the max over hidden keys too (Tri-Level's code;
     docs/methods.md, section Compat).
 
-    Keeps the head mean of the map in `QKV.attention`, which their selections read: ties at eps/T included.
+    Stores the head mean of the map in `QKV.attention`, the input of their selections, including ties at eps/T.
     """
     qkv = project_qkv(attention, x)
     scores = (qkv.q @ qkv.k.transpose(-2, -1)) * attention.scale  # (B, H, T, T)
@@ -64,7 +64,7 @@ def project_qkv(attention: Any, x: Tensor) -> QKV:
 
 
 def visible(qkv: QKV, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values that may be seen, (B, H, S, d), and the mask for SDPA: bool, float32 bias, or None where nothing is hidden."""
+    """Visible keys and values, (B, H, S, d), and the mask for SDPA: bool, float32 bias, or None if all are visible."""
     k, v, size, mask = qkv.k, qkv.v, tokens.size, None
     if tokens.keys is not None:
         mask = tokens.keys.mask
@@ -78,7 +78,7 @@ def visible(qkv: QKV, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
-    """Heads together again and projected: (B, H, T, d) -> (B, T, D)."""
+    """Concatenate the heads and project: (B, H, T, d) -> (B, T, D)."""
     batch, length, _ = x.shape
     out = attention.norm(out.transpose(1, 2).reshape(batch, length, attention.num_heads * attention.head_dim))
     gate = getattr(attention, "gate", None)

@@ -1,4 +1,4 @@
-"""Levels 2 and 3 by name, and the network with them: a new mechanism is one file and one row here."""
+"""Builds the network with the mechanisms of levels 2 and 3, by settings or by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(
 ) -> SparseViT:
     """`vit` with a mechanism of each level in `blocks`; a name stands for its method with default settings.
 
-    Raises ValueError, with the key to change, for what doesn't go together.
+    Raises ValueError, with the key to change, for settings that contradict each other.
     """
     refuse(vit)
     tokens = choose(TOKENS, tokens)() if isinstance(tokens, str) else tokens
@@ -49,7 +49,7 @@ def _refuse_blocks(blocks: Sequence[int], depth: int) -> None:
     if not blocks:
         raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
     if max(blocks) >= depth:
-        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}")
+        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}; change tokens.blocks")
 
 
 def _refuse_compat(vit: VisionTransformer, tokens: TokenSettings, connections: ConnectionSettings, compat: str) -> None:
@@ -59,7 +59,7 @@ def _refuse_compat(vit: VisionTransformer, tokens: TokenSettings, connections: C
         return
     if not vit.has_class_token or vit.num_prefix_tokens != 1:
         raise ValueError(
-            "compat=authors: the reference code knows no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
+            "compat=authors: the reference code has no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
         )
     if not (tokens.in_reference_code and connections.in_reference_code):
         names = (

@@ -1,7 +1,7 @@
-"""Multiply-adds of one image's forward pass under a plan, counted from shapes alone: what a plan saves before it is run.
+"""Multiply-adds of one image's forward pass under a plan, counted from shapes alone, so the saving of a plan is known before a run.
 
-Counted are the matrix products and convolutions, those of choosing tokens and keys included; norms, softmax, gathers and sums are not,
-as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only) is not subtracted.
+Matrix products and convolutions are counted, including those that select tokens and keys; norms, softmax, gathers and sums are
+not, as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only) is not subtracted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class BlockWork:
 
 @dataclass(frozen=True)
 class Shape:
-    """All that decides the cost of a network. embed: of the patch embedding; head: once per image; pool: per token that is pooled;
-    pools_prefix: whether those of the prefix are."""
+    """The numbers that determine the cost of a network. embed: of the patch embedding; head: per image; pool: per pooled token;
+    pools_prefix: whether prefix tokens are pooled."""
 
     num_prefix: int
     num_patches: int
@@ -49,7 +49,7 @@ class Shape:
 class Cost:
     """Multiply-adds of one image: total, and of each block.
 
-    tokens: tokens (prefix included) that each block's attention finds. left: tokens after the last block.
+    tokens: input tokens (with prefix) of each block's attention. left: tokens after the last block.
     """
 
     total: int
@@ -59,11 +59,13 @@ class Cost:
 
 
 def shape_of(model: SparseViT) -> Shape:
-    """The shape of a model, at its own image size. Raises ValueError where the patch embedding is no single convolution."""
+    """The shape of a model, at its own image size. Raises ValueError if the patch embedding is not a single convolution."""
     vit = model.vit
     convolution = getattr(vit.patch_embed, "proj", None)
     if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
-        raise ValueError(f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are known for one convolution only")
+        raise ValueError(
+            f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are implemented for a single convolution only"
+        )
     num_patches = vit.patch_embed.num_patches
     heads = [getattr(vit, name) for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
     per_token, per_image = _pooling(vit.attn_pool)
@@ -72,7 +74,7 @@ def shape_of(model: SparseViT) -> Shape:
         num_prefix=vit.num_prefix_tokens,
         num_patches=num_patches,
         width=vit.embed_dim,
-        # from the settings of the layer: under ZeRO 3 its weight is empty here
+        # from the layer's settings: under ZeRO 3 its weight is empty here
         embed=num_patches
         * convolution.in_channels
         // convolution.groups
@@ -90,12 +92,12 @@ def shape_of(model: SparseViT) -> Shape:
 
 
 def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
-    """Walks the tokens through the blocks, as `SparseViT` does."""
+    """Count the tokens block by block, as in `SparseViT`."""
     patches, keys, p = shape.num_patches, shape.num_patches, shape.num_prefix
     per_block, tokens = [], []
     for number, block in enumerate(shape.blocks):
-        seen, inner = p + patches, block.heads * block.head_width
-        work = seen * block.attention + 2 * seen * (p + keys) * inner
+        length, inner = p + patches, block.heads * block.head_width
+        work = length * block.attention + 2 * length * (p + keys) * inner
         in_mlp = patches
         if number in shape.selects:
             before = BlockShape(p, patches, shape.width, block.heads, block.head_width)
@@ -104,7 +106,7 @@ def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
             patches, keys = after.num_patches, shape.connect.visible(after.num_patches, plan)
             in_mlp = patches if shape.position == "attention" else in_mlp
         per_block.append(work + (p + in_mlp) * block.mlp)
-        tokens.append(seen)
+        tokens.append(length)
     left = p + patches
     total = shape.embed + sum(per_block) + shape.head + shape.pool * (left if shape.pools_prefix else patches)
     return Cost(total, tuple(per_block), tuple(tokens), left)
@@ -116,10 +118,12 @@ def _linear(module: nn.Module) -> int:
 
 
 def _pooling(pool: nn.Module | None) -> tuple[int, int]:
-    """Of an attention pooling with one latent: per token (keys, values, the row of attention), per image (query, projection, MLP)."""
+    """For attention pooling with one latent: per token (keys, values, the row of attention), per image (query, projection, MLP)."""
     if pool is None:
         return 0, 0
     kv = getattr(pool, "kv", None)
     if not isinstance(kv, nn.Linear):
-        raise ValueError(f"attn_pool is a {type(pool).__name__}: multiply-adds are known for timm's AttentionPoolLatent only")
+        raise ValueError(
+            f"attn_pool is a {type(pool).__name__}: multiply-adds are implemented for timm's AttentionPoolLatent only"
+        )
     return _linear(kv) + kv.out_features, _linear(pool) - _linear(kv)

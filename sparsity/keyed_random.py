@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are about, not by who draws them: a counter-based hash of int64 keys.
+"""Random numbers keyed by image, token or step, never by rank: a counter-based hash of int64 keys.
 
 The same key and salts give the same number on any device, rank, micro-batch and world size, and under torch.compile. The mixing
 step is the finaliser of splitmix64 (Steele, Lea, Flood 2014) in wrapping int64 arithmetic; shifts are made logical by a mask.

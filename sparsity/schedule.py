@@ -1,6 +1,6 @@
-"""What a step keeps, as a pure function of progress (epochs done, fractions counted), so that all ranks agree and a resume needs no state.
+"""The keep ratios of a step, as a pure function of progress (epochs, with fractions), so that all ranks agree and a resume needs no state.
 
-Every distinct plan is another shape of network, and under torch.compile another graph: the way down is quantised to few plateaus.
+Every distinct plan has other tensor shapes, and under torch.compile another graph: the descent is quantised to few plateaus.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsity.types import DENSE, Plan
 
 @dataclass(frozen=True)
 class PlanSettings(Settings):
-    """Base of the kinds of schedules: what is kept at `progress`, in epochs, on the way to the plan `final` of the levels."""
+    """Base of the schedules: the plan at `progress`, in epochs; `final` is the plan of the levels' settings."""
 
     section: ClassVar[str] = "plan"
 
@@ -36,7 +36,7 @@ class PlanSettings(Settings):
 
     @property
     def every_step_differs(self) -> str:
-        """The setting that gives every step a plan of its own, and what to set instead; "" where plans are few."""
+        """The setting that gives every step another plan, with a remedy; "" for few plans."""
         return ""
 
 
@@ -53,7 +53,7 @@ class Cosine(PlanSettings):
     """b + (1 - b) (1 + cos(pi u)) / 2, u = (progress - warmup) / length, from dense to the final plan b (EViT's cosine;
     docs/methods.md, section Schedule).
 
-    Quantised: each of `plateaus` equal stretches has the value of its middle, so the work over the run is that of the curve.
+    Quantised: each of `plateaus` equal stretches has the value of its middle, so the total work equals that of the curve.
     """
 
     warmup: Epochs = setting(10.0, "epochs with everything kept, before the way down")
@@ -68,14 +68,14 @@ class Cosine(PlanSettings):
             return final
         done = (progress - warmup) / length
         if plateaus:
-            # The stretch is counted from its border as `borders` writes it, so that both agree to the last bit.
+            # The same expression as in `borders`, so that both agree to the last bit.
             stretch = sum(progress >= warmup + length * step / plateaus for step in range(1, plateaus))
             done = (stretch + 0.5) / plateaus
         way = 0.5 * (1.0 + math.cos(math.pi * done))
         return Plan(*(b + (1.0 - b) * way for b in (final.keep_tokens, final.keep_connections)))
 
     def borders(self, epochs: int) -> Sequence[float]:
-        """With `plateaus=0` the plan changes at every step; then the start of each epoch stands for its steps."""
+        """With `plateaus=0` the plan changes at every step; then the borders are the starts of the epochs."""
         down = range(self.plateaus + 1)
         between = (
             [self.warmup + self.length * step / self.plateaus for step in down] if self.plateaus else range(math.ceil(epochs))
@@ -84,12 +84,12 @@ class Cosine(PlanSettings):
 
     @property
     def every_step_differs(self) -> str:
-        return "" if self.plateaus else "plan.plateaus=0: every step would be a graph of its own; set plan.plateaus=8"
+        return "" if self.plateaus else "plan.plateaus=0: every step would compile another graph; set plan.plateaus=8"
 
 
 @dataclass(frozen=True)
 class Staircase(PlanSettings):
-    """The keep ratios of the last stair that is reached; dense before the first."""
+    """The keep ratios of the last stair reached; dense before the first."""
 
     stairs: tuple[tuple[Epochs, Keep, Keep], ...] = setting(
         (), "list of [from epoch, keep tokens, keep connections], epochs rising"
@@ -100,7 +100,7 @@ class Staircase(PlanSettings):
         starts = [start for start, _, _ in self.stairs]
         if not starts or any(later <= earlier for earlier, later in pairwise(starts)):
             raise ValueError(
-                f"plan.stairs={[list(stair) for stair in self.stairs]}: write [from epoch, keep tokens, keep connections], epochs rising"
+                f"plan.stairs={[list(stair) for stair in self.stairs]}: use [from epoch, keep tokens, keep connections], epochs rising"
             )
 
     def at(self, progress: float, final: Plan) -> Plan:
@@ -120,7 +120,7 @@ PLANS: dict[str, type[PlanSettings]] = {"constant": Constant, "cosine": Cosine, 
 
 @dataclass(frozen=True)
 class KeepSchedule:
-    """How a run comes to its final plan. tokens, connections: whether level 2 and level 3 are on; a level that is off keeps all."""
+    """The plans of a run, up to the final one. tokens, connections: whether levels 2 and 3 are on; a level that is off keeps all."""
 
     schedule: PlanSettings = Constant()
     final: Plan = DENSE
@@ -135,7 +135,7 @@ class KeepSchedule:
         return Plan(found.keep_tokens if self.tokens else 1.0, found.keep_connections if self.connections else 1.0)
 
     def changes(self, epochs: int) -> list[tuple[float, Plan]]:
-        """Where the plan changes in a run of `epochs`, from progress 0 on: [(from progress, plan)], no two in a row alike."""
+        """The changes of plan in a run of `epochs`, from progress 0 on: [(from progress, plan)], no two in a row equal."""
         found: list[tuple[float, Plan]] = []
         for progress in sorted({0.0, *self.schedule.borders(epochs)}):
             now = self.at(progress)

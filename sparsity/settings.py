@@ -13,7 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from sparsity.types import Connect, Reduce  # they import torch, which reading a configuration does not need
+    from sparsity.types import Connect, Reduce  # they import torch, which is not needed to read a configuration
 
 
 EPOCHS = "epochs"  # the unit of durations, which the configuration writes as "5ep"
@@ -30,7 +30,7 @@ class Range:
     below: float = inf
 
     def refusal(self, value: Any) -> str:
-        """What a value must be, "" where it is."""
+        """The bound that a value violates, as "must be ..."; "" for a valid value."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"must be a number ({self.unit})"
         if self.least <= value <= self.most and self.above < value < self.below:
@@ -40,9 +40,9 @@ class Range:
 
 
 Share = Annotated[float, Range("share", least=0.0, below=1.0)]
-"""A part that is taken away; all of it can't be."""
+"""A share that is removed: 0 <= share < 1."""
 Keep = Annotated[float, Range("share", above=0.0, most=1.0)]
-"""A part that stays; nothing can't be."""
+"""A share that is kept: 0 < share <= 1."""
 Epochs = Annotated[float, Range(EPOCHS, least=0.0)]
 Count = Annotated[int, Range("count", least=0)]
 
@@ -62,7 +62,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings. section: the section of the configuration they stand in. Raises SettingsError, naming key, value and bounds."""
+    """Base of all settings. section: their section of the configuration. Raises SettingsError, naming key, value and bounds."""
 
     section: ClassVar[str]
     off: ClassVar[bool] = False  # whether the method leaves nothing out
@@ -79,7 +79,7 @@ Kind = TypeVar("Kind", bound=Settings)
 
 
 def choose(methods: Mapping[str, type[Kind]], name: str) -> type[Kind]:
-    """The settings class of a method by name. Raises ValueError with the names there are."""
+    """The settings class of a method by name. Raises ValueError with the valid names."""
     if name in methods:
         return methods[name]
     section = next(iter(methods.values())).section
@@ -87,9 +87,9 @@ def choose(methods: Mapping[str, type[Kind]], name: str) -> type[Kind]:
 
 
 class Network(NamedTuple):
-    """What a mechanism of level 2 or 3 is built for.
+    """The network and run that a mechanism of level 2 or 3 is built for.
 
-    has_class_token, global_pool: of the VisionTransformer. carry_seen: whether a level 3 follows level 2, which then has to gather
+    has_class_token, global_pool: of the VisionTransformer. carry_qkv: whether level 3 follows level 2, which then must gather
     queries, keys and values too. authors: `compat: authors`, the form of the Tri-Level reference code.
     """
 
@@ -101,11 +101,11 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class _LevelSettings(Settings):
-    """What levels 2 and 3 share."""
+    """Common base of levels 2 and 3."""
 
     @property
     def final_keep(self) -> float:
-        """The share that stays when the schedule is through: the setting `keep` of methods that have one, else 1."""
+        """The share kept at the end of the schedule: the setting `keep` if the method has one, else 1."""
         return float(getattr(self, "keep", 1.0))
 
     @property
@@ -121,20 +121,20 @@ class TokenSettings(_LevelSettings):
     section: ClassVar[str] = "tokens"
 
     def build(self, network: Network) -> Reduce:
-        """The mechanism. Raises ValueError, naming key and remedy, for a network that it does not work in."""
+        """The mechanism. Raises ValueError, naming key and remedy, for an unsupported network."""
         raise NotImplementedError
 
     def refuse_keep(self, keep: float) -> None:
-        """Raises ValueError where the method does nothing in a run that ends with the keep ratio `keep`."""
+        """Raises ValueError if the method has no effect in a run that ends with the keep ratio `keep`."""
 
     @property
     def fixed_by(self) -> str:
-        """The setting that fixes the number of tokens whatever the keep ratio is, as key=value; "" where there is none."""
+        """The setting that fixes the number of tokens regardless of the keep ratio, as key=value; "" if there is none."""
         return ""
 
     @property
     def dropped_are(self) -> str:
-        """Where the patches that leave go, for the titles of pictures; "" where they are left out."""
+        """What becomes of dropped patches, for titles of pictures; "" if they are discarded."""
         return ""
 
 
@@ -145,12 +145,12 @@ class ConnectionSettings(_LevelSettings):
     section: ClassVar[str] = "connections"
 
     def build(self, network: Network) -> Connect:
-        """The mechanism. Raises ValueError, naming key and remedy, for a network that it does not work in."""
+        """The mechanism. Raises ValueError, naming key and remedy, for an unsupported network."""
         raise NotImplementedError
 
 
 def _refusal(hint: Any, value: Any) -> str:
-    """What a value of a field with this type must be, "" where it is."""
+    """The error of a value for a field of this type, as "must be ..."; "" for a valid value."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return next((text for part in parts[1:] if isinstance(part, Range) and (text := part.refusal(value))), "")
@@ -163,7 +163,7 @@ def _refusal(hint: Any, value: Any) -> str:
             return "must be a list"
         each = [parts[0]] * len(value) if parts[1:] == (...,) else list(parts)
         if len(each) != len(value):
-            return f"must have {len(each)} entries, not {len(value)}"
+            return f"must have {len(each)} entries, got {len(value)}"
         return next(
             (
                 f"entry {i}: {text}"

@@ -1,4 +1,4 @@
-"""The words the rooms share: what a block sees, what a plan asks for, what a step says about its examples.
+"""Types shared by all levels: tokens and attention inputs of a block, plans, observations of examples, selections.
 
 Letters used in every shape comment: B images, H heads, d head width, D = H * d, n patch tokens now,
 p prefix tokens ([CLS], distillation, registers), T = p + n (+ fused tokens), N examples in the data set.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step keeps, as shares in (0, 1]; 1.0 is dense. A pure function of progress (see `schedule`), so all ranks agree."""
+    """The shares that a step keeps, in (0, 1]; 1.0 is dense. A pure function of progress (see `schedule`), so all ranks agree."""
 
     keep_tokens: float = 1.0
     keep_connections: float = 1.0
@@ -27,7 +27,7 @@ class Plan:
         for name in ("keep_tokens", "keep_connections"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
-                raise ValueError(f"plan: {name}={value} is outside (0, 1]; it says which share stays, 1.0 keeps all")
+                raise ValueError(f"plan: {name}={value} is outside (0, 1]; it is the share that is kept, 1.0 keeps all")
 
 
 DENSE = Plan()
@@ -47,10 +47,10 @@ class VisibleKeys:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a batch on their way through the blocks. Frozen: a seam returns a new one.
+    """The tokens of a batch between blocks. Frozen: mechanisms return a new one.
 
     x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
-    size: (B, T) float32 number of patches each token stands for, or None (all 1). keys: None = all keys visible.
+    size: (B, T) float32 number of patches merged into each token, or None (all 1). keys: None = all keys visible.
     offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
     rng_keys: (B,) int64 key of each image for random choices (see `keyed_random`), or None.
     """
@@ -68,10 +68,10 @@ class Tokens:
 
 
 class QKV(NamedTuple):
-    """What the attention of this block saw: q, k, v, each (B, H, T, d), q and k after qk-norm; `scale` is 1/sqrt(d).
+    """The attention inputs of a block: q, k, v, each (B, H, T, d), q and k after qk-norm; `scale` is 1/sqrt(d).
 
-    Scores are computed from it only where someone asks, in float32. attention: (B, T, T) float32, head mean of the map, only
-    where the block computed it anyway (`compat: authors`).
+    Scores are computed from it on demand, in float32. attention: (B, T, T) float32, head mean of the map, only if
+    the block computed it anyway (`compat: authors`).
     """
 
     q: Tensor
@@ -82,7 +82,7 @@ class QKV(NamedTuple):
 
 
 class BlockShape(NamedTuple):
-    """Where a mechanism stands, in numbers: prefix and patch tokens it finds, width D, heads H, head width d."""
+    """The sizes at a mechanism: prefix and patch tokens before it, width D, heads H, head width d."""
 
     num_prefix: int
     num_patches: int
@@ -97,16 +97,16 @@ class Reduce(Protocol):
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]: ...
 
     def count(self, num_patches: int, plan: Plan) -> int:
-        """Patch tokens that are left of `num_patches`, fused ones included."""
+        """The number of patch tokens after it, fused ones included."""
         ...
 
     def work(self, shape: BlockShape, plan: Plan) -> int:
-        """Multiply-adds of choosing, for one image."""
+        """Multiply-adds of the selection, for one image."""
         ...
 
 
 class Connect(Protocol):
-    """Level 3: sets `Tokens.keys`, which the following blocks obey until the next selection."""
+    """Level 3: sets `Tokens.keys`, the visible keys of the following blocks until the next selection."""
 
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens: ...
 
@@ -115,17 +115,17 @@ class Connect(Protocol):
         ...
 
     def work(self, shape: BlockShape, plan: Plan) -> int:
-        """Multiply-adds of choosing, for one image."""
+        """Multiply-adds of the selection, for one image."""
         ...
 
 
 class ModelOutput(NamedTuple):
-    """What a model returns. Fields beside the logits are None unless asked for by name in `outputs`.
+    """Output of a model. Fields beside the logits are None unless named in `outputs`.
 
     logits: (B, classes), or a pair for distilled models in training. cls_attention: (B, n_last) float32 head mean of
-    the last block's [CLS] row over patches. importance: (B, n) float32 token importance at the asked block.
+    the last block's [CLS] row over patches. importance: (B, n) float32 token importance at the requested block.
     kept: original patch ids that survive each pruning block, {block: (B, k) int64}.
-    keys: what level 3 decided in each pruning block, {block: VisibleKeys}.
+    keys: the visible keys after each pruning block, {block: VisibleKeys}.
     """
 
     logits: Any
@@ -136,11 +136,11 @@ class ModelOutput(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What one step says about the examples of this rank, all (b,) and on the device.
+    """One step's observations of the examples of this rank, all (b,) and on the device.
 
     correct: bool, right under the chosen rule. loss: float32, unweighted. spread: float32, variance of the last
-    block's [CLS] attention times n^2 (0 where nobody asked). valid: bool, False for padding, broken images and every
-    copy of an image but the first. clear: bool, whether `correct` is worth counting (mixed images may say little of either), None: all.
+    block's [CLS] attention times n^2 (0 if not requested). valid: bool, False for padding, broken images and every
+    copy of an image but the first. clear: bool, whether `correct` counts (the result of a mixed image may be uncertain), None: all.
     """
 
     correct: Tensor
@@ -152,7 +152,7 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which examples an epoch shows: equal on all ranks. keep: (ceil(N / 8),) uint8, np.packbits(..., bitorder="little").
+    """The examples of an epoch, equal on all ranks. keep: (ceil(N / 8),) uint8, np.packbits(..., bitorder="little").
 
     weight: (N,) float32 loss weight per example, or None (all 1). facts: numbers and short texts for the journal.
     """
@@ -168,16 +168,16 @@ Gather = Callable[[Tensor], Tensor]
 
 
 class Examples(Protocol):
-    """Level 1: which examples an epoch shows. State is whole in `state_dict`, independent of the world size."""
+    """Level 1: which examples an epoch shows. `state_dict` holds the complete state, independent of the world size."""
 
     wants_spread: bool
 
     def observe(self, ids: Tensor, observation: Observation) -> None:
-        """Every step, on the device, without a host sync; ids (b,) int64, the example each row is credited to."""
+        """Called every step, on the device, without a host sync; ids (b,) int64, the example that each row is credited to."""
         ...
 
     def select(self, epoch: int, gather: Gather) -> Selection:
-        """At the start of an epoch, on all ranks together; the same answer on all of them."""
+        """At the start of an epoch, collective; returns the same Selection on all ranks."""
         ...
 
     def state_dict(self, gather: Gather) -> dict[str, np.ndarray]: ...
@@ -205,7 +205,7 @@ class ConnectAll:
 
 
 def num_kept(num: int, share: float) -> int:
-    """ceil(num * share): how many of `num` stay. At least one, for share > 0. In float64 as in the reference code: .55 of 100 are 56."""
+    """ceil(num * share): how many of `num` are kept, at least one for share > 0. In float64 as in the reference code: .55 of 100 is 56."""
     return math.ceil(num * share)
 
 

@@ -1,4 +1,4 @@
-"""A timm VisionTransformer run with the seams of levels 2 and 3, by composition: nothing in it is patched, its weights keep their names.
+"""A timm VisionTransformer with the mechanisms of levels 2 and 3, by composition: no patching, and the weights keep their names.
 
 With everything kept it is timm's forward pass bit for bit (eager float32: logits and gradients, seeded training with drop path,
 gradient checkpointing). Letters as in `types`.
@@ -28,8 +28,8 @@ NUM_GRAPHS = 128  # plans of a run x training and evaluation x weights and their
 class SparseViT(nn.Module):
     """`vit` with token reduction and connections in `blocks` (counted from 0).
 
-    position: where tokens leave, "attention" (before the MLP of the block) or "block" (after it). Raises ValueError, naming it, for a
-    network whose forward pass it can't reproduce.
+    position: where tokens are dropped, "attention" (before the MLP of the block) or "block" (after it). Raises ValueError, naming it,
+    for a network whose forward pass it cannot reproduce.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class SparseViT(nn.Module):
         refuse(vit)
         outside = [b for b in blocks if not 0 <= b < len(vit.blocks)]
         if outside:
-            raise ValueError(f"blocks {outside} are not in this network: it has blocks 0 to {len(vit.blocks) - 1}")
+            raise ValueError(f"blocks={outside}: this network has blocks 0 to {len(vit.blocks) - 1}")
         if position not in ("attention", "block"):
-            raise ValueError(f"position={position!r}: tokens leave at 'attention' (before the MLP) or at 'block' (after it)")
+            raise ValueError(
+                f"position={position!r}: unknown value; valid values: attention (before the MLP), block (after it)"
+            )
         self.vit = vit
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
@@ -57,7 +59,7 @@ class SparseViT(nn.Module):
     def forward(
         self, images: Tensor, plan: Plan = DENSE, outputs: frozenset[str] = frozenset(), rng_keys: Tensor | None = None
     ) -> ModelOutput:
-        """images (B, 3, height, width) float -> ModelOutput. want: "cls_attention", "importance:<block>", "kept", "keys".
+        """images (B, 3, height, width) float -> ModelOutput. outputs: "cls_attention", "importance:<block>", "kept", "keys".
 
         rng_keys: (B,) int64, the key of each image: drop path and patch drop then depend on it alone, not on rank or batch mates. None:
         timm's modules draw from the global generator, as in timm. Dropout proper (timm's *_drop_rate) always does.
@@ -83,7 +85,7 @@ class SparseViT(nn.Module):
     def compile(self, *args: Any, **settings: Any) -> None:
         """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
 
-        A plan seen before costs nothing; up to NUM_GRAPHS are kept (torch gives up after 8).
+        A graph is reused when its plan comes again; up to NUM_GRAPHS are kept (torch's default limit is 8).
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
@@ -107,7 +109,7 @@ class SparseViT(nn.Module):
         return Tokens(vit.norm_pre(x), ids, p, rng_keys=rng_keys)
 
     def _run(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
-        """One block, under gradient checkpointing where it is on: flat arguments, in which it finds the devices' generators."""
+        """One block, under gradient checkpointing if enabled; checkpoint() finds the devices' generators only in flat arguments."""
 
         def flat(x: Tensor, ids: Tensor, size: Any, mask: Any, index: Any, rng_keys: Any, path: Any) -> tuple[Any, ...]:
             keys = None if mask is None and index is None else VisibleKeys(mask, index)
@@ -149,7 +151,7 @@ class SparseViT(nn.Module):
 
     @property
     def look_back(self) -> scores.Score:
-        """What the last block pays attention to: its [CLS] row, or what patches receive where there is no [CLS]."""
+        """The score for the last block's attention: its [CLS] row, or without [CLS] the attention that patches receive."""
         return scores.cls_row if self.vit.has_class_token else scores.received
 
 
@@ -170,40 +172,42 @@ class Wanted(NamedTuple):
                 importance = int(number)
             elif wish not in ("cls_attention", "kept", "keys"):
                 raise ValueError(
-                    f"outputs={wish!r}: there are 'cls_attention', 'importance:<block 0..{depth - 1}>', 'kept', 'keys'"
+                    f"outputs={wish!r}: unknown value; valid values: cls_attention, importance:<block 0..{depth - 1}>, kept, keys"
                 )
         return cls("cls_attention" in outputs, importance, "kept" in outputs, "keys" in outputs)
 
 
 def refuse(vit: nn.Module) -> None:
-    """Raises ValueError, naming the part, for a network whose forward pass `SparseViT` can't reproduce bit for bit."""
+    """Raises ValueError, naming the part, for a network whose forward pass `SparseViT` cannot reproduce bit for bit."""
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{type(vit).__name__} is no timm VisionTransformer: choose a vit_* or deit* model of timm")
+        raise ValueError(f"{type(vit).__name__} is not a timm VisionTransformer; choose a vit_* or deit* model of timm")
     for method in ("forward", "forward_features"):
         if getattr(type(vit), method) is not getattr(VisionTransformer, method):
-            raise ValueError(f"{type(vit).__name__} has a {method} of its own, not timm's: choose a plain vit_* or deit* model")
+            raise ValueError(f"{type(vit).__name__} has a {method} of its own, not timm's; choose a plain vit_* or deit* model")
     for number, block in enumerate(vit.blocks):
         if type(block) not in (Block, ResPostBlock):
-            raise ValueError(f"block {number} is a {type(block).__name__}: only timm's Block and ResPostBlock are known")
+            raise ValueError(f"block {number} is a {type(block).__name__}; only timm's Block and ResPostBlock are supported")
         if type(block.attn) is not Attention:
             raise ValueError(
-                f"the attention of block {number} is a {type(block.attn).__name__}: only timm's Attention is known"
+                f"the attention of block {number} is a {type(block.attn).__name__}; only timm's Attention is supported"
             )
         for path in (block.drop_path1, block.drop_path2):
             if type(path) not in (DropPath, nn.Identity):
-                raise ValueError(f"the drop path of block {number} is a {type(path).__name__}: only timm's DropPath is known")
+                raise ValueError(
+                    f"the drop path of block {number} is a {type(path).__name__}; only timm's DropPath is supported"
+                )
     drop = vit.patch_drop
     if type(drop) not in (PatchDropout, nn.Identity):
-        raise ValueError(f"patch_drop is a {type(drop).__name__}: only timm's PatchDropout is known")
+        raise ValueError(f"patch_drop is a {type(drop).__name__}; only timm's PatchDropout is supported")
     if isinstance(drop, PatchDropout) and drop.num_prefix_tokens != vit.num_prefix_tokens:
         raise ValueError(
-            f"{type(vit).__name__} with patch_drop_rate={drop.prob}: timm spares {drop.num_prefix_tokens} of "
+            f"{type(vit).__name__} with patch_drop_rate={drop.prob}: timm protects only {drop.num_prefix_tokens} of "
             f"{vit.num_prefix_tokens} prefix tokens and may drop the distillation token; set patch_drop_rate=0"
         )
 
 
 def _parts(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
-    """What stands before and after attention and MLP: norm and LayerScale, or nothing and norm."""
+    """The modules before and after attention and MLP: norm and LayerScale, or identity and norm."""
     if isinstance(block, ResPostBlock):
         return _same, block.norm1, _same, block.norm2
     return block.norm1, block.ls1, block.norm2, block.ls2
@@ -216,7 +220,7 @@ def _same(x: Tensor) -> Tensor:
 def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
     """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1).
 
-    As many kernels as timm's own: at small batches a step waits for launches.
+    As many kernels as timm's own: at small batches a step is bound by kernel launches.
     """
     if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
         return path(x)

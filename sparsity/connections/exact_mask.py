@@ -1,10 +1,10 @@
-"""Level 3: which keys the following blocks may see, from P, the head-mean attention among the kept patches
+"""Level 3: the visible keys of the following blocks, from P, the head-mean attention among the kept patches
 (docs/methods.md, section Connections).
 
-`exact` gives every query its own m = ceil(k * keep) largest keys, by a mask: faithful, and no faster than dense on any dense kernel.
-`shared_keys` (ours, not in the paper) gives all queries of an image the same m keys, gathered: the attention that is left out really
-costs nothing.
-Prefix tokens see and are seen by all, in both.
+`exact` gives every query its own m = ceil(k * keep) largest keys, by a mask: as in the paper, and not faster than dense attention.
+`shared_keys` (ours, not in the paper) gives all queries of an image the same m keys, gathered: hidden keys are
+not computed.
+In both, prefix tokens attend to all tokens, and all tokens to them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ExactMaskSettings(ConnectionSettings):
 class ExactMask:
     """A mask (B, 1, T, T) with exactly m ones in every patch row (prefix apart), ties by index.
 
-    authors: all keys whose P reaches the m-th largest, as in Tri-Level's code, so a row full of ties at their epsilon turns dense.
+    authors: all keys with P >= the m-th largest, as in Tri-Level's code, so a row of ties at epsilon becomes dense.
     """
 
     authors: bool = False
@@ -55,7 +55,7 @@ class ExactMask:
         return tokens.with_(keys=VisibleKeys(mask=F.pad(mask, (p, 0, p, 0), value=True)[:, None]))
 
     def visible(self, num_patches: int, plan: Plan) -> int:
-        return num_patches  # hidden ones are computed too
+        return num_patches  # hidden keys are computed too
 
     def work(self, shape: BlockShape, plan: Plan) -> int:
         return work(shape, plan, shape.num_prefix + shape.num_patches)

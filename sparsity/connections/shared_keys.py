@@ -1,4 +1,4 @@
-"""Shared keys: all queries of an image see the same, fewer keys, so the saving is real."""
+"""Shared keys: all queries of an image attend to the same subset of keys, so less is computed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SharedKeysColumnSettings(SharedKeysSettings):
 class SharedKeys:
     """m keys of each image for all its queries, ranked by the [CLS] row, or by the column mean of P.
 
-    The column mean asks every query, but needs the full map in the selecting blocks: at 224 px that takes back a fifth of what is saved.
+    The column mean uses every query, but needs the full map in the selecting blocks: at 224 px that costs a fifth of the saving.
     """
 
     by: Literal["cls", "column"] = "cls"

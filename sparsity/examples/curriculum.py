@@ -1,7 +1,6 @@
-"""What all methods of level 1 share: observations gathered once per epoch, draws by class, the selection of an epoch.
+"""The base classes of level 1: observations gathered once per epoch, draws by class, the selection of an epoch.
 
-A method is two classes in one file: its settings (a dataclass on `ExampleSettings`) and what it does with them (on `Curriculum` or
-`Observer`).
+A method is two classes in one file: its settings (a subclass of `ExampleSettings`) and its algorithm (of `Curriculum` or `Observer`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sparsity.types import Gather, Observation, Selection
 
 
 class Draw(IntEnum):
-    """What a random draw is about; each purpose has its own stream of numbers."""
+    """The purpose of a random draw; each has its own stream of numbers."""
 
     START = 0
     CYCLE = 1
@@ -29,9 +28,9 @@ class Draw(IntEnum):
 
 
 class TrainingRun(NamedTuple):
-    """What a method of level 1 is built for. num_examples: N. labels: (N,) int class of each example. epochs: of the whole run.
+    """The run that a method of level 1 is built for. num_examples: N. labels: (N,) int class of each example. epochs: of the whole run.
 
-    repeats: epochs in which the stream presents every kept example (repeated augmentation); what is shown changes only between such
+    repeats: epochs in which the stream presents every kept example (repeated augmentation); the selection changes only between such
     rounds.
     """
 
@@ -48,8 +47,8 @@ class ExampleSettings(Settings):
     the share of the data set left out of an epoch, the last share of the epochs that shows everything, and whether every class loses
     the same share.
 
-    shares_known: whether `removed` alone tells how many examples an epoch shows; else only the run can tell.
-    counts_forgetting: whether a checkpoint has forgetting events of each example, as `Forgetting` keeps them.
+    shares_known: whether `removed` alone determines how many examples an epoch shows; if not, only the run can count them.
+    counts_forgetting: whether a checkpoint has forgetting events of each example, as in `Forgetting`.
     """
 
     section: ClassVar[str] = "examples"
@@ -67,72 +66,78 @@ class ExampleSettings(Settings):
 
     @property
     def summary(self) -> str:
-        """How many examples an epoch leaves out, for a person."""
+        """The share of examples that an epoch leaves out, as text."""
         return f"removed {self.left_out:g} of the data set"
 
     def all_from(self, epochs: int, repeats: int) -> int:
         """The first epoch of the last share of a run (`anneal`), which shows everything.
 
-        Whole rounds of `repeats` epochs only: an epoch in the middle of a round shows what the round began with.
+        Whole rounds of `repeats` epochs only: the selection does not change inside a round.
         """
         shown = epochs - round(float(getattr(self, "anneal", 0.0)) * epochs)
         return -(-shown // repeats) * repeats
 
 
 class Curriculum:
-    """A method of level 1. A subclass says what it remembers (`_update_statistics`) and what an epoch shows (`_select`).
+    """A method of level 1. A subclass defines its statistics (`_update_statistics`) and the selection of an epoch (`_select`).
 
-    Raises ValueError for settings that can't be met, naming key, value and remedy.
+    Raises ValueError for settings that cannot be met, naming key, value and remedy.
     """
 
     name: ClassVar[str]
     observes: ClassVar[Literal["loss"] | None] = None
-    decides_state: ClassVar[tuple[str, ...]] = ()  # settings that decide which arrays the state has
+    decides_state: ClassVar[tuple[str, ...]] = ()  # settings that determine the arrays of the state
     wants_spread = False
 
     def __init__(self, settings: ExampleSettings, run: TrainingRun):
         num_examples = run.num_examples
         if len(run.labels) != num_examples:
-            raise ValueError(f"examples: {len(run.labels)} labels for {num_examples} examples: rebuild the index of the shards")
+            raise ValueError(
+                f"examples: {len(run.labels)} labels for {num_examples} examples; run `trilevel index` on the shards again"
+            )
         self.num_examples, self.labels, self.seed, self.repeats = num_examples, np.asarray(run.labels), run.seed, run.repeats
         self.num_removed = round(settings.left_out * num_examples)
         if settings.left_out and not 0 < self.num_removed < num_examples:
             raise ValueError(
-                f"examples.removed={settings.left_out} leaves out {self.num_removed} of {num_examples} examples: take a share "
+                f"examples.removed={settings.left_out} leaves out {self.num_removed} of {num_examples} examples; set a share "
                 "that removes some and keeps some, or examples.method=all"
             )
         self.anneal_from = settings.all_from(run.epochs, run.repeats)
-        self.updated = 0  # how often what is shown was chosen anew
+        self.updated = 0  # number of updates of the selection
         balanced = getattr(settings, "balanced", False)
         self.group = self.labels if balanced else np.broadcast_to(np.int8(0), num_examples)  # one byte, not N
-        self.settings: Any = settings  # of the subclass's own kind
+        self.settings: Any = settings  # of the subclass's settings class
         self._start()
 
     def _start(self) -> None:
-        """Refuse settings and make the state of epoch 0."""
+        """Check the settings and create the state of epoch 0."""
 
     def observe(self, ids: Tensor, observation: Observation) -> None:
-        """Every step; a method that watches nothing has nothing to do."""
+        """Called every step; does nothing in methods without statistics."""
 
     def select(self, epoch: int, gather: Gather) -> Selection:
-        """What `epoch` shows, the same on all ranks; collective. Asked twice, it shows the same."""
+        """The selection of `epoch`, equal on all ranks; collective. A second call returns the same."""
         self._gathered(gather)
         return self._everything() if epoch >= self.anneal_from else self._select(epoch)
 
     def state_dict(self, gather: Gather) -> dict[str, np.ndarray]:
-        """Whole and the same on all ranks; collective. What was seen so far in this epoch is folded in first."""
+        """Complete and equal on all ranks; collective. Includes the observations of the current epoch so far."""
         self._gathered(gather)
         return {}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if state:
-            raise ValueError(f"examples.method={self.name} keeps no state, the checkpoint holds {sorted(state)}")
+            raise ValueError(
+                f"examples.method={self.name} has no state, the checkpoint has {sorted(state)}; resume with the checkpoint's method"
+            )
 
     @property
     def state_bytes(self) -> int:
-        """Of the state on the host, the labels left out: the index holds them."""
+        """Bytes of the state on the host, without the labels, which belong to the index."""
         arrays = [v for v in vars(self).values() if isinstance(v, np.ndarray) and v is not self.labels]
-        return sum(v.nbytes if any(v.strides) else v.itemsize for v in arrays)  # without strides it is one value, shown N times
+        return sum(
+            v.nbytes if any(v.strides) else v.itemsize for v in arrays
+        )  # without strides it is one value, broadcast N times
 
     def _gathered(self, gather: Gather) -> None: ...
 
@@ -160,11 +165,11 @@ class Curriculum:
         return Selection(packed, num_kept, weight, about | facts)
 
     def _draw(self, purpose: Draw, number: int = 0) -> np.random.Generator:
-        """The same stream of random numbers on every rank."""
+        """A generator with the same stream on every rank."""
         return np.random.default_rng((self.seed, int(purpose), number))
 
     def _starting_set(self) -> np.ndarray:
-        """(N,) bool: all but the last `removed` share of one permutation; of every class alike where balanced."""
+        """(N,) bool: all but the last `removed` share of one permutation; the same share of every class if balanced."""
         order = self._draw(Draw.START).permutation(self.num_examples)
         keep = np.ones(self.num_examples, dtype=bool)
         keep[first_per_group(order[::-1], self.group, quotas(np.bincount(self.group), self.num_removed))] = False
@@ -172,7 +177,7 @@ class Curriculum:
 
 
 class Observer(Curriculum):
-    """A method that remembers what it saw."""
+    """A method with statistics of its observations."""
 
     def __init__(self, settings: ExampleSettings, run: TrainingRun):
         super().__init__(settings, run)
@@ -180,7 +185,7 @@ class Observer(Curriculum):
 
     @property
     def state_bytes(self) -> int:
-        """Of the state on host and device."""
+        """Bytes of the state on host and device."""
         return super().state_bytes + self._observations.state_bytes
 
     def observe(self, ids: Tensor, observation: Observation) -> None:
@@ -193,8 +198,8 @@ class Observer(Curriculum):
         if found != wanted:
             own = "".join(f", examples.{key}={getattr(self.settings, key)}" for key in self.decides_state)
             raise ValueError(
-                f"examples.method={self.name}{own} keeps {wanted}, the checkpoint holds {found}: go on with the method, "
-                "its settings and the shards of the checkpoint"
+                f"examples.method={self.name}{own} has state {wanted}, the checkpoint has {found}; use the method, "
+                "settings and shards of the checkpoint"
             )
         self._observations.clear()
         self._restore(state)
@@ -217,7 +222,7 @@ class Observer(Curriculum):
 
 
 def selection_hash(keep: np.ndarray, weight: np.ndarray | None) -> str:
-    """Name of a selection: packed bits and weights (N,) float32 or None -> 16 hex digits."""
+    """Hash of a selection: packed bits and weights (N,) float32 or None -> 16 hex digits."""
     digest = hashlib.blake2b(keep.tobytes(), digest_size=8)
     if weight is not None:
         digest.update(weight.tobytes())
@@ -225,7 +230,7 @@ def selection_hash(keep: np.ndarray, weight: np.ndarray | None) -> str:
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
-    """`total`, or all there is, shared out by `sizes` (G,), largest remainder first; none above its size. (G,) int64"""
+    """`total` (at most the sum of sizes) divided in proportion to `sizes` (G,), largest remainder first; none above its size. (G,) int64"""
     sizes = sizes.astype(np.int64)
     total = min(total, int(sizes.sum()))
     whole, rest = np.divmod(sizes * total, max(int(sizes.sum()), 1))
@@ -235,7 +240,7 @@ def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def first_per_group(ids: np.ndarray, group: np.ndarray, quota: np.ndarray, skip: int = 0) -> np.ndarray:
-    """The first quota[g] of each group g in the order of `ids` (n,); with `skip`, the skip-th such part, going round."""
+    """The first quota[g] of each group g in the order of `ids` (n,); with `skip`, the skip-th such part, cyclically."""
     of = group[ids]
     by = np.argsort(of, kind="stable")
     ids, of = ids[by], of[by]

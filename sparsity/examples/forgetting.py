@@ -1,15 +1,15 @@
 """Forgetting-based curriculum: level 1 of Tri-Level E-ViT (Kong et al., AAAI 2023, arXiv 2211.10801; events after
 Toneva et al., ICLR 2019, arXiv 1812.05159).
 
-A random share of the data set (`removed`) waits in a pool. While the rest is trained, the training forward pass itself says
+A random share of the data set (`removed`) is held in a pool. For the rest, the training forward pass gives
 whether each example was right; right last time and wrong now is a forgetting event. Every `window` epochs, `updates` times, the
-`swap` share that was forgotten least goes to the pool and as many random ones come back.
+`swap` share that was forgotten least moves to the pool, and as many random examples return from it.
 
-    score = events / max(seen - 1, 1) with seen >= 3;  never right in the window: +inf, not to be removed
+    score = events / max(seen - 1, 1) with seen >= 3;  never right in the window: +inf, never removed
 
-Ties go by the variance of the last block's [CLS] attention (mean over the window, flattest map first), then by id. Where we
-differ from the authors: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint; with
-`restore` = never_trained those that were never shown come back before others.
+Ties are broken by the variance of the last block's [CLS] attention (mean over the window, flattest map first), then by id.
+Differences from the authors' code: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint; with
+`restore` = never_trained, examples that were never shown return first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsity.examples.observations import Observed
 from sparsity.settings import Count, Epochs, Share, setting
 from sparsity.types import Selection
 
-FEWEST_SEEN = 3  # presentations that a score needs
+FEWEST_SEEN = 3  # presentations required for a score
 RIGHT, LEARNED = np.uint8(1), np.uint8(2)  # bits of `memory`: right last time, right at least once in this window
 
 
@@ -55,7 +55,7 @@ class Forgetting(Observer):
         s = self.settings
         self.num_swap = round(s.swap * self.num_examples)
         self._refuse()
-        # without a pool or without updates nothing is ever swapped: events are still counted, ties are never broken
+        # without a pool or updates nothing is swapped: events are counted, ties never broken
         self.swaps = bool(self.num_removed and self.num_swap and s.updates)
         self.wants_spread = s.ties == "spread" and self.swaps
         self.active = self._starting_set()
@@ -64,10 +64,10 @@ class Forgetting(Observer):
             np.packbits(self.active, bitorder="little") if self.by_trained else np.zeros(0, np.uint8)
         )  # ever shown: bits
         self._forget_everything()
-        if self.swaps and (room := int(self._room().sum())) < self.num_swap:
+        if self.swaps and (possible := int(self._swappable().sum())) < self.num_swap:
             raise ValueError(
                 f"examples.swap={s.swap} exchanges {self.num_swap} examples, but with examples.removed={s.removed} only "
-                f"{room} can be: set examples.swap<={room / self.num_examples:.4g}, or change examples.removed"
+                f"{possible} can be; set examples.swap<={possible / self.num_examples:.4g}, or change examples.removed"
             )
 
     def _refuse(self) -> None:
@@ -76,23 +76,23 @@ class Forgetting(Observer):
             return
         if self.num_swap == 0:
             raise ValueError(
-                f"examples.swap={s.swap} of {self.num_examples} examples is none: raise it, or set 0 to swap nothing"
+                f"examples.swap={s.swap} of {self.num_examples} examples is none; raise it, or set 0 to swap nothing"
             )
         if self.num_swap > self.num_removed:
             raise ValueError(
                 f"examples.swap={s.swap} ({self.num_swap} examples) is more than the pool of examples.removed="
-                f"{s.removed} ({self.num_removed}) holds: set examples.swap<={s.removed}, or raise examples.removed"
+                f"{s.removed} ({self.num_removed}) holds; set examples.swap<={s.removed}, or raise examples.removed"
             )
         passes = s.window / self.repeats
         if passes != int(passes):
             raise ValueError(
-                f"examples.window={s.window:g}ep is not a multiple of data.repeats={self.repeats} epochs: an update "
+                f"examples.window={s.window:g}ep must be a multiple of data.repeats={self.repeats} epochs: an update "
                 f"falls between two passes over the kept examples; try {max(round(passes), FEWEST_SEEN) * self.repeats}ep"
             )
         if passes < FEWEST_SEEN:
             raise ValueError(
                 f"examples.window={s.window:g}ep with data.repeats={self.repeats} presents an example {passes:g} time(s) "
-                f"between updates, a score needs {FEWEST_SEEN}: set examples.window>={FEWEST_SEEN * self.repeats}ep"
+                f"between updates, a score requires {FEWEST_SEEN}; set examples.window>={FEWEST_SEEN * self.repeats}ep"
             )
 
     def _forget_everything(self) -> None:
@@ -126,7 +126,7 @@ class Forgetting(Observer):
         return self._selection(self.active, **facts)
 
     def _update(self, number: int) -> dict[str, Any]:
-        """Exchange the least forgotten for random ones of the pool, and start counting again. |active| stays."""
+        """Exchange the least forgotten for random examples of the pool, and reset the statistics. |active| stays constant."""
         score = self.scores()
         scored = np.flatnonzero(self.active & np.isfinite(score))
         ties = self.spread[scored] / self.seen[scored] if self.wants_spread else np.zeros(len(scored))
@@ -152,14 +152,14 @@ class Forgetting(Observer):
         self._forget_everything()
         return facts
 
-    def _room(self) -> np.ndarray:
-        """(G,) how many of each group can change places."""
+    def _swappable(self) -> np.ndarray:
+        """(G,) number of examples of each group that can be swapped."""
         sizes = np.bincount(self.group)
         active = np.bincount(self.group[self.active], minlength=len(sizes))
         return np.minimum(active, sizes - active)
 
     def _quota(self) -> np.ndarray:
-        return quotas(self._room(), self.num_swap)
+        return quotas(self._swappable(), self.num_swap)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {

@@ -1,10 +1,10 @@
-"""InfoBatch, a control of level 1 (Qin et al., ICLR 2024, arXiv 2303.04947): soft pruning below the mean loss.
+"""InfoBatch, a comparison method of level 1 (Qin et al., ICLR 2024, arXiv 2303.04947): soft pruning below the mean loss.
 
 Each epoch a random share `removed` of the examples whose latest loss lies below the mean is left out, and the others below
-the mean weigh more, so that the expected gradient stays that of the whole data set. The last `anneal` share of the epochs
+the mean get a larger weight, so that the expected gradient stays that of the whole data set. The last `anneal` share of the epochs
 shows everything.
-`removed` is the paper's r: of those below the mean, not of the data set; what that comes to is in the facts ("kept_share").
-Unlike in the authors' code, ids stay whole numbers: there they travel with the losses in one tensor of the losses' type, and
+`removed` is the paper's r: of those below the mean, not of the data set; the resulting share is in the facts ("kept_share").
+Unlike in the authors' code, ids are integers: there they are gathered with the losses in one tensor of the losses' dtype, and
 in bfloat16 id 1281166 becomes 1277952. See docs/methods.md, section Examples.
 """
 
@@ -23,7 +23,7 @@ from sparsity.types import Selection
 
 @dataclass(frozen=True)
 class InfoBatchSettings(ExampleSettings):
-    """It prunes by loss and corrects by weight, so it has no form balanced by class."""
+    """It prunes by loss and corrects by weight, so `balanced` does not apply."""
 
     shares_known: ClassVar[bool] = False
     removed: Share = setting(0.0, "share left out of the examples whose loss is below the mean (the paper's r)")
@@ -38,7 +38,7 @@ class InfoBatchSettings(ExampleSettings):
 
 
 class InfoBatch(Observer):
-    """State: the latest loss of each example (float32, NaN = never seen) and what the current round of epochs shows."""
+    """State: the latest loss of each example (float32, NaN = never shown) and the selection of the current round of epochs."""
 
     name = "infobatch"
     observes = "loss"
@@ -48,7 +48,7 @@ class InfoBatch(Observer):
         self.loss = np.full(self.num_examples, np.nan, np.float32)
         self.keep = np.ones(self.num_examples, dtype=bool)
         self.below = np.zeros(self.num_examples, dtype=bool)
-        self.updated = -1  # the round of epochs that is chosen for
+        self.updated = -1  # the round of epochs of the current selection
 
     def _update_statistics(self, observed: Observed) -> None:
         assert observed.value is not None
@@ -61,14 +61,14 @@ class InfoBatch(Observer):
         kept_below = int((self.below & self.keep).sum())
         weight = None
         if kept_below < int(self.below.sum()):
-            # 1 / (1 - r), exact for the number really left out
+            # 1 / (1 - r), exact for the number left out after rounding
             weight = np.where(self.below, np.float32(self.below.sum() / kept_below), np.float32(1.0))
         return self._selection(self.keep, weight, below_mean=int(self.below.sum()))
 
     def _prune(self) -> None:
-        seen = np.isfinite(self.loss)
-        mean = self.loss[seen].mean(dtype=np.float64) if seen.any() else -np.inf
-        self.below = seen & (self.loss < mean)
+        observed = np.isfinite(self.loss)
+        mean = self.loss[observed].mean(dtype=np.float64) if observed.any() else -np.inf
+        self.below = observed & (self.loss < mean)
         candidates = self._draw(Draw.PRUNED, self.updated).permutation(np.flatnonzero(self.below))
         self.keep = np.ones(self.num_examples, dtype=bool)
         self.keep[candidates[: int(self.settings.removed * len(candidates))]] = False

@@ -1,8 +1,8 @@
-"""What the steps of an epoch said about the examples, kept on the device until all ranks' observations are gathered.
+"""Observations of the examples in an epoch, stored on the device until they are gathered from all ranks.
 
-The statistics are the same on every rank: an observation goes to a slot on the device when it is made, and all ranks' slots
-are gathered once per epoch and applied by everybody. An epoch presents an example once (its copies in one batch count once),
-so there is at most one observation per example between two gathers, and neither rank nor order of arrival can matter.
+The statistics are the same on every rank: an observation is stored in a slot on the device, and all ranks' slots are
+gathered once per epoch and applied on every rank. An epoch presents an example once (its copies in one batch count once), so there
+is at most one observation per example between two gathers, and neither rank nor order matters.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Observed(NamedTuple):
 
 
 class Observations:
-    """One slot per example on the device: 1 byte, and 4 more where a float of the outcome (`value`) is wanted.
+    """One slot per example on the device: 1 byte, and 4 more if a float (`value`) is recorded.
 
     A slot per example rather than a growing list: its size is known at the start (6.4 MB for ImageNet) and a step costs
-    two scatters. Rows that don't count go to one spare slot at the end, so nothing is read back to the host.
+    two scatters. Rows that do not count go to one spare slot at the end, so nothing is read back to the host.
     """
 
     def __init__(self, num_examples: int, value: Literal["spread", "loss"] | None = None):
         self.num_examples, self.value = num_examples, value
-        self._code: Tensor | None = None  # (N + 1,) uint8: 0 not seen, 1 wrong, 2 right
+        self._code: Tensor | None = None  # (N + 1,) uint8: 0 not observed, 1 wrong, 2 right
         self._number: Tensor | None = None  # (N + 1,) float32
 
     @torch.no_grad()
     def record(self, ids: Tensor, observation: Observation) -> None:
-        """Write down a step's rows, ids (b,) int64; no host sync. A loss counts also where `correct` is unclear."""
+        """Store a step's rows, ids (b,) int64; no host sync. A loss counts even if `correct` is unclear."""
         if self._code is None:
             self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=ids.device)
             if self.value is not None:
@@ -52,7 +52,7 @@ class Observations:
             self._number.index_copy_(0, slot, getattr(observation, str(self.value)).detach().float())
 
     def gather(self, gather: Gather) -> Observed:
-        """Gather what all ranks wrote down and wipe the slate; collective. Whole numbers and floats travel apart."""
+        """Gather the observations of all ranks and clear them; collective. Integers and floats are gathered separately."""
         if self._code is None:
             ids, code = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
             number = torch.zeros(0, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Random subsets, the controls of level 1: one for the whole run, or another one each epoch.
+"""Random subsets, the baselines of level 1: one for the whole run, or a new one each epoch.
 
 Random per epoch is RS2 without replacement (Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy
-of Learning", arXiv 2305.18424): epochs take consecutive parts of a permutation, which is drawn anew when no whole part is left, so
+of Learning", arXiv 2305.18424): epochs take consecutive parts of a permutation, which is redrawn when no whole part is left, so
 keeping a third shows every example once in three epochs. Balanced draws do that class by class.
 """
 

@@ -1,7 +1,7 @@
-"""How much a token matters: from what a block's attention saw, to one float32 number per token.
+"""Scores of tokens: from the attention inputs of a block to one float32 number per token.
 
-All of it is computed in float32 outside autocast: in bf16 about a quarter of the rows of 196 tokens has a tie at the cut. A score sees
-every key, also those that level 3 hides from the block: a hidden token may be chosen again.
+Computed in float32 outside autocast: in bf16 about a quarter of the rows of 196 tokens has a tie at the cut. A score uses every key,
+also those that level 3 hides from the block: a hidden token may be selected again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sparsity.tokens import scores
 from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 
 Score = Callable[[Tokens, QKV], Tensor]
-"""(tokens, qkv) -> (B, T - p) float32, larger stays."""
+"""(tokens, qkv) -> (B, T - p) float32; the largest are kept."""
 
-SALT = 0x72616E6B  # of the random order
+SALT = 0x72616E6B  # salt of the random order
 
 
 def cls_row(tokens: Tokens, qkv: QKV) -> Tensor:
@@ -35,7 +35,7 @@ def received(tokens: Tokens, qkv: QKV) -> Tensor:
 
 
 def random(tokens: Tokens, qkv: QKV) -> Tensor:
-    """A random order of the patches, keyed by (image, patch id); one fixed order for every image where `tokens.rng_keys` is None."""
+    """A random order of the patches, keyed by (image, patch id); one fixed order for all images if `tokens.rng_keys` is None."""
     keys = tokens.ids if tokens.rng_keys is None else keyed_random.combine(tokens.rng_keys[:, None], tokens.ids)
     return keyed_random.uniform(keys, SALT)
 
@@ -45,7 +45,7 @@ NUM_QUERIES: dict[Score, Callable[[BlockShape], int]] = {
     received: lambda shape: shape.num_prefix + shape.num_patches,
     random: lambda shape: 0,
 }
-"""How many rows of the attention map a score computes."""
+"""The number of rows of the attention map that a score computes."""
 
 
 def importance(tokens: Tokens, qkv: QKV) -> Tensor:
@@ -74,14 +74,14 @@ def ranked(scores: Tensor) -> Tensor:
 
 
 def work(shape: BlockShape, plan: Plan, num_queries: int) -> int:
-    """q K^T of `num_queries` rows, where any key is hidden at all."""
+    """q K^T of `num_queries` rows; 0 if no key is hidden."""
     if num_kept(shape.num_patches, plan.keep_connections) == shape.num_patches:
         return 0
     return num_queries * (shape.num_prefix + shape.num_patches) * shape.heads * shape.head_width
 
 
 def among_patches(tokens: Tokens, qkv: QKV) -> Tensor:
-    """P: softmax over the tokens that are left, mean over heads, patch rows and columns: (B, k, k) float32."""
+    """P: softmax over the remaining tokens, mean over heads, patch rows and columns: (B, k, k) float32."""
     p = tokens.num_prefix
     whole = scores.attention_rows(tokens, qkv, None).mean(dim=1) if qkv.attention is None else qkv.attention
     return whole[:, p:, p:]

@@ -1,8 +1,8 @@
-"""Token merging (Bolya et al., ToMe, ICLR 2023): patches that look alike to the attention are averaged, none is dropped.
+"""Token merging (Bolya et al., ToMe, ICLR 2023): patches with similar keys are averaged, none is dropped.
 
 Bipartite soft matching, section 3 of the paper: tokens go alternately to sets A and B; each of A draws one edge to its most similar of B
-(cosine of the keys, mean over heads); the r strongest edges are merged, averages weighted by size. Attention then counts a token as
-many times as it has patches (`attention.fused`). The prefix is never merged, and the tokens stay in the order [prefix, rest of A, B].
+(cosine of the keys, mean over heads); the r strongest edges are merged, averages weighted by size. Attention then weights a
+token by its number of patches (`attention.fused`). The prefix is never merged, and the tokens stay in the order [prefix, rest of A, B].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MergeSettings(TokenSettings):
     def refuse_keep(self, keep: float) -> None:
         if keep == 1.0:
             raise ValueError(
-                "tokens.method=tome with tokens.keep=1.0 merges nothing: give the share that stays, e.g. tokens.keep=0.7"
+                "tokens.method=tome with tokens.keep=1.0 merges nothing; set the share to keep, e.g. tokens.keep=0.7"
             )
 
     @property
@@ -49,9 +49,9 @@ class MergeSettings(TokenSettings):
 
 @dataclass(frozen=True)
 class Merge:
-    """merged: r, tokens merged per block wherever the plan keeps less than all; 0: r follows the plan, n - ceil(n * keep).
+    """merged: r, tokens merged per block while the plan keeps less than all; 0: r follows the plan, n - ceil(n * keep).
 
-    At most half of the patches of a block can be merged. carry_seen as in `topk`.
+    At most half of the patches of a block can be merged. carry_qkv as in `topk`.
     """
 
     merged: int = 0
@@ -72,7 +72,7 @@ class Merge:
         return num_patches - min(wanted, num_patches // 2)
 
     def work(self, shape: BlockShape, plan: Plan) -> int:
-        """The edges between A and B, and the sums of what is merged (x and sizes; q, k, v too where they are carried)."""
+        """The edges between A and B, and the sums of merged tokens (x and sizes; with carry_qkv also q, k, v)."""
         num_merged = shape.num_patches - self.count(shape.num_patches, plan)
         b = (shape.num_patches + shape.num_prefix % 2) // 2
         summed = shape.width + 1 + (3 * shape.heads * shape.head_width if self.carry_qkv else 0)
@@ -87,7 +87,7 @@ def merge(tokens: Tokens, qkv: QKV, num_merged: int, carry_qkv: bool) -> tuple[T
     near, order = _match(tokens, qkv, a, b)
     source, rest = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
     nearest = near.gather(1, source)  # (B, r), positions in B
-    # Sums by a product, not by scattering: in one order, on any device and at any run.
+    # Sums by a matrix product, not by scatter: deterministic on every device.
     to = F.one_hot(nearest, b.shape[0]).transpose(1, 2).to(torch.float32)  # (B, |B|, r)
     prefix = torch.arange(p, device=a.device).expand(source.shape[0], -1)
     stay = torch.cat((prefix, a[rest]), dim=1)  # positions in T
@@ -125,7 +125,7 @@ def _sets(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _match(tokens: Tokens, qkv: QKV, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of A: its nearest in B, and A from the strongest edge to the weakest; (B, |A|) positions in B and in A."""
+    """For each token of A its nearest in B, and A sorted from the strongest edge to the weakest; (B, |A|) positions in B and in A."""
     with torch.autocast(tokens.x.device.type, enabled=False):
         metric = F.normalize(qkv.k.float().mean(dim=1), dim=-1)  # (B, T, d)
         edges = metric[:, a] @ metric[:, b].transpose(1, 2)  # (B, |A|, |B|)

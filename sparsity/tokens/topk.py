@@ -1,7 +1,7 @@
-"""Level 2 by score: the k = ceil(n * keep) best patches and all prefix tokens stay, the rest leaves (docs/methods.md,
+"""Level 2 by score: the k = ceil(n * keep) best patches and all prefix tokens are kept, the rest is dropped (docs/methods.md,
 section Tokens).
 
-Which score decides makes the method: [CLS] attention is Tri-Level's and EViT's, a random order is the control. With `fuse` (EViT,
+The score defines the method: [CLS] attention is Tri-Level's and EViT's, a random order is the control. With `fuse` (EViT,
 Liang et al. 2022, section 3.2) the dropped tokens become one more token: their sum weighted by score, not renormalised.
 """
 
@@ -49,11 +49,11 @@ class RandomSettings(TopKSettings):
 
 @dataclass(frozen=True)
 class TopK:
-    """score: what ranks. carry_seen: gather q, k, v too, for a level 3 that comes after. authors: the order of tokens of
+    """score: ranks the patches. carry_qkv: gather q, k, v too, for a following level 3. authors: the order of tokens of
     Tri-Level's code.
 
-    Ours leaves the kept tokens in their order, so that a later tie is broken by patch id, and does nothing where all stay. The
-    authors put them in the order of the scores, also where all stay.
+    Ours keeps the order of the tokens, so that a later tie is broken by patch id, and does nothing if all are kept. The authors
+    sort them by score, also if all are kept.
     """
 
     score: Score
@@ -84,7 +84,7 @@ class TopK:
         return num_left + 1 if self.fuse and num_left < num_patches else num_left
 
     def work(self, shape: BlockShape, plan: Plan) -> int:
-        """q K^T of the queries whose attention is the score: one row of [CLS], all rows of what patches receive, none of a random order."""
+        """q K^T of the queries whose attention is the score: one row of [CLS], all rows of `received`, none of a random order."""
         if num_kept(shape.num_patches, plan.keep_tokens) == shape.num_patches:
             return 0
         return scores.NUM_QUERIES[self.score](shape) * (shape.num_prefix + shape.num_patches) * shape.heads * shape.head_width
@@ -123,7 +123,9 @@ def _with_fused(
     after = after.with_(x=x, ids=ids, size=size)
     if not carry_qkv:
         return after, carried
-    total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # a sharp softmax gives all of them 0
+    total = weights.sum(dim=1, keepdim=True).clamp(
+        min=torch.finfo(weights.dtype).tiny
+    )  # after a sharp softmax all weights may be 0
     share = (weights / total).detach()
 
     def mean(kept: Tensor, whole: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def recorded(**changes: dict[str, Any]) -> dict[str, Any]:
         (["tokens.method=topk", "tokens.merged=4"], ["tokens.merged=4", "set tokens.method=tome"]),
         (["connections.keep=0.1"], ["connections.keep=0.1", "exact|shared_keys|shared_keys_column"]),
         (["examples.removed=0.2"], ["examples.removed=0.2: not a setting of examples.method=all", "forgetting|infobatch"]),
-        (["examples.method=infobatch", "examples.swap=0.1"], ["examples.swap=0.1", "choose examples.method=forgetting"]),
+        (["examples.method=infobatch", "examples.swap=0.1"], ["examples.swap=0.1", "set examples.method=forgetting"]),
         (["examples.method=infobatch", "examples.balanced=true"], ["examples.balanced=True", "random_fixed"]),
         (["plan.plateaus=4"], ["plan.plateaus=4: not a setting of plan.method=constant", "plan.method=cosine"]),
         (["plan.method=cosine", "plan.stairs=[[1ep, 0.5, 0.5]]"], ["plan.stairs=", "plan.method=staircase"]),

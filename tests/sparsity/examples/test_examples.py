@@ -261,7 +261,7 @@ def test_first_of_each_keeps_the_order_given():
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "texts"),
     [
         ("forgetting", {"removed": 0.03}, ["examples.swap=0.05", "examples.removed=0.03", "swap<=0.03"]),
         ("forgetting", {"removed": 0.98, "swap": 0.3}, ["examples.swap=0.3", "only 4 can be"]),
@@ -276,10 +276,10 @@ def test_first_of_each_keeps_the_order_given():
         ("infobatch", {"anneal": -0.1}, ["examples.anneal=-0.1: must be >= 0 and < 1"]),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused_with_a_way_out(name, changes, said):
+def test_settings_that_cannot_be_met_are_refused_with_a_remedy(name, changes, texts):
     with pytest.raises(ValueError) as refused:
         make(name, **changes)
-    for text in said:
+    for text in texts:
         assert text in str(refused.value)
 
 
