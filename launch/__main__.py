@@ -72,6 +72,12 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
     found, nodes = hosts.chosen(found, a.nodes)
     processes = hosts.processes_of(found, a.processes)
     env, directory = dict(os.environ), Path.cwd()
+    for name in hosts.PASSED:
+        if hosts.holds_credential(name, env.get(name, "")):
+            print(
+                f"launch: {name} is not passed on, it may hold a credential and command lines can be read by others; set it on every host",
+                file=sys.stderr,
+            )
     port = a.port or random_port()
     commands = hosts.render(job, found, nodes, processes, port, sys.executable, directory, env, a.ssh_config, a.logs)
     checks = _checks(job, nodes, processes)

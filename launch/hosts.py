@@ -79,12 +79,17 @@ def chosen(hosts: list[Host], nodes: str | None) -> tuple[list[Host], Nodes]:
     return hosts[: asked.most], asked
 
 
+def holds_credential(name: str, value: str) -> bool:
+    """Whether a variable may not stand on a command line: http://user:password@host, or a query such as ?token=..."""
+    return "@" in value or (name == "MLFLOW_TRACKING_URI" and "?" in value)
+
+
 def render(
     job: Job, hosts: list[Host], nodes: Nodes, processes: int, port: int, python: str, directory: Path, env: dict[str, str],
     ssh_config: str | None = None, logs: str = LOGS,
 ) -> list[Command]:  # fmt: skip
     """One ssh per host, in the order of the file; `env` is this shell's, of which what a node needs is passed on."""
-    known = {name: env[name] for name in PASSED if name in env and "@" not in env[name]}  # http://user:password@host
+    known = {name: env[name] for name in PASSED if name in env and not holds_credential(name, env[name])}
     known = {"TERM": "dumb"} | known  # the output goes to files: no live line
     set_env = ["env", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
     ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))

@@ -66,19 +66,21 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
 def with_status(point: Point) -> Point:
     """The point with its state, read from its journal."""
     try:
-        rows = (point.directory / "journal.jsonl").read_text().splitlines()
+        rows = (point.directory / "journal.jsonl").read_bytes().split(b"\n")
     except OSError:
         return point
     state, top1 = "cut off", None
     for row in rows:
         try:
             line = json.loads(row)
-        except ValueError:  # the last line of a killed attempt
+        except (ValueError, RecursionError):  # the last line of a killed attempt, or a damaged one
+            continue
+        if not isinstance(line, dict):
             continue
         if line.get("kind") == "start":
             state = "cut off"
         elif line.get("kind") == "eval":
-            top1 = line.get("top1")
+            top1 = line.get("top1") if isinstance(line.get("top1"), float | int) else top1
         elif line.get("kind") == "end":
             state = str(line.get("status"))
     return replace(point, state=state, top1=top1)
@@ -135,7 +137,7 @@ def _about(config: str, overrides: list[str]) -> tuple[str, Path]:
         raise LaunchError(f"config {config}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LaunchError(f"config {config}: not UTF-8 text; save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise LaunchError(f"config {config}: not valid YAML: {error}") from error
     content = content if isinstance(content, dict) else {}
     given = [text.partition("=")[2] for text in overrides if text.startswith("runs=")]

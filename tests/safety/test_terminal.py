@@ -81,7 +81,7 @@ def test_the_console_goes_quiet(terminal: bool, monkeypatch: pytest.MonkeyPatch)
         for line in lines():
             if line["kind"] in ("epoch", "eval", "step"):
                 getattr(console, line["kind"])(**line)
-        console.end("finished", 3, progress=4.0)
+        console.end("finished", 3, 4.0)
     assert out.tried
 
 

@@ -13,6 +13,7 @@ import errno
 import itertools
 import os
 import random
+import stat
 from collections.abc import Iterator
 from pathlib import PurePath
 from types import SimpleNamespace
@@ -146,7 +147,9 @@ class System:
 
     def stat(self, path: Any) -> Any:
         node = self._find(path)
-        return SimpleNamespace(st_size=len(node.now) if isinstance(node, File) else 4096)
+        if isinstance(node, File):
+            return SimpleNamespace(st_size=len(node.now), st_mode=stat.S_IFREG)
+        return SimpleNamespace(st_size=4096, st_mode=stat.S_IFDIR)
 
     def crashed(self, limit: int, rng_keys: random.Random) -> Iterator[System]:
         """The disks that a crash at this moment may leave: all of them where they are at most `limit`, else that many drawn ones."""

@@ -22,9 +22,9 @@ def test_killed_attempts_are_paid_for_and_gaps_are_not(tmp_path: Path, monkeypat
     first = [{"kind": "start", "time": 1010.0, "attempt": 0, "starting": 10.0} | START]
     first += [{"kind": "step", "time": 1000.0 + t, "attempt": 0, "step": t, "joules": 1000.0 * t} for t in (50, 100)]
     write(tmp_path, first)
-    monkeypatch.setattr("time.time", lambda: 4700.0)
+    monkeypatch.setattr("time.monotonic", lambda: 4700.0)
     efficiency = Efficiency(tmp_path, attempt=1, world=4, living=20.0, rate=1e12)
-    monkeypatch.setattr("time.time", lambda: 4730.0)
+    monkeypatch.setattr("time.monotonic", lambda: 4730.0)
     efficiency.kept, efficiency.cost = 0.5, {"tokens": [10, 5], "multiply_adds": 1e9}
     window = MeterReading({"images_per_second": 40.0, "joules": 5e4}, {}, {}, {}, first_step=4705.0)
     found = efficiency.of(window, useful=90.0)

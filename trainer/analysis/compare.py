@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from trainer.analysis.comparability import IGNORED_SETTINGS, caveats, fingerprint
 from trainer.analysis.history import History, Point, history
+from trainer.config.credentials import credential_in
 from trainer.config.errors import TrilevelError
 from trainer.config.run_config import flat
 
@@ -193,19 +193,23 @@ def from_mlflow(experiment: str, into: Path, uri: str | None = None) -> tuple[li
 
     Raises NothingToCompare if MLflow does not answer, the experiment is unknown or has no run with a journal.
     """
-    from trainer.tracking.mlflow_client import journals_of
+    from trainer.tracking.address import address_of, from_environment
+    from trainer.tracking.mlflow_client import hint, journals_of
 
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+    if uri and (wrong := credential_in(uri)):
+        raise NothingToCompare(f"--uri {wrong}")
+    given = address_of(uri) if uri else from_environment() or address_of(f"sqlite:///{Path('runs').resolve()}/mlflow.db")
+    uri = given.uri
     file = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not file.is_file():  # or MLflow would make an empty one there
         raise NothingToCompare(f"{file}: no such database; set --uri, or give run directories")
     try:
-        found, missing = journals_of(uri, experiment, into)
+        found, missing = journals_of(given.opened, experiment, into)
     except LookupError as error:
-        raise NothingToCompare(f"--experiment: unknown value {experiment!r} at {uri}; valid values: {error}") from error
+        raise NothingToCompare(f"experiment {experiment!r}: not at {uri}; valid values: {error}") from error
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise NothingToCompare(f"{uri}: {type(error).__name__}: {text}; or give run directories") from error
+        text = given.redacted(" ".join(str(error).split()))[:300]
+        raise NothingToCompare(f"{uri}: {type(error).__name__}: {text}{hint(error)}; or give run directories") from error
     if not found:
         raise NothingToCompare(f"experiment {experiment!r} at {uri}: no run with a journal; upload them with trilevel sync RUN")
     return found, missing

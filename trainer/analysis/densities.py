@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from sparsity.types import Plan
+from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.config.run_config import Config
@@ -116,11 +117,11 @@ def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Conf
     path = Path(model)
     if path.is_dir():
         config = config or load(path / "config.yaml", overrides)
-        path = path / "weights.safetensors"
+        path = run_weights(path, "eval")
     if config is None:
         raise ConfigError(f"eval {model}: a weights file needs a CONFIG with its model; add one")
     if not path.is_file():
-        raise ConfigError(f"eval {model}: {path} does not exist; a run writes it with its first checkpoint")
+        raise ConfigError(f"eval {model}: no such file; give a run directory, a weights file or timm:NAME")
     network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
     weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
     return config, network

@@ -68,7 +68,7 @@ class History:
         return self.points.get(kind, [])
 
     def evals(self, ema: bool = False) -> list[Point]:
-        return [point for point in self.of("eval") if bool(point.get("ema")) == ema]
+        return [point for point in self.of("eval") if bool(point.get("ema")) == ema and point.get("top1") is not None]
 
     @property
     def images_per_second(self) -> float:

@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 
 from sparsity.types import VisibleKeys
 from trainer.analysis.forgotten_examples import contact_sheet
+from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.config.run_config import Config
@@ -65,10 +66,10 @@ class Viewer:
         settings = self.config.model.model_copy(update={"init": "random"})
         self.model = build_model(self.config.model_copy(update={"model": settings}))
         if not self.model.blocks:
-            raise ConfigError(f"show {run}: tokens.method=all and connections.method=all keep everything, so no tokens to show")
-        file = self.run / "weights.safetensors"
-        if not file.is_file():
-            raise ConfigError(f"show {run}: {file} does not exist; a run writes it with its first checkpoint")
+            raise ConfigError(
+                f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
+            )
+        file = run_weights(self.run, "show")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
         self.plan = Schedule(self.config).last()

@@ -14,6 +14,7 @@ from trainer.analysis.history import History, history
 from trainer.analysis.report_plot import picture
 from trainer.analysis.savings import savings_of
 from trainer.analysis.units import duration
+from trainer.config.credentials import without_credentials
 from trainer.storage.text import markdown_text
 
 KEPT = ("examples", "tokens", "connections")
@@ -110,8 +111,8 @@ def where_to_look(directory: Path | str) -> str:
     directory = Path(directory)
     try:
         state = json.loads((directory / "mlflow.json").read_text())
-        uri, run_id = str(state["uri"]), state["run_id"]
-    except (OSError, ValueError, KeyError):
+        uri, run_id = without_credentials(str(state["uri"])), state["run_id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         state, uri, run_id = {}, "", None
     if not run_id:
         return f"not in MLflow yet; to upload it: trilevel sync {directory}"

@@ -8,6 +8,7 @@ by timm's parameter name, so any world size and any ZeRO stage can resume from i
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -174,6 +176,16 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
             + "\n".join(wrong)
             + "\nContinue with the settings of the checkpoint, or start a new run with name=NEW_NAME"
         )
+    try:
+        return _read(path, about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: can't be read ({type(error).__name__}: {error}), though its hashes hold; resume from another checkpoint: write its "
+            f"name into {path.parent / directory.LATEST}"
+        ) from error
+
+
+def _read(path: Path, about: dict[str, Any]) -> Saved:
     arrays = np.load(path / "examples.npz", allow_pickle=False)
     selection = None
     if about["selection"] is not None:

@@ -7,7 +7,7 @@ import re
 REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
 DATABASE_REMEDY = "give it by MLFLOW_TRACKING_URI in the environment"
 _USERINFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
-_SECRET = re.compile(r"(?i)(?:password|passwd|pwd|token|secret|key|signature|credential)[^=&]*=")
+SECRET = re.compile(r"(?i)(?:pass|pwd|token|secret)[^=&]*=")
 
 
 def without_credentials(text: str) -> str:
@@ -24,7 +24,14 @@ def credential_in(uri: str) -> str | None:
         if "@" in address:
             return f"contains a user name or password, which the journal and MLflow would show; remove it and {REMEDY}"
         return f"contains a query, which may be a credential; remove it and {REMEDY}" if query else None
-    user, at, _ = address.rpartition("@")
-    if (at and ":" in user) or _SECRET.search(query):
+    user = "" if rest.startswith("/") else address.rpartition("@")[0]  # sqlite:////home/a@b/mlflow.db has no user
+    if ":" in user or SECRET.search(query):
         return f"contains a password, which the journal and MLflow would show; remove it and {DATABASE_REMEDY}"
     return None
+
+
+def no_credential(uri: str | None) -> str | None:
+    """For `tracking.uri`. Raises ValueError, without the value."""
+    if uri is not None and (wrong := credential_in(uri)):
+        raise ValueError(f"tracking.uri {wrong}")
+    return uri

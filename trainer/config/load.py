@@ -26,7 +26,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: not text in UTF-8 ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}; make it readable for this user") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys to values, got {type(raw).__name__}")
@@ -56,7 +60,7 @@ def _split(text: str) -> tuple[str, Any]:
         raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, use {ALLOW_HINT}")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:  # glob and brace patterns are not valid YAML
+    except (yaml.YAMLError, ValueError, RecursionError):  # glob and brace patterns are not valid YAML
         parsed = value
     if isinstance(parsed, dict) and not value.strip().endswith("}"):
         parsed = value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sparsity.settings import ConnectionSettings, Settings, TokenSettings
+from trainer.config.credentials import no_credential
 from trainer.config.method_section import MethodSection
 from trainer.config.values import Blocks, Chance, Duration, Epochs, Length, Section, Share
 
@@ -265,7 +266,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     to: Literal["mlflow", "journal"] = "mlflow"
     """`mlflow`, or `journal` for no tracking server (`trilevel sync` uploads later)."""
-    uri: str | None = None
+    uri: Annotated[str | None, AfterValidator(no_credential)] = None
     """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db. Credentials belong in
     MLFLOW_TRACKING_* variables."""
     experiment: str = "trilevel"

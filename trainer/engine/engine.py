@@ -22,7 +22,7 @@ from trainer.config.errors import ConfigError
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.environment import set_single_process_env, use_persistent_compile_cache, world_size
+from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
 from trainer.engine.processes import Processes
@@ -61,6 +61,8 @@ class Engine(Processes):
             plugin = DeepSpeedPlugin(hf_ds_config=rendered)
             plugin.deepspeed_config |= {"steps_per_print": rendered["steps_per_print"]}  # accelerate sets its own value
         self.clip, self._behind = clip, 0  # micro-batches of this step
+        if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
+            start_alone("nccl" if self.on_gpu else "gloo")
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`

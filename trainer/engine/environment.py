@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
+import torch.distributed as dist
+
 from trainer.config.errors import ConfigError
+
+LOOPBACK = "lo"
 
 
 def use_persistent_compile_cache() -> str:
@@ -43,6 +48,21 @@ def set_single_process_env() -> None:
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     # port 0: the system chooses a free port when the store opens; one chosen here could be taken by then
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def start_alone(backend: str) -> None:
+    """The process group of a world of one, before accelerate and DeepSpeed look for one: with its store in this process. torch's default
+    is a TCP store that listens on all interfaces, without authentication, and takes pickles. gloo listens on loopback alone."""
+    if world_size() != 1 or dist.is_initialized():
+        return
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    if before is None and LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
+    try:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    finally:
+        if before is None:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
 def reset_accelerate() -> None:

@@ -6,8 +6,9 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from trainer.journal import lines
 from trainer.journal.file import JournalError, finite
 
 FILE = "journal.jsonl"
@@ -29,7 +30,7 @@ def read(directory: Path | str) -> Iterator[dict[str, Any]]:
 def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Complete lines from byte `offset` on, each with the offset after it, from which a follower can continue."""
     path = _file_of(directory)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         file.seek(offset)
         for raw in file:
             if not raw.endswith(b"\n"):
@@ -38,12 +39,21 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
             try:
                 line = json.loads(raw)
                 kind = line["kind"]
-            except (ValueError, TypeError, KeyError):
-                warnings.warn(f"{path}: the line ending at byte {offset} is not a journal line; skipped", stacklevel=2)
+                line = finite(line) | {"kind": kind}
+                reason = lines.wrong(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                reason = "it is not a journal line"
+            if reason:
+                warnings.warn(f"{path}: the line that ends at byte {offset} is left out: {reason}", stacklevel=2)
                 continue
-            line = finite(line)
-            line["kind"] = kind
             yield offset, line
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror}; make it readable for this user, or read a copy") from error
 
 
 def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """The journal: one JSON line per event in RUN/journal.jsonl, appended, readable after a kill. MLflow, report and compare read it.
 
-Every line has `kind`, `time` (unix seconds) and `attempt` (0, then one more at each start of the same run). `step` counts the
-optimizer steps done; `epoch` and `batch` count from 0; `progress` is epoch + batch / batches in this epoch.
-Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow by name, lists as one metric per position.
+Every line has `kind`, `time` (unix seconds; they grow evenly within an attempt even if the clock is set) and `attempt` (0, then one
+more at each start of the same run). `step` counts the optimizer steps that lie behind the line; `epoch` and `batch` count from 0;
+`progress` is epoch + batch / batches in this epoch. Shares are in [0, 1]. Fields beyond the table may be added: numbers reach MLflow by
+name, lists as one metric per position.
 
 | kind       | when                         | fields                                                                           |
 |------------|------------------------------|----------------------------------------------------------------------------------|
@@ -84,7 +85,11 @@ class Journal:
     def __init__(self, directory: Path | str, attempt: int | None = None):
         self.path = Path(directory) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._clock = time.time() - time.monotonic()  # a clock that is set meanwhile changes no duration in the journal
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise JournalError(f"{self.path}: {error.strerror}; move it away, or start another run by name=OTHER") from error
         self._pending = b""
         self._warned = self._unsafe = False
         try:
@@ -100,8 +105,8 @@ class Journal:
         _open.add(self)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one line; takes microseconds except for durable kinds. Raises on a full disk once PENDING_BYTES are in memory."""
-        line = {"kind": kind, "time": round(time.time(), 6), "attempt": self.attempt} | fields
+        """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
+        line = {"kind": kind, "time": round(self._clock + time.monotonic(), 6), "attempt": self.attempt} | fields
         self._pending += json.dumps(plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._flush()
         if kind in DURABLE:

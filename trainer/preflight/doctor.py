@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.config.credentials import REMEDY
 from trainer.preflight.installation import GIB, Finding, collectives, compiler, constraints_file, decoder, devices, versions
 from trainer.storage.text import printable
 
@@ -139,10 +140,9 @@ def open_files(want: int = 4096) -> Finding:
 
 def tracking(runs: Path, timeout: float = TIMEOUT) -> Finding:
     """Whether MLflow is reachable. A run does not need it: `trilevel sync` uploads later what the run could not send."""
-    from trainer.config.schema import TrackingConfig
-    from trainer.tracking.upload import uri_of
+    from trainer.tracking.upload import where
 
-    uri = uri_of(runs / "run", TrackingConfig())
+    uri = where(runs / "run").uri
     if uri.startswith("sqlite"):
         found = f"{uri}; on several nodes use a server (MLFLOW_TRACKING_URI), or tracking.to=journal and trilevel sync"
         return Finding("MLflow", "ok", found)
@@ -154,7 +154,7 @@ def tracking(runs: Path, timeout: float = TIMEOUT) -> Finding:
             return Finding("MLflow", "ok", f"{uri} answers with status {answer.status}")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            remedy = REMEDY
         return Finding("MLflow", "note", f"{uri} answers with status {error.code}", remedy)
     except OSError as error:
         return Finding("MLflow", "note", f"{uri} not reachable within {timeout:g} s: {getattr(error, 'reason', error)}", remedy)

@@ -66,14 +66,19 @@ class RecordedRun:
         self.index = self._index()
         d = self.config.data
         self.layout = Layout(self.index.sizes, self.config.seed, d.batch, d.lanes, d.window, d.homes, d.repeats)
-        self.segments, self.logged_steps = self._find_segments(), self._find_logged_steps()
-        self.skipped = {line["step"]: line["seen"] for line in self.lines if line["kind"] == "skipped"}
+        try:
+            self.segments, self.logged_steps = self._find_segments(), self._find_logged_steps()
+            self.skipped = {line["step"]: line["seen"] for line in self.lines if line["kind"] == "skipped"}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordedRunError(
+                f"{self.directory}/journal.jsonl: a line has no {error}, or another type; bring the journal back from a copy of the run"
+            ) from error
         self.selection = lru_cache(maxsize=2)(self._selection)
         self._order = lru_cache(maxsize=2)(self._build_order)
 
     def _index(self) -> Index:
         index = opened(self.config.data.train, self.config.data, self.config.data.verify)
-        recorded = next((line["data"]["train"]["fingerprint"] for line in self.lines if line["kind"] == "start"), None)
+        recorded = next((_fingerprint(line) for line in self.lines if line["kind"] == "start"), None)
         if recorded is not None and recorded != index.fingerprint:
             raise RecordedRunError(
                 f"{self.directory}: trained on shards with fingerprint {recorded}, data.train={self.config.data.train} has "
@@ -169,3 +174,9 @@ class RecordedRun:
     def keys(self, segment: Segment, rows: Rows) -> np.ndarray:
         """(b,) int64: the keys of all random choices about each row."""
         return row_keys(self.config.seed, segment.epoch, rows.ids, rows.copies)
+
+
+def _fingerprint(start: dict[str, Any]) -> str | None:
+    """Of the training shards; None where a start line holds none."""
+    train = (start.get("data") or {}).get("train")
+    return train.get("fingerprint") if isinstance(train, dict) else None

@@ -20,6 +20,7 @@ from trainer.engine.engine import Engine
 from trainer.model.ema import Ema
 from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
+from trainer.storage.disk import Content
 
 
 class Checkpointer:
@@ -41,13 +42,12 @@ class Checkpointer:
         if self.engine.is_main:
             self.recorder.sync()  # journal lines before a checkpoint must be durable before the checkpoint is
 
-            def write() -> Path:
+            def write() -> tuple[Path, Content]:
                 path = save_load.save_checkpoint(
                     self.recorder.checkpoints, state, self.config, self.fingerprint,
                     weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection,
                 )  # fmt: skip
-                self.recorder.weights({**weights, **averages})
-                return path
+                return path, self.recorder.weights({**weights, **averages})
 
             self._write = AsyncWrite(state, write, began)
         if last or not self.config.checkpoint.asynchronous:
@@ -76,16 +76,17 @@ class Checkpointer:
 
     def _report(self, write: AsyncWrite) -> None:
         assert write.path is not None
-        self.recorder.saved(write.state, write.path, write.blocking, write.seconds)
+        self.recorder.saved(write.state, write.path, write.blocking, write.seconds, write.weights)
         self._write = None
 
 
 class AsyncWrite:
     """One checkpoint being written. blocking: seconds for which it blocked training; seconds: time of writing."""
 
-    def __init__(self, state: TrainState, write: Callable[[], Path], began: float):
+    def __init__(self, state: TrainState, write: Callable[[], tuple[Path, Content]], began: float):
         self.state, self.failure, self.seconds = state, "", 0.0
         self.path: Path | None = None
+        self.weights: Content | None = None
         # not a daemon: if the interpreter exits on another error, it waits for the write to complete
         self._thread = threading.Thread(target=self._run, args=[write], name="checkpoint")
         self._thread.start()
@@ -102,10 +103,10 @@ class AsyncWrite:
         self.blocking += time.perf_counter() - started
         return self.failure
 
-    def _run(self, write: Callable[[], Path]) -> None:
+    def _run(self, write: Callable[[], tuple[Path, Content]]) -> None:
         started = time.perf_counter()
         try:
-            self.path = write()
+            self.path, self.weights = write()
         except OSError as error:
             self.failure = (
                 f"checkpoint at step {self.state.step} could not be written: {error}; the previous checkpoint is intact: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -14,16 +15,19 @@ import torch
 
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
+from trainer.config.credentials import without_credentials
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.schedule import Schedule
 from trainer.run import directory as run
+from trainer.storage.private_file import private
 
 # Variables that affect computation or communication; others may hold secrets and are not recorded.
 PREFIXES = ("OMP_", "MKL_", "NCCL_", "GLOO_", "DS_", "TORCH", "PYTORCH_", "CUDA_", "KMP_", "MALLOC_")
 NAMED = ("LD_PRELOAD", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
+SECRET = re.compile("TOKEN|SECRET|KEY|PASS|PW|CREDENTIAL", re.IGNORECASE)  # names that are left out all the same
 MANY_CLASSES = 4096  # with more, the start line omits their names
 
 
@@ -45,7 +49,8 @@ def start_line(config: Config, engine: Engine, data: dict[str, Index], model: Sp
 
 def write(directory: Path, config: Config, model: SparseViT) -> None:
     """RUN/environment.txt and RUN/plan.md. Rank 0 only."""
-    (directory / "environment.txt").write_text(environment())
+    with open(directory / "environment.txt", "w", opener=private) as file:
+        file.write(environment())
     (directory / "plan.md").write_text(plan_table(config, model))
 
 
@@ -58,8 +63,8 @@ def environment() -> str:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         lines.append(f"device {number}: {about.name}, {about.total_memory / 2**30:.1f} GiB")
-    kept = {k: v for k, v in os.environ.items() if k.startswith(PREFIXES) or k in NAMED}
-    lines += ["", "[environment]", *(f"{name}={value}" for name, value in sorted(kept.items()))]
+    kept = {k: v for k, v in os.environ.items() if (k.startswith(PREFIXES) or k in NAMED) and not SECRET.search(k)}
+    lines += ["", "[environment]", *(f"{name}={without_credentials(value)}" for name, value in sorted(kept.items()))]
     found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]}
     return "\n".join([*lines, "", "[packages]", *sorted(found, key=str.lower), ""])
 

@@ -22,6 +22,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.storage.disk import Disk
 from trainer.storage.source_tree import SOURCE_ROOT
+from trainer.storage.standard_streams import say
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
 
@@ -48,13 +49,20 @@ def create_run_directory(config: Config, resume: bool) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Write this rank's library logs and crash tracebacks (segmentation faults too) to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # on another node the folder may not be visible yet
-    handler = logging.FileHandler(path)
+    """Write this rank's library logs and crash tracebacks (segmentation faults too) to `path`; without it where it can't be opened."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # on another node the folder may not be visible yet
+        handler, crashes = logging.FileHandler(path), open(path, "a")  # noqa: SIM115 (stays open until the process exits)
+    except OSError as error:
+        say(
+            f"{path}: {error.strerror}; library logs of this rank are not recorded; move it away before the next start",
+            error=True,
+        )
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    faulthandler.enable(open(path, "a"))  # noqa: SIM115 (stays open until the process exits)
+    faulthandler.enable(crashes)
 
 
 def source() -> str:

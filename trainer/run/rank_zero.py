@@ -22,6 +22,7 @@ from trainer.provenance import kept_lists
 from trainer.run import description, nonfinite_steps
 from trainer.run.console import Console
 from trainer.run.dense_baseline import describe
+from trainer.storage.disk import Content
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.meters import MeterReading
@@ -128,11 +129,12 @@ class RankZeroLog:
             self.journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
             self.console.eval(top1=scores.top1, ema=ema)
 
-    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float) -> None:
+    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float, weights: Content | None) -> None:
         """A checkpoint, see `Recorder.saved`."""
         size = sum(file.stat().st_size for file in path.iterdir())
         where = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "path": str(path.relative_to(self.directory))}
-        self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds)
+        about = {} if weights is None else {"weights": {"bytes": weights.size, "hash": weights.hash}}
+        self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds, **about)
 
     def end(self, state: TrainState, status: str, reason: str) -> None:
         """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest."""

@@ -28,6 +28,7 @@ from trainer.model.weights import save_weights
 from trainer.run import directory as run
 from trainer.run import nonfinite_steps
 from trainer.run.rank_zero import RankZeroLog
+from trainer.storage.disk import Content, Disk
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.hardware import matrix_rate, since_start
@@ -141,19 +142,21 @@ class Recorder:
         better = saving and self._top1 > state.best
         return replace(state, best=self._top1, best_step=state.step) if better else state
 
-    def weights(self, weights: dict[str, Tensor]) -> None:
-        """Write RUN/weights.safetensors, with timm's parameter names."""
-        save_weights(self.directory / "weights.safetensors", weights)
+    def weights(self, weights: dict[str, Tensor]) -> Content:
+        """Write RUN/weights.safetensors, with timm's parameter names; its size and hash."""
+        path = self.directory / "weights.safetensors"
+        save_weights(path, weights)
+        return Disk().content(path)
 
     def sync(self) -> None:
         """Sync the journal to disk."""
         if self._journal:
             self._journal.sync()
 
-    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float) -> None:
-        """A checkpoint is on disk; it blocked training for `blocking` seconds, writing took `seconds`."""
+    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float, weights: Content | None) -> None:
+        """A checkpoint is on disk; it blocked training for `blocking` seconds, writing took `seconds`. weights: of the run's file."""
         if self._log:
-            self._log.saved(state, path, blocking, seconds)
+            self._log.saved(state, path, blocking, seconds, weights)
 
     def report_damaged(self, found: Newest) -> None:
         """Report the damaged checkpoints that the resume did not use."""

@@ -7,8 +7,10 @@ data at a crash, in any order that POSIX allows.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -100,9 +102,11 @@ class Disk:
         return []
 
     def size(self, path: Path) -> int:
-        """Size of a file in bytes, -1 if it does not exist."""
+        """Bytes of a regular file, -1 where there is none."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return int(self._os.stat(path).st_size)
+            facts = self._os.stat(path)
+            if stat.S_ISREG(facts.st_mode):
+                return int(facts.st_size)
         return -1
 
     def read(self, path: Path) -> bytes:
@@ -117,7 +121,9 @@ class Disk:
         return Content(size, hashed.hexdigest())
 
     def _chunks(self, path: Path) -> Iterable[bytes]:
-        handle = self._os.open(path, os.O_RDONLY, 0)
+        if not stat.S_ISREG(self._os.stat(path).st_mode):  # a FIFO would wait for a writer
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        handle = self._os.open(path, os.O_RDONLY | os.O_NONBLOCK, 0)
         try:
             while chunk := self._os.read(handle, CHUNK):
                 yield chunk

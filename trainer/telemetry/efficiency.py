@@ -17,11 +17,9 @@ class Efficiency:
     time between attempts is not counted."""
 
     def __init__(self, directory: Path, attempt: int, world: int, living: float, rate: float):
-        """directory: of the run.
-        attempt, world: the current attempt and its number of processes.
-        living: seconds since its process started.
-        rate: FLOP/s that its devices reach together in large matrix products."""
-        self._world, self._began, self._rate = world, time.time() - living, rate
+        """attempt: the one that runs, of `world` processes; living: seconds that its process lived until now; rate: FLOP/s that
+        its devices reach together in products of large matrices."""
+        self._world, self._began, self._rate = world, time.monotonic() - living, rate
         self.kept = 1.0  # share of the examples that this epoch shows
         self.cost: dict[str, Any] = {}  # of an image under this plan, see `model.cost_of`
         self._joules_now: float | None = None
@@ -39,8 +37,8 @@ class Efficiency:
                     begin, _, processes, joules = spans[number]
                     spans[number] = (begin, line["time"], processes, line.get("joules", joules))
         for begin, last, processes, joules in spans.values():
-            self._wall += last - begin
-            self._device += (last - begin) * processes
+            self._wall += max(0.0, last - begin)
+            self._device += max(0.0, last - begin) * processes
             self._joules += joules
 
     def of(self, reading: MeterReading, useful: float) -> dict[str, float]:
@@ -58,9 +56,9 @@ class Efficiency:
         return facts | self.so_far(useful)
 
     def so_far(self, useful: float) -> dict[str, float]:
-        """goodput: `useful` (seconds of steps in the lineage) as a share of the wall time of all attempts; device_hours: of all
-        attempts, useful or not; energy_kwh of the devices if NVML is available."""
-        now = time.time() - self._began
+        """goodput: `useful` (seconds of steps in the lineage that survives) as a share of the wall time of all attempts;
+        device_hours: of all of them, useful or not; energy_kwh of the devices where NVML tells."""
+        now = time.monotonic() - self._began
         facts = {
             "goodput": min(1.0, useful / max(self._wall + now, 1e-9)),
             "device_hours": (self._device + now * self._world) / 3600,

@@ -37,14 +37,8 @@ class StepClock(NamedTuple):
 
 
 class MeterReading(NamedTuple):
-    """Measurements between two log lines.
-
-    facts: see `Meters.reduce`.
-    broken: images, {id: reason}.
-    ranks: {phase: its share of a step on every rank}.
-    nodes: {host: {its load}}, of the nodes that were read.
-    first_step: end of the attempt's first step, seconds since 1970.
-    """
+    """What lies between two log lines. facts: see `Meters.reduce`; broken: images, {id: reason}; ranks: {phase: its share of a
+    step on every rank}; nodes: {host: {its load}}, where one was looked at; first_step: time.monotonic() when the first was done."""
 
     facts: dict[str, Any]
     broken: dict[int, str]
@@ -86,7 +80,7 @@ class Meters:
         """One step on this rank: images of weight above 0, broken ones (id, reason), seconds spent waiting for the batch."""
         self._phases.end(waited)
         now = time.perf_counter()
-        self._first_step = self._first_step or time.time()
+        self._first_step = self._first_step or time.monotonic()
         self._step_seconds.append(now - self._step_began)
         self._step_began = now
         self._images += images

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from trainer.config.credentials import without_credentials
 from trainer.config.run_config import flat
 
 PREFIX = {
@@ -55,8 +56,10 @@ def metrics(line: dict[str, Any], step: int) -> list[Metric]:
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
-    """Every setting by its dotted key; a value too long for MLflow is cut, with a note."""
-    return {_key(key): _cut(str(value), PARAM_LENGTH, "config.yaml") for key, value in flat(config).items()}
+    """Every setting by its dotted key; a value too long for MLflow is cut and says so."""
+    return {
+        _key(key): _cut(without_credentials(str(value)), PARAM_LENGTH, "config.yaml") for key, value in flat(config).items()
+    }
 
 
 def tags(start: dict[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config.credentials import REMEDY
 from trainer.config.errors import TrilevelError
 from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
 from trainer.tracking.state import STATE, SyncState
@@ -21,6 +22,17 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")  # it becomes the name 
 
 class RunDeleted(TrilevelError, RuntimeError):
     """The run or experiment was deleted in MLflow: a retry won't help."""
+
+
+NO_MLFLOW = "the answer names no experiment: is this the address of an MLflow server?"
+
+
+def hint(error: BaseException) -> str:
+    """What to do about an error of a server, to be put behind its text."""
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    if status in (401, 403) or re.search(r"\b(?:401|403)\b|Unauthorized|Forbidden", str(error)[:300]):
+        return f"; {REMEDY}"
+    return ""
 
 
 class Store:
@@ -44,7 +56,9 @@ class Store:
         parent: name of the parent run, created if missing; None: no parent.
         """
         found = self._client.get_experiment_by_name(experiment)
-        if found is not None and found.lifecycle_stage != "active":
+        if found is not None and not found.experiment_id:
+            raise ConnectionError(NO_MLFLOW)
+        if found is not None and found.lifecycle_stage == "deleted":
             raise RunDeleted(
                 f"experiment {experiment!r} was deleted in MLflow: restore it, or set tracking.experiment to another name"
             )

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from trainer.config.schema import TrackingConfig
+from trainer.storage.private_file import private
 from trainer.storage.source_tree import python_path
 from trainer.tracking.state import LOG, SyncResult, SyncState
 
@@ -30,7 +31,7 @@ def start(directory: Path | str, settings: TrackingConfig, *, every: float = 5.0
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     try:
         (directory / LOG).parent.mkdir(parents=True, exist_ok=True)
-        with (directory / LOG).open("ab") as log:
+        with open(directory / LOG, "ab", opener=private) as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "trainer.tracking", str(directory), *words],
                 stdin=subprocess.PIPE,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.config.credentials import without_credentials
 from trainer.storage.disk import atomic_write
 
 STATE = "mlflow.json"
@@ -42,10 +44,18 @@ class SyncState:
     @classmethod
     def load(cls, directory: Path) -> SyncState:
         try:
-            return cls(**json.loads((directory / STATE).read_text()))
-        except (OSError, ValueError, TypeError):
+            state = cls(**json.loads((directory / STATE).read_text()))
+            if {name: type(value) for name, value in asdict(state).items()} != _TYPES:
+                return cls()
+        except (OSError, ValueError, TypeError, RecursionError):
             return cls()
+        state.uri = without_credentials(state.uri)  # of a version that wrote them down
+        return state
 
     def save(self, directory: Path) -> None:
         with atomic_write(directory / STATE) as file:
+            os.fchmod(file.fileno(), 0o600)  # an error of a library may hold what it should not
             file.write(json.dumps(asdict(self)).encode())
+
+
+_TYPES = {name: type(value) for name, value in asdict(SyncState()).items()}

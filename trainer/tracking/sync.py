@@ -25,6 +25,7 @@ import math
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,9 @@ from trainer.tracking.state import SyncResult
 from trainer.tracking.upload import JournalUploader
 
 TIMEOUTS = (3, 60)  # seconds of a request, at first and at most
-WAIT = 10.0  # longest wait between retries, in seconds; less for a shipper that checks often
+GRACE = 30.0  # seconds beyond its patience after which `sync` gives up a request that has not ended
+RATE = 2**18  # bytes per second of files that `sync` allows for on top of it
+WAIT = 10.0  # seconds between tries at most, from 1 on; less for a shipper that looks often
 
 
 def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
@@ -52,6 +55,35 @@ def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
         if not alone:
             return SyncResult(False, f"{directory}: another process is uploading this run; try again when it has ended")
         return _drive(JournalUploader(directory), lambda _: False, every=0.0, patience=patience, by_hand=True)
+
+
+class _Late(Exception):
+    """A request that took longer than its deadline, whatever its library waits for: a server may send a byte a second."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise _Late in the block after `seconds`, where signals can (the main thread of a `trilevel sync`)."""
+    if seconds == math.inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    over = False
+
+    def late(*_: object) -> None:
+        if not over:
+            raise _Late(f"no end of an answer after {seconds:.0f} s: does the server, or a proxy before it, hang?")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again every second: a library may swallow the first
+    try:
+        try:
+            yield
+        finally:
+            over = True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _drive(
@@ -70,12 +102,14 @@ def _drive(
             alive, limit, ends = False, shipment.size, time.monotonic() + patience
         began = time.monotonic()
         try:
-            busy = shipment.send_batch(limit)
+            with _deadline(patience + GRACE if by_hand else math.inf):
+                busy = shipment.send_batch(limit)
             if not busy and not alive:
-                shipment.upload()
-                if shipment.size == limit:  # else another attempt has begun
-                    shipment.mark_killed(by_hand)
-                return SyncResult(True, f"journal fully uploaded to MLflow at {shipment.uri}")
+                with _deadline(patience + GRACE + shipment.fresh_bytes() / RATE if by_hand else math.inf):
+                    shipment.upload()
+                    if shipment.size == limit:  # else another attempt has begun
+                        shipment.mark_killed(by_hand)
+                return SyncResult(True, f"MLflow has all of it ({shipment.uri})")
             if not busy:
                 shipment.upload(first=True)
             failures = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 from trainer.config.schema import TrackingConfig
 from trainer.journal import writer
 from trainer.journal.reader import FILE, read, read_from
+from trainer.tracking.address import Address, address_of, from_environment
 from trainer.tracking.metrics import STATUS, Metric, metrics
-from trainer.tracking.mlflow_client import Store
+from trainer.tracking.mlflow_client import Store, hint
 from trainer.tracking.state import SyncState
 
 BATCH = 800  # metrics per request; MLflow takes 1000
@@ -22,13 +22,16 @@ FILES = (*FIRST, "report.md", "report.png", "journal.jsonl")
 FORGOTTEN = 15 * 60  # seconds without a line after which `sync` calls a run without an end line killed
 
 
-def uri_of(directory: Path, settings: TrackingConfig) -> str:
-    """The tracking URI of a run: tracking.uri, else MLFLOW_TRACKING_URI, else the server used before (a shell without that variable
-    must not upload it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
+def where(directory: Path, uri: str | None = None) -> Address:
+    """Where a run goes: tracking.uri, else MLFLOW_TRACKING_URI, else the server it went to before (a shell without that variable must
+    not ship it a second time), else sqlite beside the run directories (RUNS/mlflow.db)."""
+    if uri:
+        return address_of(uri)
+    if (given := from_environment()) is not None:
+        return given
     before = SyncState.load(directory).uri
     server = before if before.startswith(("http", "databricks")) else ""
-    asked = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or server
-    return asked.rstrip("/") or f"sqlite:///{directory.resolve().parent}/mlflow.db"
+    return address_of(server or f"sqlite:///{directory.resolve().parent}/mlflow.db")
 
 
 class JournalUploader:
@@ -44,8 +47,13 @@ class JournalUploader:
                 f"{directory / FILE}: no start line yet, which has the tracking URI; wait until the run has started"
             )
         config = starts[-1].get("config") or {}
-        settings = TrackingConfig.model_validate(config.get("tracking") or {})
-        self.directory, self.uri, self._weights = directory, uri_of(directory, settings), settings.weights
+        about = dict(config.get("tracking") or {})
+        self.address = where(directory, about.pop("uri", None))  # a journal of an earlier version may have a password in it
+        try:
+            settings = TrackingConfig.model_validate(about)
+        except ValueError as error:
+            raise writer.JournalError(f"{directory / FILE}: `tracking` in its last start line is not valid: {error}") from error
+        self.directory, self.uri, self._weights = directory, self.address.uri, settings.weights
         self._experiment, self._parent = settings.experiment, settings.parent
         self._name, self._began = str(config.get("name") or directory.name), starts[0]["time"]
         self.state = SyncState.load(directory)
@@ -99,20 +107,29 @@ class JournalUploader:
         return True
 
     def upload(self, first: bool = False) -> None:
-        """Upload the run's files that are new or changed; first: only those written at the start of a run."""
+        """The run's files that are new or changed since they were sent; first: only those that are there from the start."""
+        fresh = self._fresh(first)
+        for path, name, seen in fresh:
+            self._ready().upload(self.state.run_id, path, str(Path(name).parent))
+            self.state.uploaded[name] = seen
+        if fresh or self.state.trouble:
+            self.state.trouble = ""
+            self._note()
+
+    def fresh_bytes(self) -> int:
+        """Of the files that `upload` would send now."""
+        return sum(seen[0] for _, _, seen in self._fresh(first=False))
+
+    def _fresh(self, first: bool) -> list[tuple[Path, str, list[int]]]:
+        """The files that are new or changed since they were sent: path, name in the run, [bytes, time]."""
         fresh = []
         for path in self._files(first):
             with contextlib.suppress(OSError):
                 facts, name = path.stat(), str(path.relative_to(self.directory))
-                version = [facts.st_size, facts.st_mtime_ns]
-                if self.state.uploaded.get(name) != version:
-                    fresh.append((path, name, version))
-        for path, name, version in fresh:
-            self._ready().upload(self.state.run_id, path, str(Path(name).parent))
-            self.state.uploaded[name] = version
-        if fresh or self.state.trouble:
-            self.state.trouble = ""
-            self._note()
+                seen = [facts.st_size, facts.st_mtime_ns]
+                if self.state.uploaded.get(name) != seen:
+                    fresh.append((path, name, seen))
+        return fresh
 
     def mark_killed(self, by_hand: bool) -> None:
         """After all lines are sent: a run without an end line was killed (by hand: only if its last line is old)."""
@@ -120,8 +137,9 @@ class JournalUploader:
             self._ready().end(self.state.run_id, "KILLED", self._when)
 
     def failed(self, error: BaseException) -> None:
-        """Record the error, and print it if it is new."""
-        text = f"{self.uri}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        """Note the trouble and say it, once."""
+        said = self.address.redacted(" ".join(str(error).split()))[:300]
+        text = f"{self.uri}: {type(error).__name__}: {said}{hint(error)}"
         if text != self.state.trouble:
             print(time.strftime("%F %T"), text, flush=True)
         self.state.trouble = text
@@ -142,7 +160,7 @@ class JournalUploader:
     def _ready(self) -> Store:
         state = self.state
         if self._store is None:
-            self._store = Store(self.uri, self.directory.parent)
+            self._store = Store(self.address.opened, self.directory.parent)
         if not state.run_id:
             state.save(self.directory)  # save the key first: it finds a run that was created but not recorded
             place, run = self._store.find_or_make(self._experiment, self._name, state.key, self._began, self._parent)
