@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console as Terminal
 
 from tests.support.journals import CONFIG, START, lines, write
+from tests.support.recorded_configs import recorded
 from trainer.__main__ import main
 from trainer.analysis.compare import MeanInterval, NothingToCompare, compare, cost_to_reach
 from trainer.analysis.compare_page import comma_separated, markdown, page, rows, table, warnings
@@ -156,6 +157,21 @@ def test_what_a_resume_changed_and_skipped_steps_are_said(tmp_path: Path):
         "tri: 1 of 30 steps were skipped (non-finite loss or gradient)",
         "tri changed between its attempts: processes 2 -> 4, optim.lr 0.001 -> 0.0005",
     ]
+
+
+def test_a_run_that_goes_on_from_an_earlier_version_was_not_changed(tmp_path: Path):
+    """It recorded the settings of all methods before, and those of its own now."""
+    whole = list(lines())
+    levels = {"examples": {"method": "infobatch", "removed": 0.3}}
+    now = {"method": "infobatch", "removed": 0.3, "anneal": 0.0, "rule": "clear"}
+    today = {"examples": now, "tokens": {"method": "all", "blocks": [3, 6, 9], "position": "attention"}}
+    today |= {"connections": {"method": "all"}, "plan": {"method": "constant"}}
+    before = [whole[0] | {"config": recorded(CONFIG, **levels)}, *(line for line in whole[1:] if 0 < line.get("step", 0) <= 20)]
+    after = [whole[0] | {"config": CONFIG | today}, {"kind": "resume", "step": 20}]
+    after += [line for line in whole if line.get("step", 0) > 20]
+    before, time = [line for line in before if line["kind"] != "end"], whole[-1]["time"]
+    write(tmp_path / "a", [*before, *({"time": time} | line | {"attempt": 1} for line in after)])
+    assert warnings(compare([tmp_path / "a"])) == []
 
 
 def test_runs_without_a_score_and_seeds_without_a_partner_are_named(both: list[Path], tmp_path: Path):

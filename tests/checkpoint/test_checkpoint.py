@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sparsity.types import Selection
 from tests.conftest import ROOT, rewritten
+from tests.support.recorded_configs import recorded
 from trainer.checkpoint.directory import by_age
 from trainer.checkpoint.save_load import CheckpointError, OnDisk, latest, load, newest, retained, save_checkpoint
 from trainer.checkpoint.state import TrainState
@@ -156,6 +157,20 @@ def test_the_same_step_saved_again_moves_the_pointer_only(tmp_path: Path, config
     other = config.model_copy(update={"log_every": config.log_every.model_copy(update={"count": 3.0})})
     again = save(tmp_path, other, 1)
     assert again.name == "step-00000001.2" and names(tmp_path) == [again.name], "of several of one step the last counts"
+
+
+def test_a_checkpoint_that_recorded_the_settings_of_all_methods_is_this_runs(tmp_path: Path) -> None:
+    """As earlier versions wrote it: it is gone on from, and the same state saved again is no other checkpoint."""
+    levels = {"examples": {"method": "random_epoch", "removed": 0.3}, "tokens": {"method": "tome", "keep": 0.7}}
+    config = parse(PLAIN | levels)
+    before = recorded(config.resolved(), **levels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, "resolved", lambda config: before)
+        path = save(tmp_path, config, 1)
+    assert json.loads((path / "state.json").read_text())["config"]["tokens"].keys() > config.resolved()["tokens"].keys()
+    assert load(path, config, "shards").state.step == 1 and save(tmp_path, config, 1) == path
+    with pytest.raises(CheckpointError, match=r"examples.removed: checkpoint 0.3, now 0.2"):
+        load(path, parse(PLAIN | levels | {"examples": {"method": "random_epoch", "removed": 0.2}}), "shards")
 
 
 @pytest.mark.parametrize(

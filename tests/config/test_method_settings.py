@@ -9,25 +9,11 @@ import pytest
 import yaml
 
 from tests.config.test_config import PLAIN, changed
+from tests.support.recorded_configs import recorded
 from trainer.config.errors import ConfigError
 from trainer.config.load import load, parse
 from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import differences
-
-# What `Config.resolved()` wrote for these sections before each method had its own settings, at the defaults of then.
-RECORDED: dict[str, dict[str, Any]] = {
-    "examples": {
-        "method": "all", "removed": 0.0, "swap": 0.05, "window": "30ep", "updates": 5, "rule": "clear", "restore": "random",
-        "ties": "spread", "balanced": False, "anneal": 0.0,
-    },
-    "tokens": {"method": "all", "keep": 1.0, "blocks": [3, 6, 9], "position": "attention", "fuse": False, "merged": 0},
-    "connections": {"method": "all", "keep": 1.0},
-    "plan": {"method": "constant", "warmup": "10ep", "length": "100ep", "plateaus": 8, "stairs": []},
-}  # fmt: skip
-
-
-def recorded(**changes: dict[str, Any]) -> dict[str, Any]:
-    return PLAIN | {name: section | changes.get(name, {}) for name, section in RECORDED.items()}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +92,7 @@ def test_a_method_on_the_command_line_replaces_the_files_and_its_settings(tmp_pa
 )
 def test_a_run_of_before_is_read_and_its_foreign_keys_are_dropped(changes: dict[str, Any], tmp_path: Path) -> None:
     """Whatever value they have: they had no effect. What applies is kept, and the same configuration written today is no other run."""
-    raw = recorded(**changes)
+    raw = recorded(PLAIN, **changes)
     config = parse(raw)
     for name, section in method_sections().items():
         resolved = config.resolved()[name]
@@ -120,8 +106,8 @@ def test_a_run_of_before_is_read_and_its_foreign_keys_are_dropped(changes: dict[
 
 def test_a_wrong_value_of_a_run_of_before_is_still_refused() -> None:
     with pytest.raises(ConfigError, match=r"tokens\.keep=7: must be > 0 and <= 1"):
-        parse(recorded(tokens={"method": "topk", "keep": 7}))
+        parse(recorded(PLAIN, tokens={"method": "topk", "keep": 7}))
     with pytest.raises(ConfigError, match=r"tokens\.kep=1: unknown key"):
-        parse(recorded(tokens={"kep": 1}))
+        parse(recorded(PLAIN, tokens={"kep": 1}))
     with pytest.raises(ConfigError, match=r"examples\.method='x': unknown value; valid values: all, forgetting"):
-        parse(recorded(examples={"method": "x"}))
+        parse(recorded(PLAIN, examples={"method": "x"}))

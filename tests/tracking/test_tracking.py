@@ -72,6 +72,15 @@ def test_drift_names_what_a_resume_changed():
     )
 
 
+def test_a_setting_that_no_longer_applies_is_no_change():
+    """Earlier versions recorded the settings of all methods; a run that began there goes on without those of others."""
+    have = {"examples.method": "infobatch", "examples.removed": "0.3", "examples.swap": "0.05"}
+    want = {"examples.method": "infobatch", "examples.removed": "0.4"}
+    assert param_changes(have, want, {}, 1) == {"param_drift.examples.removed": "attempt 1: 0.3 -> 0.4"}
+    gone = param_changes(have, {"examples.method": "all"}, {}, 1)
+    assert len(gone) == 3 and gone["param_drift.examples.swap"] == "attempt 1: 0.05 -> (absent)"
+
+
 def test_journal_only_starts_nothing(tmp_path: Path):
     shipper = start(tmp_path, TrackingConfig(to="journal"))
     assert shipper.finish() == (True, "") and list(tmp_path.iterdir()) == []
