@@ -1,9 +1,11 @@
-"""Documents: every link, path, module and test that one names exists, and code names no document that is not here."""
+"""Documents: every link, path, module and test that one names exists; code names no document that is not here; messages use plain words."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,20 @@ MODULE = re.compile(r"(?<![\w./-])(?:tests|trainer|sparsity|launch)(?:\.[A-Za-z_
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 IMPORT = re.compile(r"\bfrom ((?:tests|trainer|sparsity|launch)[\w.]*) import (\w+(?:, \w+)*)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)`|`(test_\w+)`")
+
+# The rule of CONTRIBUTING.md, section Words, as far as a search can keep it: patterns of words that messages must not use.
+UNPLAIN = [
+    *(
+        rf"\b{word}\b"
+        for word in ("told", "tells", "said", "says", "nobody", "somebody", "whoever", "deaf", "shelf", "ow(?:ed|es)")
+    ),
+    *(
+        rf"\b{word}\b"
+        for word in ("mend(?:s|ed|ing)?", "eats", "bur(?:y|ies|ied)", "held against", "ways? out", "on paper", "in vain")
+    ),
+    *(r"\bthe wall\b(?! time| clock)", r"\bmind:", r"\bthere (?:are|is no) [{']", r"\b(?:no|make) room\b"),
+    r"(?<!there )\bis no (?!longer|later|larger|smaller|more|less|faster|slower)",
+]
 
 
 def short(path: Path) -> str:
@@ -144,3 +160,45 @@ def test_the_picture_of_the_packages_shows_the_contracts() -> None:
         elif package == "trainer" and re.match(r" {6}\w", line):
             drawn["trainer.data"].append(words)
     assert drawn == layers
+
+
+def strings(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of the strings of a file that may reach a user: docstrings are left out, and what has no space (keys, names).
+    `{` stands for the value in an f-string."""
+    tree = ast.parse(file.read_text())
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings, of modules to constants
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        text = ""
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone | parts:
+            text = node.value
+        if " " in text:
+            yield node.lineno, text  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def unplain(file: Path) -> list[str]:
+    pattern = re.compile("|".join(UNPLAIN), re.I)
+    found = sorted((line, match[0], text) for line, text in strings(file) for match in pattern.finditer(text))
+    return [f"{file.name}:{line}: {word!r} in {text[:100]!r}" for line, word, text in found]
+
+
+@pytest.mark.parametrize("package", ["trainer", "sparsity", "launch"])
+def test_messages_use_plain_words(package: str) -> None:
+    """Errors, console lines, tables and help texts: every string of the code with a space in it."""
+    found = [line for file in SOURCES if short(file).startswith(package) for line in unplain(file)]
+    assert not found, "\n".join(found)
+
+
+def test_unplain_words_are_found_and_docstrings_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "messages.py"
+    file.write_text(
+        '"""It was told."""\nraise ValueError(f"method={name}: unknown; there are {names}")\nprint("mend it", "the wall time of a run")\n'
+        'TEXT = "a is no host"\n"""What nobody reads."""\nkey = "said"\nprint("there is no larger file", "is no larger")\n'
+    )
+    assert [line.split(" in ")[0] for line in unplain(file)] == [
+        "messages.py:2: 'there are {'",
+        "messages.py:3: 'mend'",
+        "messages.py:4: 'is no '",
+    ]
