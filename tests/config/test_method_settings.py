@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from tests.config.test_config import PLAIN, changed
+from tests.conftest import ROOT
 from tests.support.recorded_configs import recorded
 from trainer.config.errors import ConfigError
-from trainer.config.load import load, parse
+from trainer.config.load import load, parse, parse_recorded
 from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import differences
 
@@ -93,7 +94,7 @@ def test_a_method_on_the_command_line_replaces_the_files_and_its_settings(tmp_pa
 def test_a_run_of_before_is_read_and_its_foreign_keys_are_dropped(changes: dict[str, Any], tmp_path: Path) -> None:
     """Whatever value they have: they had no effect. What applies is kept, and the same configuration written today is no other run."""
     raw = recorded(PLAIN, **changes)
-    config = parse(raw)
+    config = parse_recorded(raw, "config")
     for name, section in method_sections().items():
         resolved = config.resolved()[name]
         assert {key: raw[name][key] for key in resolved} == resolved
@@ -106,8 +107,22 @@ def test_a_run_of_before_is_read_and_its_foreign_keys_are_dropped(changes: dict[
 
 def test_a_wrong_value_of_a_run_of_before_is_still_refused() -> None:
     with pytest.raises(ConfigError, match=r"tokens\.keep=7: must be > 0 and <= 1"):
-        parse(recorded(PLAIN, tokens={"method": "topk", "keep": 7}))
+        parse_recorded(recorded(PLAIN, tokens={"method": "topk", "keep": 7}), "config")
     with pytest.raises(ConfigError, match=r"tokens\.kep=1: unknown key"):
-        parse(recorded(PLAIN, tokens={"kep": 1}))
+        parse_recorded(recorded(PLAIN, tokens={"kep": 1}), "config")
     with pytest.raises(ConfigError, match=r"examples\.method='x': unknown value; valid values: all, forgetting"):
-        parse(recorded(PLAIN, examples={"method": "x"}))
+        parse_recorded(recorded(PLAIN, examples={"method": "x"}), "config")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "refused"),
+    [
+        ("quickstart", ["plan.stairs=[[0ep, 0.5, 0.5]]"], "plan.stairs"),
+        ("tri_level_deit_small_0.7", ["plan.stairs=[]", "tokens.method=all", "tokens.keep=0.7"], "tokens.keep"),
+        ("tri_level_deit_small_0.7", ["plan.stairs=[[0ep, 0.5, 0.5]]", "examples.method=infobatch", "examples.swap=0.2"], "examples.swap"),
+    ],
+)  # fmt: skip
+def test_overrides_do_not_turn_a_configuration_into_an_old_record(recipe: str, overrides: list[str], refused: str) -> None:
+    """The keys of a record were once looked for behind the overrides: one foreign key made all others pass."""
+    with pytest.raises(ConfigError, match=rf"{refused}=.*: not a setting of "):
+        load(ROOT / "configs" / f"{recipe}.yaml", overrides)

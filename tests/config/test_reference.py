@@ -60,6 +60,11 @@ def test_settings_of_every_method_are_there_with_their_bounds():
     assert warmup.kind == "epochs >= 0" and warmup.default == "10ep"
 
 
+def test_a_list_of_different_parts_names_each():
+    stairs = next(key for key in reference.all_keys() if key.name == "plan.stairs")
+    assert stairs.kind == "list of [epochs >= 0; number > 0, <= 1; number > 0, <= 1]"
+
+
 def test_one_key_and_a_section(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "data.lanes"]) == 0
     assert capsys.readouterr().out.startswith("data.lanes\n    integer >= 1; default: 16\n")

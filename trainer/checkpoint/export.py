@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trainer.checkpoint import directory, save_load
 from trainer.config.errors import ConfigError
-from trainer.config.load import parse
+from trainer.config.load import parse_recorded
 from trainer.config.run_config import Config
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
@@ -42,7 +42,7 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     Raises ConfigError or CheckpointError with a remedy; replaces an existing `out` atomically.
     """
     path, about = _chosen(Path(run), which)
-    config = parse(about["config"], str(path))
+    config = parse_recorded(about["config"], str(path))
     averages = load_file(path / "ema.safetensors")
     if ema and not averages:
         raise ConfigError(f"export --ema: {path} has no EMA weights (optim.ema=null); use --raw")

@@ -25,7 +25,7 @@ from trainer.checkpoint import directory
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.errors import ConfigError, TrilevelError
-from trainer.config.load import parse
+from trainer.config.load import parse_recorded
 from trainer.config.recorded import without_foreign
 from trainer.config.run_config import Config, differences
 from trainer.config.schema import CheckpointConfig
@@ -162,7 +162,7 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
             f"{path}: format {about['format']}, this version reads up to {directory.FORMAT}: use the version that wrote it"
         )
     try:
-        theirs = parse(about["config"], str(path))
+        theirs = parse_recorded(about["config"], str(path))
     except ConfigError as error:
         raise CheckpointError(
             f"{path}: this version can't read its configuration; use the version that wrote it:\n{error}"

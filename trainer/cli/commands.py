@@ -42,10 +42,12 @@ def _train(a: argparse.Namespace) -> int:
 def _config(a: argparse.Namespace) -> None:
     from trainer.config import reference
 
+    if a.markdown and a.key is not None:
+        raise ConfigError(f"config {a.key} --markdown: the page has all keys; leave {a.key} out, or --markdown")
     if a.markdown:
         print(reference.markdown(), end="")
     else:
-        print(reference.text(reference.select(a.key) if a.key else reference.all_keys()))
+        print(reference.text(reference.all_keys() if a.key is None else reference.select(a.key)))
 
 
 def _pack(a: argparse.Namespace) -> None:

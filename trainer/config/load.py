@@ -46,9 +46,15 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 def parse(raw: dict[str, Any], source: str = "config") -> Config:
     """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and similar keys."""
     try:
-        return Config.model_validate(without_foreign(raw))
+        return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join([f"{source}:"] + [_explain(e) for e in error.errors()])) from None
+
+
+def parse_recorded(raw: dict[str, Any], source: str) -> Config:
+    """A configuration as a run recorded it in its journal or a checkpoint; records of earlier versions hold keys of other methods,
+    which had no effect. Raises ConfigError."""
+    return parse(without_foreign(raw), source)
 
 
 def _split(text: str) -> tuple[str, Any]:

@@ -1,8 +1,8 @@
 """Configurations as runs recorded them before each method had its own settings: every key of every method, whatever the method.
 
 Such records are in the config.yaml, the checkpoints and the journal of old runs. The keys of other methods had no effect, so they are
-dropped when read. A record is recognised by its `plan`, which has the keys of all kinds of schedules: no configuration that is valid
-today does.
+dropped when read. A record is recognised by having the keys of several methods in all four sections, which no configuration that is
+valid today has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from typing import Any
 
 from trainer.config.method_section import MethodSection
 from trainer.config.run_config import Config
+
+# keys that every record has, whatever its methods
+RECORDED = {
+    "examples": {"method", "removed", "swap", "window", "updates"},
+    "tokens": {"method", "keep", "blocks", "position", "fuse"},
+    "connections": {"method", "keep"},
+    "plan": {"method", "warmup", "length", "plateaus", "stairs"},
+}
 
 
 def method_sections() -> dict[str, type[MethodSection]]:
@@ -21,11 +29,11 @@ def method_sections() -> dict[str, type[MethodSection]]:
 
 def without_foreign(raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration as plain values; if it is such a record, without the keys of other methods."""
-    plan = raw.get("plan")
-    if not isinstance(plan, dict) or not {"method", "warmup", "length", "plateaus", "stairs"} <= plan.keys():
+    sections = method_sections()
+    if not all(isinstance(raw.get(name), dict) and RECORDED[name] <= raw[name].keys() for name in sections):
         return raw
     cleaned = dict(raw)
-    for name, section in method_sections().items():
+    for name, section in sections.items():
         there = raw.get(name)
         if isinstance(there, dict) and there.get("method") in section.methods():
             kept = [*section.own_keys(), *section.keys_of(there["method"])]

@@ -164,8 +164,10 @@ def _kind(hint: Any, metadata: Any) -> str:
         return "duration"
     if get_origin(hint) in (tuple, list):
         parts = get_args(hint)
-        each = _kind(parts[0], ())
-        return f"list of {each}" if len(parts) == 1 or parts[1] is Ellipsis else f"list of {len(parts)} x {each}"
+        kinds = [_kind(part, ()) for part in parts if part is not Ellipsis]
+        if len(parts) == 1 or parts[1] is Ellipsis:
+            return f"list of {kinds[0]}"
+        return f"list of {len(kinds)} x {kinds[0]}" if len(set(kinds)) == 1 else f"[{'; '.join(kinds)}]"
     if get_origin(hint) is dict or hint is dict:
         return "mapping"
     name = {int: "integer", float: "number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))

@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from trainer.config.errors import ConfigError
-from trainer.config.load import parse
+from trainer.config.load import parse_recorded
 from trainer.config.run_config import Config
 from trainer.config.schema import EngineConfig
 from trainer.data.loader.dataset import open_indexes
@@ -233,7 +233,7 @@ def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
     world, batch, schedule, first = 1, 1, None, True
     for line in lineage(run):
         if line["kind"] == "start":
-            config = parse(line["config"], f"{run}/journal.jsonl")
+            config = parse_recorded(line["config"], f"{run}/journal.jsonl")
             world, batch, first, schedule = line["world"], config.data.batch, True, Schedule(config)
         elif line["kind"] == "step" and schedule is not None:
             if not first and line.get("images"):  # the first line includes the warm-up

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsity.types import Selection
 from trainer.config.errors import ConfigError, TrilevelError
-from trainer.config.load import load, parse
+from trainer.config.load import load, parse_recorded
 from trainer.config.run_config import Config
 from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import opened
@@ -90,7 +90,7 @@ class RecordedRun:
         """(attempt, configuration of its start line)."""
         where = f"{self.directory}/journal.jsonl, start of attempt"
         starts = [line for line in self.lines if line["kind"] == "start"]
-        return [(line["attempt"], parse(line["config"], f"{where} {line['attempt']}")) for line in starts]
+        return [(line["attempt"], parse_recorded(line["config"], f"{where} {line['attempt']}")) for line in starts]
 
     def surviving_steps(self) -> dict[int, tuple[int, int]]:
         """{attempt: (step it resumed from, its last step in the lineage)}, without attempts that have no step in the lineage."""
