@@ -1,4 +1,4 @@
-"""Remote shards: http, S3, pipes, and a bounded cache on the node.
+"""Remote shards: http, S3, gs, hf, pipes, and a bounded cache on the node.
 
 In: URLs.
 Out: bytes, or local paths of complete shards.
