@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
+from typing import Any
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -14,11 +16,37 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(command=name)
-        return command
+    _add_training(commands)
+    _add_data(commands)
+    _add_before_a_run(commands)
+    _add_after_a_run(commands)
+    _add_benches(
+        commands.add_parser(
+            "bench",
+            help="measure: input, remote, step, engine, journal, checkpoint",
+            description="Measure one part of a run in isolation.",
+        )
+    )
+    # launchers pass the permission on as `data.allow_pipe=true`; it is an option of the command line, never a setting of a run
+    words = ["--allow-pipe" if word == "data.allow_pipe=true" else word for word in (sys.argv[1:] if words is None else words)]
+    # overrides may follow an option: `train CONFIG --resume optim.lr=...`
+    arguments, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=name)
+    return command
+
+
+def _add_training(commands: Any) -> None:
+    """Train, and what can be set."""
+    add = partial(_command, commands)
     c = add("train", "train the run described by CONFIG")
     _add_config(c)
     c.add_argument(
@@ -32,6 +60,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c.add_argument("key", metavar="KEY", nargs="?", help="a key or a section, e.g. data.lanes or tokens (default: all)")
     c.add_argument("--markdown", action="store_true", help="the whole reference, as docs/configuration.md has it")
 
+
+def _add_data(commands: Any) -> None:
+    """Shards: made, indexed, checked."""
+    add = partial(_command, commands)
     c = add("pack", "pack images into webdataset shards with an index")
     c.add_argument(
         "source", metavar="SRC", help="class folders, flat `<class>_...` files, a tar of either, a tar of tars, sklearn:digits"
@@ -47,31 +79,52 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     c.add_argument("--quality", type=int, help="JPEG quality of resized images (default: 90)")
 
-    def add_storage(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--index", metavar="DIR", help="folder of the index, same as data.index (default: beside the shards)"
-        )
-        command.add_argument(
-            "--cache", metavar="DIR", help="cache of remote shards, same as data.cache (default: ~/.cache/trilevel)"
-        )
-        command.add_argument(
-            "--cache-size", type=float, default=64.0, metavar="GIB", help="same as data.cache_size (default: 64)"
-        )
-        _add_pipe(command)
-
     c = add("index", "index existing webdataset shards, local or remote, in one parallel pass")
     c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s)://, s3://, gs:// or hf:// pattern")
     c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
     c.add_argument("--workers", type=int, default=8)
-    add_storage(c)
+    _add_storage(c)
 
     c = add("verify", "decode every image of indexed shards and list the broken ones (exit code 1 if there are any)")
     c.add_argument("shards", metavar="SHARDS")
     c.add_argument("--labels", default="cls")
     c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     c.add_argument("--json", metavar="FILE")
-    add_storage(c)
+    _add_storage(c)
 
+
+def _add_before_a_run(commands: Any) -> None:
+    """Before the GPU-hours are spent."""
+    add = partial(_command, commands)
+    c = add("parity", "train CONFIG's dense recipe beside timm's own components and report the first difference")
+    _add_config(c)
+    c.add_argument("--steps", type=int, default=200)
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("plan", "estimate a run on N nodes from measurements: hours, device hours, the bottleneck (simulated, not run)")
+    _add_config(c)
+    c.add_argument("--nodes", type=int, required=True, metavar="N")
+    c.add_argument("--processes", type=int, default=1, metavar="N", help="devices per node (default: 1)")
+    c.add_argument(
+        "--from", dest="measured", metavar="BENCH", action="append", required=True,
+        help="JSON of `bench step` or `bench input`, or the directory of a short run of one process; repeatable",
+    )  # fmt: skip
+    c.add_argument(
+        "--bandwidth", type=float, metavar="GB/s", help="network bandwidth per node; on one node: between its processes"
+    )
+    c.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="C", help="CPU cores per node (default: as here)")
+    c.add_argument("--json", metavar="FILE")
+    c = add(
+        "doctor",
+        "check this machine: libraries, GPUs, disk, network; one line per check, with a remedy (exit code 1 on a failure)",
+    )
+    c.add_argument("--hosts", metavar="FILE", help="hostfile, one host per line: check each over ssh too")
+    c.add_argument("--ssh-config", metavar="FILE", help="used by ssh instead of ~/.ssh/config")
+
+
+def _add_after_a_run(commands: Any) -> None:
+    """What reads runs."""
+    add = partial(_command, commands)
     c = add("eval", "evaluate a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
     _add_config(c, optional=True)
@@ -82,11 +135,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     c.add_argument("--json", metavar="FILE")
 
-    c = add("parity", "train CONFIG's dense recipe beside timm's own components and report the first difference")
-    _add_config(c)
-    c.add_argument("--steps", type=int, default=200)
-    c.add_argument("--json", metavar="FILE")
-
     c = add("replay", "rebuild one global batch of a run: ids, augmentation, images as given to the model")
     _add_run(c)
     c.add_argument("--step", type=int, required=True, help="step number as in the journal: the first batch of a run is step 1")
@@ -94,13 +142,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     c = add("audit", "recompute a run's hash chain and count how often each example was shown (exit code 1 on a difference)")
     _add_run(c)
     c.add_argument("--json", metavar="FILE")
-    _add_benches(
-        commands.add_parser(
-            "bench",
-            help="measure: input, remote, step, engine, journal, checkpoint",
-            description="Measure one part of a run in isolation.",
-        )
-    )
     c = add("show", "draw the tokens and connections that an image keeps, and the most forgotten examples")
     _add_run(c, overrides=False)
     c.add_argument(
@@ -115,19 +156,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     _add_run(c)
     c.add_argument("--epoch", type=int, help="epoch, counted from 0 (default: the newest)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/kept/lists")
-    c.add_argument("--json", metavar="FILE")
-    c = add("plan", "estimate a run on N nodes from measurements: hours, device hours, the bottleneck (simulated, not run)")
-    _add_config(c)
-    c.add_argument("--nodes", type=int, required=True, metavar="N")
-    c.add_argument("--processes", type=int, default=1, metavar="N", help="devices per node (default: 1)")
-    c.add_argument(
-        "--from", dest="measured", metavar="BENCH", action="append", required=True,
-        help="JSON of `bench step` or `bench input`, or the directory of a short run of one process; repeatable",
-    )  # fmt: skip
-    c.add_argument(
-        "--bandwidth", type=float, metavar="GB/s", help="network bandwidth per node; on one node: between its processes"
-    )
-    c.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="C", help="CPU cores per node (default: as here)")
     c.add_argument("--json", metavar="FILE")
     c = add("export", "write a run's weights as safetensors that timm loads, from any ZeRO stage")
     _add_run(c, overrides=False)
@@ -150,21 +178,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="the run that speedups refer to (default: the dense run if there is exactly one, else the first)",
     )
     c.add_argument("--out", metavar="DIR", default="compared", help="output folder (default: compared)")
-    c = add(
-        "doctor",
-        "check this machine: libraries, GPUs, disk, network; one line per check, with a remedy (exit code 1 on a failure)",
+
+
+def _add_storage(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--index", metavar="DIR", help="folder of the index, same as data.index (default: beside the shards)")
+    command.add_argument(
+        "--cache", metavar="DIR", help="cache of remote shards, same as data.cache (default: ~/.cache/trilevel)"
     )
-    c.add_argument("--hosts", metavar="FILE", help="hostfile, one host per line: check each over ssh too")
-    c.add_argument("--ssh-config", metavar="FILE", help="used by ssh instead of ~/.ssh/config")
-    # launchers pass the permission on as `data.allow_pipe=true`; it is an option of the command line, never a setting of a run
-    words = ["--allow-pipe" if word == "data.allow_pipe=true" else word for word in (sys.argv[1:] if words is None else words)]
-    # overrides may follow an option: `train CONFIG --resume optim.lr=...`
-    arguments, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
-    return arguments
+    command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="same as data.cache_size (default: 64)")
+    _add_pipe(command)
 
 
 def _add_benches(bench: argparse.ArgumentParser) -> None:
