@@ -68,7 +68,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("optim.warmup=300ep", "optim.warmup=300ep: must be < epochs=300"),
         ("data.batch=1000", "must be a multiple of data.lanes x data.repeats = 16 x 1"),
         ("data.micro_batch=31", "both must be even"),
-        ("tokens.blocks=[3, 3]", "each named once, in rising order"),
+        ("tokens.blocks=[3, 3]", "unique, in ascending order"),
         ("engine.zero=4", "engine.zero=4"),
         ("optim.name=lamb", "set engine.zero=0"),
         ("name=../x", "name='../x'"),

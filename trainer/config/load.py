@@ -15,6 +15,7 @@ from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import Config
+from trainer.config.strict_yaml import load_yaml
 from trainer.config.values import Section
 
 
@@ -25,7 +26,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(f"config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not text in UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:
@@ -65,7 +66,7 @@ def _split(text: str) -> tuple[str, Any]:
     if key == "data.allow_pipe":
         raise ConfigError(f"override {text!r}: not a setting of a run; to run the commands of pipe: shards, use {ALLOW_HINT}")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):  # glob and brace patterns are not valid YAML
         parsed = value
     if isinstance(parsed, dict) and not value.strip().endswith("}"):

@@ -26,6 +26,7 @@ Every key of a run's YAML. Made by `trilevel config --markdown > docs/configurat
 
 Durations carry their unit: `5ep` (epochs, may be fractional) or `500step` (optimizer steps). Shares and probabilities are numbers from 0
 to 1. A key with default *required* must be given. A key of another method than the chosen one is refused.
+Where a meaning names no reason to change a key, its default suits the recipes in configs/.
 """
 
 
@@ -73,9 +74,12 @@ def select(name: str) -> list[Key]:
 
 def text(found: list[Key]) -> str:
     """For a terminal: a head line per key, its meaning below."""
-    lines = []
+    methods: dict[Key, list[str]] = {}  # methods that share a setting, word for word
     for key in found:
-        where = f"  (method {key.method})" if key.method else ""
+        methods.setdefault(key._replace(method=""), []).append(key.method)
+    lines = []
+    for key, names in methods.items():
+        where = f"  (method {', '.join(names)})" if names[0] else ""
         lines += [f"{key.name}{where}", f"    {key.kind}; default: {key.default.strip('*')}"]
         lines += wrap(key.meaning, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sparsity.schedule import PlanSettings
 
 
+# arguments of timm.create_model that load files or wrap the network
+LOADS = frozenset({"checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "out_indices"})
+
+
 class ModelConfig(Section):
     """Which network. `name` is a timm VisionTransformer; `args` is passed to `timm.create_model`."""
 
@@ -32,6 +36,15 @@ class ModelConfig(Section):
     """Stochastic depth rate of the last block; earlier blocks rise linearly from 0. Larger models want more (DeiT-B .1)."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model` that build the network, e.g. {patch_size: 4, embed_dim: 96}."""
+
+    @model_validator(mode="after")
+    def _builds_only(self) -> ModelConfig:
+        """timm would read pickles from some of these, at `--check` already."""
+        if wrong := sorted(key for key in self.args if key in LOADS or key.startswith("pretrained")):
+            raise ValueError(
+                f"model.args.{wrong[0]}={self.args[wrong[0]]!r}: model.args only builds the network; load weights with model.init=FILE"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -119,6 +132,17 @@ class AugmentConfig(Section):
     """Channel means that are subtracted, of pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel standard deviations to divide by, of pixels in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> AugmentConfig:
+        (small, large), (narrow, wide) = self.scale, self.ratio
+        if not 0 < small <= large <= 1:
+            raise ValueError(f"augment.scale=[{small:g}, {large:g}]: two shares of the image in (0, 1], the smaller one first")
+        if not 0 < narrow <= wide:
+            raise ValueError(f"augment.ratio=[{narrow:g}, {wide:g}]: two aspect ratios above 0, the smaller one first")
+        if min(self.std) <= 0:
+            raise ValueError(f"augment.std={list(self.std)}: every channel must be above 0, pixels are divided by it")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -237,7 +261,7 @@ class EngineConfig(Section):
     """How a step is computed: DeepSpeed through accelerate, or plain DDP for comparison."""
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
-    """`deepspeed` (through accelerate) or `ddp` (plain DistributedDataParallel, as a control)."""
+    """`deepspeed` (through accelerate) or `ddp` (plain DistributedDataParallel, as a reference)."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 1 cuts optimizer state over ranks, 2 gradients too, 3 parameters too. Raise it when memory runs out."""
     precision: Literal["autocast", "bf16", "float32"] = "autocast"

@@ -1,0 +1,54 @@
+"""YAML as a configuration wants it: a key given twice is an error, and plain words mean what YAML 1.2 says.
+
+PyYAML follows YAML 1.1, where `1:30` is 90, `017` is 15, `yes` is true, `1e-3` is text and `2024-01-01` is a date.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe tags only, with the scalars of YAML 1.2 (core schema)."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if isinstance(key, str | int | float | bool):
+                if key in keys:
+                    raise yaml.YAMLError(
+                        f"line {line}: the key {key!r} is given twice, first in line {keys[key]}; remove one of them"
+                    )
+                keys[key] = line
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _integer(loader: _Loader, node: Any) -> int:
+    return int(loader.construct_scalar(node))  # PyYAML reads 017 as octal
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, ValueError or RecursionError where it is none."""
+    return yaml.load(text, Loader=_Loader)
