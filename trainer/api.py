@@ -44,6 +44,7 @@ def run_training(config: Config, resume: bool = False) -> RunResult:
     from trainer.run.shutdown import SIGNALS
     from trainer.train import train
 
+    reset_accelerate()  # another Engine may have lived in this process
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
     try:

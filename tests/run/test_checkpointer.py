@@ -37,7 +37,9 @@ class Scene:
         recorder: Any = SimpleNamespace(checkpoints=Path("checkpoints"))
         recorder.sync = lambda: self.calls.append("journal synced")
         recorder.weights = lambda tensors: self.exported.update({k: float(v) for k, v in tensors.items()})
-        recorder.saved = lambda state, path, blocking, seconds: self.calls.append((state.step, path, blocking, seconds))
+        recorder.saved = lambda state, path, blocking, seconds, weights: self.calls.append(
+            (state.step, path, blocking, seconds)
+        )
         ema: Any = SimpleNamespace(state_dict=lambda: {"a": torch.tensor(5.0)})
         examples: Any = SimpleNamespace(state_dict=lambda gather: {})
         monkeypatch.setattr(save_load, "save_checkpoint", self.write)

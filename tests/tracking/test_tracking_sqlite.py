@@ -78,7 +78,7 @@ def test_compare_reads_an_experiment_here_or_from_mlflow(default_run: Path, tmp_
 def test_experiments_that_cannot_be_read_are_refused_and_nothing_is_made(default_run: Path, tmp_path: Path):
     shutil.copy(default_run.parent / "mlflow.db", tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(NothingToCompare, match=r"'other' at sqlite.*valid values: Default, trilevel"):
+    with pytest.raises(NothingToCompare, match=r"'other': not at sqlite.*valid values: Default, trilevel"):
         from_mlflow("other", tmp_path, uri)
     mlflow = client(uri)
     mlflow.create_run(mlflow.get_experiment_by_name("trilevel").experiment_id, run_name="young")

@@ -117,7 +117,7 @@ def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[s
                 is_there = "is missing" if there < 0 else f"has {there} bytes"
                 raise Damaged(f"{path.name}: {file} {is_there}, {size} were written")
             if content and hashed is not None and disk.content(path / file).hash != hashed:
-                raise Damaged(f"{path.name}: {file} has another hash than what was written")
+                raise Damaged(f"{path.name}: the hash of {file} differs from the one written with it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
