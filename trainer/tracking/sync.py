@@ -109,7 +109,7 @@ def _drive(
                     shipment.upload()
                     if shipment.size == limit:  # else another attempt has begun
                         shipment.mark_killed(by_hand)
-                return SyncResult(True, f"MLflow has all of it ({shipment.uri})")
+                return SyncResult(True, f"journal fully uploaded to MLflow at {shipment.uri}")
             if not busy:
                 shipment.upload(first=True)
             failures = 0
