@@ -87,3 +87,7 @@ def test_a_plain_configuration_is_read_as_before(tmp_path: Path) -> None:
     )
     assert (config.optim.lr, config.optim.betas, config.epochs, config.engine.compile) == (1e-3, (0.9, 0.95), 100, True)
     assert config.augment.flip == 0.0
+
+
+def test_merge_keys_still_work(tmp_path: Path) -> None:
+    assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")["b"] == {"x": 1, "y": 3}

@@ -74,9 +74,7 @@ class Config(Section):
     Default: none."""
     log_every: Length = Duration(count=20, unit="step")
     """Distance between log lines, e.g. 20step. Each one synchronises the device once."""
-    control: Share = (
-        0.005  # share of the training time spent on timing the dense baseline, see `trainer.run.dense_baseline`; 0 = none
-    )
+    control: Share = 0.005
     """Share of the training time spent on timing dense passes beside the run's own, for the certified speedup; 0 = none."""
     compat: Literal["none", "authors"] = "none"
     """`authors`: attention, token order and masks as in the Tri-Level reference code (its correctness rule:

@@ -12,13 +12,15 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe tags only, with the scalars of YAML 1.2 (core schema)."""
+    """Safe tags only, with the scalars of YAML 1.2 (core schema) and merge keys."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`; a key beside it overrides, which is no repetition
+                continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if isinstance(key, str | int | float | bool):
                 if key in keys:
@@ -38,6 +40,7 @@ for _tag, _pattern, _first in (
         "-+0123456789.",
     ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 

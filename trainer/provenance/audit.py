@@ -132,7 +132,6 @@ class _Window:
         self.head = ""
         self._marks, self._at, self._images = marks, 0, 0
         self._from, self._local = 0, ""  # of this interval: last step before it, the journal's head there, extended
-        self._was_equal = True
 
     def broken(self) -> dict[int, str]:
         return self._marks[self._at].broken if self._at < len(self._marks) else {}
