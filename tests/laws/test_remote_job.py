@@ -23,7 +23,7 @@ from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import build_index
 
 pytestmark = pytest.mark.dist
-RECIPE = DENSE.replace("batch: 64", "batch: 64, window: 64").replace(
+RECIPE = DENSE.replace(
     "augment: {crop: shift, shift: 2, flip: 0.0}",
     "augment: {crop: rrc, flip: 0.5}\nexamples: {method: random_epoch, removed: 0.2}\nstop_at: 6step\ncontrol: 0\nevaluate: {every: 9ep}",
 )
