@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.support.images import jpeg, write_shards
 from trainer import __main__ as trilevel
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, Source
+from trainer.data.remote.cache_check import CacheCheck
 from trainer.data.shards.index import Index, build_index
 from trainer.data.shards.reader import Reader
 
@@ -127,3 +129,58 @@ def test_planted_links_are_not_followed(project: Path, tmp_path: Path, name: str
     except DataError as error:
         assert "data.cache=" in str(error)
     assert (content(precious) if precious.is_dir() else precious.read_bytes()) == before
+
+
+def test_a_cached_shard_is_hashed_at_its_first_use_by_a_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index(project / "shards" / "train.index")
+    earlier = Cache(project / "cache", 1 << 30)
+    good = read_all(index, earlier)
+    damaged = earlier.directory / f"{index.source(0).whole}.tar"
+    data = bytearray(damaged.read_bytes())
+    data[int(index.offset[0]) + 100] ^= 1  # one bit of the first image, the size is the same
+    damaged.write_bytes(data)
+    hour_ago = time.time() - 3600
+    for path in earlier.directory.glob("*.tar"):
+        os.utime(path, (hour_ago, hour_ago))
+    run = Cache(project / "cache", 1 << 30)
+    fetched: list[str] = []
+    fetch = Cache.fetch
+    monkeypatch.setattr(Cache, "fetch", lambda cache, source: fetched.append(source.url) or fetch(cache, source))
+    assert not run.holds(index.source(0)) and not run.holds(index.source(1))  # the fetch process hashes them ahead
+    assert read_all(index, run) == good
+    assert fetched == [index.source(0).url]
+
+
+def test_a_run_hashes_a_cached_shard_once_for_all_its_processes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index(project / "shards" / "train.index")
+    read_all(index, Cache(project / "cache", 1 << 30, CacheCheck(0.0)))
+    hour_ago = time.time() - 3600
+    hashed: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: hashed.append(at) or pread(file, size, at))
+    start = CacheCheck().since
+    for path in Cache(project / "cache", 1).directory.glob("*.tar"):
+        os.utime(path, (hour_ago, hour_ago))
+    for expected in (2 * len(SIZES), 0, 0):  # one piece and the end for each; then nothing
+        hashed.clear()
+        assert len(read_all(index, Cache(project / "cache", 1 << 30, CacheCheck(start)))) == sum(SIZES)
+        assert len(hashed) == expected
+    monkeypatch.setattr(os, "utime", lambda *args, **kw: (_ for _ in ()).throw(PermissionError()))  # a file of another user
+    other = Cache(project / "cache", 1 << 30, CacheCheck(time.time() + 10))
+    for expected in (2 * len(SIZES), 0):
+        hashed.clear()
+        read_all(index, other)
+        assert len(hashed) == expected
+
+
+def test_the_least_recently_used_goes_not_the_one_hashed_first(project: Path) -> None:
+    index = Index(project / "shards" / "train.index")
+    cache = Cache(project / "cache", 2 * max(s["bytes"] for s in index.shards))
+    cache.fetch(index.source(0))
+    cache.fetch(index.source(1))
+    first, second = (cache.directory / f"{index.source(i).whole}.tar" for i in (0, 1))
+    now = time.time()
+    os.utime(first, (now, now - 9))  # used last
+    os.utime(second, (now - 5, now))
+    cache.fetch(index.source(2))
+    assert first.exists() and not second.exists()

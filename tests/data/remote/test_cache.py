@@ -24,6 +24,7 @@ from trainer.data.loader.stream import Stream
 from trainer.data.order import EpochOrder, Layout
 from trainer.data.remote import cache_folder
 from trainer.data.remote.cache import Cache
+from trainer.data.remote.cache_check import CacheCheck
 from trainer.data.remote.client import RemoteStat
 from trainer.data.shards.index import Index, build_index
 from trainer.data.shards.reader import Reader
@@ -33,6 +34,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from trainer.data.remote.cache import Cache, Source
+from trainer.data.remote.cache_check import CacheCheck
 cache = Cache(Path(sys.argv[1]), int(sys.argv[2]))
 for source in sys.argv[3:]:
     url, size, whole = source.split("|")
@@ -235,7 +237,7 @@ def test_shards_are_there_before_they_are_read(web: Web, index: Index, tmp_path:
     stream = Stream(index, settings, 0, 1)
     batches = stream.epoch(0, None)
     first = next(batches)
-    cache = Cache(tmp_path / "cache", 1 << 30)
+    cache = Cache(tmp_path / "cache", 1 << 30, CacheCheck(0.0))
     wait_for(lambda: all(cache.holds(index.source(s)) for s in range(8)), 30)
     assert web.gets == dict.fromkeys(index.names, 1)
     web.faults = {name: [404] * 9 for name in index.names}

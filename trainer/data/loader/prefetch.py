@@ -75,6 +75,7 @@ class Prefetcher:
                 "trainer.data.remote.fetch_process",
                 str(self._cache.folder),
                 str(self._cache.size),
+                repr(self._cache.check.since),
             ]
             self._process = subprocess.Popen(
                 command,

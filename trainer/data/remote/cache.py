@@ -15,12 +15,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.errors import Changed, DataError, StorageUnavailable
 from trainer.data.remote import cache_folder
+from trainer.data.remote.cache_check import CacheCheck, record_use
 from trainer.data.remote.client import RemoteStat, stat, stream
 from trainer.data.remote.url import scheme
 
@@ -39,39 +40,47 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache:
-    """folder: on a disk of the node. size: limit in bytes for all shards in it together."""
+    """folder: on a disk of the node. size: limit in bytes for all shards in it together. check: what is known of its files."""
 
     folder: Path
     size: int
+    check: CacheCheck = field(default_factory=CacheCheck, compare=False, repr=False)
 
     def open(self, source: Source) -> int:
         """A descriptor of the shard's bytes; downloads it if missing. Raises DataError, StorageUnavailable if the disk fails."""
-        path = self._path(source.whole)
         while True:
             with self._disk():
                 self._prepare(source.url)
-                try:
-                    file = cache_folder.open_regular(path, os.O_RDONLY)
-                except FileNotFoundError:
-                    file = -1
-            if file < 0:
-                self.fetch(source)
-                continue
-            about = os.fstat(file)
-            if about.st_size == source.bytes:
-                if time.time() - about.st_mtime > _USED:
-                    with suppress(OSError):
-                        os.utime(file)
+            if (file := self._cached(source)) is not None:
+                if time.time() - os.fstat(file).st_atime > _USED:
+                    record_use(file)
                 return file
-            os.close(file)  # changed by another program
-            with self._disk():
+            self.fetch(source)
+
+    def _cached(self, source: Source) -> int | None:
+        """A descriptor of the shard in the cache; None if it is missing, or was damaged and is now removed."""
+        path = self._path(source.whole)
+        with self._disk():
+            try:
+                file = cache_folder.open_regular(path, os.O_RDONLY)
+            except FileNotFoundError:
+                return None
+            if self.check.has(file, source.bytes, source.whole):
+                return file
+            if cache_folder.is_same(path, file):
                 path.unlink(missing_ok=True)
+            os.close(file)
+            return None
 
     def holds(self, source: Source) -> bool:
-        """Whether the shard is in the cache; counts as a use."""
+        """Whether the shard is in the cache and was hashed since the start of the run; counts as a use."""
         with suppress(OSError):
-            os.utime(self._path(source.whole), follow_symlinks=False)
-            return True
+            file = cache_folder.open_regular(self._path(source.whole), os.O_RDONLY)
+            try:
+                record_use(file)
+                return self.check.is_known(file, source.bytes)
+            finally:
+                os.close(file)
         return False
 
     def fetch(self, source: Source) -> None:
@@ -83,8 +92,8 @@ class Cache:
                 "raise data.cache_size"
             )
         with self._part(source.whole, source.url) as (part, file):
-            if final.exists():
-                return
+            if (kept := self._cached(source)) is not None:
+                return os.close(kept)
             self._reserve(part, file, source.bytes)
             for _ in range(_WHOLE_TRIES):
                 with suppress(Changed):
@@ -186,17 +195,20 @@ class Cache:
                 self._reserve(part, file, taken, wait=False)  # two growing files would wait for each other
             digest.update(piece)
             view = memoryview(piece)
-            try:
+            with self._writing():
                 while view:
                     view = view[os.write(file, view) :]
-            except OSError as error:
-                raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; lower data.cache_size") from error
-        try:
+        with self._writing():
             os.ftruncate(file, at)
             os.fsync(file)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StorageUnavailable(f"data.cache={self.folder}: {error.strerror}; lower data.cache_size") from error
-        return digest.hexdigest()
 
     def _reserve(self, part: Path, file: int, need: int, wait: bool = True) -> None:
         """Reserve `need` bytes of the cache for a file being written: evicts the least recently used shards and waits for the downloads
@@ -221,7 +233,7 @@ class Cache:
             if path.name == part.name:
                 continue
             if path.suffix == ".tar":
-                shards.append((about.st_mtime_ns, about.st_size, path))
+                shards.append((about.st_atime_ns, about.st_size, path))
             elif (written := cache_folder.remove_unfinished(path)) is None:
                 continue
             else:

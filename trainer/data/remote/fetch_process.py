@@ -1,5 +1,6 @@
-"""`python -m trainer.data.remote.fetch_process FOLDER SIZE`: prefetches shards into a cache, in its own process.
+"""`python -m trainer.data.remote.fetch_process FOLDER SIZE SINCE`: prefetches shards into a cache, in its own process.
 
+SINCE: start of the run in seconds since 1970; shards that were cached before are hashed first.
 Every line of standard input is a JSON list of [url, bytes, hash], soonest needed first, and replaces the previous list. The process
 ends at a line `end` or at the end of standard input, so at the latest with the rank that started it. A shard that it cannot fetch is
 fetched again by the reader, which reports the error.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, Source
+from trainer.data.remote.cache_check import CacheCheck
 
 _THREADS = 4  # shards fetched at once
 
@@ -62,7 +64,8 @@ def _work(cache: Cache, queue: FetchQueue) -> None:
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the rank shuts down in order and needs data until then
-    cache, plan = Cache(Path(sys.argv[1]), int(sys.argv[2])), FetchQueue()
+    cache = Cache(Path(sys.argv[1]), int(sys.argv[2]), CacheCheck(float(sys.argv[3])))
+    plan = FetchQueue()
     for _ in range(_THREADS):
         threading.Thread(target=_work, args=(cache, plan), daemon=True).start()
     for line in sys.stdin:
