@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from launch import hosts, local, slurm, sweep
+from launch import hosts, local, slurm, study, sweep
 from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import free_port, random_port, this_machine
@@ -29,6 +29,8 @@ def main(words: list[str] | None = None) -> int:
             forgive_standard_streams()
         if arguments.command == "sweep":
             return _sweep(arguments)
+        if arguments.command == "study":
+            return study.main(arguments)
         job = Job(arguments.config, tuple(arguments.overrides), arguments.resume)
         return COMMANDS[arguments.command](job, arguments)
     except LaunchError as error:

@@ -7,6 +7,7 @@ import difflib
 import os
 from typing import NoReturn
 
+from launch import kept_journals
 from launch.job import LOGS, LaunchError
 
 ELASTIC = "MIN:MAX starts with the nodes that are up and continues from the checkpoint while at least MIN remain"
@@ -77,6 +78,25 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--slurm", action="store_true", help="as an array of Slurm; else here, one after the other")
     c.add_argument("--at-once", type=int, metavar="N", help="tasks of the array that run together (default: all)")
     _add_slurm(c)
+    c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
+
+    text = "the arms of a study x its seeds, one run each; the same command again continues the study"
+    c = commands.add_parser("study", help=text, description=text, allow_abbrev=False)
+    c.add_argument("file", metavar="FILE", help="configs/studies/NAME.yaml")
+    c.add_argument("overrides", metavar="key.sub=value", nargs="*", default=[], help="settings that differ from the study's")
+    _add_pipe(c)
+    c.add_argument("--seeds", metavar="0,1,2", help="default: those of the file")
+    c.add_argument("--arms", metavar="A,B", help="only these, in the order of the file (default: all)")
+    c.add_argument(
+        "--jobs", type=int, metavar="N", help="runs of one process side by side (default: one after the other on all devices)"
+    )
+    c.add_argument("--processes", type=int, metavar="N", help="of each run without --jobs; default as for local")
+    c.add_argument("--journals", metavar="DIR", help=f"journals of finished runs, compressed (default: {kept_journals.FOLDER})")
+    c.add_argument(
+        "--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/output.txt: output of each run with --jobs (default: {LOGS})"
+    )
+    c.add_argument("--check", action="store_true", help="check the configuration of every arm, start nothing")
+    c.add_argument("--keep", action="store_true", help="compress the journals of finished runs into --journals, start nothing")
     c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
 
     if words and not words[0].startswith("-") and words[0] not in commands.choices:

@@ -44,12 +44,12 @@ def start(command: Command, logs: Path | None = None) -> int:
             if process is None:
                 return
             if received.count(signal.SIGINT) > 2:
-                return _kill(process.pid)
+                return stop_hard(process.pid)
             ranks = _ranks(process.pid)
             signalled.update(ranks)
             # a launcher whose ranks got the signal and ended is ending too: another signal would change its exit code
             for pid in ranks or ([] if signalled else [process.pid]):
-                _send(pid, _passed(number))
+                _send(pid, passed(number))
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, forward)
@@ -75,13 +75,13 @@ def start(command: Command, logs: Path | None = None) -> int:
                 signal.signal(number, handler)
         reported = int(exit_file.read_text() or 0) if exit_file.exists() else 0  # empty where the disk is full
     if (
-        code < 0 and -code in [_passed(one) for one in received] and signalled
+        code < 0 and -code in [passed(one) for one in received] and signalled
     ):  # Slurm signals launchers too; this one's ranks had already ended after the signal
         code = 0
     return reported or (128 - code if code < 0 else code)
 
 
-def _passed(number: int) -> signal.Signals:
+def passed(number: int) -> signal.Signals:
     """The signal that ranks get for one sent to us. After SIGHUP the terminal is gone: end as on SIGTERM."""
     return signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
 
@@ -102,10 +102,10 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
                 again = float("inf")
             for pid in set(ranks) - signalled:
                 signalled.add(pid)
-                _send(pid, _passed(received[-1]))
+                _send(pid, passed(received[-1]))
             gone = float("inf") if ranks else min(gone, time.monotonic())
             if time.monotonic() > gone + LINGER:
-                _kill(process.pid)
+                stop_hard(process.pid)
                 process.wait()
                 return 0
 
@@ -125,7 +125,7 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
         signals += 1
         for node in nodes:
             if signals > 2:
-                _kill(node.pid)
+                stop_hard(node.pid)
             elif node.poll() is None and node.stdin is not None:
                 with contextlib.suppress(OSError):
                     node.stdin.write(b"\x03")
@@ -136,7 +136,7 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
     for c in commands:
         if signals:  # before all are there: nothing is trained yet
             for node in nodes:
-                _kill(node.pid)
+                stop_hard(node.pid)
             break
         nodes.append(subprocess.Popen(c.argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True))
     readers = [
@@ -166,7 +166,7 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
                     stop()
             if time.monotonic() > deadline:
                 for node in nodes:
-                    _kill(node.pid)
+                    stop_hard(node.pid)
             time.sleep(0.1)
     finally:
         for number, handler in before.items():
@@ -207,7 +207,7 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _kill(pid: int) -> None:
+def stop_hard(pid: int) -> None:
     """SIGKILL to a process and everything it started."""
     for victim in [*_below(pid, recursive=True), pid]:
         _send(victim, signal.SIGKILL)

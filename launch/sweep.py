@@ -6,16 +6,18 @@ runs are children of one parent run, named like the sweep (`tracking.parent`).
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from launch.job import Job, LaunchError
+from launch.kept_journals import lines
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Point:
 
 def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str, name: str) -> list[Point]:
     """Every run of the sweep, seeds innermost. Raises LaunchError for a grid that cannot be read, or two runs of one name."""
-    numbers = _seeds(seeds)
+    numbers = seeds_of(seeds)
     axes = [_axis(text) for text in sets]
     keys = [key for key, _ in axes]
     fixed = {text.partition("=")[0] for text in overrides}
@@ -49,7 +51,7 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
             )
     found = []
     for config in configs:
-        stem, runs = _about(config, overrides)
+        stem, runs = about(config, overrides)
         for values in product(*[[(key, value) for value in values] for key, values in axes]):
             parts = [f"{key.rpartition('.')[2]}{value}" for key, value in values]
             for seed in numbers:
@@ -66,17 +68,16 @@ def points(configs: list[str], overrides: list[str], sets: list[str], seeds: str
 def with_status(point: Point) -> Point:
     """The point with its state, read from its journal."""
     try:
-        rows = (point.directory / "journal.jsonl").read_bytes().split(b"\n")
+        rows = list(lines(point.directory / "journal.jsonl"))
     except OSError:
         return point
+    return status_of(point, rows)
+
+
+def status_of(point: Point, rows: Iterable[dict[str, Any]]) -> Point:
+    """The point with its state by the lines of a journal."""
     state, top1 = "cut off", None
-    for row in rows:
-        try:
-            line = json.loads(row)
-        except (ValueError, RecursionError):  # the last line of a killed attempt, or a damaged one
-            continue
-        if not isinstance(line, dict):
-            continue
+    for line in rows:
         if line.get("kind") == "start":
             state = "cut off"
         elif line.get("kind") == "eval":
@@ -97,17 +98,20 @@ def distinct_settings(found: list[Point]) -> list[Point]:
 
 def table(found: list[Point]) -> str:
     """The state of every run, and the command that compares them."""
+    done = [str(point.directory) for point in found if point.finished]
+    return "\n".join([states(found), *([f"compare: trilevel compare {shlex.join(done)}"] if done else [])])
+
+
+def states(found: list[Point]) -> str:
+    """The state and the newest top-1 of every run."""
     wide = max(len(point.name) for point in found)
     rows = [f"{'run':{wide}}  {'state':9}  top-1"]
     for point in found:
         rows.append(f"{point.name:{wide}}  {point.state:9}  {'' if point.top1 is None else f'{point.top1:.2%}'}".rstrip())
-    done = [str(point.directory) for point in found if point.finished]
-    if done:
-        rows.append(f"compare: trilevel compare {shlex.join(done)}")
     return "\n".join(rows)
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
     words = text.split(",")
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise LaunchError(f"--seeds {text}: must be distinct integers separated by commas, e.g. 0,1,2")
@@ -129,7 +133,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def _about(config: str, overrides: list[str]) -> tuple[str, Path]:
+def about(config: str, overrides: list[str]) -> tuple[str, Path]:
     """A configuration's name and the folder of its runs."""
     try:
         content = yaml.safe_load(Path(config).read_text())

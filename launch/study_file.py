@@ -1,0 +1,151 @@
+"""Reads `configs/studies/NAME.yaml`: one question, its arms as settings that differ from a base recipe, and seeds."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.job import LaunchError
+
+REQUIRED = ("name", "question", "config", "reference", "arms")
+KEYS = (*REQUIRED, "seeds", "settings", "questions", "quiet")
+OURS = ("name", "seed", "runs", "tracking.parent")  # settings that the study itself gives to every run
+
+
+@dataclass(frozen=True)
+class Study:
+    """arms: {name: settings as `key=value`, those of all arms first}, in the file's order. questions: pairs (arm, reference)."""
+
+    file: str
+    name: str
+    config: str
+    reference: str
+    seeds: tuple[int, ...]
+    arms: dict[str, tuple[str, ...]]
+    questions: tuple[tuple[str, str], ...]
+
+
+def read(file: str) -> Study:
+    """Raises LaunchError naming the file, the key, the value and the remedy."""
+    raw = _content(file)
+    for key in raw:
+        if key not in KEYS:
+            raise LaunchError(f"study {file}: {key}: unknown key{near(str(key), KEYS)}")
+    for key in REQUIRED:
+        if not raw.get(key):
+            raise LaunchError(f"study {file}: {key}: required key is missing; add it")
+    name, config = str(raw["name"]), str(raw["config"])
+    _plain(file, "name", name)
+    if not Path(config).is_file():
+        raise LaunchError(f"study {file}: config={config}: no such file; give its path from the folder of the repository")
+    shared = _settings(file, "settings", raw.get("settings") or {})
+    if not isinstance(raw["arms"], dict):
+        raise LaunchError(f"study {file}: arms={raw['arms']!r}: must map names to settings, e.g. dense: {{epochs: 20}}")
+    arms = {str(arm): (*shared, *_settings(file, f"arms.{arm}", given or {})) for arm, given in raw["arms"].items()}
+    for arm in arms:
+        _plain(file, "arms", arm)
+    reference = str(raw["reference"])
+    known(f"study {file}: reference", [reference], arms)
+    seeds = raw.get("seeds", [0])
+    if not _distinct_seeds(seeds):
+        raise LaunchError(f"study {file}: seeds={seeds!r}: must be distinct integers >= 0, e.g. [0, 1, 2]")
+    return Study(file, name, config, reference, tuple(seeds), arms, _questions(file, raw.get("questions"), reference, arms))
+
+
+def known(where: str, names: Iterable[str], arms: Iterable[str]) -> None:
+    """Raises LaunchError for a name that is not an arm, with the nearest one."""
+    for name in names:
+        if name not in arms:
+            raise LaunchError(f"{where}={name}: unknown arm{near(name, list(arms))}")
+
+
+def near(word: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid values: {', '.join(valid)}"
+
+
+def as_setting(value: Any) -> str:
+    """A value as `key=value` takes it: YAML in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_setting(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_setting, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z0-9_][\w./*-]*", value) else json.dumps(value)
+    return json.dumps(value)
+
+
+def _content(file: str) -> dict[str, Any]:
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        others = [str(other) for other in path.parent.glob("*.yaml")]
+        raise LaunchError(f"study {file}: no such file" + (near(file, others) if others else "")) from error
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"study {file}: not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise LaunchError(f"study {file}: {error.strerror}; give a YAML file, e.g. configs/studies/levels.yaml") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise LaunchError(f"study {file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict) or node is None:
+        raise LaunchError(f"study {file}: must be a mapping of keys to values, got {type(raw).__name__}")
+    _refuse_twice(file, node)
+    return raw
+
+
+def _refuse_twice(file: str, node: yaml.Node) -> None:
+    """PyYAML takes the last of two equal keys: an arm would disappear."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise LaunchError(f"study {file}: {key}: given twice in the mapping of line {line}; remove one of them")
+    for child in node.value if isinstance(node.value, list) else ():
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_twice(file, part)
+
+
+def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, dict):
+        raise LaunchError(f"study {file}: {where}={given!r}: must be a mapping of settings, e.g. {{epochs: 20}}")
+    for key in given:
+        if key in OURS:
+            raise LaunchError(f"study {file}: {where}.{key}: set by the study itself; remove it")
+    return tuple(f"{key}={as_setting(value)}" for key, value in given.items())
+
+
+def _questions(file: str, given: Any, reference: str, arms: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if given is None:
+        return tuple((arm, reference) for arm in arms if arm != reference)
+    found = []
+    for pair in given if isinstance(given, list) else [given]:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise LaunchError(f"study {file}: questions: {pair!r}: must be two arms, e.g. [tri_level, dense]")
+        known(f"study {file}: questions", map(str, pair), arms)
+        found.append((str(pair[0]), str(pair[1])))
+    return tuple(found)
+
+
+def _distinct_seeds(seeds: Any) -> bool:
+    return (
+        isinstance(seeds, list)
+        and bool(seeds)
+        and all(type(s) is int and s >= 0 for s in seeds)
+        and len({*seeds}) == len(seeds)
+    )
+
+
+def _plain(file: str, key: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.]*", name):
+        raise LaunchError(f"study {file}: {key}={name}: must be letters, digits, `_` and `.`: run directories are named by it")

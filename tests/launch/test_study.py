@@ -1,0 +1,209 @@
+"""`launch study`: files of studies, names and order of runs, what counts as finished, kept journals, runs side by side."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launch.__main__ as program
+from launch import kept_journals, study, study_file
+from launch.job import Command, LaunchError
+from launch.side_by_side import start_side_by_side
+from tests.conftest import ROOT
+from tests.support.journals import lines, write
+from trainer.config.load import load
+from trainer.model.build import build_objective
+from trainer.model.schedule import Schedule
+
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+MINI = """
+name: mini
+question: Does it count?
+config: a.yaml
+reference: dense
+seeds: [0, 1]
+settings: {control: 0}
+arms:
+  dense: {}
+  sparse: {optim.lr: 1e-3, examples: {method: forgetting, window: 7ep, updates: 5}, tokens.blocks: [1, 3]}
+  third: {tokens: {method: topk, fuse: true}}
+"""
+
+
+@pytest.fixture
+def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("name: a\n")
+    Path("mini.yaml").write_text(MINI)
+    return "mini.yaml"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_every_study_is_a_valid_run_of_its_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    read = study_file.read(str(path.relative_to(ROOT)))
+    assert read.name == path.stem
+    found = study.runs(read, [], [0], list(read.arms), "none")
+    configs = [load(run.point.job.config, list(run.point.job.overrides)) for run in found]
+    for config in configs:
+        Schedule(config)
+        build_objective(config)
+        assert config.tokens.settings.final_keep == 1 or max(config.tokens.blocks) < (config.model.args.get("depth") or 12)
+        if config.examples.method == "forgetting":  # every window fills, and is followed by epochs that use its update
+            settings: Any = config.examples.settings
+            assert settings.window * settings.updates <= config.epochs
+    plain = [config.model_dump(exclude={"name"}) for config in configs]
+    assert all(plain.count(one) == 1 for one in plain), "two arms are the same"
+
+
+def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:
+    read = study_file.read(mini)
+    found = study.runs(read, ["epochs=1"], [0, 1], ["third", "dense"], "kept")
+    assert [run.point.name for run in found] == ["mini-dense-seed0", "mini-third-seed0", "mini-dense-seed1", "mini-third-seed1"]
+    assert found[3].kept == Path("kept/mini/third-seed1.jsonl.xz")
+    assert found[3].point.job.overrides == (
+        "control=0", "tokens={method: topk, fuse: true}", "epochs=1", "name=mini-third-seed1", "seed=1", "tracking.parent=mini",
+    )  # fmt: skip
+    assert read.questions == (("sparse", "dense"), ("third", "dense"))
+    assert read.arms["sparse"][1:] == (
+        "optim.lr=1e-3", "examples={method: forgetting, window: 7ep, updates: 5}", "tokens.blocks=[1, 3]",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("reference: dense", "reference: dens", "reference=dens: unknown arm; did you mean 'dense'?"),
+        ("question:", "questoin:", "questoin: unknown key; did you mean 'question'?"),
+        ("name: mini", "", "name: required key is missing"),
+        ("config: a.yaml", "config: b.yaml", "config=b.yaml: no such file"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "seeds=[0, 0]: must be distinct integers"),
+        ("  dense: {}", "  dense: {}\n  dense: {}", "dense: given twice in the mapping of line"),
+        ("  dense: {}", "  dense: 3", "arms.dense=3: must be a mapping of settings"),
+        ("  dense: {}", "  dense: {seed: 3}", "arms.dense.seed: set by the study itself"),
+        ("  dense: {}", "  a/b: {}\n  dense: {}", "arms=a/b: must be letters"),
+        ("seeds:", "questions: [[third, spars]]\nseeds:", "questions=spars: unknown arm; did you mean 'sparse'?"),
+        ("seeds:", "questions: [third]\nseeds:", "must be two arms"),
+        ("arms:", "arms: [", "not valid YAML"),
+    ],
+)
+def test_files_that_are_refused(mini: str, old: str, new: str, expected: str) -> None:
+    Path(mini).write_text(MINI.replace(old, new, 1))
+    with pytest.raises(LaunchError) as error:
+        study_file.read(mini)
+    assert expected in str(error.value) and mini in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("mimi.yaml", "mimi.yaml: no such file; did you mean 'mini.yaml'?"),
+        ("mini.yaml --arms dense,spars", "--arms=spars: unknown arm; did you mean 'sparse'?"),
+        ("mini.yaml --seeds 0,x", "--seeds 0,x"),
+        ("mini.yaml --jobs 0", "--jobs 0: at least 1"),
+        ("mini.yaml epochs=1", "epochs=1: differs from the study"),
+        ("mini.yaml epochs=1 --journals kept", "epochs=1: differs from the study"),
+        ("mini.yaml seed=1", "seed=1"),
+        ("mini.yaml --job 1", "did you mean '--jobs'?"),
+    ],
+)
+def test_commands_that_are_refused(mini: str, words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["study", *words.split()]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def finished(folder: Path) -> Path:
+    first, *rest = lines(seed=1)
+    where = {"host": "node7", "hosts": ["node7"], "config": first["config"] | {
+        "runs": "/home/someone/runs", "tracking": {"to": "mlflow", "uri": "http://me:secret@server/", "tags": {"who": "me"}}}}  # fmt: skip
+    return write(folder, [first | where, {"kind": "system", "time": 1.0, "node7": {"cpu": 1}}, *rest])
+
+
+def test_a_kept_journal_counts_as_finished_and_names_nobody(mini: str, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(Path("runs/mini-sparse-seed1"))
+    assert program.main(["study", mini, "--keep", "--journals", "kept"]) == 0
+    kept = Path("kept/mini/sparse-seed1.jsonl.xz")
+    assert [*Path("kept").rglob("*.*")] == [kept] and "mini-sparse-seed1  finished" in capsys.readouterr().out
+    text = lzma.decompress(kept.read_bytes()).decode()
+    for word in ("node7", "someone", "secret", "server", "system", '"me"', "/home"):
+        assert word not in text
+    start, *rest = map(json.loads, text.splitlines())
+    assert start["config"]["runs"] == "runs" and start["config"]["optim"] == {"lr": 1e-3, "name": "adamw"}
+    assert start["hosts"] == ["host0"] and rest[-1]["status"] == "finished"
+    Path("runs").rename("gone")  # another machine
+    read = study_file.read(mini)
+    states = {run.point.name: run.point for run in study.runs(read, [], [1], list(read.arms), "kept")}
+    assert [point.state for point in states.values()] == ["new", "finished", "new"]
+    assert states["mini-sparse-seed1"].top1 == pytest.approx(rest[-3]["top1"])
+    program.main(["study", mini, "--journals", "kept", "--dry-run", "--seeds", "1"])
+    trained = [line for line in capsys.readouterr().out.splitlines() if "--check" not in line]
+    assert len(trained) == 2 and not any("name=mini-sparse-seed1" in line for line in trained)
+
+
+def test_a_damaged_kept_journal_is_named(mini: str) -> None:
+    path = kept_journals.path_of("kept", "mini", "dense", 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not xz")
+    with pytest.raises(LaunchError, match=r"dense-seed0\.jsonl\.xz: not a whole \.xz file"):
+        study.runs(study_file.read(mini), [], [0], ["dense"], "kept")
+
+
+@pytest.mark.parametrize(
+    ("text", "neutral"),
+    [
+        ("/home/me/shards/train-*.tar", "train-*.tar"),
+        ("shards/digits/train-*.tar", "shards/digits/train-*.tar"),
+        ("~/x/y.tar", "y.tar"),
+        ("s3://bucket/a/b.tar", "s3://bucket/a/b.tar"),
+        ("http://me:word@host/a.tar?sign=1", "http://host/a.tar?"),
+        ("CPU (x86_64), images/s", "CPU (x86_64), images/s"),
+    ],
+)
+def test_texts_of_kept_journals(text: str, neutral: str) -> None:
+    assert kept_journals.neutral({"kind": "start", "pattern": text}, set())["pattern"] == neutral
+
+
+def test_runs_side_by_side_have_a_limit_and_a_failure_stops_no_other(tmp_path: Path) -> None:
+    code = "import sys, time; open(sys.argv[1], 'w').write('x'); time.sleep(0.5); print('done'); sys.exit(int(sys.argv[2]))"
+    commands = {
+        name: Command((sys.executable, "-c", code, str(tmp_path / name), str(number)))
+        for name, number in (("a", 3), ("b", 0), ("c", 0))
+    }
+    most, ended = [], []
+
+    def note(name: str) -> None:
+        ended.append(name)
+        most.append(sum((tmp_path / other).exists() for other in commands))
+
+    assert start_side_by_side(commands, 2, tmp_path / "logs", note) == {"a": 3, "b": 0, "c": 0}
+    assert most[0] == 2 and sorted(ended) == ["a", "b", "c"]
+    assert (tmp_path / "logs" / "b" / "output.txt").read_text() == "done\n"
+
+
+def test_a_study_runs_what_is_left_and_keeps_it(mini: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer is replaced: it writes a journal. Arm `third` fails, and is the only one left afterwards."""
+    asked: list[str] = []
+
+    def start(command: Command, *_: object) -> int:
+        given = dict(word.split("=", 1) for word in shlex.split(command.text()) if "=" in word)
+        if "--check" in command.argv:
+            return 0
+        asked.append(given["name"])
+        if "third" not in given["name"]:
+            write(Path("runs") / given["name"], list(lines(seed=int(given["seed"]))))
+        return int("third" in given["name"])
+
+    monkeypatch.setattr(study, "start", start)
+    words = ["study", mini, "--journals", "kept", "--processes", "1"]
+    assert program.main(words) == 1
+    assert asked == [f"mini-{arm}-seed{seed}" for seed in (0, 1) for arm in ("dense", "sparse", "third")]
+    assert len(list(Path("kept/mini").iterdir())) == 4
+    asked.clear()
+    assert program.main([*words, "--check"]) == 0 and not asked
+    assert program.main(words) == 1 and asked == ["mini-third-seed0", "mini-third-seed1"]
