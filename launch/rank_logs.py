@@ -94,10 +94,15 @@ def _write(path: Path, file: IO[bytes] | None, line: bytes) -> IO[bytes] | None:
     """Append the line (a requeued job continues in the same files); returns the open file."""
     with contextlib.suppress(OSError):
         if file is None:
-            file = path.open("ab", buffering=0)
+            file = open(path, "ab", buffering=0, opener=_opened)  # noqa: SIM115 (open until the process ends)
             file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         file.write(line)
     return file
+
+
+def _opened(path: str, flags: int) -> int:
+    """A link that another user put there is not followed, a FIFO does not block."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _show(line: bytes) -> None:

@@ -15,6 +15,7 @@ from trainer.analysis.compare import Comparison, MeanInterval, final, seed
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
 from trainer.analysis.history import History
 from trainer.analysis.units import duration
+from trainer.storage.disk import write_text
 from trainer.storage.text import markdown_text, printable
 
 STYLE = """
@@ -145,7 +146,7 @@ def write(comparison: Comparison, out: Path | str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     forms = {"compare.html": page, "compare.md": markdown, "compare.csv": comma_separated}
     for name, form in forms.items():
-        (out / name).write_text(printable(form(comparison)))
+        write_text(out / name, printable(form(comparison)))
     return [out / name for name in forms]
 
 

@@ -15,6 +15,7 @@ from trainer.analysis.report_plot import picture
 from trainer.analysis.savings import savings_of
 from trainer.analysis.units import duration
 from trainer.config.credentials import without_credentials
+from trainer.storage.disk import write_text
 from trainer.storage.text import markdown_text
 
 KEPT = ("examples", "tokens", "connections")
@@ -101,7 +102,7 @@ def write(directory: Path | str) -> Summary:
     """RUN/report.md and RUN/report.png, which go to MLflow with the run when they are there before `Shipper.finish`."""
     run = history(directory)
     found = summary(run)
-    (run.directory / "report.md").write_text(found.markdown)
+    write_text(run.directory / "report.md", found.markdown)
     picture(run)
     return found
 

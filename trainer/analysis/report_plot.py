@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from trainer.analysis.history import History, history
 from trainer.analysis.units import duration
+from trainer.storage.disk import atomic_write
 from trainer.storage.text import plot_text
 
 PICTURE = "report.png"
@@ -40,7 +41,8 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
     bottom.set_xlabel(f"time ({unit})")
     figure.suptitle(_title(run), x=0.02, ha="left", fontsize=12, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(path)
+    with atomic_write(path) as file:
+        canvas.print_png(file)
     return path
 
 

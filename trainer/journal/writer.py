@@ -66,6 +66,7 @@ from typing import Any
 
 from trainer.journal.file import JournalError, lock, plain, repair
 from trainer.journal.reader import FILE, last_attempt
+from trainer.storage.private_file import regular
 from trainer.storage.standard_streams import say
 
 DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # synced to disk when `write` returns
@@ -87,7 +88,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._clock = time.time() - time.monotonic()  # a clock that is set meanwhile changes no duration in the journal
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise JournalError(f"{self.path}: {error.strerror}; move it away, or start another run by name=OTHER") from error
         self._pending = b""

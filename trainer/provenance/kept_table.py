@@ -16,6 +16,7 @@ from rich.table import Table
 from sparsity.examples import kept_ids
 from sparsity.examples.curriculum import keep_rates
 from trainer.provenance.recorded_run import RecordedRun, RecordedRunError
+from trainer.storage.private_file import regular
 
 SHOWN = 20  # classes of the printed table
 COLUMNS = ("label", "class", "examples", "kept", "rate", "mean_weight")
@@ -94,7 +95,7 @@ def write(kept: Kept, run: RecordedRun, folder: Path) -> list[Path]:
 
 
 def _csv(path: Path, head: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with open(path, "w", newline="", errors="backslashreplace") as file:
+    with open(path, "w", newline="", errors="backslashreplace", opener=regular) as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

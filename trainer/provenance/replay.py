@@ -26,6 +26,8 @@ from trainer.data.loader.batch_maker import BatchMaker
 from trainer.model.schedule import Schedule
 from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.recorded_run import RecordedRun
+from trainer.storage.disk import atomic_write, write_text
+from trainer.storage.private_file import regular
 
 ACROSS, SHEET = 16, 256  # images per row and per contact sheet
 SHOWN = 24  # rows of the printed table
@@ -149,15 +151,17 @@ def write(replayed: Replayed, folder: Path) -> list[Path]:
     """Write batch.json (facts and rows), rows.csv, images.npz (ids and images, uint8) and contact sheets; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "batch.json", folder / "rows.csv", folder / "images.npz"]
-    paths[0].write_text(json.dumps(replayed.facts | {"rows": replayed.rows}, indent=1) + "\n")
-    with open(paths[1], "w", newline="", errors="backslashreplace") as file:
+    write_text(paths[0], json.dumps(replayed.facts | {"rows": replayed.rows}, indent=1) + "\n")
+    with open(paths[1], "w", newline="", errors="backslashreplace", opener=regular) as file:
         table = csv.DictWriter(file, replayed.rows[0].keys())
         table.writeheader()
         table.writerows(replayed.rows)
-    np.savez(paths[2], ids=replayed.batch.ids.numpy(), images=replayed.images.numpy())
+    with atomic_write(paths[2]) as file:
+        np.savez(file, ids=replayed.batch.ids.numpy(), images=replayed.images.numpy())
     for start in range(0, len(replayed.images), SHEET):
         paths.append(folder / f"sheet-{start // SHEET:02d}.png")
-        _sheet(replayed.images[start : start + SHEET]).save(paths[-1])
+        with atomic_write(paths[-1]) as file:
+            _sheet(replayed.images[start : start + SHEET]).save(file, "PNG")
     return paths
 
 

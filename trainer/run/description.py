@@ -22,6 +22,7 @@ from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.schedule import Schedule
 from trainer.run import directory as run
+from trainer.storage.disk import write_text
 from trainer.storage.private_file import private
 
 # Variables that affect computation or communication; others may hold secrets and are not recorded.
@@ -51,7 +52,7 @@ def write(directory: Path, config: Config, model: SparseViT) -> None:
     """RUN/environment.txt and RUN/plan.md. Rank 0 only."""
     with open(directory / "environment.txt", "w", opener=private) as file:
         file.write(environment())
-    (directory / "plan.md").write_text(plan_table(config, model))
+    write_text(directory / "plan.md", plan_table(config, model))
 
 
 def environment() -> str:

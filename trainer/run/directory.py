@@ -20,7 +20,8 @@ import yaml
 
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
-from trainer.storage.disk import Disk
+from trainer.storage.disk import Disk, write_text
+from trainer.storage.private_file import regular
 from trainer.storage.source_tree import SOURCE_ROOT
 from trainer.storage.standard_streams import say
 
@@ -38,8 +39,8 @@ def create_run_directory(config: Config, resume: bool) -> None:
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
-        (directory / "source.txt").write_text(source())
+        write_text(directory / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
+        write_text(directory / "source.txt", source())
         for folder in (directory, directory.parent):  # else a crash could lose the directory with its synced checkpoints
             Disk().sync(folder)
     except OSError as error:
@@ -52,7 +53,8 @@ def log_to(path: Path) -> None:
     """Write this rank's library logs and crash tracebacks (segmentation faults too) to `path`; without it where it can't be opened."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # on another node the folder may not be visible yet
-        handler, crashes = logging.FileHandler(path), open(path, "a")  # noqa: SIM115 (stays open until the process exits)
+        file = open(path, "a", opener=regular)  # noqa: SIM115 (stays open until the process exits)
+        handler = logging.StreamHandler(file)
     except OSError as error:
         say(
             f"{path}: {error.strerror}; library logs of this rank are not recorded; move it away before the next start",
@@ -62,7 +64,7 @@ def log_to(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    faulthandler.enable(crashes)
+    faulthandler.enable(file)
 
 
 def source() -> str:

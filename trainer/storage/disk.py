@@ -38,6 +38,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by `text`, see `atomic_write`. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
 class Content(NamedTuple):
     """A file's length and its BLAKE2b hash (16 bytes, hexadecimal)."""
 

@@ -82,10 +82,12 @@ class Trace:
             profiler.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"steps-{name}.json.gz"
+            path.unlink(missing_ok=True)  # a link that another user put there would be followed
             profiler.export_chrome_trace(str(path))
             self._say(f"trace of steps {self._first} to {last}: {path}")
             if self._gpu and self._settings.memory:
                 memory = self._folder / f"memory-{name}.pickle"
+                memory.unlink(missing_ok=True)
                 torch.cuda.memory._dump_snapshot(str(memory))
                 torch.cuda.memory._record_memory_history(enabled=None)
                 self._say(f"memory of steps {self._first} to {last}: {memory}")
