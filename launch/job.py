@@ -172,16 +172,6 @@ def accelerate(job: Job, node: Node, python: str) -> Command:
         words += ["--quiet"] if node.gpus else ["--quiet", "--cpu"]
     words += ["--num_processes", str(node.world), "--num_machines", str(node.nodes), "--machine_rank", str(node.number)]
     words += ["--main_process_ip", node.address, "--main_process_port", str(node.port)]
-    words += [
-        "--gpu_ids",
-        "all",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--same_network",
-        "--rdzv_backend",
-        "static",
-    ]
+    words += "--gpu_ids all --mixed_precision no --dynamo_backend no --same_network --rdzv_backend static".split()
     words += node.logged()
     return Command((*words, "-m", "trainer", *job.train()), node.env())

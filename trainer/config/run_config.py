@@ -33,28 +33,8 @@ from trainer.config.values import Duration, Length, Section, Share
 
 # Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing.
 ELEMENTWISE = frozenset(
-    [
-        "adam",
-        "adamw",
-        "nadam",
-        "nadamw",
-        "radam",
-        "radamw",
-        "sgd",
-        "momentum",
-        "nesterov",
-        "rmsprop",
-        "rmsproptf",
-        "adamax",
-        "adadelta",
-        "adagrad",
-        "adabelief",
-        "lion",
-        "cadamw",
-        "clion",
-        "adopt",
-        "adoptw",
-    ]
+    "adam adamw nadam nadamw radam radamw sgd momentum nesterov rmsprop rmsproptf adamax adadelta adagrad adabelief lion cadamw clion "
+    "adopt adoptw".split()
 )
 
 

@@ -19,21 +19,7 @@ from trainer.config.credentials import REMEDY
 from trainer.preflight.installation import GIB, Finding, collectives, compiler, constraints_file, decoder, devices, versions
 from trainer.storage.text import printable
 
-NETWORKED = (
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "fuse.ceph",
-    "wekafs",
-    "cifs",
-    "smb3",
-    "9p",
-    "virtiofs",
-    "panfs",
-)
+NETWORKED = frozenset("nfs nfs4 lustre gpfs beegfs ceph fuse.ceph wekafs cifs smb3 9p virtiofs panfs".split())
 TIMEOUT = 3.0  # seconds for a request to another machine
 
 
