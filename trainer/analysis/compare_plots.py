@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from trainer.analysis.compare import COSTS, Comparison, Group, evaluations
-from trainer.analysis.report_plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw_throughput
+from trainer.analysis.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, plain, time_unit
+from trainer.analysis.report_plot import draw_throughput
 from trainer.storage.text import plot_text
 
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY, "#56B4E9", "#8C6D00")
+SECONDS = {"time": 1, "device hours": 3600}  # of the costs that are times
 LINES = ("-", "--", ":", "-.")
 TITLES = {
     "time": "time (gaps between attempts left out)",
@@ -30,19 +32,18 @@ def accuracy(comparison: Comparison) -> str:
     panels = figure.subplots(2, 2, sharey=True).flatten()
     for axes, (cost, read) in zip(panels, COSTS.items(), strict=True):
         longest = max(read(run.last) for group in comparison.groups for run in group.runs)
-        scale, unit = _time_unit(longest) if cost == "time" else (1.0, "")
-        if cost == "device hours":
-            scale, unit = _device_unit(longest)
+        scale, unit = time_unit(longest * SECONDS[cost]) if cost in SECONDS else (1, "")
+        scale /= SECONDS.get(cost, 1)
         for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
             for i, run in enumerate(group.runs):
                 x, y = [read(point) / scale for point in evaluations(run)], [100 * point["top1"] for point in evaluations(run)]
                 axes.plot(x, y, line, color=color, linewidth=1.8, alpha=0.85, label=plot_text(group.name) if i == 0 else None)
                 axes.plot(x[-1:], y[-1:], "o", color=color, markersize=4)
-        axes.set_xlabel(TITLES[cost] + unit)
+        axes.set_xlabel(f"{TITLES[cost]} ({unit})" if unit else TITLES[cost])
         axes.set_xlim(left=0)
         if cost in ("multiply-adds", "images"):
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _plain(axes)
+        plain(axes)
     for axes in panels[::2]:
         axes.set_ylabel("validation top-1 (%)")
     _legend(figure, panels[0])
@@ -53,17 +54,17 @@ def throughput(comparison: Comparison) -> str:
     figure = _figure(10, 3.4)
     axes = figure.subplots()
     longest = max(run.last.elapsed for group in comparison.groups for run in group.runs)
-    scale, unit = _time_unit(longest)
+    scale, unit = time_unit(longest)
     tops = []
     for group, (color, line) in zip(comparison.groups, _styles(comparison), strict=True):
         for i, run in enumerate(group.runs):
             tops.append(draw_throughput(axes, run, scale, color, plot_text(group.name) if i == 0 else None, line))
     axes.set_ylim(0, 1.15 * max(tops) or 1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("time (gaps between attempts left out)" + unit)
+    axes.set_xlabel(f"{TITLES['time']} ({unit})")
     axes.set_ylabel("images/s in training")
     _legend(figure, axes)
-    _plain(axes)
+    plain(axes)
     return _svg(figure)
 
 
@@ -91,7 +92,7 @@ def per_class(comparison: Comparison, most: int = 12) -> str:
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("accuracy of the class, difference to the base (percentage points)")
     _legend(figure, axes)
-    _plain(axes, "x")
+    plain(axes, "x")
     return _svg(figure)
 
 
@@ -99,14 +100,6 @@ def _of_classes(group: Group) -> list[float]:
     lists = [evaluations(run)[-1].get("per_class") for run in group.runs]
     known = [values for values in lists if isinstance(values, list)]
     return [sum(column) / len(known) for column in zip(*known, strict=True)] if known and len(known) == len(lists) else []
-
-
-def _time_unit(longest: float) -> tuple[float, str]:
-    return (3600, " (hours)") if longest > 5400 else (60, " (minutes)") if longest > 90 else (1, " (seconds)")
-
-
-def _device_unit(hours: float) -> tuple[float, str]:
-    return (1.0, " (hours)") if hours > 1.5 else (1 / 60, " (minutes)") if hours > 1.5 / 60 else (1 / 3600, " (seconds)")
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -128,12 +121,6 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # the last tick of one panel stays off the first of the next
     return figure
-
-
-def _plain(axes: Axes, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x" if grid == "x" else "y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _svg(figure: Figure) -> str:

@@ -12,13 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from trainer.analysis.history import History, history
+from trainer.analysis.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, plain, time_unit
 from trainer.analysis.units import duration
 from trainer.storage.disk import atomic_write
 from trainer.storage.text import plot_text
 
 PICTURE = "report.png"
-# Okabe and Ito's colours: distinguishable for colour-blind readers and in grey
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
 KEPT = {"examples": BLUE, "tokens": ORANGE, "connections": GREEN}
 
 
@@ -29,14 +28,12 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
     figure = Figure(figsize=(8.4, 8.0), dpi=130, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    scale, unit = (3600, "hours") if run.last.elapsed > 5400 else (60, "minutes") if run.last.elapsed > 90 else (1, "seconds")
+    scale, unit = time_unit(run.last.elapsed)
     _draw_accuracy(top, run, scale)
     _draw_throughput(middle, run, scale)
     _draw_kept(bottom, run, scale)
     for axes in (top, middle, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-        axes.set_axisbelow(True)
+        plain(axes)
     bottom.set_xlim(0, max(run.last.elapsed / scale, 1e-3))
     bottom.set_xlabel(f"time ({unit})")
     figure.suptitle(_title(run), x=0.02, ha="left", fontsize=12, fontweight="bold")
