@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def small(pattern: str, **sections: Any) -> Any:
     config = drawn.config(pattern, evaluate={"batch": 4}, **sections)
     args = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
-    return config.model_copy(update={"model": config.model.model_copy(update={"args": args})})
+    return config.changed(model={"args": args})
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -56,7 +56,7 @@ def test_bounds_of_the_published_recipes(ratio: str, bound: float) -> None:
     """docs/methods.md, section Cost: the whole run of DeiT-S with warm-up, cosine and the examples removed."""
     config = load(ROOT / "configs" / f"tri_level_deit_small_{ratio}.yaml")
     with torch.device("meta"):
-        model = build_model(config.model_copy(update={"connections": ConnectionsConfig()}))
+        model = build_model(config.changed(connections=ConnectionsConfig()))
     schedule = Schedule(config)
     dense = cost_of(model, schedule.stretches()[0].plan)["multiply_adds"]
     assert schedule.mean(lambda plan: cost_of(model, plan)["multiply_adds"] / dense) == pytest.approx(bound, abs=2e-3)

@@ -223,12 +223,12 @@ def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
 
 def test_another_configuration_or_other_shards_are_refused_by_name(tmp_path: Path, config: Config) -> None:
     path = save(tmp_path, config, 1)
-    other = config.model_copy(update={"seed": 5, "optim": config.optim.model_copy(update={"lr": 0.25})})
+    other = config.changed(seed=5, optim={"lr": 0.25})
     with pytest.raises(CheckpointError, match=r"optim\.lr: checkpoint 0\.001, now 0\.25\n  seed: checkpoint 0, now 5"):
         load(path, other, "shards")
     with pytest.raises(CheckpointError, match=r"shards: checkpoint was trained on shards, data\.train now holds else"):
         load(path, config, "else")
-    free = config.model_copy(update={"data": config.data.model_copy(update={"workers": 9})})
+    free = config.changed(data={"workers": 9})
     assert load(path, free, "shards").state.step == 1
     rewritten(path / "state.json", lambda about: about.update(format=99))
     with pytest.raises(CheckpointError, match="format 99, this version reads up to 2"):
@@ -243,7 +243,7 @@ def test_the_guide_lists_what_a_resume_may_change() -> None:
 def test_a_place_that_can_not_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
-        create_run_directory(config.model_copy(update={"runs": str(tmp_path / "runs")}), resume=False)
+        create_run_directory(config.changed(runs=str(tmp_path / "runs")), resume=False)
 
 
 def test_the_position_moves_through_epochs_of_any_length() -> None:

@@ -123,7 +123,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError) as caught:
         create(model(init=tmp_path / "w.safetensors"))
     text = str(caught.value)
-    assert "blocks.0.norm1.weight: missing" in text and "wieght: unknown to the model (similar: blocks.0.norm1.weight)" in text
+    assert (
+        "blocks.0.norm1.weight: missing" in text and "wieght: unknown to the model; did you mean blocks.0.norm1.weight?" in text
+    )
     assert "norm.bias: [3] in the file, [16] in the model" in text
 
 

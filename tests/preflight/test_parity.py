@@ -66,7 +66,7 @@ def test_dense_recipes_equal_timm_to_the_bit(shards, recipe):
 
 
 def changed(settings: Config, **sections) -> Config:
-    return settings.model_copy(update={k: getattr(settings, k).model_copy(update=v) for k, v in sections.items()})
+    return settings.changed(**sections)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.table import Table
 from sparsity.types import Plan
 from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
-from trainer.config.load import load
+from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.data.loader.dataset import open_indexes
 from trainer.data.loader.validation import Validation
@@ -116,13 +116,13 @@ def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Conf
         return config, build_model(config)
     path = Path(model)
     if path.is_dir():
-        config = config or load(path / "config.yaml", overrides)
+        config = config or load_run(path, overrides)
         path = run_weights(path, "eval")
     if config is None:
         raise ConfigError(f"eval {model}: a weights file needs a CONFIG with its model; add one")
     if not path.is_file():
         raise ConfigError(f"eval {model}: no such file; give a run directory, a weights file or timm:NAME")
-    network = build_model(config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}))
+    network = build_model(config.changed(model={"init": "random"}))
     weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
     return config, network
 
@@ -138,20 +138,8 @@ def _as_timm_evaluates(config: Config, name: str) -> Config:
         )
     if about.get("crop_mode", "center") != "center":
         raise ConfigError(f"timm:{name} needs crop_mode={about['crop_mode']} for evaluation; only the centre crop is supported")
-    model = config.model.model_copy(
-        update={
-            "name": name,
-            "init": "timm",
-            "image_size": about["input_size"][-1],
-            "args": {},
-            "classes": config.model.classes,
-        }
-    )
-    augment = config.augment.model_copy(update={k: about[k] for k in ("interpolation", "mean", "std")})
-    return config.model_copy(
-        update={
-            "model": model,
-            "augment": augment,
-            "evaluate": config.evaluate.model_copy(update={"crop_pct": about["crop_pct"]}),
-        }
+    return config.changed(
+        model={"name": name, "init": "timm", "image_size": about["input_size"][-1], "args": {}},
+        augment={key: about[key] for key in ("interpolation", "mean", "std")},
+        evaluate={"crop_pct": about["crop_pct"]},
     )

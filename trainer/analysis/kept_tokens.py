@@ -21,8 +21,7 @@ from sparsity.types import VisibleKeys
 from trainer.analysis.forgotten_examples import contact_sheet
 from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
-from trainer.config.load import load
-from trainer.config.run_config import Config
+from trainer.config.load import load_run
 from trainer.data.augment.on_device import normalise
 from trainer.data.augment.transform import Transform
 from trainer.data.errors import DataError
@@ -62,9 +61,8 @@ class Viewer:
     """A run's network in evaluation mode. Raises ConfigError for a run without weights, or one that keeps all tokens and connections."""
 
     def __init__(self, run: Path | str, overrides: Sequence[str] = ()) -> None:
-        self.run, self.config = Path(run), _config(run, overrides)
-        settings = self.config.model.model_copy(update={"init": "random"})
-        self.model = build_model(self.config.model_copy(update={"model": settings}))
+        self.run, self.config = Path(run), load_run(run, overrides)
+        self.model = build_model(self.config.changed(model={"init": "random"}))
         if not self.model.blocks:
             raise ConfigError(
                 f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
@@ -120,7 +118,7 @@ def show(
     Without checkpoint or shards examples.png can't be made: a message if images were given, else ConfigError or DataError. Raises
     ConfigError if there is nothing to show.
     """
-    config = _config(run, overrides)
+    config = load_run(run, overrides)
     counts = config.examples.settings.counts_forgetting
     if not images and not counts:
         raise ConfigError(
@@ -174,13 +172,6 @@ def draw(looked: TokenView, path: Path, title: str) -> Path:
     figure.suptitle(plot_text(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     FigureCanvasAgg(figure).print_png(path)
     return path
-
-
-def _config(run: Path | str, overrides: Sequence[str]) -> Config:
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"show {run}: no config.yaml; give the directory of a run, e.g. runs/NAME")
-    return load(path, list(overrides))
 
 
 def _visible(keys: VisibleKeys | None, patch: int, num_prefix: int) -> np.ndarray | None:

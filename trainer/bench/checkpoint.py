@@ -57,7 +57,7 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
 
     Rows `blocking`, `writing`: seconds of a save; `bytes`: MiB on the disk.
     """
-    config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
+    config = config.changed(model={"init": "random"})
     batch_split = BatchSplit(2, 1, 2)
     engine = Engine(config.engine, batch_split, config.optim.clip)
     model = build_model(config)

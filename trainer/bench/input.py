@@ -133,13 +133,13 @@ def _rows(place: PeerInput, config: Config, scratch: Path) -> dict[str, Callable
 
 def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "") -> Peer:
     """The loader of a training run on one rank, with its augmentation reduced to crop, flip and `policy`."""
-    plain = AugmentConfig(policy=policy, interpolation="bicubic")
-    data = config.data.model_copy(update={
+    data = {
         "train": place.shards, "batch": place.batch, "micro_batch": place.batch, "workers": place.workers, "lanes": 2,
         "homes": 1, "repeats": 1, "labels": "cls",
-    })  # fmt: skip
-    model = config.model.model_copy(update={"classes": max(2, len(place.index.classes)), "image_size": place.size})
-    stream = Stream(place.index, config.model_copy(update={"augment": plain, "data": data, "model": model}), 0, 1)
+    }  # fmt: skip
+    model = {"classes": max(2, len(place.index.classes)), "image_size": place.size}
+    plain = AugmentConfig(policy=policy, interpolation="bicubic")
+    stream = Stream(place.index, config.changed(augment=plain, data=data, model=model), 0, 1)
     turns = iter(range(1 << 30))
 
     def epoch() -> int:

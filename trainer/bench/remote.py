@@ -88,12 +88,11 @@ def _settings(config: Config, name: str, pattern: str, scratch: Path, index: Ind
     waits for the shards of the first windows (16 lanes of 4,096 are a twentieth of ImageNet)."""
     folder = None if name == "local" else str(scratch / "cache" / name)
     size = sum(s["bytes"] for s in index.shards)
-    data = config.data.model_copy(update={
+    data = {
         "train": pattern, "batch": batch, "micro_batch": batch, "workers": workers, "lanes": LANES, "homes": 1, "repeats": 1,
         "window": max(1, min(config.data.window, len(index) // (16 * LANES))), "cache": folder, "cache_size": (size + 1) / 2**30,
-    })  # fmt: skip
-    model = config.model.model_copy(update={"classes": max(2, len(index.classes))})
-    return config.model_copy(update={"augment": AugmentConfig(), "data": data, "model": model})
+    }  # fmt: skip
+    return config.changed(augment=AugmentConfig(), data=data, model={"classes": max(2, len(index.classes))})
 
 
 class Far(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TrilevelError(Exception):
     """An error of the user's input: the text names the file or key, the value and the remedy. The command line prints it without a
@@ -10,3 +13,9 @@ class TrilevelError(Exception):
 
 class ConfigError(TrilevelError, ValueError):
     """An invalid configuration; the text names the key, the value and the remedy."""
+
+
+def did_you_mean(word: str, known: Iterable[str], number: int = 1, prefix: str = "") -> str:
+    """`did you mean PREFIXsimilar?` with up to `number` of the known words; empty if none is similar."""
+    near = difflib.get_close_matches(word, list(known), n=number, cutoff=0.5)
+    return f"did you mean {', '.join(prefix + one for one in near)}?" if near else ""

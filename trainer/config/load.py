@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.recorded import method_sections, without_foreign
@@ -19,12 +19,12 @@ from trainer.config.strict_yaml import load_yaml
 from trainer.config.values import Section
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML strictly and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")], prefix=f"{path.parent}/")
+        raise ConfigError(f"config {path}: no such file" + (f"; {hint}" if hint else ""))
     try:
         raw = load_yaml(path.read_text())
     except UnicodeDecodeError as error:
@@ -37,11 +37,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path}: must be a mapping of keys to values, got {type(raw).__name__}")
     refuse_grant_by_file(raw, str(path))
     raw = without_foreign(raw)
-    given = [_split(text) for text in overrides or []]
+    given = [_split(text) for text in overrides]
     _replace_methods(raw, given)
     for key, value in given:
         _override(raw, key, value)
     return parse(raw, str(path))
+
+
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a run directory, with overrides. Raises ConfigError."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run}: no config.yaml; give the directory of a run, e.g. runs/NAME")
+    return load(path, overrides)
 
 
 def parse(raw: dict[str, Any], source: str = "config") -> Config:
@@ -106,11 +114,9 @@ def _explain(error: Any) -> str:
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         known = _keys(_section(where[:-1]))
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        elsewhere = [k for k in _all_keys() if k.split(".")[-1] == where[-1]]
-        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(known)}"
-        if elsewhere and not near:
-            hint = f"did you mean {elsewhere[0]}?"
+        elsewhere = [f"did you mean {k}?" for k in _all_keys() if k.split(".")[-1] == where[-1]]
+        hint = did_you_mean(where[-1], known, prefix="".join(f"{part}." for part in where[:-1]))
+        hint = hint or [*elsewhere, f"valid keys: {', '.join(known)}"][0]
         return f"  {key}={error['input']!r}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"  {key}: required key is missing; add it to the file or pass {key}=VALUE"

@@ -126,15 +126,18 @@ class Config(Section):
     def directory(self) -> Path:
         return Path(self.runs) / self.name
 
+    def changed(self, **settings: Any) -> Config:
+        """A copy with other settings, not validated: `changed(epochs=3, model={"init": "random"})`; a dict changes keys of a section."""
+        sections = {k: getattr(self, k).model_copy(update=v) for k, v in settings.items() if isinstance(v, dict)}
+        return self.model_copy(update=settings | sections)
+
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as plain YAML types; `Config.model_validate` of it gives an equal Config."""
         return self.model_dump(mode="json")
 
     def fingerprint(self) -> str:
         """Hash of all settings that affect the numbers of a run: all but those that may change at a resume (`FREE_TO_CHANGE`)."""
-        return hashlib.blake2b(
-            json.dumps(_flat(self.resolved(), FREE_TO_CHANGE), sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
+        return hashlib.blake2b(json.dumps(_deciding(self), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 # Settings that may change at a resume: they affect where the run is computed and what is written, not its numbers.
@@ -145,26 +148,17 @@ FREE_TO_CHANGE = (
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip
+_FREE = tuple(f"{key}." for key in FREE_TO_CHANGE)
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ and affect the numbers: {key: (ours, theirs)}; empty if a resume is allowed."""
-    a, b = _flat(ours.resolved(), FREE_TO_CHANGE), _flat(theirs.resolved(), FREE_TO_CHANGE)
+    a, b = _deciding(ours), _deciding(theirs)
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
 
 
-def _flat(tree: dict[str, Any], without: tuple[str, ...] = (), prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, less the keys (or sections) named in `without`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = prefix + name
-        if key in without:
-            continue
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, without, key + ".")
-        else:
-            flat[key] = value
-    return flat
+def _deciding(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in flat(config.resolved()).items() if not f"{key}.".startswith(_FREE)}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from trainer.config import schema
 from trainer.config.errors import ConfigError
+from trainer.config.run_config import flat
 
 AUTO = "auto"
 # Sections that duplicate the configuration of a run, or that the training loop does not support.
@@ -92,7 +93,7 @@ def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Map
     """`ours` (see `deepspeed_config.deepspeed_config`) with the user's settings. Raises ConfigError with every conflict."""
     environment = os.environ if environment is None else environment
     config, wrong = json.loads(json.dumps(ours)), environment_conflicts(settings, environment)
-    mine = _flat(ours)
+    mine = flat(ours)
     given = external_settings(settings, environment) if settings.kind == "deepspeed" else []
     for one in given:
         if one.value == AUTO:
@@ -111,7 +112,7 @@ def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Map
             if one.value != {}:
                 wrong.append(f"{one.where} has {one.key}={_text(one.value)}: its keys are set by the configuration")
         else:
-            before = _flat(config).get(one.key, one.value)
+            before = flat(config).get(one.key, one.value)
             if one.key not in FREE and not _same(before, one.value):
                 first = next(other for other in given if other.key == one.key)
                 wrong.append(f"{first.where} has {one.key}={_text(before)} but {one.where} has {_text(one.value)}")
@@ -136,7 +137,7 @@ def external_settings(settings: schema.EngineConfig, environment: Mapping[str, s
                 found.append(ExternalSetting(f"accelerate ({variable})", key, _value(text)))
     for what, name in files.items():
         if name not in (None, "none"):
-            found += [ExternalSetting(str(name), key, value) for key, value in _flat(_read(str(name), what)).items()]
+            found += [ExternalSetting(str(name), key, value) for key, value in flat(_read(str(name), what)).items()]
     return found
 
 
@@ -204,13 +205,6 @@ def _value(text: str) -> Any:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return flat
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

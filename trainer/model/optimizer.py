@@ -6,14 +6,13 @@ Parameter groups are timm's: no weight decay on biases, norms and the model's `n
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import OptimConfig
 
 
@@ -57,6 +56,5 @@ def refuse_unknown(name: str) -> None:
         get_optimizer_info(name.lower().split("_")[-1])
     except ValueError:
         known = [str(known) for known in list_optimizers()]
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.optim.list_optimizers() lists them"
+        hint = did_you_mean(name.lower(), known, number=3) or "timm.optim.list_optimizers() lists them"
         raise ConfigError(f"optim.name={name!r}: unknown optimizer of timm; {hint}") from None

@@ -7,7 +7,6 @@ patch kernels of another size are resampled by timm's functions, and every chang
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
 from trainer.storage.disk import atomic_write
 from trainer.storage.safetensors_stream import pieces
@@ -81,8 +80,7 @@ def build(settings: ModelConfig, seed: int, pretrained: bool = False) -> VisionT
 def refuse_unknown(name: str) -> None:
     """Raise ConfigError, with similar names, for a model unknown to timm."""
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists them"
+        hint = did_you_mean(name, timm.list_models(), number=3) or "timm.list_models('*vit*') lists them"
         raise ConfigError(f"model.name={name!r}: unknown model of timm {timm.__version__}; {hint}")
 
 
@@ -118,8 +116,8 @@ def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn
     wrong = [f"{name}: missing in the file" for name in wanted if name not in kept and name not in reset]
     for name, value in kept.items():
         if name not in wanted:
-            near = difflib.get_close_matches(name, wanted, n=1)
-            wrong.append(f"{name}: unknown to the model" + (f" (similar: {near[0]})" if near else ""))
+            hint = did_you_mean(name, wanted)
+            wrong.append(f"{name}: unknown to the model" + (f"; {hint}" if hint else ""))
         elif value.shape != wanted[name].shape:
             wrong.append(f"{name}: {list(value.shape)} in the file, {list(wanted[name].shape)} in the model")
     if wrong:
@@ -156,8 +154,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
-        hint = f"did you mean {folder / near[0]}?" if near else "give 'random', 'timm' or the path of a weights file"
+        near = did_you_mean(path.name, [p.name for p in folder.iterdir()], prefix=f"{folder}/" if folder.parts else "")
+        hint = near or "give 'random', 'timm' or the path of a weights file"
         raise ConfigError(f"weights {path}: no such file; {hint}")
     try:
         if path.suffix == ".safetensors":

@@ -227,8 +227,7 @@ class _Ours:
 def _plain(config: Config) -> Config:
     """The same configuration without drop path and dropout, whose masks would come from two generators."""
     rates = {name: 0.0 for name in config.model.args if name.endswith(("drop_rate", "drop_path_rate"))}
-    model = config.model.model_copy(update={"drop_path": 0.0, "args": {**config.model.args, **rates}})
-    return config.model_copy(update={"model": model})
+    return config.changed(model={"drop_path": 0.0, "args": {**config.model.args, **rates}})
 
 
 def _whole_pairs(batch: Batch, rows: int, device: torch.device) -> Batch:

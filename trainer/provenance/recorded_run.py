@@ -6,6 +6,7 @@ point from which a later one resumed are not part of the run's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsity.types import Selection
-from trainer.config.errors import ConfigError, TrilevelError
-from trainer.config.load import load, parse_recorded
+from trainer.config.errors import TrilevelError
+from trainer.config.load import load_run, parse_recorded
 from trainer.config.run_config import Config
 from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import opened
@@ -57,11 +58,9 @@ class RecordedRun:
     that are not those of the run, or missing lines).
     """
 
-    def __init__(self, run: Path | str, overrides: list[str] | None = None) -> None:
+    def __init__(self, run: Path | str, overrides: Sequence[str] = ()) -> None:
         self.directory = Path(run)
-        if not (self.directory / "config.yaml").is_file():
-            raise ConfigError(f"{run}: no config.yaml; give the directory of a run, e.g. runs/NAME")
-        self.config = load(self.directory / "config.yaml", overrides)
+        self.config = load_run(run, overrides)
         self.lines = list(read(self.directory))
         self.index = self._index()
         d = self.config.data
