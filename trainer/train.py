@@ -17,19 +17,18 @@ from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
+from trainer.data.loader.build import training_stream, validation_set
 from trainer.data.loader.dataset import check_classes, open_indexes
-from trainer.data.loader.stream import Stream
-from trainer.data.loader.validation import Validation
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, world_size
-from trainer.model.build import build_examples, build_model, build_objective, cost_of
+from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.ema import Ema
 from trainer.model.evaluate import Scores, evaluate
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Schedule, set_learning_rate
 from trainer.provenance.hash_chain import HashChain
-from trainer.run.cadence import after_step, reached
+from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.recorder import Recorder, RunResult
@@ -46,12 +45,15 @@ def train(config: Config, resume: bool = False) -> RunResult:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    schedule = Schedule(config)
+    schedule = build_schedule(config)
+    cadence = Cadence(
+        config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
+    )
     batch_split = micro_batches(config.data.batch, config.data.micro_batch, world_size())
     engine = Engine(config.engine, batch_split, config.optim.clip)
     stopping = install_handlers()
-    stream = Stream(index, config, engine.rank, engine.world)
-    validation = Validation(validation_index, config, engine.rank, engine.world)
+    stream = training_stream(index, config, engine.rank, engine.world)
+    validation = validation_set(validation_index, config, engine.rank, engine.world)
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
     saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
     engine.assert_same_on_all_ranks(
@@ -75,7 +77,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
         baseline = DenseBaseline(config.control, schedule, engine, objective, outputs)
         recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
         recorder.report_damaged(found)
-        checkpointer = Checkpointer(config, engine, recorder, stopping, index.fingerprint, ema, examples)
+        store = partial(save_load.save_checkpoint, recorder.checkpoints, config=config, fingerprint=index.fingerprint)
+        checkpointer = Checkpointer(store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples)
         classes, augment = config.model.classes, config.augment
         measure = partial(
             evaluate,
@@ -135,7 +138,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
 
                 meters.end_step(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
-                due = after_step(config, before, state, order.steps, stop=stop, skipped=not taken)
+                due = cadence.due(before, state, order.steps, stop=stop, skipped=not taken)
                 if due.log:
                     state = recorder.step(
                         state, meters.reduce(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan

@@ -20,7 +20,7 @@ from sparsity.types import DENSE, ModelOutput, Plan
 from tests.support import images as drawn
 from trainer.__main__ import main
 from trainer.analysis.densities import score
-from trainer.data.loader.validation import Validation
+from trainer.data.loader.build import validation_set
 from trainer.data.shards.index import build_index, open_index
 from trainer.data.shards.reader import Reader
 from trainer.model.evaluate import evaluate
@@ -50,9 +50,9 @@ def test_every_image_once_on_any_world(shards: str, world: int) -> None:
         return ModelOutput(torch.eye(4)[torch.zeros(len(images), dtype=torch.int64)])  # always class 0
 
     for rank in range(world):
-        batches = list(Validation(index, config, rank, world))
+        batches = list(validation_set(index, config, rank, world))
         seen += [int(i) for b in batches for i, w in zip(b.ids, b.weights, strict=True) if w > 0]
-        assert len(batches) == len(list(Validation(index, config, 0, world))), "the same number of batches on every rank"
+        assert len(batches) == len(list(validation_set(index, config, 0, world))), "the same number of batches on every rank"
         scores = evaluate(spy, batches, DENSE, config.model.classes, config.augment, torch.device("cpu"))
         sums.append((scores.top1 * scores.images, scores.images, scores.broken))
     assert sorted(seen) == sorted(set(range(23)) - {9})
@@ -76,7 +76,7 @@ def test_sums_over_ranks_are_those_of_one(shards: str) -> None:
         return ModelOutput(logits)
 
     def passes(ranks: int, add_up: Any) -> list[Any]:
-        batches = [Validation(index, config, rank, ranks) for rank in range(ranks)]
+        batches = [validation_set(index, config, rank, ranks) for rank in range(ranks)]
         return [
             evaluate(answer, one, DENSE, config.model.classes, config.augment, torch.device("cpu"), add_up(rank))
             for rank, one in enumerate(batches)
@@ -110,7 +110,7 @@ def test_the_worst_class_is_one_that_has_images(shards: str) -> None:
     config = small(shards)
 
     def batches(labels: list[int]) -> Any:
-        whole = next(iter(Validation(open_index(shards), config, 0, 1)))
+        whole = next(iter(validation_set(open_index(shards), config, 0, 1)))
         return [whole._replace(labels=torch.tensor(labels), weights=torch.ones(4))]
 
     def first(images: torch.Tensor, plan: Plan) -> ModelOutput:

@@ -14,8 +14,7 @@ from trainer.__main__ import main
 from trainer.bench.paired import TimedPlan, interval, paired
 from trainer.config.load import load
 from trainer.config.schema import ConnectionsConfig
-from trainer.model.build import build_model, cost_of
-from trainer.model.schedule import Schedule
+from trainer.model.build import build_model, build_schedule, cost_of
 
 RECIPE = """
 name: job
@@ -57,7 +56,7 @@ def test_bounds_of_the_published_recipes(ratio: str, bound: float) -> None:
     config = load(ROOT / "configs" / f"tri_level_deit_small_{ratio}.yaml")
     with torch.device("meta"):
         model = build_model(config.changed(connections=ConnectionsConfig()))
-    schedule = Schedule(config)
+    schedule = build_schedule(config)
     dense = cost_of(model, schedule.stretches()[0].plan)["multiply_adds"]
     assert schedule.mean(lambda plan: cost_of(model, plan)["multiply_adds"] / dense) == pytest.approx(bound, abs=2e-3)
 

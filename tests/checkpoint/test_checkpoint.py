@@ -243,7 +243,7 @@ def test_the_guide_lists_what_a_resume_may_change() -> None:
 def test_a_place_that_can_not_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
-        create_run_directory(config.changed(runs=str(tmp_path / "runs")), resume=False)
+        create_run_directory(tmp_path / "runs" / "name", config.resolved(), resume=False)
 
 
 def test_the_position_moves_through_epochs_of_any_length() -> None:

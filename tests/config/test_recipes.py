@@ -11,9 +11,8 @@ from trainer.config.load import load
 from trainer.config.run_config import Config
 from trainer.data.augment.transform import Transform
 from trainer.data.order import micro_batches
-from trainer.model.build import build_objective
+from trainer.model.build import build_objective, build_schedule
 from trainer.model.optimizer import refuse_unknown
-from trainer.model.schedule import Schedule
 from trainer.preflight.check import check
 from trainer.preflight.parity import parity
 from trainer.preflight.timm_recipe import Timm
@@ -50,7 +49,7 @@ def test_every_file_fits_what_it_names(name):
     refuse_unknown(config.optim.name)
     build_objective(config)
     Transform(config.augment, config.model.image_size, train=True)
-    schedule = Schedule(config)
+    schedule = build_schedule(config)
     assert schedule.last() == Plan(config.tokens.settings.final_keep, config.connections.settings.final_keep)
     assert schedule.lr(config.optim.warmup) > 0.9 * config.optim.lr
     for world in (1, 8, 16, 32) if name in IMAGENET else (1, 2, 3):

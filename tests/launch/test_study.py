@@ -18,8 +18,7 @@ from launch.side_by_side import start_side_by_side
 from tests.conftest import ROOT
 from tests.support.journals import lines, write
 from trainer.config.load import load
-from trainer.model.build import build_objective
-from trainer.model.schedule import Schedule
+from trainer.model.build import build_objective, build_schedule
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 MINI = """
@@ -52,7 +51,7 @@ def test_every_arm_of_every_study_is_a_valid_run_of_its_own(path: Path, monkeypa
     found = study.runs(read, [], [0], list(read.arms), "none")
     configs = [load(run.point.job.config, list(run.point.job.overrides)) for run in found]
     for config in configs:
-        Schedule(config)
+        build_schedule(config)
         build_objective(config)
         assert config.tokens.settings.final_keep == 1 or max(config.tokens.blocks) < (config.model.args.get("depth") or 12)
         if config.examples.method == "forgetting":  # every window fills, and is followed by epochs that use its update

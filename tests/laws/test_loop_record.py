@@ -27,9 +27,8 @@ from trainer.config.run_config import Config
 from trainer.data.augment.mixup import Mix
 from trainer.data.augment.on_device import augment_on_device, normalise
 from trainer.data.keyed_hash import hashed
+from trainer.data.loader.build import training_stream, validation_set
 from trainer.data.loader.dataset import open_indexes
-from trainer.data.loader.stream import Stream
-from trainer.data.loader.validation import Validation
 from trainer.data.shards.index import build_index
 from trainer.engine.engine import Engine
 from trainer.engine.environment import reset_accelerate
@@ -232,7 +231,7 @@ class Twin:
     def __init__(self, config: Config):
         self.config = config
         self.index, validation = open_indexes(config.data)
-        self.stream, self.validation = Stream(self.index, config, 0, 1), Validation(validation, config, 0, 1)
+        self.stream, self.validation = training_stream(self.index, config, 0, 1), validation_set(validation, config, 0, 1)
         self.model, self.examples = build_model(config), build_examples(config, self.index)
         self.objective = Objective(4, smoothing=SMOOTHING)
         self.optimizer = create_optimizer_v2(

@@ -27,8 +27,8 @@ from trainer.checkpoint.export import export
 from trainer.checkpoint.save_load import CheckpointError
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
+from trainer.data.loader.build import validation_set
 from trainer.data.loader.dataset import open_indexes
-from trainer.data.loader.validation import Validation
 from trainer.model.evaluate import Scores, evaluate
 from trainer.run import shutdown
 
@@ -138,7 +138,7 @@ def scored_by_timm(file: Path, run: Path, **how: Any) -> Scores:
     m = config.model
     network = timm.create_model(m.name, num_classes=m.classes, img_size=m.image_size, **m.args, **how).eval()
     _, index = open_indexes(config.data)
-    shown = Validation(index, config, 0, 1)
+    shown = validation_set(index, config, 0, 1)
     device = torch.device("cpu")
     return evaluate(lambda images, _: ModelOutput(network(images), None, None), shown, DENSE, m.classes, config.augment, device)
 

@@ -13,9 +13,10 @@ from torch import nn
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.schema import OptimConfig
+from trainer.model.build import build_schedule
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import Schedule, set_learning_rate
+from trainer.model.schedule import set_learning_rate
 
 
 class Wrapped(nn.Module):
@@ -91,7 +92,7 @@ def test_an_optimizer_without_betas_is_built_too():
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_learning_rate_is_timms_at_every_step(warmup, layer_decay):
     settings = config(epochs=8, lr=2e-3, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, layer_decay=layer_decay)
-    schedule, model, batches = Schedule(settings), vit(), 6
+    schedule, model, batches = build_schedule(settings), vit(), 6
     ours, theirs = build_optimizer(model, settings.optim), build_optimizer(model, settings.optim)
     scheduler = CosineLRScheduler(
         theirs, 8 * batches, lr_min=1e-5, warmup_t=int(settings.optim.warmup * batches), warmup_lr_init=1e-6, t_in_epochs=False
@@ -105,7 +106,7 @@ def test_learning_rate_is_timms_at_every_step(warmup, layer_decay):
 
 def test_fewer_batches_in_an_epoch_do_not_shift_the_schedule():
     settings = config(epochs=8, lr=2e-3, warmup="2ep")
-    schedule = Schedule(settings)
+    schedule = build_schedule(settings)
     assert schedule.lr(5 + 3 / 6) == schedule.lr(5 + 2 / 4)
     assert schedule.lr(8.0) == settings.optim.min_lr
 

@@ -15,7 +15,8 @@ from sparsity.types import DENSE, Plan
 from tests.support import images
 from trainer.config.load import parse
 from trainer.config.run_config import Config
-from trainer.model.schedule import Schedule, row_of
+from trainer.model.build import build_schedule
+from trainer.model.schedule import row_of
 
 RECORDED = json.loads((Path(__file__).parent / "schedules.json").read_text())
 
@@ -31,7 +32,7 @@ def keeps(plan: Plan) -> list[float]:
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=range(len(RECORDED)))
 def test_every_number_is_as_recorded(recorded: dict[str, Any]) -> None:
-    schedule = Schedule(config(**recorded["config"]))
+    schedule = build_schedule(config(**recorded["config"]))
     points = [schedule.epochs * i / 16 for i in range(17)]
     assert [keeps(schedule.plan(point)) for point in points] == recorded["plans"]
     assert [schedule.lr(point) for point in points] == recorded["rates"]
@@ -45,7 +46,7 @@ def test_every_number_is_as_recorded(recorded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=range(len(RECORDED)))
 def test_stretches_cover_the_run_and_each_has_one_plan(recorded: dict[str, Any]) -> None:
-    schedule = Schedule(config(**recorded["config"]))
+    schedule = build_schedule(config(**recorded["config"]))
     found = schedule.stretches()
     assert found[0].start == 0.0 and found[-1].end == schedule.epochs
     assert all(a.end == b.start and a.plan != b.plan for a, b in pairwise(found))
@@ -55,9 +56,9 @@ def test_stretches_cover_the_run_and_each_has_one_plan(recorded: dict[str, Any])
 
 
 def test_the_mean_of_a_constant_counts_what_is_shown() -> None:
-    schedule = Schedule(config(epochs=10, examples={"method": "random_epoch", "removed": 0.5, "anneal": 0.2}))
+    schedule = build_schedule(config(epochs=10, examples={"method": "random_epoch", "removed": 0.5, "anneal": 0.2}))
     assert schedule.mean(lambda plan: 1.0) == sum(schedule.shown(epoch) for epoch in range(10)) / 10 == 0.6
-    unknown = Schedule(config(epochs=10, examples={"method": "infobatch", "removed": 0.5}))
+    unknown = build_schedule(config(epochs=10, examples={"method": "infobatch", "removed": 0.5}))
     assert not unknown.shares_known and unknown.mean(lambda plan: 1.0) == 1.0, "only the run can tell"
 
 
@@ -66,7 +67,7 @@ def test_a_level_that_is_off_keeps_all_on_every_stair():
     plan = {"method": "staircase", "stairs": [["0ep", 0.8, 0.7], ["2ep", 0.6, 0.4]]}
 
     def plans(**levels: Any) -> list[tuple[float, Plan]]:
-        return [(start, kept) for start, _, kept in Schedule(images.config("nowhere", plan=plan, **levels)).stretches()]
+        return [(start, kept) for start, _, kept in build_schedule(images.config("nowhere", plan=plan, **levels)).stretches()]
 
     assert plans(tokens={"method": "random"}) == [(0.0, Plan(0.8, 1.0)), (2.0, Plan(0.6, 1.0))]
     assert plans(connections={"method": "exact"}) == [(0.0, Plan(1.0, 0.7)), (2.0, Plan(1.0, 0.4))]
@@ -77,7 +78,7 @@ def test_a_level_that_is_off_keeps_all_on_every_stair():
 def test_a_change_at_the_very_end_is_not_the_last_plan(epochs, from_epoch):
     """A run scores under the plan that it trained under; `eval RUN` and `show` have to take the same."""
     levels = {"tokens": {"method": "topk", "keep": 0.7}, "connections": {"method": "exact", "keep": 0.1}}
-    schedule = Schedule(config(epochs=epochs, plan={"method": "cosine"}, **levels))
+    schedule = build_schedule(config(epochs=epochs, plan={"method": "cosine"}, **levels))
     start, end, plan = schedule.stretches()[-1]
     assert (start, end, plan) == (from_epoch, epochs, schedule.last())
-    assert Schedule(config(epochs=epochs, **levels)).last() == Plan(0.7, 0.1)
+    assert build_schedule(config(epochs=epochs, **levels)).last() == Plan(0.7, 0.1)

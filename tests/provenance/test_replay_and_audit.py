@@ -20,7 +20,7 @@ from tests.cli.test_refusals import RECIPE as DENSE
 from tests.support import images
 from trainer.__main__ import main
 from trainer.cli.commands import COMMANDS
-from trainer.data.loader.stream import Stream
+from trainer.data.loader.build import training_stream
 from trainer.data.shards.index import build_index
 from trainer.journal.reader import lineage
 from trainer.provenance import kept_lists
@@ -84,7 +84,7 @@ def test_the_audit_of_a_resumed_run_is_equal_and_counts_what_was_seen(run: Path,
 def test_a_replayed_batch_is_the_one_that_was_trained_on(run: Path, step: int) -> None:
     past = RecordedRun(run)
     replayed, stretch = replay(past, step), past.segment(step)
-    stream = Stream(past.index, past.config, 0, 1)
+    stream = training_stream(past.index, past.config, 0, 1)
     selection = past.selection(stretch.kept)
     number = replayed.facts["batch"]
     seen = next(iter(stream.epoch(stretch.epoch, selection, number)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from pydantic import TypeAdapter
 
 from trainer.checkpoint.state import TrainState
 from trainer.config.values import Duration, Length
-from trainer.run.cadence import after_step, crosses, reached
+from trainer.run.cadence import Cadence, crosses, reached
 
 EPOCHS = 3
 
@@ -21,16 +20,8 @@ def length(text: str) -> Duration:
     return TypeAdapter(Length).validate_python(text)
 
 
-def run(log: str = "1000step", evaluate: str = "0ep", save: str = "0ep", stop_at: str | None = None):
-    """What `after_step` reads of a configuration."""
-    of = length
-    return SimpleNamespace(
-        epochs=EPOCHS,
-        log_every=of(log),
-        evaluate=SimpleNamespace(every=of(evaluate)),
-        checkpoint=SimpleNamespace(every=of(save)),
-        stop_at=of(stop_at) if stop_at else None,
-    )
+def cadence(log: str = "1000step", evaluate: str = "0ep", save: str = "0ep", stop_at: str | None = None) -> Cadence:
+    return Cadence(EPOCHS, length(stop_at) if stop_at else None, length(log), length(evaluate), length(save))
 
 
 def walk(batches: int):
@@ -66,13 +57,13 @@ def test_what_follows_from_what(batches: int, stop: bool, skipped: bool):
     for log, evaluate, save, stop_at in itertools.product(
         ["1000step", "3step"], ["0ep", "1ep"], ["0ep", "2step"], [None, "5step", "1.5ep"]
     ):
-        config = run(log, evaluate, save, stop_at)
+        intervals = cadence(log, evaluate, save, stop_at)
         for before, after in walk(batches):
-            due = after_step(config, before, after, batches, stop=stop, skipped=skipped)
+            due = intervals.due(before, after, batches, stop=stop, skipped=skipped)
             finished = after.epoch == EPOCHS
-            assert due.end == (finished or stop or reached(config.stop_at, after, batches))
-            assert due.save == (due.end or crosses(config.checkpoint.every, before, after, batches))
-            assert due.evaluate == (finished or crosses(config.evaluate.every, before, after, batches))
+            assert due.end == (finished or stop or reached(intervals.stop_at, after, batches))
+            assert due.save == (due.end or crosses(intervals.save, before, after, batches))
+            assert due.evaluate == (finished or crosses(intervals.evaluate, before, after, batches))
             # the audit compares hashes at log lines: what is saved, evaluated or skipped has one before it
             assert due.log >= (due.save or due.evaluate or skipped)
             assert bool(due.status) == due.end
@@ -82,7 +73,7 @@ def test_what_follows_from_what(batches: int, stop: bool, skipped: bool):
 
 def test_a_plain_step_asks_for_nothing():
     before, after = next(walk(10))
-    assert after_step(run(), before, after, 10, stop=False, skipped=False) == (False, False, False, False, "")
+    assert cadence().due(before, after, 10, stop=False, skipped=False) == (False, False, False, False, "")
 
 
 def test_stop_at_in_steps_and_in_epochs():

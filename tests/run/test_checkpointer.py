@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.conftest import wait_for
-from tests.support import images as drawn
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.run.checkpointer import Checkpointer
@@ -22,9 +21,7 @@ from trainer.run.shutdown import Stop
 class Scene:
     """A Checkpointer over parts that write down what it asks of them; `gate` holds the writing until it is set."""
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *, main: bool = True, asynchronous: bool = True, told: str | None = None
-    ):
+    def __init__(self, *, main: bool = True, asynchronous: bool = True, told: str | None = None):
         self.calls: list[Any] = []
         self.gate, self.error, self.stop = threading.Event(), None, Stop()
         self.exported: dict[str, float] = {}
@@ -42,23 +39,21 @@ class Scene:
         )
         ema: Any = SimpleNamespace(state_dict=lambda: {"a": torch.tensor(5.0)})
         examples: Any = SimpleNamespace(state_dict=lambda gather: {})
-        monkeypatch.setattr(save_load, "save_checkpoint", self.write)
-        config = drawn.config("nowhere", checkpoint={"asynchronous": asynchronous})
-        self.it = Checkpointer(config, engine, recorder, self.stop, "shards", ema, examples)
+        self.it = Checkpointer(self.write, asynchronous, engine, recorder, self.stop, ema, examples)
 
-    def write(self, folder: Path, state: TrainState, *_: Any, **tensors: Any) -> Path:
+    def write(self, state: TrainState, **tensors: Any) -> Path:
         assert self.gate.wait(30)
         self.calls.append("written")
         if self.error:
             raise self.error
-        return folder / f"step-{state.step}"
+        return Path("checkpoints") / f"step-{state.step}"
 
     def save(self, step: int, last: bool = False) -> None:
         self.it.save(TrainState(step=step), None, last)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch)
+def test_training_goes_on_while_a_checkpoint_is_written() -> None:
+    scene = Scene()
     scene.save(3)
     assert scene.calls == ["journal synced"] and scene.it.writing
     scene.it.poll()
@@ -73,10 +68,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("last", "asynchronous"), [(True, True), (False, False)])
-def test_the_last_one_and_one_in_the_foreground_are_waited_for(
-    monkeypatch: pytest.MonkeyPatch, last: bool, asynchronous: bool
-) -> None:
-    scene = Scene(monkeypatch, asynchronous=asynchronous)
+def test_the_last_one_and_one_in_the_foreground_are_waited_for(last: bool, asynchronous: bool) -> None:
+    scene = Scene(asynchronous=asynchronous)
     threading.Timer(0.3, scene.gate.set).start()
     began = time.perf_counter()
     scene.save(3, last)
@@ -86,8 +79,8 @@ def test_the_last_one_and_one_in_the_foreground_are_waited_for(
     assert 0.2 < seconds <= took and 0.2 < blocking <= took, "all of it blocked training"
 
 
-def test_the_next_save_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch)
+def test_the_next_save_waits_for_the_one_before() -> None:
+    scene = Scene()
     scene.save(3)
     threading.Timer(0.2, scene.gate.set).start()
     scene.save(4)
@@ -107,10 +100,8 @@ def test_the_next_save_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch)
         (RuntimeError("a bug"), r"step 3 could not be written: RuntimeError: a bug"),
     ],
 )
-def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
-) -> None:
-    scene = Scene(monkeypatch)
+def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(error: Exception, said: str) -> None:
+    scene = Scene()
     scene.error = error
     scene.gate.set()
     scene.save(3)
@@ -123,10 +114,10 @@ def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(
     assert scene.exported == {} and scene.calls == ["journal synced", "written"]
 
 
-def test_other_ranks_write_nothing_and_raise_what_rank_0_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch, main=False)
+def test_other_ranks_write_nothing_and_raise_what_rank_0_heard() -> None:
+    scene = Scene(main=False)
     scene.save(3, last=True)
     assert scene.calls == [] and not scene.it.writing
-    failed = Scene(monkeypatch, main=False, told="the disk of rank 0 is full")
+    failed = Scene(main=False, told="the disk of rank 0 is full")
     with pytest.raises(save_load.CheckpointError, match="the disk of rank 0 is full"):
         failed.it.wait()

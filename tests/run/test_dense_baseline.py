@@ -22,8 +22,7 @@ from trainer.analysis.report import summary
 from trainer.analysis.savings import savings, savings_of
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
-from trainer.model.build import build_model, build_objective
-from trainer.model.schedule import Schedule
+from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.run import dense_baseline
 from trainer.run.dense_baseline import WARM, WATCHED, DenseBaseline
 from trainer.telemetry.meters import StepClock
@@ -41,7 +40,7 @@ def tiny(**more: Any) -> Config:
 
 
 def control(config: Config, engine: Any) -> DenseBaseline:
-    return DenseBaseline(config.control, Schedule(config), engine, build_objective(config), frozenset({"cls_attention"}))
+    return DenseBaseline(config.control, build_schedule(config), engine, build_objective(config), frozenset({"cls_attention"}))
 
 
 def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:

@@ -16,7 +16,7 @@ from trainer.config.schema import AugmentConfig
 from trainer.data.augment import decode as module
 from trainer.data.augment.decode import BrokenImage, EncodedImage, decode_exact, frame
 from trainer.data.augment.transform import Transform
-from trainer.data.loader.batch_maker import BatchMaker
+from trainer.data.loader.build import batch_maker
 from trainer.data.order import Rows
 from trainer.data.shards.index import build_index
 from trainer.preflight.verify_shards import verify
@@ -146,7 +146,7 @@ def test_an_image_that_can_not_be_transformed_is_named_and_counted(
         return apply(self, image, key)
 
     monkeypatch.setattr(Transform, "apply", failing)
-    maker = BatchMaker(index, config(str(tmp_path / "x.tar")), train=True)
+    maker = batch_maker(index, config(str(tmp_path / "x.tar")), train=True)
     batch = maker.batch(0, Rows(np.arange(2), np.zeros(2, np.int64)), 2)
     assert batch.weights.tolist() == [1.0, 0.0]
     assert batch.broken == [(1, f"x.tar key 'b': {type(error).__name__}: {error}")]

@@ -18,7 +18,7 @@ from tests.support.images import config, write_shards
 from trainer import __main__ as trilevel
 from trainer.config.load import load
 from trainer.data.errors import DataError
-from trainer.data.loader.stream import Stream
+from trainer.data.loader.build import training_stream
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.client import stream
 from trainer.data.shards.index import open_index
@@ -116,7 +116,7 @@ def test_workers_and_the_fetching_process_get_the_grant(pipe: str, tmp_path: Pat
     monkeypatch.setenv("TRILEVEL_ALLOW_PIPE", "1")
     index = open_index(pipe, folder=str(tmp_path / "run" / "idx"))
     settings: dict[str, Any] = {"cache": str(tmp_path / "cache"), "cache_size": 0.01, "workers": 1}
-    batches = list(Stream(index, config("x", data=settings), 0, 1).epoch(0, None))
+    batches = list(training_stream(index, config("x", data=settings), 0, 1).epoch(0, None))
     assert batches and not any(b.broken for b in batches)
     monkeypatch.delenv("TRILEVEL_ALLOW_PIPE")
     lost = Reader(index, Cache(tmp_path / "fresh", 1 << 30)).read(np.arange(2))

@@ -15,12 +15,11 @@ from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
+from trainer.data.loader.build import validation_set
 from trainer.data.loader.dataset import open_indexes
-from trainer.data.loader.validation import Validation
 from trainer.model import weights
-from trainer.model.build import build_model, cost_of
+from trainer.model.build import build_model, build_schedule, cost_of
 from trainer.model.evaluate import Scores, evaluate
-from trainer.model.schedule import Schedule
 
 
 class DensityResult(NamedTuple):
@@ -81,7 +80,7 @@ def score(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     _, index = open_indexes(config.data)
-    plans = [Plan(d, 1.0) for d in densities] if densities else [Schedule(config).last()]
+    plans = [Plan(d, 1.0) for d in densities] if densities else [build_schedule(config).last()]
     tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
     if sparse and tokens.off:
         raise ConfigError(f"--densities {densities}: the configuration does not prune tokens; add tokens.method=topk")
@@ -94,7 +93,7 @@ def score(
     half = config.engine.precision != "float32" and device.type == "cuda"
     for plan in plans:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            scores = evaluate(network, Validation(index, config, 0, 1), plan, config.model.classes, config.augment, device)
+            scores = evaluate(network, validation_set(index, config, 0, 1), plan, config.model.classes, config.augment, device)
         cost = cost_of(network, plan)
         rows.append(
             DensityResult(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores)

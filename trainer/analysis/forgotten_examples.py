@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from sparsity.examples.forgetting import Forgetting
 from trainer.checkpoint import save_load
 from trainer.config.errors import ConfigError
-from trainer.config.run_config import Config
+from trainer.config.load import load_run
 from trainer.data.augment.transform import Transform
 from trainer.data.loader.dataset import open_indexes
 from trainer.data.shards.reader import Reader
@@ -22,11 +23,12 @@ from trainer.storage.text import plot_text
 SHEET = 12  # pictures in a row
 
 
-def contact_sheet(run: Path, config: Config, path: Path) -> Path:
+def contact_sheet(run: Path, path: Path, overrides: Sequence[str] = ()) -> Path:
     """Draw the most and the least forgotten examples of the current window, and some that were never right, from the newest checkpoint.
 
     Raises ConfigError without a checkpoint, DataError without the shards.
     """
+    config = load_run(run, overrides)
     found = save_load.latest(run / "checkpoints")
     if found is None:
         raise ConfigError(f"show {run}: no checkpoint, which has the statistics of examples; wait for the first one")

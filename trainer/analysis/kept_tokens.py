@@ -26,8 +26,7 @@ from trainer.data.augment.on_device import normalise
 from trainer.data.augment.transform import Transform
 from trainer.data.errors import DataError
 from trainer.model import weights
-from trainer.model.build import build_model
-from trainer.model.schedule import Schedule
+from trainer.model.build import build_model, build_schedule
 from trainer.storage.text import plot_text
 
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it attends to
@@ -70,7 +69,7 @@ class Viewer:
         file = run_weights(self.run, "show")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
-        self.plan = Schedule(self.config).last()
+        self.plan = build_schedule(self.config).last()
         self.transform = Transform(
             self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
         )
@@ -134,7 +133,7 @@ def show(
             paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}{viewer.faded}"))
     if counts:
         try:
-            paths.append(contact_sheet(Path(run), config, out / "examples.png"))
+            paths.append(contact_sheet(Path(run), out / "examples.png", overrides))
         except (ConfigError, DataError) as error:
             if not images:
                 raise

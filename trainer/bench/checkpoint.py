@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 from sparsity.types import DENSE
 from trainer.bench.bookkeeping import stand_in
 from trainer.bench.result import BenchResult, stats
+from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
@@ -69,7 +71,9 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
     folder = Path(tempfile.mkdtemp(prefix=".bench-checkpoint-", dir=_made(Path(config.runs)))) if engine.is_main else Path()
     recorder = RecorderStub(folder)
     try:
-        checkpointer = Checkpointer(config, engine, cast(Recorder, recorder), Stop(), "bench", ema, level)
+        store = partial(save_load.save_checkpoint, recorder.checkpoints, config=config, fingerprint="bench")
+        asynchronous = config.checkpoint.asynchronous
+        checkpointer = Checkpointer(store, asynchronous, engine, cast(Recorder, recorder), Stop(), ema, level)
         for number in range(saves + 1):  # the first one is the warm-up
             checkpointer.save(TrainState(step=number + 1), selection, last=False)
             while checkpointer.writing:  # without blocking, as in training

@@ -26,9 +26,8 @@ from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
-from trainer.model.build import build_model, build_objective
+from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import Schedule
 from trainer.telemetry import timing
 from trainer.telemetry.timing import interleave
 
@@ -188,7 +187,7 @@ def _batch(config: Config, count: int, device: torch.device) -> tuple[Tensor, Te
     size, classes = config.model.image_size, config.model.classes
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     targets = nn.functional.one_hot(torch.arange(count) % classes, classes).float().to(device)
-    return images, targets, torch.arange(count, device=device), Schedule(config).last()
+    return images, targets, torch.arange(count, device=device), build_schedule(config).last()
 
 
 def _memory(device: torch.device, peak: bool) -> float:

@@ -27,8 +27,8 @@ from trainer.config.run_config import Config
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment import turbojpeg
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import opened
-from trainer.data.loader.stream import Stream
 from trainer.data.shards.index import Index
 from trainer.data.shards.pack import pack
 from trainer.data.shards.reader import Reader
@@ -139,7 +139,7 @@ def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Sel
     }  # fmt: skip
     model = {"classes": max(2, len(place.index.classes)), "image_size": place.size}
     plain = AugmentConfig(policy=policy, interpolation="bicubic")
-    stream = Stream(place.index, config.changed(augment=plain, data=data, model=model), 0, 1)
+    stream = training_stream(place.index, config.changed(augment=plain, data=data, model=model), 0, 1)
     turns = iter(range(1 << 30))
 
     def epoch() -> int:

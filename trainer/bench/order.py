@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
-from trainer.config.run_config import Config
+from trainer.config.schema import DataConfig
 from trainer.data.loader.shuffle_quality import shuffle_quality
 from trainer.data.order import EpochOrder, Layout, slice_of
 
@@ -21,24 +21,23 @@ BATCHES, KEPT, PER_RANK = 10, 0.8, 32
 QUALITY, CLASSES = 5_000_000, 1000
 
 
-def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult:
-    """Measure one rank (the middle one) of `world`. The batch of CONFIG is raised to at least 32 per rank.
+def bench(data: DataConfig, seed: int, examples: int, shards: int, world: int) -> BenchResult:
+    """Measure one rank (the middle one) of `world`. The batch of `data` is raised to at least 32 per rank.
 
     Rows: set_up: layout and epoch; start, resume: set-up and the next 10 batches from the epoch's start, from its middle; memory:
     peak of allocations. One measurement each: a second one would find warm memory.
     """
     if not 0 < shards <= examples:
         raise ConfigError(f"--examples {examples} --shards {shards}: must be 1 <= shards <= examples")
-    d = config.data
-    group = d.lanes * d.repeats * 2
-    batch = max(d.batch, -(-PER_RANK * world // group) * group)
+    group = data.lanes * data.repeats * 2
+    batch = max(data.batch, -(-PER_RANK * world // group) * group)
     keep = _keep(examples)
     bounds = slice_of(batch, world, world // 2)
 
     def ordered() -> EpochOrder:
         sizes = np.full(shards, examples // shards, dtype=np.int64)
         sizes[: examples % shards] += 1
-        return EpochOrder(Layout(sizes, config.seed, batch, d.lanes, d.window, d.homes, d.repeats), 3, keep)
+        return EpochOrder(Layout(sizes, seed, batch, data.lanes, data.window, data.homes, data.repeats), 3, keep)
 
     def batches(share: float) -> tuple[float, float]:
         """Seconds for the order, and for it and BATCHES batches from this share of the epoch on."""
@@ -56,7 +55,10 @@ def bench(config: Config, examples: int, shards: int, world: int) -> BenchResult
     batches(0.5)
     memory = tracemalloc.get_traced_memory()[1] + keep.nbytes
     tracemalloc.stop()
-    title = f"order of {examples:,} examples in {shards:,} shards, one rank of {world:,}; batch {batch}, {d.lanes} lanes, window {d.window}"
+    title = (
+        f"order of {examples:,} examples in {shards:,} shards, one rank of {world:,}; batch {batch}, {data.lanes} lanes, "
+        f"window {data.window}"
+    )
     times = {"set_up": set_up, "start": start, "resume": resume}
     rows = {name: stats([seconds], "s") for name, seconds in times.items()} | {"memory": stats([memory / 2**20], "MiB")}
     return BenchResult(title, rows, {"measured": "{median:.3g}", "unit": "{unit}"}, _quality(ordered(), examples))

@@ -25,6 +25,7 @@ from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
 from trainer.config.schema import AugmentConfig
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.stream import Stream
 from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import Index, build_index, open_index
@@ -55,7 +56,7 @@ def bench(
             index = build_index(
                 pattern, config.data.labels, folder=f"{scratch}/index", cache=Cache(folder, 1 << 40), progress=False
             )
-            streams[name] = Stream(index, _settings(config, name, pattern, Path(scratch), index, workers, batch), 0, 1)
+            streams[name] = training_stream(index, _settings(config, name, pattern, Path(scratch), index, workers, batch), 0, 1)
             peers[name] = Peer(did[name], partial(_epoch, streams[name], iter(range(1 << 30))), partial(_emptied, folder))
             count, shards = len(index), len(index.names)
         rows = measured(peers, passes, "bench remote" if progress else None, far.server)

@@ -19,9 +19,9 @@ from trainer.bench.bookkeeping import describe as describe_bookkeeping
 from trainer.bench.paired import TimedPlan, paired
 from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
-from trainer.model.build import build_model, cost_of
+from trainer.model.build import build_model, build_schedule, cost_of
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import Schedule, row_of
+from trainer.model.schedule import row_of
 
 COLUMNS = {
     "ms": "{median:.2f}",
@@ -48,8 +48,8 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
     for network, of in ((ours, config), (theirs, other), (timm, config)):
         _compile(network, of)
-    schedule = Schedule(config)
-    final, base = schedule.last(), DENSE if against is None else Schedule(other).last()
+    schedule = build_schedule(config)
+    final, base = schedule.last(), DENSE if against is None else build_schedule(other).last()
     whole = cost_of(theirs, base)["multiply_adds"]
     named = {"ours": final} | {row_of(stretch, final): stretch.plan for stretch in schedule.stretches()}
     rows = {name: TimedPlan(ours, plan, cost_of(ours, plan)["multiply_adds"] / whole) for name, plan in named.items()}

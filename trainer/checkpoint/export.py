@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from trainer.checkpoint import directory, save_load
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_recorded
-from trainer.config.run_config import Config
+from trainer.config.schema import AugmentConfig, ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
 from trainer.model.weights import save_weights
@@ -51,7 +51,10 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ConfigError(f"export {out}: file name must end with .safetensors, timm needs it")
-    header = _header(config, about["state"], use_ema, _top1(Path(run), about["state"]["step"], use_ema))
+    header = _network(config.model, config.augment, config.evaluate.crop_pct)
+    header |= {"run": config.name, "config": config.fingerprint()} | _position(about["state"], use_ema)
+    if (top1 := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
+        header["top1"] = str(top1)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(out, weights, header)
     return Exported(out, header)
@@ -86,24 +89,22 @@ def _examined(path: Path) -> dict[str, Any]:
         raise save_load.CheckpointError(f"{path.parent}: {error}; export another one with --checkpoint PATH") from error
 
 
-def _header(config: Config, state: dict[str, Any], ema: bool, top1: float | None) -> dict[str, str]:
-    """The values are strings, as safetensors requires."""
-    model, augment = config.model, config.augment
-    pixels = {"mean": augment.mean, "std": augment.std, "interpolation": augment.interpolation}
-    about = {
+def _network(model: ModelConfig, augment: AugmentConfig, crop_pct: float) -> dict[str, str]:
+    """What it takes to build the network and to feed it; strings, as safetensors requires."""
+    pixels = {"mean": augment.mean, "std": augment.std, "interpolation": augment.interpolation, "crop_pct": crop_pct}
+    return {
         "model": model.name,
         "classes": str(model.classes),
         "image_size": str(model.image_size),
         "args": json.dumps(model.args),
-        "pixels": json.dumps({**pixels, "crop_pct": config.evaluate.crop_pct}),
-        "run": config.name,
-        "config": config.fingerprint(),
-        "step": str(state["step"]),
-        "progress": f"{state.get('progress') or state['epoch']:g}",
-        "ema": json.dumps(ema),
-        "chain": state["chain"],
+        "pixels": json.dumps(pixels),
     }
-    return about if top1 is None else about | {"top1": str(top1)}
+
+
+def _position(state: dict[str, Any], ema: bool) -> dict[str, str]:
+    """Where in the run the weights are from."""
+    progress = f"{state.get('progress') or state['epoch']:g}"
+    return {"step": str(state["step"]), "progress": progress, "ema": json.dumps(ema), "chain": state["chain"]}
 
 
 def _top1(run: Path, step: int, ema: bool) -> float | None:

@@ -33,7 +33,7 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
     if part == "input" and a.plan_only:
         from trainer.bench import order
 
-        return order.bench(config, a.examples, a.shards, a.world)
+        return order.bench(config.data, config.seed, a.examples, a.shards, a.world)
     if part == "input":
         from trainer.bench import input
 

@@ -1,4 +1,5 @@
-"""Builds the parts of training from the configuration: the network with its mechanisms, the examples' curriculum, the objective."""
+"""Builds the parts of training from the configuration: the network with its mechanisms, the examples' curriculum, the schedule, the
+objective."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Any
 
 from sparsity import build, cost
 from sparsity.examples.curriculum import Curriculum, TrainingRun
+from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
@@ -13,6 +15,7 @@ from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.model import weights
 from trainer.model.objective import Objective
+from trainer.model.schedule import Schedule
 
 
 def build_model(config: Config) -> SparseViT:
@@ -47,6 +50,14 @@ def build_examples(config: Config, index: Index) -> Curriculum:
         return config.examples.settings.build(run)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Keep ratios, learning rate and shown examples as configured."""
+    tokens, connections = config.tokens.settings, config.connections.settings
+    final = Plan(tokens.final_keep, connections.final_keep)
+    keep = KeepSchedule(config.plan.settings, final, tokens=not tokens.off, connections=not connections.off)
+    return Schedule(config.epochs, keep, config.optim, config.examples.settings, config.data.repeats)
 
 
 def build_objective(config: Config) -> Objective:

@@ -1,7 +1,7 @@
 """The keep ratios and the learning rate of a run, as pure functions of progress (epochs, with the fraction of the current one).
 
 All ranks get the same values, and a resume, shorter epochs or another world size do not shift them. The learning rate equals
-timm's CosineLRScheduler stepped per update. Built once per run from its configuration.
+timm's CosineLRScheduler stepped per update. Built once per run, see `build.build_schedule`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from sparsity.examples.curriculum import ExampleSettings
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
-from trainer.config.run_config import Config
+from trainer.config.schema import OptimConfig
 
 
 class Stretch(NamedTuple):
@@ -32,19 +33,18 @@ def row_of(segment: Stretch, final: Plan) -> str:
 
 
 class Schedule:
-    """The schedule of a run: keep ratios, learning rate, and the share of the data set that an epoch shows."""
+    """The schedule of a run: keep ratios, learning rate, and the share of the data set that an epoch shows.
 
-    def __init__(self, config: Config) -> None:
-        tokens, connections = config.tokens.settings, config.connections.settings
-        final = Plan(tokens.final_keep, connections.final_keep)
-        self.epochs = config.epochs
-        self._course = KeepSchedule(config.plan.settings, final, tokens=not tokens.off, connections=not connections.off)
-        self._examples, self._optim = config.examples.settings, config.optim
-        self._all_from = self._examples.all_from(config.epochs, config.data.repeats)
+    repeats: copies of an image in a batch (`data.repeats`), whose rounds of epochs have one selection.
+    """
+
+    def __init__(self, epochs: int, keep: KeepSchedule, optim: OptimConfig, examples: ExampleSettings, repeats: int) -> None:
+        self.epochs, self._keep, self._optim, self._examples = epochs, keep, optim, examples
+        self._all_from = examples.all_from(epochs, repeats)
 
     def plan(self, progress: float) -> Plan:
         """The plan of a step at `progress`."""
-        return self._course.at(progress)
+        return self._keep.at(progress)
 
     def last(self) -> Plan:
         """The plan of the last step, and so of the last evaluation: a change exactly at the end is never trained."""
@@ -52,7 +52,7 @@ class Schedule:
 
     def stretches(self) -> list[Stretch]:
         """The run in stretches of one plan each, from 0 to `epochs`, see `KeepSchedule.changes`."""
-        changes = self._course.changes(self.epochs)
+        changes = self._keep.changes(self.epochs)
         ends = pairwise([*(start for start, _ in changes), float(self.epochs)])
         return [Stretch(start, end, plan) for (start, end), (_, plan) in zip(ends, changes, strict=True)]
 

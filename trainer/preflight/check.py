@@ -11,13 +11,12 @@ from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
-from trainer.data.loader.stream import Stream
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.model.build import build_examples, build_model, build_objective, cost_of
+from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def check(config: Config, world: int) -> CheckReport:
     check_classes(train, validation)
     model, examples = build_model(config), build_examples(config, train)
     try:
-        stream = Stream(train, config, 0, world)
+        stream = training_stream(train, config, 0, world)
         order = stream.order(0, examples.select(0, single_process))
     except DataError:
         raise
@@ -118,7 +117,7 @@ def check(config: Config, world: int) -> CheckReport:
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
     found = []
-    for start, end, plan in Schedule(config).stretches():
+    for start, end, plan in build_schedule(config).stretches():
         about = cost_of(model, plan)
         found.append(Plateau(start, end, plan, about["tokens"], float(about["multiply_adds"])))
     return found

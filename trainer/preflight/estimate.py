@@ -22,6 +22,7 @@ from trainer.config.run_config import Config
 from trainer.config.schema import EngineConfig
 from trainer.data.loader.dataset import open_indexes
 from trainer.journal.reader import lineage
+from trainer.model.build import build_schedule
 from trainer.model.schedule import Schedule, row_of
 from trainer.preflight.check import check
 
@@ -153,7 +154,7 @@ def plan(
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
     steps = total = images = multiply_adds = 0.0
     fastest = float("inf")
-    schedule = Schedule(config)
+    schedule = build_schedule(config)
     for segment in _segments(schedule, config.data.batch, checked.images, bench.passes):
         compute = local * segment.passes * slower
         load = local * processes * decode / cores
@@ -234,7 +235,7 @@ def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
     for line in lineage(run):
         if line["kind"] == "start":
             config = parse_recorded(line["config"], f"{run}/journal.jsonl")
-            world, batch, first, schedule = line["world"], config.data.batch, True, Schedule(config)
+            world, batch, first, schedule = line["world"], config.data.batch, True, build_schedule(config)
         elif line["kind"] == "step" and schedule is not None:
             if not first and line.get("images"):  # the first line includes the warm-up
                 stretches = schedule.stretches()

@@ -26,12 +26,12 @@ from trainer.config.run_config import Config
 from trainer.data.augment.mixup import mix_images, sample
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import opened
-from trainer.data.loader.stream import Stream
-from trainer.model.build import build_model, build_objective
+from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
-from trainer.model.schedule import Schedule, set_learning_rate
+from trainer.model.schedule import set_learning_rate
 from trainer.preflight.timm_recipe import (
     LegacyGenerator,
     Timm,
@@ -117,7 +117,7 @@ def parity(
     config, against = _plain(config), _plain(against or config)
     device, rows = torch.device(device), rows or config.data.micro_batch
     index = opened(config.data.train, config.data, config.data.verify)
-    stream = Stream(index, config, 0, 1)
+    stream = training_stream(index, config, 0, 1)
     batches = stream.order(0, None).steps
     ours = _Ours(config, batches, device)
     theirs = Timm(against, batches, device, ours.model.state_dict() if config.model.init != "random" else None)
@@ -183,7 +183,7 @@ class _Ours:
     """The recipe as `train` runs it, on one device without an engine."""
 
     def __init__(self, config: Config, batches: int, device: torch.device):
-        self.config, self.batches, self.schedule = config, batches, Schedule(config)
+        self.config, self.batches, self.schedule = config, batches, build_schedule(config)
         wrapped = build_model(config)
         self.wrapped, self.model = wrapped.to(device), wrapped.vit
         self.objective, self.optimizer = build_objective(config), build_optimizer(wrapped, config.optim)

@@ -23,7 +23,8 @@ from trainer.data.augment.mixup import Mix, draw_mix, mix_images, shares
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
-from trainer.model.schedule import Schedule
+from trainer.data.loader.build import batch_maker
+from trainer.model.build import build_schedule
 from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.recorded_run import RecordedRun
 from trainer.storage.disk import atomic_write, write_text
@@ -80,14 +81,14 @@ def replay(run: RecordedRun, step: int) -> Replayed:
     """Rebuild the batch of a step, numbered as in the journal. Raises RecordedRunError, KeptError or DataError."""
     config, stretch = run.config, run.segment(step)
     rows, order, selection = run.rows(stretch, step), run.order(stretch), run.selection(stretch.kept)
-    maker = BatchMaker(run.index, config, train=True)
+    maker = batch_maker(run.index, config, train=True)
     batch = maker.batch(stretch.epoch, rows, len(rows.ids))
     if selection.weight is not None:
         batch = batch._replace(weights=batch.weights * torch.from_numpy(selection.weight)[batch.ids])
     mix = draw_mix(config.augment, config.seed, step - 1, config.model.image_size)
     number = stretch.batch + step - stretch.first - 1
     progress = stretch.epoch + number / order.steps
-    schedule = Schedule(config)
+    schedule = build_schedule(config)
     plan = schedule.plan(progress)
     facts = {
         "title": f"{run.directory} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",

@@ -1,11 +1,10 @@
-"""What is due after a step: log, evaluate, save, end. Pure functions of the configuration and the position in the run."""
+"""What is due after a step: log, evaluate, save, end. Pure functions of the intervals and the position in the run."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from trainer.checkpoint.state import TrainState
-from trainer.config.run_config import Config
 from trainer.config.values import Duration
 
 
@@ -19,19 +18,28 @@ class Due(NamedTuple):
     status: str  # at the end: "finished", "preempted" (by a signal) or "stopped" (at `stop_at`); "" while the run continues
 
 
-def after_step(config: Config, before: TrainState, after: TrainState, batches: int, *, stop: bool, skipped: bool) -> Due:
-    """What is due after the step from `before` to `after`, in an epoch of `batches` steps.
+class Cadence(NamedTuple):
+    """How often a run logs, evaluates and saves, and when it ends; an interval of 0 is never."""
 
-    stop: a signal requested the end on some rank. skipped: the gradient was not finite, so the optimizer step was skipped.
-    A log line precedes every checkpoint and evaluation, because the audit compares hashes at log lines.
-    """
-    finished = after.epoch == config.epochs
-    end = finished or stop or reached(config.stop_at, after, batches)
-    save = end or crosses(config.checkpoint.every, before, after, batches)
-    evaluate = finished or crosses(config.evaluate.every, before, after, batches)
-    log = save or evaluate or skipped or crosses(config.log_every, before, after, batches)
-    status = "" if not end else "finished" if finished else "preempted" if stop else "stopped"
-    return Due(log, evaluate, save, end, status)
+    epochs: int
+    stop_at: Duration | None
+    log: Duration
+    evaluate: Duration
+    save: Duration
+
+    def due(self, before: TrainState, after: TrainState, batches: int, *, stop: bool, skipped: bool) -> Due:
+        """What is due after the step from `before` to `after`, in an epoch of `batches` steps.
+
+        stop: a signal requested the end on some rank. skipped: the gradient was not finite, so the optimizer step was skipped.
+        A log line precedes every checkpoint and evaluation, because the audit compares hashes at log lines.
+        """
+        finished = after.epoch == self.epochs
+        end = finished or stop or reached(self.stop_at, after, batches)
+        save = end or crosses(self.save, before, after, batches)
+        evaluate = finished or crosses(self.evaluate, before, after, batches)
+        log = save or evaluate or skipped or crosses(self.log, before, after, batches)
+        status = "" if not end else "finished" if finished else "preempted" if stop else "stopped"
+        return Due(log, evaluate, save, end, status)
 
 
 def crosses(every: Duration, before: TrainState, after: TrainState, batches: int) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 from sparsity.types import Examples, Selection
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
-from trainer.config.run_config import Config
 from trainer.engine.engine import Engine
 from trainer.model.ema import Ema
 from trainer.run.recorder import Recorder
@@ -24,13 +23,23 @@ from trainer.storage.disk import Content
 
 
 class Checkpointer:
-    """The checkpoints of one attempt. A failed write requests a stop, so that every rank raises the error from `wait`."""
+    """The checkpoints of one attempt. A failed write requests a stop, so that every rank raises the error from `wait`.
+
+    store: writes one on rank 0, see `save_load.save_checkpoint`. asynchronous: training continues while it writes.
+    """
 
     def __init__(
-        self, config: Config, engine: Engine, recorder: Recorder, stop: Stop, fingerprint: str, ema: Ema, examples: Examples
+        self,
+        store: Callable[..., Path],
+        asynchronous: bool,
+        engine: Engine,
+        recorder: Recorder,
+        stop: Stop,
+        ema: Ema,
+        examples: Examples,
     ):
-        self.config, self.engine, self.recorder, self.stop = config, engine, recorder, stop
-        self.fingerprint, self.ema, self.examples = fingerprint, ema, examples
+        self.store, self.asynchronous, self.engine = store, asynchronous, engine
+        self.recorder, self.stop, self.ema, self.examples = recorder, stop, ema, examples
         self._write: AsyncWrite | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
@@ -43,14 +52,13 @@ class Checkpointer:
             self.recorder.sync()  # journal lines before a checkpoint must be durable before the checkpoint is
 
             def write() -> tuple[Path, Content]:
-                path = save_load.save_checkpoint(
-                    self.recorder.checkpoints, state, self.config, self.fingerprint,
-                    weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection,
-                )  # fmt: skip
+                path = self.store(
+                    state, weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection
+                )
                 return path, self.recorder.weights({**weights, **averages})
 
             self._write = AsyncWrite(state, write, began)
-        if last or not self.config.checkpoint.asynchronous:
+        if last or not self.asynchronous:
             self.wait()
 
     def poll(self) -> None:

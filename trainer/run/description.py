@@ -19,8 +19,7 @@ from trainer.config.credentials import without_credentials
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.model.build import cost_of
-from trainer.model.schedule import Schedule
+from trainer.model.build import build_schedule, cost_of
 from trainer.run import directory as run
 from trainer.storage.disk import write_text
 from trainer.storage.private_file import private
@@ -77,7 +76,7 @@ def plan_table(config: Config, model: SparseViT) -> str:
         "| epochs | keep ratio of tokens | keep ratio of connections | tokens per block | multiply-adds | of dense |",
         "|---|---:|---:|---|---:|---:|",
     ]
-    for start, end, plan in Schedule(config).stretches():
+    for start, end, plan in build_schedule(config).stretches():
         about = cost_of(model, plan)
         tokens, cost = " ".join(map(str, about["tokens"])), about["multiply_adds"]
         kept = f"{plan.keep_tokens:.3f} | {plan.keep_connections:.3f}"

@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 
 from trainer.config.errors import ConfigError
-from trainer.config.run_config import Config
 from trainer.storage.disk import Disk, write_text
 from trainer.storage.private_file import regular
 from trainer.storage.source_tree import SOURCE_ROOT
@@ -28,9 +27,9 @@ from trainer.storage.standard_streams import say
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
 
 
-def create_run_directory(config: Config, resume: bool) -> None:
-    """Create the run directory; without `resume`, refuse one that holds a run. Rank 0 only. Raises ConfigError."""
-    directory = config.directory()
+def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Create the run directory, with its config.yaml of `settings`; without `resume`, refuse one that holds a run. Rank 0 only.
+    Raises ConfigError."""
     left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
     if any(path.exists() for path in left) and not resume:
         raise ConfigError(
@@ -39,13 +38,13 @@ def create_run_directory(config: Config, resume: bool) -> None:
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
-        write_text(directory / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
+        write_text(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(directory / "source.txt", source())
         for folder in (directory, directory.parent):  # else a crash could lose the directory with its synced checkpoints
             Disk().sync(folder)
     except OSError as error:
         raise ConfigError(
-            f"runs={config.runs}: {error}; free disk space, or set runs=DIRECTORY to a writable folder"
+            f"runs={directory.parent}: {error}; free disk space, or set runs=DIRECTORY to a writable folder"
         ) from error
 
 

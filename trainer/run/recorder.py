@@ -64,7 +64,7 @@ class Recorder:
                     self._journal = Journal(
                         self.directory
                     )  # first: refuses a run in progress before config.yaml is overwritten
-                run.create_run_directory(config, resume)
+                run.create_run_directory(self.directory, config.resolved(), resume)
                 self._journal = self._journal or Journal(self.directory)
             except Exception as error:
                 failure = error

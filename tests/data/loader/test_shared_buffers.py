@@ -10,8 +10,8 @@ import torch
 
 from tests.support.images import config, write_shards
 from trainer.data.loader import shared_buffers as module
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.shared_buffers import NONE, BufferPool
-from trainer.data.loader.stream import Stream
 from trainer.data.shards.index import build_index
 
 
@@ -38,8 +38,8 @@ def test_kept_batches_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.Mo
     numbers: list[int] = []
     take = BufferPool.acquire
     monkeypatch.setattr(BufferPool, "acquire", lambda self: numbers.append(found := take(self)) or found)
-    reference = [b.images.clone() for b in Stream(index, config("x"), 0, 1).epoch(0, None)]
-    stream = Stream(index, config("x", data={"workers": 1}), 0, 1)
+    reference = [b.images.clone() for b in training_stream(index, config("x"), 0, 1).epoch(0, None)]
+    stream = training_stream(index, config("x", data={"workers": 1}), 0, 1)
     for epoch, step in ((1, 2), (0, 0)):  # an epoch left half way, its tasks still out, then a whole one
         kept = []
         for batch in stream.epoch(epoch, None):

@@ -21,9 +21,8 @@ from tests.support.images import config, jpeg, write_shards, write_tar
 from trainer.data.augment import decode, turbojpeg
 from trainer.data.batch import Batch
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream, validation_set
 from trainer.data.loader.dataset import check_classes
-from trainer.data.loader.stream import Stream
-from trainer.data.loader.validation import Validation
 from trainer.data.shards.index import Index, build_index
 from trainer.preflight.verify_shards import verify
 
@@ -55,8 +54,8 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 def test_any_world_and_workers_give_the_same_global_batches(index: Index, world: int, workers: int) -> None:
     chosen = selection(50, list(range(0, 50, 7)))
     sections: dict[str, Any] = {"augment": AUGMENT}
-    whole = Stream(index, config("x", **sections), 0, 1)
-    streams = [Stream(index, config("x", data={"workers": workers}, **sections), rank, world) for rank in range(world)]
+    whole = training_stream(index, config("x", **sections), 0, 1)
+    streams = [training_stream(index, config("x", data={"workers": workers}, **sections), rank, world) for rank in range(world)]
     for epoch in (0, 1, 0):  # persistent workers must see each epoch's own kept examples
         kept = chosen if epoch else None
         reference = list(whole.epoch(epoch, kept))
@@ -79,8 +78,8 @@ def test_any_world_and_workers_give_the_same_global_batches(index: Index, world:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_in_mid_epoch_is_the_same(index: Index, workers: int) -> None:
     chosen = selection(50, [3, 4])
-    one = list(Stream(index, config("x", augment=AUGMENT), 0, 1).epoch(3, chosen))
-    two = Stream(index, config("x", augment=AUGMENT, data={"workers": workers}), 0, 1)
+    one = list(training_stream(index, config("x", augment=AUGMENT), 0, 1).epoch(3, chosen))
+    two = training_stream(index, config("x", augment=AUGMENT, data={"workers": workers}), 0, 1)
     for batch in two.epoch(7, None):  # another epoch dropped half way
         assert batch.images.shape == (12, 3, 32, 32)
         break
@@ -93,11 +92,11 @@ def test_dropped_examples_are_not_decoded(index: Index, monkeypatch: pytest.Monk
     box = decode.EncodedImage.box
     monkeypatch.setattr(decode.EncodedImage, "box", lambda self, *at: decoded.append(1) or box(self, *at))
     removed = list(range(0, 50, 3))
-    stream = Stream(index, config("x"), 0, 1)
+    stream = training_stream(index, config("x"), 0, 1)
     shown = sum(len(b.ids) for b in stream.epoch(0, selection(50, removed)))
     assert len(decoded) == shown == (50 - len(removed)) // 12 * 12
     decoded.clear()
-    repeated = Stream(index, config("x", data={"repeats": 3}), 0, 1)
+    repeated = training_stream(index, config("x", data={"repeats": 3}), 0, 1)
     monkeypatch.undo()
     cut = turbojpeg.cut
     monkeypatch.setattr(turbojpeg, "cut", lambda *a: decoded.append(1) or cut(*a))
@@ -106,20 +105,20 @@ def test_dropped_examples_are_not_decoded(index: Index, monkeypatch: pytest.Monk
 
 
 def test_copies_differ_and_epochs_differ(index: Index) -> None:
-    stream = Stream(index, config("x", data={"repeats": 2}), 0, 1)
+    stream = training_stream(index, config("x", data={"repeats": 2}), 0, 1)
     for batch in stream.epoch(0, None):
         assert (batch.ids[0::2] != batch.ids[1::2]).all() and set(batch.copies.tolist()) == {0, 1}
         for i in batch.ids.unique():
             a, b = (batch.ids == i).nonzero().flatten().tolist()
             assert not torch.equal(batch.images[a], batch.images[b]) and batch.rng_keys[a] != batch.rng_keys[b]
-    stream = Stream(index, config("x"), 0, 1)
+    stream = training_stream(index, config("x"), 0, 1)
     first, second = (torch.cat([b.rng_keys for b in stream.epoch(e, None)]) for e in (0, 1))
     assert not set(first.tolist()) & set(second.tolist())
 
 
 def test_weights_of_a_selection_reach_their_rows(index: Index) -> None:
     weight = np.arange(50, dtype=np.float32) + 1
-    for batch in Stream(index, config("x"), 1, 4).epoch(0, selection(50, [0], weight)):
+    for batch in training_stream(index, config("x"), 1, 4).epoch(0, selection(50, [0], weight)):
         assert torch.equal(batch.weights, torch.where(batch.ids >= 0, batch.ids + 1.0, 0.0))
 
 
@@ -129,7 +128,9 @@ def test_a_selections_weight_gives_no_weight_to_broken_images(tmp_path: Path, wo
     chosen = selection(24, [0], np.full(24, 2.5, np.float32))
     weights = {
         int(i): float(w)
-        for batch in Stream(index, config("x", data={"workers": workers, "batch": 22, "lanes": 1}), 0, 1).epoch(0, chosen)
+        for batch in training_stream(index, config("x", data={"workers": workers, "batch": 22, "lanes": 1}), 0, 1).epoch(
+            0, chosen
+        )
         for i, w in zip(batch.ids, batch.weights, strict=True)
     }
     assert {weights.pop(i) for i in (-1, 3, 17) if i in weights} == {0.0}, "padding and broken images"
@@ -137,7 +138,7 @@ def test_a_selections_weight_gives_no_weight_to_broken_images(tmp_path: Path, wo
 
 
 def test_workers_follow_another_selection_of_the_same_epoch(index: Index) -> None:
-    stream = Stream(index, config("x", data={"workers": 1}), 0, 1)
+    stream = training_stream(index, config("x", data={"workers": 1}), 0, 1)
     for removed in (range(25), range(25, 50)):
         shown = torch.cat([batch.ids for batch in stream.epoch(4, selection(50, list(removed)))])
         assert len(shown) == 24 and not set(shown.tolist()) & set(removed)
@@ -152,7 +153,7 @@ def test_broken_images_keep_their_slot_and_are_named(tmp_path: Path, workers: in
     write_tar(tmp_path / "b-0.tar", files)
     pattern = str(tmp_path / "b-0.tar")
     index = build_index(pattern, progress=False)
-    stream = Stream(index, config("x", classes=2, data={"workers": workers, "repeats": 2, "batch": 24}), 0, 2)
+    stream = training_stream(index, config("x", classes=2, data={"workers": workers, "repeats": 2, "batch": 24}), 0, 2)
     seen: dict[int, str] = {}
     for epoch in range(2):
         for batch in stream.epoch(epoch, None):
@@ -169,35 +170,35 @@ def test_broken_images_keep_their_slot_and_are_named(tmp_path: Path, workers: in
 @pytest.mark.parametrize(("world", "batch", "workers"), [(1, 8, 0), (2, 8, 1), (3, 7, 0), (4, 100, 0), (7, 3, 0), (64, 2, 0)])
 def test_validation_shows_every_image_once(index: Index, world: int, batch: int, workers: int) -> None:
     settings = config("x", evaluate={"batch": batch}, data={"workers": workers})
-    parts = [list(Validation(index, settings, rank, world)) for rank in range(world)]
-    lengths = {len(Validation(index, settings, rank, world)) for rank in range(world)}
+    parts = [list(validation_set(index, settings, rank, world)) for rank in range(world)]
+    lengths = {len(validation_set(index, settings, rank, world)) for rank in range(world)}
     assert lengths == {len(p) for p in parts} and len(lengths) == 1
     shown = torch.cat([b.ids[b.weights > 0] for p in parts for b in p])
     assert shown.tolist() == list(range(50))
     for step in range(len(parts[0])):
         assert len({len(p[step].ids) for p in parts}) == 1, "ranks compute batches of equal shape"
     for again in (0, 1):  # the same on a second pass
-        assert torch.equal(next(iter(Validation(index, settings, 0, world))).images, parts[0][0].images), again
+        assert torch.equal(next(iter(validation_set(index, settings, 0, world))).images, parts[0][0].images), again
 
 
 def test_validation_pixels_are_timms(index: Index) -> None:
     theirs = create_transform(32, crop_pct=0.875, interpolation="bicubic", normalize=False)
-    batch = next(iter(Validation(index, config("x"), 0, 1)))
+    batch = next(iter(validation_set(index, config("x"), 0, 1)))
     for i in range(5):
         assert torch.equal(batch.images[i], theirs(PIL.Image.open(io.BytesIO(jpeg(i)))))  # pyright: ignore
 
 
 def test_refusals(index: Index) -> None:
     with pytest.raises(DataError, match=r"train-0000.tar key 'img00002': label 2 is outside model.classes=2 .*model.classes=4"):
-        Stream(index, config("x", classes=2), 0, 1)
+        training_stream(index, config("x", classes=2), 0, 1)
     with pytest.raises(DataError, match=r"outside model.classes=3"):
-        Validation(index, config("x", classes=3), 0, 1)
+        validation_set(index, config("x", classes=3), 0, 1)
     with pytest.raises(ValueError, match=r"data.batch=12 on 7 processes"):
-        Stream(index, config("x"), 0, 7)
+        training_stream(index, config("x"), 0, 7)
     with pytest.raises(ValueError, match=r"50 kept examples are too few for a batch of data.batch=64"):
-        next(Stream(index, config("x", data={"batch": 64}), 0, 1).epoch(0, None))
+        next(training_stream(index, config("x", data={"batch": 64}), 0, 1).epoch(0, None))
     with pytest.raises(ValueError, match=r"augment.policy='rend'"):
-        Stream(index, config("x", augment={"policy": "rend"}), 0, 1)
+        training_stream(index, config("x", augment={"policy": "rend"}), 0, 1)
 
 
 def test_training_and_validation_must_name_the_same_classes(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_training_and_validation_must_name_the_same_classes(tmp_path: Path) -> N
 def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:
     index = build_index(write_shards(tmp_path, [12, 12]), progress=False)
     os.truncate(tmp_path / "train-0001.tar", 100)
-    batches = list(Stream(index, config("x"), 0, 1).epoch(0, None))
+    batches = list(training_stream(index, config("x"), 0, 1).epoch(0, None))
     broken = dict(b for batch in batches for b in batch.broken)
     assert sorted(broken) == list(range(12, 24)) and "train-0001.tar" in broken[12]
     assert sum(float(b.weights.sum()) for b in batches) == 12
@@ -227,10 +228,10 @@ def test_a_process_that_fails_with_workers_running_ends(index: Index, tmp_path: 
     script = f"""
 from tests.support.images import config
 from trainer.data.shards.index import Index
-from trainer.data.loader.stream import Stream
+from trainer.data.loader.build import training_stream
 
 def fail():
-    stream = Stream(Index({str(index.path)!r}), config({str(index.root)!r}, data={{"workers": 2}}), 0, 1)
+    stream = training_stream(Index({str(index.path)!r}), config({str(index.root)!r}, data={{"workers": 2}}), 0, 1)
     next(stream.epoch(0, None))
     raise RuntimeError("on purpose")
 

@@ -19,8 +19,8 @@ from tests.conftest import environment, wait_for
 from tests.support.http_server import Web, serving
 from tests.support.images import config, write_shards
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream
 from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
-from trainer.data.loader.stream import Stream
 from trainer.data.order import EpochOrder, Layout
 from trainer.data.remote import cache_folder
 from trainer.data.remote.cache import Cache
@@ -203,7 +203,7 @@ def test_at_the_end_of_an_epoch_the_next_ones_shards_are_fetched(
     asked: list[list[int]] = []
     monkeypatch.setattr(Prefetcher, "request", lambda self, shards: asked.append(list(shards)))
     settings = config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 0.1, "workers": 0, "batch": 4, "window": 4})
-    stream = Stream(index, settings, 0, 1)
+    stream = training_stream(index, settings, 0, 1)
     for epoch in range(3):
         asked.clear()
         list(stream.epoch(epoch, None))
@@ -234,7 +234,7 @@ def test_the_order_says_which_shards_come_next() -> None:
 def test_shards_are_there_before_they_are_read(web: Web, index: Index, tmp_path: Path) -> None:
     """With the server gone after the start the epoch is read whole: everything had been fetched ahead."""
     settings = config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 0.1, "workers": 0, "batch": 4, "window": 4})
-    stream = Stream(index, settings, 0, 1)
+    stream = training_stream(index, settings, 0, 1)
     batches = stream.epoch(0, None)
     first = next(batches)
     cache = Cache(tmp_path / "cache", 1 << 30, CacheCheck(0.0))
@@ -273,9 +273,9 @@ def test_too_small_a_cache_is_refused_with_the_number(index: Index, tmp_path: Pa
         refuse_small_cache(index, layout, Cache(tmp_path, int(4.1 * length)), (0, 6), 0.5)
     small = {"cache": str(tmp_path / "cache"), "cache_size": 2 * length / 2**30}
     with pytest.raises(DataError, match=r"data.cache_size=.*raise data.cache_size, or lower data.lanes"):
-        Stream(index, config("x", data=small), 0, 1)
+        training_stream(index, config("x", data=small), 0, 1)
     with pytest.raises(DataError, match=r"cache_size=1e\+06 \(GiB\): only .* GiB are free"):
-        Stream(index, config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 1e6}), 0, 1)
+        training_stream(index, config("x", data={"cache": str(tmp_path / "cache"), "cache_size": 1e6}), 0, 1)
     assert rows_of_node(12, 3, 1) == ((4, 8), 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

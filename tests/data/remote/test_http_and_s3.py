@@ -16,8 +16,7 @@ from tests.support.http_server import Web, serving
 from tests.support.images import config, jpeg, write_shards, write_tar
 from trainer import __main__ as trilevel
 from trainer.data.errors import DataError, StorageUnavailable
-from trainer.data.loader.stream import Stream
-from trainer.data.loader.validation import Validation
+from trainer.data.loader.build import training_stream, validation_set
 from trainer.data.remote import client, retry, sessions
 from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import Index, build_index, open_index
@@ -139,10 +138,10 @@ def test_batches_through_a_small_cache_are_those_of_files(tmp_path: Path, worker
         index = build_index(f"{web.url}/train-{{0000..0011}}.tar", cache=Cache(tmp_path / "once", int(room)), progress=False)
         web.faults = {"train-0004.tar": [500, "cut"], "train-0007.tar": ["garbled", "cut"]}
         plain = config("x", data={"window": 6, "lanes": 1})
-        through = Stream(index, config("x", data=cache), 0, 1)
-        from_files = Stream(local, config("x", data=cache | {"cache": str(tmp_path / "other")}), 0, 1)
+        through = training_stream(index, config("x", data=cache), 0, 1)
+        from_files = training_stream(local, config("x", data=cache | {"cache": str(tmp_path / "other")}), 0, 1)
         for epoch in range(2):
-            wanted = list(Stream(local, plain, 0, 1).epoch(epoch, None))
+            wanted = list(training_stream(local, plain, 0, 1).epoch(epoch, None))
             for stream in (through, from_files):
                 got = list(stream.epoch(epoch, None))
                 assert not any(b.broken for b in got) and len(got) == len(wanted) == 6
@@ -150,7 +149,7 @@ def test_batches_through_a_small_cache_are_those_of_files(tmp_path: Path, worker
         for folder in ("cache", "other"):
             held = list((tmp_path / folder / "trilevel-cache-1").glob("*.tar"))
             assert 0 < sum(p.stat().st_size for p in held) <= room and len(held) < 12
-        got = list(Validation(index, config("x", data=cache), 1, 2))
+        got = list(validation_set(index, config("x", data=cache), 1, 2))
         assert [i for b in got for i in b.ids.tolist() if i >= 0] == list(range(36, 72)) and not any(b.broken for b in got)
 
 
@@ -206,7 +205,7 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
     monkeypatch.setattr(retry, "_TRIES", 2)
     web.faults = {name: [503] * 99 for name in index.names}
     settings = config("x", data={"cache": str(tmp_path / "b"), "cache_size": 0.1, "workers": workers, "batch": 4, "window": 4})
-    for batches in (Stream(index, settings, 0, 1).epoch(0, None), iter(Validation(index, settings, 0, 1))):
+    for batches in (training_stream(index, settings, 0, 1).epoch(0, None), iter(validation_set(index, settings, 0, 1))):
         with pytest.raises(
             StorageUnavailable, match=r"train-000\d.tar: HTTP status 503 .*after 2 attempts.*check that the server is up"
         ) as error:

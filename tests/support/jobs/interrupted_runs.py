@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.callback import callback_handler
 
 import trainer.checkpoint.save_load
+import trainer.data.loader.build
 import trainer.train
 from trainer.config.load import load
 from trainer.data.batch import Batch
@@ -118,7 +119,7 @@ for scene in sys.argv[2:]:
         one(scene, False, *([] if scene == "whole" else [f"engine.zero={scene[-1]}", "epochs=2"]))
         continue
     if scene == "evaluating":
-        trainer.train.Validation = Interrupted
+        trainer.data.loader.build.Validation = Interrupted
     elif scene == "writing":
         trainer.checkpoint.save_load.Disk = Hearing
         trainer.train.Recorder = Telling
@@ -129,6 +130,6 @@ for scene in sys.argv[2:]:
     elif scene == "compiling":
         callback_handler.register_start_callback(once(hear))
     one(scene, False, *(["checkpoint.every=3step"] if scene == "full" else []))
-    trainer.train.Validation, trainer.train.Recorder = Validation, Recorder
+    trainer.data.loader.build.Validation, trainer.train.Recorder = Validation, Recorder
     trainer.checkpoint.save_load.Disk, Engine.reseed = Disk, reseed
     one(scene, True)

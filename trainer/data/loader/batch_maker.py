@@ -7,7 +7,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from trainer.config.run_config import Config
+from trainer.config.schema import DataConfig
 from trainer.data.augment.decode import BrokenImage, EncodedImage, header
 from trainer.data.augment.transform import Transform
 from trainer.data.batch import PADDING, Batch
@@ -21,19 +21,18 @@ from trainer.data.shards.reader import Reader
 
 
 class BatchMaker:
-    """Rows of a global batch, or of a part of it -> Batch."""
+    """Rows of a global batch, or of a part of it -> Batch. seed: of the run; all random choices about a row follow from it."""
 
-    def __init__(self, index: Index, config: Config, train: bool) -> None:
-        self.index, self._seed, self._size = index, config.seed, config.model.image_size
-        self._reader = Reader(index, cache_of(index, config.data))
-        self._transform = Transform(config.augment, self._size, train, config.evaluate.crop_pct)
+    def __init__(self, index: Index, data: DataConfig, transform: Transform, seed: int) -> None:
+        self.index, self.seed, self.size = index, seed, transform.size
+        self._reader, self._transform = Reader(index, cache_of(index, data)), transform
 
     def batch(self, epoch: int, rows: Rows, slots: int, images: Tensor | None = None) -> Batch:
         """images: the buffer for the pixels, see `shared_buffers`; None: a new one."""
-        images = new_buffer(slots, self._size) if images is None else images
+        images = new_buffer(slots, self.size) if images is None else images
         pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy writes a row in a tenth of torch's time
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
-        keys = row_keys(self._seed, epoch, rows.ids, rows.copies)
+        keys = row_keys(self.seed, epoch, rows.ids, rows.copies)
         broken: dict[int, str] = {}
         distinct, place = np.unique(rows.ids, return_inverse=True)
         data, copies = self._reader.read(distinct), len(distinct) < len(rows.ids)

@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsity.types import Selection
-from trainer.config.run_config import Config
+from trainer.config.schema import DataConfig
 from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
-from trainer.data.loader.dataset import cache_of, check_labels
+from trainer.data.loader.dataset import cache_of
 from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
 from trainer.data.loader.shared_buffers import NONE, BufferPool, to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
-from trainer.data.shards.index import Index
 
 
 class _Task(NamedTuple):
@@ -72,26 +71,25 @@ class _Tasks:
 class Stream:
     """Training batches of one rank. `batch_split` holds micro_batch, accumulation and slots: the rows of a Batch.
 
-    The same global batches on any world and with any number of workers; a worker takes every n-th batch. Raises DataError
-    for labels outside model.classes and ConfigError (a ValueError) if the batch does not fit the world.
+    The same global batches on any world and with any number of workers; a worker takes every n-th batch. least_shown: the least share
+    of the examples that an epoch shows, for the check of the cache's size. Raises ConfigError (a ValueError) if the batch does not
+    fit the world.
     """
 
-    def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
-        check_labels(index, config.model.classes)
-        data = config.data
-        self.layout = Layout(index.sizes, config.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
+    def __init__(self, maker: BatchMaker, data: DataConfig, rank: int, world: int, least_shown: float = 1.0) -> None:
+        index = maker.index
+        self.layout = Layout(index.sizes, maker.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
         self.batch_split = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
         self._ahead = None
         if cache := cache_of(index, data):
             rows, ranks = rows_of_node(data.batch, world, rank)
-            refuse_small_cache(index, self.layout, cache, rows, 1 - config.examples.settings.left_out)
+            refuse_small_cache(index, self.layout, cache, rows, least_shown)
             cache.refuse_full_disk()
             self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
-        maker = BatchMaker(index, config, train=True)
         # two tasks per worker, the current batch, the previous one, and a spare
-        buffers = BufferPool(2 * data.workers + 3, self.batch_split.slots, config.model.image_size) if data.workers else None
+        buffers = BufferPool(2 * data.workers + 3, self.batch_split.slots, maker.size) if data.workers else None
         self._tasks, self._turn = _Tasks(buffers), 0
         self._loader = Loader(
             _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, buffers),

@@ -8,28 +8,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.config.run_config import Config
+from trainer.config.schema import DataConfig
 from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
-from trainer.data.loader.dataset import cache_of, check_labels
+from trainer.data.loader.dataset import cache_of
 from trainer.data.loader.prefetch import Prefetcher, rows_of_node
 from trainer.data.loader.shared_buffers import to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import Rows
-from trainer.data.shards.index import Index
 
 
 class Validation:
     """Every image once over all ranks: rank r iterates the r-th contiguous part; all ranks have the same number of batches.
 
-    Rows beyond the part are padding with weight 0. Pixels are timm's evaluation transform's.
+    Rows beyond the part are padding with weight 0. Pixels are timm's evaluation transform's. batch: images of a batch of one rank.
     """
 
-    def __init__(self, index: Index, config: Config, rank: int, world: int) -> None:
-        check_labels(index, config.model.classes)
-        self._parts = _Parts(BatchMaker(index, config, train=False), len(index), config.evaluate.batch, rank, world)
-        self._workers = config.data.workers
-        cache = cache_of(index, config.data)
+    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int) -> None:
+        index = maker.index
+        self._parts = _Parts(maker, len(index), batch, rank, world)
+        self._workers = data.workers
+        cache = cache_of(index, data)
         self._ahead = Prefetcher(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
 
     def __len__(self) -> int:

@@ -1,0 +1,30 @@
+"""The training batches and the validation set of a run, from its configuration. The classes themselves take only the settings they use."""
+
+from __future__ import annotations
+
+from trainer.config.run_config import Config
+from trainer.data.augment.transform import Transform
+from trainer.data.loader.batch_maker import BatchMaker
+from trainer.data.loader.dataset import check_labels
+from trainer.data.loader.stream import Stream
+from trainer.data.loader.validation import Validation
+from trainer.data.shards.index import Index
+
+
+def batch_maker(index: Index, config: Config, train: bool) -> BatchMaker:
+    """Makes batches as the run does: `train` with augmentation, else with timm's evaluation transform."""
+    transform = Transform(config.augment, config.model.image_size, train, config.evaluate.crop_pct)
+    return BatchMaker(index, config.data, transform, config.seed)
+
+
+def training_stream(index: Index, config: Config, rank: int, world: int) -> Stream:
+    """The run's training batches of one rank. Raises DataError for labels outside model.classes, ConfigError as in `Stream`."""
+    check_labels(index, config.model.classes)
+    least_shown = 1 - config.examples.settings.left_out
+    return Stream(batch_maker(index, config, train=True), config.data, rank, world, least_shown)
+
+
+def validation_set(index: Index, config: Config, rank: int, world: int) -> Validation:
+    """The run's validation batches of one rank. Raises DataError for labels outside model.classes."""
+    check_labels(index, config.model.classes)
+    return Validation(batch_maker(index, config, train=False), config.data, config.evaluate.batch, rank, world)
