@@ -1,4 +1,4 @@
-"""`trilevel bench input`: every row measures what it says on the same images; the plan-only numbers; pixel errors of fast paths."""
+"""`trilevel bench input`: every row measures what it says on the same images; the numbers of --order-only; pixel errors of fast paths."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_an_unknown_row_and_too_few_images_are_refused(job: Path, capsys: Any) -
     assert "40 images are fewer than two batches of 30" in capsys.readouterr().err
 
 
-def test_the_plan_of_imagenet_on_a_rank_is_known_at_once(job: Path, capsys: Any) -> None:
-    words = ["--plan-only", "--examples", "1281167", "--shards", "1024", "--world", "8", "--json", "plan.json"]
+def test_the_order_of_imagenet_on_a_rank_is_made_in_less_than_a_second(job: Path, capsys: Any) -> None:
+    words = ["--order-only", "--examples", "1281167", "--shards", "1024", "--world", "8", "--json", "order.json"]
     assert main(["bench", "input", "job.yaml", *words]) == 0
     said = capsys.readouterr().out
     assert "shuffle quality, class-sorted shards: classes" in said and "shuffle quality, classes mixed over the shards" in said
-    rows = json.loads(Path("plan.json").read_text())
+    rows = json.loads(Path("order.json").read_text())
     assert rows["start"]["median"] < 1.0 and rows["resume"]["median"] < 1.0, "seconds, against milliseconds on an idle machine"
     assert rows["set_up"]["median"] <= rows["start"]["median"] and 0 < rows["memory"]["median"] < 64
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT, lines
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
-from trainer.preflight.estimate import MeasuredRates, plan, read
+from trainer.preflight.estimate import MeasuredRates, estimate, read
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -32,7 +32,7 @@ STEPS = 40 * 20  # floor(0.9 x 1438 / 64) an epoch
 
 
 def test_hours_follow_from_the_plateaus_and_devices_divide_them(config):
-    one, four = (plan(config, MeasuredRates(PASSES), nodes) for nodes in (1, 4))
+    one, four = (estimate(config, MeasuredRates(PASSES), nodes) for nodes in (1, 4))
     assert one.steps == four.steps == STEPS
     seconds = 64 * 20 * (5 * 0.002 + 15 * 0.002 + 15 * 0.0015 + 5 * 0.001)
     assert one.hours * 3600 == pytest.approx(seconds) and four.hours == pytest.approx(one.hours / 4)
@@ -42,38 +42,40 @@ def test_hours_follow_from_the_plateaus_and_devices_divide_them(config):
 
 
 def test_each_resource_can_be_the_bottleneck(config):
-    assert plan(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).bottleneck == "loader"
-    assert plan(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).hours * 3600 == pytest.approx(STEPS * 32 * 0.1 / 4)
-    assert plan(config, MeasuredRates(PASSES, engine=1.0), 2).bottleneck == "engine"
-    slow = plan(config, MeasuredRates(PASSES), 4, bandwidth=1e-3)
+    assert estimate(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).bottleneck == "loader"
+    assert estimate(config, MeasuredRates(PASSES, decode=0.1), 2, cores=4).hours * 3600 == pytest.approx(STEPS * 32 * 0.1 / 4)
+    assert estimate(config, MeasuredRates(PASSES, engine=1.0), 2).bottleneck == "engine"
+    slow = estimate(config, MeasuredRates(PASSES), 4, bandwidth=1e-3)
     assert slow.bottleneck == "all-reduce"
     travel = STEPS * 2 * 3 / 4 * 683_242 * 4 / 1e6  # parameters of the quickstart's network, 4 bytes each
     assert slow.parts["all-reduce"] * 3600 == pytest.approx(travel, rel=0.02)
-    assert plan(config, MeasuredRates(PASSES), 1, bandwidth=1e-3).parts["all-reduce"] == 0
+    assert estimate(config, MeasuredRates(PASSES), 1, bandwidth=1e-3).parts["all-reduce"] == 0
 
 
 def test_on_a_cpu_passes_and_decoding_share_the_cores(config):
     bench = MeasuredRates(PASSES, decode=0.001, cpu=True, threads=1)
-    two, four = plan(config, bench, 1, 2, cores=2), plan(config, bench, 1, 4, cores=2)
+    two, four = estimate(config, bench, 1, 2, cores=2), estimate(config, bench, 1, 4, cores=2)
     assert two.hours == pytest.approx(four.hours) and two.parts["loader"] > 0
-    assert two.hours == pytest.approx(plan(config, MeasuredRates(PASSES, cpu=True), 1, 2, cores=2).hours + two.parts["loader"])
+    assert two.hours == pytest.approx(
+        estimate(config, MeasuredRates(PASSES, cpu=True), 1, 2, cores=2).hours + two.parts["loader"]
+    )
 
 
 def test_facts_say_that_they_are_a_simulation_and_what_was_not_measured(config):
-    planned = plan(config, MeasuredRates(PASSES), 2)
-    facts = planned.facts()
+    found = estimate(config, MeasuredRates(PASSES), 2)
+    facts = found.facts()
     assert facts["simulation"] is True and facts["wall"] == "compute" and facts["bytes_per_second_per_node"] > 0
-    assert "simulated and not measured" in str(planned.table().title)
-    assert "--bandwidth" in planned.text() and "bench input" in planned.text() and "short run" in planned.text()
+    assert "simulated and not measured" in str(found.table().title)
+    assert "--bandwidth" in found.text() and "bench input" in found.text() and "short run" in found.text()
 
 
 def test_what_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match=r"no row 'ours from epoch 20'.*another schedule"):
-        plan(config, MeasuredRates({k: v for k, v in PASSES.items() if "20" not in k}), 1)
+        estimate(config, MeasuredRates({k: v for k, v in PASSES.items() if "20" not in k}), 1)
     with pytest.raises(ConfigError, match="--nodes 0: must be >= 1"):
-        plan(config, MeasuredRates(PASSES), 0)
+        estimate(config, MeasuredRates(PASSES), 0)
     with pytest.raises(ConfigError, match="--bandwidth -1"):
-        plan(config, MeasuredRates(PASSES), 2, bandwidth=-1)
+        estimate(config, MeasuredRates(PASSES), 2, bandwidth=-1)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"a\.json.*bench step"):
         read([str(tmp_path / "a.json")])
@@ -108,8 +110,8 @@ def test_paper_against_real_runs_of_one_two_and_four_processes(digits, tmp_path,
         trilevel(world, "train", CONFIG, *given, f"name=real{world}", timeout=900)
         steps = lines(tmp_path / "runs" / f"real{world}", "step")
         images, seconds = (sum(line[key] for line in steps[1:]) for key in ("images", "seconds"))
-        planned = json.loads((tmp_path / f"plan{world}.json").read_text())
-        ratio = images / seconds / planned["images_per_second_per_node"]
+        found = json.loads((tmp_path / f"plan{world}.json").read_text())
+        ratio = images / seconds / found["images_per_second_per_node"]
         print(f"{world} process(es): real / paper images/s {ratio:.2f}")
-        assert planned["steps"] == steps[-1]["step"]
-        assert 1 / 3 < ratio < 3, (world, ratio, planned)
+        assert found["steps"] == steps[-1]["step"]
+        assert 1 / 3 < ratio < 3, (world, ratio, found)

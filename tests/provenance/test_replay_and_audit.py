@@ -239,7 +239,7 @@ def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_
     assert sum(one["kept"] for one in told["classes"]) == len(ids) and sum(one["examples"] for one in told["classes"]) == 1438
     for one in told["classes"]:
         of = past.index.labels == one["label"]
-        assert one["kept"] == keep[of].sum() and one["rate"] == pytest.approx(keep[of].mean())
+        assert one["kept"] == keep[of].sum() and one["keep_ratio"] == pytest.approx(keep[of].mean())
     assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept.csv").is_file(), "the newest"
     assert main(["kept", str(run), "--epoch", "9"]) != 0 and "--epoch 9" in capsys.readouterr().err
 

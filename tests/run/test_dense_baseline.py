@@ -155,7 +155,7 @@ def test_a_dense_plateau_is_its_own_control() -> None:
 )
 def test_what_is_not_measured_is_said(more: dict[str, Any], steps: int, words: list[str]) -> None:
     _, told = watched(tiny(**more), steps=steps)
-    assert told is not None and "measured" not in told and all(word in told["said"] for word in words), told
+    assert told is not None and "measured" not in told and all(word in told["note"] for word in words), told
     assert all(word in dense_baseline.describe(told) for word in words)
 
 
@@ -190,13 +190,13 @@ def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch
 
     monkeypatch.setattr(dense_baseline, "interleaved", full)
     _, told = watched(tiny())
-    assert told is not None and "out of device memory" in told["said"]
+    assert told is not None and "out of device memory" in told["note"]
 
 
 def test_a_plan_that_changes_too_often_is_said_once() -> None:
     watcher = control(tiny(), SimpleNamespace())
     told = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
-    assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["said"]
+    assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["note"]
 
 
 def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
@@ -243,11 +243,11 @@ def test_overheads_are_named() -> None:
         return dense_baseline.journal_fields(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
 
     fine = said(0.5, 1.0, 1.05)
-    assert fine["said"] == "no significant overhead" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)
-    assert "kernel launches" in said(0.8, 1.0, 1.7)["said"]
-    assert "engine: 50%" in said(0.5, 1.0, 2.0)["said"]
+    assert fine["note"] == "no significant overhead" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)
+    assert "kernel launches" in said(0.8, 1.0, 1.7)["note"]
+    assert "engine: 50%" in said(0.5, 1.0, 2.0)["note"]
     waiting = said(0.5, 1.0, 2.5, wait=1.5)
-    assert "loader: a step waits for data for 60% of its time" in waiting["said"]
+    assert "loader: a step waits for data for 60% of its time" in waiting["note"]
     assert waiting["step_speedup"] == 1.0, "a dense step would only have waited less"
     assert said(1.2, 1.0, 2.5)["step_speedup"] == pytest.approx(2.1 / 2.5), "slower than dense is told as slower"
 
@@ -257,7 +257,7 @@ def test_the_whole_run_is_weighted_by_time_and_by_the_examples_left_out(tmp_path
     without = savings(journal)
     assert (without.speedup, without.timed) == (pytest.approx(1.0), pytest.approx(8 / 12)), "what was not timed is not claimed"
     line = {"kind": "control", "attempt": 0, "time": journal[-2]["time"], "step": 25, "step_speedup": 1.5, "measured": 0.6}
-    line |= {"keep_tokens": 0.5, "keep_connections": 0.5, "bound_passes": 0.5, "said": "no significant overhead"}
+    line |= {"keep_tokens": 0.5, "keep_connections": 0.5, "bound_passes": 0.5, "note": "no significant overhead"}
     found = savings_of(write(tmp_path / "tri", [*journal[:-1], line, journal[-1]]))
     assert found.speedup == pytest.approx((8 + 4 * 2 * 1.5) / 12) and found.timed == 1.0
     assert found.bound == pytest.approx((800 + 400 * 2) / (800 + 400 * 0.5))  # images at full cost / images at their cost

@@ -1,4 +1,4 @@
-"""`trilevel eval`: evaluate one set of weights at one or many densities, with timm's evaluation transform; accuracy and cost."""
+"""`trilevel eval`: evaluate one set of weights at one or many keep ratios of tokens (densities), with timm's evaluation transform."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from trainer.model.evaluate import Scores, evaluate
 
 
 class DensityResult(NamedTuple):
-    """density, connections: keep ratios of tokens and connections at each pruning block. tokens: in the last block. gmacs: 1e9
-    multiply-adds of one image's forward pass."""
+    """density, connections: keep ratios of tokens (SaiT's densities) and of connections at each pruning block. tokens: in the last
+    block. gmacs: 1e9 multiply-adds of one image's forward pass."""
 
     density: float
     connections: float
@@ -39,7 +39,17 @@ class DensityResults(NamedTuple):
 
     def table(self) -> Table:
         table = Table(title=self.model, title_justify="left")
-        for column in ("density", "connections", "tokens", "GMACs", "top-1", "top-5", "worst class", "images", "images/s"):
+        for column in (
+            "keep tokens",
+            "keep connections",
+            "tokens",
+            "GMACs",
+            "top-1",
+            "top-5",
+            "worst class",
+            "images",
+            "images/s",
+        ):
             table.add_column(column, justify="right")
         for r in self.rows:
             s = r.scores

@@ -74,7 +74,7 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
     """Measure, on all ranks; the result is the same on all. Raises ConfigError for an unknown row.
 
     Rows "ROW@IMAGES": {median, min, max, unit: "ms", images_per_second, ratio (of bare, median over rounds), ratio_low, ratio_high
-    (95 % interval), memory_mib}, or {said: why} for a row that could not be measured.
+    (95 % interval), memory_mib}, or {note: why} for a row that could not be measured.
     """
     names = [BARE, *ENGINES]
     if unknown := [name for name in only or [] if name not in names]:
@@ -88,7 +88,7 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
         world, where = engine.world, engine.device_name()
     half = {"float32": "float32", "autocast": "bf16 autocast", "bf16": "bf16"}[config.engine.precision]
     about = f"{config.name}: {config.model.name}, {config.model.image_size} px, {world} process(es), {half}, {rounds} rounds, {where}"
-    notes = [f"{name}: {row['said']}" for name, row in rows.items() if "said" in row]
+    notes = [f"{name}: {row['note']}" for name, row in rows.items() if "note" in row]
     return BenchResult(about, rows, COLUMNS, [*notes, *(advice(config, rows, count) for count in images)])
 
 
@@ -107,7 +107,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             steps.pop(name, None)
             oom = isinstance(error, torch.OutOfMemoryError)
             found[name] = {
-                "said": "out of memory beside the other rows; select fewer with --rows"
+                "note": "out of memory beside the other rows; select fewer with --rows"
                 if oom
                 else str(error).splitlines()[-1].strip()
             }

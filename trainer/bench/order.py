@@ -1,4 +1,4 @@
-"""`trilevel bench input --plan-only`: time and memory for computing the order of examples on a rank, for any data set and world size.
+"""`trilevel bench input --order-only`: time and memory for computing the order of examples on a rank, for any data set and world size.
 
 Needs no shards: set-up of an epoch with a fifth of the examples removed, its first batches, and the first batches of a resume in
 mid-epoch. Memory: peak of all allocations, with the packed list of kept examples.

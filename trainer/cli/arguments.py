@@ -131,7 +131,7 @@ def _add_after_a_run(commands: Any) -> None:
     c.add_argument(
         "--densities",
         metavar="1.0,0.7,0.5",
-        help="keep ratios of tokens to evaluate with the same weights, all connections kept",
+        help="densities: keep ratios of tokens to evaluate with the same weights, with all connections kept",
     )
     c.add_argument("--json", metavar="FILE")
 
@@ -152,7 +152,7 @@ def _add_after_a_run(commands: Any) -> None:
     )
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     c.set_defaults(overrides=[])
-    c = add("kept", "write the list of examples that an epoch of a run showed, and the keep rate of each class")
+    c = add("kept", "write the list of examples that an epoch of a run showed, and the keep ratio of each class")
     _add_run(c)
     c.add_argument("--epoch", type=int, help="epoch, counted from 0 (default: the newest)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/kept/lists")
@@ -205,7 +205,8 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
     c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
     _add_loader(c, "passes")
     c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
-    c.add_argument("--plan-only", action="store_true", help="measure only the order of examples; needs no images")
+    c.add_argument("--order-only", action="store_true", help="measure only the order of examples; needs no images")
+    c.add_argument("--plan-only", dest="order_only", action="store_true", help=argparse.SUPPRESS)  # its name up to 0.1.0
     c.add_argument("--examples", type=int, default=1_281_167)
     c.add_argument("--shards", type=int, default=1024)
     c.add_argument("--world", type=int, default=8)

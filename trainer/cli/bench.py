@@ -30,7 +30,7 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
 
         return journal.bench(a.lines, a.pause)
     config = configuration(a)
-    if part == "input" and a.plan_only:
+    if part == "input" and a.order_only:
         from trainer.bench import order
 
         return order.bench(config.data, config.seed, a.examples, a.shards, a.world)

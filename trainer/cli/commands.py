@@ -168,12 +168,12 @@ def _kept(a: argparse.Namespace) -> None:
 
 
 def _plan(a: argparse.Namespace) -> None:
-    from trainer.preflight.estimate import plan, read
+    from trainer.preflight.estimate import estimate, read
 
-    planned = plan(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
-    show_table(planned.table())
-    show(planned.text())
-    write_json(a.json, planned.facts())
+    found = estimate(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    show_table(found.table())
+    show(found.text())
+    write_json(a.json, found.facts())
 
 
 def _export(a: argparse.Namespace) -> None:

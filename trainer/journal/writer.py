@@ -27,7 +27,7 @@ name, lists as one metric per position.
 |            | could not be                 | pairs), own_ms, dense_ms (passes of a micro-batch), step_ms (real steps),        |
 |            |                              | data_wait, passes_share (of the step time), step_speedup (x, a dense step / own),|
 |            |                              | run_speedup, run_bound (x, whole run so far against dense on every example),     |
-|            |                              | timed (share of the training time these two cover), seconds (of timing); said    |
+|            |                              | timed (share of the training time these two cover), seconds (of timing); note    |
 |            |                              | (overheads as text, or why it was not measured)                                  |
 | step       | every `log_every`, and where | epoch, batch, step, progress, loss (nats), lr, grad_norm, images (presented      |
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |

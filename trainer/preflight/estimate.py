@@ -125,7 +125,7 @@ def read(paths: list[str]) -> MeasuredRates:
     return MeasuredRates(passes, decode, max(0.0, median(beyond)) if beyond else None, cpu, threads)
 
 
-def plan(
+def estimate(
     config: Config, bench: MeasuredRates, nodes: int, processes: int = 1, bandwidth: float | None = None, cores: int = 1
 ) -> Estimate:
     """Estimate the run on `nodes` x `processes` devices. Raises ConfigError.

@@ -1,4 +1,4 @@
-"""`trilevel kept RUN [--epoch E]`: the list of examples an epoch showed, as tables: every kept example, and the keep rate of each class.
+"""`trilevel kept RUN [--epoch E]`: the list of examples an epoch showed, as tables: every kept example, and the keep ratio of each class.
 
 From the run's journal, its kept list and the index of its shards; no checkpoint, no weights.
 """
@@ -19,7 +19,7 @@ from trainer.provenance.recorded_run import RecordedRun, RecordedRunError
 from trainer.storage.private_file import regular
 
 SHOWN = 20  # classes of the printed table
-COLUMNS = ("label", "class", "examples", "kept", "rate", "mean_weight")
+COLUMNS = ("label", "class", "examples", "kept", "keep_ratio", "mean_weight")
 
 
 class Kept(NamedTuple):
@@ -32,9 +32,9 @@ class Kept(NamedTuple):
     classes: list[dict[str, Any]]
 
     def table(self) -> Table:
-        lowest = sorted(self.classes, key=lambda row: row["rate"])[:SHOWN]
+        lowest = sorted(self.classes, key=lambda row: row["keep_ratio"])[:SHOWN]
         table = Table(
-            title=f"epoch {self.epoch}, list {self.name}: {len(self.ids):,} examples; classes with the lowest keep rate",
+            title=f"epoch {self.epoch}, list {self.name}: {len(self.ids):,} examples; classes with the lowest keep ratio",
             title_justify="left",
         )
         for column in COLUMNS:
@@ -71,7 +71,7 @@ def kept_of(run: RecordedRun, epoch: int | None = None) -> Kept:
             "class": index.classes[label] if label < len(index.classes) else str(label),
             "examples": int(sizes[label]),
             "kept": int(counts[label]),
-            "rate": float(rates[label]),
+            "keep_ratio": float(rates[label]),
             "mean_weight": float(sums[label] / counts[label]) if counts[label] else 0.0,
         }
         for label in np.flatnonzero(sizes).tolist()

@@ -146,7 +146,7 @@ class DenseBaseline:
         return timing.seconds(one, self.engine.device)
 
     def _not_measured(self, plan: Plan, why: str) -> dict[str, Any]:
-        return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "said": f"not measured: {why}"}
+        return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "note": f"not measured: {why}"}
 
 
 def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torch.device) -> dict[str, list[float]]:
@@ -186,7 +186,7 @@ def journal_fields(
         "passes_share": accumulation * own / step,
         "step_speedup": max(dense_step, 0.0) / step,
     }
-    return about | {"said": explain_overhead(about)}
+    return about | {"note": explain_overhead(about)}
 
 
 def explain_overhead(about: dict[str, Any]) -> str:
@@ -209,8 +209,8 @@ def describe(line: dict[str, Any]) -> str:
     """A `control` line as text for the console."""
     head = f"dense baseline at keep ratios tokens {line['keep_tokens']:.3g}, connections {line['keep_connections']:.3g}: "
     if "measured" not in line:
-        return head + line["said"]
+        return head + line["note"]
     run = (
         f"; run so far: speedup {line['run_speedup']:.3f}x (bound {line['run_bound']:.3f}x)" if line.get("run_speedup") else ""
     )
-    return f"{head}a pass takes {line['measured']:.3f} of a dense pass (bound {line['bound_passes']:.3f}){run}; {line['said']}"
+    return f"{head}a pass takes {line['measured']:.3f} of a dense pass (bound {line['bound_passes']:.3f}){run}; {line['note']}"
