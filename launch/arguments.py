@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from launch import kept_journals
 from launch.job import LOGS, LaunchError
@@ -23,11 +23,32 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command; settings may stand before and after flags. Raises LaunchError naming what is near."""
-    parser = Parser(
-        "python -m launch",
-        description="Check a run, then start it here, over ssh or on Slurm.",
-    )
+    parser = Parser("python -m launch", description="Check a run, then start it here, over ssh or on Slurm.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_runs(commands)
+    _add_sweep(commands)
+    _add_study(commands)
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        raise LaunchError(f"unknown command {words[0]!r}{_near(words[0], list(commands.choices))}")
+    found, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("-"):
+            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
+            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
+    if found.command == "sweep":
+        found.config = [word for word in found.words if "=" not in word]
+        found.overrides = [word for word in found.words if "=" in word]
+        if not found.config:
+            raise LaunchError("sweep: no CONFIG given")
+    found.overrides = [*found.overrides, *rest]
+    allowed = found.allow_pipe or os.environ.get("TRILEVEL_ALLOW_PIPE") == "1"
+    if allowed and ALLOWED not in found.overrides:  # as a word, so that every node gets it
+        found.overrides.append(ALLOWED)
+    return found
+
+
+def _add_runs(commands: Any) -> None:
+    """The commands that start one run."""
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -66,6 +87,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_slurm(c)
     c.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
 
+
+def _add_sweep(commands: Any) -> None:
     text = "configurations x settings x seeds, one run each; the same command again continues the sweep"
     c = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
     c.add_argument("words", metavar="CONFIG|key.sub=value", nargs="+", help="YAMLs, and settings that differ from all of them")
@@ -80,6 +103,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_slurm(c)
     c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
 
+
+def _add_study(commands: Any) -> None:
     text = "the arms of a study x its seeds, one run each; the same command again continues the study"
     c = commands.add_parser("study", help=text, description=text, allow_abbrev=False)
     c.add_argument("file", metavar="FILE", help="configs/studies/NAME.yaml")
@@ -98,24 +123,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     c.add_argument("--check", action="store_true", help="check the configuration of every arm, start nothing")
     c.add_argument("--keep", action="store_true", help="compress the journals of finished runs into --journals, start nothing")
     c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
-
-    if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise LaunchError(f"unknown command {words[0]!r}{_near(words[0], list(commands.choices))}")
-    found, rest = parser.parse_known_args(words)
-    for word in rest:
-        if word.startswith("-"):
-            flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
-            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
-    if found.command == "sweep":
-        found.config = [word for word in found.words if "=" not in word]
-        found.overrides = [word for word in found.words if "=" in word]
-        if not found.config:
-            raise LaunchError("sweep: no CONFIG given")
-    found.overrides = [*found.overrides, *rest]
-    allowed = found.allow_pipe or os.environ.get("TRILEVEL_ALLOW_PIPE") == "1"
-    if allowed and ALLOWED not in found.overrides:  # as a word, so that every node gets it
-        found.overrides.append(ALLOWED)
-    return found
 
 
 def _add_pipe(c: argparse.ArgumentParser) -> None:

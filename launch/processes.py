@@ -110,6 +110,51 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
                 return 0
 
 
+class _Nodes:
+    """One ssh per node. `stop` handles a signal to us: a Ctrl-C at every node, the third one kills."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.signals = names, 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.failed: dict[str, int] = {}  # exit codes, in the order in which they ended
+
+    def start(self, commands: list[Command]) -> bool:
+        """Whether all were started. After a signal, those that were are killed: nothing is trained yet."""
+        pipe = subprocess.PIPE
+        for c in commands:
+            if self.signals:
+                self.kill()
+                return False
+            self.processes.append(
+                subprocess.Popen(c.argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True)
+            )
+        return True
+
+    def stop(self, *_: Any) -> None:
+        self.signals += 1
+        for node in self.processes:
+            if self.signals > 2:
+                stop_hard(node.pid)
+            elif node.poll() is None and node.stdin is not None:
+                with contextlib.suppress(OSError):
+                    node.stdin.write(b"\x03")
+                    node.stdin.flush()
+
+    def kill(self) -> None:
+        for node in self.processes:
+            stop_hard(node.pid)
+
+    def running(self, spare: int) -> bool:
+        """Whether a node still runs; adds those that failed since the last call, and reports the ones the job continues without."""
+        running = None in [node.poll() for node in self.processes]
+        for node, name in zip(self.processes, self.names, strict=False):
+            if node.returncode and name not in self.failed:
+                self.failed[name] = node.returncode
+                if len(self.failed) <= spare and not self.signals:
+                    print(f"launch: {name} ended with {node.returncode}; the other nodes continue without it", file=sys.stderr)
+        return running
+
+
 def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: int = 0) -> int:
     """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
     lost ones. Returns that one's exit code, or 0.
@@ -117,65 +162,43 @@ def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: i
     Output goes to one file per node in `logs`, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
     every node; the third one kills.
     """
-    nodes: list[subprocess.Popen[bytes]] = []
-    signals = 0
-
-    def stop(*_: Any) -> None:
-        nonlocal signals
-        signals += 1
-        for node in nodes:
-            if signals > 2:
-                stop_hard(node.pid)
-            elif node.poll() is None and node.stdin is not None:
-                with contextlib.suppress(OSError):
-                    node.stdin.write(b"\x03")
-                    node.stdin.flush()
-
-    before = {number: signal.signal(number, stop) for number in STOP}
-    pipe = subprocess.PIPE
-    for c in commands:
-        if signals:  # before all are there: nothing is trained yet
-            for node in nodes:
-                stop_hard(node.pid)
-            break
-        nodes.append(subprocess.Popen(c.argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True))
+    nodes = _Nodes(names)
+    before = {number: signal.signal(number, nodes.stop) for number in STOP}
+    code = 0 if nodes.start(commands) else 128 + signal.SIGINT
     readers = [
         threading.Thread(target=copy_node, args=(node.stdout, name, logs), daemon=True)
-        for node, name in zip(nodes, names, strict=False)
+        for node, name in zip(nodes.processes, names, strict=False)
     ]
     for reader in readers:
         reader.start()
-    code, deadline = 0 if len(nodes) == len(commands) else 128 + signal.SIGINT, float("inf")
-    failed: dict[str, int] = {}  # in the order in which they ended
     try:
-        running = True
-        while running:
-            running = None in [node.poll() for node in nodes]
-            for node, name in zip(nodes, names, strict=False):
-                if node.returncode and name not in failed:
-                    failed[name] = node.returncode
-                    if len(failed) <= spare and not signals:
-                        print(
-                            f"launch: {name} ended with {node.returncode}; the other nodes continue without it", file=sys.stderr
-                        )
-            if len(failed) > spare and not code:
-                name, code = list(failed.items())[spare]
-                deadline = time.monotonic() + PATIENCE
-                if not signals:  # no signal was sent yet; a second one would kill at once
-                    print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
-                    stop()
-            if time.monotonic() > deadline:
-                for node in nodes:
-                    stop_hard(node.pid)
-            time.sleep(0.1)
+        code = _ended(nodes, logs, spare, code)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         for reader in readers:
             reader.join(5)
     # a stopped job reports it on the node of rank 0
-    code = code or next((one for one in failed.values() if signals or one == STOPPED), 0)
+    code = code or next((one for one in nodes.failed.values() if nodes.signals or one == STOPPED), 0)
     return 128 - code if code < 0 else code
+
+
+def _ended(nodes: _Nodes, logs: Path, spare: int, code: int) -> int:
+    """Waits until all nodes have ended; the exit code of the first failed one after `spare`, else `code`. The others have PATIENCE
+    seconds from then on."""
+    deadline, running = float("inf"), True
+    while running:
+        running = nodes.running(spare)
+        if len(nodes.failed) > spare and not code:
+            name, code = list(nodes.failed.items())[spare]
+            deadline = time.monotonic() + PATIENCE
+            if not nodes.signals:  # no signal was sent yet; a second one would kill at once
+                print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
+                nodes.stop()
+        if time.monotonic() > deadline:
+            nodes.kill()
+        time.sleep(0.1)
+    return code
 
 
 def submit(script: str) -> int:

@@ -9,6 +9,7 @@ It overestimates if the engine reduces gradients during the backward pass. Evalu
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -136,66 +137,60 @@ def estimate(
     bandwidth: GB/s of a node's network; on one node, between its processes. None: all-reduce takes no time.
     cores: CPU cores per node.
     """
-    for name, value in (("--nodes", nodes), ("--processes", processes), ("--cores", cores)):
-        if value < 1:
-            raise ConfigError(f"{name} {value}: must be >= 1")
-    if bandwidth is not None and bandwidth <= 0:
-        raise ConfigError(f"--bandwidth {bandwidth:g}: must be > 0, in GB/s")
+    _refuse_impossible(nodes, processes, bandwidth, cores)
     world = nodes * processes
     checked, (index, _) = check(config, world), open_indexes(config.data, verify=False)
     local = config.data.batch / world  # images of a device in a step
     # on a CPU, passes and decoding share the cores of a node
     slower = processes * bench.threads / cores if bench.cpu else 1.0
-    decode = bench.decode or 0.0
     ring = nodes if nodes > 1 else processes
     sent = 2 * (ring - 1) / ring * checked.parameters * GRADIENT_BYTES[config.engine.precision] * _volume(config.engine)
     reduce = sent / (bandwidth * 1e9) if bandwidth else 0.0
-    engine = bench.engine or 0.0
+    engine, load = bench.engine or 0.0, local * processes * (bench.decode or 0.0) / cores
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
-    steps = total = images = multiply_adds = 0.0
+    steps = total = 0.0
     fastest = float("inf")
     schedule = build_schedule(config)
     for segment in _segments(schedule, config.data.batch, checked.images, bench.passes):
         compute = local * segment.passes * slower
-        load = local * processes * decode / cores
-        one = compute + engine + reduce + (load if bench.cpu else 0.0)
-        one = max(one, load)
-        parts["compute"] += segment.steps * compute
-        parts["loader"] += segment.steps * load
-        parts["engine"] += segment.steps * engine
-        parts["all-reduce"] += segment.steps * reduce
+        one = max(compute + engine + reduce + (load if bench.cpu else 0.0), load)
+        for name, seconds in zip(parts, (compute, load, engine, reduce), strict=True):
+            parts[name] += segment.steps * seconds
         steps, total, fastest = steps + segment.steps, total + segment.steps * one, min(fastest, one)
-        images += segment.steps * config.data.batch
-    for p in checked.plateaus:
-        multiply_adds += (p.end - p.start) / config.epochs * images * p.multiply_adds
-    demand = config.data.batch / fastest / nodes
-    notes = [
-        f"step measured on a {'CPU' if bench.cpu else 'GPU'}: {bench.passes['ours'] * 1000:.3g} ms per image under the final plan"
-    ]
-    notes += (
-        []
-        if bench.decode
-        else ["loader not measured, counted as 0; add --from FILE of `trilevel bench input CONFIG --json FILE`"]
-    )
-    notes += (
-        []
-        if bench.engine is not None
-        else ["engine (a step's time outside its passes) not measured, counted as 0; add --from RUN of a short run"]
-    )
-    notes += [] if bandwidth or world == 1 else ["all-reduce counted as 0; set --bandwidth GB/s"]
-    if bandwidth and nodes == 1 and world > 1:
-        notes.append("one node: --bandwidth is the bandwidth between its processes")
-    if not schedule.shares_known:
-        notes.append(
-            f"examples.method={config.examples.method} decides during the run what to remove; counted as removing nothing"
-        )
+    images, demand = steps * config.data.batch, config.data.batch / fastest / nodes
     size = float(index.length.mean()) if len(index) else 0.0
     return Estimate(
         about=f"{config.name}, {nodes} node(s) x {processes}", steps=round(steps), hours=total / 3600, devices=world,
         parts={name: seconds / 3600 for name, seconds in parts.items()}, images_per_second=images / total / nodes,
         demand=demand, bytes_per_second=demand * size, cores=cores,
-        supply=cores / bench.decode if bench.decode else None, multiply_adds=multiply_adds, notes=tuple(notes),
+        supply=cores / bench.decode if bench.decode else None,
+        multiply_adds=sum((p.end - p.start) / config.epochs * images * p.multiply_adds for p in checked.plateaus),
+        notes=tuple(_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method)),
     )  # fmt: skip
+
+
+def _refuse_impossible(nodes: int, processes: int, bandwidth: float | None, cores: int) -> None:
+    for name, value in (("--nodes", nodes), ("--processes", processes), ("--cores", cores)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be >= 1")
+    if bandwidth is not None and bandwidth <= 0:
+        raise ConfigError(f"--bandwidth {bandwidth:g}: must be > 0, in GB/s")
+
+
+def _notes(bench: MeasuredRates, nodes: int, world: int, bandwidth: float | None, deciding: str) -> Iterator[str]:
+    """What the estimate counts as 0 or assumes. deciding: the method of level 1 that decides during the run what to remove, or ""."""
+    device = "CPU" if bench.cpu else "GPU"
+    yield f"step measured on a {device}: {bench.passes['ours'] * 1000:.3g} ms per image under the final plan"
+    if not bench.decode:
+        yield "loader not measured, counted as 0; add --from FILE of `trilevel bench input CONFIG --json FILE`"
+    if bench.engine is None:
+        yield "engine (a step's time outside its passes) not measured, counted as 0; add --from RUN of a short run"
+    if not bandwidth and world > 1:
+        yield "all-reduce counted as 0; set --bandwidth GB/s"
+    if bandwidth and nodes == 1 and world > 1:
+        yield "one node: --bandwidth is the bandwidth between its processes"
+    if deciding:
+        yield f"examples.method={deciding} decides during the run what to remove; counted as removing nothing"
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,47 @@ def parity(
     batches = stream.order(0, None).steps
     ours = _Ours(config, batches, device)
     theirs = Timm(against, batches, device, ours.model.state_dict() if config.model.init != "random" else None)
-    facts = {
+    facts = _facts(config, rows, device)
+    compared = _Comparison(tolerance)
+    found = compared.first(-1, ours.start(), theirs.start())
+    presented = itertools.chain.from_iterable(stream.epoch(epoch, None) for epoch in itertools.count())
+    step = 0
+    while found is None and step < steps:
+        batch = _whole_pairs(next(presented), rows, device)
+        found = compared.first(step, ours.step(step, batch), theirs.step(step, batch))
+        step += 1
+    ends = (compared.losses[0], compared.losses[-1]) if compared.losses else (float("nan"), float("nan"))
+    return Certificate(step, found, tolerance, compared.largest, ends, facts)
+
+
+class _Comparison:
+    """Compares the two sides tensor by tensor. largest: {kind of tensor: largest relative difference}; losses: ours, of each step."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.largest: dict[str, float] = {}
+        self.losses: list[float] = []
+
+    def first(self, step: int, ours: Iterator[TracedTensor], theirs: Iterator[TracedTensor]) -> Divergence | None:
+        """The first difference above the tolerance in the tensors of a step; both sides stop there."""
+        for x, y in itertools.zip_longest(ours, theirs):
+            if x is None or y is None or x[:2] != y[:2]:
+                alone = x or y
+                assert alone is not None
+                return Divergence(step, alone.what, f"{alone.name} (on one side only)", *[float("nan")] * 4)
+            if x.what == "loss" and x.name == "mean":
+                self.losses.append(float(x.value.detach()))
+            allowed = SCHEDULE_TOLERANCE if x.what == "learning rate" else self.tolerance
+            relative, found = _compare(step, x, y)
+            self.largest[x.what] = max(self.largest.get(x.what, 0.0), relative)
+            if not relative <= allowed:
+                return found
+        return None
+
+
+def _facts(config: Config, rows: int, device: torch.device) -> dict[str, Any]:
+    """What was compared, for the JSON file."""
+    return {
         "config": config.name,
         "fingerprint": config.fingerprint(),
         "model": config.model.name,
@@ -133,34 +173,7 @@ def parity(
         "device": device.type,
         "torch": torch.__version__,
         "timm": timm.__version__,
-    }  # fmt: skip
-    largest: dict[str, float] = {}
-    losses: list[float] = []
-
-    def first(step: int, a: Iterator[TracedTensor], b: Iterator[TracedTensor]) -> Divergence | None:
-        for x, y in itertools.zip_longest(a, b):
-            if x is None or y is None or x[:2] != y[:2]:
-                alone = x or y
-                assert alone is not None
-                return Divergence(step, alone.what, f"{alone.name} (on one side only)", *[float("nan")] * 4)
-            if x.what == "loss" and x.name == "mean":
-                losses.append(float(x.value.detach()))
-            allowed = SCHEDULE_TOLERANCE if x.what == "learning rate" else tolerance
-            relative, found = _compare(step, x, y)
-            largest[x.what] = max(largest.get(x.what, 0.0), relative)
-            if not relative <= allowed:
-                return found
-        return None
-
-    found = first(-1, ours.start(), theirs.start())
-    presented = itertools.chain.from_iterable(stream.epoch(epoch, None) for epoch in itertools.count())
-    step = 0
-    while found is None and step < steps:
-        batch = _whole_pairs(next(presented), rows, device)
-        found = first(step, ours.step(step, batch), theirs.step(step, batch))
-        step += 1
-    ends = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
-    return Certificate(step, found, tolerance, largest, ends, facts)
+    }
 
 
 def _compare(step: int, ours: TracedTensor, theirs: TracedTensor) -> tuple[float, Divergence | None]:

@@ -10,11 +10,12 @@ import hashlib
 import io
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from rich.progress import Progress
 from webdataset.writer import TarWriter
 
 from trainer.data.augment.decode import header
@@ -49,16 +50,7 @@ def pack(
     `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; the index records it.
     Running it again continues after a kill, and returns at once if everything is packed. Raises DataError.
     """
-    dst = Path(dst)
-    if set("*?[]{},") & set(f"{dst}{name}") or not re.fullmatch(r"\w+", name):
-        raise DataError(
-            f"pack into {dst}, --name {name}: neither may contain any of *?[]{{}}, which are wildcards of shard patterns, and --name "
-            "must be one word (`train-*.tar` would match the shards of `train-extra` too)"
-        )
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"pack into {dst}: {error.strerror}") from error
+    dst = _folder(dst, name)
     splits = images(str(src), labels, name, seed, dst)
     number = _classes(dst, {image.label for part in splits.values() for image in part}, labels)
     packing = "" if short_side is None and quality is None else f"short side {short_side}, JPEG quality {quality or 90}"
@@ -76,19 +68,39 @@ def pack(
                 pool.submit(_write, _shard(dst, split, i), part[borders[i] : borders[i + 1]], number, short_side, quality)
                 for i in todo
             ]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    shown.advance(shown.task_ids[0])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            _finish(pool, jobs, shown)
         indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
         for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # left by a killed pack
             left.unlink()
     for left in dst.glob(".*.unpacked"):
         left.unlink()
     return indexes
+
+
+def _folder(dst: str | Path, name: str) -> Path:
+    """The folder of the shards, made; raises DataError for names that a shard pattern would misread."""
+    dst = Path(dst)
+    if set("*?[]{},") & set(f"{dst}{name}") or not re.fullmatch(r"\w+", name):
+        raise DataError(
+            f"pack into {dst}, --name {name}: neither may contain any of *?[]{{}}, which are wildcards of shard patterns, and --name "
+            "must be one word (`train-*.tar` would match the shards of `train-extra` too)"
+        )
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"pack into {dst}: {error.strerror}") from error
+    return dst
+
+
+def _finish(pool: ThreadPoolExecutor, jobs: list[Future[None]], shown: Progress) -> None:
+    """Waits for the shards being written; the first failure cancels those that have not begun."""
+    try:
+        for job in as_completed(jobs):
+            job.result()
+            shown.advance(shown.task_ids[0])
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _shard(dst: Path, split: str, i: int) -> Path:
