@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from trainer.__main__ import main
 from trainer.bench.paired import TimedPlan, interval, paired
 from trainer.config.load import load
-from trainer.config.schema import ConnectionsConfig
+from trainer.config.schema_levels import ConnectionsConfig
 from trainer.model.build import build_model, build_schedule, cost_of
 
 RECIPE = """

@@ -25,7 +25,7 @@ from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import FREE_TO_CHANGE, Config
-from trainer.config.schema import CheckpointConfig
+from trainer.config.schema_run import CheckpointConfig
 from trainer.run.directory import create_run_directory
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk

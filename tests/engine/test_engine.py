@@ -98,7 +98,7 @@ import os
 os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 import accelerate.state
 from accelerate import PartialState
-from trainer.config.schema import EngineConfig
+from trainer.config.schema_run import EngineConfig
 from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
 from trainer.engine.errors import EngineError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lines
-from trainer.config.schema import TraceConfig as TraceSettings
+from trainer.config.schema_run import TraceConfig as TraceSettings
 from trainer.telemetry.profiler import Trace
 from trainer.telemetry.step_phases import PHASES
 

@@ -188,7 +188,7 @@ def test_what_a_server_answers_comes_with_a_remedy(
 
 LISTENING = """
 import json, sys, psutil, torch
-from trainer.config.schema import EngineConfig
+from trainer.config.schema_run import EngineConfig
 from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine
 engine = Engine(EngineConfig(kind=sys.argv[1], zero=1 if sys.argv[1] == "deepspeed" else 0, precision="float32"), BatchSplit(2, 1, 2))

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.rule_ranks import RULES, ranks
-from trainer.config.schema import ExamplesConfig
+from trainer.config.schema_levels import ExamplesConfig
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.support.journals import START, lines, write
 from tests.support.mlflow_runs import expected
 from tests.support.mlflow_runs import surroundings as surroundings
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.journal.file import JournalError
 from trainer.tracking import sync
 from trainer.tracking import upload as shipment

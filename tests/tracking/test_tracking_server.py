@@ -26,7 +26,7 @@ import pytest
 
 from tests.support.mlflow_runs import client, expected, followed, rows, slow_server, start_line, until
 from tests.support.mlflow_runs import surroundings as surroundings
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.journal.writer import Journal
 from trainer.tracking import sync
 from trainer.tracking.shipper import start

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from sparsity.types import Observation
 from trainer.bench.result import BenchResult, stats
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.engine.processes import Processes
 from trainer.journal.writer import Journal
 from trainer.run.console import Console

@@ -28,7 +28,7 @@ from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import parse_recorded
 from trainer.config.recorded import without_foreign
 from trainer.config.run_config import Config, differences
-from trainer.config.schema import CheckpointConfig
+from trainer.config.schema_run import CheckpointConfig
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 

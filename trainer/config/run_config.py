@@ -1,4 +1,4 @@
-"""The configuration of a run, and the checks across its sections. Sections: `schema`; reading a YAML: `load`.
+"""The configuration of a run, and the checks across its sections. Sections: `schema`, `schema_levels`, `schema_run`; a YAML: `load`.
 
 Defaults are the plain case (dense DeiT from scratch); a YAML lists only what differs. Durations have a unit ("5ep",
 "500step"); schedules follow progress in epochs, so they accept only `ep`. Checked here: what depends on the file alone; what
@@ -14,21 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.schema import (
-    AugmentConfig,
-    CheckpointConfig,
-    ConnectionsConfig,
-    DataConfig,
-    EngineConfig,
-    EvaluateConfig,
-    ExamplesConfig,
-    ModelConfig,
-    OptimConfig,
-    PlanConfig,
-    TokensConfig,
-    TraceConfig,
-    TrackingConfig,
-)
+from trainer.config.schema import AugmentConfig, DataConfig, EvaluateConfig, ModelConfig, OptimConfig
+from trainer.config.schema_levels import ConnectionsConfig, ExamplesConfig, PlanConfig, TokensConfig
+from trainer.config.schema_run import CheckpointConfig, EngineConfig, TraceConfig, TrackingConfig
 from trainer.config.values import Duration, Length, Section, Share
 
 # Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing.

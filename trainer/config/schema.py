@@ -1,21 +1,16 @@
-"""The sections of a configuration: every setting, its default, its meaning."""
+"""Sections of a configuration that decide what is trained on which images: model, data, augmentation, optimizer, evaluation.
+
+Every setting with its default and its meaning, as in `schema_levels` (what is left out) and `schema_run` (how it is computed, saved
+and tracked).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from sparsity.settings import ConnectionSettings, Settings, TokenSettings
-from trainer.config.credentials import no_credential
-from trainer.config.method_section import MethodSection
-from trainer.config.values import Blocks, Chance, Duration, Epochs, Length, Section, Share
-
-if TYPE_CHECKING:
-    from sparsity.examples.curriculum import ExampleSettings
-    from sparsity.schedule import PlanSettings
-
+from trainer.config.values import Chance, Duration, Epochs, Length, Section, Share
 
 # arguments of timm.create_model that load files or wrap the network
 LOADS = frozenset({"checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "out_indices"})
@@ -187,136 +182,3 @@ class OptimConfig(Section):
     """Steps of a run without a finite gradient that are skipped; one more stops the run."""
     max_skipped_in_row: int = Field(default=4, ge=0)
     """The same for consecutive steps."""
-
-
-class ExamplesConfig(MethodSection):
-    """Level 1, which examples an epoch shows. Keys beside these: the settings of the method, see `sparsity.examples`
-    (docs/methods.md, section Examples)."""
-
-    if TYPE_CHECKING:
-        settings: ExampleSettings = cast(Any, None)
-
-    rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
-    """When a mixed image counts as right: `clear`, `without_partner`, `dominant` or `authors` (docs/methods.md, section
-    Examples)."""
-
-    @classmethod
-    def methods(cls) -> Mapping[str, type[Settings]]:
-        from sparsity.examples import EXAMPLES  # it imports torch, which reading a journal does not need
-
-        return EXAMPLES
-
-
-class TokensConfig(MethodSection):
-    """Level 2, which tokens the following blocks see. Keys beside these: the settings of the method, see `sparsity.tokens`
-    (docs/methods.md, section Tokens)."""
-
-    if TYPE_CHECKING:
-        settings: TokenSettings = cast(Any, None)
-
-    blocks: Blocks = (3, 6, 9)
-    """Blocks, counted from 0, in which levels 2 and 3 select."""
-    position: Literal["attention", "block"] = "attention"
-    """Where in the block tokens are dropped: `attention` (between attention and MLP, as EViT) or `block` (after the MLP)."""
-
-    @classmethod
-    def methods(cls) -> Mapping[str, type[Settings]]:
-        from sparsity.tokens import TOKENS
-
-        return TOKENS
-
-
-class ConnectionsConfig(MethodSection):
-    """Level 3, which keys the following blocks see. Other keys: the settings of the method, see `sparsity.connections`
-    (docs/methods.md, section Connections)."""
-
-    if TYPE_CHECKING:
-        settings: ConnectionSettings = cast(Any, None)
-
-    @classmethod
-    def methods(cls) -> Mapping[str, type[Settings]]:
-        from sparsity.connections import CONNECTIONS
-
-        return CONNECTIONS
-
-
-class PlanConfig(MethodSection):
-    """How both keep ratios fall over the run. Other keys: the settings of the kind of schedule, see `sparsity.schedule`
-    (docs/methods.md, section Schedule)."""
-
-    if TYPE_CHECKING:
-        settings: PlanSettings = cast(Any, None)
-
-    method: str = "constant"
-    """Kind of schedule: how the keep ratios come down over the run."""
-
-    @classmethod
-    def methods(cls) -> Mapping[str, type[Settings]]:
-        from sparsity.schedule import PLANS
-
-        return PLANS
-
-
-class EngineConfig(Section):
-    """How a step is computed: DeepSpeed through accelerate, or plain DDP for comparison."""
-
-    kind: Literal["deepspeed", "ddp"] = "deepspeed"
-    """`deepspeed` (through accelerate) or `ddp` (plain DistributedDataParallel, as a reference)."""
-    zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 cuts optimizer state over ranks, 2 gradients too, 3 parameters too. Raise it when memory runs out."""
-    precision: Literal["autocast", "bf16", "float32"] = "autocast"
-    """`autocast`: bf16 compute, float32 parameters; `bf16`: bf16 parameters with float32 master weights; `float32`."""
-    checkpointing: bool = False
-    """Gradient checkpointing: activations are computed again in the backward pass. Less memory, about a third slower."""
-    compile: bool = False
-    """torch.compile; one graph per distinct plan. Not with ZeRO 3."""
-    deepspeed: str | None = None
-    """Path of a ds_config.json. Keys that we do not set go to DeepSpeed as they are; conflicts are refused with both values."""
-
-
-class CheckpointConfig(Section):
-    every: Length = Duration(count=1, unit="ep")
-    """Distance between checkpoints, e.g. 1ep or 500step; 0ep = at the end only."""
-    keep: int = Field(default=2, ge=1)
-    """Number of newest checkpoints that stay."""
-    keep_every: Length = Duration(count=0, unit="ep")
-    """Beside them, keep the first checkpoint at or after each multiple of this; 0ep = none."""
-    best: bool = True
-    """Keep the checkpoint with the best top-1 as well."""
-    asynchronous: bool = True
-    """Write in the background: training waits for the copy into host memory, not for the disk. Costs that memory on rank 0."""
-
-
-class TrackingConfig(Section):
-    to: Literal["mlflow", "journal"] = "mlflow"
-    """`mlflow`, or `journal` for no tracking server (`trilevel sync` uploads later)."""
-    uri: Annotated[str | None, AfterValidator(no_credential)] = None
-    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else sqlite at RUNS/mlflow.db. Credentials belong in
-    MLFLOW_TRACKING_* variables."""
-    experiment: str = "trilevel"
-    """MLflow experiment."""
-    weights: bool = False
-    """Upload weights.safetensors at the end of an attempt too."""
-    parent: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the MLflow parent run; `launch sweep` sets it."""
-    tags: dict[str, str] = Field(default_factory=dict)
-    """MLflow tags of the run."""
-
-
-class TraceConfig(Section):
-    """Profiling on demand, see `trainer.telemetry.profiler`."""
-
-    steps: tuple[int, int] | None = None
-    """First and last step of a torch.profiler trace, counted from 1 as in the journal, e.g. [100, 105]. Default: none."""
-    ranks: tuple[int, ...] = (0,)
-    """Ranks that write a trace."""
-    memory: bool = False
-    """Record memory allocations too."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> TraceConfig:
-        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
-            raise ValueError(
-                f"trace.steps={list(self.steps)}: must be the first and the last step, counted from 1, e.g. [100, 105]"
-            )
-        return self

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import schema
+from trainer.config.schema_run import EngineConfig
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_conflicts import merged
 
 
-def deepspeed_config(settings: schema.EngineConfig, batch_split: BatchSplit, world: int, clip: float) -> dict[str, Any]:
+def deepspeed_config(settings: EngineConfig, batch_split: BatchSplit, world: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's dictionary: rendered from ours, without "auto", plus the user's own settings (see `deepspeed_conflicts`).
 
     Raises ConfigError with both values if the user's files or accelerate's environment contradict the configuration.

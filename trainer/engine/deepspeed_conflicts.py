@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config import schema
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import flat
+from trainer.config.schema_run import EngineConfig
 
 AUTO = "auto"
 # Sections that duplicate the configuration of a run, or that the training loop does not support.
@@ -89,7 +89,7 @@ class ExternalSetting(NamedTuple):
     value: Any
 
 
-def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def merged(ours: dict[str, Any], settings: EngineConfig, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`ours` (see `deepspeed_config.deepspeed_config`) with the user's settings. Raises ConfigError with every conflict."""
     environment = os.environ if environment is None else environment
     config, wrong = json.loads(json.dumps(ours)), environment_conflicts(settings, environment)
@@ -125,7 +125,7 @@ def merged(ours: dict[str, Any], settings: schema.EngineConfig, environment: Map
     return config
 
 
-def external_settings(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[ExternalSetting]:
+def external_settings(settings: EngineConfig, environment: Mapping[str, str]) -> list[ExternalSetting]:
     """The settings of the user's files and accelerate's variables, key by key."""
     found: list[ExternalSetting] = []
     files = {"engine.deepspeed": settings.deepspeed}
@@ -141,7 +141,7 @@ def external_settings(settings: schema.EngineConfig, environment: Mapping[str, s
     return found
 
 
-def environment_conflicts(settings: schema.EngineConfig, environment: Mapping[str, str]) -> list[str]:
+def environment_conflicts(settings: EngineConfig, environment: Mapping[str, str]) -> list[str]:
     """Conflicts with accelerate's environment other than keys of DeepSpeed."""
     wrong = []
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.kind != "deepspeed":
@@ -182,7 +182,7 @@ def _off(given: list[ExternalSetting], where: str, section: str) -> bool:
     return any(one[:2] == (where, f"{section}.enabled") and one.value in (False, 0) for one in given)
 
 
-def _setting(key: str, value: Any, settings: schema.EngineConfig) -> str:
+def _setting(key: str, value: Any, settings: EngineConfig) -> str:
     name = DECIDES.get(key, key)
     return f"{name}={settings.precision if name == 'engine.precision' else _text(value)}"
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import schema
 from trainer.config.errors import ConfigError
+from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
@@ -35,7 +35,7 @@ class Engine(Processes):
     silently: every rank trains alone and checkpoints collide).
     """
 
-    def __init__(self, settings: schema.EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
+    def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
         self.on_gpu = torch.cuda.is_available()
         set_single_process_env()

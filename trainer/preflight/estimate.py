@@ -20,7 +20,7 @@ from rich.table import Table
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_recorded
 from trainer.config.run_config import Config
-from trainer.config.schema import EngineConfig
+from trainer.config.schema_run import EngineConfig
 from trainer.data.loader.dataset import open_indexes
 from trainer.journal.reader import lineage
 from trainer.model.build import build_schedule

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.config.schema import TraceConfig as Settings
+from trainer.config.schema_run import TraceConfig as Settings
 
 FOLDER = "traces"
 EVENTS = 1_000_000  # allocations recorded by the memory snapshot

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.storage.private_file import private
 from trainer.storage.source_tree import python_path
 from trainer.tracking.state import LOG, SyncResult, SyncState

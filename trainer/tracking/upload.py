@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.journal import writer
 from trainer.journal.reader import FILE, read, read_from
 from trainer.tracking.address import Address, address_of, from_environment

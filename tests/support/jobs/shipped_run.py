@@ -4,7 +4,7 @@ import json
 import sys
 import time
 
-from trainer.config.schema import TrackingConfig
+from trainer.config.schema_run import TrackingConfig
 from trainer.journal.writer import Journal
 from trainer.tracking import shipper
 

@@ -1,0 +1,85 @@
+"""Sections of a configuration for what is left out: examples, tokens, connections, and the plan of both keep ratios.
+
+The settings of a method stand in its own file in `sparsity`; here is what all methods of a level share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from sparsity.settings import ConnectionSettings, Settings, TokenSettings
+from trainer.config.method_section import MethodSection
+from trainer.config.values import Blocks
+
+if TYPE_CHECKING:
+    from sparsity.examples.curriculum import ExampleSettings
+    from sparsity.schedule import PlanSettings
+
+
+class ExamplesConfig(MethodSection):
+    """Level 1, which examples an epoch shows. Keys beside these: the settings of the method, see `sparsity.examples`
+    (docs/methods.md, section Examples)."""
+
+    if TYPE_CHECKING:
+        settings: ExampleSettings = cast(Any, None)
+
+    rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
+    """When a mixed image counts as right: `clear`, `without_partner`, `dominant` or `authors` (docs/methods.md, section
+    Examples)."""
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.examples import EXAMPLES  # it imports torch, which reading a journal does not need
+
+        return EXAMPLES
+
+
+class TokensConfig(MethodSection):
+    """Level 2, which tokens the following blocks see. Keys beside these: the settings of the method, see `sparsity.tokens`
+    (docs/methods.md, section Tokens)."""
+
+    if TYPE_CHECKING:
+        settings: TokenSettings = cast(Any, None)
+
+    blocks: Blocks = (3, 6, 9)
+    """Blocks, counted from 0, in which levels 2 and 3 select."""
+    position: Literal["attention", "block"] = "attention"
+    """Where in the block tokens are dropped: `attention` (between attention and MLP, as EViT) or `block` (after the MLP)."""
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.tokens import TOKENS
+
+        return TOKENS
+
+
+class ConnectionsConfig(MethodSection):
+    """Level 3, which keys the following blocks see. Other keys: the settings of the method, see `sparsity.connections`
+    (docs/methods.md, section Connections)."""
+
+    if TYPE_CHECKING:
+        settings: ConnectionSettings = cast(Any, None)
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.connections import CONNECTIONS
+
+        return CONNECTIONS
+
+
+class PlanConfig(MethodSection):
+    """How both keep ratios fall over the run. Other keys: the settings of the kind of schedule, see `sparsity.schedule`
+    (docs/methods.md, section Schedule)."""
+
+    if TYPE_CHECKING:
+        settings: PlanSettings = cast(Any, None)
+
+    method: str = "constant"
+    """Kind of schedule: how the keep ratios come down over the run."""
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.schedule import PLANS
+
+        return PLANS
