@@ -47,6 +47,19 @@ def test_the_lines_of_the_readme(readme: dict[str, Any]):
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 10)
 
 
+def test_settings_keep_their_types(readme: dict[str, Any]):
+    found = load_config(
+        readme["result"].directory,
+        name="7",
+        stop_at=None,
+        log_every="5step",
+        data={"train": "a", "validation": "b", "cache": None, "batch": 32, "lanes": 2},
+    )
+    assert (found.name, found.stop_at, str(found.log_every), found.data.cache) == ("7", None, "5step", None)
+    with pytest.raises(ValueError, match="name=None: must not be null"):
+        load_config(readme["result"].directory, name=None)
+
+
 def test_a_finished_run_is_evaluated_again(readme: dict[str, Any]):
     run = readme["result"].directory
     evals = read_run(run)["eval"]

@@ -7,6 +7,7 @@ Never: prints tables or ends the process (the command line does).
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 def load_config(path: str | Path, *overrides: str, **settings: Any) -> Config:
     """The configuration of a YAML file, or of a run directory.
 
-    overrides: `"optim.lr=5e-4"`, as on the command line. settings: top-level keys, `epochs=4, name="first"`. Raises ConfigError.
+    overrides: `"optim.lr=5e-4"`, as on the command line. settings: top-level keys, `epochs=4, name="first"`; None is null.
+    Raises ConfigError.
     """
     from trainer.config.load import load
 
     path = Path(path)
-    words = [*overrides, *(f"{key}={value}" for key, value in settings.items())]
+    words = [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in settings.items())]  # JSON is YAML
     return load(path / "config.yaml" if path.is_dir() else path, words)
 
 

@@ -82,6 +82,10 @@ def test_running_and_empty_runs(tmp_path: Path):
     assert picture(run).stat().st_size > 1000
     write(run, [{"kind": "end", "time": 2.0, "attempt": 0, "status": "failed", "reason": "disk full"}])
     assert summary(run).title == "tri: failed: disk full, 0 steps, epoch 0"
+    stopped = {"kind": "end", "status": "stopped", "reason": "stop_at=1.5ep", "step": 6, "progress": 1.5}
+    logged = {"kind": "step", "step": 5, "progress": 1.0}
+    write(run, [{"time": 1.5, "attempt": 0} | logged, {"time": 2.0, "attempt": 0} | stopped])
+    assert summary(run).title == "tri: stopped: stop_at=1.5ep, 6 steps, epoch 1.5", "the last step, not the last logged one"
     with pytest.raises(JournalError, match="no such journal"):
         summary(tmp_path / "other")
 

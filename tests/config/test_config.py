@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic_core import core_schema
 
 from trainer.config.errors import ConfigError
+from trainer.config.field_errors import reason
 from trainer.config.load import load, parse
 from trainer.config.run_config import Config, differences
 
@@ -59,8 +63,21 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|valid keys"),
         ("data.lr=3", "did you mean optim.lr?"),
         ("modle.name=x", "did you mean model?"),
-        ("evaluate.crop_pct=0", "evaluate.crop_pct=0: Input should be greater than 0"),
-        ("epochs=0", "epochs=0: Input should be greater than 0"),
+        ("evaluate.crop_pct=0", "evaluate.crop_pct=0: must be > 0"),
+        ("epochs=0", "epochs=0: must be > 0"),
+        ("epochs=1.5", "epochs=1.5: must be an integer"),
+        ("optim.lr=fast", "optim.lr='fast': must be a number"),
+        ("optim.lr=.inf", "optim.lr=inf: must be a finite number"),
+        ("optim.layer_decay=2", "optim.layer_decay=2: must be <= 1"),
+        ("engine.kind=fsdp", "engine.kind='fsdp': unknown value; valid values: deepspeed, ddp"),
+        ("engine.compile=maybe", "engine.compile='maybe': must be true or false"),
+        ("data.cache=4", "data.cache=4: must be text; put it in quotes"),
+        ("model=3", "model=3: must be a section"),
+        ("tracking.tags=[1]", "tracking.tags=[1]: must be a mapping of keys to values"),
+        ("augment.scale=[0.1]", "augment.scale=[0.1]: value 2 is missing"),
+        ("augment.scale=[0.1, 0.2, 0.3]", "augment.scale=[0.1, 0.2, 0.3]: must have 2 values, got 3"),
+        ("trace.ranks=0", "trace.ranks=0: must be a list, e.g. [1, 2]"),
+        ("tokens.blocks=[1, x]", "tokens.blocks.1='x': must be an integer"),
         ("optim.warmup=500step", "write it in epochs, e.g. '5ep'"),
         ("optim.warmup=5", "write epochs as '5ep' or optimizer steps as '500step'"),
         ("optim.warmup=5.0", "write epochs as '5ep' or optimizer steps as '500step'"),
@@ -71,7 +88,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("tokens.blocks=[3, 3]", "unique, in ascending order"),
         ("engine.zero=4", "engine.zero=4"),
         ("optim.name=lamb", "set engine.zero=0"),
-        ("name=../x", "name='../x'"),
+        ("name=../x", "name='../x': must be letters, digits"),
         ("tokens.method=tome", "merges nothing"),
         ("optim.name=lars", "set engine.zero=0"),
         ("optim.name=muon", "set engine.zero=0"),
@@ -96,6 +113,14 @@ def test_what_an_engine_can_not_do_is_said_before_it_starts(overrides: tuple[str
     with pytest.raises(ConfigError) as error:
         changed(*overrides, tmp_path=tmp_path)
     assert all(text.split("=")[1].lower() in str(error.value).lower() for text in overrides), error.value
+
+
+def test_numbers_texts_and_lists_are_refused_in_our_words_whatever_pydantic_says() -> None:
+    """Every type of error that pydantic has about them, also those that a later release adds."""
+    of_values = re.compile(r"int_|float_|bool_|string_type|(list|dict|tuple|model)_type|finite|literal|(greater|less)_than")
+    kinds = [kind for kind in typing.get_args(core_schema.ErrorType) if of_values.match(kind)]
+    about = {"msg": "pydantic's own", "loc": ("a",), "ctx": {"gt": 1, "ge": 1, "lt": 1, "le": 1, "expected": "'a' or 'b'"}}
+    assert len(kinds) > 15 and not [kind for kind in kinds if "pydantic" in reason({"type": kind, **about})]
 
 
 def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.field_errors import reason
 from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.recorded import method_sections, without_foreign
@@ -79,9 +79,6 @@ def _split(text: str) -> tuple[str, Any]:
         parsed = value
     if isinstance(parsed, dict) and not value.strip().endswith("}"):
         parsed = value
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as a string
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)
     return key, parsed
 
 
@@ -118,9 +115,11 @@ def _explain(error: Any) -> str:
         hint = did_you_mean(where[-1], known, prefix="".join(f"{part}." for part in where[:-1]))
         hint = hint or [*elsewhere, f"valid keys: {', '.join(known)}"][0]
         return f"  {key}={error['input']!r}: unknown key; {hint}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" and not isinstance(error["loc"][-1], int):
         return f"  {key}: required key is missing; add it to the file or pass {key}=VALUE"
-    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":  # a value of a list
+        key = ".".join(where[:-1])
+    message = reason(error)
     if not key or message.startswith(key):  # the message names its keys
         return f"  {message}"
     return f"  {key}={error['input']!r}: {message}"

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sparsity.settings import EPOCHS, Range, Settings, SettingsError, choose
+from trainer.config.field_errors import reason
 from trainer.config.values import Epochs, Section
 
 SETTINGS = "settings"  # the field with the dataclass; in files its keys are keys of the section
@@ -113,7 +114,7 @@ def read(kind: type[Settings], raw: Mapping[str, Any]) -> tuple[Settings | None,
     try:
         return kind(**vars(_reader(kind).model_validate(raw))), []
     except ValidationError as error:
-        return None, [_problem(e["loc"], e["input"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        return None, [_problem(e["loc"], e["input"], reason(e)) for e in error.errors()]
     except SettingsError as error:
         return None, [_problem(name, raw.get(name), text) for name, text in error.problems.items()]
     except ValueError as error:

@@ -17,7 +17,7 @@ from sparsity.settings import EPOCHS, Range, Settings
 from trainer.config.errors import ConfigError
 from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.run_config import Config
-from trainer.config.values import Duration, Section
+from trainer.config.values import Duration, Section, Unit
 
 HEAD = """# Configuration
 
@@ -150,9 +150,7 @@ def _shown(value: Any, hint: Any = None, metadata: Any = ()) -> str:
 
 def _is_epochs(hint: Any, metadata: Any) -> bool:
     parts = [*metadata, *(get_args(hint)[1:] if get_origin(hint) is Annotated else ())]
-    return any(isinstance(part, Range) and part.unit == EPOCHS for part in parts) or any(
-        type(part).__name__ == "BeforeValidator" for part in parts
-    )
+    return any((isinstance(part, Range) and part.unit == EPOCHS) or part == Unit("epochs") for part in parts)
 
 
 def _kind(hint: Any, metadata: Any) -> str:

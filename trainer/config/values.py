@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -55,10 +56,18 @@ def _epochs_only(value: Duration) -> float:
     return value.count
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A mark of a type, for `reference`: the unit in which values are written."""
+
+    name: str
+
+
 _as_text = PlainSerializer(str, return_type=str)
 Length = Annotated[Duration, BeforeValidator(_parse_duration), _as_text]
 Epochs = Annotated[
     float,
+    Unit("epochs"),
     BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
     PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]

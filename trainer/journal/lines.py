@@ -58,7 +58,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "broken": _WHERE,
     "skipped": _WHERE,
     "message": {"text": TEXT},
-    "end": {"step": COUNT, "status": TEXT},
+    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT},
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}
 

@@ -48,8 +48,9 @@ name, lists as one metric per position.
 |            | gradient was not finite      | the batch, see `hash_chain`), skipped, in_row (steps so far)                     |
 | message    | a message to the user        | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
-|            | ends by itself               | "failed"), reason, step, seconds, images (of the run), device_hours (of all      |
-|            |                              | attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in `control`)  |
+|            | ends by itself               | "failed"), reason, step, progress, seconds, images (of the run), device_hours    |
+|            |                              | (of all attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in     |
+|            |                              | `control`)                                                                       |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """

@@ -141,7 +141,7 @@ class RankZeroLog:
         saved = savings_of(self.directory)
         facts = self.efficiency.so_far(state.seconds)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
-        about = {"step": state.step, "seconds": state.seconds, "images": state.images}
+        about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
         self.journal.write("end", status=status, reason=reason, **about, **facts)
         try:
             report.write(self.directory)

@@ -172,9 +172,8 @@ class Recorder:
         if self._log:
             self._log.end(state, recorded, reason)
         elif self._journal:  # it failed before `start`
-            self._journal.write(
-                "end", status=recorded, reason=reason, step=state.step, seconds=state.seconds, images=state.images
-            )
+            where = {"step": state.step, "progress": state.progress}
+            self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
         if self._journal:
             self._journal.close()
         return RunResult(status, self._top1, self.directory)
