@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import threading
 import time
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from launch import sweep
 from launch.job import Job, LaunchError
 from tests.support.journals import CONFIG, lines, write
 from trainer.__main__ import main
-from trainer.analysis.compare import compare
+from trainer.analysis.compare import NothingToCompare, compare, from_mlflow
 from trainer.analysis.compare_page import markdown, page
 from trainer.analysis.history import history
 from trainer.analysis.report import summary
@@ -35,6 +38,7 @@ from trainer.journal.writer import Journal
 from trainer.model.weights import save_weights
 from trainer.run.directory import log_to
 from trainer.storage.disk import Disk
+from trainer.tracking import mlflow_client
 from trainer.tracking import sync as sync_module
 from trainer.tracking.state import SyncState
 from trainer.tracking.sync import sync
@@ -256,3 +260,40 @@ def test_sync_gives_up_a_server_that_trickles(tmp_path: Path, monkeypatch: pytes
         over.set()
     assert not done and "no end of an answer after 2 s" in message and took < 15
     assert json.loads((run / "mlflow.json").read_text())["offset"] == 0
+
+
+@pytest.mark.timeout(120)
+def test_an_answer_of_a_server_without_end_does_not_take_the_memory_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_REQUEST_TIMEOUT", "HTTP_REQUEST_MAX_RETRIES", "ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setenv(f"MLFLOW_{name}", "30")
+    monkeypatch.setattr(sync_module, "ANSWER", 200 << 20)
+    monkeypatch.setattr(mlflow_client, "ANSWER", 200 << 20)
+    sent = [0]
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(1 << 40))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while sent[0] < 3 << 30:
+                    sent[0] += self.wfile.write(bytes(1 << 20))
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        start, *rest = lines()
+        run = write(tmp_path / "a", [start | {"config": CONFIG | {"tracking": {"uri": uri}}}, *rest])
+        done, message = sync(run, 0.1)
+        assert not done and "does not fit into" in message
+        assert sent[0] < 500 << 20
+        with pytest.raises(NothingToCompare, match="does not fit into"):
+            from_mlflow("e", tmp_path, uri)
+        server.shutdown()
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY

@@ -14,9 +14,11 @@ from typing import Any
 
 from trainer.config.credentials import REMEDY
 from trainer.config.errors import TrilevelError
+from trainer.storage.memory_limit import memory_limit
 from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
 from trainer.tracking.state import STATE, SyncState
 
+ANSWER = 1 << 30  # bytes of memory for the answer of a server, which mlflow reads as a whole
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")  # it becomes the name of a folder
 
 
@@ -30,9 +32,18 @@ NO_MLFLOW = "the answer names no experiment: is this the address of an MLflow se
 def hint(error: BaseException) -> str:
     """What to do about an error of a server, to be put behind its text."""
     status = getattr(error, "get_http_status_code", lambda: 0)()
+    if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
+        return f"; an answer does not fit into {ANSWER / 2**30:g} GiB: is this the address of an MLflow server?"
     if status in (401, 403) or re.search(r"\b(?:401|403)\b|Unauthorized|Forbidden", str(error)[:300]):
         return f"; {REMEDY}"
     return ""
+
+
+def load_library() -> None:
+    """Import mlflow, which takes seconds."""
+    import mlflow.entities
+    import mlflow.exceptions
+    import mlflow.tracking  # noqa: F401
 
 
 class Store:
@@ -166,11 +177,16 @@ def journals_of(uri: str, experiment: str, into: Path) -> tuple[list[Path], list
     A run on this machine is read from its directory, another from its journal downloaded under `into`. Raises LookupError for an
     unknown experiment, with the known ones as text; MLflow's own errors after some seconds.
     """
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     timeout(30)
-    client = MlflowClient(tracking_uri=uri)
+    with memory_limit(ANSWER):
+        return _journals(MlflowClient(tracking_uri=uri), experiment, into)
+
+
+def _journals(client: Any, experiment: str, into: Path) -> tuple[list[Path], list[str]]:
+    from mlflow.exceptions import MlflowException
+
     place = client.get_experiment_by_name(experiment)
     if place is None:
         raise LookupError(", ".join(sorted(other.name for other in client.search_experiments())))

@@ -33,7 +33,8 @@ from pathlib import Path
 import psutil
 
 from trainer.journal.file import JournalError
-from trainer.tracking.mlflow_client import RunDeleted, timeout
+from trainer.storage.memory_limit import memory_limit
+from trainer.tracking.mlflow_client import ANSWER, RunDeleted, load_library, timeout
 from trainer.tracking.state import SyncResult
 from trainer.tracking.upload import JournalUploader
 
@@ -97,15 +98,16 @@ def _drive(
     """
     directory, alive, limit, ends, failures = shipment.directory, True, math.inf, math.inf, 0
     timeout(TIMEOUTS[0])
+    load_library()  # not below the deadline: an import that is interrupted leaves half a module, and every later try fails
     while True:
         if alive and not wait(0.0):
             alive, limit, ends = False, shipment.size, time.monotonic() + patience
         began = time.monotonic()
         try:
-            with _deadline(patience + GRACE if by_hand else math.inf):
+            with _deadline(patience + GRACE if by_hand else math.inf), memory_limit(ANSWER):
                 busy = shipment.send_batch(limit)
             if not busy and not alive:
-                with _deadline(patience + GRACE + shipment.fresh_bytes() / RATE if by_hand else math.inf):
+                with _deadline(patience + GRACE + shipment.fresh_bytes() / RATE if by_hand else math.inf), memory_limit(ANSWER):
                     shipment.upload()
                     if shipment.size == limit:  # else another attempt has begun
                         shipment.mark_killed(by_hand)
