@@ -177,7 +177,21 @@ def _add_after_a_run(commands: Any) -> None:
         metavar="NAME",
         help="the run that speedups refer to (default: the dense run if there is exactly one, else the first)",
     )
-    c.add_argument("--out", metavar="DIR", default="compared", help="output folder (default: compared)")
+    c.add_argument(
+        "--study",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="instead of runs: the page of these studies, from their kept journals",
+    )
+    c.add_argument(
+        "--journals", metavar="DIR", default="docs/results/study", help="kept journals (default: docs/results/study)"
+    )
+    c.add_argument(
+        "--out",
+        metavar="DIR",
+        help="output folder (default: compared); with --study the page (default: FOLDER.md of --journals FOLDER)",
+    )
 
 
 def _add_storage(command: argparse.ArgumentParser) -> None:

@@ -203,14 +203,26 @@ def _compare(a: argparse.Namespace) -> None:
     from trainer.analysis import compare_page
     from trainer.analysis.compare import compare, from_mlflow
 
+    if a.study:
+        return _compare_study(a)
+    out = Path(a.out or "compared")
     if not a.runs and not a.experiment:
         raise ConfigError("compare: no runs given; name run directories, or an MLflow experiment with --experiment NAME")
-    theirs, missing = from_mlflow(a.experiment, Path(a.out) / "runs", a.uri) if a.experiment else ([], [])
+    theirs, missing = from_mlflow(a.experiment, out / "runs", a.uri) if a.experiment else ([], [])
     found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
     show_table(compare_page.table(found))
     for text in compare_page.warnings(found):
         show(f"warning: {text}")
-    for path in compare_page.write(found, Path(a.out)):
+    for path in compare_page.write(found, out):
+        show(path)
+
+
+def _compare_study(a: argparse.Namespace) -> None:
+    from trainer.analysis import study_page
+
+    if wrong := next((name for name in ("runs", "experiment", "base") if getattr(a, name)), None):
+        raise ConfigError(f"compare --study with {wrong}: the page is made from kept journals alone; leave {wrong} out")
+    for path in study_page.write(a.study, Path(a.journals), Path(a.out or f"{a.journals}.md")):
         show(path)
 
 

@@ -1,10 +1,13 @@
-"""Read a journal: all lines, from an offset, or only the lines whose weights survived the restarts."""
+"""Read a journal: all lines, from an offset, or only the lines whose weights survived the restarts. A file NAME.jsonl.xz is a
+compressed journal, as `launch study` keeps them."""
 
 from __future__ import annotations
 
 import json
+import lzma
 import warnings
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +15,7 @@ from trainer.journal import lines
 from trainer.journal.file import JournalError, finite
 
 FILE = "journal.jsonl"
+COMPRESSED = ".xz"
 
 
 # Fields that identify a line if an attempt writes it again after its resume point.
@@ -51,9 +55,13 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        if path.suffix != COMPRESSED:
+            return path.open("rb")
+        return BytesIO(lzma.decompress(path.read_bytes()))
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}; make it readable for this user, or read a copy") from error
+    except (lzma.LZMAError, EOFError) as error:
+        raise JournalError(f"{path}: not a whole .xz file ({error}); restore it from the repository, or remove it") from error
 
 
 def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
@@ -101,7 +109,7 @@ def _cuts(directory: Path | str) -> dict[int, int]:
 
 def _file_of(directory: Path | str, must: bool = True) -> Path:
     path = Path(directory)
-    path = path if path.suffix == ".jsonl" else path / FILE
+    path = path if path.suffix in (".jsonl", COMPRESSED) else path / FILE
     if must and not path.is_file():
         raise JournalError(f"{path}: no such journal; give the directory of a run, e.g. runs/NAME")
     return path

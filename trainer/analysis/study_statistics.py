@@ -1,0 +1,66 @@
+"""Differences of arms paired by seed: interval and p of Student's t, Holm's correction, seeds that a difference would need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.analysis.compare import MeanInterval
+
+LEVEL = 0.05  # a corrected p below it counts
+POWER = 0.8
+MOST_SEEDS = 999
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired, two-sided t-test of differences. p, and holm (p corrected over the questions of a table): nan for less than 2 pairs."""
+
+    difference: MeanInterval
+    p: float
+    holm: float = math.nan
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> PairedTest:
+        found = MeanInterval.of(list(differences))
+        return cls(found, _p(found))
+
+
+def _p(found: MeanInterval) -> float:
+    if found.count < 2:
+        return math.nan
+    if found.sd == 0:
+        return 1.0 if found.mean == 0 else 0.0
+    from scipy.stats import t  # takes a second to import
+
+    return float(2 * t.sf(abs(found.mean) / (found.sd / math.sqrt(found.count)), found.count - 1))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected over all of them that are known (Holm 1979, step-down); nan stays nan.
+
+    The k-th smallest of m is multiplied by m - k + 1, none is below a smaller one's, none above 1.
+    """
+    order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    corrected, highest = [math.nan] * len(ps), 0.0
+    for k, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - k) * p))
+        corrected[i] = highest
+    return corrected
+
+
+def seeds_for(difference: float, sd: float) -> int | None:
+    """Pairs with which a paired t-test at the 5 % level finds a true `difference` in 4 of 5 studies; None above 999.
+
+    sd: of the differences between pairs. Power by the noncentral t distribution.
+    """
+    from scipy.stats import nct, t
+
+    if sd == 0:
+        return 2
+    for n in range(2, MOST_SEEDS + 1):
+        edge, shift = float(t.ppf(1 - LEVEL / 2, n - 1)), difference / sd * math.sqrt(n)
+        if float(nct.sf(edge, n - 1, shift)) >= POWER:  # the other side adds less than a hundredth of it
+            return n
+    return None
