@@ -19,10 +19,13 @@ ADDRESS_OF = (
 # An elastic job outlives its nodes, but not its script, which runs on the first one: Slurm (22.05) would leave the others allocated and
 # idle until the limit. So a node that ends while srun is gone requeues the job.
 SURVIVOR = (
-    'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -eq 0 ]'
+    '{}; [ "$code" -eq 0 ]'
     ' || timeout 20 bash -c ": < /dev/tcp/$SLURM_LAUNCH_NODE_IPADDR/$SLURM_SRUN_COMM_PORT"'
-    ' || scontrol requeue "$SLURM_JOB_ID"; exit "$code"'
+    ' || scontrol requeue "$SLURM_JOB_ID"'
 )
+# srun's code alone does not say that the job was stopped: the node of rank 0 ends with 75, srun then ends a slower node with 143, and
+# returns the highest. So a node leaves a file, in the folder that containers see too. Slurm signals this shell as well: trap.
+NOTED = 'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -ne ' + str(STOPPED) + ' ] || : > "$stopped"'
 HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 EARLY = 60  # seconds by which Slurm's signal may come before its time
@@ -146,14 +149,17 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
         ]
     elif r.container:
         inner = f'apptainer exec {"--nv " if r.gpus else ""}--bind "$PWD" --pwd "$PWD" {shlex.quote(r.container)} {inner}'
-    inner = SURVIVOR.format(inner) if r.nodes.elastic else inner
+    if r.requeue:
+        inner = NOTED.format(inner)
+        inner = f'{SURVIVOR.format(inner) if r.nodes.elastic else inner}; exit "$code"'
     cpus = [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []  # srun no longer takes it from the job
     together = "--no-kill --kill-on-bad-exit=0 --ntasks-per-node=1" if r.nodes.elastic else "--kill-on-bad-exit=1"
     words = [] if job else ["launch", '"$@"']
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
-        lines += [f'if [ "$code" -eq {STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi']
+        lines = ['export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
+        lines += [f'if [ "$code" -eq {STOPPED} ] || [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"; fi']
     return [*lines, 'exit "$code"']
 
 

@@ -184,11 +184,16 @@ def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
     assert (tmp_path / "rank-0.txt").read_text().splitlines()[1::2] == ["first", "second"]
 
 
-def test_a_users_set_e_does_not_keep_a_job_out_of_the_queue():
-    stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", "srun() { return 75; }", 'scontrol() { echo "$@"; }')
-    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), "python")
+# the second: the node of rank 0 ends with 75, and srun ends a slower node with 143, the highest code
+@pytest.mark.parametrize("srun", ["return 75;", 'SLURM_NODEID=0 bash -c "${@: -1}"; return 143;'])
+def test_a_stopped_job_is_requeued_under_set_e_and_where_srun_ended_a_slower_node(srun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script(tmp_path / "python", "#!/bin/sh\nexit 75\n")
+    stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", f"srun() {{ {srun} }}", 'scontrol() { echo "$@"; }')
+    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), f"{tmp_path}/python")
     ended = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (75, "requeue 7\n"), ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
 def test_an_exit_file_that_a_full_disk_left_empty_is_no_exit_code():

@@ -11,7 +11,9 @@ address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
 port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
+export stopped="$PWD/.stopped-$SLURM_JOB_ID"
+rm -f "$stopped"
 code=0
-srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' || code=$?
-if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c 'trap : INT TERM HUP USR1 USR2; /env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' || code=$?
+if [ "$code" -eq 75 ] || [ -e "$stopped" ]; then code=75; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
