@@ -94,7 +94,7 @@ def main(a: argparse.Namespace) -> int:
 def _one_after_the_other(study: Study, found: list[Run], left: list[Run], a: argparse.Namespace, journals: str) -> int:
     """Each on all devices of this machine, as `launch local` starts it."""
     node = local.place(this_machine(), a.processes, free_port())
-    checks = _checks(found, node.world)
+    checks = _checks(found if a.check else left, node.world)
     if a.dry_run:
         return _print(checks, [local.render(run.point.job, node, sys.executable) for run in left])
     code = _check(checks)
@@ -115,7 +115,7 @@ def _side_by_side(study: Study, found: list[Run], left: list[Run], a: argparse.N
     threads = machine.threads or max(1, machine.cores // a.jobs)
     cpu = {} if machine.gpus else {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
     env = {**cpu, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    checks = _checks(found, 1)
+    checks = _checks(found if a.check else left, 1)
     commands = {run.point.name: Command((sys.executable, "-m", "trainer", *run.point.job.train()), env) for run in left}
     if a.dry_run:
         return _print(checks, list(commands.values()))
@@ -129,7 +129,7 @@ def _side_by_side(study: Study, found: list[Run], left: list[Run], a: argparse.N
 
 
 def _checks(found: list[Run], world: int) -> list[Command]:
-    """The dry check of each arm: of finished ones too, so that a changed file is noticed."""
+    """The dry check of each arm, for one seed."""
     return [check(point.job, world, sys.executable) for point in sweep.distinct_settings([run.point for run in found])]
 
 

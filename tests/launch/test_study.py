@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import shlex
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +187,26 @@ def test_runs_side_by_side_have_a_limit_and_a_failure_stops_no_other(tmp_path: P
     assert start_side_by_side(commands, 2, tmp_path / "logs", note) == {"a": 3, "b": 0, "c": 0}
     assert most[0] == 2 and sorted(ended) == ["a", "b", "c"]
     assert (tmp_path / "logs" / "b" / "output.txt").read_text() == "done\n"
+
+
+def test_a_signal_reaches_every_run_and_starts_no_other(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "open(sys.argv[1], 'w').write('x'); time.sleep(60)"
+    )
+    commands = {name: Command((sys.executable, "-c", code, str(tmp_path / name))) for name in "abc"}
+
+    def send() -> None:
+        while not ((tmp_path / "a").exists() and (tmp_path / "b").exists()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    assert start_side_by_side(commands, 2, tmp_path / "logs", lambda name: None) | {"c": 0} == {"a": 75, "b": 75, "c": 0}
+    thread.join()
+    assert not (tmp_path / "c").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_study_runs_what_is_left_and_keeps_it(mini: str, monkeypatch: pytest.MonkeyPatch) -> None:
