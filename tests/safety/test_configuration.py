@@ -91,3 +91,27 @@ def test_a_plain_configuration_is_read_as_before(tmp_path: Path) -> None:
 
 def test_merge_keys_still_work(tmp_path: Path) -> None:
     assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")["b"] == {"x": 1, "y": 3}
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path: Path) -> None:
+    """Eight lines were 10^8 values in an error message: minutes and gigabytes."""
+    laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+    laughs += "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    with pytest.raises(ConfigError, match=r"1,2\d\d,\d\d\d,\d\d\d values once its aliases .* must be <= 100,000"):
+        read(tmp_path, PLAIN + laughs)
+    with pytest.raises(ConfigError, match=r"contains an alias .* of itself"):
+        read(tmp_path, PLAIN + "tracking: {tags: &t {a: *t}}\n")
+    assert load_yaml("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_messages_stay_short(tmp_path: Path) -> None:
+    for override in ("seed=[" + "1," * 5000 + "]", ".".join(["a"] * 10_000) + "=1", "name=" + "[" * 5000):
+        with pytest.raises(ConfigError) as refused:
+            read(tmp_path, PLAIN, override)
+        assert len(str(refused.value)) < 1000
+
+
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:
+    assert read(tmp_path, PLAIN, f"seed={2**63 - 1}").seed == 2**63 - 1
+    with pytest.raises(ConfigError, match="seed="):
+        read(tmp_path, PLAIN, f"seed={2**64}")

@@ -77,6 +77,7 @@ def key(**settings: Any) -> Callable[[Header], Any]:
 ARRAYS: dict[str, Callable[[Arrays], Any]] = {
     "pointers for labels": lambda a: a.update(label=a["label"].astype("<i8").view("|V8")),
     "labels of another type": lambda a: a.update(label=a["label"].astype("<i8")),
+    "images not in the order of the file": lambda a: put("offset", slice(0, 2), a["offset"][1::-1].copy())(a),
     "offset beyond the end": put("offset", 1, 1 << 40),
     "offset so large that its end is negative": put("offset", 1, (1 << 63) - 1),
     "offset negative": put("offset", 1, -5000),

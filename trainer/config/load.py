@@ -18,6 +18,8 @@ from trainer.config.run_config import Config
 from trainer.config.strict_yaml import load_yaml
 from trainer.config.values import Section
 
+_DEEPEST = 16  # parts of a key; model.args may hold mappings of its own
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML strictly and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
@@ -98,6 +100,8 @@ def _replace_methods(raw: dict[str, Any], given: list[tuple[str, Any]]) -> None:
 def _override(raw: dict[str, Any], key: str, value: Any) -> None:
     node = raw
     *parents, last = key.split(".")
+    if len(parts := [*parents, last]) > _DEEPEST:
+        raise ConfigError(f"override {key[:80]}...: a key has at most {_DEEPEST} parts, this one has {len(parts)}")
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
@@ -114,7 +118,7 @@ def _explain(error: Any) -> str:
         elsewhere = [f"did you mean {k}?" for k in _all_keys() if k.split(".")[-1] == where[-1]]
         hint = did_you_mean(where[-1], known, prefix="".join(f"{part}." for part in where[:-1]))
         hint = hint or [*elsewhere, f"valid keys: {', '.join(known)}"][0]
-        return f"  {key}={error['input']!r}: unknown key; {hint}"
+        return f"  {key}={error['input']!r:.200}: unknown key; {hint}"
     if error["type"] == "missing" and not isinstance(error["loc"][-1], int):
         return f"  {key}: required key is missing; add it to the file or pass {key}=VALUE"
     if error["type"] == "missing":  # a value of a list
@@ -122,7 +126,7 @@ def _explain(error: Any) -> str:
     message = reason(error)
     if not key or message.startswith(key):  # the message names its keys
         return f"  {message}"
-    return f"  {key}={error['input']!r}: {message}"
+    return f"  {key}={error['input']!r:.200}: {message}"
 
 
 def _section(parts: list[str]) -> type[BaseModel]:

@@ -33,7 +33,7 @@ class Config(Section):
     """Name of the run; its directory is RUNS/NAME."""
     runs: str = "runs"
     """Folder of run directories."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order and augmentation. Nothing depends on the number of processes or workers."""
     epochs: int = Field(default=300, gt=0)
     """Length of the schedule in epochs."""

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+_MOST_VALUES = 100_000  # ten aliases of ten aliases ...: nine such lines would be 10^9 values
+
 
 class _Loader(yaml.SafeLoader):
     """Safe tags only, with the scalars of YAML 1.2 (core schema) and merge keys."""
@@ -54,4 +56,21 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError, ValueError or RecursionError where it is none."""
-    return yaml.load(text, Loader=_Loader)
+    value = yaml.load(text, Loader=_Loader)
+    if (number := _expanded(value, {})) > _MOST_VALUES:
+        raise yaml.YAMLError(f"{number:,} values once its aliases (*name) are expanded, must be <= {_MOST_VALUES:,}")
+    return value
+
+
+def _expanded(value: Any, known: dict[int, int | None]) -> int:
+    """Number of values, with those behind an alias counted at each use. known: {id: number; None while it is counted}."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        if (number := known[id(value)]) is None:
+            raise yaml.YAMLError("an anchor (&name) contains an alias (*name) of itself; write the values out")
+        return number
+    known[id(value)] = None
+    parts = list(value) if isinstance(value, list) else [part for pair in value.items() for part in pair]
+    known[id(value)] = number = 1 + sum(_expanded(part, known) for part in parts)
+    return number

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,12 @@ def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> li
     token.touch()
     asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0].rpartition("@")[2]}
     asked["interfaces"] = [name for key in INTERFACES for name in os.environ.get(key, "").split(",") if name.isidentifier()]
-    with ThreadPoolExecutor(PEERS) as pool:
-        doors = list(pool.map(lambda host: _open_door(ssh, host), hosts))
-        ports = {host: port for host, (_, port) in zip(hosts, doors, strict=True)}
+    with ThreadPool(PEERS) as pool:  # daemon threads: Ctrl-C does not wait for a host that does not answer
+        doors: list[tuple[subprocess.Popen[str], int]] = []
         try:
-            found = list(pool.map(lambda host: _ask(ssh, host, asked | {"doors": _others(host, hosts, ports)}), hosts))
+            doors += pool.imap(lambda host: _open_door(ssh, host), hosts)
+            ports = {host: port for host, (_, port) in zip(hosts, doors, strict=True)}
+            found = list(pool.imap(lambda host: _ask(ssh, host, asked | {"doors": _others(host, hosts, ports)}), hosts))
         finally:
             for door, _ in doors:
                 door.kill()
@@ -182,6 +183,7 @@ def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], 
         return subprocess.Popen(["true"], text=True), 0
     assert door.stdout is not None
     alarm = threading.Timer(15, door.kill)  # a host may accept the connection and never answer
+    alarm.daemon = True
     alarm.start()
     answer = door.stdout.readline().strip()
     alarm.cancel()

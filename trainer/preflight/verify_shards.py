@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +61,9 @@ def verify(
         return found
 
     result: list[Broken] = []
-    with ThreadPoolExecutor(max(workers, 1)) as pool, progress_bar("verify", len(index), "images", progress) as shown:
-        for ids, found in zip(chunks, pool.map(broken, chunks), strict=True):
+    # daemon threads: Ctrl-C ends the command even while a server or a disk blocks one
+    with ThreadPool(max(workers, 1)) as pool, progress_bar("verify", len(index), "images", progress) as shown:
+        for ids, found in zip(chunks, pool.imap(broken, chunks), strict=True):
             result += found
             shown.advance(shown.task_ids[0], len(ids))
     return result

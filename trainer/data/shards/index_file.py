@@ -119,6 +119,8 @@ def _check_arrays(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None
         offset = arrays["offset"][part]
         if len(offset) and not (offset.min() >= 0 and offset.max() <= shard["bytes"]):
             raise _Damaged(f"an image outside shard {shard['name']!r:.80}")
+        if len(offset) and (offset[1:] < offset[:-1]).any():  # the reader takes neighbours together
+            raise _Damaged(f"images of shard {shard['name']!r:.80} are not in the order of the file")
         if len(offset) and (offset + arrays["length"][part]).max() > shard["bytes"]:
             raise _Damaged(f"an image reaches beyond the end of shard {shard['name']!r:.80}")
     ends = arrays["key_end"]

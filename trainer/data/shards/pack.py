@@ -10,12 +10,14 @@ import hashlib
 import io
 import json
 import re
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
-from rich.progress import Progress
 from webdataset.writer import TarWriter
 
 from trainer.data.augment.decode import header
@@ -62,13 +64,13 @@ def pack(
         borders = np.arange(shards + 1) * len(part) // shards
         _same_plan(dst, split, str(src), part, [seed, shards, packing, sorted(number.items())])
         todo = [i for i in range(shards) if not _shard(dst, split, i).is_file()]
-        with ThreadPoolExecutor(max(workers, 1)) as pool, progress_bar(f"pack {split}", shards, "shards", progress) as shown:
+        with progress_bar(f"pack {split}", shards, "shards", progress) as shown:
             shown.advance(shown.task_ids[0], shards - len(todo))
-            jobs = [
-                pool.submit(_write, _shard(dst, split, i), part[borders[i] : borders[i + 1]], number, short_side, quality)
-                for i in todo
-            ]
-            _finish(pool, jobs, shown)
+            _write_all(
+                [(_shard(dst, split, i), part[borders[i] : borders[i + 1]], number, short_side, quality) for i in todo],
+                max(workers, 1),
+                lambda: shown.advance(shown.task_ids[0]),
+            )
         indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
         for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # left by a killed pack
             left.unlink()
@@ -92,15 +94,24 @@ def _folder(dst: str | Path, name: str) -> Path:
     return dst
 
 
-def _finish(pool: ThreadPoolExecutor, jobs: list[Future[None]], shown: Progress) -> None:
-    """Waits for the shards being written; the first failure cancels those that have not begun."""
-    try:
-        for job in as_completed(jobs):
-            job.result()
-            shown.advance(shown.task_ids[0])
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
+def _write_all(jobs: list[tuple[Any, ...]], workers: int, done: Callable[[], None]) -> None:
+    """`_write` for each of these arguments; `done` after each shard. After a failure no other shard is begun. The threads are daemons, so
+    Ctrl-C does not wait for the shards that are being written: the next pack removes them."""
+    failed = threading.Event()
+
+    def write(job: tuple[Any, ...]) -> None:
+        if not failed.is_set():
+            _write(*job)
+
+    with ThreadPool(workers) as pool:
+        try:
+            for _ in pool.imap_unordered(write, jobs):
+                done()
+        except Exception:
+            failed.set()
+            pool.close()
+            pool.join()
+            raise
 
 
 def _shard(dst: Path, split: str, i: int) -> Path:
