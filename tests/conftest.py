@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a started process: ours, less what would tell it that it is a rank of something."""
+    """The environment of a started process: ours, without the variables of a launcher's rank."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "ACCELERATE_", "SLURM_", "MLFLOW_"))}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         ours.pop(name, None)
@@ -83,7 +83,7 @@ def command(world: int, *words: str) -> list[str]:
 
 def torchrun(world: int) -> list[str]:
     """Words for Python before a script or `-m MODULE` that make it `world` processes. The agent binds a port the system gives it and
-    keeps it for the ranks (one asked for here could be another job's by the time it is used); one process needs none."""
+    keeps it for the ranks (one chosen here could be another job's by the time it is used); one process needs none."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
 
 
@@ -117,7 +117,7 @@ def started(folder: Path, world: int, *words: str) -> subprocess.Popen[str]:
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 

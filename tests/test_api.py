@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def readme(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the lines of the README leave behind, run as they stand on shards of digits, with two epochs; in runs/notebook."""
+    """The variables after the lines of the README, run unchanged on shards of digits with two epochs; in runs/notebook."""
     folder = tmp_path_factory.mktemp("api")
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     before = 'load_config("configs/quickstart.yaml", name="notebook")'

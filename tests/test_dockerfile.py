@@ -52,5 +52,5 @@ def test_the_cuda_of_the_base_is_torchs():
     wanted = [re.search(r"^cuda-toolkit.*==(\d+\.\d+)\.", text) for text in metadata.requires("torch") or []]
     found = [match[1] for match in wanted if match] or [torch.version.cuda]
     if not found[0]:
-        pytest.skip("this torch is a CPU build, and does not say which CUDA it is built for elsewhere")
+        pytest.skip("this torch is a CPU build, without the CUDA version of other builds")
     assert f"nvidia/cuda:{found[0]}." in LINES[0]

@@ -184,6 +184,15 @@ def unplain(file: Path) -> list[str]:
     return [f"{file.name}:{line}: {word!r} in {text[:100]!r}" for line, word, text in found]
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"], ids=short)
+def test_documents_use_plain_words(document: Path) -> None:
+    """Code, in blocks and in backticks, is left out."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", lambda code: "\n" * code[0].count("\n"), document.read_text(), flags=re.M | re.S)
+    pattern = re.compile("|".join(UNPLAIN), re.I)
+    found = [f"{number}: {word[0]!r}" for number, line in enumerate(text.splitlines(), 1) for word in pattern.finditer(line)]
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("package", ["trainer", "sparsity", "launch"])
 def test_messages_use_plain_words(package: str) -> None:
     """Errors, console lines, tables and help texts: every string of the code with a space in it."""

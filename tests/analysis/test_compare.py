@@ -1,4 +1,4 @@
-"""Runs side by side: what is saved at equal top-1, seeds as groups, what stands against comparing, the page in one piece."""
+"""Runs side by side: what is saved at equal top-1, seeds as groups, what makes a comparison unsafe, the page in one file."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def test_spread_is_students():
 
 def test_reached_by_straight_line_between_evaluations(tmp_path: Path):
     one = history(run(tmp_path, "one", sparse=False))  # EMA: .46, .685, .7975, .85375 after 400, 800, ... images
-    assert (
-        cost_to_reach(one, 0.46, "images") == cost_to_reach(one, 0.1, "images") == 400
-    )  # before the first evaluation nobody knows
+    assert cost_to_reach(one, 0.46, "images") == cost_to_reach(one, 0.1, "images") == 400  # unknown before the first evaluation
     assert cost_to_reach(one, (0.46 + 0.685) / 2, "images") == pytest.approx(600)
     assert math.isnan(cost_to_reach(one, 0.9, "images"))
     longer = run(tmp_path, "longer", sparse=False, epochs=5)  # ends higher: equal at what the first one reached
@@ -94,7 +92,7 @@ def test_a_dip_between_evaluations_does_not_move_where_a_score_was_reached(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         (
             {"data": {"validation": {"fingerprint": "x"}, "train": START["data"]["train"]}},
@@ -112,20 +110,20 @@ def test_a_dip_between_evaluations_does_not_move_where_a_score_was_reached(tmp_p
         ({"config": CONFIG | {"name": "b", "model": {"image_size": 64}}}, "image size: unknown in a, 64 in b"),
     ],
 )
-def test_what_stands_against_comparing_is_said(tmp_path: Path, other: dict[str, Any], said: str):
+def test_what_makes_runs_hard_to_compare_is_reported(tmp_path: Path, other: dict[str, Any], message: str):
     found = compare([run(tmp_path, "a", sparse=False), run(tmp_path, "b", start=other)])
-    assert any(said in text for text in warnings(found)), warnings(found)
-    assert said.split(";")[0] in markdown(found)
+    assert any(message in text for text in warnings(found)), warnings(found)
+    assert message.split(";")[0] in markdown(found)
 
 
-def test_unfinished_runs_and_seeds_not_shared_are_said(tmp_path: Path):
+def test_unfinished_runs_and_seeds_not_shared_are_reported(tmp_path: Path):
     a = run(tmp_path, "a", sparse=False)
     journal = run(tmp_path, "b", seed=7) / "journal.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
     found = compare([a, tmp_path / "b"])
     assert found.groups[1].against and not found.groups[1].against.paired
-    said = " | ".join(warnings(found))
-    assert "b is not finished (running)" in said and "no seed in common" in said
+    message = " | ".join(warnings(found))
+    assert "b is not finished (running)" in message and "no seed in common" in message
 
 
 def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
@@ -133,8 +131,8 @@ def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
     elsewhere = {"data": {split: {"fingerprint": "x"} for split in ("train", "validation")}, "dirty": True}
     found = compare([run(tmp_path, f"s{seed}", seed, start=elsewhere if seed == 3 else None) for seed in range(4)])
     assert [[r.name for r in group.runs] for group in found.groups] == [["s0", "s1", "s2"], ["s3"]]
-    said = " | ".join(warnings(found))
-    assert "validation set: validation-abc in s0, s1 and s2, x in s3" in said and "s3 ran with uncommitted" in said
+    message = " | ".join(warnings(found))
+    assert "validation set: validation-abc in s0, s1 and s2, x in s3" in message and "s3 ran with uncommitted" in message
     journal = tmp_path / "s1" / "journal.jsonl"
     journal.write_text(journal.read_text().replace('"finished"', '"failed"'))
     one_group = compare([tmp_path / "s0", tmp_path / "s1"])
@@ -144,7 +142,7 @@ def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
     assert "s1 is not finished" in page(one_group) and "<h1>s0</h1>" in page(one_group)
 
 
-def test_what_a_resume_changed_and_skipped_steps_are_said(tmp_path: Path):
+def test_settings_changed_at_a_resume_and_skipped_steps_are_reported(tmp_path: Path):
     whole = list(lines())
     first = [line for line in whole if line.get("step", 0) <= 20 and line["kind"] != "end"]
     again = [whole[0] | {"world": 4, "config": CONFIG | {"epochs": 4, "optim": {"lr": 5e-4, "name": "adamw"}, "stop_at": 7}}]
@@ -152,14 +150,14 @@ def test_what_a_resume_changed_and_skipped_steps_are_said(tmp_path: Path):
     again += [line for line in whole if line.get("step", 0) > 20]
     time = first[-1]["time"]
     write(tmp_path / "a", [*first, *({"time": time} | line | {"attempt": 1} for line in again)])
-    said = warnings(compare([tmp_path / "a"]))
-    assert said == [
+    message = warnings(compare([tmp_path / "a"]))
+    assert message == [
         "tri: 1 of 30 steps were skipped (non-finite loss or gradient)",
         "tri changed between its attempts: processes 2 -> 4, optim.lr 0.001 -> 0.0005",
     ]
 
 
-def test_a_run_that_goes_on_from_an_earlier_version_was_not_changed(tmp_path: Path):
+def test_a_run_of_an_earlier_version_resumes_without_a_changed_setting(tmp_path: Path):
     """It recorded the settings of all methods before, and those of its own now."""
     whole = list(lines())
     levels = {"examples": {"method": "infobatch", "removed": 0.3}}
@@ -176,9 +174,9 @@ def test_a_run_that_goes_on_from_an_earlier_version_was_not_changed(tmp_path: Pa
 
 def test_runs_without_a_score_and_seeds_without_a_partner_are_named(both: list[Path], tmp_path: Path):
     write(tmp_path / "young", [next(lines())])
-    said = warnings(compare([*both[:3], *both[4:], tmp_path / "young"]))
-    assert said[0] == f"left out, without an evaluation: {tmp_path}/young"
-    assert said[1:] == ["sparse and dense have 2 of 3 seeds in common: differences are over these alone"]
+    message = warnings(compare([*both[:3], *both[4:], tmp_path / "young"]))
+    assert message[0] == f"left out, without an evaluation: {tmp_path}/young"
+    assert message[1:] == ["sparse and dense have 2 of 3 seeds in common: differences are over these alone"]
 
 
 def test_groups_lose_their_seed_from_the_name_and_nothing_else(tmp_path: Path):
@@ -194,7 +192,7 @@ def test_without_a_common_seed_there_is_no_interval(both: list[Path], tmp_path: 
     assert "no seed in common" in warnings(found)[-1] and not any("[" in value for value in row.values())
 
 
-def test_refusals_name_the_way_out(tmp_path: Path):
+def test_refusals_name_a_remedy(tmp_path: Path):
     write(tmp_path / "young", [next(lines())])
     with pytest.raises(NothingToCompare, match=r"no evaluation in .*young.*evaluate.every"):
         compare([tmp_path / "young"])
@@ -202,12 +200,12 @@ def test_refusals_name_the_way_out(tmp_path: Path):
         compare([run(tmp_path, "a")], base="b")
 
 
-def test_the_forms_say_the_same_and_the_page_stands_alone(both: list[Path], tmp_path: Path):
+def test_all_formats_have_the_same_content_and_the_page_is_one_file(both: list[Path], tmp_path: Path):
     found = compare(both)
-    said = rows(found)
-    assert said[0]["run"] == "dense (base)" and said[1]["top-1 %"] == "85.47 ± 0.10"
-    assert said[1]["whole run: time x"] == "2.25 [2.25, 2.25]" and said[1]["kept tokens %"] == "92"
-    assert list(csv.DictReader(io.StringIO(comma_separated(found)))) == said
+    message = rows(found)
+    assert message[0]["run"] == "dense (base)" and message[1]["top-1 %"] == "85.47 ± 0.10"
+    assert message[1]["whole run: time x"] == "2.25 [2.25, 2.25]" and message[1]["kept tokens %"] == "92"
+    assert list(csv.DictReader(io.StringIO(comma_separated(found)))) == message
     out = io.StringIO()
     Terminal(file=out, width=120).print(table(found))
     for text in (out.getvalue(), markdown(found), page(found)):
@@ -255,7 +253,7 @@ def test_classes_that_moved_are_drawn(tmp_path: Path):
     assert "class 0" not in per_class(compare([tmp_path / "a", tmp_path / "b"]))
 
 
-def test_the_terminal_says_what_stands_against_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_terminal_names_what_makes_runs_hard_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [run(tmp_path, "a", sparse=False), run(tmp_path, "b", start={"device": "H200"})]
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
     assert "warning: device: cpu in a, H200 in b; times and device hours are not comparable" in capsys.readouterr().out

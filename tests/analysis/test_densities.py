@@ -164,7 +164,12 @@ def test_one_set_of_weights_at_many_densities(
     merging = ["tokens.method=tome", "tokens.merged=2"]
     assert main(["eval", "weights.safetensors", "c.yaml", *merging, "--densities", "0.9,0.5"]) == 2
     assert "removes the same number of tokens at every density" in capsys.readouterr().err
-    hidden = ["connections.method=exact", "connections.keep=0.5", "--json", "out.json"]  # a density says nothing of connections
+    hidden = [
+        "connections.method=exact",
+        "connections.keep=0.5",
+        "--json",
+        "out.json",
+    ]  # a density is about tokens, not connections
     found = []
     for words in ([], ["--densities", "0.7"]):
         assert main(["eval", "weights.safetensors", "c.yaml", *hidden, *words]) == 0

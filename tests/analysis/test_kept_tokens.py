@@ -76,7 +76,7 @@ def test_a_fused_token_is_a_key_like_any(tmp_path: Path, photo: Path) -> None:
     looked = Viewer(run).look(photo)
     assert len(looked.kept[1]) == 8 and looked.keys == {1: 9} and len(looked.seen[1]) == 8, "8 of 9 keys: one is hidden"
     (path,) = show(run, [str(photo)], tmp_path / "out")
-    assert PIL.Image.open(path).height > 600, "two rows: the second says what the token sees"
+    assert PIL.Image.open(path).height > 600, "two rows: the second has the keys that the token attends to"
 
 
 def test_settings_stand_beside_images_in_any_order(tmp_path: Path, photo: Path, capsys: Any) -> None:
@@ -103,18 +103,18 @@ def test_settings_stand_beside_images_in_any_order(tmp_path: Path, photo: Path, 
     )
 
 
-def test_an_image_is_shown_where_checkpoints_and_shards_are_not(tmp_path: Path, photo: Path, capsys: Any) -> None:
-    """As on a laptop that has the weights alone; who asks for the sheet itself is refused."""
+def test_an_image_is_drawn_without_checkpoints_and_shards(tmp_path: Path, photo: Path, capsys: Any) -> None:
+    """As on a laptop that has only the weights; `show RUN` without an image, which needs the sheet, is refused."""
     more = {"removed": 0.2, "swap": 0.1, "window": "5ep", "updates": 1, "method": "forgetting"}
     run, _ = made(tmp_path / "runs" / "copied", examples=more)
     assert main(["show", str(run), str(photo), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr()
-    assert told.out.split() == [str(tmp_path / "out" / "photo.png")] and "no examples.png" in told.err
+    reported = capsys.readouterr()
+    assert reported.out.split() == [str(tmp_path / "out" / "photo.png")] and "no examples.png" in reported.err
     assert main(["show", str(run)]) == 2 and "no checkpoint, which has" in capsys.readouterr().err
     assert main(["show", str(made(tmp_path / "runs" / "plain")[0])]) == 2 and "give an IMAGE" in capsys.readouterr().err
 
 
-def test_examples_by_what_they_were(tmp_path: Path, capsys: Any) -> None:
+def test_examples_are_ranked_by_forgetting(tmp_path: Path, capsys: Any) -> None:
     pattern = images.write_shards(tmp_path / "shards", [20, 20])
     index = build_index(pattern, progress=False)
     more = {"removed": 0.2, "swap": 0.1, "window": "5ep", "updates": 1, "ties": "id", "method": "forgetting"}
@@ -134,7 +134,7 @@ def test_examples_by_what_they_were(tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out.strip() == str(path) and PIL.Image.open(path).width > 1000
 
 
-def test_what_can_not_be_shown_is_said(tmp_path: Path, photo: Path) -> None:
+def test_what_cannot_be_shown_is_reported(tmp_path: Path, photo: Path) -> None:
     run, _ = made(tmp_path / "runs" / "four")
     with pytest.raises(ConfigError, match="--token 16: must be 0 to 15"):
         Viewer(run).look(photo, 16)

@@ -1,4 +1,4 @@
-"""The closing table and the picture say what the journal says, for whole, killed, resumed and empty runs."""
+"""The closing table and the plot agree with the journal, for whole, killed, resumed and empty runs."""
 
 from __future__ import annotations
 

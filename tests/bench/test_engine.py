@@ -38,8 +38,8 @@ def rows(**ratios: float) -> dict[str, dict[str, float]]:
 
 
 def test_the_advice_names_what_the_engine_costs_and_the_keys_of_a_better_one() -> None:
-    said = advice(config(zero=1), rows(ddp=1.03, zero0=1.1, zero1=1.2), 32)
-    assert said == (
+    message = advice(config(zero=1), rows(ddp=1.03, zero0=1.1, zero1=1.2), 32)
+    assert message == (
         "32 images per device: this model fits without sharding; step time relative to the bare loop: "
         "DDP 1.03 x, ZeRO 0 1.10 x, ZeRO 1 1.20 x; set engine.kind=ddp"
     )

@@ -13,8 +13,8 @@ from trainer.bench import gpu
 
 def test_every_device_path_agrees_with_itself_on_the_cpu(capsys: Any) -> None:
     assert gpu.main() == 0
-    said = capsys.readouterr().out
-    assert said.count("ok  ") >= 15 and "FAIL" not in said
+    message = capsys.readouterr().out
+    assert message.count("ok  ") >= 15 and "FAIL" not in message
 
 
 def test_a_path_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""`trilevel bench input`: every row measures what it says on the same images; the numbers of --order-only; pixel errors of fast paths."""
+"""`trilevel bench input`: every row measures what its label names, on the same images; --order-only; pixel errors."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_all_rows_run_on_the_same_images(job: Path, workers: int, capsys: Any) -
     if workers == 2:
         words += ["--rows", "ours,bare_decode,webdataset,imagefolder,timm"]
     assert main([*words, "--json", "bench.json"]) == 0
-    rows, said = json.loads(Path("bench.json").read_text()), capsys.readouterr().out
+    rows, message = json.loads(Path("bench.json").read_text()), capsys.readouterr().out
     assert {"ours", "bare_decode", "webdataset", "imagefolder", "timm"} <= rows.keys()
     for name, row in rows.items():
         if row["did"] == "not installed":
             assert name in ("mosaicml_streaming", "litdata") and "median" not in row
         else:
             assert 0 < row["min"] <= row["median"] <= row["max"] and row["unit"] in ("images/s", "s"), name
-    assert "ours / webdataset: " in said and "by CPU time" in said
+    assert "ours / webdataset: " in message and "by CPU time" in message
     for path in ("decoding, ", "decoding of the crop", "resize", "shear", "translation", "smoothing"):
-        assert path in said, "the error of every fast path is printed"
+        assert path in message, "the error of every fast path is printed"
     if workers == 0:
         assert {"ours_short_side", "ours_randaugment", "timm_randaugment", "epoch_all", "epoch_dropped"} <= rows.keys()
         assert "short side 256" in rows["ours_short_side"]["did"] and "posterize" in rows["timm_randaugment"]["did"]
@@ -78,8 +78,11 @@ def test_an_unknown_row_and_too_few_images_are_refused(job: Path, capsys: Any) -
 def test_the_order_of_imagenet_on_a_rank_is_made_in_less_than_a_second(job: Path, capsys: Any) -> None:
     words = ["--order-only", "--examples", "1281167", "--shards", "1024", "--world", "8", "--json", "order.json"]
     assert main(["bench", "input", "job.yaml", *words]) == 0
-    said = capsys.readouterr().out
-    assert "shuffle quality, class-sorted shards: classes" in said and "shuffle quality, classes mixed over the shards" in said
+    message = capsys.readouterr().out
+    assert (
+        "shuffle quality, class-sorted shards: classes" in message
+        and "shuffle quality, classes mixed over the shards" in message
+    )
     rows = json.loads(Path("order.json").read_text())
     assert rows["start"]["median"] < 1.0 and rows["resume"]["median"] < 1.0, "seconds, against milliseconds on an idle machine"
     assert rows["set_up"]["median"] <= rows["start"]["median"] and 0 < rows["memory"]["median"] < 64

@@ -33,11 +33,11 @@ def test_rows_ratios_shares_and_the_whole_run(tmp_path: Path, capsys: Any) -> No
     config, out = tmp_path / "job.yaml", tmp_path / "step.json"
     config.write_text(RECIPE)
     assert main(["bench", "step", str(config), "--pairs", "6", "--json", str(out)]) == 0
-    rows, said = json.loads(out.read_text()), capsys.readouterr().out
+    rows, message = json.loads(out.read_text()), capsys.readouterr().out
     run, counting = rows.pop("run"), rows.pop("bookkeeping")
     assert 0 < counting["min"] <= counting["median"] and counting["megabytes"] < 20, counting
-    assert f"bookkeeping of examples (random_epoch): {counting['median']:.3f} ms per step" in said
-    assert set(rows) == {"ours", "ours from epoch 0", "ours from epoch 2", "against", "timm"} and "whole run:" in said
+    assert f"bookkeeping of examples (random_epoch): {counting['median']:.3f} ms per step" in message
+    assert set(rows) == {"ours", "ours from epoch 0", "ours from epoch 2", "against", "timm"} and "whole run:" in message
     assert all(row["unit"] == "ms" and 0 < row["min"] <= row["median"] <= row["max"] for row in rows.values())
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows.values())
     assert rows["against"]["ratio"] == 1.0 == rows["timm"]["share"] == rows["ours from epoch 0"]["share"]

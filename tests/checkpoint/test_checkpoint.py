@@ -119,7 +119,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "reported"),
     [
         (lambda path: (path / "weights.safetensors").write_bytes(b"short"), "weights.safetensors has 5 bytes"),
         (lambda path: (path / "examples.npz").unlink(), "examples.npz is missing"),
@@ -128,18 +128,18 @@ def flip(path: Path) -> None:
         (lambda path: rewritten(path / "state.json", lambda a: a["state"].update(batch=3)), "state.json was changed"),
     ],
 )
-def test_a_damaged_one_is_passed_over_and_that_is_said(tmp_path: Path, config: Config, harm: Any, told: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path: Path, config: Config, harm: Any, reported: str) -> None:
     first, second = save(tmp_path, config, 1), save(tmp_path, config, 2)
     harm(second)
     found = newest(tmp_path)
     assert found.path == first and len(found.damaged) == 1
-    assert found.damaged[0].startswith("step-00000002: ") and told in found.damaged[0]
+    assert found.damaged[0].startswith("step-00000002: ") and reported in found.damaged[0]
     save(tmp_path, config, 2)  # what was lost is made again, and the damaged one goes
     assert latest(tmp_path) == tmp_path / "step-00000002.2" and names(tmp_path) == ["step-00000001", "step-00000002.2"]
     assert load(tmp_path / "step-00000002.2", config, "shards").state.step == 2
 
 
-def test_where_all_are_damaged_nothing_starts_anew_in_silence(tmp_path: Path, config: Config) -> None:
+def test_with_all_checkpoints_damaged_no_run_starts_from_scratch(tmp_path: Path, config: Config) -> None:
     flip(save(tmp_path, config, 1) / "weights.safetensors")
     with pytest.raises(
         CheckpointError, match=r"all checkpoints in .* step-00000001: the hash of weights.safetensors differs.*copy"
@@ -240,7 +240,7 @@ def test_the_guide_lists_what_a_resume_may_change() -> None:
     assert [key for key in FREE_TO_CHANGE if f"`{key}`" not in guide] == []
 
 
-def test_a_place_that_can_not_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path, config: Config) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
         create_run_directory(tmp_path / "runs" / "name", config.resolved(), resume=False)
@@ -255,7 +255,7 @@ def test_the_position_moves_through_epochs_of_any_length() -> None:
     assert json.dumps(state.broken) == "{}"
 
 
-def test_a_damaged_one_ahead_takes_no_good_ones_place() -> None:
-    """After a resume from 200 that passed over a damaged 300: the newest two are those of the run that goes on."""
+def test_a_damaged_newer_checkpoint_takes_no_place_of_a_good_one() -> None:
+    """After a resume from 200 that skipped a damaged 300: the newest two are those of the resumed run."""
     there = [OnDisk(f"step-{step:08d}", step, step / 10) for step in (100, 200, 250, 300)]
     assert retained(there, CheckpointConfig(keep=2, best=False), "step-00000250", 0) == {"step-00000200", "step-00000250"}

@@ -1,4 +1,4 @@
-"""A save survives a crash: whatever the disk had not been told to keep may be gone, and a usable checkpoint is there."""
+"""A save survives a crash: all that was not synchronised to the disk may be gone, and a usable checkpoint remains."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_crash_at_any_point_leaves_the_previous_one_or_the_new_one(scene: str)
             found = usable(disk)
             assert found in (allowed[-2:] if number < returned else allowed[-1:]), (number, found)
             cases += 1
-            if rng_keys.random() < 0.004:  # the next attempt goes on from what it finds, saves, and crashes in turn
+            if rng_keys.random() < 0.004:  # the next attempt continues from what it finds, saves, and crashes in turn
                 again: list[System] = []
                 disk.after = lambda disk=disk, again=again: again.extend(disk.crashed(3, rng_keys))
                 save(disk, 9, best, "second")
@@ -113,7 +113,7 @@ def test_an_error_at_any_call_leaves_a_usable_one_and_the_next_save_cleans_up(nu
     calls = 0
     while True:
         system = started(1, 2)
-        system.error, system.stop = OSError(number, "the disk says no"), system.calls + calls
+        system.error, system.stop = OSError(number, "the write fails"), system.calls + calls
         try:
             save(system, 3, best=1)
             break
@@ -127,8 +127,8 @@ def test_an_error_at_any_call_leaves_a_usable_one_and_the_next_save_cleans_up(nu
     assert calls > 20, "every call was refused once"
 
 
-def test_nothing_that_waits_for_room_is_left_behind_on_a_full_disk() -> None:
-    """Every write fails from some moment on, and so does nothing that frees room."""
+def test_no_partial_file_is_left_behind_on_a_full_disk() -> None:
+    """Every write fails from some moment on; what frees space still works."""
     system = started(1, 2)
     before = set(Disk(system).names(FOLDER))
     real = system.write
@@ -143,7 +143,7 @@ def test_nothing_that_waits_for_room_is_left_behind_on_a_full_disk() -> None:
     assert set(Disk(system).names(FOLDER)) == before
 
 
-def test_a_pointer_that_found_no_room_is_not_left_behind() -> None:
+def test_a_pointer_that_did_not_fit_on_the_disk_is_not_left_behind() -> None:
     """The new checkpoint is whole and stays; only the write of `latest` fails."""
     system = started(1, 2)
     real, opened = system.write, system.open

@@ -30,7 +30,7 @@ def whole_commands(text: str) -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """`[--out DIR]` is dropped, a count that is a letter (`--step S`) becomes 1, what stands behind `;` and `#` is left out."""
+    """`[--out DIR]` is dropped, a count that is a letter (`--step S`) becomes 1, what follows `;` and `#` is left out."""
     plain = re.sub(r"\[[^\]=]*(?:=[^\]]*)?\](?!')", "", command) if "[--" in command or "[key" in command else command
     return shlex.split(re.sub(r"(--[\w-]+) [A-Z]\b", r"\1 1", plain).partition(";")[0], comments=True)
 

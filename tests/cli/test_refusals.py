@@ -1,4 +1,4 @@
-"""Bad input at the command line: one message that names what is wrong and the way out, exit code 2, nothing written or lost."""
+"""Bad input at the command line: one message that names the fault and a remedy, exit code 2, nothing written or lost."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def job(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(capsys: Any, *words: object) -> str:
     assert main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("trilevel: ") and "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("trilevel: ") and "Traceback" not in message
+    return message
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def refused(capsys: Any, *words: object) -> str:
         ("optim.name=adamww", ["optim.name", "adamw"]),
     ],
 )
-def test_what_a_run_can_not_be_is_said_before_it_starts(override: str, words: list[str], job: Path, capsys: Any) -> None:
-    said = refused(capsys, "train", job, override, "--check")
-    assert all(word in said for word in words), said
+def test_impossible_runs_are_refused_before_they_start(override: str, words: list[str], job: Path, capsys: Any) -> None:
+    message = refused(capsys, "train", job, override, "--check")
+    assert all(word in message for word in words), message
     assert not Path("runs").exists()
 
 
@@ -78,10 +78,10 @@ def test_the_check_prints_the_plan_and_trains_nothing(job: Path, capsys: Any) ->
     assert (
         main(["train", str(job), "plan.method=cosine", "plan.warmup=0ep", "plan.length=1ep", "plan.plateaus=2", "--check"]) == 0
     )
-    said = capsys.readouterr().out
-    assert "17x2 13x1 10x1" in said, said  # 16 patches and [CLS]: ceil(.7 x 16) = 12, ceil(.7 x 12) = 9
-    assert "1438 training and 359 validation images" in said and not Path("runs").exists()
-    assert "order: classes in a batch" in said
+    message = capsys.readouterr().out
+    assert "17x2 13x1 10x1" in message, message  # 16 patches and [CLS]: ceil(.7 x 16) = 12, ceil(.7 x 12) = 9
+    assert "1438 training and 359 validation images" in message and not Path("runs").exists()
+    assert "order: classes in a batch" in message
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_a_shard_that_changed_is_refused_by_name(job: Path, copied: Path, capsys
     copied.write_bytes(content)
     assert copied.name in refused(capsys, "train", job)
     copied.unlink()
-    said = refused(capsys, "train", job)
-    assert copied.name in said and "missing" in said
+    message = refused(capsys, "train", job)
+    assert copied.name in message and "missing" in message
 
 
 def test_a_truncated_tar_is_refused_by_name(job: Path, copied: Path, capsys: Any) -> None:
@@ -124,15 +124,15 @@ def test_what_another_run_left_is_not_taken_for_ones_own(job: Path, capsys: Any)
 def test_a_checkpoint_of_another_configuration_is_refused(job: Path, capsys: Any) -> None:
     assert main(["train", str(job), "stop_at=2step"]) == 0
     capsys.readouterr()
-    said = refused(capsys, "train", job, "--resume", "optim.lr=0.5")
-    assert "optim.lr: checkpoint 0.002, now 0.5" in said
+    message = refused(capsys, "train", job, "--resume", "optim.lr=0.5")
+    assert "optim.lr: checkpoint 0.002, now 0.5" in message
     assert main(["train", str(job), "--resume", "data.workers=1"]) == 0
 
 
 def test_broken_images_keep_their_slot_and_count_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Named in the journal and the console; the run goes on, and stops past the set share."""
+    """Named in the journal and on the console; the run continues, and stops above the set share."""
     monkeypatch.chdir(tmp_path)
     build_index(images.write_shards(Path("drawn"), [30, 34], classes=2, broken={5, 40}), progress=False)
     text = RECIPE.replace("DIGITS/validation", "drawn/train").replace("DIGITS", "drawn").replace("classes: 10", "classes: 2")
@@ -144,12 +144,12 @@ def test_broken_images_keep_their_slot_and_count_for_nothing(
     assert {line["id"] for line in found} == {5, 40} and all(line["reason"] for line in found)
     assert [line["images"] for line in lineage("runs/job") if line["kind"] == "eval"][-1] == 62
     assert "broken image" in capsys.readouterr().out
-    said = refused(capsys, "train", "job.yaml", "name=strict", "data.broken_share=0.02")
-    assert "2 of 64 images are broken, more than data.broken_share=0.02" in said
+    message = refused(capsys, "train", "job.yaml", "name=strict", "data.broken_share=0.02")
+    assert "2 of 64 images are broken, more than data.broken_share=0.02" in message
     assert lineage_end("runs/strict") == "failed"
     build_index(images.write_shards(Path("none"), [32], classes=2, broken=range(32)), progress=False)
-    said = refused(capsys, "train", "job.yaml", "name=none", "data.train=none/train-*.tar")
-    assert "images are broken" in said and "optim.lr" not in said, "no image at all is no matter of the learning rate"
+    message = refused(capsys, "train", "job.yaml", "name=none", "data.train=none/train-*.tar")
+    assert "images are broken" in message and "optim.lr" not in message, "no image at all is no matter of the learning rate"
 
 
 def lineage_end(run: str) -> str:

@@ -54,7 +54,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         changed(*stairs, *words, tmp_path=tmp_path)
     assert changed(*stairs, words[0], tmp_path=tmp_path).plan.settings.stairs[1][1:] == (0.6, 0.4)
     merging = changed(*stairs, "tokens.method=tome", tmp_path=tmp_path)
-    assert merging.tokens.settings.keep == 1.0, "the stairs say how much is merged"
+    assert merging.tokens.settings.keep == 1.0, "the stairs decide how much is merged"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("optim.betas=[1.5, 0.9]", "optim.betas.0=1.5"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, words: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_named_with_its_key_and_a_remedy(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         changed(override, tmp_path=tmp_path)
     assert any(part in str(error.value) for part in words.split("|")), error.value
@@ -109,7 +109,7 @@ def test_a_wrong_value_is_named_with_its_key_and_the_way_out(override: str, word
         ("engine.zero=3", "engine.compile=true"),
     ],
 )
-def test_what_an_engine_can_not_do_is_said_before_it_starts(overrides: tuple[str, str], tmp_path: Path) -> None:
+def test_what_an_engine_cannot_do_is_refused_before_it_starts(overrides: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         changed(*overrides, tmp_path=tmp_path)
     assert all(text.split("=")[1].lower() in str(error.value).lower() for text in overrides), error.value

@@ -31,7 +31,7 @@ def shards(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_file_loads_and_says_what_it_is(name):
+def test_every_recipe_loads_and_describes_itself(name):
     path = FOLDER / f"{name}.yaml"
     config = load(path)
     assert config.name == name

@@ -229,7 +229,7 @@ def test_shuffle_quality_is_measured() -> None:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_world_and_any_workers_resume_anywhere(data: st.DataObject) -> None:
-    """A run that stops at any position and goes on with other processes and workers presents what an uninterrupted one does."""
+    """A run that stops at any position and continues with other processes and workers presents what an uninterrupted one does."""
     sizes = np.array(data.draw(st.sampled_from(list(SHARDS.values()))))
     lanes, repeats, homes = (data.draw(st.sampled_from(choice)) for choice in ((1, 2, 4, 8), (1, 3), (1, 3, 7)))
     batch = lanes * repeats * 2 * -(-64 // (lanes * repeats))

@@ -49,6 +49,6 @@ def test_a_restart_generates_no_code_again(digits: Path, tmp_path: Path) -> None
     assert again["hits"] > 0 and again["misses"] == 0
     run = tmp_path / "runs" / "job"
     assert {line["compile_cache"] for line in lines(run, "start")} == {str(tmp_path / ".cache/trilevel/compiled")}
-    told = [line["time_to_first_step"] for line in lines(run, "step") if "time_to_first_step" in line]
-    assert len(told) == 2 and all(seconds > 0 for seconds in told)
-    print(f"start to first step: {told[0]:.1f} s, at the restart {told[1]:.1f} s")
+    reported = [line["time_to_first_step"] for line in lines(run, "step") if "time_to_first_step" in line]
+    assert len(reported) == 2 and all(seconds > 0 for seconds in reported)
+    print(f"start to first step: {reported[0]:.1f} s, at the restart {reported[1]:.1f} s")

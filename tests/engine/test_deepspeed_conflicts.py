@@ -45,11 +45,13 @@ def render(content: dict[str, Any], folder: Path, env: dict[str, str] | None = N
 
 
 def test_what_does_not_conflict_is_merged_in(tmp_path: Path) -> None:
-    told = render(TUNED, tmp_path)
-    assert told["train_batch_size"] == 96 and told["wall_clock_breakdown"] is True and told["gradient_clipping"] == 0.5
-    zero = told["zero_optimization"]
+    reported = render(TUNED, tmp_path)
+    assert (
+        reported["train_batch_size"] == 96 and reported["wall_clock_breakdown"] is True and reported["gradient_clipping"] == 0.5
+    )
+    zero = reported["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"], zero["overlap_comm"]) == (2, 12345, False)
-    assert zero["offload_optimizer"] == {"device": "cpu"} and "optimizer" not in told and "fp16" not in told
+    assert zero["offload_optimizer"] == {"device": "cpu"} and "optimizer" not in reported and "fp16" not in reported
 
 
 CONFLICTS = [
@@ -79,15 +81,15 @@ CONFLICTS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "said"), CONFLICTS)
-def test_a_conflict_names_both_values(content: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(("content", "message"), CONFLICTS)
+def test_a_conflict_names_both_values(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         render(content, tmp_path)
 
 
 def test_an_empty_section_takes_nothing_away(tmp_path: Path) -> None:
-    told = render({"zero_optimization": {}, "torch_autocast": {}}, tmp_path)
-    assert told["zero_optimization"]["stage"] == 2 and told["torch_autocast"]["enabled"] is True
+    reported = render({"zero_optimization": {}, "torch_autocast": {}}, tmp_path)
+    assert reported["zero_optimization"]["stage"] == 2 and reported["torch_autocast"]["enabled"] is True
 
 
 def test_every_conflict_is_named_at_once(tmp_path: Path) -> None:
@@ -108,13 +110,13 @@ ENVIRONMENT = [
 ]
 
 
-@pytest.mark.parametrize(("env", "said"), ENVIRONMENT)
-def test_a_conflict_with_accelerates_file_names_both_values(env: dict[str, str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(("env", "message"), ENVIRONMENT)
+def test_a_conflict_with_accelerates_file_names_both_values(env: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         render({}, tmp_path, {"ACCELERATE_USE_DEEPSPEED": "true"} | env)
 
 
-def test_what_accelerates_file_says_beside_it_is_merged_in_and_its_files_may_not_differ(tmp_path: Path) -> None:
+def test_settings_of_accelerates_file_are_merged_and_its_files_must_agree(tmp_path: Path) -> None:
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
     env |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     assert render({}, tmp_path, env)["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
@@ -153,7 +155,7 @@ def test_accelerate_reads_its_files_as_they_are_meant(path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_accelerate_launches_with_its_file_and_deepspeed_hears_what_stands_in_it(digits: Path, tmp_path: Path) -> None:
+def test_accelerate_launches_with_its_file_and_deepspeed_gets_its_settings(digits: Path, tmp_path: Path) -> None:
     """The file for one node, with two CPU processes in the place of eight GPUs."""
     file = yaml.safe_load((ROOT / "configs" / "accelerate" / "one_node_8_gpus.yaml").read_text())
     (tmp_path / "ds.json").write_text(
@@ -175,9 +177,9 @@ def test_accelerate_launches_with_its_file_and_deepspeed_hears_what_stands_in_it
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["kind"] == "DeepSpeedEngine" and told["reduce_bucket_size"] == 54321 and told["stage"] == 1
-    assert told["config"]["train_batch_size"] == 128 and told["config"]["gradient_clipping"] == 1.0
+    reported = json.loads((tmp_path / "told.json").read_text())
+    assert reported["kind"] == "DeepSpeedEngine" and reported["reduce_bucket_size"] == 54321 and reported["stage"] == 1
+    assert reported["config"]["train_batch_size"] == 128 and reported["config"]["gradient_clipping"] == 1.0
     assert [line["world"] for line in lines(tmp_path / "runs" / "job", "start")] == [2]
 
 

@@ -65,7 +65,7 @@ MORE = [
 @pytest.mark.parametrize(
     ("kind", "zero", "precision", "near"), MODES + [pytest.param(*mode, marks=pytest.mark.slow) for mode in MORE]
 )
-def test_resumed_is_uninterrupted_and_any_world_goes_on(
+def test_resumed_is_uninterrupted_and_any_world_size_continues(
     kind: str, zero: int, precision: str, near: float, control: Any, tmp_path: Path
 ) -> None:
     whole = job(2, kind, zero, precision, 1, 0, 5, tmp_path)
@@ -130,9 +130,13 @@ def test_dropout_is_seeded_by_seed_step_and_rank() -> None:
         assert seeded(0, 0, 1) == found[1]
 
 
-def test_deepspeed_is_told_everything_and_nothing_is_automatic() -> None:
-    told = deepspeed_config(run_config.EngineConfig(zero=2, precision="bf16"), BatchSplit(8, 3, 24), world=4, clip=0.5)
-    assert told["train_batch_size"] == 96 and told["gradient_accumulation_steps"] == 3
-    assert told["train_micro_batch_size_per_gpu"] == 8 and told["gradient_clipping"] == 0.5
-    assert told["zero_optimization"]["stage"] == 2 and told["bf16"]["enabled"] and not told["torch_autocast"]["enabled"]
-    assert '"auto"' not in json.dumps(told)
+def test_every_setting_of_deepspeed_is_given_and_none_is_automatic() -> None:
+    reported = deepspeed_config(run_config.EngineConfig(zero=2, precision="bf16"), BatchSplit(8, 3, 24), world=4, clip=0.5)
+    assert reported["train_batch_size"] == 96 and reported["gradient_accumulation_steps"] == 3
+    assert reported["train_micro_batch_size_per_gpu"] == 8 and reported["gradient_clipping"] == 0.5
+    assert (
+        reported["zero_optimization"]["stage"] == 2
+        and reported["bf16"]["enabled"]
+        and not reported["torch_autocast"]["enabled"]
+    )
+    assert '"auto"' not in json.dumps(reported)

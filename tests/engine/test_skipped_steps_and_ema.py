@@ -103,7 +103,7 @@ def test_accumulation_checkpointing_and_clipping_together_are_one_batch(zero: in
 
 
 @pytest.mark.parametrize("mode", ["deepspeed:1", "ddp:0"])
-def test_the_fused_optimizer_gives_the_same_numbers_and_goes_on_from_the_others_state(
+def test_the_fused_optimizer_gives_the_same_numbers_and_continues_from_the_others_state(
     mode: str, found: dict[str, dict[str, Any]]
 ) -> None:
     one = found[f"fusing={mode}:float32:1"]

@@ -91,16 +91,16 @@ with Journal(sys.argv[1]) as journal:
 """
     writer = python(code, tmp_path)
     assert writer.stdout
-    told = 0
-    while told < 200:
-        told = int(writer.stdout.readline())
+    reported = 0
+    while reported < 200:
+        reported = int(writer.stdout.readline())
     writer.send_signal(signal.SIGKILL)
-    told = max([told] + [int(n) for n in writer.stdout.read().split("\n")[:-1]])
+    reported = max([reported] + [int(n) for n in writer.stdout.read().split("\n")[:-1]])
     writer.wait()
     with Journal(tmp_path) as journal:
         assert journal.attempt == 1
     steps = [line["step"] for line in read(tmp_path)]
-    assert steps == list(range(1, len(steps) + 1)) and told <= len(steps) <= told + 1
+    assert steps == list(range(1, len(steps) + 1)) and reported <= len(steps) <= reported + 1
 
 
 def test_one_writer_and_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
@@ -151,7 +151,7 @@ def test_attempts_count_up_and_none_is_used_twice(tmp_path: Path):
     assert last_attempt(tmp_path) == 7
 
 
-def test_follower_goes_on_behind_the_last_whole_line(tmp_path: Path):
+def test_the_follower_continues_after_the_last_whole_line(tmp_path: Path):
     journal = Journal(tmp_path)
     journal.write("step", step=1)
     journal.write("step", step=2)
@@ -199,7 +199,7 @@ def test_lineage_counts_every_step_once_over_kills(tmp_path: Path):
 
     assert [(line["step"], line["ema"], line["attempt"]) for line in of("eval")] == [(7, False, 0), (7, True, 1)]
     assert [line["attempt"] for line in of("epoch")] == [0] and [line["attempt"] for line in of("start")] == [0, 1, 2, 3]
-    assert [line["id"] for line in of("broken")] == [5]  # the other stands where its attempt stood, behind the cut
+    assert [line["id"] for line in of("broken")] == [5]  # the other stays in its attempt's place, after the cut
     assert [line["step"] for line in of("checkpoint")] == [7] and len(of("end")) == 1
     assert len(list(read(tmp_path))) > len(lines)  # nothing is deleted
 
@@ -210,8 +210,8 @@ def test_lineage_of_a_run_begun_again_without_a_checkpoint(tmp_path: Path):
     assert [(line["step"], line["attempt"]) for line in lineage(tmp_path) if line["kind"] == "step"] == [(1, 1), (2, 1)]
 
 
-def test_full_disk_holds_lines_until_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A limit on the size of files stands for the full disk: the write in the middle of a line fails just so."""
+def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A limit on the size of files simulates the full disk: a write in the middle of a line fails in the same way."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(tmp_path)
@@ -254,7 +254,7 @@ def test_a_full_disk_costs_no_line_that_was_written(tmp_path: Path, monkeypatch:
     journal.close()
 
 
-def test_what_is_held_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lines_that_wait_for_a_full_disk_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(_file: int, _data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -299,7 +299,7 @@ def test_lines_that_a_resume_builds_on_are_synced_and_others_are_not(tmp_path: P
     assert set(counts.values()) == {0, 1}
 
 
-def test_lines_that_a_full_disk_takes_to_the_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_lines_lost_to_a_full_disk_at_the_end_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(tmp_path)
@@ -332,7 +332,7 @@ def test_missing_journal_is_named(tmp_path: Path):
 def test_a_disk_that_refuses_to_be_sure_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """A full quota on NFS is told when the file is synchronised, not when it is written."""
+    """A full quota on NFS is reported when the file is synchronised, not when it is written."""
 
     def full(_: int) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

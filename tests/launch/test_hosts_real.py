@@ -28,7 +28,7 @@ def chains(run: Path) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Heads of the chain of what was seen, by step, of one process that nobody interrupts."""
+    """Heads of the hash chain by step, of one uninterrupted process."""
     folder = tmp_path_factory.mktemp("alone")
     words = [sys.executable, "-m", "trainer", "train", CONFIG, *settings(digits, f"stop_at={STEPS}step")]
     done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
@@ -37,10 +37,10 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, s
 
 
 def launch(made: Hosts, *words: str) -> subprocess.Popen[str]:
-    told = ["--hostfile", str(made.hostfile()), "--ssh-config", str(made.ssh_config)]
+    reported = ["--hostfile", str(made.hostfile()), "--ssh-config", str(made.ssh_config)]
     with (made.folder / "out.txt").open("w") as out:
         return subprocess.Popen(
-            made.command(sys.executable, "-m", "launch", "hosts", CONFIG, *words, *told),
+            made.command(sys.executable, "-m", "launch", "hosts", CONFIG, *words, *reported),
             cwd=made.folder, env=made.env(), stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_two_hosts_see_what_one_process_sees_and_a_ctrl_c_ends_both(digits, alon
         assert lines(run, "start")[0]["world"] == 2 and (run / "checkpoints" / "latest").is_file()
         seen = chains(run)
         assert {step: seen[step] for step in alone} == alone
-        # each line says where it comes from, and is kept by host and by rank
+        # each line is marked with its origin, and kept by host and by rank
         logs = tmp_path / "logs" / "quickstart"
         assert (
             "[10.77.13.1] [rank 0] quickstart  epoch" in output
@@ -83,7 +83,7 @@ def test_two_hosts_see_what_one_process_sees_and_a_ctrl_c_ends_both(digits, alon
 
 
 @pytest.mark.slow
-def test_the_death_of_one_rank_ends_all_hosts_and_what_was_saved_goes_on_on_four(digits, alone, tmp_path):
+def test_the_death_of_one_rank_ends_all_hosts_and_the_checkpoint_continues_on_four(digits, alone, tmp_path):
     with hosts(2, tmp_path) as made:
         process = launch(made, *settings(digits, "checkpoint.every=2step"))
         wait_for(lambda: steps(process, made, "quickstart") >= 4, 400)
@@ -105,27 +105,27 @@ def test_the_death_of_one_rank_ends_all_hosts_and_what_was_saved_goes_on_on_four
 
 
 @pytest.mark.slow
-def test_of_two_elastic_hosts_one_is_lost_and_the_other_goes_on(digits, alone, tmp_path):
+def test_of_two_elastic_hosts_one_is_lost_and_the_other_continues(digits, alone, tmp_path):
     with hosts(2, tmp_path) as made:
         process = launch(made, *settings(digits, "checkpoint.every=2step", "stop_at=60step"), "--nodes", "1:2")
         wait_for(lambda: steps(process, made, "quickstart") >= 5, 600)
         for one in made.running(1):  # the host is gone, with all that was on it
             one.kill()
         output = ended(process, made)
-        assert process.returncode == 0 and "the others go on without it" in output, output
+        assert process.returncode == 0 and "the other nodes continue without it" in output, output
         run = tmp_path / "runs" / "quickstart"
         seen = chains(run)
         assert [line["world"] for line in lines(run, "start")] == [2, 1] and lines(run, "resume")[0]["step"] >= 4
         assert {step: seen[step] for step in alone} == alone and max(seen) == 60
 
 
-def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
-    """The second host has no way to the third, which the first does not see; then its wire is cut and nobody says by which interface
-    to meet: each is named, with the way out."""
+def test_doctor_reports_what_each_host_lacks(tmp_path):
+    """The second host cannot reach the third, which the first does not notice; then its link is cut and no interface is set: each fault
+    is named, with a remedy."""
     with hosts(3, tmp_path) as made:
         words = ["-m", "trainer", "doctor", "--hosts", str(made.hostfile()), "--ssh-config", str(made.ssh_config)]
 
-        def told(**more: str) -> dict[str, str]:
+        def reported(**more: str) -> dict[str, str]:
             done = subprocess.run(
                 made.command(sys.executable, *words), cwd=tmp_path, env=made.env() | more, capture_output=True, text=True,
                 timeout=300, check=False,
@@ -133,13 +133,13 @@ def test_doctor_asks_the_hosts_for_what_they_lack(tmp_path):
             return {row[5:].split()[0]: row for row in done.stdout.splitlines() if row[5:].strip()}
 
         subprocess.run(["ip", "-n", made.names[1], "route", "add", "unreachable", "10.77.13.3"], check=True)
-        rows = told()
+        rows = reported()
         assert rows["10.77.13.1"].startswith("ok") and rows["10.77.13.2"].startswith("ok"), rows
         assert rows["ports"].startswith("fail") and "all TCP ports between the hosts" in rows["ports"], rows
         for pair in ("10.77.13.2 can't reach 10.77.13.3 (", "10.77.13.3 can't reach 10.77.13.2 ("):
             assert pair in rows["ports"] and rows["ports"].count("can't reach") == 2, rows
         subprocess.run(["ip", "-n", made.login, "link", "set", "port1", "down"], check=True)
-        rows = told(GLOO_SOCKET_IFNAME="")
+        rows = reported(GLOO_SOCKET_IFNAME="")
         assert rows["10.77.13.1"].startswith("fail") and "GLOO_SOCKET_IFNAME=INTERFACE" in rows["10.77.13.1"], rows
         assert rows["10.77.13.2"].startswith("fail") and "ssh -o BatchMode=yes" in rows["10.77.13.2"], rows
         assert "connectivity to 10.77.13.2 was not tested" in rows["ports"], rows

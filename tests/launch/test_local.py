@@ -59,7 +59,7 @@ def test_a_machine_gives_one_process_per_gpu_or_two_on_cpu():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("locl c.yaml", ["'locl'", "did you mean 'local'?"]),
         ("local c.yaml --proceses 2", ["--proceses", "did you mean '--processes'?"]),
@@ -71,11 +71,11 @@ def test_a_machine_gives_one_process_per_gpu_or_two_on_cpu():
         ("", ["COMMAND"]),
     ],
 )
-def test_what_is_not_understood_is_refused_with_what_is_near(words, said, capsys, monkeypatch):
+def test_what_is_not_understood_is_refused_with_what_is_near(words, message, capsys, monkeypatch):
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main(words.split()) == 2
     error = capsys.readouterr().err
-    for text in said:
+    for text in message:
         assert text in error
 
 
@@ -120,7 +120,7 @@ def test_a_refused_configuration_starts_nothing(folder):
 
 
 @pytest.mark.dist
-def test_two_processes_are_told_who_they_are_and_end_by_a_signal_with_their_checkpoint(folder):
+def test_two_processes_get_their_ranks_and_end_by_a_signal_with_their_checkpoint(folder):
     process = launched(folder, "wait=1", "--resume")
     wait_for(lambda: (folder / "0.json").exists() and (folder / "1.json").exists(), 60)
     ranks = [read(folder / f"{rank}.json") for rank in (0, 1)]
@@ -133,12 +133,12 @@ def test_two_processes_are_told_who_they_are_and_end_by_a_signal_with_their_chec
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    # once each, and the loader workers don't hear it: torchrun's own answer to SIGTERM would have killed them
+    # once each, and loader workers do not get it: torchrun's own reaction to SIGTERM would have killed them
     assert [read(folder / f"{rank}.heard") for rank in (0, 1)] == [{"signals": [signal.SIGTERM], "loader": None}] * 2
 
 
 @pytest.mark.dist
-def test_one_process_hears_ctrl_c_once_too(folder):
+def test_one_process_gets_ctrl_c_once_too(folder):
     process = launched(folder, "wait=1", "--processes", "1")
     wait_for(lambda: (folder / "0.json").exists(), 60)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
@@ -148,7 +148,7 @@ def test_one_process_hears_ctrl_c_once_too(folder):
 
 
 @pytest.mark.dist
-def test_a_rank_that_fails_ends_all_and_is_told(folder):
+def test_a_rank_that_fails_ends_all_and_is_reported(folder):
     process = launched(folder, "crash=1")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output

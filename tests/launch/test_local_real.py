@@ -64,12 +64,12 @@ def test_a_rank_that_is_killed_ends_all_with_another_code(digits, tmp_path):
     assert ended(process, ranks) not in (0, 75), (tmp_path / "out.txt").read_text()
 
 
-def test_under_plain_torchrun_ranks_save_and_torchrun_says_1(digits, tmp_path):
-    """torchrun knows two exit codes; who asks for 75 starts by `launch`, or looks at the journal."""
+def test_under_plain_torchrun_ranks_save_and_torchrun_exits_with_1(digits, tmp_path):
+    """torchrun has two exit codes; for 75 start with `launch`, or read the journal."""
     process, ranks = begun(tmp_path, digits, *TORCHRUN)
     for one in ranks:
         if one.environ()["RANK"] == "0":
-            os.kill(one.pid, signal.SIGUSR1)  # one rank hears of it, all agree to end
+            os.kill(one.pid, signal.SIGUSR1)  # one rank gets it, all agree to end
             break
     assert ended(process, ranks) == 1, (tmp_path / "out.txt").read_text()
     run = tmp_path / "runs" / "quickstart"

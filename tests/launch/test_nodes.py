@@ -75,7 +75,7 @@ def test_an_elastic_job_resumes_and_meets_by_torchruns_agent():
         hosts.chosen(hosts.read("a\nb\nc"), "1:4")
 
 
-# A launcher and its rank, which ends when it is told to and leaves its exit code; the launcher stays a while, as torchrun's does.
+# A launcher and its rank, which ends on a signal and leaves its exit code; the launcher stays a while, as torchrun's does.
 RANK_OF_LAUNCHER = """
 import os, pathlib, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
@@ -89,7 +89,7 @@ LAUNCHER = "import subprocess, sys, time; subprocess.run([sys.executable, *sys.a
 
 @pytest.mark.parametrize("code", [75, 0])
 def test_the_end_of_slurms_step_makes_no_failure_of_a_node_that_has_saved(code, tmp_path, monkeypatch):
-    """One node's end makes srun end the step: SIGTERM to all that still runs on the others, whose ranks have ended as they were told."""
+    """One node's end makes srun end the step: SIGTERM to all that still runs on the others, whose ranks have ended by then."""
     monkeypatch.chdir(tmp_path)
 
     def slurm_signals() -> None:
@@ -113,18 +113,18 @@ def test_the_end_of_slurms_step_makes_no_failure_of_a_node_that_has_saved(code, 
     ("spare", "code", "took"), [(0, 3, "stopping the other nodes"), (1, 0, "the other nodes continue without it")]
 )
 def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, capsys):
-    """Two commands in place of ssh: one fails; the other ends well when it is told to, or when it sees that nobody tells it."""
+    """Two commands in place of ssh: one fails; the other ends well when a Ctrl-C arrives, or when none does."""
     waits = "import sys, select; print('told' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
     ends = Command((sys.executable, "-c", "import sys; sys.exit(3)"))
     stays = Command((sys.executable, "-c", waits.format(3 if spare else 60)))
     assert processes.run_on_hosts([ends, stays], ["a", "b"], tmp_path, spare) == code
-    said = capsys.readouterr()
-    assert f"a ended with 3; {took}" in said.err
+    message = capsys.readouterr()
+    assert f"a ended with 3; {took}" in message.err
     assert ("alone" if spare else "told") in (tmp_path / "b.txt").read_text()
 
 
 @pytest.mark.parametrize("least", [None, 1])
-def test_torchrun_is_told_to_mark_what_each_rank_says(least):
+def test_torchrun_marks_the_lines_of_each_rank(least):
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.elastic.multiprocessing import Std
     from torch.distributed.run import get_args_parser
@@ -134,7 +134,7 @@ def test_torchrun_is_told_to_mark_what_each_rank_says(least):
     read = (get_args_parser() if least else launch_command_parser()).parse_args(words[3:])
     assert (Std.from_str(read.tee), read.log_dir, read.training_script) == (Std.ALL, "/tmp/a b", "trainer")
     assert command.env["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "\x1e[rank ${rank}] "
-    alone = launcher(JOB, Node(1, False, 29400, tee="/tmp/a b"), "python")  # no torchrun, no ranks to tell apart
+    alone = launcher(JOB, Node(1, False, 29400, tee="/tmp/a b"), "python")  # no torchrun, so no marked ranks
     assert "--tee" not in alone.argv and not any("PREFIX" in name for name in alone.env)
 
 
@@ -150,16 +150,16 @@ def test_a_closed_terminal_or_a_full_disk_does_not_stop_the_reading(broken, tmp_
     else:
         for name in ("node1", "rank-7"):
             (tmp_path / f"{name}.txt").symlink_to("/dev/full")
-    said = [b"starts\n", b"[rank 7] caf\xe9\n", b"[rank 7] more\r\n"]
-    output.copy_node(io.BytesIO(b"".join(said)), "node1", tmp_path)
-    output.copy_ranks(io.BytesIO(b"".join(said).replace(b"[rank", b"\x1e[rank")), tmp_path)
+    message = [b"starts\n", b"[rank 7] caf\xe9\n", b"[rank 7] more\r\n"]
+    output.copy_node(io.BytesIO(b"".join(message)), "node1", tmp_path)
+    output.copy_ranks(io.BytesIO(b"".join(message).replace(b"[rank", b"\x1e[rank")), tmp_path)
     if broken == "terminal":
         rows = (tmp_path / "node1.txt").read_bytes().splitlines()
         assert rows[0].startswith(b"-- 20") and rows[1:] == [b"starts", b"[rank 7] caf\xe9", b"[rank 7] more"]
         assert (tmp_path / "rank-7.txt").read_bytes().splitlines()[1:] == [b"caf\xe9", b"more"]
     else:
-        assert capsysbinary.readouterr().out == b"".join(b"[node1] " + line.replace(b"\r", b"") for line in said) + b"".join(
-            said
+        assert capsysbinary.readouterr().out == b"".join(b"[node1] " + line.replace(b"\r", b"") for line in message) + b"".join(
+            message
         )
 
 
@@ -178,7 +178,7 @@ def test_a_ctrl_c_before_all_nodes_are_started_leaves_none_behind(tmp_path, monk
     assert len(started) == 1 and started[0].poll() is not None
 
 
-def test_what_a_requeued_job_says_comes_behind_what_it_said_before(tmp_path):
+def test_the_output_of_a_requeued_job_is_appended(tmp_path):
     for word in (b"first", b"second"):
         output.copy_ranks(io.BytesIO(b"\x1e[rank 0] " + word + b"\n"), tmp_path)
     assert (tmp_path / "rank-0.txt").read_text().splitlines()[1::2] == ["first", "second"]
@@ -196,7 +196,7 @@ def test_a_stopped_job_is_requeued_under_set_e_and_where_srun_ended_a_slower_nod
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
-def test_an_exit_file_that_a_full_disk_left_empty_is_no_exit_code():
+def test_an_empty_exit_file_of_a_full_disk_is_not_an_exit_code():
     writes = "import os, sys; open(os.environ['TRILEVEL_EXIT_FILE'], 'w'); sys.exit(1)"
     assert processes.start(Command((sys.executable, "-c", writes))) == 1
 
@@ -210,9 +210,9 @@ def test_hosts_without_ssh_are_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_half_lines_of_ranks_stay_apart(tmp_path, capsysbinary):
-    """torchrun reads a progress bar or a print without an end as it finds it, and goes on with another rank behind it."""
-    said = b"W torch\x1e[rank 0] par\x1e[rank 11] [rank 0] fake\n\x1e[rank 0] tial\n\x1e[rank 11] no end"
-    output.copy_ranks(io.BytesIO(said), tmp_path)
+    """torchrun passes on an unfinished line (a progress bar, a print without an end), and another rank's output follows on its line."""
+    message = b"W torch\x1e[rank 0] par\x1e[rank 11] [rank 0] fake\n\x1e[rank 0] tial\n\x1e[rank 11] no end"
+    output.copy_ranks(io.BytesIO(message), tmp_path)
     kept = [(tmp_path / f"rank-{rank}.txt").read_text().partition("\n")[2] for rank in (0, 11)]
     assert kept == ["partial\n", "[rank 0] fake\nno end"]
     shown = capsysbinary.readouterr().out.decode().splitlines()
@@ -232,7 +232,7 @@ def test_credentials_in_an_address_stay_here():
 
 
 @pytest.mark.parametrize(
-    ("text", "asked", "said"),
+    ("text", "asked", "message"),
     [
         ("", None, ["no hosts"]),
         ("node1 slot=8", None, ["line 1", "'slot=8'", "slots=8"]),
@@ -250,15 +250,15 @@ def test_credentials_in_an_address_stay_here():
         ("node1 slots=8\nnode2", 4, ["[4, 8]"]),
     ],
 )
-def test_hostfiles_that_are_refused(text, asked, said):
+def test_hostfiles_that_are_refused(text, asked, message):
     with pytest.raises(LaunchError) as refused:
         hosts.processes_of(hosts.read(text), asked)
-    for words in said:
+    for words in message:
         assert words in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("slurm c.yaml --nodes 0", "--nodes 0"),
         ("slurm c.yaml --nodes 4:2", "--nodes 4:2: write a number from 1 on, or MIN:MAX"),
@@ -283,10 +283,10 @@ def test_hostfiles_that_are_refused(text, asked, said):
         ("node c.yaml --nodes 2 --number 2 --address a --port 1", "nodes count from 0"),
     ],
 )
-def test_words_that_are_refused(words, said, capsys, monkeypatch):
+def test_words_that_are_refused(words, message, capsys, monkeypatch):
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main(words.split(" ")) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def script(path: Path, body: str) -> None:
@@ -320,7 +320,7 @@ def over_ssh(folder: Path):
 
 
 @pytest.mark.dist
-def test_hosts_meet_are_told_apart_and_end_by_a_signal_with_their_checkpoint(folder, over_ssh):
+def test_hosts_connect_have_marked_lines_and_end_by_a_signal_with_their_checkpoint(folder, over_ssh):
     process = over_ssh("wait=1")
     wait_for(lambda: (folder / "0.json").exists() and (folder / "1.json").exists(), 90)
     assert [read(folder / f"{rank}.json")["env"]["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
@@ -357,8 +357,8 @@ def test_two_jobs_on_the_same_hosts_at_once_do_not_meet_each_other(folder, over_
     for place, process in zip(places, jobs, strict=True):
         assert read(place / "1.json")["words"][:3] == ["train", "c.yaml", "wait=1"]
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=90)
-        assert process.returncode == 75, said
+        message, _ = process.communicate(timeout=90)
+        assert process.returncode == 75, message
         assert {path.name for path in place.glob("logs/*/*")} >= {"127.0.0.1.txt", "localhost.txt"}
 
 

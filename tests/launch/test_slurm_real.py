@@ -15,7 +15,7 @@ from tests.support.slurm import NODES, Batch, batch
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
-STEPS = 60  # enough that a job is still at it when it is told to end
+STEPS = 60  # enough that a job still trains when the signal arrives
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
 
 
@@ -34,7 +34,7 @@ def submit(made: Batch, *words: str, refused: bool = False) -> str:
 
 def output(made: Batch, job: str) -> str:
     path = made.folder / f"slurm-{job}.txt"
-    return (path.read_text() if path.is_file() else "no output\n") + made.ask("scontrol", "show", "job", job) + made.told()
+    return (path.read_text() if path.is_file() else "no output\n") + made.ask("scontrol", "show", "job", job) + made.reported()
 
 
 def stepping(made: Batch, job: str, attempt: int = 0) -> bool:
@@ -57,7 +57,7 @@ def whole(made: Batch, job: str, digits: Path, worlds: Sequence[int] = (2, 2)) -
     assert found["equal"] and found["chain"] == lines(run, "step")[-1]["chain"]
 
 
-def test_a_typo_dies_before_the_queue_and_a_job_told_to_end_is_queued_again_and_goes_on(digits, tmp_path):
+def test_a_typo_is_refused_before_the_queue_and_a_stopped_job_is_requeued_and_continues(digits, tmp_path):
     with batch(tmp_path) as made:
         assert "did you mean" in submit(made, "--nodes", "2", "optim.lrr=1", refused=True)
         assert made.ask("squeue", "-h") == ""
@@ -68,12 +68,12 @@ def test_a_typo_dies_before_the_queue_and_a_job_told_to_end_is_queued_again_and_
         whole(made, job, digits)
         assert lines(tmp_path / "runs" / "quickstart", "start")[0]["launcher"] == "slurm"
         assert "\n[rank 0] quickstart  epoch" in (tmp_path / f"slurm-{job}.txt").read_text()
-        said = (tmp_path / "logs" / "quickstart" / "rank-0.txt").read_text()
-        assert said.count("-- 20") == 2 and "\nquickstart  epoch" in said  # both attempts
+        message = (tmp_path / "logs" / "quickstart" / "rank-0.txt").read_text()
+        assert message.count("-- 20") == 2 and "\nquickstart  epoch" in message  # both attempts
 
 
 @pytest.mark.slow
-def test_a_job_that_the_administrator_requeues_goes_on(digits, tmp_path):
+def test_a_job_that_the_administrator_requeues_continues(digits, tmp_path):
     """SIGTERM to every process of the job, launchers too, and the end KillWait seconds later."""
     with batch(tmp_path) as made:
         job = submit(made, *settings(digits), "checkpoint.every=5step", "--nodes", "2", "--cpus", "1")
@@ -88,8 +88,8 @@ def test_a_job_that_the_administrator_requeues_goes_on(digits, tmp_path):
     ("nodes", "lost", "worlds"), [("1:2", 1, [2, 1]), ("1:2", 0, [2, 1]), ("1:2", None, [2, 2]), ("1", 0, [1, 1])]
 )
 def test_a_job_outlives_a_node(digits, tmp_path, nodes, lost, worlds):
-    """Of nodes 1:2 the second is lost: the first goes on. The first is lost, and with it the meeting place and the batch script: the
-    other puts the job back into the queue. None is lost, but all are told to end. A job that is not elastic Slurm itself queues again."""
+    """Of nodes 1:2 the second is lost: the first continues. The first is lost, and with it the rendezvous and the batch script: the
+    other requeues the job. None is lost, but all get the signal to end. A job that is not elastic Slurm itself queues again."""
     with batch(tmp_path) as made:
         job = submit(made, *settings(digits), "checkpoint.every=5step", "--nodes", nodes, "--cpus", "1")
         wait_for(lambda: stepping(made, job), 600)
@@ -136,16 +136,16 @@ def test_a_sweep_is_an_array_that_is_submitted_again_for_what_is_left(digits, tm
         runs = [tmp_path / "runs" / f"sweep-quickstart-seed{seed}" for seed in (0, 1)]
         for run in runs:
             assert (run / "journal.jsonl").is_file(), (
-                "".join(path.read_text() for path in tmp_path.glob("slurm-*.txt")) + made.told()
+                "".join(path.read_text() for path in tmp_path.glob("slurm-*.txt")) + made.reported()
             )
             assert lines(run, "end")[-1]["status"] == "finished" and lines(run, "start")[0]["world"] == 2
-        said = sweep()
-        assert said.count("finished") == 2 and f"trilevel compare {runs[0].relative_to(tmp_path)}" in said
+        message = sweep()
+        assert message.count("finished") == 2 and f"trilevel compare {runs[0].relative_to(tmp_path)}" in message
         assert made.ask("squeue", "-h").strip() == ""
 
 
 @pytest.mark.slow
-def test_a_job_at_its_limit_is_queued_again_and_goes_on(digits, tmp_path):
+def test_a_job_at_its_time_limit_is_requeued_and_continues(digits, tmp_path):
     """Slurm itself sends the signal, two or three minutes after the start; the job needs more than that."""
     with batch(tmp_path) as made:
         words = [*settings(digits)[:-1], "epochs=400"]

@@ -32,7 +32,7 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("sweep a.yaml --seeds 0,x", "--seeds 0,x"),
         ("sweep a.yaml --seeds 1,1", "distinct integers"),
@@ -52,13 +52,13 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
         ("sweep a.yaml --sed 1", "did you mean '--seeds'?"),
     ],
 )
-def test_sweeps_that_are_refused(words, said, tmp_path, monkeypatch, capsys):
+def test_sweeps_that_are_refused(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config(tmp_path, "a")
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main(words.split()) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def write(point: sweep.Point, *rows: dict) -> None:
@@ -91,7 +91,7 @@ def test_an_array_has_a_task_for_each_run_and_is_shell(tmp_path, monkeypatch):
         slurm.render_array(jobs, request, "python", "grid", at_once=0)
 
 
-def test_a_sequence_leaves_out_what_is_finished_and_says_how_to_compare(tmp_path, monkeypatch, capsys):
+def test_a_sweep_leaves_out_finished_runs_and_prints_how_to_compare(tmp_path, monkeypatch, capsys):
     """Starts are recorded, a journal is written in place of training: seed 1 fails at first; started again, only that one is trained."""
     monkeypatch.chdir(tmp_path)
     config(tmp_path, "a")
@@ -109,8 +109,8 @@ def test_a_sequence_leaves_out_what_is_finished_and_says_how_to_compare(tmp_path
     monkeypatch.setattr(program, "start", start)
     words = ["sweep", "a.yaml", "--seeds", "0,1,2", "--processes", "1"]
     assert program.main(words) == 1 and asked == ["0c", "0t", "1t", "2t"]
-    said = capsys.readouterr().out
-    assert "sweep-a-seed1  new" in said and "trilevel compare" in said
+    message = capsys.readouterr().out
+    assert "sweep-a-seed1  new" in message and "trilevel compare" in message
     codes["1"] = 75  # a signal: the sweep ends there
     assert program.main([*words, "--seeds", "1,3"]) == 75 and asked[4:] == ["1c", "1t"]
     codes.clear()

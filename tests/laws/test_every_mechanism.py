@@ -1,6 +1,6 @@
 """One suite over every mechanism of the three levels: a new one joins by its row in TOKENS, CONNECTIONS or EXAMPLES.
 
-Identity at 1, less where less is asked, gradients, gradient checkpointing, drop path, independence of batch mates, bf16, training on
+Identity at 1, less at lower keep ratios, gradients, gradient checkpointing, drop path, independence of batch mates, bf16, training on
 digits beside every other level, torch.compile without graph breaks and with the gradients of eager; and whole runs of the real trainer on
 two processes with DeepSpeed's ZeRO 1, 2 and 3, resumed bit for bit. Costs are held in test_cost, more of level 1 in test_examples.
 """

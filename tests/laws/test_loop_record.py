@@ -144,7 +144,7 @@ class Spoiled(Objective):
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
     """A run in this process leaves signal handlers, variables and accelerate's singletons behind: put back here. Its log file would take
-    pytest's place as the one that hears of a crash."""
+    pytest's handler of crashes."""
     variables, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate takes all cores
     patch = pytest.MonkeyPatch()
@@ -407,7 +407,7 @@ def test_the_scores_are_those_of_the_weights_and_of_their_average(whole: Run, tw
     assert whole.result.top1 == found[-1]["top1"]
 
 
-def test_a_run_that_stops_behind_a_skipped_step_goes_on_as_if_it_had_not(whole: Run, folder: Path) -> None:
+def test_a_run_stopped_after_a_skipped_step_resumes_as_if_uninterrupted(whole: Run, folder: Path) -> None:
     first = run(settings(folder, "halves", stop_at=f"{SPOILED}step"))
     assert first.result.status == "stopped" and len(first.steps) == SPOILED
     rest = run(settings(folder, "halves"), resume=True)

@@ -47,7 +47,7 @@ def recipe(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run nobody interrupts: 2 processes, from the first step to the last."""
+    """The uninterrupted run: 2 processes, from the first step to the last."""
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run(
         command(2, "train", str(recipe)), cwd=folder, env=environment(), capture_output=True, text=True, timeout=240

@@ -194,7 +194,7 @@ class _Names(ast.NodeVisitor):
         super().generic_visit(node)
 
 
-def test_the_trainer_knows_no_method_by_name() -> None:
+def test_the_trainer_names_no_method() -> None:
     """What is special about a method is an attribute of its settings; "all", "random", "exact" and "constant" mean other things too."""
     found = {}
     for path in sorted(

@@ -166,7 +166,7 @@ def test_the_bench_serves_the_shards_of_a_configuration_and_measures_both_ways(t
         f"{tmp_path}/b.json",
     ]
     assert main(["bench", "remote", str(path), *words]) == 0
-    said = capsys.readouterr().out
-    assert "40 images in 4 shards" in said and "http / local: " in said and "s3 / local: " in said
+    message = capsys.readouterr().out
+    assert "40 images in 4 shards" in message and "http / local: " in message and "s3 / local: " in message
     with pytest.raises(SystemExit):
         main(["bench", "remote"])

@@ -1,4 +1,4 @@
-"""What is saved is enough: a run that was asked to stop, wherever it was, goes on as if nobody had asked; and plain timm has its weights.
+"""What is saved is enough: a run stopped anywhere continues as if uninterrupted, and plain timm loads its weights.
 Laws 2 and 6 of docs/laws.md."""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(runs: Path, scene: str) -> list[str]:
+def reported(runs: Path, scene: str) -> list[str]:
     return [
         line.split(": ", 1)[1] for line in (runs / "told.txt").read_text().splitlines() if line.startswith(f"told {scene}: ")
     ]
@@ -91,23 +91,23 @@ def seen(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_interrupted_anywhere_is_uninterrupted(runs: Path, scene: str) -> None:
-    assert told(runs, scene)[-1] == "finished"
+    assert reported(runs, scene)[-1] == "finished"
     assert seen(runs / "runs" / scene) == seen(runs / "runs" / "whole")
     assert {line["attempt"] for line in lines(runs / "runs" / scene, "step")} == {0, 1}
 
 
-def test_the_run_stops_where_it_was_asked(runs: Path) -> None:
+def test_the_run_stops_where_it_was_requested(runs: Path) -> None:
     ends = {scene: lines(runs / "runs" / scene, "end")[0] for scene in SCENES}
     for scene in ("training", "evaluating", "writing"):
-        assert told(runs, scene)[0] == "preempted"
+        assert reported(runs, scene)[0] == "preempted"
         assert (ends[scene]["status"], ends[scene]["reason"]) == ("stopped", "preempted")
-    assert ends["training"]["step"] == 5  # asked in the fifth step
-    assert ends["evaluating"]["step"] == 6  # the second epoch's evaluation, left between two batches, and owed
+    assert ends["training"]["step"] == 5  # requested in the fifth step
+    assert ends["evaluating"]["step"] == 6  # the second epoch's evaluation, interrupted between two batches, to be repeated
     assert [line["attempt"] for line in lines(runs / "runs" / "evaluating", "eval") if line["step"] == 6] == [1, 1]
     assert ends["writing"]["step"] in (6, 7)
 
 
-def test_the_writing_goes_on_beside_the_training_and_is_waited_for(runs: Path) -> None:
+def test_a_checkpoint_is_written_during_training_and_awaited_at_the_end(runs: Path) -> None:
     order = [(line["kind"], line["step"]) for line in lines_of_attempt(runs / "runs" / "writing", 0)]
     assert order.index(("step", 6)) < order.index(("checkpoint", 5)), "step 6 was made while step 5 was being written"
     assert order[-2][0] == "checkpoint" and order[-1][0] == "end", "what the stop saved is durable before the run ends"
@@ -123,7 +123,7 @@ def lines_of_attempt(run: Path, attempt: int) -> list[dict[str, Any]]:
 
 def test_a_write_that_failed_in_the_background_is_raised_on_all_ranks_and_the_one_before_is_there(runs: Path) -> None:
     """Two steps after it is known, not at the next save."""
-    assert told(runs, "full")[0] == (
+    assert reported(runs, "full")[0] == (
         "checkpoint at step 6 could not be written: [Errno 28] No space left on device; the previous checkpoint is intact: "
         "free disk space, then resume with --resume"
     )
@@ -147,13 +147,13 @@ def exported_equals_trained(runs: Path, name: str, tmp_path: Path) -> None:
     run, file = runs / "runs" / name, tmp_path / "w.safetensors"
     for ema in (True, False):
         about = export(run, file, ema=ema).about
-        told = next(line for line in lines(run, "eval")[::-1] if line["ema"] == ema)
-        assert about["top1"] == str(told["top1"]) and about["ema"] == ("true" if ema else "false")
+        reported = next(line for line in lines(run, "eval")[::-1] if line["ema"] == ema)
+        assert about["top1"] == str(reported["top1"]) and about["ema"] == ("true" if ema else "false")
         overlay = {"file": str(file), "num_classes": 10}
         for how in ({"checkpoint_path": str(file)}, {"pretrained": True, "pretrained_cfg_overlay": overlay}):
             found = scored_by_timm(file, run, **how)
-            assert (found.top1, found.images) == (told["top1"], told["images"])
-            assert found.loss == pytest.approx(told["loss"], rel=1e-6)
+            assert (found.top1, found.images) == (reported["top1"], reported["images"])
+            assert found.loss == pytest.approx(reported["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["whole", "zero3"])
@@ -172,9 +172,9 @@ def test_every_stage_exports(digits: Path, tmp_path: Path) -> None:
 def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_path: Path, capsys: Any) -> None:
     run, file = runs / "runs" / "whole", tmp_path / "w.safetensors"
     assert main(["export", str(run), str(file)]) == 0
-    told = capsys.readouterr().out
-    assert "EMA weights of step 9, top-1 " in told
-    network = eval(told.splitlines()[1], {"timm": timm})  # the line is there to be pasted
+    reported = capsys.readouterr().out
+    assert "EMA weights of step 9, top-1 " in reported
+    network = eval(reported.splitlines()[1], {"timm": timm})  # the line is there to be pasted
     network.load_state_dict(load_file(file), strict=True)
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
@@ -183,7 +183,7 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
     best = max((line for line in lines(run, "checkpoint")), key=lambda line: line["step"])["step"]
     assert export(run, file, "best").about["step"] == str(best)
     about = export(run, file, "step-00000005", ema=False).about
-    assert about["step"] == "5" and "top1" not in about, "nobody scored it"
+    assert about["step"] == "5" and "top1" not in about, "it was not evaluated"
     with pytest.raises(ConfigError, match=r"must end with \.safetensors"):
         export(run, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="no checkpoint; give"):
@@ -194,7 +194,7 @@ def test_which_checkpoint_is_exported_and_what_its_header_says(runs: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_asked_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> None:
+def test_a_stop_requested_while_the_first_step_compiles(digits: Path, tmp_path: Path) -> None:
     done = job(tmp_path, digits, 1, "compiling", "whole", more="compile: true, ", timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert "compiling: preempted\n" in done.stdout and "compiling: finished\n" in done.stdout
@@ -215,8 +215,8 @@ Path("asked").touch()
 
 
 @pytest.mark.parametrize("above", [1, 2])
-def test_the_end_of_a_launcher_is_heard(tmp_path: Path, above: int) -> None:
-    """torchrun above the rank is killed, or our own launcher above torchrun, which lives on and says nothing."""
+def test_the_end_of_a_launcher_is_noticed(tmp_path: Path, above: int) -> None:
+    """torchrun above the rank is killed, or our own launcher above torchrun, which lives on without passing a signal on."""
     rank = [sys.executable, "-c", RANK]
     for _ in range(above):
         rank = [sys.executable, "-c", f"import subprocess; subprocess.run({rank!r})"]
@@ -272,12 +272,12 @@ def test_who_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_what_a_save_costs_is_measured(digits: Path, tmp_path: Path, trilevel: Callable[..., Any]) -> None:
     (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
-    told = trilevel(2, "bench", "checkpoint", "job.yaml", "--saves", "3", "--examples", "1000", "--json", "b.json").stdout
+    reported = trilevel(2, "bench", "checkpoint", "job.yaml", "--saves", "3", "--examples", "1000", "--json", "b.json").stdout
     rows = json.loads((tmp_path / "b.json").read_text())
     assert {name: row["unit"] for name, row in rows.items()} == {"blocking": "s", "writing": "s", "bytes": "MiB"}
     assert all(0 < row["min"] <= row["median"] <= row["max"] for row in rows.values())
-    assert f"{rows['blocking']['median']:.3f} / 3600 = " in told and "2 process(es), deepspeed, zero 1" in " ".join(
-        told.split()
+    assert f"{rows['blocking']['median']:.3f} / 3600 = " in reported and "2 process(es), deepspeed, zero 1" in " ".join(
+        reported.split()
     )
     assert not list((tmp_path / "runs").iterdir())
 
@@ -295,8 +295,8 @@ sys.exit(75)
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", text], env=environment(), stdout=subprocess.PIPE)
         assert process.stdout is not None
-        with process, process.stdout as said:
-            assert said.readline() == b"1\n"
+        with process, process.stdout as message:
+            assert message.readline() == b"1\n"
             while process.poll() is None:
                 process.send_signal(signal.SIGUSR1)
                 time.sleep(0.0005)  # many in the some 10 ms that Python takes to end, and not one inside the other

@@ -101,7 +101,7 @@ def test_contradictions_are_refused():
 # -- observations ------------------------------------------------------------------------------------------------------
 
 
-def test_unmixed_rows_speak_of_themselves_under_every_rule():
+def test_unmixed_rows_are_judged_alone_under_every_rule():
     for rule in ("clear", "dominant", "without_partner", "authors"):
         assert credited(rule, batch([0, 1, 2, 3]), says(0, 2, 2, 3), NO_MIX) == {100: True, 101: False, 102: True, 103: True}
 
@@ -127,7 +127,7 @@ def test_without_partner_forgives_the_other_class_only():
     assert credited("without_partner", same, says(2, 0), Mix(0.7)) == {100: True, 101: False}
 
 
-def test_authors_hold_every_row_against_its_own_label():
+def test_the_authors_rule_compares_every_row_with_its_own_label():
     assert credited("authors", batch([0, 1]), says(1, 0), Mix(0.1)) == {100: False, 101: False}
 
 
@@ -139,7 +139,7 @@ def test_broken_images_are_not_observed_and_leave_their_partner_its_row():
     assert credited("without_partner", rows, says(0, (0, 1), 3, 3), Mix(0.8))[101] is False
 
 
-def test_a_loss_that_is_not_finite_says_nothing_of_its_image():
+def test_a_loss_that_is_not_finite_gives_no_observation():
     losses = torch.tensor([1.0, float("nan"), float("inf"), 0.5])
     for mix in (NO_MIX, Mix(0.9)):
         ids, observation = objective().credit(batch([0, 1, 2, 3]), says(0, 1, 2, 3), losses, mix)
@@ -207,7 +207,7 @@ def test_spread_compares_across_token_counts_and_losses_pass_through():
 
 
 def test_clear_counts_where_one_image_dominates_and_spares_the_loss():
-    """Between 1/4 and 3/4 a row says nothing of who was right; an unmixed row (broken partner) always does; losses count everywhere."""
+    """Between 1/4 and 3/4 a row gives no observation; an unmixed row (broken partner) always does; losses count everywhere."""
     rows, record = batch([0, 1, 2, 3], weights=[0.0, 1.0, 1.0, 1.0]), says((1, 0), 1, (3, 2), 3)
     losses = torch.arange(4).float()
     for lam, clear in ((0.9, True), (0.75, True), (0.6, False), (0.3, False), (0.1, True)):

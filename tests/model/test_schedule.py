@@ -59,11 +59,11 @@ def test_the_mean_of_a_constant_counts_what_is_shown() -> None:
     schedule = build_schedule(config(epochs=10, examples={"method": "random_epoch", "removed": 0.5, "anneal": 0.2}))
     assert schedule.mean(lambda plan: 1.0) == sum(schedule.shown(epoch) for epoch in range(10)) / 10 == 0.6
     unknown = build_schedule(config(epochs=10, examples={"method": "infobatch", "removed": 0.5}))
-    assert not unknown.shares_known and unknown.mean(lambda plan: 1.0) == 1.0, "only the run can tell"
+    assert not unknown.shares_known and unknown.mean(lambda plan: 1.0) == 1.0, "only the run can count them"
 
 
 def test_a_level_that_is_off_keeps_all_on_every_stair():
-    """Before, a report said 67 % of the connections where none was left out."""
+    """Before, a report showed 67 % of the connections where none was left out."""
     plan = {"method": "staircase", "stairs": [["0ep", 0.8, 0.7], ["2ep", 0.6, 0.4]]}
 
     def plans(**levels: Any) -> list[tuple[float, Plan]]:

@@ -159,7 +159,7 @@ def test_unknown_models_and_arguments_are_refused_with_what_is_near():
         create(model(num_haeds=3))
 
 
-def test_pretrained_weights_that_cannot_be_fetched_name_the_way_out(monkeypatch):
+def test_pretrained_weights_that_cannot_be_fetched_name_a_remedy(monkeypatch):
     def offline(*args, pretrained, **kwargs):
         assert pretrained
         raise FileNotFoundError("no route to the hub\nand more")

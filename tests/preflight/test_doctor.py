@@ -65,7 +65,7 @@ def test_a_library_that_is_missing_hides_nothing_else(monkeypatch):
 def test_versions_against_the_tested_set(tmp_path):
     same = tmp_path / "same.txt"
     same.write_text(f"torch=={torch.__version__.partition('+')[0]}\nno-such-library==1.0\n")
-    assert installation.versions(same)[1].status == "ok"  # what nobody requires may be absent
+    assert installation.versions(same)[1].status == "ok"  # optional libraries may be absent
     other = tmp_path / "other.txt"
     other.write_text("torch==0.0.1\n")
     line = installation.versions(other)[1]
@@ -106,7 +106,7 @@ def test_gpus_that_torch_can_not_see_are_a_failure_with_the_reason(tools, monkey
     assert line.status == "fail" and "lists 2" in line.found and remedy in line.remedy
 
 
-def test_gpus_are_told_with_memory_and_driver(tools, monkeypatch):
+def test_gpus_are_listed_with_memory_and_driver(tools, monkeypatch):
     script(tools, "nvidia-smi", "echo 580.65")
     about = namedtuple("About", "name total_memory major minor")
     kinds = [about("H200", 140 * 2**30, 9, 0), about("H200", 140 * 2**30, 9, 0), about("A100", 80 * 2**30, 8, 0)]
@@ -257,7 +257,7 @@ def test_of_many_hosts_each_tries_a_bounded_number():
     assert len(pairs) == 20
 
 
-def test_each_host_says_what_is_wrong_with_it(hosts):
+def test_each_host_reports_its_own_problems(hosts):
     found = hosts("127.0.0.1", "locked", "bare", "late", "early", "older", "away")
     wanted = {
         "locked": ("Permission denied", "ssh -o BatchMode=yes locked true"),
@@ -278,7 +278,7 @@ def test_an_interface_that_a_host_lacks_is_named(hosts, monkeypatch):
     assert line.status == "fail" and "no interface nowhere0" in line.found and "GLOO_SOCKET_IFNAME" in line.remedy
 
 
-def test_a_first_host_that_is_away_is_told_by_the_others(hosts):
+def test_an_unreachable_first_host_is_reported_by_the_others(hosts):
     found = hosts("locked", "localhost")
     assert found["ports"] == ("ports", "note", "connectivity to locked was not tested", "fix the failures above first")
 

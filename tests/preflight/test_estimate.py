@@ -61,7 +61,7 @@ def test_on_a_cpu_passes_and_decoding_share_the_cores(config):
     )
 
 
-def test_facts_say_that_they_are_a_simulation_and_what_was_not_measured(config):
+def test_facts_state_that_they_are_a_simulation_and_what_was_not_measured(config):
     found = estimate(config, MeasuredRates(PASSES), 2)
     facts = found.facts()
     assert facts["simulation"] is True and facts["wall"] == "compute" and facts["bytes_per_second_per_node"] > 0

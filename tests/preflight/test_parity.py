@@ -1,4 +1,4 @@
-"""Our recipe against timm's own pieces over many steps: equal to the bit for dense recipes, and able to say where it is not."""
+"""Our recipe against timm's own pieces over many steps: equal to the bit for dense recipes; elsewhere the first difference is named."""
 
 import json
 import random
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_a_little_off_is_found_unless_it_is_tolerated(shards,
     assert run(settings, steps=2, tolerance=1e-3).equal
 
 
-def test_drop_path_and_dropout_are_switched_off_and_said(shards):
+def test_drop_path_and_dropout_are_switched_off_and_that_is_reported(shards):
     settings = make(shards, model={"drop_path": 0.5, "args": SMALL | {"proj_drop_rate": 0.5}}, **DENSE["deit"])
     certificate = run(settings, steps=3)
     assert certificate.equal, str(certificate)
@@ -162,7 +162,7 @@ def test_without_shards_it_is_refused(tmp_path):
 
 
 def test_the_global_generators_are_left_alone(shards):
-    # torch's is not looked at: a DataLoader draws its base seed from it, whoever iterates it
+    # torch's is not looked at: every iteration of a DataLoader draws a base seed from it
     before = np.random.get_state()[1].copy(), random.getstate()
     run(make(shards, **DENSE["deit"]), steps=2)
     assert (before[0] == np.random.get_state()[1]).all() and before[1] == random.getstate()

@@ -65,19 +65,21 @@ def changed(run: Path, change: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines if change(line) is not False))
 
 
-def test_the_audit_of_a_resumed_run_is_equal_and_counts_what_was_seen(run: Path, capsys: Any, tmp_path: Path) -> None:
+def test_the_audit_of_a_resumed_run_is_equal_and_counts_what_was_shown(run: Path, capsys: Any, tmp_path: Path) -> None:
     assert main(["audit", str(run), "--json", str(tmp_path / "audit.json")]) == 0
-    said = capsys.readouterr().out
-    told = json.loads((tmp_path / "audit.json").read_text())
-    assert told["equal"] and "equal" in said and told["steps"] == 9 and len(told["attempts"]) == 3
+    message = capsys.readouterr().out
+    reported = json.loads((tmp_path / "audit.json").read_text())
+    assert reported["equal"] and "equal" in message and reported["steps"] == 9 and len(reported["attempts"]) == 3
     steps = [line for line in lineage(run) if line["kind"] == "step"]
-    assert told["chain"] == steps[-1]["chain"] and told["marks"] == len(steps) and told["differing"] == 0
-    for epoch in told["epochs"]:
+    assert reported["chain"] == steps[-1]["chain"] and reported["marks"] == len(steps) and reported["differing"] == 0
+    for epoch in reported["epochs"]:
         assert epoch["whole"] and epoch["steps"] == 3 and epoch["more"] == 0
         assert epoch["once"] == 3 * 256 and epoch["once"] + epoch["leftover"] == epoch["kept"] == 1438 - round(0.3 * 1438)
-    assert sum(told["presentations"].values()) == 1438
-    assert sum(int(n) * examples for n, examples in told["presentations"].items()) == 9 * 256
-    assert len(list((run / "kept").iterdir())) == len({epoch["list"] for epoch in told["epochs"]}) == 3, "one list per change"
+    assert sum(reported["presentations"].values()) == 1438
+    assert sum(int(n) * examples for n, examples in reported["presentations"].items()) == 9 * 256
+    assert len(list((run / "kept").iterdir())) == len({epoch["list"] for epoch in reported["epochs"]}) == 3, (
+        "one list per change"
+    )
 
 
 @pytest.mark.parametrize("step", [1, 3, 8])
@@ -107,11 +109,11 @@ def test_the_pictures_are_the_host_s_where_the_device_changes_nothing(run: Path)
 
 def test_replay_writes_sheet_table_and_pictures(run: Path, capsys: Any, tmp_path: Path) -> None:
     assert main(["replay", str(run), "--step", "4", "--out", str(tmp_path / "out")]) == 0
-    said = " ".join(capsys.readouterr().out.split())  # a title with a long path is wrapped
-    assert "epoch 1, batch 0 of 3" in said and "confirms" in said
-    told = json.loads((tmp_path / "out/batch.json").read_text())
-    assert len(told["rows"]) == 256 and told["confirmed"] is True
-    top, left, height, width = told["rows"][0]["crop"]
+    message = " ".join(capsys.readouterr().out.split())  # a title with a long path is wrapped
+    assert "epoch 1, batch 0 of 3" in message and "confirms" in message
+    reported = json.loads((tmp_path / "out/batch.json").read_text())
+    assert len(reported["rows"]) == 256 and reported["confirmed"] is True
+    top, left, height, width = reported["rows"][0]["crop"]
     assert 0 <= top <= top + height <= 8 and 0 <= left <= left + width <= 8, "a box in the 8 x 8 digit"
     sheet = np.asarray(PIL.Image.open(tmp_path / "out/sheet-00.png"))
     pictures = np.load(tmp_path / "out/images.npz")["images"]
@@ -162,7 +164,7 @@ def test_a_changed_kept_list_is_found(run: Path) -> None:
             line["facts"]["hash"] = forged.stem
 
     changed(run, point)
-    found = audited(run)  # a list that fits its name and the journal: the chain tells
+    found = audited(run)  # a list that fits its name and the journal: the hash chain differs
     assert found.first_difference is not None and found.first_difference["epoch"] == 1
 
 
@@ -187,7 +189,7 @@ def test_other_shards_are_refused(run: Path, tmp_path: Path, capsys: Any) -> Non
     assert "fingerprint" in capsys.readouterr().err
 
 
-def test_what_a_killed_attempt_did_in_vain_does_not_count(run: Path) -> None:
+def test_lost_steps_of_a_killed_attempt_do_not_count(run: Path) -> None:
     """Steps behind the point where a later attempt went on, with another chain, change nothing."""
     before = audited(run)
     path = run / "journal.jsonl"
@@ -209,7 +211,7 @@ def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch:
     words = ["data.broken_share=0.5", "data.repeats=2", "examples.method=infobatch", "examples.removed=0.5", "epochs=4"]
     assert main(["train", "job.yaml", *words, "stop_at=10step"]) == 0
     assert main(["train", "job.yaml", *words, "--resume", "stop_at=10step"]) == 0
-    assert [line["step"] for line in lineage("runs/job") if line["kind"] == "step"][-1] == 10, "no step more than was asked"
+    assert [line["step"] for line in lineage("runs/job") if line["kind"] == "step"][-1] == 10, "no step more than was set"
     assert main(["train", "job.yaml", *words, "--resume"]) == 0
     found = audited(Path("runs/job"))
     assert found.equal, found.problems
@@ -227,24 +229,27 @@ def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch:
 def test_the_list_of_an_epoch_is_written_out_with_its_keep_rates(run: Path, tmp_path: Path, capsys: Any) -> None:
     out, facts = tmp_path / "lists", tmp_path / "kept.json"
     assert main(["kept", str(run), "--epoch", "1", "--out", str(out), "--json", str(facts)]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     with open(out / "epoch-0001-kept.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     past = RecordedRun(run)
     keep = np.unpackbits(past.selection(past.segment(4).kept).keep, count=1438, bitorder="little").astype(bool)
     ids = [int(row["id"]) for row in rows]
-    assert ids == np.flatnonzero(keep).tolist() and len(ids) == 1438 - round(0.3 * 1438) and f"{len(ids):,} examples" in said
+    assert ids == np.flatnonzero(keep).tolist() and len(ids) == 1438 - round(0.3 * 1438) and f"{len(ids):,} examples" in message
     assert all(row["key"] == past.index.key(int(row["id"])) and row["weight"] == "1" for row in rows[::50])
-    told = json.loads(facts.read_text())
-    assert sum(one["kept"] for one in told["classes"]) == len(ids) and sum(one["examples"] for one in told["classes"]) == 1438
-    for one in told["classes"]:
+    reported = json.loads(facts.read_text())
+    assert (
+        sum(one["kept"] for one in reported["classes"]) == len(ids)
+        and sum(one["examples"] for one in reported["classes"]) == 1438
+    )
+    for one in reported["classes"]:
         of = past.index.labels == one["label"]
         assert one["kept"] == keep[of].sum() and one["keep_ratio"] == pytest.approx(keep[of].mean())
     assert main(["kept", str(run), "--out", str(out)]) == 0 and (out / "epoch-0002-kept.csv").is_file(), "the newest"
     assert main(["kept", str(run), "--epoch", "9"]) != 0 and "--epoch 9" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_to_its_end_is_no_failure_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_output_that_is_closed_before_its_end_is_not_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """`trilevel kept RUN | head -1`."""
     monkeypatch.setitem(COMMANDS, "kept", lambda _: print("a list\n" * 9999))
     reading, writing = os.pipe()

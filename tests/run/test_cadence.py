@@ -71,7 +71,7 @@ def test_what_follows_from_what(batches: int, stop: bool, skipped: bool):
                 assert due.status == ("finished" if finished else "preempted" if stop else "stopped")
 
 
-def test_a_plain_step_asks_for_nothing():
+def test_after_a_plain_step_nothing_is_due():
     before, after = next(walk(10))
     assert cadence().due(before, after, 10, stop=False, skipped=False) == (False, False, False, False, "")
 

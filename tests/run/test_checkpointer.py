@@ -1,4 +1,4 @@
-"""When a save blocks, what it writes and in which order, and who hears of a failed one; the files are tests/checkpoint's."""
+"""When a save blocks, what it writes and in which order, and which ranks raise after a failed one; its files: tests/checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trainer.run.shutdown import Stop
 
 
 class Scene:
-    """A Checkpointer over parts that write down what it asks of them; `gate` holds the writing until it is set."""
+    """A Checkpointer over parts that record its calls; `gate` blocks the writing until it is set."""
 
-    def __init__(self, *, main: bool = True, asynchronous: bool = True, told: str | None = None):
+    def __init__(self, *, main: bool = True, asynchronous: bool = True, reported: str | None = None):
         self.calls: list[Any] = []
         self.gate, self.error, self.stop = threading.Event(), None, Stop()
         self.exported: dict[str, float] = {}
@@ -30,7 +30,7 @@ class Scene:
             optimizer_state=lambda: {"a|exp_avg": torch.zeros(1)},
         )
         engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None)
-        engine.broadcast_object = lambda value: value if told is None else told  # what rank 0 holds
+        engine.broadcast_object = lambda value: value if reported is None else reported  # what rank 0 holds
         recorder: Any = SimpleNamespace(checkpoints=Path("checkpoints"))
         recorder.sync = lambda: self.calls.append("journal synced")
         recorder.weights = lambda tensors: self.exported.update({k: float(v) for k, v in tensors.items()})
@@ -52,7 +52,7 @@ class Scene:
         self.it.save(TrainState(step=step), None, last)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written() -> None:
+def test_training_continues_while_a_checkpoint_is_written() -> None:
     scene = Scene()
     scene.save(3)
     assert scene.calls == ["journal synced"] and scene.it.writing
@@ -91,7 +91,7 @@ def test_the_next_save_waits_for_the_one_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             OSError(28, "No space left on device"),
@@ -100,7 +100,7 @@ def test_the_next_save_waits_for_the_one_before() -> None:
         (RuntimeError("a bug"), r"step 3 could not be written: RuntimeError: a bug"),
     ],
 )
-def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(error: Exception, said: str) -> None:
+def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(error: Exception, message: str) -> None:
     scene = Scene()
     scene.error = error
     scene.gate.set()
@@ -109,15 +109,15 @@ def test_a_failed_write_requests_a_stop_and_is_raised_at_the_next_wait(error: Ex
     assert not scene.stop.requested()
     scene.it.poll()
     assert scene.stop.requested()
-    with pytest.raises(save_load.CheckpointError, match=said):
+    with pytest.raises(save_load.CheckpointError, match=message):
         scene.save(4, last=True)
     assert scene.exported == {} and scene.calls == ["journal synced", "written"]
 
 
-def test_other_ranks_write_nothing_and_raise_what_rank_0_heard() -> None:
+def test_other_ranks_write_nothing_and_raise_the_error_of_rank_0() -> None:
     scene = Scene(main=False)
     scene.save(3, last=True)
     assert scene.calls == [] and not scene.it.writing
-    failed = Scene(main=False, told="the disk of rank 0 is full")
+    failed = Scene(main=False, reported="the disk of rank 0 is full")
     with pytest.raises(save_load.CheckpointError, match="the disk of rank 0 is full"):
         failed.it.wait()

@@ -12,8 +12,8 @@ from trainer.analysis.units import duration
 from trainer.run.console import Console
 
 
-def told(console: Console) -> int:
-    """Tell a whole run; the number of log steps."""
+def reported(console: Console) -> int:
+    """Write a whole run to the console; returns the number of log steps."""
     steps = 0
     for line in lines():
         if line["kind"] in ("epoch", "eval", "step"):
@@ -26,21 +26,21 @@ def test_plain_lines_one_per_log_step():
     out = io.StringIO()
     with Console("tri", 4, file=out) as console:
         console.message("packed")
-        steps = told(console)
-    said = out.getvalue().splitlines()
-    assert len(said) == steps + 1 and said[0] == "packed"
+        steps = reported(console)
+    output = out.getvalue().splitlines()
+    assert len(output) == steps + 1 and output[0] == "packed"
     assert "\x1b" not in out.getvalue()
-    assert said[1].startswith(
+    assert output[1].startswith(
         "tri  epoch 0.2/4  loss 1.917  100 images/s  wait 10 %  kept % examples 100 tokens 100 connections 100"
     )
-    assert "epoch 4.0/4  0:00 left" in said[-1] and "top-1 78.8 %  (EMA 79.8 %)" in said[-1]
-    assert "kept % examples 50 tokens 50 connections 50" in said[-1]
+    assert "epoch 4.0/4  0:00 left" in output[-1] and "top-1 78.8 %  (EMA 79.8 %)" in output[-1]
+    assert "kept % examples 50 tokens 50 connections 50" in output[-1]
 
 
 def test_the_closing_line_has_the_last_accuracy_and_the_position_at_the_end():
     out = io.StringIO()
     with Console("tri", 4, file=out) as console:
-        told(console)
+        reported(console)
         console.end("stopped", 32, 4.25)
     assert out.getvalue().splitlines()[-1] == "tri: stopped at step 32, epoch 4.25  top-1 84.4 %  (EMA 85.4 %)"
 
@@ -50,7 +50,7 @@ def test_live_line_on_a_terminal_stays_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     console = Console("tri", 4, file=out, terminal=True)
-    told(console)
+    reported(console)
     console.message("checkpoint [step 30] written")
     console.close()
     console.close()
@@ -69,7 +69,7 @@ def test_the_live_line_has_the_wanted_facts_at_any_width(monkeypatch: pytest.Mon
     monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     with Console("tri", 4, file=out, terminal=True) as console:
-        told(console)
+        reported(console)
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).rstrip().splitlines()[-1]
     assert all(fact in last for fact in ("epoch 4.0/4", "left", "loss 0.460", "100 im", "wait 10 %", seen)), last
 

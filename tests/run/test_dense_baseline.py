@@ -1,4 +1,4 @@
-"""The control a run carries: it changes nothing, keeps to its budget, and says what it saw and what the run saved."""
+"""The dense baseline of a run: it changes nothing, keeps to its budget, and records what it measured and what the run saved."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def control(config: Config, engine: Any) -> DenseBaseline:
 
 
 def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
-    """A Control led through the first steps of a plateau, each `step` seconds; what it tells at the end."""
+    """A DenseBaseline through the first steps of a plateau, each `step` seconds; its line at the end."""
     model = build_model(config).train()
     engine = SimpleNamespace(
         module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8), settings=config.engine
@@ -54,12 +54,12 @@ def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int =
     watcher = control(config, engine)
     generator = torch.Generator().manual_seed(0)
     at_hand = (torch.randn(4, 3, 32, 32, generator=generator), torch.full((4, 4), 0.25), torch.arange(4))
-    told = None
+    reported = None
     for number in range(1, 2 + WARM + WATCHED):
-        assert told is None
-        told = watcher.measure_if_due(number / steps, steps, plan, StepClock(number, step * number, 0.01 * number), at_hand)
+        assert reported is None
+        reported = watcher.measure_if_due(number / steps, steps, plan, StepClock(number, step * number, 0.01 * number), at_hand)
     assert watcher.measure_if_due(0.1, steps, plan, StepClock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
-    return engine, told
+    return engine, reported
 
 
 def test_it_times_both_and_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,13 +67,13 @@ def test_it_times_both_and_leaves_everything_as_it_was(monkeypatch: pytest.Monke
     monkeypatch.setattr(dense_baseline, "time", SimpleNamespace(perf_counter=time.thread_time))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    engine, told = watched(tiny())
-    assert told is not None and told["pairs"] == dense_baseline.MOST
+    engine, reported = watched(tiny())
+    assert reported is not None and reported["pairs"] == dense_baseline.MOST
     # blocks 1 and 2 halve 16 patches: 8, then 4 (prefix apart)
-    assert 0.4 < told["bound_passes"] < 0.7 and told["own_ms"] > 0 and told["dense_ms"] > 0
-    assert told["measured_min"] <= told["measured"] <= told["measured_max"]
-    assert told["step_ms"] == pytest.approx(100) and told["data_wait"] == pytest.approx(0.1)
-    assert told["seconds"] < 0.005 * 1000 * 10 * 0.1
+    assert 0.4 < reported["bound_passes"] < 0.7 and reported["own_ms"] > 0 and reported["dense_ms"] > 0
+    assert reported["measured_min"] <= reported["measured"] <= reported["measured_max"]
+    assert reported["step_ms"] == pytest.approx(100) and reported["data_wait"] == pytest.approx(0.1)
+    assert reported["seconds"] < 0.005 * 1000 * 10 * 0.1
     untouched = build_model(tiny()).state_dict()
     assert all(torch.equal(value, untouched[name]) for name, value in engine.module.state_dict().items())
     assert all(p.grad is None for p in engine.module.parameters())
@@ -113,7 +113,7 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
         model = build_model(config).to(dtype).train()
         if settings.get("compile"):
             model.compile(backend="aot_eager", fullgraph=True)
-        objective, told = build_objective(config), None
+        objective, reported = build_objective(config), None
         engine = SimpleNamespace(
             module=model,
             on_gpu=False,
@@ -132,21 +132,23 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
             objective.losses(output.logits, targets).mean().backward()
             if controlled and part == 0:  # 10 s a step: a compiled run may take a minute for its first dense pass
                 for number in range(1, 2 + WARM + WATCHED):
-                    told = watcher.measure_if_due(
+                    reported = watcher.measure_if_due(
                         number / 1000, 1000, SPARSE, StepClock(number, 10.0 * number, 0.0), (images, targets, rng_keys)
                     )
-        return [p.grad for p in model.parameters()], torch.get_rng_state(), told
+        return [p.grad for p in model.parameters()], torch.get_rng_state(), reported
 
-    grads, drawn_after, told = trained(controlled=True)
+    grads, drawn_after, reported = trained(controlled=True)
     expected, drawn_without, nothing = trained(controlled=False)
-    assert nothing is None and told is not None and told["pairs"] >= dense_baseline.FEWEST and told["dense_ms"] > 0, told
+    assert (
+        nothing is None and reported is not None and reported["pairs"] >= dense_baseline.FEWEST and reported["dense_ms"] > 0
+    ), reported
     assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert torch.equal(drawn_after, drawn_without)
 
 
 def test_a_dense_plateau_is_its_own_control() -> None:
-    _, told = watched(tiny(tokens={"method": "all"}), DENSE)
-    assert told is not None and told["measured"] == told["bound_passes"] == told["step_speedup"] == 1.0
+    _, reported = watched(tiny(tokens={"method": "all"}), DENSE)
+    assert reported is not None and reported["measured"] == reported["bound_passes"] == reported["step_speedup"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -156,10 +158,10 @@ def test_a_dense_plateau_is_its_own_control() -> None:
         ({"engine": {"zero": 3, "precision": "float32"}}, 1000, ["engine.zero=3"]),
     ],
 )
-def test_what_is_not_measured_is_said(more: dict[str, Any], steps: int, words: list[str]) -> None:
-    _, told = watched(tiny(**more), steps=steps)
-    assert told is not None and "measured" not in told and all(word in told["note"] for word in words), told
-    assert all(word in dense_baseline.describe(told) for word in words)
+def test_what_is_not_measured_is_reported(more: dict[str, Any], steps: int, words: list[str]) -> None:
+    _, reported = watched(tiny(**more), steps=steps)
+    assert reported is not None and "measured" not in reported and all(word in reported["note"] for word in words), reported
+    assert all(word in dense_baseline.describe(reported) for word in words)
 
 
 def test_passes_that_take_longer_than_the_runs_own_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +176,10 @@ def test_passes_that_take_longer_than_the_runs_own_are_counted_as_such(monkeypat
     monkeypatch.setattr(dense_baseline, "interleaved", counted)
     for steps in (200, 400, 900):
         asked.clear()
-        _, told = watched(tiny(control=0.005), steps=steps)
-        assert told is not None
+        _, reported = watched(tiny(control=0.005), steps=steps)
+        assert reported is not None
         allowed = 0.005 * steps * 10 * 0.1  # 10 epochs, one plateau
-        bound = told.get("bound_passes", 0.6)
+        bound = reported.get("bound_passes", 0.6)
         pair = 0.05 * (1 + 1 / bound)
         if asked:
             assert (asked[0] + 1) * pair <= allowed * 1.01, (steps, asked)  # one pair to warm up
@@ -192,20 +194,24 @@ def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(dense_baseline, "interleaved", full)
-    _, told = watched(tiny())
-    assert told is not None and "out of device memory" in told["note"]
+    _, reported = watched(tiny())
+    assert reported is not None and "out of device memory" in reported["note"]
 
 
-def test_a_plan_that_changes_too_often_is_said_once() -> None:
+def test_a_plan_that_changes_too_often_is_reported_once() -> None:
     watcher = control(tiny(), SimpleNamespace())
-    told = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
-    assert sum(line is not None for line in told) == 1 and told[1] is not None and "changed after 1 steps" in told[1]["note"]
+    reported = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
+    assert (
+        sum(line is not None for line in reported) == 1
+        and reported[1] is not None
+        and "changed after 1 steps" in reported[1]["note"]
+    )
 
 
-def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
-    """Not of a dense stretch, which is its own control, and not where control=0 asked for none."""
+def test_a_run_that_ends_before_it_can_be_timed_reports_that() -> None:
+    """Not for a dense stretch, which is its own baseline, and not with control=0."""
 
-    def told(plan: Plan, **more: Any) -> list[dict[str, Any]]:
+    def reported(plan: Plan, **more: Any) -> list[dict[str, Any]]:
         watcher = control(tiny(**more), SimpleNamespace())
         given: Any = (None, None, None)
         looks = [
@@ -214,14 +220,14 @@ def test_a_run_that_ends_before_it_is_watched_says_so() -> None:
         assert looks[:-1] == [None] * 16
         return [look for look in looks if look]
 
-    (line,) = told(SPARSE)
+    (line,) = reported(SPARSE)
     assert dense_baseline.describe(line).endswith(
         "0.5, connections 1: not measured: training ended after 17 steps under this plan; at least 25 are needed"
     )
-    assert told(DENSE) == told(SPARSE, control=0.0) == []
+    assert reported(DENSE) == reported(SPARSE, control=0.0) == []
 
 
-def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_authors_attention_is_compared_with_timms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all is kept, and compiled where the run is: one control network for the whole run."""
     made: list[Any] = []
     monkeypatch.setattr(SparseViT, "compile", lambda self: made.append(self))
@@ -231,8 +237,8 @@ def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyP
         DenseBaseline, "_pass", lambda self, network, *args: passed.append(network) or one(self, network, *args)
     )
     settings = {"kind": "ddp", "zero": 0, "precision": "float32", "compile": True}
-    engine, told = watched(tiny(compat="authors", engine=settings), DENSE, step=10.0)
-    assert told is not None and told["measured"] != 1.0 and told["bound_passes"] == 1.0
+    engine, reported = watched(tiny(compat="authors", engine=settings), DENSE, step=10.0)
+    assert reported is not None and reported["measured"] != 1.0 and reported["bound_passes"] == 1.0
     (dense,) = made
     assert dense.attend is attention.fused and dense.vit is engine.module.vit
     assert set(map(id, passed)) == {id(engine.module), id(dense)}
@@ -242,17 +248,17 @@ def test_the_authors_attention_is_held_against_timms(monkeypatch: pytest.MonkeyP
 
 
 def test_overheads_are_named() -> None:
-    def said(own: float, dense: float, step: float, wait: float = 0.0) -> dict[str, Any]:
+    def message(own: float, dense: float, step: float, wait: float = 0.0) -> dict[str, Any]:
         return dense_baseline.journal_fields(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
 
-    fine = said(0.5, 1.0, 1.05)
+    fine = message(0.5, 1.0, 1.05)
     assert fine["note"] == "no significant overhead" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)
-    assert "kernel launches" in said(0.8, 1.0, 1.7)["note"]
-    assert "engine: 50%" in said(0.5, 1.0, 2.0)["note"]
-    waiting = said(0.5, 1.0, 2.5, wait=1.5)
+    assert "kernel launches" in message(0.8, 1.0, 1.7)["note"]
+    assert "engine: 50%" in message(0.5, 1.0, 2.0)["note"]
+    waiting = message(0.5, 1.0, 2.5, wait=1.5)
     assert "loader: a step waits for data for 60% of its time" in waiting["note"]
     assert waiting["step_speedup"] == 1.0, "a dense step would only have waited less"
-    assert said(1.2, 1.0, 2.5)["step_speedup"] == pytest.approx(2.1 / 2.5), "slower than dense is told as slower"
+    assert message(1.2, 1.0, 2.5)["step_speedup"] == pytest.approx(2.1 / 2.5), "slower than dense is recorded as slower"
 
 
 def test_the_whole_run_is_weighted_by_time_and_by_the_examples_left_out(tmp_path: Path) -> None:
@@ -302,7 +308,7 @@ def test_a_run_with_its_control_is_the_run_without_bit_for_bit(digits: Path, tmp
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = [tmp_path / "runs" / name for name, _ in runs]
     numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines(run, "step")] for run in found]
-    told = [lines(run, "control") for run in found]
-    assert [len(one) for one in told] == [0, 1, 0, 1] and len(numbers[0]) == 30
-    assert all(line["step"] < 30 and line["run_speedup"] > 0 for line in told[1] + told[3])
+    reported = [lines(run, "control") for run in found]
+    assert [len(one) for one in reported] == [0, 1, 0, 1] and len(numbers[0]) == 30
+    assert all(line["step"] < 30 and line["run_speedup"] > 0 for line in reported[1] + reported[3])
     assert numbers[0] == numbers[1] and numbers[2] == numbers[3]

@@ -1,4 +1,4 @@
-"""A run over batches that can't be learned from: told, named, replayed, resumed across, and stopped when there are too many."""
+"""A run over batches without a finite loss: counted, named, replayed, resumed across, and stopped when there are too many."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def spoiled(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> None:
+def test_a_run_skips_batches_without_a_finite_loss_and_names_them(spoiled: Path) -> None:
     skipped = lines(spoiled, "skipped")
     assert [(line["step"], line["epoch"], line["batch"], line["skipped"], line["in_row"]) for line in skipped] == [
         (3, 0, 2, 1, 1),
         (5, 0, 4, 2, 1),
     ]
     steps = {line["step"]: line for line in lines(spoiled, "step")}
-    assert list(steps) == [3, 4, 5, 8, 9], "what is skipped is told at once"
+    assert list(steps) == [3, 4, 5, 8, 9], "a skipped step is reported at once"
     assert all(line["loss"] < 10 for line in steps.values()), "of the losses that are numbers"
     past = RecordedRun(spoiled)
     seen = replay(past, 5)
@@ -77,8 +77,8 @@ def test_a_run_goes_on_over_spoiled_batches_and_names_them(spoiled: Path) -> Non
 @pytest.mark.slow
 def test_too_many_stop_the_run_and_a_resume_counts_on(spoiled: Path) -> None:
     """More than `optim.max_skipped`, counted over both attempts."""
-    said = job(spoiled.parent.parent, 1, "10", *WORDS, "--resume", "stop_at=30step", "optim.max_skipped=2", code=2)
-    assert "3 steps had a non-finite loss or gradient, more than optim.max_skipped=2: steps 3, 5, 10." in said
+    message = job(spoiled.parent.parent, 1, "10", *WORDS, "--resume", "stop_at=30step", "optim.max_skipped=2", code=2)
+    assert "3 steps had a non-finite loss or gradient, more than optim.max_skipped=2: steps 3, 5, 10." in message
     assert lines(spoiled, "end")[-1]["status"] == "failed" and lines(spoiled, "skipped")[-1]["in_row"] == 1
 
 
@@ -88,9 +88,9 @@ def test_a_run_resumed_across_a_skipped_step_is_the_uninterrupted_one(spoiled: P
     (tmp_path / "job.yaml").write_text((spoiled.parent.parent / "job.yaml").read_text())
     job(tmp_path, 2, "3,5", *WORDS, "stop_at=5step")
     job(tmp_path, 2, "3,5", *WORDS, "stop_at=9step", "--resume")
-    told = [{line["step"]: (line["loss"], line["chain"]) for line in lines(run, "step") if line["step"] <= 9}
+    reported = [{line["step"]: (line["loss"], line["chain"]) for line in lines(run, "step") if line["step"] <= 9}
             for run in (spoiled, tmp_path / "runs" / "job")]  # fmt: skip
-    assert told[0] == told[1]
+    assert reported[0] == reported[1]
     ends = [json.loads((run / "checkpoints/step-00000009/state.json").read_text())["state"]["skipped"]
             for run in (spoiled, tmp_path / "runs" / "job")]  # fmt: skip
     assert ends == [[3, 5], [3, 5]]

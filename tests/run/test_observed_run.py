@@ -1,4 +1,4 @@
-"""A run on two processes tells where its time goes, what it cost, how each class fares; a trace of chosen steps; no MLflow."""
+"""A run on two processes records where its time is spent, its cost, the accuracy of each class, a trace of chosen steps; no MLflow."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def settings(digits: Path) -> str:
     return SETTINGS.replace("TRAIN", f"{digits}/train-*.tar").replace("VALIDATION", f"{digits}/validation-*.tar")
 
 
-def test_a_run_tells_where_its_time_goes(trilevel: Callable, settings: str, tmp_path: Path):
+def test_a_run_records_where_its_time_is_spent(trilevel: Callable, settings: str, tmp_path: Path):
     (tmp_path / "seen.yaml").write_text(settings)
-    told = trilevel(2, "train", "seen.yaml").stdout
+    reported = trilevel(2, "train", "seen.yaml").stdout
     run = tmp_path / "runs" / "seen"
     steps = lines(run, "step")
     for line in steps:
@@ -70,7 +70,7 @@ def test_a_run_tells_where_its_time_goes(trilevel: Callable, settings: str, tmp_
         names = {event.get("name", "") for event in events}
         assert {"step 3", "step 4", "[memory]"} <= names and "step 5" not in names
         assert any(name.startswith("aten::") for name in names) and any(name.startswith("gloo:") for name in names)
-    assert told.count("trace of steps 3 to 4") == 2
+    assert reported.count("trace of steps 3 to 4") == 2
     assert [line["text"] for line in lines(run, "message") if "trace" in line["text"]] == [
         "trace of steps 3 to 4: runs/seen/traces/steps-3-4.rank-0.json.gz"
     ]
@@ -78,14 +78,14 @@ def test_a_run_tells_where_its_time_goes(trilevel: Callable, settings: str, tmp_
     assert not (run / "mlflow.json").exists() and sorted(path.name for path in run.parent.iterdir()) == ["seen"]
 
 
-def test_a_trace_of_steps_that_never_came_is_told(tmp_path: Path):
-    said: list[str] = []
-    trace = Trace(TraceSettings(steps=(200, 210)), tmp_path, 0, False, said.append)
+def test_a_trace_of_steps_that_never_came_is_reported(tmp_path: Path):
+    message: list[str] = []
+    trace = Trace(TraceSettings(steps=(200, 210)), tmp_path, 0, False, message.append)
     for step in range(5):
         trace.at(step)
     trace.close(5)
     trace.close(5)
-    assert said == ["trace.steps=[200, 210]: no trace, this attempt ended at step 5 without any of them"]
-    trace = Trace(TraceSettings(), tmp_path, 0, False, said.append)
+    assert message == ["trace.steps=[200, 210]: no trace, this attempt ended at step 5 without any of them"]
+    trace = Trace(TraceSettings(), tmp_path, 0, False, message.append)
     trace.close(5)
-    assert len(said) == 1 and list(tmp_path.iterdir()) == []
+    assert len(message) == 1 and list(tmp_path.iterdir()) == []

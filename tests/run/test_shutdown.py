@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends, even while no batch arrives."""
+"""A run ends after a stop signal, even while no batch arrives."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_an_evaluation_without_a_score_counts_for_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "unreadable"])
-def test_a_journal_that_is_no_file(what: str, tmp_path: Path) -> None:
+def test_a_journal_that_is_not_a_file(what: str, tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.mkdir() if what == "folder" else os.mkfifo(path) if what == "fifo" else path.symlink_to(path)
     with pytest.raises(JournalError, match=r"journal\.jsonl"):
@@ -136,7 +136,7 @@ def test_every_error_for_people_has_one_base() -> None:
     assert len(ours) > 10
 
 
-def test_an_error_of_ours_that_is_not_for_people_keeps_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_keeps_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: object) -> None:
         raise TransientError("internal")
 
@@ -156,7 +156,7 @@ def checkpoints(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "list", "nested", "text"])
-def test_a_state_that_is_no_file_or_no_state_is_passed_over(kind: str, checkpoints: Path) -> None:
+def test_a_state_that_is_damaged_or_not_a_file_is_ignored(kind: str, checkpoints: Path) -> None:
     path = checkpoints / "step-00000002" / "state.json"
     path.unlink()
     if kind == "fifo":
@@ -173,7 +173,7 @@ def test_a_state_that_is_no_file_or_no_state_is_passed_over(kind: str, checkpoin
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_a_pointer_that_is_no_file_is_ignored(kind: str, checkpoints: Path) -> None:
+def test_a_pointer_that_is_not_a_file_is_ignored(kind: str, checkpoints: Path) -> None:
     (checkpoints / "latest").unlink()
     (checkpoints / "latest").mkdir() if kind == "folder" else os.mkfifo(checkpoints / "latest")
     found = directory.newest(checkpoints).path

@@ -124,7 +124,7 @@ def test_workers_and_the_fetching_process_get_the_grant(pipe: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("words", [["local", "c.yaml"], ["slurm", "c.yaml"], ["sweep", "c.yaml"]])
-def test_launchers_pass_it_on_as_a_word(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_pass_it_on_as_an_argument(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_words(words).overrides == []
     given = launch_words([*words, "--allow-pipe", "optim.lr=1"])
     assert given.overrides == ["optim.lr=1", "data.allow_pipe=true"] and Job("c.yaml", tuple(given.overrides)).train()

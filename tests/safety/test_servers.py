@@ -16,7 +16,7 @@ from trainer.data.remote.client import RemoteStat
 
 
 @pytest.mark.parametrize("run_id", ["../../../escaped", "/abs/dir", "", ".", "a/b", "a\n", "-x", "a" * 300])
-def test_a_run_id_of_mlflow_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
+def test_a_run_id_of_mlflow_is_not_used_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
     if run_id.startswith("/"):
         run_id = f"{tmp_path}{run_id}"
 

@@ -85,7 +85,7 @@ def test_every_family_at_one(family):
     assert torch.allclose(logits, eager, atol=1e-5 * max(1.0, eager.abs().max().item()))
 
 
-def test_one_graph_per_plan_and_none_for_a_plan_seen_before():
+def test_one_graph_per_plan_and_none_for_a_plan_that_was_compiled_before():
     """Shapes are fixed numbers in each graph: a second plan must not turn the counts into symbols."""
     vit = tiny(depth=2).train()
     counter = CompileCounter()

@@ -3,7 +3,7 @@ and every state that a crash may leave.
 
 The promises are POSIX's and no more. What was written to a file and not fsynced may be lost, torn, or zeros of the new length. What
 happened to the names of a folder and was not fsynced may be lost name by name: each pending change of a folder lasts or not, whatever
-the others do, but a rename is one change. fsync of a file says nothing of its name.
+the others do, but a rename is one change. fsync of a file does not cover its name.
 """
 
 from __future__ import annotations

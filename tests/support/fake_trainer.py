@@ -1,4 +1,4 @@
-"""A stand-in for the trainer that only says what it is told, for the tests of launching."""
+"""A stand-in for the trainer that records the signals it gets, for the tests of launching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import environment
 
-# A trainer that only says what happens to it: {rank}.json when it is up, "heard" for each signal, its own exit code.
+# A trainer that only records what happens to it: {rank}.json when it is up, "heard" for each signal, its own exit code.
 TRAINER = """
 import json, os, pathlib, signal, subprocess, sys, time
 if "--check" in sys.argv:

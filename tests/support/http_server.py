@@ -1,4 +1,4 @@
-"""A web server of a folder that misbehaves as told: errors, cut connections, slow bytes, latency; with or without ranges."""
+"""A web server of a folder with chosen faults: errors, cut connections, slow bytes, latency; with or without ranges."""
 
 from __future__ import annotations
 

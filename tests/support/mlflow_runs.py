@@ -44,7 +44,7 @@ def fields(line: dict[str, Any]) -> dict[str, Any]:
 
 def shipped(directory: Path) -> Path:
     """A whole run shipped to the sqlite default from nothing, made while the "training" went on."""
-    told = [line for line in lines() if line["kind"] != "start"]
+    reported = [line for line in lines() if line["kind"] != "start"]
     with Journal(directory) as journal:
         journal.write("start", **start_line())
         for name in FIRST:
@@ -52,15 +52,15 @@ def shipped(directory: Path) -> Path:
         began = time.monotonic()
         shipper = start(directory, TrackingConfig(), every=0.5)
         assert time.monotonic() - began < 1
-        for line in told:
+        for line in reported:
             journal.write(line["kind"], **fields(line))
         load = {host: {"cpu_utilization_percentage": 50.0 + i} for i, host in enumerate(("node-a", "node-b.cluster"))}
         journal.write("system", step=30, **load)
         journal.write("ranks", step=30, forward=[0.2, 0.3])
-        until(lambda: set(FIRST) <= set(SyncState.load(directory).uploaded), 120, directory)  # while the training goes on
+        until(lambda: set(FIRST) <= set(SyncState.load(directory).uploaded), 120, directory)  # while training continues
     (directory / "traces").mkdir()
     (directory / "traces" / "steps-1-2.rank-0.json.gz").write_bytes(b"x")
-    (directory / "weights.safetensors").write_bytes(b"x")  # not asked for: it stays here
+    (directory / "weights.safetensors").write_bytes(b"x")  # not requested: it stays here
     write_report(directory)
     done, message = shipper.finish(60)
     assert done, message + (directory / "logs/tracking.txt").read_text()
@@ -68,7 +68,7 @@ def shipped(directory: Path) -> Path:
 
 
 def followed(directory: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
-    """A training of its own process; tells the shipper's process id when it has written 399 steps, then stays."""
+    """A training in its own process; prints the shipper's process id when it has written 399 steps, then stays."""
     code = [sys.executable, "-m", "tests.support.jobs.shipped_run", str(directory), json.dumps(start_line(uri))]
     return subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
 

@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import environment, wait_for
 
 SSHD = "/usr/sbin/sshd"
-INTERFACE = "eth0"  # in every host; gloo has to be told, for this machine's name is no address in there
+INTERFACE = "eth0"  # in every host; gloo needs it, because this machine's name has no address in there
 NET = "10.77.13."
 
 
@@ -150,7 +150,7 @@ def _wire(made: Hosts) -> None:
 
 
 def _keys(made: Hosts) -> None:
-    """A key of the hosts and one of the user; the hosts are known beforehand, so nothing is asked and nothing is waved through."""
+    """A key of the hosts and one of the user; known_hosts lists the hosts, so ssh asks nothing and checks every key."""
     for name in ("host", "user"):
         key = made.folder / f"{name}_key"
         if key.exists():  # more hosts in the same folder

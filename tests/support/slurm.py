@@ -88,7 +88,7 @@ class Batch:
         return row.partition("JobState=")[2].partition(" ")[0]
 
     def lose(self, node: str) -> None:
-        """A node is gone with all that was on it, and the controller is told so (by itself it would wait SlurmdTimeout)."""
+        """A node is gone with all its processes, and is set down at the controller (which else would wait SlurmdTimeout)."""
         there = [one for one in _family(self.folder) if _variable(one, "SLURMD_NODENAME") == node]
         above = [parent for one in there if (parent := one.parent()) and parent.name().startswith("slurmstepd")]
         service = [one for one in psutil.process_iter() if one.name() == "slurmd" and ["-N", node] == one.cmdline()[2:4]]
@@ -97,7 +97,7 @@ class Batch:
                 one.kill()
         self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
-    def told(self) -> str:
+    def reported(self) -> str:
         """The end of every log, for a failed test."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
 
@@ -131,7 +131,7 @@ def batch(folder: Path) -> Iterator[Batch]:
                 daemons.enter_context(_daemon(made, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf"))
             wait_for(lambda: made.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 120)
         except AssertionError:  # nothing of ours is in it yet
-            pytest.skip(f"Slurm does not come up here: {made.ask('sinfo', '-N', '-l')} {made.told()[-1500:]}")
+            pytest.skip(f"Slurm does not start here: {made.ask('sinfo', '-N', '-l')} {made.reported()[-1500:]}")
         yield made
 
 

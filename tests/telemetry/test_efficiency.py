@@ -1,4 +1,4 @@
-"""What a run cost over all attempts, rates that follow from the meters, and what a machine tells of itself."""
+"""What a run cost over all attempts, rates that follow from the meters, and the hardware that a machine reports."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_killed_attempts_are_paid_for_and_gaps_are_not(tmp_path: Path, monkeypat
     assert efficiency.so_far(90.0).keys() == {"goodput", "device_hours", "energy_kwh"}
 
 
-def test_energy_is_absent_where_nobody_counts(tmp_path: Path):
+def test_energy_is_absent_without_a_meter(tmp_path: Path):
     efficiency = Efficiency(tmp_path, attempt=0, world=1, living=1.0, rate=1e12)
     assert "energy_kwh" not in efficiency.of(MeterReading({"images_per_second": 1.0}, {}, {}, {}), 0.5)
     assert Gpu(torch.device("cpu")).load() == {} and Gpu(torch.device("cpu")).joules() != Gpu(torch.device("cpu")).joules()
 
 
-def test_a_gpu_as_nvml_tells_it(monkeypatch: pytest.MonkeyPatch):
+def test_the_readings_of_a_gpu_are_those_of_nvml(monkeypatch: pytest.MonkeyPatch):
     energy = iter([1000, 6000])
     fake: Any = types.ModuleType("pynvml")
     fake.nvmlInit = lambda: None
@@ -60,7 +60,7 @@ def test_a_gpu_as_nvml_tells_it(monkeypatch: pytest.MonkeyPatch):
     assert Gpu(torch.device("cuda")).load() == {}
 
 
-def test_the_machine_tells_of_itself():
+def test_the_machine_reports_its_hardware():
     assert 1e7 < matrix_rate(torch.device("cpu"), "float32") < 1e15 and matrix_rate(torch.device("cpu"), "autocast") > 0
     assert set(Node().load()) == set(Node.FIELDS) and 0 < since_start() < 1e6
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Time:
-    """A clock that is told how much time passes."""
+    """A clock that is advanced by hand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
@@ -75,7 +75,7 @@ def test_the_profiler_sees_a_step_now_and_then_and_lets_a_trace_go_first(monkeyp
     monkeypatch.setattr(step_phases, "SELDOM", 3)
     watched, seen = Phases(CPU, alone=False), []
     for number in range(9):
-        with torch.autograd.profiler.profile() if number == 2 else torch.no_grad():  # somebody else's trace
+        with torch.autograd.profiler.profile() if number == 2 else torch.no_grad():  # a trace of another run
             watched.end_phase("rest")
             torch.ones(4).add(1)
             watched.end(0.0)

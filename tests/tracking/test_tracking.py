@@ -53,9 +53,9 @@ def test_every_number_of_a_line_becomes_a_metric_at_its_step():
 
 
 def test_long_values_are_cut_and_say_so():
-    said = params({"model": {"args": {}, "name": "x" * 600}, "list": [1, 2]})
-    assert said["model.args"] == "{}" and said["list"] == "[1, 2]"
-    assert len(said["model.name"]) == 500 and said["model.name"].endswith("(cut, 600 characters; whole in config.yaml)")
+    output = params({"model": {"args": {}, "name": "x" * 600}, "list": [1, 2]})
+    assert output["model.args"] == "{}" and output["list"] == "[1, 2]"
+    assert len(output["model.name"]) == 500 and output["model.name"].endswith("(cut, 600 characters; whole in config.yaml)")
     found = tags(START | {"attempt": 1})
     assert found["commit"] == found["mlflow.source.git.commit"] == "c0ffee" and found["version.torch"] == "2.15.0"
     assert found["pixels"] == "" and tags(START | {"pixels": ["short side 256"]})["pixels"] == "short side 256"
@@ -73,7 +73,7 @@ def test_drift_names_what_a_resume_changed():
 
 
 def test_a_setting_that_no_longer_applies_is_no_change():
-    """Earlier versions recorded the settings of all methods; a run that began there goes on without those of others."""
+    """Earlier versions recorded the settings of all methods; a run that began there continues without those of others."""
     have = {"examples.method": "infobatch", "examples.removed": "0.3", "examples.swap": "0.05"}
     want = {"examples.method": "infobatch", "examples.removed": "0.4"}
     assert param_changes(have, want, {}, 1) == {"param_drift.examples.removed": "attempt 1: 0.3 -> 0.4"}
@@ -102,7 +102,7 @@ def test_a_shipper_that_cannot_start_or_dies_is_a_message(tmp_path: Path, monkey
         sync.sync(tmp_path)
 
 
-def test_the_end_does_not_wait_for_a_shipper_without_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_end_does_not_wait_for_a_shipper_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its trouble can't be noted where we look for it."""
     monkeypatch.setattr("trainer.tracking.shipper._no_room", lambda directory: True)
     process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE)
@@ -120,7 +120,7 @@ def test_a_run_goes_on_to_its_server_from_a_shell_that_does_not_name_it(tmp_path
     assert (JournalUploader(run).uri, JournalUploader(run).state.run_id) == ("http://host:5000", "abc")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")  # the same with a slash
     assert JournalUploader(run).state.run_id == "abc"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")  # asked for: all of it, anew
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")  # requested: all of it, again
     assert (JournalUploader(run).uri, JournalUploader(run).state.run_id, JournalUploader(run).state.offset) == (
         "http://other:5000",
         "",
@@ -133,7 +133,7 @@ def test_a_run_goes_on_to_its_server_from_a_shell_that_does_not_name_it(tmp_path
 
 
 class Memory:
-    """Stands for a store that keeps every row it is sent, and fails by a seed: before a batch is taken or behind it."""
+    """A store that keeps every row it receives, and fails by a seed: before or after it takes a batch."""
 
     rows: list[Metric]
     taken: dict[str, Any]
@@ -174,7 +174,7 @@ class Memory:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_fails_each_key_and_step_arrives_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int):
-    """Requests fail before or behind the deed, shippers are killed anywhere, the training is killed and goes on from behind."""
+    """Requests fail before or after they take effect, shippers are killed anywhere, training is killed and resumes from an earlier step."""
     random = np.random.default_rng(seed)
     Memory.rows, Memory.taken, Memory.random = [], {}, random
     monkeypatch.setattr(shipment, "Store", Memory)

@@ -109,14 +109,14 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
     """Away is silent (it takes the request and never answers: the worst for a logger) or killed and started again."""
     directory = tmp_path / "runs" / "tri"
     usual = training(Journal(tmp_path / "alone"), range(300))
-    patience = max(0.5, 5 * float(np.percentile(usual, 99)))  # a logger that asks the server itself: 3 s and more
+    patience = max(0.5, 5 * float(np.percentile(usual, 99)))  # a logger that calls the server itself: 3 s and more
     server.stop()
     with Journal(directory) as journal:
         journal.write("start", **start_line(server.uri))
         began = time.monotonic()
         shipper = start(directory, TrackingConfig(uri=server.uri), every=0.2, linger=2)
         assert time.monotonic() - began < 1
-        server.start()  # takes seconds: the shipper finds nobody at first
+        server.start()  # takes seconds: the shipper finds no server at first
         assert np.percentile(training(journal, range(1, 1200)), 99) < patience
         server.wait()
         until(lambda: "train/m" in SyncState.load(directory).last, 30, directory)
@@ -136,7 +136,7 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
 
 
 class Sick(http.server.BaseHTTPRequestHandler):
-    """Stands before the server: `mood` "well" passes on, "500" fails, "lost" passes on and answers too late."""
+    """A proxy in front of the server: `mood` "well" passes on, "500" fails, "lost" passes on and answers too late."""
 
     target, mood, lost = 0, "well", 0
 

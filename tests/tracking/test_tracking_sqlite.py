@@ -83,8 +83,8 @@ def test_experiments_that_cannot_be_read_are_refused_and_nothing_is_made(default
     mlflow = client(uri)
     mlflow.create_run(mlflow.get_experiment_by_name("trilevel").experiment_id, run_name="young")
     assert from_mlflow("trilevel", tmp_path / "out", uri)[1] == ["young"]
-    said = warnings(compare([default_run], missing=["young"]))
-    assert said == ["left out, without a journal in MLflow: young; upload it with trilevel sync RUN"]
+    output = warnings(compare([default_run], missing=["young"]))
+    assert output == ["left out, without a journal in MLflow: young; upload it with trilevel sync RUN"]
     with pytest.raises(NothingToCompare, match="no such database"):
         from_mlflow("trilevel", tmp_path, f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
     assert not (tmp_path / "elsewhere").exists()
@@ -94,7 +94,7 @@ def test_experiments_that_cannot_be_read_are_refused_and_nothing_is_made(default
     assert time.monotonic() - began < 10  # MLflow's own retries: four minutes
 
 
-def test_resume_goes_on_in_the_same_run_with_nothing_twice(default_run: Path, tmp_path: Path):
+def test_a_resume_continues_the_same_run_with_nothing_twice(default_run: Path, tmp_path: Path):
     """Killed behind step 20, gone on from 10 with another learning rate; the shipper of the first attempt is killed as well."""
     directory = shutil.copytree(default_run, tmp_path / "runs" / "tri")
     shutil.copy(default_run.parent / "mlflow.db", tmp_path / "runs" / "mlflow.db")
@@ -146,7 +146,7 @@ def test_training_killed_the_shipper_brings_the_rest_and_ends(default_run: Path,
     assert client(uri).get_run(SyncState.load(directory).run_id).info.status == "KILLED"
 
 
-def test_deleted_run_is_said_and_a_refused_metric_holds_nothing_up(
+def test_a_deleted_run_is_reported_and_a_refused_metric_delays_nothing(
     default_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     directory = tmp_path / "runs" / "other"

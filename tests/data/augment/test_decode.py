@@ -163,9 +163,9 @@ def test_the_verdict_does_not_depend_on_the_library(options: dict[str, int], mon
     theirs = [verdict(data, box) for data in cases for box in places]
     different = [(i // 3, i % 3, a[0], b[0]) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
     assert not different, different[:5]
-    assert 50 < sum(bool(said) for said, _ in theirs) < len(theirs) - 50, "some are broken, some are not"
+    assert 50 < sum(bool(message) for message, _ in theirs) < len(theirs) - 50, "some are broken, some are not"
     assert "progressive" in options or (len(set(cut)) == 2 and sum(cut) > 20), (
-        "the library was asked, and sometimes not believed"
+        "the library was called, and its answer sometimes checked by PIL"
     )
 
 

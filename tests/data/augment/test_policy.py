@@ -63,7 +63,7 @@ def test_every_operation_is_timms(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_strengths_and_choices_are_distributed_as_timms(text: str) -> None:
-    """timm's own operations, run with their effect replaced by a note of what they were asked."""
+    """timm's own operations, run with their effect replaced by a record of their arguments."""
     transform, state, numpys = built(text), random.getstate(), np.random.get_state()
     ours: dict[str, list[float]] = {}
     for seed in range(3000):

@@ -142,7 +142,7 @@ def spread(boxes: list[tuple[int, ...]]) -> np.ndarray:
 def test_crops_are_distributed_as_timms() -> None:
     state = random.getstate()
     random.seed(0)
-    for width, height in ((120, 90), (400, 20)):  # the second mostly takes the way out after ten tries
+    for width, height in ((120, 90), (400, 20)):  # the second mostly takes the fallback after ten tries
         image = PIL.Image.new("RGB", (width, height))
         theirs = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
         ours = [_resized_crop(random.Random(i), height, width, (0.08, 1.0), (3 / 4, 4 / 3)) for i in range(4000)]
@@ -218,7 +218,7 @@ def test_color_jitter_stays_out_beside_randaugment_as_in_timm() -> None:
 
 
 def test_posterizing_to_no_bits_is_black_as_timm_means_it() -> None:
-    """Pillow 13 refuses 0 bits, timm asks for them: an image must not count as broken for that."""
+    """Pillow 13 refuses 0 bits, which timm passes: an image must not count as broken for that."""
     transform = Transform(AugmentConfig(policy="rand-m10-n1-inc1-t1"), 32, train=True)
     black = [transform(view(jpeg(0)), key).pixels.max() == 0 for key in KEYS]
     assert 0 < sum(black) < 60

@@ -224,7 +224,7 @@ def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:
 
 
 def test_a_process_that_fails_with_workers_running_ends(index: Index, tmp_path: Path) -> None:
-    """An uncaught error's traceback holds the stream to the end; its workers don't hear multiprocessing's SIGTERM."""
+    """An uncaught error's traceback keeps the stream alive to the end; its workers ignore multiprocessing's SIGTERM."""
     script = f"""
 from tests.support.images import config
 from trainer.data.shards.index import Index

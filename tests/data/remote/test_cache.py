@@ -170,10 +170,10 @@ def test_two_shards_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, m
         assert [done.result(60) for done in [pool.submit(take, f"pipe:cat {n}") for n in range(2)]] == [8000, 8000]
 
 
-def test_a_shard_gets_its_name_when_its_bytes_are_on_the_disk_and_nobody_counts(
+def test_a_shard_gets_its_name_when_its_bytes_are_on_the_disk_and_no_count_runs(
     web: Web, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash of the node after the rename must not leave a name with other bytes; a count in the middle of it must not miss a file."""
+    """A crash of the node after the rename must not leave a name with other bytes; a count at that moment must not miss a file."""
     calls: list[str] = []
     fsync, rename, locked = os.fsync, Path.rename, cache_folder.locked
 
@@ -212,8 +212,8 @@ def test_at_the_end_of_an_epoch_the_next_ones_shards_are_fetched(
         assert following != list(upcoming(stream.order(epoch, None), 0, stream.bounds)), "epochs begin with other shards"
 
 
-def test_the_order_says_which_shards_come_next() -> None:
-    """What is read in a window is exactly what was said beforehand, on every rank, with dropping and repeats."""
+def test_the_order_names_the_shards_that_come_next() -> None:
+    """What is read in a window is exactly what was predicted, on every rank, with dropping and repeats."""
     rng = np.random.default_rng(0)
     for repeats, share in ((1, 1.0), (1, 0.5), (3, 0.7)):
         sizes = rng.integers(1, 40, 60)
@@ -225,8 +225,8 @@ def test_the_order_says_which_shards_come_next() -> None:
             read = [np.searchsorted(layout.first, order.rows(s, *rows).ids, side="right") - 1 for s in range(order.steps)]
             for step in range(order.steps):
                 windows = {int(w) + turn for w in order.window_at(step) for turn in (0, 1)}
-                said = np.concatenate([order.shards_of(int(lane), w) for lane in lanes for w in windows])
-                assert set(read[step]) <= set(said.tolist())
+                message = np.concatenate([order.shards_of(int(lane), w) for lane in lanes for w in windows])
+                assert set(read[step]) <= set(message.tolist())
             assert set(np.concatenate(read).tolist()) <= set(upcoming(order, 0, rows))
             assert set(read[-1].tolist()) <= set(upcoming(order, order.steps - 1, rows))
 
@@ -244,7 +244,7 @@ def test_shards_are_there_before_they_are_read(web: Web, index: Index, tmp_path:
     assert not any(b.broken for b in [first, *batches])
     process = stream._ahead._process  # pyright: ignore[reportOptionalMemberAccess]
     assert process is not None
-    process.kill()  # the stream goes on without it, and starts another
+    process.kill()  # the stream continues without it, and starts another
     process.wait()
     assert not any(b.broken for b in stream.epoch(1, None))
 

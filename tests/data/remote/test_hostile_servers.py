@@ -122,7 +122,7 @@ def test_another_range_than_the_requested_one(
 
 
 @pytest.mark.parametrize("length", ["abc", "-5", "1" * 30, "1" * 5000])
-def test_a_size_that_is_no_number(web: Web, length: str) -> None:
+def test_a_size_that_is_not_a_number(web: Web, length: str) -> None:
     web.hook = lambda handler: handler.command == "HEAD" and send(handler, 200, Content_Length=length)
     with pytest.raises(DataError, match=rf"{NAME}: the server sent the size '{length[:30]}', not a number"):
         client.stat(f"{web.url}/{NAME}")
@@ -165,7 +165,7 @@ def test_messages_show_no_signature_and_no_password(web: Web, monkeypatch: pytes
     ("to", "reason"),
     [("file:///etc/passwd", "InvalidSchema"), ("http://127.0.0.1:99999/x", "InvalidURL"), ("", "TooManyRedirects")],
 )
-def test_redirects_to_nowhere_are_asked_once(web: Web, to: str, reason: str) -> None:
+def test_redirects_to_nowhere_are_followed_once(web: Web, to: str, reason: str) -> None:
     web.hook = lambda handler: send(handler, 302, Location=to or handler.path)
     began = time.monotonic()
     with pytest.raises(DataError, match=reason):

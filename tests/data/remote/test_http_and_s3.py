@@ -44,7 +44,7 @@ def braces(web: Web) -> str:
 
 
 def same(index: Index, local: Index) -> None:
-    """Two indexes say the same of the same shards, and their examples have the same bytes."""
+    """Two indexes of the same shards are equal, and their examples have the same bytes."""
     assert index.names == local.names and index.fingerprint == local.fingerprint and index.classes == local.classes
     for field in ("offset", "length", "labels", "sizes"):
         assert (getattr(index, field) == getattr(local, field)).all()
@@ -120,7 +120,7 @@ def test_s3_is_the_same_as_files(tmp_path: Path, s3: Any) -> None:
         expand("s3://images/none-*.tar")
 
 
-def test_s3_without_boto3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_without_boto3_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_clients", {})
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.setitem(sys.modules, "boto3.session", None)
@@ -179,7 +179,7 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
         client.stat("http://127.0.0.1:9/train.tar")
 
 
-def test_a_shard_that_can_not_be_had_is_asked_for_once_a_read(
+def test_a_shard_that_cannot_be_fetched_is_requested_once_per_read(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many runs of images a batch wants of it: every one would wait out all retries."""
@@ -200,7 +200,7 @@ def test_a_shard_that_can_not_be_had_is_asked_for_once_a_read(
 def test_a_server_that_stays_away_ends_the_run_by_its_name(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """No image is to blame: none is counted as broken, and the error of a worker is told without its stack."""
+    """No image is the cause: none is counted as broken, and the error of a worker is shown without its stack."""
     index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
     monkeypatch.setattr(retry, "_TRIES", 2)
     web.faults = {name: [503] * 99 for name in index.names}

@@ -1,4 +1,4 @@
-"""`pack` takes images however people keep them, shuffles once by seed, goes on after a kill, and never mixes two sources."""
+"""`pack` takes images in every usual layout, shuffles once by seed, continues after a kill, and never mixes two sources."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_again_is_free_and_another_source_is_refused(tmp_path: Path) -> None:
             pack(str(src), out, **{"shard_size": 5000, "progress": False} | change)
 
 
-def test_killed_packing_goes_on(tmp_path: Path) -> None:
+def test_killed_packing_continues(tmp_path: Path) -> None:
     files = {f"{CLASSES[i % 3]}/{i:04d}.jpg": jpeg(i, 200, 160) for i in range(60)}
     src, out = write_folder(tmp_path / "src", files), tmp_path / "out"
     call = f"from trainer.data.shards.pack import pack; pack({str(src)!r}, {str(out)!r}, shard_size=4000, workers=1, progress=False)"

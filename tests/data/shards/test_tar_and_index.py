@@ -325,7 +325,7 @@ def test_touched_shards_are_read_whole_up_to_a_budget(tmp_path: Path, monkeypatc
             open_index(pattern)
 
 
-def test_shards_sorted_by_class_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_sorted_by_class_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {f"{name}_{i}.jpg": jpeg(0) for name in ("ant", "bee", "cat", "dog") for i in range(20)}
     write_tar(tmp_path / "sorted-0.tar", files)
     assert main(["index", str(tmp_path / "sorted-*.tar"), "--labels", "key"]) == 0

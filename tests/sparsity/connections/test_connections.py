@@ -46,7 +46,7 @@ def test_exact_keeps_the_largest_of_the_head_mean():
 
 
 @pytest.mark.parametrize("by", ["column", "cls"])
-def test_shared_keys_are_the_most_seen(by):
+def test_shared_keys_are_those_with_the_largest_scores(by):
     tokens, qkv = scene(2, 9, p=2)
     mean = (qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale).softmax(-1).mean(1)
     value = mean[:, 0, 2:] if by == "cls" else mean[:, 2:, 2:].mean(1)
@@ -98,7 +98,7 @@ def test_keys_hold_from_one_selection_to_the_next():
         assert list(output.keys) == [block] and output.keys[block].mask[:, 0, 1:, 1:].sum(-1).eq(4).all()
     assert not torch.allclose(seen_by[0], seen_by[2], atol=1e-3)
     last = build(vit, connections="exact", blocks=(3,))(x, Plan(1.0, 0.2)).logits
-    assert torch.equal(last, vit(x))  # nobody is left to obey
+    assert torch.equal(last, vit(x))  # no patch query is left
 
 
 def test_shared_keys_are_all_that_is_computed_and_learnt_from():

@@ -104,7 +104,7 @@ def test_any_world_size_shows_the_same_and_remembers_the_same(name, world):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_interrupted_run_goes_on_bit_for_bit_on_another_world_size(name):
+def test_an_interrupted_run_continues_bit_for_bit_on_another_world_size(name):
     """Saved in the middle of an epoch in the middle of a window on two ranks; goes on on one, in a new object."""
     middle = 6
     whole, selections = run(name)
@@ -141,7 +141,7 @@ def test_saving_disturbs_nothing(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_facts_say_what_is_shown_and_can_be_written_down(name):
+def test_facts_describe_the_selection_and_can_be_written_as_json(name):
     _, selections = run(name)
     for epoch, selection in enumerate(selections):
         ids = kept_ids(selection, N)
@@ -165,7 +165,7 @@ def test_nothing_removed_shows_everything(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_asked_twice_shows_the_same(name):
+def test_the_second_call_returns_the_same(name):
     method, _ = run(name, range(4))
     selection = method.select(4, single_process)
     show(method, selection, 4, stop=3)

@@ -38,14 +38,14 @@ def test_the_most_alike_of_the_two_sets_are_merged():
 
 def test_how_many():
     assert Merge(13).count(196, Plan(0.5)) == 183
-    assert Merge(13).count(196, DENSE) == 196  # the plan says when
+    assert Merge(13).count(196, DENSE) == 196  # the plan decides when
     assert Merge().count(196, Plan(0.7)) == 138
     assert Merge().count(196, Plan(0.2)) == 98 and Merge(20).count(9, Plan(0.5)) == 5  # at most half in one block
     assert Merge(4).count(1, Plan(0.5)) == 1
 
 
 def test_identical_tokens_merge_without_a_trace():
-    """Proportional attention: merging copies changes nothing but rounding, as counting them as often as they stand for must."""
+    """Proportional attention: merging copies changes nothing but rounding, as counting each as often as it was merged must."""
     vit = tiny(depth=4, drop_path_rate=0.0).eval()
     torch.nn.init.zeros_(vit.pos_embed)
     x = torch.randn(2, 3, 1, 1).expand(-1, -1, 16, 16).contiguous()

@@ -20,7 +20,7 @@ def scene(batch=2, n=10, p=1, seed=0, **more) -> tuple[Tokens, QKV]:
 
 
 def given(values):
-    """A score that says what it is told."""
+    """A score with given values."""
     return lambda tokens, qkv: torch.tensor(values)
 
 

@@ -1,6 +1,6 @@
 """Runs that are interrupted at chosen points and resumed, one after the other in the same processes: interrupted_runs.py CONFIG SCENE ...
 
-A scene asks this process to stop (a signal to itself) where its name says, on one rank only: the others must agree. Each becomes the
+A scene stops this process (a signal to itself) at the place in its name, on one rank only: the others must agree. Each becomes the
 run directory runs/SCENE; "whole" is never interrupted, nor is "zeroN", which trains with that stage.
 """
 
@@ -35,7 +35,7 @@ def hear(number: signal.Signals = signal.SIGTERM) -> None:
 
 
 class Interrupted(Validation):
-    """Asks on the last rank, before the second batch of the fourth pass: the average's, in the second epoch."""
+    """Sends the signal on the last rank, before the second batch of the fourth pass: the average's, in the second epoch."""
 
     passes = 0
 
@@ -48,7 +48,7 @@ class Interrupted(Validation):
 
 
 class Hearing(Disk):
-    """Asks while a checkpoint is being written, twice, and holds the writing until the training has heard of it."""
+    """Sends the signal twice while a checkpoint is being written, and blocks the writing until training has noticed it."""
 
     heard, passed = threading.Event(), threading.Event()
 
@@ -56,12 +56,12 @@ class Hearing(Disk):
         if new.name == "step-00000005" and not self.heard.is_set():
             hear(signal.SIGUSR1), hear(signal.SIGUSR2)
             Hearing.heard.set()
-            assert self.passed.wait(60), "the training goes on beside the writing"
+            assert self.passed.wait(60), "training continues during the writing"
         super().rename(old, new)
 
 
 class Telling(Recorder):
-    """Tells the disk above that a step after the checkpoint was made."""
+    """Lets the disk above continue after a step that follows the checkpoint."""
 
     def step(self, *words: Any, **facts: Any) -> Any:
         state = super().step(*words, **facts)
@@ -100,13 +100,13 @@ reseed = Engine.reseed
 
 def one(name: str, resume: bool, *overrides: str) -> str:
     try:
-        told = trainer.train.train(load(sys.argv[1], [f"name={name}", *overrides]), resume=resume).status
+        reported = trainer.train.train(load(sys.argv[1], [f"name={name}", *overrides]), resume=resume).status
     except trainer.checkpoint.save_load.CheckpointError as error:
-        told = str(error)
+        reported = str(error)
     AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
     if RANK == 0:
-        print(f"told {name}: {told}", flush=True)
-    return told
+        print(f"told {name}: {reported}", flush=True)
+    return reported
 
 
 def once(act: Callable[[], None]) -> Callable[[Any], None]:

@@ -1,4 +1,4 @@
-"""`trilevel WORD ...` that leaves in FILE what the live DeepSpeed engine was told: live_deepspeed_config.py FILE WORD ..."""
+"""`trilevel WORD ...` that writes the configuration of the live DeepSpeed engine to FILE: live_deepspeed_config.py FILE WORD ..."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ prepare = train.Engine.prepare
 def watched(self, *args):
     prepare(self, *args)
     live = self.model
-    told = {"kind": type(live).__name__, "stage": live.zero_optimization_stage(), "config": live.config}
-    told["reduce_bucket_size"] = live.zero_reduce_bucket_size()
+    reported = {"kind": type(live).__name__, "stage": live.zero_optimization_stage(), "config": live.config}
+    reported["reduce_bucket_size"] = live.zero_reduce_bucket_size()
     if os.environ["RANK"] == "0":
-        Path(sys.argv[1]).write_text(json.dumps(told, default=str))
+        Path(sys.argv[1]).write_text(json.dumps(reported, default=str))
 
 
 train.Engine.prepare = watched

@@ -231,7 +231,7 @@ def accumulating(mode: str) -> dict[str, Any]:
 
 
 def fusing(mode: str) -> dict[str, Any]:
-    """Three steps with and without the fused kernel; and a fused run that goes on from the other's state."""
+    """Three steps with and without the fused kernel; and a fused run that continues from the other's state."""
     runs: dict[bool, Run] = {}
     for fused in (False, True):
         runs[fused] = Run(mode, fused=fused)

@@ -1,7 +1,7 @@
 """What tests/laws/test_every_mechanism.py starts on two processes: runs of the real trainer, one after the other in the same processes.
 
 mechanisms.py CONFIG STEP RUN ...: each RUN is "NAME key=value ...". It is trained whole as NAME; then NAME-resumed begins with the
-checkpoint that NAME had at STEP, and goes on from there.
+checkpoint that NAME had at STEP, and continues from there.
 """
 
 from __future__ import annotations
