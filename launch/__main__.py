@@ -59,7 +59,7 @@ def _node(job: Job, a: argparse.Namespace) -> int:
         if a.dry_run:
             print(command.text())
             return 0
-        return start(command, _folder(job, a) if place.world > 1 else None)
+        return start(command, _folder(job, a) if place.world > 1 else None, last=True)
 
 
 def _hosts(job: Job, a: argparse.Namespace) -> int:

@@ -24,12 +24,14 @@ LINGER = 10.0  # seconds a launcher may outlive its ranks
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
 
-def start(command: Command, logs: Path | None = None) -> int:
+def start(command: Command, logs: Path | None = None, last: bool = False) -> int:
     """Run a command to its end and return its exit code. Signals go to the trainer's processes, past the launchers between.
 
     torchrun answers SIGTERM by killing a rank's whole group after 30 s, loader workers at once: a checkpoint may take
     longer. So the ranks get the signal directly and end by themselves. A third Ctrl-C kills everything.
     logs: a folder in which each rank's lines go to a file of its own, where the command marks them.
+    last: nothing else follows in this process, so signals that come later are ignored. srun sends SIGTERM to all other nodes once one
+    has ended: without it a node that had saved and was about to exit with 75 was killed, and the job was not requeued.
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"  # rank 0 writes its exit code here: torchrun turns every code into 1
@@ -72,7 +74,7 @@ def start(command: Command, logs: Path | None = None) -> int:
                 reader.join(5)  # the last lines
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if last else handler)
         reported = int(exit_file.read_text() or 0) if exit_file.exists() else 0  # empty where the disk is full
     if (
         code < 0 and -code in [passed(one) for one in received] and signalled

@@ -20,7 +20,7 @@ import launch.__main__ as program
 from launch import hosts, processes, slurm
 from launch import rank_logs as output
 from launch.job import Command, Job, LaunchError, Node, Nodes, launcher
-from tests.conftest import free_port, wait_for
+from tests.conftest import environment, free_port, wait_for
 from tests.support import fake_trainer
 from tests.support.fake_trainer import launched, read
 
@@ -107,6 +107,22 @@ def test_the_end_of_slurms_step_makes_no_failure_of_a_node_that_has_saved(code, 
     words = (sys.executable, "-c", LAUNCHER, "-c", RANK_OF_LAUNCHER, str(code), "trainer")
     assert processes.start(Command(words)) == code
     thread.join()
+
+
+LAST = """
+import os, signal, sys
+from launch.job import Command
+from launch.processes import start
+code = start(Command((sys.executable, "-c", "raise SystemExit(75)")), last=True)
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(code)
+"""
+
+
+def test_a_signal_after_the_end_of_a_node_does_not_change_its_exit_code(tmp_path):
+    """srun's SIGTERM reached a node between the end of its ranks and its own: 143, and the job was not requeued."""
+    done = subprocess.run([sys.executable, "-c", LAST], cwd=tmp_path, env=environment(), timeout=120)
+    assert done.returncode == 75
 
 
 @pytest.mark.parametrize(

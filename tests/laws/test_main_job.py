@@ -147,6 +147,7 @@ def test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved(
     assert {line["attempt"] for line in lines(run, "step")} == {0, 1, 2}
 
 
+@pytest.mark.slow  # tests/engine/test_deepspeed_conflicts.py starts a run by `accelerate launch` in `make test`
 def test_accelerate_launch_does_the_same_job(whole: Path, recipe: Path, tmp_path: Path) -> None:
     words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
