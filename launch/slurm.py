@@ -159,7 +159,8 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
         lines = ['export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
-        lines += [f'if [ "$code" -eq {STOPPED} ] || [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"; fi']
+        again = f'code={STOPPED}; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"'
+        lines += [f'if [ "$code" -eq {STOPPED} ] || [ -e "$stopped" ]; then {again}; fi']
     return [*lines, 'exit "$code"']
 
 
