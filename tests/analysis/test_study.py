@@ -138,8 +138,9 @@ def test_the_page_holds_the_numbers_and_is_the_same_each_time(mini: Path, capsys
     assert "| sparse | 0, 1, 2 | 82.47 ± 0.90 | 20.00 ± 0.00 | 1,200 | 0.625 | 0.375 |" in text
     assert "| sparse | dense | 3 | -3.00 [-5.48, -0.52] | .035 | .035 |" in text
     assert "- sparse is 3.0 points below dense (95 % -5.5 to -0.5, n = 3, Holm p .035)." in text
-    assert "- later and dense: not measured." in text and "Not measured: later." in text
+    assert "later and dense" not in text and "Not measured: later." in text
     assert "6 runs on 2 x cpu; torch 2.15.0; started 2023-11-14; commit c0ffee" in text
+    assert "dense trains for 0:16 per run." in text
     assert "loaded machine" in text and "Does &lt;it&gt; count?" in text and "](study/mini.png)" in text
     assert str(mini) not in text and len(picture) < 100_000
     assert main(words) == 0
@@ -192,3 +193,14 @@ def test_both_readers_of_a_study_agree() -> None:
             ours, theirs = study_file.read(path), launched.read(str(path))
         assert (ours.name, ours.config, ours.reference) == (theirs.name, theirs.config, theirs.reference)
         assert list(ours.arms) == list(theirs.arms) and ours.questions == list(theirs.questions)
+
+
+def test_the_committed_page_is_made_from_the_committed_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = Path("docs/results/study.md").read_text()
+    command = re.search(r"^trilevel (compare --study .*) --out docs/results/study.md$", text, re.M)
+    assert command
+    assert main([*command[1].split(), "--out", str(tmp_path / "study.md")]) == 0
+    assert (tmp_path / "study.md").read_text().replace(str(tmp_path), "docs/results") == text
+    for path in tmp_path.rglob("*.png"):
+        assert (ROOT / "docs" / "results" / "study" / path.name).is_file()

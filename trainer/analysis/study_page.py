@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 
 from trainer.analysis.compare import MeanInterval
 from trainer.analysis.study import Arm, Question, StudyResult, result
 from trainer.analysis.study_file import read
 from trainer.analysis.study_statistics import LEVEL, seeds_for
+from trainer.analysis.units import duration
 from trainer.storage.text import markdown_text, printable
 
 HEAD = """# Studies
@@ -86,7 +88,9 @@ def _study(found: StudyResult, picture: str | None) -> str:
     missing = [name for name in file.arms if name not in [arm.name for arm in found.arms]]
     lines += ["", *_origin(found), "", *_table(ARMS, [_arm(arm) for arm in found.arms])]
     loaded = "" if file.quiet else " Time: on a loaded machine, with other work beside the runs; no basis for a speedup."
-    lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{loaded}"]
+    base = next((arm for arm in found.arms if arm.name == file.reference), None)
+    own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
+    lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{own}{loaded}"]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     measured = [question for question in found.questions if question.test.difference.count]
@@ -94,7 +98,7 @@ def _study(found: StudyResult, picture: str | None) -> str:
         lines += ["", *_table(QUESTIONS, [_question(question) for question in measured])]
     if picture:
         lines += ["", f"![top-1 by multiply-adds and by time: {file.name}]({picture})"]
-    lines += ["", *(f"- {markdown_text(sentence(question))}" for question in found.questions)]
+    lines += ["", *(f"- {markdown_text(sentence(question))}" for question in measured)]
     if found.notes:
         lines += ["", "Notes:", *(f"- {markdown_text(note)}" for note in found.notes)]
     return "\n".join([*lines, ""])
@@ -118,7 +122,7 @@ def _origin(found: StudyResult) -> list[str]:
 
 
 def _arm(arm: Arm) -> list[str]:
-    kept = "" if arm.class_kept is None else f"{arm.class_kept[0]:.2f} to {arm.class_kept[1]:.2f}"
+    kept = "" if arm.class_kept is None or arm.class_kept[0] == 1 else f"{arm.class_kept[0]:.2f} to {arm.class_kept[1]:.2f}"
     worst = _spread(arm.worst_class) or "not recorded"
     return [
         arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst, kept, f"{arm.images:,.0f}",
