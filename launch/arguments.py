@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from typing import Any, NoReturn
 
 from launch import kept_journals
-from launch.job import LOGS, LaunchError
+from launch.job import LOGS, LaunchError, near
 
 ELASTIC = "MIN:MAX starts with the nodes that are up and continues from the checkpoint while at least MIN remain"
 ALLOWED = "data.allow_pipe=true"  # how the trainer's command line takes it
@@ -29,12 +28,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_sweep(commands)
     _add_study(commands)
     if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise LaunchError(f"unknown command {words[0]!r}{_near(words[0], list(commands.choices))}")
+        raise LaunchError(f"unknown command {words[0]!r}{near(words[0], list(commands.choices))}")
     found, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-"):
             flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
-            raise LaunchError(f"{word}: unknown flag{_near(word.partition('=')[0], flags)}")
+            raise LaunchError(f"{word}: unknown flag{near(word.partition('=')[0], flags)}")
     if found.command == "sweep":
         found.config = [word for word in found.words if "=" not in word]
         found.overrides = [word for word in found.words if "=" in word]
@@ -168,8 +167,3 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text}: not a port; use a number from 1 to 65535")
     return int(text)
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"

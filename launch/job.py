@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
@@ -17,6 +18,12 @@ PREFIX = "\x1e[rank ${rank}] "
 
 class LaunchError(ValueError):
     """A job that can't be started as asked; the text names the flag, the value and the remedy."""
+
+
+def near(word: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest valid one, else all."""
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid values: {', '.join(valid)}"
 
 
 @dataclass(frozen=True)

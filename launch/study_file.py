@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from launch.job import LaunchError
+from launch.job import LaunchError, near
 
 REQUIRED = ("name", "question", "config", "reference", "arms")
 KEYS = (*REQUIRED, "seeds", "settings", "questions", "quiet")
@@ -64,11 +63,6 @@ def known(where: str, names: Iterable[str], arms: Iterable[str]) -> None:
     for name in names:
         if name not in arms:
             raise LaunchError(f"{where}={name}: unknown arm{near(name, list(arms))}")
-
-
-def near(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid values: {', '.join(valid)}"
 
 
 def as_setting(value: Any) -> str:

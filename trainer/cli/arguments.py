@@ -8,6 +8,9 @@ import sys
 from functools import partial
 from typing import Any
 
+from trainer.cli.bench_arguments import add_benches
+from trainer.cli.shared_arguments import add_config, add_pipe
+
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The parsed arguments, the command's name as `command`. Prints the usage and exits with code 2 where they are invalid."""
@@ -20,7 +23,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     _add_data(commands)
     _add_before_a_run(commands)
     _add_after_a_run(commands)
-    _add_benches(
+    _add_results(commands)
+    add_benches(
         commands.add_parser(
             "bench",
             help="measure: input, remote, step, engine, journal, checkpoint",
@@ -48,7 +52,7 @@ def _add_training(commands: Any) -> None:
     """Train, and what can be set."""
     add = partial(_command, commands)
     c = add("train", "train the run described by CONFIG")
-    _add_config(c)
+    add_config(c)
     c.add_argument(
         "--check", action="store_true", help="validate configuration and data, print the plan of keep ratios, do not train"
     )
@@ -97,12 +101,12 @@ def _add_before_a_run(commands: Any) -> None:
     """Before the GPU-hours are spent."""
     add = partial(_command, commands)
     c = add("parity", "train CONFIG's dense recipe beside timm's own components and report the first difference")
-    _add_config(c)
+    add_config(c)
     c.add_argument("--steps", type=int, default=200)
     c.add_argument("--json", metavar="FILE")
 
     c = add("plan", "estimate a run on N nodes from measurements: hours, device hours, the bottleneck (simulated, not run)")
-    _add_config(c)
+    add_config(c)
     c.add_argument("--nodes", type=int, required=True, metavar="N")
     c.add_argument("--processes", type=int, default=1, metavar="N", help="devices per node (default: 1)")
     c.add_argument(
@@ -123,11 +127,11 @@ def _add_before_a_run(commands: Any) -> None:
 
 
 def _add_after_a_run(commands: Any) -> None:
-    """What reads runs."""
+    """What looks into a run."""
     add = partial(_command, commands)
     c = add("eval", "evaluate a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
-    _add_config(c, optional=True)
+    add_config(c, optional=True)
     c.add_argument(
         "--densities",
         metavar="1.0,0.7,0.5",
@@ -157,6 +161,11 @@ def _add_after_a_run(commands: Any) -> None:
     c.add_argument("--epoch", type=int, help="epoch, counted from 0 (default: the newest)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/kept/lists")
     c.add_argument("--json", metavar="FILE")
+
+
+def _add_results(commands: Any) -> None:
+    """What hands on or compares results."""
+    add = partial(_command, commands)
     c = add("export", "write a run's weights as safetensors that timm loads, from any ZeRO stage")
     _add_run(c, overrides=False)
     c.add_argument("out", metavar="OUT.safetensors")
@@ -200,74 +209,12 @@ def _add_storage(command: argparse.ArgumentParser) -> None:
         "--cache", metavar="DIR", help="cache of remote shards, same as data.cache (default: ~/.cache/trilevel)"
     )
     command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="same as data.cache_size (default: 64)")
-    _add_pipe(command)
-
-
-def _add_benches(bench: argparse.ArgumentParser) -> None:
-    """The parts of `trilevel bench`; each is measured by a module of `trainer/bench/`."""
-    parts = bench.add_subparsers(required=True, metavar="PART")
-
-    def add(name: str, text: str, config: bool = True) -> argparse.ArgumentParser:
-        part = parts.add_parser(name, help=text, description=text)
-        part.set_defaults(command=f"bench {name}")
-        if config:
-            _add_config(part)
-        part.add_argument("--json", metavar="FILE")
-        return part
-
-    c = add("input", "input pipeline in images/s, compared with decoding alone and with other loaders, same images and workers")
-    c.add_argument("--images", metavar="PATH", help="folder or tar of images (default: the first 2,000 of data.train)")
-    _add_loader(c, "passes")
-    c.add_argument("--rows", metavar="ours,timm,...", help="only these rows")
-    c.add_argument("--order-only", action="store_true", help="measure only the order of examples; needs no images")
-    c.add_argument("--plan-only", dest="order_only", action="store_true", help=argparse.SUPPRESS)  # its name up to 0.1.0
-    c.add_argument("--examples", type=int, default=1_281_167)
-    c.add_argument("--shards", type=int, default=1024)
-    c.add_argument("--world", type=int, default=8)
-    c = add("remote", "input pipeline in images/s from shards behind a network with latency, compared with local shards")
-    c.add_argument("--latency", type=float, default=30.0, metavar="MS", help="per request (default: 30)")
-    _add_loader(c, "epochs")
-    c.add_argument("--limit", type=int, default=4000, metavar="IMAGES", help="first images of data.train (default: 4000)")
-    c = add("step", "step time and memory under each plan of CONFIG, compared with its dense baseline and timm, interleaved")
-    c.add_argument(
-        "--against", metavar="CONFIG", help="compare with this configuration's final plan (default: CONFIG, all dense)"
-    )
-    c.add_argument("--pairs", type=int, default=30, help="number of rounds over all rows (default: 30)")
-    c = add(
-        "engine",
-        "step time of DDP and ZeRO 0 to 3 compared with a bare PyTorch loop, on every device of this machine, interleaved",
-    )
-    c.add_argument("--images-per-device", metavar="256,32", help="batch sizes to measure (default: 256,32; on a CPU 8,2)")
-    c.add_argument("--processes", type=int, help="number of processes (default: one per GPU; on a CPU 2)")
-    c.add_argument("--rounds", type=int, default=20, help="number of rounds over all rows (default: 20)")
-    c.add_argument("--rows", metavar="ddp,zero1,...", help="only these rows, besides the bare loop")
-    c = add(
-        "journal",
-        "time of a logging step with the MLflow server stopped, unresponsive and running; memory of journal and shipper",
-        config=False,
-    )
-    c.add_argument("--lines", type=int, default=2000, help="log lines per server state (default: 2000)")
-    c.add_argument("--pause", type=float, default=0.02, metavar="S", help="pause between two lines (default: .02)")
-    c = add("checkpoint", "how long a save blocks training, how long writing takes, and their share of a run")
-    c.add_argument("--saves", type=int, default=5, help="measured saves, after one warm-up (default: 5)")
-    c.add_argument(
-        "--examples", type=int, default=1_281_167, help="number of examples whose statistics are saved (default: 1,281,167)"
-    )
-
-
-def _add_pipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--allow-pipe", action="store_true", help="allow `pipe:COMMAND` shards to run COMMAND in a shell")
-
-
-def _add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
-    _add_pipe(command)
-    command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
-    command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings to change")
+    add_pipe(command)
 
 
 def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:
     command.add_argument("run_directory", metavar="RUN")
-    _add_pipe(command)
+    add_pipe(command)
     if overrides:
         command.add_argument(
             "overrides",
@@ -275,9 +222,3 @@ def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:
             nargs="*",
             help="settings to change, e.g. data.train=PATTERN if the shards moved",
         )
-
-
-def _add_loader(part: argparse.ArgumentParser, passes: str) -> None:
-    part.add_argument("--workers", type=int, default=2, help="worker processes per loader (default: 2)")
-    part.add_argument("--batch", type=int, default=50, help="batch size (default: 50)")
-    part.add_argument("--passes", type=int, default=5, help=f"measured {passes}, after one warm-up (default: 5)")

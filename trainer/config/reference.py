@@ -3,7 +3,6 @@ so it cannot differ from what a run accepts: meanings are the docstrings of the 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, fields
 from textwrap import wrap
 from types import NoneType, UnionType
@@ -14,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sparsity.settings import EPOCHS, Range, Settings
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.method_section import SETTINGS, MethodSection
 from trainer.config.run_config import Config
 from trainer.config.values import Duration, Section, Unit
@@ -67,8 +66,9 @@ def select(name: str) -> list[Key]:
     found = [key for key in all_keys() if key.name == name or key.name.startswith(name + ".")]
     if not found:
         known = sorted({key.name for key in all_keys()} | {key.name.partition(".")[0] for key in all_keys()})
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name]
-        raise ConfigError(f"{name}: unknown key; " + (f"did you mean {near[0]}?" if near else "`trilevel config` lists all"))
+        elsewhere = [f"did you mean {key}?" for key in known if key.split(".")[-1] == name]
+        hint = did_you_mean(name, known) or [*elsewhere, "`trilevel config` lists all"][0]
+        raise ConfigError(f"{name}: unknown key; {hint}")
     return found
 
 

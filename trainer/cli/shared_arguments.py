@@ -1,0 +1,15 @@
+"""Arguments that several commands of `trilevel` have."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_pipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allow-pipe", action="store_true", help="allow `pipe:COMMAND` shards to run COMMAND in a shell")
+
+
+def add_config(command: argparse.ArgumentParser, optional: bool = False) -> None:
+    add_pipe(command)
+    command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML of the run")
+    command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings to change")
