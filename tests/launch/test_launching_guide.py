@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 
 import pytest
 
@@ -22,14 +23,17 @@ TRILEVELS = [words[1:] for words in OURS if words[0] == "trilevel"]
 def test_every_launch_can_be_rendered(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "configs").mkdir()
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name in ("CONFIG", "configs/a.yaml", "configs/b.yaml"):
         (tmp_path / name).write_text(f"name: {name[-6]}\n")
     (tmp_path / "hosts").write_text("".join(f"node{number} slots=8\n" for number in range(4)))
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "trainer train" in out and "--check" in out
+    if "--keep" in words:  # starts nothing: a table of the runs
+        assert "levels-dense-seed0" in out
+    else:
+        assert "trainer train" in out and "--check" in out
 
 
 @pytest.mark.parametrize("words", TRILEVELS, ids=" ".join)
@@ -38,7 +42,7 @@ def test_every_other_command_is_known(words):
 
 
 def test_the_guide_names_all_commands_and_flags():
-    assert {words[0] for words in LAUNCHES} == {"local", "hosts", "slurm", "sweep"} and len(TRILEVELS) >= 5
+    assert {words[0] for words in LAUNCHES} == {"local", "hosts", "slurm", "sweep", "study"} and len(TRILEVELS) >= 5
     for flag in (
         "--signal",
         "--no-requeue",
