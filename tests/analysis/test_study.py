@@ -72,8 +72,8 @@ def question(differences: list[float], corrected: float = math.nan) -> Question:
     ("differences", "corrected", "expected"),
     [
         ([-0.028, -0.020, -0.036], math.nan, "a is 2.8 points below b (95 % -4.8 to -0.8, n = 3, Holm p .026)."),
-        ([-0.028, -0.020, -0.036], 0.3, "not distinguishable: -2.8 points (95 % -4.8 to -0.8, n = 3, Holm p .300); alone, without Holm's"),
-        ([-0.01, 0.02, 0.005], math.nan, "+0.5 points (95 % -3.2 to +4.2, n = 3, Holm p .622); 17 more seeds would find 1 point"),
+        ([-0.028, -0.020, -0.036], 0.3, "a is 2.8 points below b by its own test (95 % -4.8 to -0.8, n = 3, p .026), not after"),
+        ([-0.01, 0.02, 0.005], math.nan, "+0.5 points (95 % -3.2 to +4.2, n = 3, Holm p .622); 17 more seeds would find 1 point in"),
         ([0.001, -0.001, 0.0005], math.nan, "the interval excludes differences of 1 point."),
         ([0.9, -0.9, 0.0], math.nan, "too much spread"),
         ([0.012], math.nan, "a and b: one pair, +1.2 points; no interval, no conclusion."),

@@ -64,20 +64,22 @@ def sentence(question: Question) -> str:
         return f"{arm} and {other}: not measured."
     if off.count == 1:
         return f"{arm} and {other}: one pair, {_points(off.mean)} points; no interval, no conclusion."
-    about = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}, Holm p {_p(test.holm)}"
+    interval = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}"
+    side = f"{arm} is {abs(100 * off.mean):.1f} points {'above' if off.mean > 0 else 'below'} {other}"
     if test.holm < LEVEL:
-        return f"{arm} is {abs(100 * off.mean):.1f} points {'above' if off.mean > 0 else 'below'} {other} ({about})."
-    text = f"{arm} and {other} are not distinguishable: {_points(off.mean)} points ({about})"
+        return f"{side} ({interval}, Holm p {_p(test.holm)})."
     if test.p < LEVEL:
-        text += "; alone, without Holm's correction, the difference would count"
+        return f"{side} by its own test ({interval}, p {_p(test.p)}), not after Holm's correction ({_p(test.holm)}): open."
+    text = f"{arm} and {other} are not distinguishable: {_points(off.mean)} points ({interval}, Holm p {_p(test.holm)})"
     if off.low > -0.01 and off.high < 0.01:
         return f"{text}; the interval excludes differences of 1 point."
     need = seeds_for(0.01, off.sd)
     if need is None:
         return f"{text}; too much spread to find 1 point with any feasible number of seeds."
-    if need > off.count:
-        return f"{text}; {need - off.count} more {'seed' if need - off.count == 1 else 'seeds'} would find 1 point in 4 of 5 studies."
-    return f"{text}."
+    more = need - off.count
+    if more < 1:
+        return f"{text}."
+    return f"{text}; {more} more {'seed' if more == 1 else 'seeds'} would find 1 point in 4 of 5 studies, without correction."
 
 
 def _study(found: StudyResult, picture: str | None) -> str:
@@ -95,6 +97,8 @@ def _study(found: StudyResult, picture: str | None) -> str:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     measured = [question for question in found.questions if question.test.difference.count]
     if measured:
+        tested = sum(not math.isnan(question.test.p) for question in measured)
+        lines += ["", f"Questions with at least two pairs, over which Holm corrects: {tested}."]
         lines += ["", *_table(QUESTIONS, [_question(question) for question in measured])]
     if picture:
         lines += ["", f"![top-1 by multiply-adds and by time: {file.name}]({picture})"]
