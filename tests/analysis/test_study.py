@@ -140,11 +140,18 @@ def test_the_page_holds_the_numbers_and_is_the_same_each_time(mini: Path, capsys
     assert "- sparse is 3.0 points below dense (95 % -5.5 to -0.5, n = 3, Holm p .035)." in text
     assert "later and dense" not in text and "Not measured: later." in text
     assert "6 runs on 2 x cpu; torch 2.15.0; started 2023-11-14; commit c0ffee" in text
+    assert "| multiply-adds | time (loaded machine) |" in text and "at equal time (loaded machine) |" in text
     assert "dense trains for 0:16 per run." in text
     assert "loaded machine" in text and "Does &lt;it&gt; count?" in text and "](study/mini.png)" in text
     assert str(mini) not in text and len(picture) < 100_000
     assert main(words) == 0
     assert Path("page/study.md").read_text() == text and Path("page/study/mini.png").read_bytes() == picture
+
+
+def test_times_of_a_quiet_study_count(mini: Path) -> None:
+    Path("mini.yaml").write_text(STUDY + "quiet: true\n")
+    text = page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "x", {})
+    assert "loaded machine" not in text and "| multiply-adds | time |" in text
 
 
 def test_a_study_without_journals_is_not_measured(mini: Path) -> None:

@@ -88,7 +88,7 @@ def _study(found: StudyResult, picture: str | None) -> str:
     if not found.arms:
         return "\n".join([*lines, "", "Not measured: no kept journal.", ""])
     missing = [name for name in file.arms if name not in [arm.name for arm in found.arms]]
-    lines += ["", *_origin(found), "", *_table(ARMS, [_arm(arm) for arm in found.arms])]
+    lines += ["", *_origin(found), "", *_table(_timed(ARMS, file.quiet), [_arm(arm) for arm in found.arms])]
     loaded = "" if file.quiet else " Time: on a loaded machine, with other work beside the runs; no basis for a speedup."
     base = next((arm for arm in found.arms if arm.name == file.reference), None)
     own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
@@ -99,7 +99,7 @@ def _study(found: StudyResult, picture: str | None) -> str:
     if measured:
         tested = sum(not math.isnan(question.test.p) for question in measured)
         lines += ["", f"Questions with at least two pairs, over which Holm corrects: {tested}."]
-        lines += ["", *_table(QUESTIONS, [_question(question) for question in measured])]
+        lines += ["", *_table(_timed(QUESTIONS, file.quiet), [_question(question) for question in measured])]
     if picture:
         lines += ["", f"![top-1 by multiply-adds and by time: {file.name}]({picture})"]
     lines += ["", *(f"- {markdown_text(sentence(question))}" for question in measured)]
@@ -140,6 +140,10 @@ def _question(question: Question) -> list[str]:
         question.arm, question.reference, str(test.difference.count), _difference(test.difference), _p(test.p), _p(test.holm),
         _difference(question.equal_multiply_adds), _difference(question.equal_time),
     ]  # fmt: skip
+
+
+def _timed(names: Sequence[str], quiet: bool) -> list[str]:
+    return [name if quiet or not name.endswith("time") else f"{name} (loaded machine)" for name in names]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
