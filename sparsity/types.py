@@ -172,8 +172,13 @@ class Examples(Protocol):
 
     wants_spread: bool
 
+    def uses_observations(self, epoch: int) -> bool:
+        """Whether observations of `epoch` may change a later selection."""
+        ...
+
     def observe(self, ids: Tensor, observation: Observation) -> None:
-        """Called every step, on the device, without a host sync; ids (b,) int64, the example that each row is credited to."""
+        """Called every step, or after an epoch with the rows of a probe; on the device, without a host sync. ids: (b,) int64, the
+        example that each row is credited to."""
         ...
 
     def select(self, epoch: int, gather: Gather) -> Selection:

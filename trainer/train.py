@@ -31,6 +31,7 @@ from trainer.provenance.hash_chain import HashChain
 from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
+from trainer.run.example_probe import ExampleProbe
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
 from trainer.telemetry.meters import Meters
@@ -73,7 +74,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         selection = saved.selection if saved else None
         chain, meters = HashChain(state.chain), Meters(engine)
-        outputs = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
+        probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping)
+        outputs = frozenset({"cls_attention"}) if examples.wants_spread and not probe.on else frozenset()
         baseline = DenseBaseline(config.control, schedule, engine, objective, outputs)
         recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
         recorder.report_damaged(found)
@@ -99,6 +101,10 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 checkpointer.save(state, selection, last=True)
         while state.epoch < config.epochs:
             if state.batch == 0 or selection is None:
+                with meters.paused():
+                    if not probe.observe(state, selection):  # a signal interrupted it: save; the resume probes
+                        checkpointer.save(state, selection, last=True)
+                        return recorder.end(state, "preempted")
                 selection = examples.select(state.epoch, engine.all_gather)
                 engine.assert_same_on_all_ranks(selection.facts["hash"], "the selection of examples")
             order = stream.order(state.epoch, selection)
@@ -130,7 +136,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
                     engine.backward((losses * part.weights).sum() / total, last)
                     meters.end_phase("backward")
                     credited, observation = objective.credit(part, output, losses, mix)
-                    examples.observe(credited, observation)
+                    if not probe.on:
+                        examples.observe(credited, observation)
                     meters.add(losses, part.weights, observation)
                 if taken := engine.step():
                     ema.update(model.vit)
@@ -139,6 +146,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 meters.end_step(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
                 due = cadence.due(before, state, order.steps, stop=stop, skipped=not taken)
+                due = due._replace(log=due.log or probe.due(state))  # a signal in the probe saves, and saves follow a log line
                 if due.log:
                     state = recorder.step(
                         state, meters.reduce(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan

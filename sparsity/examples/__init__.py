@@ -15,7 +15,9 @@ import numpy as np
 from sparsity.examples.curriculum import Curriculum, ExampleSettings, TrainingRun
 from sparsity.examples.forgetting import ForgettingSettings
 from sparsity.examples.infobatch import InfoBatchSettings
+from sparsity.examples.probe import ProbeSettings
 from sparsity.examples.random_subset import RandomEpochSettings, RandomFixedSettings
+from sparsity.settings import Settings
 from sparsity.types import Selection
 
 
@@ -43,6 +45,9 @@ EXAMPLES: dict[str, type[ExampleSettings]] = {
     "random_fixed": RandomFixedSettings,
     "random_epoch": RandomEpochSettings,
 }
+
+# correctness rules (`examples.rule`) that have settings of their own
+RULES: dict[str, type[Settings]] = {"probe": ProbeSettings}
 
 
 def kept_ids(selection: Selection, num_examples: int) -> np.ndarray:

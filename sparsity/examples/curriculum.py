@@ -31,7 +31,7 @@ class TrainingRun(NamedTuple):
     """The run that a method of level 1 is built for. num_examples: N. labels: (N,) int class of each example. epochs: of the whole run.
 
     repeats: epochs in which the stream presents every kept example (repeated augmentation); the selection changes only between such
-    rounds.
+    rounds. probe_share: share of the kept examples that is observed after each epoch (`probe`); None: each presentation is observed.
     """
 
     num_examples: int
@@ -39,6 +39,7 @@ class TrainingRun(NamedTuple):
     epochs: int
     seed: int = 0
     repeats: int = 1
+    probe_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Curriculum:
                 f"examples: {len(run.labels)} labels for {num_examples} examples; run `trilevel index` on the shards again"
             )
         self.num_examples, self.labels, self.seed, self.repeats = num_examples, np.asarray(run.labels), run.seed, run.repeats
+        self.probe_share = run.probe_share
         self.num_removed = round(settings.left_out * num_examples)
         if settings.left_out and not 0 < self.num_removed < num_examples:
             raise ValueError(
@@ -114,6 +116,10 @@ class Curriculum:
 
     def observe(self, ids: Tensor, observation: Observation) -> None:
         """Called every step; does nothing in methods without statistics."""
+
+    def uses_observations(self, epoch: int) -> bool:
+        """Whether observations of `epoch` may change a later selection."""
+        return epoch + 1 < self.anneal_from
 
     def select(self, epoch: int, gather: Gather) -> Selection:
         """The selection of `epoch`, equal on all ranks; collective. A second call returns the same."""

@@ -8,6 +8,7 @@ whether each example was right; right last time and wrong now is a forgetting ev
     score = events / max(seen - 1, 1) with seen >= 3;  never right in the window: +inf, never removed
 
 Ties are broken by the variance of the last block's [CLS] attention (mean over the window, flattest map first), then by id.
+`seen` counts observations: presentations, or the probes of the rule `probe`.
 Differences from the authors' code: one permutation for all ranks, events counted on the gathered stream, everything in the checkpoint; with
 `restore` = never_trained, examples that were never shown return first.
 """
@@ -89,11 +90,25 @@ class Forgetting(Observer):
                 f"examples.window={s.window:g}ep must be a multiple of data.repeats={self.repeats} epochs: an update "
                 f"falls between two passes over the kept examples; try {max(round(passes), FEWEST_SEEN) * self.repeats}ep"
             )
-        if passes < FEWEST_SEEN:
+        if self.probe_share is not None:
+            self._refuse_rare_probes(self.probe_share)
+        elif passes < FEWEST_SEEN:
             raise ValueError(
                 f"examples.window={s.window:g}ep with data.repeats={self.repeats} presents an example {passes:g} time(s) "
                 f"between updates, a score requires {FEWEST_SEEN}; set examples.window>={FEWEST_SEEN * self.repeats}ep"
             )
+
+    def _refuse_rare_probes(self, share: float) -> None:
+        window = self.settings.window
+        if window * share < FEWEST_SEEN - 1e-9:
+            raise ValueError(
+                f"examples.probe_share={share:g} with examples.window={window:g}ep observes an example {window * share:.3g} time(s) "
+                f"between updates, a score requires {FEWEST_SEEN}; set examples.probe_share>={FEWEST_SEEN / max(window, FEWEST_SEEN):.4g}, "
+                f"or examples.window>={FEWEST_SEEN / share:.4g}ep"
+            )
+
+    def uses_observations(self, epoch: int) -> bool:
+        return not self.swaps or (super().uses_observations(epoch) and epoch < self.settings.updates * self.settings.window)
 
     def _forget_everything(self) -> None:
         n = self.num_examples

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sparsity.types import Plan
 from tests.config.test_config import PLAIN, changed
 from tests.conftest import ROOT
 from tests.support.recorded_configs import recorded
@@ -27,6 +28,17 @@ from trainer.config.run_config import differences
         (["examples.removed=0.2"], ["examples.removed=0.2: not a setting of examples.method=all", "forgetting|infobatch"]),
         (["examples.method=infobatch", "examples.swap=0.1"], ["examples.swap=0.1", "set examples.method=forgetting"]),
         (["examples.method=infobatch", "examples.balanced=true"], ["examples.balanced=True", "random_fixed"]),
+        (["examples.method=forgetting", "examples.probe_share=0.2"],
+         ["examples.probe_share=0.2: not a setting of examples.rule=clear", "set examples.rule=probe, or remove examples.probe_share"]),
+        (["examples.rule=probe"], ["examples.rule=probe with examples.method=all", "rule=clear, or examples.method=forgetting"]),
+        (["examples.method=infobatch", "examples.rule=probe"], ["examples.rule=probe with examples.method=infobatch"]),
+        (["examples.method=forgetting", "examples.rule=probe", "examples.probe_share=0"], ["examples.probe_share=0: must be > 0 and <= 1"]),
+        (["examples.method=forgetting", "examples.rule=probe", "examples.prob_keep=0.5"], ["did you mean examples.probe_keep?"]),
+        (["examples.method=forgetting", "examples.rule=probe", "examples.probe_keep=0.5"],
+         ["examples.probe_keep=0.5 with tokens.method=all", "set examples.probe_keep=1"]),
+        (["examples.method=forgetting", "examples.rule=probe", "examples.probe_keep=0.5", "tokens.method=tome", "tokens.keep=0.7",
+          "tokens.merged=2"],
+         ["examples.probe_keep=0.5 with tokens.merged=2"]),
         (["plan.plateaus=4"], ["plan.plateaus=4: not a setting of plan.method=constant", "plan.method=cosine"]),
         (["plan.method=cosine", "plan.stairs=[[1ep, 0.5, 0.5]]"], ["plan.stairs=", "plan.method=staircase"]),
         (["examples.method=forgetting", "examples.swap=1.0"], ["examples.swap=1.0: must be >= 0 and < 1"]),
@@ -59,6 +71,20 @@ def test_the_settings_of_a_method_are_read_and_written(tmp_path: Path) -> None:
     assert resolved["plan"] == {"method": "staircase", "stairs": [["2.5ep", 0.8, 1.0]]}
     assert resolved["examples"]["window"] == "4ep" and "anneal" in resolved["examples"]
     assert parse(yaml.safe_load(yaml.safe_dump(resolved))) == config
+
+
+def test_the_settings_of_the_rule_are_read_written_and_replaced_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    examples = {"method": "forgetting", "rule": "probe", "probe_share": 0.2, "probe_keep": 0.5}
+    path.write_text(yaml.safe_dump(PLAIN | {"examples": examples, "tokens": {"method": "topk", "keep": 0.7}}))
+    config = load(path)
+    assert config.examples.probe is not None and config.examples.probe.plan == Plan(0.5)
+    assert config.resolved()["examples"].items() >= examples.items() and parse(config.resolved()) == config
+    other = load(path, ["examples.rule=dominant"])
+    assert other.examples.probe is None and not other.resolved()["examples"].keys() & {"probe_share", "probe_keep"}
+    assert "examples.probe_share" in differences(config, load(path, ["examples.probe_share=0.3"]))
+    with pytest.raises(ConfigError, match=r"examples\.probe_share=0\.3: not a setting of examples\.rule=clear"):
+        load(path, ["examples.rule=clear", "examples.probe_share=0.3"])
 
 
 def test_a_method_on_the_command_line_replaces_the_files_and_its_settings(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ LESS = Plan(0.6, 0.4)
 ALL = frozenset({"kept", "keys", "cls_attention", "importance:1"})
 PAIRS = list(product(TOKENS, CONNECTIONS))
 STAGES = (1, 2, 3)
+PROBE = "forgetting examples.rule=probe examples.probe_share=1.0"  # forgetting by the rule with passes of its own
 
 
 def each_once(*levels: Sequence) -> list[tuple]:
@@ -240,7 +241,10 @@ def hold(runs: dict[tuple, tuple[Path, Path]]) -> None:
         for step, line in resumed.items():
             assert [line[name] for name in names] == [whole[step][name] for name in names], (row, step)
         last, again = (lines(path, "epoch")[-1]["facts"] for path in paths)
-        assert last == again and last["method"] == row[2], row
+        assert last == again and last["method"] == row[2].split()[0], row
+        clean, later = ([(line["epoch"], line["right"], line["hash"]) for line in lines(path, "probe")] for path in paths)
+        assert len(clean) == (3 if row[2] == PROBE else 0) and bool(later) == bool(clean), row
+        assert clean[len(clean) - len(later) :] == later, (row, "from the epoch of the checkpoint on")
         ended, ended_again = (lines(path, "eval")[-1] for path in paths)
         assert (ended["loss"], ended["top1"]) == (ended_again["loss"], ended_again["top1"]), row
         losses = np.array([line["loss"] for line in whole.values()])
@@ -251,13 +255,13 @@ def hold(runs: dict[tuple, tuple[Path, Path]]) -> None:
 @pytest.mark.timeout(900)  # ten runs in one start: seconds on a free machine
 def test_every_mechanism_trains_and_resumes_under_deepspeed(digits, tmp_path):
     """Each mechanism once and each ZeRO stage, mixing and drop path on, beside other levels, two real processes."""
-    hold(trained(digits, tmp_path, each_once(TOKENS, CONNECTIONS, EXAMPLES, STAGES)))
+    hold(trained(digits, tmp_path, each_once(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE], STAGES)))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_every_two_mechanisms_of_two_levels_and_every_stage(digits, tmp_path):
-    levels = every_pair(TOKENS, CONNECTIONS, EXAMPLES)
+    levels = every_pair(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE])
     hold(
         trained(
             digits, tmp_path, [(*row, stage) for i, row in enumerate(levels) for stage in (STAGES if i < 5 else (1 + i % 3,))]

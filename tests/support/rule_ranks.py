@@ -4,7 +4,7 @@
 
 scikit-learn's digits (1,797), a tiny ViT, small shifts. The first half of the epochs trains without mixing, so that the network knows the
 digits when the window opens; the second half mixes as the DeiT recipe does (mixup .8, cutmix 1, switch .5, smoothing .1, drop path .1).
-All rules watch the same run; so does the probe, after each epoch.
+All rules watch the same run; so does the clean probe of all images, after each epoch. The rule `probe` sees a share of the same passes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from sparsity.examples.forgetting import Forgetting, ForgettingSettings
 from sparsity.types import Observation, single_process
 from trainer.config.load import parse
 from trainer.data.augment.mixup import NO_MIX, draw_mix, mix_images
+from trainer.data.loader.probed import probed
 from trainer.model.build import build_objective
 
 RULES = ("clear", "without_partner", "dominant", "authors")
+SHARES = {
+    f"probe {share:g}": share for share in (0.12, 0.2, 0.4)
+}  # rule `probe` with `probe_share`; .12 of 25 epochs: 3 probes
+REFERENCE = "every image"
 BATCH = 64
 
 
@@ -69,7 +74,8 @@ def ranks(epochs: int, seed: int = 0) -> dict[str, Ranked]:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
     objectives = {rule: build_objective(_config(rule)) for rule in RULES}
     run = TrainingRun(len(x), y.numpy(), epochs)
-    watchers = {name: ForgettingSettings(ties="id").build(run) for name in (*RULES, "probe")}
+    watchers = {name: ForgettingSettings(ties="id").build(run) for name in (*RULES, *SHARES, REFERENCE)}
+    everything = np.packbits(np.ones(len(x), dtype=bool), bitorder="little")
     mixing, step, opens = _config(RULES[0]).augment, 0, epochs // 2
     for epoch in range(epochs):
         order = torch.from_numpy(rng.permutation(len(x))[:num]).view(-1, BATCH)
@@ -89,9 +95,12 @@ def ranks(epochs: int, seed: int = 0) -> dict[str, Ranked]:
                 watchers[rule].observe(*objectives[rule].credit(batch, record, losses, mix))
         if epoch >= opens:
             with torch.no_grad():
-                shown = order.flatten()  # what this epoch left over, the probe doesn't judge either
+                shown = order.flatten()  # what this epoch left over, the reference doesn't judge either
                 right = model.eval()(x[shown]).logits.argmax(1) == y[shown]
-            watchers["probe"].observe(shown, Observation(right, right.float(), right.float(), torch.ones_like(right)))
+                watchers[REFERENCE].observe(shown, Observation(right, right.float(), right.float(), torch.ones_like(right)))
+                for name, share in SHARES.items():
+                    ids = torch.from_numpy(probed(everything, len(x), seed, epoch, share))
+                    watchers[name].observe(ids, objectives["clear"].probed(y[ids], torch.ones(len(ids)), model(x[ids])))
         for watcher in watchers.values():
             watcher.state_dict(single_process)  # folds what the epoch observed
     return _compared(watchers)
@@ -101,7 +110,7 @@ def _compared(watchers: dict[str, Forgetting]) -> dict[str, Ranked]:
     scores = {
         name: np.nan_to_num(watcher.scores(), nan=1.0, posinf=2.0) for name, watcher in watchers.items()
     }  # seen too rarely: not to be removed
-    probe, share = scores["probe"], len(scores["probe"]) // 5
+    probe, share = scores[REFERENCE], len(scores[REFERENCE]) // 5
     chance = np.random.default_rng(0).permutation(len(probe))  # ties by chance here: ids follow the writers
 
     def easiest(score: np.ndarray) -> float:
@@ -114,7 +123,7 @@ def _compared(watchers: dict[str, Forgetting]) -> dict[str, Ranked]:
             easiest(probe),
             float(watchers[name].events.mean()),
         )
-        for name in RULES
+        for name in (*RULES, *SHARES)
     }
 
 
@@ -124,7 +133,7 @@ def main(words: list[str]) -> None:
         f"{epochs} epochs, seeds {seeds}; rank correlation with a clean probe, and how hard the easiest 20 % are for the probe (1 = chance)"
     )
     found = [ranks(epochs, seed) for seed in seeds]
-    for rule in RULES:
+    for rule in (*RULES, *SHARES):
         each = [one[rule] for one in found]
         correlation, easiest = ([getattr(one, name) for one in each] for name in ("correlation", "easiest"))
         of_seeds = [" ".join(f"{number:.3f}" for number in numbers) for numbers in (correlation, easiest)]

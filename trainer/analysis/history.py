@@ -17,12 +17,13 @@ from trainer.journal.reader import lineage
 
 @dataclass(frozen=True)
 class Point:
-    """Counters at a line of the journal. Multiply-adds: forward, over all images so far; nan if the journal lacks them."""
+    """Counters at a line of the journal. Multiply-adds: forward, over all images so far, probed ones included; nan if the journal lacks
+    them."""
 
     step: int
     progress: float
     elapsed: float  # seconds, with evaluation and checkpoints, without gaps between attempts
-    trained: float  # seconds of training steps alone
+    trained: float  # seconds of training steps, and of the probes of `examples.rule: probe`
     images: int  # presented to the model in training
     multiply_adds: float
     dense_multiply_adds: float  # of a dense model on every example; a run that keeps half of both takes a quarter
@@ -141,6 +142,9 @@ def history(directory: Path | str) -> History:
                 cost += share * line.get("images", 0) * own
                 dense_cost += share * line.get("images", 0) * dense / shown
             logged, plans = step, []
+        elif kind == "probe":
+            trained += line.get("seconds", 0.0)
+            cost += line.get("probed", 0) * line.get("multiply_adds", float("nan"))
         elif kind in ("epoch", "plateau"):
             plans.append((step, per_image, kept))
             per_image = line.get("multiply_adds", per_image)

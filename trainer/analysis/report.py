@@ -78,11 +78,11 @@ def summary(run: Path | str | History) -> Summary:
                 "multiply-adds", f"{last.multiply_adds:.3g}", f"forward, {100 * saved:.1f} % less than dense on every example"
             )
         )
+    rows += _probes(run)
     rows += _certified(run)
     world = int(run.start.get("world", 1))
-    rows.append(
-        ReportRow("time", duration(last.elapsed), f"{duration(last.trained)} of it in training steps; {last.images:,} images")
-    )
+    trained = f"{duration(last.trained)} of it in training steps{' and probes' if run.of('probe') else ''}"
+    rows.append(ReportRow("time", duration(last.elapsed), f"{trained}; {last.images:,} images"))
     rows += _machine(run)
     rows.append(
         ReportRow("device hours", f"{last.device_seconds / 3600:.3g}", f"{world} process{'es' * (world > 1)}, {_device(run)}")
@@ -179,6 +179,20 @@ def _certified(run: History) -> list[ReportRow]:
         if found is None or found.speedup is None
         else [ReportRow("speedup, certified", f"{found.speedup:.3f}x", found.text())]
     )
+
+
+def _probes(run: History) -> list[ReportRow]:
+    """What `examples.rule: probe` cost; nothing under other rules."""
+    probes = run.of("probe")
+    if not probes:
+        return []
+    seconds, count = sum(point["seconds"] for point in probes), sum(point["probed"] for point in probes)
+    work = sum(point["probed"] * point["multiply_adds"] for point in probes)
+    note = (
+        f"of the training time, {duration(seconds)}: {count:,} clean images after {len(probes)} epochs, "
+        f"{100 * work / run.last.multiply_adds:.1f} % of the forward multiply-adds"
+    )
+    return [ReportRow("probe", f"{100 * seconds / max(run.last.trained, 1e-9):.1f} %", note)]
 
 
 def _over(kept: str) -> str:

@@ -1,7 +1,9 @@
 """What a run saved so far, from its own journal: its training time compared with the dense baseline that it timed itself.
 
 A plateau's `control` line has the time of a dense step there; removed examples would have been more such steps. Speedup,
-weighted by time over the plateaus: sum of (seconds x dense step / own step / kept share of examples) / sum of seconds.
+weighted by time over the plateaus: sum of (seconds x dense step / own step / kept share of examples) / sum of seconds. The probes of
+`examples.rule: probe` are own time that a dense run does not spend; in multiply-adds a probed image counts a third of its
+forward pass's share, because a training image has a backward pass of twice its forward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def savings(lines: Iterable[dict[str, Any]]) -> Savings:
     images: dict[tuple[float, float], float] = defaultdict(float)
     presented: dict[tuple[float, float], float] = defaultdict(float)  # images, had every example been shown
     share, speedup = {EVERYTHING: 1.0}, {EVERYTHING: 1.0}
-    dense, kept = float("nan"), 1.0
+    probing: dict[tuple[float, float], float] = defaultdict(float)  # seconds of probes after steps under this plan
+    probed: dict[tuple[float, float], float] = defaultdict(float)  # their images, as dense training images
+    dense, kept, last = float("nan"), 1.0, EVERYTHING
     for line in lines:
         kind, plan = line["kind"], (line.get("keep_tokens", 1.0), line.get("keep_connections", 1.0))
         if kind == "start":
@@ -50,19 +54,23 @@ def savings(lines: Iterable[dict[str, Any]]) -> Savings:
             share[plan] = line.get("multiply_adds", float("nan")) / dense
         elif kind == "control" and "step_speedup" in line:
             speedup[plan] = line["step_speedup"]
+        elif kind == "probe":
+            probing[last] += line.get("seconds", 0.0)
+            probed[last] += line.get("probed", 0) * line.get("multiply_adds", float("nan")) / dense / 3
         elif kind == "step":
+            last = plan
             seconds[plan] += line.get("seconds", 0.0)
             whole[plan] += line.get("seconds", 0.0) / kept
             images[plan] += line.get("images", 0)
             presented[plan] += line.get("images", 0) / kept
     timed = [plan for plan in seconds if plan in speedup]
-    own = sum(seconds[plan] for plan in timed)
-    work = sum(images[plan] * share.get(plan, float("nan")) for plan in timed)
+    own = sum(seconds[plan] + probing[plan] for plan in timed)
+    work = sum(images[plan] * share.get(plan, float("nan")) + probed[plan] for plan in timed)
     return Savings(
         kept,
         sum(whole[plan] * speedup[plan] for plan in timed) / own if own > 0 else None,
         sum(presented[plan] for plan in timed) / work if work > 0 else None,
-        own / sum(seconds.values()) if own > 0 else 0.0,
+        own / (sum(seconds.values()) + sum(probing.values())) if own > 0 else 0.0,
     )
 
 

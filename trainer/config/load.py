@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.field_errors import reason
-from trainer.config.method_section import SETTINGS, MethodSection
+from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import Config
@@ -85,16 +85,18 @@ def _split(text: str) -> tuple[str, Any]:
 
 
 def _replace_methods(raw: dict[str, Any], given: list[tuple[str, Any]]) -> None:
-    """If `section.method=NAME` replaces the file's method, drop the settings that the new method does not have."""
+    """If `section.method=NAME` (or `section.rule`) replaces the file's, drop the settings that the new one does not have."""
     for name, section in method_sections().items():
-        chosen = [value for key, value in given if key == f"{name}.method"]
-        there = raw.get(name)
-        if not chosen or not isinstance(there, dict):
-            continue
-        mine, kept = (section.keys_of(str(method)) for method in (there.get("method", section.default_method()), chosen[-1]))
-        for key in mine:
-            if key not in kept:
-                there.pop(key, None)
+        for choice in section.choices():
+            chosen = [value for key, value in given if key == f"{name}.{choice}"]
+            there = raw.get(name)
+            if not chosen or not isinstance(there, dict):
+                continue
+            before = there.get(choice, section.default_of(choice))
+            mine, kept = (section.keys_of(str(method), choice) for method in (before, chosen[-1]))
+            for key in mine:
+                if key not in kept:
+                    there.pop(key, None)
 
 
 def _override(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -111,7 +113,7 @@ def _override(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: Any) -> str:
-    where = [str(p) for i, p in enumerate(error["loc"]) if (i, p) != (1, SETTINGS)]
+    where = [str(p) for i, p in enumerate(error["loc"]) if i != 1 or p not in CHOSEN.values()]
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         known = _keys(_section(where[:-1]))

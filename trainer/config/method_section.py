@@ -1,7 +1,8 @@
 """A section of the configuration whose keys are the settings of a chosen method: `examples: {method: forgetting, swap: .05}`.
 
 The settings are a frozen dataclass of `sparsity`, in the mechanism's own file; this module reads its fields as keys. Values are
-converted by pydantic ("5ep" where the unit is epochs) and checked by the dataclass. A key of another method is an error.
+converted by pydantic ("5ep" where the unit is epochs) and checked by the dataclass. A key of another method is an error. A section
+may have a second key that chooses settings, like `examples.rule`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from sparsity.settings import EPOCHS, Range, Settings, SettingsError, choose
 from trainer.config.field_errors import reason
 from trainer.config.values import Epochs, Section
 
-SETTINGS = "settings"  # the field with the dataclass; in files its keys are keys of the section
+SETTINGS = "settings"  # the field with the method's dataclass; in files its keys are keys of the section
+RULE_SETTINGS = "rule_settings"  # that of the rule's, of a section that has one
+CHOSEN = {"method": SETTINGS, "rule": RULE_SETTINGS}  # key that chooses settings -> the field with them
 
 
 class MethodSection(Section):
@@ -44,32 +47,47 @@ class MethodSection(Section):
         raise NotImplementedError
 
     @classmethod
-    def own_keys(cls) -> list[str]:
-        """The keys of all methods."""
-        return [name for name in cls.model_fields if name != SETTINGS]
+    def choices(cls) -> Mapping[str, Mapping[str, type[Settings]]]:
+        """The settings classes by name, for each key that chooses one."""
+        return {"method": cls.methods()}
 
     @classmethod
-    def keys_of(cls, method: str) -> list[str]:
-        """The keys of a method's settings; [] for an unknown method."""
-        kind = cls.methods().get(method)
+    def own_keys(cls) -> list[str]:
+        """The keys of all methods."""
+        return [name for name in cls.model_fields if name not in CHOSEN.values()]
+
+    @classmethod
+    def keys_of(cls, name: str, choice: str = "method") -> list[str]:
+        """The keys of the settings of a method, or of what another key chooses; [] for a name without settings."""
+        kind = cls.choices()[choice].get(name)
         return [f.name for f in fields(kind)] if kind else []
 
     @classmethod
-    def default_method(cls) -> str:
-        return cls.model_fields["method"].default
+    def default_of(cls, choice: str) -> str:
+        return cls.model_fields[choice].default
 
     @classmethod
     def all_keys(cls) -> list[str]:
         """The keys of the section, including those of every method."""
-        return list(dict.fromkeys([*cls.own_keys(), *(key for method in cls.methods() for key in cls.keys_of(method))]))
+        return list(dict.fromkeys([*cls.own_keys(), *(key for choice in cls.choices() for key in cls.chosen_keys(choice))]))
+
+    @classmethod
+    def chosen_keys(cls, choice: str) -> list[str]:
+        """The keys of everything that the key `choice` can choose."""
+        return [key for name in cls.choices()[choice] for key in cls.keys_of(name, choice)]
 
     @model_validator(mode="before")
     @classmethod
     def _apart(cls, raw: Any) -> Any:
         if not isinstance(raw, Mapping):
             return raw
-        own = cls.own_keys()
-        return {k: v for k, v in raw.items() if k in own} | {SETTINGS: {k: v for k, v in raw.items() if k not in own}}
+        parts: dict[str, Any] = {key: value for key, value in raw.items() if key in cls.own_keys()}
+        others = {key: value for key, value in raw.items() if key not in parts}
+        for choice in cls.choices():
+            if choice != "method":
+                mine = cls.chosen_keys(choice)
+                parts[CHOSEN[choice]] = {key: others.pop(key) for key in list(others) if key in mine}
+        return parts | {SETTINGS: others}
 
     @field_validator("method")
     @classmethod
@@ -80,12 +98,18 @@ class MethodSection(Section):
     @field_validator(SETTINGS, mode="plain")
     @classmethod
     def _read(cls, raw: Any, info: ValidationInfo) -> Settings | None:
-        method, raw = info.data.get("method"), raw or {}
-        if method is None:  # already an error
+        return cls._read_chosen("method", raw or {}, info)
+
+    @classmethod
+    def _read_chosen(cls, choice: str, raw: Mapping[str, Any], info: ValidationInfo) -> Settings | None:
+        """The settings that the key `choice` chooses; None if they have no class, or the key is already an error."""
+        name = info.data.get(choice)
+        if name is None:
             return None
-        mine = cls.keys_of(method)
-        settings, problems = read(cls.methods()[method], {key: value for key, value in raw.items() if key in mine})
-        problems += [cls._foreign(method, key, value) for key, value in raw.items() if key not in mine]
+        mine, kind = cls.keys_of(name, choice), cls.choices()[choice].get(name)
+        values = {key: value for key, value in raw.items() if key in mine}
+        settings, problems = read(kind, values) if kind else (None, [])
+        problems += [cls._foreign(choice, name, key, value) for key, value in raw.items() if key not in mine]
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return settings
@@ -93,19 +117,21 @@ class MethodSection(Section):
     @model_serializer(mode="wrap")
     def _together(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
         own = as_usual(self)
-        own.pop(SETTINGS)
-        return {"method": own.pop("method")} | plain(self.settings) | own
+        for field in CHOSEN.values():
+            own.pop(field, None)
+        of_rule = getattr(self, RULE_SETTINGS, None)
+        return {"method": own.pop("method")} | plain(self.settings) | own | (plain(of_rule) if of_rule else {})
 
     @classmethod
-    def _foreign(cls, method: str, key: str, value: Any) -> InitErrorDetails:
-        """A key that the method does not have: a setting of other methods, or unknown."""
-        others = [name for name in cls.methods() if key in cls.keys_of(name)]
+    def _foreign(cls, choice: str, chosen: str, key: str, value: Any) -> InitErrorDetails:
+        """A key that the chosen method (or rule) does not have: a setting of other methods, or unknown."""
+        others = [name for name in cls.choices()[choice] if key in cls.keys_of(name, choice)]
         if not others:
             return InitErrorDetails(type="extra_forbidden", loc=(key,), input=value)
-        section = cls.methods()[method].section
+        section = cls.choices()[choice][others[0]].section
         return _problem(
             key, value,
-            f"not a setting of {section}.method={method}; set {section}.method={'|'.join(others)}, or remove {section}.{key}",
+            f"not a setting of {section}.{choice}={chosen}; set {section}.{choice}={'|'.join(others)}, or remove {section}.{key}",
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from sparsity.settings import EPOCHS, Range, Settings
 from trainer.config.errors import ConfigError, did_you_mean
-from trainer.config.method_section import SETTINGS, MethodSection
+from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.run_config import Config
 from trainer.config.values import Duration, Section, Unit
 
@@ -30,13 +30,15 @@ Where a meaning names no reason to change a key, its default suits the recipes i
 
 
 class Key(NamedTuple):
-    """One key. name: with its section, "data.batch". method: of a section with methods, the one that has the key, else ""."""
+    """One key. name: with its section, "data.batch". method: of a section with methods, the one that has the key, else "".
+    choice: the key that chooses this method."""
 
     name: str
     method: str
     kind: str
     default: str
     meaning: str
+    choice: str = "method"
 
 
 def all_keys() -> list[Key]:
@@ -54,10 +56,11 @@ def all_keys() -> list[Key]:
             if name == "method":
                 meaning = field.description or f"What the level leaves out; `{field.default}` leaves nothing out."
                 found.append(Key(f"{section}.method", "", " | ".join(methods), str(field.default), meaning))
-            elif name != SETTINGS:
+            elif name not in CHOSEN.values():
                 found.append(_key(f"{section}.{name}", field))
-        for method, settings in methods.items():
-            found += _settings_keys(section, method, settings)
+        for choice, kinds in (model.choices() if issubclass(model, MethodSection) else {}).items():
+            for method, settings in kinds.items():
+                found += [key._replace(choice=choice) for key in _settings_keys(section, method, settings)]
     return found
 
 
@@ -79,7 +82,7 @@ def text(found: list[Key]) -> str:
         methods.setdefault(key._replace(method=""), []).append(key.method)
     lines = []
     for key, names in methods.items():
-        where = f"  (method {', '.join(names)})" if names[0] else ""
+        where = f"  ({key.choice} {', '.join(names)})" if names[0] else ""
         lines += [f"{key.name}{where}", f"    {key.kind}; default: {key.default.strip('*')}"]
         lines += wrap(key.meaning, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
@@ -96,8 +99,9 @@ def markdown() -> str:
         model = Config.model_fields[section].annotation
         about = (model.__doc__ or "").replace("\n", " ").replace("    ", "").strip() if model else ""
         parts += [f"## {section}\n", *([about + "\n"] if about else []), _table([key for key in mine if not key.method])]
-        for method in dict.fromkeys(key.method for key in mine if key.method):
-            parts += [f"With `{section}.method: {method}`:\n", _table([key for key in mine if key.method == method])]
+        for choice, method in dict.fromkeys((key.choice, key.method) for key in mine if key.method):
+            chosen = [key for key in mine if (key.choice, key.method) == (choice, method)]
+            parts += [f"With `{section}.{choice}: {method}`:\n", _table(chosen)]
     return "\n".join(parts)
 
 

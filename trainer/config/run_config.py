@@ -76,6 +76,7 @@ class Config(Section):
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
         self._levels_fit_the_plan()
+        self._probe_fits_the_tokens()
         e = self.engine
         if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
             raise ValueError(
@@ -110,6 +111,15 @@ class Config(Section):
                     )
         if self.engine.compile and plan.every_step_differs:
             raise ValueError(f"engine.compile=true with {plan.every_step_differs}")
+
+    def _probe_fits_the_tokens(self) -> None:
+        probe, tokens = self.examples.probe, self.tokens.settings
+        if probe is not None and probe.probe_keep < 1.0 and (tokens.off or tokens.fixed_by):
+            fixed = tokens.fixed_by or f"tokens.method={self.tokens.method}"
+            raise ValueError(
+                f"examples.probe_keep={probe.probe_keep:g} with {fixed}, which computes the same tokens at any keep ratio; "
+                "set examples.probe_keep=1"
+            )
 
     def directory(self) -> Path:
         return Path(self.runs) / self.name

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
 from sparsity.settings import ConnectionSettings, Settings, TokenSettings
-from trainer.config.method_section import MethodSection
+from trainer.config.method_section import RULE_SETTINGS, MethodSection
 from trainer.config.values import Blocks
 
 if TYPE_CHECKING:
     from sparsity.examples.curriculum import ExampleSettings
+    from sparsity.examples.probe import ProbeSettings
     from sparsity.schedule import PlanSettings
 
 
@@ -24,15 +27,42 @@ class ExamplesConfig(MethodSection):
     if TYPE_CHECKING:
         settings: ExampleSettings = cast(Any, None)
 
-    rule: Literal["clear", "without_partner", "dominant", "authors"] = "clear"
-    """When a mixed image counts as right: `clear`, `without_partner`, `dominant` or `authors` (docs/methods.md, section
-    Examples)."""
+    rule: Literal["clear", "without_partner", "dominant", "authors", "probe"] = "clear"
+    """When an image counts as right. In the training batches, mixed ones included: `clear`, `without_partner`, `dominant` or `authors`;
+    on clean images after each epoch: `probe` (docs/methods.md, section Examples)."""
+    rule_settings: Any = Field(default=None, validate_default=True)
 
     @classmethod
     def methods(cls) -> Mapping[str, type[Settings]]:
         from sparsity.examples import EXAMPLES  # it imports torch, which reading a journal does not need
 
         return EXAMPLES
+
+    @classmethod
+    def choices(cls) -> Mapping[str, Mapping[str, type[Settings]]]:
+        from sparsity.examples import RULES
+
+        return {"method": cls.methods(), "rule": RULES}
+
+    @field_validator(RULE_SETTINGS, mode="plain")
+    @classmethod
+    def _of_rule(cls, raw: Any, info: ValidationInfo) -> Settings | None:
+        return cls._read_chosen("rule", raw or {}, info)
+
+    @model_validator(mode="after")
+    def _rule_counts(self) -> ExamplesConfig:
+        if self.probe is not None and not self.settings.counts_forgetting:
+            counting = "|".join(name for name, kind in self.methods().items() if getattr(kind, "counts_forgetting", False))
+            raise ValueError(
+                f"examples.rule=probe with examples.method={self.method}: this method counts no correctness, so the probe would "
+                f"cost time for nothing; set examples.rule=clear, or examples.method={counting}"
+            )
+        return self
+
+    @property
+    def probe(self) -> ProbeSettings | None:
+        """The settings of the rule `probe`; None under other rules."""
+        return self.rule_settings
 
 
 class TokensConfig(MethodSection):

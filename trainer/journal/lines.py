@@ -53,6 +53,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
         "loss": LOSS, "images": NUMBER, "seconds": NUMBER, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
         "energy_kwh": MAYBE, "joules": NUMBER, "time_to_first_step": NUMBER, "memory_peak_mib": MAYBE, "chain": TEXT,
     },
+    "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},
     "eval": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
     "checkpoint": _WHERE | {"path": TEXT},
     "broken": _WHERE,

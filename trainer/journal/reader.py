@@ -19,7 +19,14 @@ COMPRESSED = ".xz"
 
 
 # Fields that identify a line if an attempt writes it again after its resume point.
-_IDENTITY = {"step": ("step",), "epoch": ("epoch",), "plateau": ("step",), "eval": ("step", "ema"), "checkpoint": ("step",)}
+_IDENTITY = {
+    "step": ("step",),
+    "epoch": ("epoch",),
+    "plateau": ("step",),
+    "eval": ("step", "ema"),
+    "checkpoint": ("step",),
+    "probe": ("step",),
+}
 
 
 def read(directory: Path | str) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,10 @@ def build_model(config: Config) -> SparseViT:
 
 def build_examples(config: Config, index: Index) -> Curriculum:
     """The curriculum of `config.examples` over the examples of an index. Raises ConfigError."""
-    run = TrainingRun(len(index), index.labels, config.epochs, config.seed, config.data.repeats)
+    probe = config.examples.probe
+    run = TrainingRun(
+        len(index), index.labels, config.epochs, config.seed, config.data.repeats, probe.probe_share if probe else None
+    )
     try:
         return config.examples.settings.build(run)
     except ValueError as error:

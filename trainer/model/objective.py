@@ -2,7 +2,8 @@
 
 Losses are timm's: soft-target cross entropy (DeiT), or binary cross entropy against "is this class in the picture" (Wightman et
 al. 2021; DeiT III), per example in float32; the caller weights them and divides by the weight of the global batch. `credit`
-makes one observation per image from the same forward pass, the only input of level 1: no extra pass.
+makes one observation per image from the same forward pass: no extra pass. `probed` makes those of clean images (`examples.rule:
+probe`); the training accuracy is then that of `clear`.
 
 Letters: b rows of a micro-batch, C classes, n_last patch tokens in the last block.
 """
@@ -33,7 +34,8 @@ class Objective:
     """
 
     def __init__(self, classes: int, loss: str = "soft", *, smoothing: float = 0.0, rule: str = "clear"):
-        self.classes, self.loss, self.smoothing, self.rule = classes, loss, smoothing, rule
+        self.classes, self.loss, self.smoothing = classes, loss, smoothing
+        self.rule = "clear" if rule == "probe" else rule
         if self.loss == "bce" and self.smoothing > 0:
             raise ConfigError(
                 f"optim.loss=bce with augment.smoothing={self.smoothing}: binary targets are 1 wherever soft ones are above 0, "
@@ -83,11 +85,28 @@ class Objective:
         if self.rule in ("without_partner", "clear"):
             out = (mixed & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
             logits = logits.masked_fill(out, float("-inf"))
-        spread = torch.zeros_like(losses)
-        if output.cls_attention is not None:
-            attention = output.cls_attention.float()
-            spread = attention.var(dim=1, correction=0) * attention.shape[1] ** 2  # comparable across token counts
         valid = there & (copies == 0) & losses.isfinite()
         right = logits.argmax(dim=-1) == label
         clear = ~mixed if self.rule == "clear" and max(mix.lam, 1 - mix.lam) < CLEAR else None
-        return ids, Observation(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)
+        return ids, Observation(correct=right, loss=losses.detach(), spread=_spread(output, losses), valid=valid, clear=clear)
+
+    @torch.no_grad()
+    def probed(self, labels: Tensor, weights: Tensor, output: ModelOutput) -> Observation:
+        """The observation of clean, unmixed images: labels (b,) int64, weights (b,), 0 = padding or broken image. Right when the argmax
+        is the label; loss: cross entropy without smoothing. A row whose logits are not finite is not valid."""
+        if not isinstance(output.logits, Tensor):
+            raise ConfigError(
+                "examples.rule=probe: the model returns two logits (distillation); choose a model without distillation"
+            )
+        logits = output.logits.float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        valid = (weights > 0) & losses.isfinite()
+        return Observation(logits.argmax(dim=-1) == labels, losses, _spread(output, losses), valid)
+
+
+def _spread(output: ModelOutput, losses: Tensor) -> Tensor:
+    """(b,) variance of the last block's [CLS] attention times n_last^2, so that it is comparable across token counts; 0 without it."""
+    if output.cls_attention is None:
+        return torch.zeros_like(losses)
+    attention = output.cls_attention.float()
+    return attention.var(dim=1, correction=0) * attention.shape[1] ** 2

@@ -165,7 +165,7 @@ def estimate(
         demand=demand, bytes_per_second=demand * size, cores=cores,
         supply=cores / bench.decode if bench.decode else None,
         multiply_adds=sum((p.end - p.start) / config.epochs * images * p.multiply_adds for p in checked.plateaus),
-        notes=tuple(_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method)),
+        notes=(*_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method), *_probe_note(config)),
     )  # fmt: skip
 
 
@@ -191,6 +191,12 @@ def _notes(bench: MeasuredRates, nodes: int, world: int, bandwidth: float | None
         yield "one node: --bandwidth is the bandwidth between its processes"
     if deciding:
         yield f"examples.method={deciding} decides during the run what to remove; counted as removing nothing"
+
+
+def _probe_note(config: Config) -> Iterator[str]:
+    if probe := config.examples.probe:
+        share = probe.probe_share
+        yield f"examples.rule=probe: its forward passes over {share:g} of the kept examples after each epoch are not counted"
 
 
 @dataclass(frozen=True)

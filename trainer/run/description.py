@@ -82,6 +82,12 @@ def plan_table(config: Config, model: SparseViT) -> str:
         kept = f"{plan.keep_tokens:.3f} | {plan.keep_connections:.3f}"
         lines.append(f"| {start:g} - {end:g} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
     lines += ["", f"Examples: {config.examples.method}, {config.examples.settings.summary}."]
+    if probe := config.examples.probe:
+        cost = probe.probe_share * cost_of(model, probe.plan)["multiply_adds"]
+        lines += [
+            f"Probe: {probe.probe_share:g} of the kept examples after each epoch, at keep ratio {probe.probe_keep:g} of the tokens; "
+            f"{cost:.4g} multiply-adds per kept example and epoch."
+        ]
     lines += ["The keep ratio of tokens applies at each pruning block. Multiply-adds: forward pass of one image."]
     return "\n".join([*lines, ""])
 

@@ -121,6 +121,10 @@ class RankZeroLog:
         self.journal.write("skipped", **line)
         self.console.message(nonfinite_steps.describe(line, self.directory))
 
+    def probed(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """A probe of the epoch that ended at `state`."""
+        self.journal.write("probe", step=state.step, progress=state.progress, **facts)
+
     def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> None:
         """A line for the weights, and one for their EMA if there is one."""
         for ema, scores in results:

@@ -132,6 +132,11 @@ class Recorder:
         nonfinite_steps.refuse_too_many(state.skipped, self.config.optim, self.directory)
         return state
 
+    def probed(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """A probe of clean images by the rule `probe`, see `ExampleProbe`."""
+        if self._log:
+            self._log.probed(state, facts)
+
     def scored(
         self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan, saving: bool
     ) -> TrainState:

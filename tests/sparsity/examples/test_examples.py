@@ -25,7 +25,7 @@ METHODS = sorted(EXAMPLES)
 
 def make(name, labels=LABELS, **changes):
     given = SETTINGS | changes
-    run = TrainingRun(len(labels), labels, given["epochs"], given["seed"], given.get("repeats", 1))
+    run = TrainingRun(len(labels), labels, given["epochs"], given["seed"], given.get("repeats", 1), given.get("probe_share"))
     return fitting(EXAMPLES, name, **given).build(run)
 
 
@@ -269,6 +269,12 @@ def test_first_of_each_keeps_the_order_given():
         ("forgetting", {"window": 2.0}, ["examples.window=2ep", "2 time(s)", "window>=3ep"]),
         ("forgetting", {"window": 2.5}, ["examples.window=2.5ep", "try 3ep"]),
         ("forgetting", {"window": 10.0, "repeats": 3}, ["data.repeats=3", "try 9ep"]),
+        (
+            "forgetting",
+            {"window": 8.0, "probe_share": 0.25},
+            ["probe_share=0.25", "window=8ep", "2 time(s)", "probe_share>=0.375", "window>=12ep"],
+        ),
+        ("forgetting", {"window": 2.0, "probe_share": 1.0}, ["probe_share=1", "2 time(s)", "probe_share>=1,", "window>=3ep"]),
         ("random_fixed", {"removed": 0.001}, ["examples.removed=0.001", "0 of 203"]),
         ("random_epoch", {"removed": 0.999}, ["examples.removed=0.999", "203 of 203"]),
         ("forgetting", {"swap": 1.0}, ["examples.swap=1.0: must be >= 0 and < 1"]),
@@ -281,6 +287,14 @@ def test_settings_that_cannot_be_met_are_refused_with_a_remedy(name, changes, te
         make(name, **changes)
     for text in texts:
         assert text in str(refused.value)
+
+
+def test_a_window_whose_probes_are_enough_is_taken_whatever_the_repeats():
+    """Repeats present an example in one epoch of three; a probe needs no presentation."""
+    assert make("forgetting", window=30.0, probe_share=0.1, epochs=99).probe_share == 0.1
+    assert make("forgetting", window=6.0, probe_share=0.5, repeats=3).uses_observations(0)
+    with pytest.raises(ValueError, match=r"examples.window=6ep with data.repeats=3"):
+        make("forgetting", window=6.0, repeats=3)
 
 
 def test_labels_that_do_not_fit_are_refused():

@@ -6,8 +6,9 @@ from trainer.config.run_config import Config
 from trainer.data.augment.transform import Transform
 from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import check_labels
+from trainer.data.loader.probed import most_probed
 from trainer.data.loader.stream import Stream
-from trainer.data.loader.validation import Validation
+from trainer.data.loader.validation import CleanImages, Validation
 from trainer.data.shards.index import Index
 
 
@@ -28,3 +29,9 @@ def validation_set(index: Index, config: Config, rank: int, world: int) -> Valid
     """The run's validation batches of one rank. Raises DataError for labels outside model.classes."""
     check_labels(index, config.model.classes)
     return Validation(batch_maker(index, config, train=False), config.data, config.evaluate.batch, rank, world)
+
+
+def clean_images(index: Index, config: Config, rank: int, world: int, share: float) -> CleanImages:
+    """Training images without augmentation, of which at most `share` (as `probed` chooses them) are asked for at once."""
+    most = most_probed(len(index), share)
+    return CleanImages(batch_maker(index, config, train=False), config.data, config.evaluate.batch, rank, world, most)
