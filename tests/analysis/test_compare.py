@@ -16,7 +16,7 @@ from rich.console import Console as Terminal
 from tests.support.journals import CONFIG, START, lines, write
 from tests.support.recorded_configs import recorded
 from trainer.__main__ import main
-from trainer.analysis.compare import MeanInterval, NothingToCompare, compare, cost_to_reach
+from trainer.analysis.compare import MeanInterval, NothingToCompare, compare, cost_to_reach, final
 from trainer.analysis.compare_page import comma_separated, markdown, page, rows, table, warnings
 from trainer.analysis.compare_page import write as write_page
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
@@ -89,6 +89,12 @@ def test_a_dip_between_evaluations_does_not_move_where_a_score_was_reached(tmp_p
     one = history(write(tmp_path / "dip", journal))
     assert cost_to_reach(one, 0.55, "images") == pytest.approx(1000)
     assert cost_to_reach(one, 0.5, "images") == 400 and cost_to_reach(one, 0.6, "images") == 1200
+
+
+def test_the_score_of_a_run_is_its_last_one_not_its_best(tmp_path: Path):
+    worse = iter((0.5, 0.8, 0.9, 0.7))
+    journal = [line | {"top1": next(worse)} if line["kind"] == "eval" and line["ema"] else line for line in lines(sparse=False)]
+    assert final(history(write(tmp_path / "worse", journal))) == 0.7
 
 
 @pytest.mark.parametrize(

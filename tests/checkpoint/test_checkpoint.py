@@ -72,6 +72,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> Non
         save(tmp_path, config, step, best=0.9, best_step=2)
     assert names(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
     assert not list(tmp_path.glob(".writing-*"))
+    there = [OnDisk(f"step-{step:08d}", step, step / 10) for step in (1, 2, 3)]
+    assert retained(there, CheckpointConfig(keep=1, best=False), "step-00000003", best_step=2) == {"step-00000003"}
 
 
 @pytest.mark.parametrize(("every", "kept"), [("4step", [6, 9, 12]), ("4ep", [9]), ("0ep", [])])

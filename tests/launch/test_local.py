@@ -11,8 +11,9 @@ import pytest
 
 import launch.__main__ as program
 from launch import arguments, local, machine
-from launch.job import Job, LaunchError, check, name_of
+from launch.job import Command, Job, LaunchError, check, name_of
 from launch.machine import Machine
+from launch.processes import start
 from tests.conftest import wait_for
 from tests.support import fake_trainer
 from tests.support.fake_trainer import TRAINER, launched, read
@@ -179,3 +180,9 @@ def test_a_signal_of_slurm_that_comes_while_ranks_import_is_not_lost(folder):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert signal.SIGUSR1 in read(folder / "1.heard")["signals"]
+
+
+@pytest.mark.parametrize(("reported", "code", "found"), [("75", 1, 75), ("0", 3, 3), ("", 3, 3), ("75", 0, 75)])
+def test_the_exit_code_that_rank_0_reports_goes_before_the_launchers(reported: str, code: int, found: int) -> None:
+    """torchrun turns every code into 1: a job that was preempted would not be queued again."""
+    assert start(Command(("sh", "-c", f'printf "{reported}" > "$TRILEVEL_EXIT_FILE"; exit {code}'))) == found

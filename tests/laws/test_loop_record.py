@@ -5,6 +5,7 @@ network and level 1 are the trainer's, which tests of their own cover. Laws 1, 2
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import signal
@@ -405,6 +406,9 @@ def test_the_scores_are_those_of_the_weights_and_of_their_average(whole: Run, tw
         assert line["loss"] == pytest.approx(loss, rel=1e-4) and line["images"] == 12
         assert line["top1"] == pytest.approx(top1)
     assert whole.result.top1 == found[-1]["top1"]
+    # only a state that is saved can be the best: evaluations come every 4 steps, checkpoints every 5, both at the end
+    for path in sorted((whole.result.directory / "checkpoints").glob("step-*"))[:-1]:
+        assert json.loads((path / "state.json").read_text())["state"]["best_step"] == -1, path.name
 
 
 def test_a_run_stopped_after_a_skipped_step_resumes_as_if_uninterrupted(whole: Run, folder: Path) -> None:

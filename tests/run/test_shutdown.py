@@ -50,3 +50,13 @@ def test_a_batch_in_time_stops_the_clock(stop: Stop) -> None:
 def test_a_wait_without_a_signal_has_no_limit(stop: Stop) -> None:
     with stop.waiting_for_data():
         time.sleep(0.5)
+
+
+def test_a_second_signal_changes_nothing_but_a_second_ctrl_c_ends_at_once(stop: Stop) -> None:
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+    assert stop.requested()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
