@@ -228,8 +228,8 @@ def test_another_configuration_or_other_shards_are_refused_by_name(tmp_path: Pat
     other = config.changed(seed=5, optim={"lr": 0.25})
     with pytest.raises(CheckpointError, match=r"optim\.lr: checkpoint 0\.001, now 0\.25\n  seed: checkpoint 0, now 5"):
         load(path, other, "shards")
-    with pytest.raises(CheckpointError, match=r"shards: checkpoint was trained on shards, data\.train now holds else"):
-        load(path, config, "else")
+    with pytest.raises(CheckpointError, match=r"shards: checkpoint was trained on shards, data\.train now holds shardz"):
+        load(path, config, "shardz")
     free = config.changed(data={"workers": 9})
     assert load(path, free, "shards").state.step == 1
     rewritten(path / "state.json", lambda about: about.update(format=99))
