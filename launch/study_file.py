@@ -93,12 +93,15 @@ def _content(file: str) -> dict[str, Any]:
         raise LaunchError(f"study {file}: not valid YAML: {error}") from error
     if not isinstance(raw, dict) or node is None:
         raise LaunchError(f"study {file}: must be a mapping of keys to values, got {type(raw).__name__}")
-    _refuse_twice(file, node)
+    _refuse_twice(file, node, set())
     return raw
 
 
-def _refuse_twice(file: str, node: yaml.Node) -> None:
-    """PyYAML takes the last of two equal keys: an arm would disappear."""
+def _refuse_twice(file: str, node: yaml.Node, done: set[int]) -> None:
+    """PyYAML takes the last of two equal keys: an arm would disappear. done: nodes that were visited; an alias may repeat one."""
+    if id(node) in done:
+        return
+    done.add(id(node))
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
         for key in keys:
@@ -107,7 +110,7 @@ def _refuse_twice(file: str, node: yaml.Node) -> None:
                 raise LaunchError(f"study {file}: {key}: given twice in the mapping of line {line}; remove one of them")
     for child in node.value if isinstance(node.value, list) else ():
         for part in child if isinstance(child, tuple) else (child,):
-            _refuse_twice(file, part)
+            _refuse_twice(file, part, done)
 
 
 def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:
@@ -116,6 +119,11 @@ def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:
     for key in given:
         if key in OURS:
             raise LaunchError(f"study {file}: {where}.{key}: set by the study itself; remove it")
+    for key, value in given.items():
+        try:
+            as_setting(value)
+        except RecursionError:
+            raise LaunchError(f"study {file}: {where}.{key}: contains an alias of itself; write the values out") from None
     return tuple(f"{key}={as_setting(value)}" for key, value in given.items())
 
 

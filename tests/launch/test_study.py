@@ -94,6 +94,7 @@ def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:
         ("seeds:", "questions: [[third, spars]]\nseeds:", "questions=spars: unknown arm; did you mean 'sparse'?"),
         ("seeds:", "questions: [third]\nseeds:", "must be two arms"),
         ("arms:", "arms: [", "not valid YAML"),
+        ("  dense: {}", "  dense: &own {plan: *own}", "arms.dense.plan: contains an alias of itself"),
     ],
 )
 def test_files_that_are_refused(mini: str, old: str, new: str, expected: str) -> None:
