@@ -34,6 +34,7 @@ class Host:
 def read(text: str, source: str = "hostfile") -> list[Host]:
     """Hosts in the order of the text: `name [slots=N]` per line, # begins a comment. Raises LaunchError with the line."""
     hosts: list[Host] = []
+    listed: set[str] = set()
     for number, row in enumerate(text.splitlines(), 1):
         name, *rest = row.partition("#")[0].split() or [""]
         if not name:
@@ -47,9 +48,10 @@ def read(text: str, source: str = "hostfile") -> list[Host]:
                 raise LaunchError(f"{source}, line {number}: {word!r}: unknown; a line is `name` or `name slots=8`")
             slots = int(value)
         host = Host(name, slots)
-        if host.address in [other.address for other in hosts]:
+        if host.address in listed:
             raise LaunchError(f"{source}, line {number}: {host.address} is listed twice; list it once, with slots=N")
         hosts.append(host)
+        listed.add(host.address)
     if not hosts:
         raise LaunchError(f"{source}: no hosts; write one per line, e.g. `node1 slots=8`")
     return hosts

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch import sweep
+from launch import hosts, sweep
 from launch.job import Job, LaunchError
 from tests.support.journals import CONFIG, lines, write
 from trainer.__main__ import main
@@ -297,3 +297,11 @@ def test_an_answer_of_a_server_without_end_does_not_take_the_memory_of_the_machi
             from_mlflow("e", tmp_path, uri)
         server.shutdown()
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+def test_a_hostfile_of_100_000_hosts_is_read_at_once() -> None:
+    began = time.process_time()
+    assert len(hosts.read("".join(f"node{number} slots=8\n" for number in range(100_000)))) == 100_000
+    assert time.process_time() - began < 10  # comparing each with each took minutes
+    with pytest.raises(LaunchError, match="line 2: node1 is listed twice"):
+        hosts.read("node1\nme@node1\n")
