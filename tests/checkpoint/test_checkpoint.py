@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sparsity.types import Selection
 from tests.conftest import ROOT, rewritten
 from tests.support.recorded_configs import recorded
+from trainer.checkpoint import directory
 from trainer.checkpoint.directory import by_age
 from trainer.checkpoint.save_load import CheckpointError, OnDisk, latest, load, newest, retained, save_checkpoint
 from trainer.checkpoint.state import TrainState
@@ -261,3 +262,12 @@ def test_a_damaged_newer_checkpoint_takes_no_place_of_a_good_one() -> None:
     """After a resume from 200 that skipped a damaged 300: the newest two are those of the resumed run."""
     there = [OnDisk(f"step-{step:08d}", step, step / 10) for step in (100, 200, 250, 300)]
     assert retained(there, CheckpointConfig(keep=2, best=False), "step-00000250", 0) == {"step-00000200", "step-00000250"}
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_length_is_damage_without_a_hash(tmp_path: Path, config: Config, change: int) -> None:
+    path = save(tmp_path, config, 1)
+    file = path / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:change] if change < 0 else file.read_bytes() + b" ")
+    with pytest.raises(directory.Damaged, match=r"weights.safetensors has \d+ bytes, \d+ were written"):
+        directory.verify(path, content=False)
