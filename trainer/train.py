@@ -17,11 +17,11 @@ from trainer.config.run_config import Config
 from trainer.data.augment.mixup import draw_mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
-from trainer.data.loader.build import training_stream, validation_set
+from trainer.data.loader.build import clean_images, training_stream, validation_set
 from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
-from trainer.engine.environment import is_first_of_node, world_size
+from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
 from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.ema import Ema
 from trainer.model.evaluate import Scores, evaluate
@@ -51,10 +51,16 @@ def train(config: Config, resume: bool = False) -> RunResult:
         config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
     )
     batch_split = micro_batches(config.data.batch, config.data.micro_batch, world_size())
-    engine = Engine(config.engine, batch_split, config.optim.clip)
     stopping = install_handlers()
-    stream = training_stream(index, config, engine.rank, engine.world)
-    validation = validation_set(validation_index, config, engine.rank, engine.world)
+    stream = training_stream(index, config, rank(), world_size())
+    validation = validation_set(validation_index, config, rank(), world_size())
+    probe_settings = config.examples.probe
+    clean = probe_settings and clean_images(index, config, rank(), world_size(), probe_settings.probe_share)
+    use_device_of_rank()
+    for loader in (stream, validation, clean):  # before the threads of the engine exist
+        if loader:
+            loader.fork()
+    engine = Engine(config.engine, batch_split, config.optim.clip)
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
     saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
     engine.assert_same_on_all_ranks(
@@ -74,7 +80,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         selection = saved.selection if saved else None
         chain, meters = HashChain(state.chain), Meters(engine)
-        probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping)
+        probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"}) if examples.wants_spread and not probe.on else frozenset()
         baseline = DenseBaseline(config.control, schedule, engine, objective, outputs)
         recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))

@@ -15,7 +15,9 @@ from trainer.config.run_config import flat
 
 NAMED = 4  # runs listed by name in a sentence
 # settings that affect neither results nor times
-IGNORED_SETTINGS = frozenset({"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers"})
+IGNORED_SETTINGS = frozenset(
+    {"name", "runs", "seed", "stop_at", "log_every", "data.train", "data.validation", "data.workers", "data.timeout"}
+)
 
 Start = dict[str, Any]
 _FACTS: tuple[tuple[str, Callable[[Start], Any], str], ...] = (

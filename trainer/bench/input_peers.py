@@ -198,7 +198,7 @@ def _rgb(image: Any) -> Any:
 
 
 def _loader(data: Dataset[Any], workers: int, **settings: Any) -> DataLoader[Any]:
-    return Loader(data, num_workers=workers, persistent_workers=workers > 0, **settings)
+    return Loader(data, workers, **settings)
 
 
 def _count(loader: Iterable[Any]) -> Callable[[], int]:

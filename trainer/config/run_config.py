@@ -141,7 +141,7 @@ class Config(Section):
 # Settings that may change at a resume: they affect where the run is computed and what is written, not its numbers.
 FREE_TO_CHANGE = (
     "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint", "evaluate.every", "evaluate.batch",
-    "data.train", "data.validation", "data.workers", "data.micro_batch", "data.broken_share", "data.verify",
+    "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size",
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",

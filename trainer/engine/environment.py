@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from trainer.config.errors import ConfigError
@@ -34,6 +35,18 @@ def use_persistent_compile_cache() -> str:
 def world_size() -> int:
     """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def use_device_of_rank() -> None:
+    """Make this rank's GPU the current one, for threads that start before the engine (the loader's, which pins memory): all ranks of
+    a node would open a context on the first GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def is_first_of_node() -> bool:

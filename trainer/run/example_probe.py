@@ -19,8 +19,8 @@ from sparsity.types import Examples, Observation, Selection
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.augment.on_device import normalise
-from trainer.data.loader.build import clean_images
 from trainer.data.loader.probed import probed
+from trainer.data.loader.validation import CleanImages
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
@@ -32,7 +32,7 @@ Rows = list[tuple[Tensor, Observation]]
 
 
 class ExampleProbe:
-    """Observes clean images for level 1. Off (`on` is False, `observe` does nothing) under every other rule."""
+    """Observes clean images for level 1. Off (`on` is False, `observe` does nothing) under every other rule; then `clean` is None."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class ExampleProbe:
         examples: Examples,
         recorder: Recorder,
         stop: Stop,
+        clean: CleanImages | None,
     ):
         self.settings = config.examples.probe
         self.on = self.settings is not None
         self._config, self._engine, self._objective, self._examples = config, engine, objective, examples
         self._recorder, self._stop, self._num_examples = recorder, stop, len(index)
         self._outputs = frozenset({"cls_attention"}) if examples.wants_spread else frozenset()
-        if self.settings is not None:
-            self._clean = clean_images(index, config, engine.rank, engine.world, self.settings.probe_share)
+        self._clean = clean
 
     def due(self, state: TrainState) -> bool:
         """Whether the probe of the epoch that has just ended comes next."""
@@ -98,7 +98,7 @@ class ExampleProbe:
     @torch.no_grad()
     def _passes(self, ids: Any) -> Rows | None:
         """Ids and observations of this rank's batches; None if a stop was requested on some rank."""
-        assert self.settings is not None
+        assert self.settings is not None and self._clean is not None
         engine, device, found = self._engine, self._engine.device, []
         for batch in self._clean.of(ids):
             asked = torch.tensor(float(self._stop.requested()), device=device)

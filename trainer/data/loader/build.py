@@ -34,4 +34,6 @@ def validation_set(index: Index, config: Config, rank: int, world: int) -> Valid
 def clean_images(index: Index, config: Config, rank: int, world: int, share: float) -> CleanImages:
     """Training images without augmentation, of which at most `share` (as `probed` chooses them) are asked for at once."""
     most = most_probed(len(index), share)
-    return CleanImages(batch_maker(index, config, train=False), config.data, config.evaluate.batch, rank, world, most)
+    return CleanImages(
+        batch_maker(index, config, train=False), config.data, min(config.evaluate.batch, -(-most // world)), rank, world
+    )

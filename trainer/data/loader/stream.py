@@ -93,12 +93,12 @@ class Stream:
         self._tasks, self._turn = _Tasks(buffers), 0
         self._loader = Loader(
             _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, buffers),
-            batch_size=None,
-            sampler=self._tasks,  # pyright: ignore[reportArgumentType]
-            num_workers=data.workers,
-            persistent_workers=data.workers > 0,
+            data.workers,
+            data.timeout,
+            sampler=self._tasks,
             pin_memory=torch.cuda.is_available(),
         )
+        self.fork = self._loader.fork
 
     def order(self, epoch: int, selection: Selection | None) -> EpochOrder:
         return EpochOrder(self.layout, epoch, None if selection is None else selection.keep)

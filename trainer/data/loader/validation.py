@@ -1,4 +1,4 @@
-"""Images under the evaluation transform: the validation set, every image once, and chosen training images for the rule `probe`."""
+"""Images as the evaluation transform gives them: the validation set, and chosen training images."""
 
 from __future__ import annotations
 
@@ -16,88 +16,89 @@ from trainer.data.loader.prefetch import Prefetcher, rows_of_node
 from trainer.data.loader.shared_buffers import to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import Rows
+from trainer.data.shards.index import Index
 
-
-class Validation:
-    """Every image once over all ranks: rank r iterates the r-th contiguous part; all ranks have the same number of batches.
-
-    Rows beyond the part are padding with weight 0. Pixels are timm's evaluation transform's. batch: images of a batch of one rank.
-    """
-
-    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int) -> None:
-        index = maker.index
-        self._parts = _Parts(maker, np.arange(len(index)), batch, rank, world)
-        self._workers = data.workers
-        cache = cache_of(index, data)
-        self._ahead = Prefetcher(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __iter__(self) -> Iterator[Batch]:
-        loader = Loader(
-            self._parts,
-            batch_size=None,
-            num_workers=self._workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        return (
-            iter(loader) if self._ahead is None else self._ahead.prefetching(loader, 0, self._parts.shard, self._parts.shards)
-        )
+Task = tuple[np.ndarray, int]  # ids (n,) of a batch, and its rows; those beyond n are padding
 
 
 class CleanImages:
-    """Chosen training images as the evaluation transform gives them: rank r gets the r-th contiguous part of the ids.
+    """Chosen images, rising ids: rank r gets the r-th contiguous part of them. All ranks have the same number of batches, and a batch
+    has the same number of rows on all ranks; rows beyond a rank's part are padding with weight 0. Pixels are timm's evaluation
+    transform's.
 
-    All ranks have the same number of batches, all batches the same number of rows (one graph under torch.compile, and equal numbers
-    of forward passes under ZeRO 3); rows beyond a rank's part are padding with weight 0.
-    batch: most images of a batch of one rank; most: ids in one call, over all ranks.
+    rows: most images of a batch of one rank. padded: the last batch has `rows` rows too (one graph under torch.compile, equal passes
+    under ZeRO 3). The workers live as long as this object; finish or drop an iteration before the next.
     """
 
-    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int, most: int) -> None:
-        index = maker.index
-        self._maker, self._rank, self._world = maker, rank, world
-        self._workers = data.workers
-        self.rows = min(batch, -(-most // world))
-        cache = cache_of(index, data)
-        self._ahead = Prefetcher(index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
+    def __init__(self, maker: BatchMaker, data: DataConfig, rows: int, rank: int, world: int, *, padded: bool = True) -> None:
+        self.rows, self._rank, self._world, self._padded, self._index = rows, rank, world, padded, maker.index
+        self._tasks: list[Task] = []  # the sampler: filled by an iteration, so that the workers can start without a task
+        self._loader = Loader(_Batches(maker), data.workers, data.timeout, sampler=self._tasks, pin_memory=torch.cuda.is_available())
+        self.fork = self._loader.fork
+        cache = cache_of(self._index, data)
+        self._ahead = Prefetcher(self._index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
 
     def of(self, ids: np.ndarray) -> Iterator[Batch]:
         """Batches of these examples, ids (n,) int64 rising."""
         if not len(ids):
             return iter(())
-        parts = _Parts(self._maker, ids, self.rows, self._rank, self._world, padded=True)
-        loader = Loader(parts, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available())
-        return iter(loader) if self._ahead is None else self._ahead.prefetching(loader, 0, parts.shard, parts.shards)
+        part = self._part(ids)
+        self._tasks[:] = [part.task(number) for number in range(len(part))]
+        if self._ahead is None:
+            return iter(self._loader)
+        return self._ahead.prefetching(self._loader, 0, part.shard, part.shards)
+
+    def _part(self, ids: np.ndarray) -> _Part:
+        return _Part(self._index, ids, self.rows, self._rank, self._world, self._padded)
 
 
-class _Parts(Dataset[Batch]):
-    """Batch number -> Batch of a rank's part of the examples `ids` (n,), rising. padded: the last batch has `batch` rows too."""
+class Validation(CleanImages):
+    """Every image of the validation set once over all ranks. batch: images of a batch of one rank."""
 
-    def __init__(self, maker: BatchMaker, ids: np.ndarray, batch: int, rank: int, world: int, *, padded: bool = False) -> None:
-        self._maker, self._ids, self._batch, self._padded = maker, ids, batch, padded
-        self._begin, self._end = rank * len(ids) // world, (rank + 1) * len(ids) // world
+    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int) -> None:
+        super().__init__(maker, data, batch, rank, world, padded=False)
+        self._all = np.arange(len(maker.index))
+
+    def __len__(self) -> int:
+        return len(self._part(self._all))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.of(self._all)
+
+
+class _Part:
+    """A rank's part of the examples `ids` (n,), rising, cut into batches."""
+
+    def __init__(self, index: Index, ids: np.ndarray, rows: int, rank: int, world: int, padded: bool) -> None:
+        self._index, self._rows, self._padded = index, rows, padded
+        self._ids = ids[rank * len(ids) // world : (rank + 1) * len(ids) // world]
+        self._next = ids[min((rank + 1) * len(ids) // world, len(ids) - 1)]  # for a rank without images: some shard
         self._longest = -(-len(ids) // world)
 
     def __len__(self) -> int:
-        return -(-self._longest // self._batch)
+        return -(-self._longest // self._rows)
+
+    def task(self, number: int) -> Task:
+        begin = number * self._rows
+        rows = self._rows if self._padded else min(self._rows, self._longest - begin)
+        return self._ids[begin : begin + rows], rows
 
     def shard(self, number: int) -> int:
         """The shard that batch `number` begins in."""
-        return self._shard_at(min(self._begin + number * self._batch, max(self._begin, self._end - 1)))
+        ids = self._ids[number * self._rows :][:1]
+        return int(self._index.shard_of(int(ids[0] if len(ids) else self._ids[-1] if len(self._ids) else self._next)))
 
     def shards(self, number: int) -> list[int]:
         """Shards from batch `number` on, in the order of need."""
-        mine = self._ids[self._begin + number * self._batch : self._end]
-        return list(dict.fromkeys(np.asarray(self._maker.index.shard_of(mine)).tolist()))
+        return list(dict.fromkeys(np.asarray(self._index.shard_of(self._ids[number * self._rows :])).tolist()))
 
-    def _shard_at(self, position: int) -> int:
-        return int(self._maker.index.shard_of(int(self._ids[min(position, len(self._ids) - 1)])))
 
-    def __getitem__(self, number: int) -> Batch:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        begin = self._begin + number * self._batch
-        slots = self._batch if self._padded else min(self._batch, self._longest - number * self._batch)
-        ids = self._ids[begin : max(begin, min(begin + slots, self._end))]
-        return to_parent(self._maker.batch(0, Rows(ids, np.zeros_like(ids)), slots))
+class _Batches(Dataset[Batch]):
+    """Task -> Batch."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self._maker = maker
+
+    def __getitem__(self, task: Task) -> Batch:
+        ids, rows = task
+        return to_parent(self._maker.batch(0, Rows(ids, np.zeros_like(ids)), rows))
