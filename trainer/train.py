@@ -58,7 +58,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     clean = probe_settings and clean_images(index, config, rank(), world_size(), probe_settings.probe_share)
     use_device_of_rank()
     for loader in (stream, validation, clean):  # before the threads of the engine exist
-        if loader:
+        if loader is not None:
             loader.fork()
     engine = Engine(config.engine, batch_split, config.optim.clip)
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING

@@ -84,12 +84,22 @@ def test_workers_start_without_a_task_and_serve_every_iteration() -> None:
 
 @pytest.mark.dist
 def test_nothing_forks_once_the_process_group_exists(digits: Path, tmp_path: Path, trilevel: Callable[..., Any]) -> None:
-    """Two epochs on two ranks, with dropping, two evaluations and checkpoints in the background (CPython gh-112275)."""
+    """Two epochs on two ranks, with dropping, a probe, two evaluations and checkpoints in the background (CPython gh-112275)."""
     (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
     script = ROOT / "tests" / "support" / "jobs" / "no_fork.py"
-    words = ["epochs=2", "evaluate.every=1ep", "checkpoint.every=1ep", "data.workers=1", "control=0", "tracking.to=journal"]
+    words = [
+        "examples.rule=probe",
+        "examples.probe_share=1.0",
+        "evaluate.every=1ep",
+        "stop_at=2ep",
+        "checkpoint.every=1ep",
+        "data.workers=1",
+        "control=0",
+        "tracking.to=journal",
+    ]
     command = [sys.executable, *torchrun(2), str(script), "train", str(tmp_path / "job.yaml"), *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "forked" not in done.stderr and done.stdout.count("forks before the process group: ") == 2
+    assert lines(tmp_path / "runs" / "job", "probe")
     assert len(lines(tmp_path / "runs" / "job", "eval")) == 4, "raw weights and their average, twice"
