@@ -23,7 +23,7 @@ from trainer.analysis.savings import savings
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.augment.on_device import normalise
-from trainer.data.loader.build import validation_set
+from trainer.data.loader.build import clean_images, validation_set
 from trainer.data.loader.probed import probed
 from trainer.data.shards.index import Index, build_index
 from trainer.model.build import build_examples, build_model, build_objective, cost_of
@@ -65,7 +65,9 @@ def built(config: Config, index: Index, stop_at: int = 1000) -> tuple[ExamplePro
     recorder: Any = SimpleNamespace(probed=lambda state, facts: written.append(facts))
     stop: Any = SimpleNamespace(requested=lambda: asked.append(1) or len(asked) >= stop_at)
     examples: Any = build_examples(config, index)
-    probe = ExampleProbe(config, index, engine, build_objective(config), examples, recorder, stop)  # pyright: ignore
+    settings = config.examples.probe
+    clean = settings and clean_images(index, config, 0, 1, settings.probe_share)
+    probe = ExampleProbe(config, index, engine, build_objective(config), examples, recorder, stop, clean)  # pyright: ignore
     return probe, model, examples, written
 
 
