@@ -50,8 +50,14 @@ def test_words_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["epochs=1:30", "epochs=true", "seed=true", "optim.lr=true", "data.batch=yes", "epochs=2024-13-45"]
-)
+    "override",
+    [
+        "epochs=1:30", "epochs=true", "seed=true", "optim.lr=true", "data.batch=yes", "epochs=2024-13-45", "epochs=１２", "data.batch=1_28",
+        "data.batch='128'", "optim.lr='1e-3'", "optim.lr=１e-3", "augment.mean=[true, 0, 0]", "augment.std=[1, 1, '1']", "optim.ema='0.9'",
+        "optim.betas=[0.9, true]", "trace.ranks=[true]", "checkpoint.every=１0step", "checkpoint.every=1_0ep", "optim.warmup=１ep",
+        "evaluate.every=nanep",
+    ],
+)  # fmt: skip
 def test_a_number_must_be_a_number(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
         read(tmp_path, PLAIN, override)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import repeat
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +18,9 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+
+# `float` alone takes digits of other scripts, 1_0 and nan
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 class Duration(BaseModel):
@@ -40,10 +46,9 @@ def _parse_duration(value: Any) -> Any:
     for unit in ("step", "ep"):
         number = text.removesuffix(unit)
         if number != text:
-            try:
-                count = float(number)
-            except ValueError:
+            if not _NUMBER.fullmatch(number):
                 break
+            count = float(number)
             if not 0 <= count < float("inf") or (unit == "step" and count != int(count)):
                 break
             return Duration(count=count, unit=unit)
@@ -95,9 +100,36 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1: `epochs: true` would be one epoch."""
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields.get(info.field_name or "")
-        if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-            raise ValueError(f"must be a number, got {str(value).lower()}")
+        if field is not None and not any(isinstance(mark, Unit) for mark in field.metadata):  # a duration is text
+            _refuse_lookalikes(field.annotation, value)
         return value
+
+
+def _refuse_lookalikes(kind: Any, value: Any) -> None:
+    """Raises ValueError for true and for text where `kind` is a number or holds numbers: pydantic takes true for 1 and '1_28' for 128."""
+    if kind in (int, float):
+        noun = "a number" if kind is float else "an integer"
+        if isinstance(value, bool):
+            raise ValueError(f"must be a number, got {str(value).lower()}")
+        if isinstance(value, str) and _is_taken(value):
+            raise ValueError(f"must be {noun}, got the text {value!r:.80}; write it in digits 0 to 9, without quotes")
+    elif get_origin(kind) in (Union, UnionType):
+        for part in get_args(kind):
+            _refuse_lookalikes(part, value)
+    elif get_origin(kind) is Annotated and not any(isinstance(mark, Unit) for mark in get_args(kind)):
+        _refuse_lookalikes(get_args(kind)[0], value)
+    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
+        parts = get_args(kind)
+        for part, one in zip(repeat(parts[0]) if parts[-1] is Ellipsis else parts, value, strict=False):
+            _refuse_lookalikes(part, one)
+
+
+def _is_taken(text: str) -> bool:
+    """Whether Python reads the text as a number; pydantic refuses all other text in its own words."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
