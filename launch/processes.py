@@ -19,7 +19,7 @@ from launch.job import STOPPED, Command
 from launch.rank_logs import copy_node, copy_ranks
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-AGAIN = 5.0  # seconds after which a Slurm signal is repeated: a rank that still imports its libraries ignores the first
+AGAIN = 5.0  # seconds between repetitions of a Slurm signal: a rank that still imports its libraries ignores it
 LINGER = 10.0  # seconds a launcher may outlive its ranks
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
@@ -100,8 +100,8 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
             ranks = _ranks(process.pid)
             again = min(again, time.monotonic() + AGAIN)
             if time.monotonic() >= again and received[-1] in (signal.SIGUSR1, signal.SIGUSR2):  # a second one changes nothing
-                signalled.difference_update(ranks)
-                again = float("inf")
+                signalled.difference_update(ranks)  # until they end: imports take minutes on the file system of a cluster
+                again = time.monotonic() + AGAIN
             for pid in set(ranks) - signalled:
                 signalled.add(pid)
                 _send(pid, passed(received[-1]))

@@ -172,7 +172,7 @@ def test_a_third_ctrl_c_kills_everything(folder):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_signal_of_slurm_that_comes_while_ranks_import_is_not_lost(folder):
-    waits = 'pathlib.Path("importing" + rank).touch()\ntime.sleep(2)\nsignals = []'
+    waits = 'pathlib.Path("importing" + rank).touch()\ntime.sleep(12)\nsignals = []'
     (folder / "trainer" / "__main__.py").write_text(TRAINER.replace("signals = []", waits))
     process = launched(folder, "wait=1")
     wait_for(lambda: (folder / "importing0").exists() and (folder / "importing1").exists(), 60)

@@ -1,4 +1,4 @@
-"""Which evaluation becomes the best of a run."""
+"""Which evaluation becomes the best of a run, and which is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from sparsity.types import DENSE
 from trainer.checkpoint.state import TrainState
+from trainer.data.errors import DataError
 from trainer.model.evaluate import Scores
 from trainer.run.recorder import Recorder
 
@@ -23,3 +24,24 @@ def test_the_best_is_the_first_of_the_highest_scores_that_were_saved(top1: float
     state = TrainState(step=7, best=0.5, best_step=3)
     found = Recorder.scored(recorder, state, results, 1.0, DENSE, saving)
     assert found.best_step == best_step and found.best == (top1 if best_step == 7 else 0.5)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_broken_validation_images_are_reported_and_refused_past_their_share(broken: int) -> None:
+    """A truncated shard once gave the top-1 of 283 of 359 images, which became the best (two ranks, one of them with broken images)."""
+    reported: list[str] = []
+    recorder: Any = SimpleNamespace(
+        _log=SimpleNamespace(scored=lambda *_: None, say=reported.append),
+        engine=SimpleNamespace(all_gather_objects=lambda items: [*items, "other.tar: cut"]),
+        config=SimpleNamespace(data=SimpleNamespace(broken_share=0.1)),
+    )
+    scores = Scores(0.9, 1.0, 0.1, 0.0, 20 - broken, broken, 1.0, [], ("a.tar: not a JPEG",)[: broken - 1])
+    state, text = TrainState(step=7), f"{broken} of 20 validation images are broken and not scored: "
+    if broken == 2:
+        assert Recorder.scored(recorder, state, [(False, scores)], 1.0, DENSE, True).best_step == 7
+        assert reported == [text + "a.tar: not a JPEG; other.tar: cut"]
+        recorder.config.data.broken_share = 0.09
+    else:
+        recorder.config.data.broken_share = 0.0
+    with pytest.raises(DataError, match=text + r".*other.tar: cut. .*data.broken_share=0.*trilevel verify"):
+        Recorder.scored(recorder, state, [(False, scores)], 1.0, DENSE, True)

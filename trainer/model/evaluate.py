@@ -18,7 +18,8 @@ from trainer.data.batch import Batch
 
 class Scores(NamedTuple):
     """top1, top5, worst_class (lowest accuracy of a class) in [0, 1]; loss in nats; images: each counted once; broken: number of
-    broken images, which are excluded from all scores; per_class: accuracy of every class, nan without images."""
+    broken images, which are excluded from all scores; per_class: accuracy of every class, nan without images; reasons: why images of
+    this rank are broken, the first three."""
 
     top1: float
     top5: float
@@ -28,6 +29,7 @@ class Scores(NamedTuple):
     broken: int
     seconds: float
     per_class: list[float]
+    reasons: tuple[str, ...] = ()
 
     @property
     def images_per_second(self) -> float:
@@ -53,9 +55,10 @@ def evaluate(
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # right, right in five, loss, images, broken
     right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)
-    started = time.perf_counter()
+    started, reasons = time.perf_counter(), []
     for batch in batches:
         between()
+        reasons += [reason for _, reason in batch.broken]
         images = normalise(batch.images.to(device, non_blocking=True), augment)
         labels = batch.labels.to(device)
         counted = batch.weights.to(device) > 0
@@ -80,4 +83,4 @@ def evaluate(
     per_class = (right_of[0] / right_of[1]).tolist()  # 0 / 0 is nan
     worst = min((accuracy for accuracy in per_class if accuracy == accuracy), default=0.0)
     took, many = time.perf_counter() - started, max(images, 1)
-    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), took, per_class)
+    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), took, per_class, tuple(reasons[:3]))

@@ -129,6 +129,7 @@ class RankZeroLog:
         """A line for the weights, and one for their EMA if there is one."""
         for ema, scores in results:
             facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
+            del facts["reasons"]  # of this rank alone; `Recorder.scored` reports those of all ranks
             facts["per_class"] = [round(accuracy, 4) for accuracy in scores.per_class]
             self.journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
             self.console.eval(top1=scores.top1, ema=ema)

@@ -140,9 +140,15 @@ class Recorder:
     def scored(
         self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan, saving: bool
     ) -> TrainState:
-        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is saved, so it may become the best."""
+        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is saved, so it may become the best.
+        Collective where images are broken; raises DataError past `data.broken_share`: a score of other images must not become the best.
+        """
         if self._log:
             self._log.scored(state, results, progress, plan)
+        if results[-1][1].broken:  # summed over ranks
+            text = _broken_validation(results[-1][1], self.engine, self.config.data.broken_share)
+            if self._log:
+                self._log.say(text)
         self._top1 = results[-1][1].top1
         better = saving and self._top1 > state.best
         return replace(state, best=self._top1, best_step=state.step) if better else state
@@ -209,3 +215,15 @@ class Recorder:
                 f"{len(state.broken)} of {examples} images are broken, more than data.broken_share={allowed}: {first}. "
                 "List them with `trilevel verify SHARDS`, pack again without them, or raise data.broken_share"
             )
+
+
+def _broken_validation(scores: Scores, engine: Engine, allowed: float) -> str:
+    """A message that names broken validation images; collective. Raises DataError where their share is above `allowed`."""
+    every, first = scores.images + scores.broken, engine.all_gather_objects(list(scores.reasons))[:3]
+    text = f"{scores.broken} of {every} validation images are broken and not scored: {'; '.join(first)}"
+    if scores.broken > allowed * every:
+        raise DataError(
+            f"{text}. That is more than data.broken_share={allowed}; list them with `trilevel verify SHARDS`, restore the shards and "
+            "continue with --resume, or raise data.broken_share"
+        )
+    return text
