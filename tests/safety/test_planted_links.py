@@ -58,8 +58,8 @@ def described(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "config.yaml": lambda folder: create_run_directory(config(folder), resume=True),
-    "source.txt": lambda folder: create_run_directory(config(folder), resume=True),
+    "config.yaml": lambda folder: create_run_directory(folder, config(folder).resolved(), resume=True),
+    "source.txt": lambda folder: create_run_directory(folder, config(folder).resolved(), resume=True),
     "journal.jsonl": journal,
     "logs/rank-0.txt": lambda folder: log_to(folder / "logs" / "rank-0.txt"),
     "logs/rank-1.txt": lambda folder: copy_ranks(io.BytesIO(b"\x1e[rank 1] hello\n"), folder / "logs"),

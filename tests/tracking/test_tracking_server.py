@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.support.mlflow_runs import client, expected, followed, rows, slow_server, start_line, until
@@ -190,6 +191,7 @@ def test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled(server:
     finally:
         trainer.kill()
         trainer.wait()
+    until(lambda: not psutil.pid_exists(shipper), 30, directory)  # it holds the lock until it is gone
     known = SyncState.load(directory)
     assert known.last.get("train/loss", -1) < 399 and rows(server.uri, directory)[("train/loss", 1)] == [0.5]
     Sick.mood = "well"

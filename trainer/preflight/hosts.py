@@ -6,6 +6,7 @@ first host, then gloo and NCCL connect any pair: each host opens a port, and the
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -82,7 +83,8 @@ def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> li
                 door.wait()
             token.unlink()
             if created:
-                runs.rmdir()
+                with contextlib.suppress(OSError):  # another process may use it by now
+                    runs.rmdir()
     lines = [_line(host, about) for host, about in zip(hosts, found, strict=True)]
     lines += [_connectivity(hosts, found, ports)] if len(hosts) > 1 else []
     counts = {about["gpus"] for about in found if "gpus" in about}
