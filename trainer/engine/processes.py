@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -78,6 +80,22 @@ class Processes:
         values = self.all_gather_objects([value])
         if len(set(values)) > 1:
             raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
+
+    def first_failure(self, text: str, attempt: int) -> str:
+        """The text of the rank that called this first in the attempt; not collective. This rank's own where the store does not answer
+        within 5 s: its process may be gone."""
+        found = [text]
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                store = dist.distributed_c10d._get_default_store()
+                found.append(store.compare_set(f"trilevel/failed/{attempt}", "", text).decode())
+
+        if self.world > 1:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(5)
+        return found[-1]
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -191,12 +192,22 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording_failures(self) -> Iterator[None]:
-        """Around the loop: writes an exception as the attempt's last line, then re-raises it."""
+        """Around the loop: writes an exception to this rank's log and as the attempt's last line, then re-raises it. The line begins with
+        the cause of the rank that failed first: the others fail because its connections close."""
         try:
             yield
         except BaseException as error:
+            logging.getLogger("trilevel").error("failed at step %d", self._state.step, exc_info=error)
+            own = f"{type(error).__name__}: {error}"
+            own = f"rank {self.engine.rank}: {own}" if self.engine.world > 1 else own
+            first = self.engine.first_failure(own, self.attempt)
+            if self._journal and first != own:
+                say(
+                    f"trilevel: {first}\n  The run failed there first; the logs of all ranks: {self.directory / 'logs'}",
+                    error=True,
+                )
             with contextlib.suppress(Exception):
-                self.end(self._state, "failed", reason=f"{type(error).__name__}: {error}")
+                self.end(self._state, "failed", reason=first if first == own else f"{first}; then {own}")
             raise
 
     def _say(self, text: str) -> None:

@@ -1,0 +1,24 @@
+"""`trilevel WORD ...` in which the last rank fails before step 3."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from trainer import train
+from trainer.__main__ import main
+
+torch.set_num_threads(1)
+reseed = train.Engine.reseed
+
+
+def failing(self, seed, step):
+    if step == 2 and self.rank == int(os.environ["WORLD_SIZE"]) - 1:
+        raise OSError("the disk of this node is gone")
+    reseed(self, seed, step)
+
+
+train.Engine.reseed = failing
+sys.exit(main(sys.argv[1:]))
