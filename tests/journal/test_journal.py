@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,3 +349,22 @@ def test_a_disk_that_refuses_to_be_sure_does_not_end_the_run(
         journal.write("checkpoint", step=2)
     assert capsys.readouterr().err.count("may now lose the last lines") == 1
     assert [line["kind"] for line in read(tmp_path)] == ["start", "checkpoint", "checkpoint"]
+
+
+@pytest.mark.parametrize("how", ["directory renamed", "directory removed", "file replaced"])
+def test_a_run_directory_that_is_taken_away_is_noticed_before_the_next_checkpoint(how: str, tmp_path: Path) -> None:
+    """Such a run trained on to its end into a file without a name."""
+    directory = tmp_path / "runs" / "name"
+    with Journal(directory) as journal:
+        journal.write("start")
+        journal.sync()
+        if how == "directory renamed":
+            directory.rename(tmp_path / "runs" / "other")
+        elif how == "directory removed":
+            shutil.rmtree(directory)
+        else:
+            (directory / FILE).rename(directory / "old")
+            (directory / FILE).touch()
+        journal.write("step", step=1)
+        with pytest.raises(JournalError, match=r"removed, renamed or replaced .* --resume"):
+            journal.sync()

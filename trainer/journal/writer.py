@@ -117,8 +117,18 @@ class Journal:
     def sync(self) -> None:
         """Sync all lines to disk; called before a checkpoint becomes the latest, so that a crash of the node then loses no line.
 
-        If that fails (NFS reports a full quota here, not at the write), the run continues, with one warning.
+        If that fails (NFS reports a full quota here, not at the write), the run continues, with one warning. Raises JournalError if the
+        file was removed or renamed: lines would go on into a file without a name, and checkpoints into a new directory without a journal.
         """
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise JournalError(
+                f"{self.path}: removed, renamed or replaced while this run writes to it; put the run directory back and continue with "
+                "--resume, or start another run by name=OTHER"
+            )
         if self._pending:
             return
         try:
