@@ -19,6 +19,7 @@ PASSED = (
     "MLFLOW_TRACKING_URI",
 )  # fmt: skip
 NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
+SLOTS = re.compile(r"[1-9][0-9]{0,4}")  # \d also takes digits of other scripts, and int() fails at 4300 digits
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def read(text: str, source: str = "hostfile") -> list[Host]:
         slots = None
         for word in rest:
             key, _, value = word.partition("=")
-            if key != "slots" or not value.isdecimal() or not int(value):
-                raise LaunchError(f"{source}, line {number}: {word!r}: unknown; a line is `name` or `name slots=8`")
+            if key != "slots" or not SLOTS.fullmatch(value):
+                raise LaunchError(f"{source}, line {number}: {word!r:.80}: unknown; a line is `name` or `name slots=8`")
             slots = int(value)
         host = Host(name, slots)
         if host.address in listed:

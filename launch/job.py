@@ -80,11 +80,11 @@ class Nodes:
     @classmethod
     def read(cls, text: str) -> Nodes:
         """ "4" or "2:4". Raises LaunchError."""
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        found = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text)
         least = int(found[1]) if found else 0
         most = int(found[2] or least) if found else 0
         if not 1 <= least <= most:
-            raise LaunchError(f"--nodes {text}: write a number from 1 on, or MIN:MAX with MIN at most MAX, e.g. 2:4")
+            raise LaunchError(f"--nodes {text:.80}: write a number from 1 on, or MIN:MAX with MIN at most MAX, e.g. 2:4")
         return cls(least, most)
 
     @property

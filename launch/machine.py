@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -25,7 +26,9 @@ class Machine:
 
 def this_machine() -> Machine:
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return Machine(count_gpus(), len(os.sched_getaffinity(0)), int(threads) if threads.isdigit() and int(threads) else None)
+    return Machine(
+        count_gpus(), len(os.sched_getaffinity(0)), int(threads) if re.fullmatch("[1-9][0-9]{0,5}", threads) else None
+    )
 
 
 def count_gpus(python: str = sys.executable) -> int:

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+from launch import arguments as launch_arguments
 from launch import hosts, sweep
-from launch.job import Job, LaunchError
+from launch.job import Job, LaunchError, Nodes
 from tests.support.journals import CONFIG, lines, write
 from trainer.__main__ import main
 from trainer.analysis.compare import NothingToCompare, compare, from_mlflow
@@ -305,3 +306,14 @@ def test_a_hostfile_of_100_000_hosts_is_read_at_once() -> None:
     assert time.process_time() - began < 10  # comparing each with each took minutes
     with pytest.raises(LaunchError, match="line 2: node1 is listed twice"):
         hosts.read("node1\nme@node1\n")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "８", "0", "-1", "1_0"])
+def test_a_number_of_odd_digits_is_refused_by_name(number: str) -> None:
+    """int() raises a ValueError of its own at 4300 digits, and takes digits of other scripts."""
+    with pytest.raises(LaunchError, match="line 1: 'slots="):
+        hosts.read(f"node1 slots={number}")
+    with pytest.raises(LaunchError, match="--nodes"):
+        Nodes.read(number)
+    with pytest.raises(LaunchError, match=r"--port: .*not a port"):
+        launch_arguments.parse(["hosts", "configs/quickstart.yaml", "--hostfile", "x", "--port", number])

@@ -65,6 +65,8 @@ def test_each_image_gets_the_label_of_its_own_line(
         (["1.jpg", "2.jpg"], "x/1.jpg cat\ny/1.jpg dog\n2.jpg owl\n", r"'1' has label 'cat' in line 1 and 'dog' in line 2"),
         (["1.jpg", "2.jpg"], "1.jpg golden retriever\n2.jpg golden eagle\n", r"line 1: 3 words for '1'; put a tab or a comma"),
         (["1.jpg", "2.jpg"], "1.jpg\t\n2.jpg\tdog\n", r"empty label"),
+        (["1.jpg", "2.jpg"], "9" * 5000 + "\n1\n", r"has 5000 characters, must be <= 1000"),
+        (["1.jpg", "2.jpg"], "1.jpg １\n2.jpg 1\n", r"invalid label '１'; use a class name or an integer >= 0"),
         (["1.jpg", "2.jpg"], f"1.jpg {'a' * 1001}\n2.jpg dog\n", r"has 1001 characters, must be <= 1000"),
     ],
 )

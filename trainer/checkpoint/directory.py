@@ -23,7 +23,7 @@ from trainer.storage.disk import Disk
 FORMAT = 2  # format 1 has lengths of files, no hashes
 ABOUT, LATEST = "state.json", "latest"
 TEMPORARY = ".writing-"
-NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+NAME = re.compile(r"step-([0-9]+)(?:\.([0-9]+))?")
 
 
 class Damaged(TrilevelError, ValueError):

@@ -189,7 +189,7 @@ def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], 
     alarm.start()
     answer = door.stdout.readline().strip()
     alarm.cancel()
-    return door, int(answer) if answer.isdigit() else 0
+    return door, int(answer) if re.fullmatch("[0-9]{1,5}", answer) else 0
 
 
 def _python() -> str:

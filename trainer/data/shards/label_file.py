@@ -14,6 +14,7 @@ from trainer.data.errors import DataError
 from trainer.data.shards.class_names import decoded
 
 _BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: \1(?: -?\d+){4})*")  # Kaggle's LOC_val_solution.csv: label and box, repeated
+_NUMBER = re.compile("[0-9]{1,20}")  # int() fails at 4300 digits; too large a class is refused later
 
 
 class _Line(NamedTuple):
@@ -69,7 +70,7 @@ def _in_order(path: Path, labels: list[str], keys: list[str]) -> dict[str, str]:
         raise DataError(
             f"labels {path}: {len(labels)} labels for {len(keys)} images; give one label per image, or lines `name label`"
         )
-    if all(label.isdecimal() for label in labels) and min(map(int, labels)) == 1:
+    if all(_NUMBER.fullmatch(label) for label in labels) and min(map(int, labels)) == 1:
         raise DataError(
             f"labels {path}: class numbers start at 1 (ILSVRC's own numbering is not the order of sorted wnids); "
             "use a file of wnids, or numbers from 0 in sorted order of the class names"

@@ -75,7 +75,7 @@ def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where
     """
     for text in sorted(texts):
         check_name(text, where)
-    decimal = {t for t in texts if t.isdecimal()} if labels != "key" else set()
+    decimal = {t for t in texts if t.isascii() and t.isdecimal()} if labels != "key" else set()
     for text in sorted(texts - decimal):
         if not text or (labels != "key" and _NUMBER.fullmatch(text)):  # sorted as text, 10.0 would come before 2.0
             raise DataError(
