@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
@@ -100,7 +98,10 @@ def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn
     shape.
     """
     before = to_timm(state)
-    after = checkpoint_filter_fn(dict(before), model, adapt_layer_scale=True)
+    try:
+        after = checkpoint_filter_fn(dict(before), model, adapt_layer_scale=True)
+    except Exception as error:  # timm resamples what has the name of a position embedding or a patch kernel, of whatever shape
+        raise ConfigError(f"{source} does not fit this model: timm can't resize its tensors ({_first_line(error)})") from error
     wanted = model.state_dict()
     for name in after.keys() & before.keys():
         if after[name].shape != before[name].shape:
@@ -161,7 +162,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return to_timm(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damaged bytes raise nearly every class in these readers, UnicodeDecodeError and IndexError too
         raise ConfigError(
             f"weights {path}: cannot be read as tensors ({_first_line(error)}); if you trust it, convert it to safetensors"
         ) from error
@@ -178,6 +179,11 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"weights {path}: no dictionary of tensors found at top level or under {', '.join(NESTED)}; save a state_dict"
         )
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"weights {path}: the key {name!r:.80} is not text; save a state_dict")
+        if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+            raise ConfigError(f"weights {path}: {name:.200} is not a dense tensor of real numbers; save a state_dict of those")
     return content
 
 
