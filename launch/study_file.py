@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from launch import yaml_file
 from launch.job import LaunchError, near
 
 REQUIRED = ("name", "question", "config", "reference", "arms")
@@ -33,7 +32,9 @@ class Study:
 
 def read(file: str) -> Study:
     """Raises LaunchError naming the file, the key, the value and the remedy."""
-    raw = _content(file)
+    raw = yaml_file.read("study", file, "configs/studies/levels.yaml")
+    if not isinstance(raw, dict):
+        raise LaunchError(f"study {file}: must be a mapping of keys to values, got {type(raw).__name__}")
     for key in raw:
         if key not in KEYS:
             raise LaunchError(f"study {file}: {key}: unknown key{near(str(key), KEYS)}")
@@ -74,43 +75,6 @@ def as_setting(value: Any) -> str:
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z0-9_][\w./*-]*", value) else json.dumps(value)
     return json.dumps(value)
-
-
-def _content(file: str) -> dict[str, Any]:
-    path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
-    except FileNotFoundError as error:
-        others = [str(other) for other in path.parent.glob("*.yaml")]
-        raise LaunchError(f"study {file}: no such file" + (near(file, others) if others else "")) from error
-    except UnicodeDecodeError as error:
-        raise LaunchError(f"study {file}: not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise LaunchError(f"study {file}: {error.strerror}; give a YAML file, e.g. configs/studies/levels.yaml") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LaunchError(f"study {file}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict) or node is None:
-        raise LaunchError(f"study {file}: must be a mapping of keys to values, got {type(raw).__name__}")
-    _refuse_twice(file, node, set())
-    return raw
-
-
-def _refuse_twice(file: str, node: yaml.Node, done: set[int]) -> None:
-    """PyYAML takes the last of two equal keys: an arm would disappear. done: nodes that were visited; an alias may repeat one."""
-    if id(node) in done:
-        return
-    done.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise LaunchError(f"study {file}: {key}: given twice in the mapping of line {line}; remove one of them")
-    for child in node.value if isinstance(node.value, list) else ():
-        for part in child if isinstance(child, tuple) else (child,):
-            _refuse_twice(file, part, done)
 
 
 def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from launch import yaml_file
 from launch.job import Job, LaunchError
 from launch.kept_journals import lines
 
@@ -135,14 +134,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 def about(config: str, overrides: list[str]) -> tuple[str, Path]:
     """A configuration's name and the folder of its runs."""
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-    except OSError as error:
-        raise LaunchError(f"config {config}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LaunchError(f"config {config}: not UTF-8 text; save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LaunchError(f"config {config}: not valid YAML: {error}") from error
+    content = yaml_file.read("config", config, "configs/quickstart.yaml")
     content = content if isinstance(content, dict) else {}
     given = [text.partition("=")[2] for text in overrides if text.startswith("runs=")]
     return str(content.get("name") or Path(config).stem), Path(given[-1] if given else str(content.get("runs", "runs")))

@@ -44,7 +44,8 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
         ("sweep a.yaml name=x", "name=... is set by the sweep"),
         ("sweep a.yaml optim.lr=1 --set optim.lr=1,2", "optim.lr=... is set by the sweep"),
         ("sweep a.yaml a.yaml", "would name two runs"),
-        ("sweep b.yaml", "b.yaml: No such file"),
+        ("sweep b.yaml", "config b.yaml: no such file; did you mean '"),
+        ("sweep twice.yaml", "config twice.yaml: name: given twice in the mapping of line 1"),
         ("sweep a.yaml --gpus 8 --at-once 2", "--gpus, --at-once without --slurm"),
         ("sweep a.yaml --nodes 2", "--nodes without --slurm"),
         ("sweep c.yaml", "c.yaml: not UTF-8 text"),
@@ -55,6 +56,7 @@ def test_every_point_has_a_name_and_settings_of_its_own(tmp_path):
 def test_sweeps_that_are_refused(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config(tmp_path, "a")
+    (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(program, "start", lambda command: pytest.fail("started"))
     assert program.main(words.split()) == 2
