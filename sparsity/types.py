@@ -51,7 +51,6 @@ class Tokens:
 
     x: (B, T, D), prefix tokens first. ids: (B, T - p) int64 original patch ids, -1 for a fused token.
     size: (B, T) float32 number of patches merged into each token, or None (all 1). keys: None = all keys visible.
-    offsets: (B + 1,) int32 borders of packed images, or None (rectangular batch).
     rng_keys: (B,) int64 key of each image for random choices (see `keyed_random`), or None.
     """
 
@@ -60,7 +59,6 @@ class Tokens:
     num_prefix: int
     size: Tensor | None = None
     keys: VisibleKeys | None = None
-    offsets: Tensor | None = None
     rng_keys: Tensor | None = None
 
     def with_(self, **changes: Any) -> Tokens:

@@ -113,9 +113,7 @@ class SparseViT(nn.Module):
 
         def flat(x: Tensor, ids: Tensor, size: Any, mask: Any, index: Any, rng_keys: Any, path: Any) -> tuple[Any, ...]:
             keys = None if mask is None and index is None else VisibleKeys(mask, index)
-            after, row, ranks = self._block(
-                number, Tokens(x, ids, tokens.num_prefix, size, keys, None, rng_keys), plan, wanted, path
-            )
+            after, row, ranks = self._block(number, Tokens(x, ids, tokens.num_prefix, size, keys, rng_keys), plan, wanted, path)
             keys = after.keys or VisibleKeys()
             return after.x, after.ids, after.size, keys.mask, keys.index, row, ranks
 

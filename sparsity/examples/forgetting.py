@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun, first_per_group, quotas
+from sparsity.examples.by_class import first_per_group, quotas
+from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun
 from sparsity.examples.observations import Observed
 from sparsity.settings import Count, Epochs, Share, setting
 from sparsity.types import Selection

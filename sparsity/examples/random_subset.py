@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsity.examples.curriculum import Curriculum, Draw, ExampleSettings, TrainingRun, first_per_group, quotas
+from sparsity.examples.by_class import first_per_group, quotas
+from sparsity.examples.curriculum import Curriculum, Draw, ExampleSettings, TrainingRun
 from sparsity.settings import Share, setting
 from sparsity.types import Selection
 

@@ -77,7 +77,7 @@ def test_authors_tri_level(r, ra):
 
 
 def test_ours_has_no_dense_rows_where_theirs_has():
-    """The tie defect: density .544 at block 6 where .1 was set; ours has exactly m in every row, and the same tokens at block 3."""
+    """The tie defect: .544 of the keys visible at block 6, .1 was set; ours has exactly m in every row, and the same tokens at block 3."""
     theirs = golden("tri_level")["r0.9_ra0.1/mask_block6"][:, 1:, 1:].float().mean()
     assert theirs > 0.5
     record = run(Plan(0.9, 0.1), tokens="topk", connections="exact")

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from sparsity.examples import kept_ids
-from sparsity.examples.curriculum import keep_rates
+from sparsity.examples.by_class import keep_rates
 from trainer.provenance.recorded_run import RecordedRun, RecordedRunError
 from trainer.storage.private_file import regular
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsity.examples import EXAMPLES, kept_ids
-from sparsity.examples.curriculum import TrainingRun, first_per_group, quotas
+from sparsity.examples.by_class import first_per_group, quotas
+from sparsity.examples.curriculum import TrainingRun
 from sparsity.types import Observation, Selection, single_process
 from tests.support.methods import fitting
 
@@ -30,7 +31,7 @@ def make(name, labels=LABELS, **changes):
 
 
 def outcomes(epoch: int, ids: np.ndarray) -> Observation:
-    """What training would say: depends on the epoch and the example, not on who asks. Hard and easy examples differ."""
+    """Made-up results of training: they depend on epoch and example, not on the rank. Some examples are harder than others."""
     noise = np.random.default_rng((11, epoch)).random((3, N))
     ease = np.random.default_rng(12).random(N)
     correct = noise[0] < ease * 1.2
@@ -105,7 +106,7 @@ def test_any_world_size_shows_the_same_and_remembers_the_same(name, world):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_interrupted_run_continues_bit_for_bit_on_another_world_size(name):
-    """Saved in the middle of an epoch in the middle of a window on two ranks; goes on on one, in a new object."""
+    """Saved in the middle of an epoch and of a window on two ranks; resumed on one rank, by a new object."""
     middle = 6
     whole, selections = run(name)
 
@@ -134,7 +135,7 @@ def test_saving_disturbs_nothing(name):
         show(method, again[-1], epoch, stop=7)
         saved = method.state_dict(single_process)
         for array in saved.values():
-            array[...] = 1  # what was handed out is a copy
+            array[...] = 1  # the state returned is a copy
         show(method, again[-1], epoch, start=7)
     assert [s.facts["hash"] for s in again] == [s.facts["hash"] for s in selections]
     assert same_state(method.state_dict(single_process), whole.state_dict(single_process))
@@ -183,7 +184,7 @@ def test_observe_never_reads_a_value_back(name):
 
 @pytest.mark.parametrize(("name", "restore"), [*((name, "random") for name in METHODS), ("forgetting", "never_trained")])
 def test_state_of_imagenet_stays_under_20_megabytes(name, restore):
-    """Everything but the labels, which are the index's."""
+    """Without the labels, which belong to the index."""
     many = 1_281_167
     labels = np.arange(many, dtype=np.int32) % 1000
     method = make(name, labels, window=30.0, restore=restore)
@@ -212,7 +213,7 @@ def test_random_subsets_depend_on_the_seed():
 
 
 def test_what_is_shown_changes_only_between_rounds_of_repeats():
-    """Repeated augmentation shows a third of the kept examples in an epoch: a new choice waits for the third of them."""
+    """Repeated augmentation shows a third of the kept examples in an epoch, so the selection changes every third epoch only."""
     for name in ("random_epoch", "infobatch", "forgetting"):
         _, selections = run(name, repeats=3, window=9.0, updates=1, anneal=0.0)
         hashes = [s.facts["hash"] for s in selections]
@@ -224,7 +225,7 @@ def test_what_is_shown_changes_only_between_rounds_of_repeats():
     [(10, 0.3, 1, 7), (10, 0.3, 3, 9), (12, 0.25, 3, 9), (12, 0.3, 3, 9), (10, 0.0, 3, 12)],
 )
 def test_everything_is_shown_from_the_first_whole_round_of_the_last_epochs_on(epochs, anneal, repeats, first):
-    """A round that has begun goes on with what it began with: 3 of 10 epochs in rounds of 3 are those from 9 on."""
+    """The selection does not change inside a round: with rounds of 3, the last 3 of 10 epochs become those from 9 on."""
     method, shown = make("random_epoch", epochs=epochs, anneal=anneal, repeats=repeats), []
     for epoch in range(epochs):
         shown.append(method.select(epoch, single_process).num_kept)
@@ -315,7 +316,7 @@ def test_the_state_of_other_ties_is_refused():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_loading_forgets_what_the_object_saw_before(name):
+def test_loading_replaces_all_earlier_observations(name):
     state = make(name).state_dict(single_process)
     method, _ = run(name, range(2))
     method.load_state_dict(state)
