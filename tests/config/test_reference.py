@@ -40,7 +40,7 @@ def test_a_resolved_configuration_holds_the_keys_and_the_defaults_that_the_refer
     methods = {f"{section}.{key}" for section in ("examples", "tokens", "connections", "plan") for key in resolved[section]}
     assert set(known) - methods <= leaves(resolved)
     for name, key in known.items():
-        if key.default in ("*required*", "none"):
+        if key.default == "*required*":
             continue
         value = resolved
         for part in name.split("."):

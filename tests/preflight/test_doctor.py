@@ -239,7 +239,7 @@ def test_hosts_that_agree(hosts):
     assert "ports" not in hosts("127.0.0.1")
 
 
-def test_a_way_between_two_hosts_that_is_shut_is_named(hosts):
+def test_a_blocked_connection_between_two_hosts_is_named(hosts):
     """The first host is reached by all: what fails is between the others, in one direction."""
     line = hosts("127.0.0.1", "127.0.0.2", "127.0.0.9")["ports"]
     assert line.status == "fail" and line.found == "127.0.0.9 can't reach 127.0.0.2 ([Errno 111] Connection refused)", line
@@ -290,7 +290,7 @@ def test_different_numbers_of_gpus(hosts, tools):
 
 
 def test_a_hostfile_without_hosts(tmp_path):
-    (tmp_path / "hosts").write_text("# nobody\n")
+    (tmp_path / "hosts").write_text("# no hosts\n")
     (tmp_path / "option").write_bytes(b"\xef\xbb\xbf-oProxyCommand=x slots=8\r\n")
     for path in (tmp_path / "hosts", tmp_path / "absent", tmp_path / "option"):
         (line,) = neighbours.check_hosts(path, tmp_path)

@@ -64,7 +64,7 @@ def test_on_a_cpu_passes_and_decoding_share_the_cores(config):
 def test_facts_state_that_they_are_a_simulation_and_what_was_not_measured(config):
     found = estimate(config, MeasuredRates(PASSES), 2)
     facts = found.facts()
-    assert facts["simulation"] is True and facts["wall"] == "compute" and facts["bytes_per_second_per_node"] > 0
+    assert facts["simulation"] is True and facts["bottleneck"] == "compute" and facts["bytes_per_second_per_node"] > 0
     assert "simulated and not measured" in str(found.table().title)
     assert "--bandwidth" in found.text() and "bench input" in found.text() and "short run" in found.text()
 

@@ -115,11 +115,11 @@ def _resident(process: subprocess.Popen[bytes]) -> float:
 @contextlib.contextmanager
 def _server(state: str, folder: Path) -> Iterator[str]:
     """The address of an MLflow server in the given state."""
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{door.getsockname()[1]}"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         if state == "silent":
-            door.listen(128)  # accepts connections, never reads them
+            server.listen(128)  # accepts connections, never reads them
             yield uri
             return
     if state != "running":

@@ -24,7 +24,7 @@ Every key of a run's YAML. Made by `trilevel config --markdown > docs/configurat
 `trilevel config KEY` prints one key or one section. On the command line a key is given as `section.key=value` behind the file.
 
 Durations carry their unit: `5ep` (epochs, may be fractional) or `500step` (optimizer steps). Shares and probabilities are numbers from 0
-to 1. A key with default *required* must be given. A key of another method than the chosen one is refused.
+to 1. A key with default *required* must be given; `null` means not set. A key of another method than the chosen one is refused.
 Where a meaning names no reason to change a key, its default suits the recipes in configs/.
 """
 
@@ -141,7 +141,7 @@ def _default(field: FieldInfo) -> str:
 def _shown(value: Any, hint: Any = None, metadata: Any = ()) -> str:
     """A default as it is written in YAML."""
     if value is None:
-        return "none"
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

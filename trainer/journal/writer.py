@@ -44,7 +44,7 @@ name, lists as one metric per position.
 | checkpoint | after it is on disk, which   | epoch, batch, step, path, bytes, blocking (seconds for which it blocked          |
 |            | may be steps later           | training), seconds (of writing; in background with `checkpoint.asynchronous`)    |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |
-| skipped    | a step was skipped: its      | epoch, batch (of the step itself), step (as `replay` counts), seen (digest of    |
+| skipped    | a step was skipped: its      | epoch, batch (of the step itself), step (as `replay` counts), digest (of         |
 |            | gradient was not finite      | the batch, see `hash_chain`), skipped, in_row (steps so far)                     |
 | message    | a message to the user        | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |

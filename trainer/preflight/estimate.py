@@ -74,7 +74,7 @@ class Estimate:
             "images_per_second_per_node": self.images_per_second, "images_per_second_per_node_peak": self.demand,
             "bytes_per_second_per_node": self.bytes_per_second, "images_per_second_per_core": self.demand / self.cores,
             "images_per_second_decoded": self.supply, "multiply_adds": self.multiply_adds, "hours_of": self.parts,
-            "wall": self.bottleneck, "notes": list(self.notes),
+            "bottleneck": self.bottleneck, "notes": list(self.notes),
         }  # fmt: skip
 
     def table(self) -> Table:

@@ -17,26 +17,26 @@ from typing import Any
 def probe(asked: dict[str, Any]) -> dict[str, Any]:
     """The findings of this host.
 
-    asked: libraries (names), token (a file in the run directory), interfaces (names), first (the first host), doors ([host, port]
+    asked: libraries (names), token (a file in the run directory), interfaces (names), first (the first host), ports ([host, port]
     to connect to).
-    Returns time and ended (this host's clock), python, versions, code (hash of the package trainer that it would import), sees
-    (whether it sees the token), gpus, without (missing interfaces), shut (doors that can't be reached, with the error), meets (why
+    Returns time and ended (this host's clock), python, versions, code (hash of the package trainer that it would import), shared
+    (whether the token is visible here), gpus, without (missing interfaces), unreachable ([host, error]), loopback (why
     gloo would bind to an address that other hosts can't reach, or "").
     """
     about: dict[str, Any] = {"time": time.time(), "python": sys.version.split()[0]}
     about["versions"] = {name: version(name) for name in asked["libraries"]}
     found = importlib.util.find_spec("trainer")
     about["code"] = code_hash(pathlib.Path(found.origin).parent) if found and found.origin else ""
-    about["sees"] = os.path.exists(asked["token"])
+    about["shared"] = os.path.exists(asked["token"])
     about["gpus"] = 0
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
         about["gpus"] = sum(line.startswith("GPU ") for line in listed.splitlines())
     own = [name for _, name in socket.if_nameindex()]
     about["without"] = [name for name in asked["interfaces"] if name not in own]
-    about["meets"] = "" if about["gpus"] or asked["interfaces"] else unreachable_address(asked["first"])
+    about["loopback"] = "" if about["gpus"] or asked["interfaces"] else unreachable_address(asked["first"])
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        about["shut"] = [failure for failure in pool.map(knock, asked["doors"]) if failure]
+        about["unreachable"] = [failure for failure in pool.map(connect, asked["ports"]) if failure]
     about["ended"] = time.time()
     return about
 
@@ -68,8 +68,9 @@ def unreachable_address(first: str) -> str:
         return f"{name} does not resolve to an address of this host"
 
 
-def knock(door: tuple[str, int]) -> tuple[str, str] | None:
-    host, port = door
+def connect(address: tuple[str, int]) -> tuple[str, str] | None:
+    """(host, error) if a connection to a (host, port) fails."""
+    host, port = address
     try:
         socket.create_connection((host.rpartition("@")[2], port), 5).close()
     except OSError as error:

@@ -35,10 +35,10 @@ CLOCKS = 2.0  # allowed difference of clocks, in seconds
 HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # a leading dash would be an option of ssh
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `launch hosts` passes them on
 # runs on every host: a listening port for the others, until standard input is closed
-DOOR = """
+LISTENER = """
 import select, socket, sys
-door = socket.create_server(("", 0), backlog=128)
-print(door.getsockname()[1], flush=True)
+server = socket.create_server(("", 0), backlog=128)
+print(server.getsockname()[1], flush=True)
 select.select([sys.stdin], [], [], {seconds})
 """
 
@@ -70,17 +70,17 @@ def check_hosts(hostfile: Path, runs: Path, ssh_config: str | None = None) -> li
     asked = {"libraries": LIBRARIES, "token": str(token), "first": hosts[0].rpartition("@")[2]}
     asked["interfaces"] = [name for key in INTERFACES for name in os.environ.get(key, "").split(",") if name.isidentifier()]
     with ThreadPool(PEERS) as pool:  # daemon threads: Ctrl-C does not wait for a host that does not answer
-        doors: list[tuple[subprocess.Popen[str], int]] = []
+        listeners: list[tuple[subprocess.Popen[str], int]] = []
         try:
-            doors += pool.imap(lambda host: _open_door(ssh, host), hosts)
-            ports = {host: port for host, (_, port) in zip(hosts, doors, strict=True)}
-            found = list(pool.imap(lambda host: _ask(ssh, host, asked | {"doors": _others(host, hosts, ports)}), hosts))
+            listeners += pool.imap(lambda host: _start_listener(ssh, host), hosts)
+            ports = {host: port for host, (_, port) in zip(hosts, listeners, strict=True)}
+            found = list(pool.imap(lambda host: _ask(ssh, host, asked | {"ports": _others(host, hosts, ports)}), hosts))
         finally:
-            for door, _ in doors:
-                door.kill()
-                if door.stdin:
-                    door.stdin.close()  # ends the process on the other host
-                door.wait()
+            for listener, _ in listeners:
+                listener.kill()
+                if listener.stdin:
+                    listener.stdin.close()  # ends the process on the other host
+                listener.wait()
             token.unlink()
             if created:
                 with contextlib.suppress(OSError):  # another process may use it by now
@@ -132,17 +132,17 @@ def _others(host: str, hosts: list[str], ports: dict[str, int]) -> list[tuple[st
 
 def _connectivity(hosts: list[str], found: list[dict[str, Any]], ports: dict[str, int]) -> Finding:
     """Whether the hosts reach each other on free ports chosen by the system, which a run uses too."""
-    tried = sum(len(_others(host, hosts, ports)) for host, about in zip(hosts, found, strict=True) if "shut" in about)
-    shut = [
+    tried = sum(len(_others(host, hosts, ports)) for host, about in zip(hosts, found, strict=True) if "unreachable" in about)
+    unreachable = [
         f"{host} can't reach {to} ({why})"
         for host, about in zip(hosts, found, strict=True)
-        for to, why in about.get("shut", [])
+        for to, why in about.get("unreachable", [])
     ]
     closed = [host for host in hosts if not ports[host]]
-    if shut:
-        more = f" and {len(shut) - SHOWN} more" if len(shut) > SHOWN else ""
+    if unreachable:
+        more = f" and {len(unreachable) - SHOWN} more" if len(unreachable) > SHOWN else ""
         remedy = "open all TCP ports between the hosts (a run uses free ones), or use host names of the network that they share"
-        return Finding("ports", "fail", "; ".join(shut[:SHOWN]) + more, remedy)
+        return Finding("ports", "fail", "; ".join(unreachable[:SHOWN]) + more, remedy)
     if closed or not tried:
         return Finding("ports", "note", f"connectivity to {', '.join(closed)} was not tested", "fix the failures above first")
     return Finding("ports", "ok", f"the hosts reach each other ({tried} connections tested)")
@@ -163,33 +163,33 @@ def _line(host: str, about: dict[str, Any]) -> Finding:
     off = max(about["ended"] - about["after"], about["before"] - about["time"])  # above 0: more than the round trip explains
     if off > CLOCKS:
         wrong.append((f"clock is {off:.0f} s off", "run NTP (chrony) on the host"))
-    if not about["sees"]:
+    if not about["shared"]:
         wrong.append(("run directory not visible", "set runs=DIRECTORY to a shared folder"))
     if about["without"]:
         wrong.append((f"no interface {', '.join(about['without'])}", f"set {' or '.join(INTERFACES)} to an existing one"))
-    if about["meets"]:
-        text = f"gloo would bind to a loopback address that other hosts cannot reach: {about['meets']}"
+    if about["loopback"]:
+        text = f"gloo would bind to a loopback address that other hosts cannot reach: {about['loopback']}"
         wrong.append((text, "export GLOO_SOCKET_IFNAME=INTERFACE here"))
     if wrong:
         return Finding(host, "fail", "; ".join(what for what, _ in wrong), "; ".join(dict.fromkeys(how for _, how in wrong)))
     return Finding(host, "ok", f"{about['gpus']} GPU(s), same libraries and code, clock, run directory")
 
 
-def _open_door(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
+def _start_listener(ssh: tuple[str, ...], host: str) -> tuple[subprocess.Popen[str], int]:
     """A process that keeps a port open on a host during the checks, and the port; 0 if that failed."""
     seconds = int(PATIENCE)
-    words = [*ssh, host, f"{_python()} -u -c {shlex.quote(DOOR.format(seconds=seconds))}"]
+    words = [*ssh, host, f"{_python()} -u -c {shlex.quote(LISTENER.format(seconds=seconds))}"]
     try:
-        door = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        listener = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except FileNotFoundError:
         return subprocess.Popen(["true"], text=True), 0
-    assert door.stdout is not None
-    alarm = threading.Timer(15, door.kill)  # a host may accept the connection and never answer
+    assert listener.stdout is not None
+    alarm = threading.Timer(15, listener.kill)  # a host may accept the connection and never answer
     alarm.daemon = True
     alarm.start()
-    answer = door.stdout.readline().strip()
+    answer = listener.stdout.readline().strip()
     alarm.cancel()
-    return door, int(answer) if re.fullmatch("[0-9]{1,5}", answer) else 0
+    return listener, int(answer) if re.fullmatch("[0-9]{1,5}", answer) else 0
 
 
 def _python() -> str:

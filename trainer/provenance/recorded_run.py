@@ -67,7 +67,12 @@ class RecordedRun:
         self.layout = Layout(self.index.sizes, self.config.seed, d.batch, d.lanes, d.window, d.homes, d.repeats)
         try:
             self.segments, self.logged_steps = self._find_segments(), self._find_logged_steps()
-            self.skipped = {line["step"]: line["seen"] for line in self.lines if line["kind"] == "skipped"}
+            # `seen`: the digest's name in journals of earlier versions
+            self.skipped = {
+                line["step"]: line["digest"] if "digest" in line else line["seen"]
+                for line in self.lines
+                if line["kind"] == "skipped"
+            }
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordedRunError(
                 f"{self.directory}/journal.jsonl: a line has no {error}, or another type; bring the journal back from a copy of the run"

@@ -20,15 +20,15 @@ def in_row(steps: list[int]) -> int:
     return next((n for n in range(1, len(steps)) if steps[-n] - steps[-n - 1] != 1), len(steps))
 
 
-def journal_line(epoch: int, batch: int, seen: str, steps: list[int]) -> dict[str, Any]:
-    """The journal line for the newest of the skipped `steps`: batch `batch` of `epoch`, with digest `seen`."""
-    return {"epoch": epoch, "batch": batch, "step": steps[-1], "seen": seen, "skipped": len(steps), "in_row": in_row(steps)}
+def journal_line(epoch: int, batch: int, digest: str, steps: list[int]) -> dict[str, Any]:
+    """The journal line for the newest of the skipped `steps`: batch `batch` of `epoch`, with its digest."""
+    return {"epoch": epoch, "batch": batch, "step": steps[-1], "digest": digest, "skipped": len(steps), "in_row": in_row(steps)}
 
 
 def describe(line: dict[str, Any], run: Path) -> str:
     return (
         f"step {line['step']} skipped: loss or gradient is not finite, weights and optimizer are unchanged (batch {line['batch']} of "
-        f"epoch {line['epoch']}, digest {line['seen']}; {line['skipped']} skipped so far, {line['in_row']} in a row); "
+        f"epoch {line['epoch']}, digest {line['digest']}; {line['skipped']} skipped so far, {line['in_row']} in a row); "
         f"to see the batch: trilevel replay {run} --step {line['step']}"
     )
 

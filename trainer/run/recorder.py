@@ -124,12 +124,12 @@ class Recorder:
         self._refuse_broken(state)
         return state
 
-    def skipped(self, before: TrainState, state: TrainState, seen: str) -> TrainState:
-        """The step from `before` to `state` was skipped; its batch has the digest `seen`. Raises EngineError if too many steps were,
+    def skipped(self, before: TrainState, state: TrainState, digest: str) -> TrainState:
+        """The step from `before` to `state` was skipped; its batch has this digest. Raises EngineError if too many steps were,
         see `nonfinite_steps`."""
         state = self._state = replace(state, skipped=[*state.skipped, state.step])
         if self._log:
-            self._log.skipped(nonfinite_steps.journal_line(before.epoch, before.batch, seen, state.skipped))
+            self._log.skipped(nonfinite_steps.journal_line(before.epoch, before.batch, digest, state.skipped))
         nonfinite_steps.refuse_too_many(state.skipped, self.config.optim, self.directory)
         return state
 

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[list[str], str]] = {  # words, the function that takes mi
     "compare --experiment": (["compare", "--experiment", "e", "--uri", server, "--out", str(folder / "compare")], ""),
     "export": (["export", run, str(folder / "out.safetensors")], "trainer.checkpoint.export._chosen"),
     "sync": (["sync", run], ""),
-    "doctor": (["doctor", "--hosts", str(folder / "hosts")], "trainer.preflight.hosts._open_door"),
+    "doctor": (["doctor", "--hosts", str(folder / "hosts")], "trainer.preflight.hosts._start_listener"),
 }
 
 
