@@ -167,7 +167,7 @@ def test_accelerate_launches_with_its_file_and_deepspeed_gets_its_settings(digit
     (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
     words = [
         str(ROOT / "tests" / "support" / "jobs" / "live_deepspeed_config.py"),
-        str(tmp_path / "told.json"),
+        str(tmp_path / "reported.json"),
         "train",
         "job.yaml",
         "stop_at=2step",
@@ -177,7 +177,7 @@ def test_accelerate_launches_with_its_file_and_deepspeed_gets_its_settings(digit
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    reported = json.loads((tmp_path / "told.json").read_text())
+    reported = json.loads((tmp_path / "reported.json").read_text())
     assert reported["kind"] == "DeepSpeedEngine" and reported["reduce_bucket_size"] == 54321 and reported["stage"] == 1
     assert reported["config"]["train_batch_size"] == 128 and reported["config"]["gradient_clipping"] == 1.0
     assert [line["world"] for line in lines(tmp_path / "runs" / "job", "start")] == [2]

@@ -276,7 +276,7 @@ def test_a_forked_worker_writes_no_line_that_is_held(tmp_path: Path, monkeypatch
     journal, real = Journal(tmp_path), os.write
     monkeypatch.setattr(os, "write", full)
     journal.write("step", step=1)
-    monkeypatch.setattr(os, "write", real)  # there is room again when the worker starts
+    monkeypatch.setattr(os, "write", real)  # space is free again when the worker starts
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -322,7 +322,7 @@ def test_a_line_costs_microseconds_and_memory_stays(tmp_path: Path):
             journal.write("step", step=step, loss=2.3, **{f"metric_{i}": i / 7 for i in range(40)})
             took.append(time.thread_time() - began)
         assert len(journal._pending) == 0
-    assert np.median(took) < 2e-3  # .1 ms seen; `trilevel bench journal` measures it
+    assert np.median(took) < 2e-3  # .1 ms measured; `trilevel bench journal` measures it
 
 
 def test_missing_journal_is_named(tmp_path: Path):

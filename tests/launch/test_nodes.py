@@ -130,13 +130,13 @@ def test_a_signal_after_the_end_of_a_node_does_not_change_its_exit_code(tmp_path
 )
 def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, capsys):
     """Two commands in place of ssh: one fails; the other ends well when a Ctrl-C arrives, or when none does."""
-    waits = "import sys, select; print('told' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
+    waits = "import sys, select; print('fed' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
     ends = Command((sys.executable, "-c", "import sys; sys.exit(3)"))
     stays = Command((sys.executable, "-c", waits.format(3 if spare else 60)))
     assert processes.run_on_hosts([ends, stays], ["a", "b"], tmp_path, spare) == code
     message = capsys.readouterr()
     assert f"a ended with 3; {took}" in message.err
-    assert ("alone" if spare else "told") in (tmp_path / "b.txt").read_text()
+    assert ("alone" if spare else "fed") in (tmp_path / "b.txt").read_text()
 
 
 @pytest.mark.parametrize("least", [None, 1])

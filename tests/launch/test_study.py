@@ -129,7 +129,7 @@ def finished(folder: Path) -> Path:
     return write(folder, [first | where, {"kind": "system", "time": 1.0, "node7": {"cpu": 1}}, *rest])
 
 
-def test_a_kept_journal_counts_as_finished_and_names_nobody(mini: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kept_journal_counts_as_finished_and_names_no_host_or_user(mini: str, capsys: pytest.CaptureFixture[str]) -> None:
     finished(Path("runs/mini-sparse-seed1"))
     assert program.main(["study", mini, "--keep", "--journals", "kept"]) == 0
     kept = Path("kept/mini/sparse-seed1.jsonl.xz")
@@ -173,7 +173,7 @@ def test_texts_of_kept_journals(text: str, neutral: str) -> None:
     assert kept_journals.neutral({"kind": "start", "pattern": text}, set())["pattern"] == neutral
 
 
-def test_runs_side_by_side_have_a_limit_and_a_failure_stops_no_other(tmp_path: Path) -> None:
+def test_at_most_two_runs_at_a_time_and_a_failure_stops_no_other(tmp_path: Path) -> None:
     code = "import sys, time; open(sys.argv[1], 'w').write('x'); time.sleep(0.5); print('done'); sys.exit(int(sys.argv[2]))"
     commands = {
         name: Command((sys.executable, "-c", code, str(tmp_path / name), str(number)))
@@ -210,7 +210,7 @@ def test_a_signal_reaches_every_run_and_starts_no_other(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_study_runs_what_is_left_and_keeps_it(mini: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_trains_the_unfinished_runs_and_keeps_their_journals(mini: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer is replaced: it writes a journal. Arm `third` fails, and is the only one left afterwards."""
     asked: list[str] = []
 

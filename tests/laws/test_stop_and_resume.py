@@ -69,13 +69,15 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     done = job(folder, digits, 2, "whole", *SCENES, "zero3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    (folder / "told.txt").write_text(done.stdout)
+    (folder / "reports.txt").write_text(done.stdout)
     return folder
 
 
 def reported(runs: Path, scene: str) -> list[str]:
     return [
-        line.split(": ", 1)[1] for line in (runs / "told.txt").read_text().splitlines() if line.startswith(f"told {scene}: ")
+        line.split(": ", 1)[1]
+        for line in (runs / "reports.txt").read_text().splitlines()
+        if line.startswith(f"reported {scene}: ")
     ]
 
 

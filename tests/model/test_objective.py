@@ -32,7 +32,7 @@ def batch(labels, ids=None, copies=None, weights=None):
     )
 
 
-def says(*classes):
+def predicting(*classes):
     """Logits (b, C) whose order of preference per row is given, e.g. (2, 0) prefers class 2, then class 0."""
     logits = torch.zeros(len(classes), C)
     for row, order in enumerate(classes):
@@ -103,53 +103,58 @@ def test_contradictions_are_refused():
 
 def test_unmixed_rows_are_judged_alone_under_every_rule():
     for rule in ("clear", "dominant", "without_partner", "authors"):
-        assert credited(rule, batch([0, 1, 2, 3]), says(0, 2, 2, 3), NO_MIX) == {100: True, 101: False, 102: True, 103: True}
+        assert credited(rule, batch([0, 1, 2, 3]), predicting(0, 2, 2, 3), NO_MIX) == {
+            100: True,
+            101: False,
+            102: True,
+            103: True,
+        }
 
 
 def test_dominant_credits_the_image_that_dominates():
     rows = batch([0, 1])
     # own share .7: row 0 is mostly image 100
-    assert credited("dominant", rows, says(0, 0), Mix(0.7)) == {100: True, 101: False}
+    assert credited("dominant", rows, predicting(0, 0), Mix(0.7)) == {100: True, 101: False}
     # own share .3: row 0 is mostly image 101 with label 1, row 1 mostly image 100 with label 0
-    assert credited("dominant", rows, says(1, 4), Mix(0.3)) == {101: True, 100: False}
-    assert credited("dominant", rows, says(0, 1), Mix(0.3)) == {101: False, 100: False}
+    assert credited("dominant", rows, predicting(1, 4), Mix(0.3)) == {101: True, 100: False}
+    assert credited("dominant", rows, predicting(0, 1), Mix(0.3)) == {101: False, 100: False}
 
 
 def test_half_and_half_gives_each_image_its_own_row():
-    assert credited("dominant", batch([3, 1]), says(3, 1), Mix(0.5)) == {100: True, 101: True}
+    assert credited("dominant", batch([3, 1]), predicting(3, 1), Mix(0.5)) == {100: True, 101: True}
 
 
 def test_without_partner_forgives_the_other_class_only():
     rows = batch([0, 1])
-    assert credited("without_partner", rows, says((1, 0), (2, 1)), Mix(0.7)) == {100: True, 101: False}
-    assert credited("without_partner", rows, says((0, 1), (1, 0)), Mix(0.3)) == {101: True, 100: True}
+    assert credited("without_partner", rows, predicting((1, 0), (2, 1)), Mix(0.7)) == {100: True, 101: False}
+    assert credited("without_partner", rows, predicting((0, 1), (1, 0)), Mix(0.3)) == {101: True, 100: True}
     same = batch([2, 2])  # nothing to leave out where both are of one class
-    assert credited("without_partner", same, says(2, 0), Mix(0.7)) == {100: True, 101: False}
+    assert credited("without_partner", same, predicting(2, 0), Mix(0.7)) == {100: True, 101: False}
 
 
 def test_the_authors_rule_compares_every_row_with_its_own_label():
-    assert credited("authors", batch([0, 1]), says(1, 0), Mix(0.1)) == {100: False, 101: False}
+    assert credited("authors", batch([0, 1]), predicting(1, 0), Mix(0.1)) == {100: False, 101: False}
 
 
 def test_broken_images_are_not_observed_and_leave_their_partner_its_row():
     rows = batch([0, 1, 2, 3], weights=[0.0, 1.0, 1.0, 0.5])
     for rule in ("dominant", "without_partner"):
-        assert credited(rule, rows, says(1, 1, 3, 4), Mix(0.2)) == {101: True, 103: True, 102: False}
+        assert credited(rule, rows, predicting(1, 1, 3, 4), Mix(0.2)) == {101: True, 103: True, 102: False}
     # unmixed because the partner is broken, so class 0 is not left out for image 101
-    assert credited("without_partner", rows, says(0, (0, 1), 3, 3), Mix(0.8))[101] is False
+    assert credited("without_partner", rows, predicting(0, (0, 1), 3, 3), Mix(0.8))[101] is False
 
 
 def test_a_loss_that_is_not_finite_gives_no_observation():
     losses = torch.tensor([1.0, float("nan"), float("inf"), 0.5])
     for mix in (NO_MIX, Mix(0.9)):
-        ids, observation = objective().credit(batch([0, 1, 2, 3]), says(0, 1, 2, 3), losses, mix)
+        ids, observation = objective().credit(batch([0, 1, 2, 3]), predicting(0, 1, 2, 3), losses, mix)
         assert ids[observation.valid].tolist() == [100, 103]
 
 
 def test_copies_of_one_image_count_once_by_copy_index():
     rows = batch([0, 1, 0, 2], ids=[7, 8, 7, 9], copies=[1, 0, 0, 0])
-    assert credited("dominant", rows, says(0, 1, 0, 2), Mix(0.9)) == {8: True, 7: True, 9: True}
-    swapped = credited("dominant", rows, says(1, 4, 2, 3), Mix(0.1))
+    assert credited("dominant", rows, predicting(0, 1, 0, 2), Mix(0.9)) == {8: True, 7: True, 9: True}
+    swapped = credited("dominant", rows, predicting(1, 4, 2, 3), Mix(0.1))
     assert swapped == {8: True, 9: True, 7: False}  # copy 0 of image 7 speaks from its partner's row, copy 1 is silent
 
 
@@ -188,7 +193,7 @@ def test_dominant_is_the_argmax_of_the_soft_target():
     for lam in (0.9, 0.51, 0.49, 0.1):
         target = objective(smoothing=0.1)
         top = target.targets(labels, Mix(lam), weights).argmax(-1)
-        assert all(credited("dominant", batch(labels.tolist()), says(*top.tolist()), Mix(lam)).values())
+        assert all(credited("dominant", batch(labels.tolist()), predicting(*top.tolist()), Mix(lam)).values())
 
 
 def test_spread_compares_across_token_counts_and_losses_pass_through():
@@ -208,7 +213,7 @@ def test_spread_compares_across_token_counts_and_losses_pass_through():
 
 def test_clear_counts_where_one_image_dominates_and_spares_the_loss():
     """Between 1/4 and 3/4 a row gives no observation; an unmixed row (broken partner) always does; losses count everywhere."""
-    rows, record = batch([0, 1, 2, 3], weights=[0.0, 1.0, 1.0, 1.0]), says((1, 0), 1, (3, 2), 3)
+    rows, record = batch([0, 1, 2, 3], weights=[0.0, 1.0, 1.0, 1.0]), predicting((1, 0), 1, (3, 2), 3)
     losses = torch.arange(4).float()
     for lam, clear in ((0.9, True), (0.75, True), (0.6, False), (0.3, False), (0.1, True)):
         ids, ours = objective(rule="clear").credit(rows, record, losses, Mix(lam))

@@ -254,8 +254,8 @@ def test_output_that_is_closed_before_its_end_is_not_an_error(monkeypatch: pytes
     monkeypatch.setitem(COMMANDS, "kept", lambda _: print("a list\n" * 9999))
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as nobody, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", nobody)
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
         assert main(["kept", "run"]) == 141
     assert capsys.readouterr().err == ""
 

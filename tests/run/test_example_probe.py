@@ -161,7 +161,7 @@ def test_its_time_and_multiply_adds_lower_the_savings_and_have_a_row(tmp_path: P
     journal = list(made_up())
     last = journal[-2]
     control = {"kind": "control", "attempt": 0, "time": last["time"], "step": 25, "step_speedup": 1.5, "measured": 0.6}
-    control |= {"keep_tokens": 0.5, "keep_connections": 0.5, "bound_passes": 0.5, "said": "no significant overhead"}
+    control |= {"keep_tokens": 0.5, "keep_connections": 0.5, "bound_passes": 0.5, "note": "no significant overhead"}
     probe = {
         "kind": "probe",
         "attempt": 0,

@@ -166,12 +166,12 @@ def test_no_credential_on_an_ssh_command_line(uri: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     assert launch.main(["hosts", "configs/quickstart.yaml", "--hostfile", str(tmp_path / "hosts"), "--dry-run"]) == 0
-    said = capsys.readouterr()
-    assert SECRET not in said.out + said.err and "MLFLOW_TRACKING_URI is not passed on" in said.err
+    shown = capsys.readouterr()
+    assert SECRET not in shown.out + shown.err and "MLFLOW_TRACKING_URI is not passed on" in shown.err
 
 
 @pytest.mark.parametrize(
-    ("status", "answer", "said"),
+    ("status", "answer", "remedy"),
     [
         (401, b"Unauthorized", "MLFLOW_TRACKING_TOKEN"),
         (403, b'{"error_code": "PERMISSION_DENIED"}', "MLFLOW_TRACKING_USERNAME"),
@@ -179,11 +179,11 @@ def test_no_credential_on_an_ssh_command_line(uri: str, tmp_path: Path, monkeypa
     ],
 )
 def test_what_a_server_answers_comes_with_a_remedy(
-    server: Server, tmp_path: Path, status: int, answer: bytes, said: str
+    server: Server, tmp_path: Path, status: int, answer: bytes, remedy: str
 ) -> None:
     server.status, server.answer = status, answer
     done, message = sync(run_with(tmp_path / "a", f"http://{server.address}"), 0.5)
-    assert not done and said in message and "is deleted" not in message
+    assert not done and remedy in message and "is deleted" not in message
 
 
 LISTENING = """

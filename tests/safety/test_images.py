@@ -28,14 +28,14 @@ def segment(kind: int, body: bytes) -> bytes:
     return bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body
 
 
-def lying(real: bytes, width: int, height: int, marker: bytes = b"\xff\x01") -> bytes:
-    """A JPEG with a marker that has no length behind SOI. Who gives it one (FF E0) goes on 65,504 bytes later, at a false frame header
-    of width x height inside a comment."""
+def with_false_header(real: bytes, width: int, height: int, marker: bytes = b"\xff\x01") -> bytes:
+    """A JPEG with a marker without a length after SOI. A reader that takes FF E0 as its length continues 65,504 bytes later, at a false
+    frame header of width x height inside a comment."""
     frame_header = segment(0xC0, b"\x08" + struct.pack(">HH", height, width) + b"\x03\x01\x11\0\x02\x11\0\x03\x11\0")
     scan = segment(0xDA, b"\x03\x01\0\x02\x11\x03\x11\0\x3f\0")
     first = 2 + struct.unpack(">H", real[4:6])[0]  # the APP0 segment
     start = bytearray(real[:2] + marker + real[2 : 2 + first])
-    false = 2 + 2 + 0xFFE0  # where the walk would go on
+    false = 2 + 2 + 0xFFE0  # where such a reader would continue
     comments = bytearray()
     while len(start) + len(comments) < false + 200:
         comments += segment(0xFE, bytes(30_000))
@@ -71,7 +71,7 @@ def test_verify_names_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("marker", [b"\xff\x01", *(bytes([0xFF, 0xD0 + n]) for n in range(8))])
 def test_markers_without_a_length_have_none(marker: bytes) -> None:
     real = encoded(picture(1, 60, 60))
-    found = lying(real, 5000, 5000, marker)
+    found = with_false_header(real, 5000, 5000, marker)
     assert frame(found)[:2] == ((0, 0) if marker == b"\xff\x01" else (60, 60))
     try:
         wanted = np.array(decode_exact(found))
@@ -83,8 +83,8 @@ def test_markers_without_a_length_have_none(marker: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [(5000, 5000), (61, 60), (8, 8)])
-def test_every_crop_of_a_lying_jpeg_is_right_or_broken(size: tuple[int, int]) -> None:
-    data = lying(encoded(picture(1, 60, 60)), *size)
+def test_every_crop_of_a_jpeg_with_a_false_header_is_right_or_broken(size: tuple[int, int]) -> None:
+    data = with_false_header(encoded(picture(1, 60, 60)), *size)
     for transform in transforms().values():
         for key in range(20):
             try:
@@ -95,16 +95,16 @@ def test_every_crop_of_a_lying_jpeg_is_right_or_broken(size: tuple[int, int]) ->
 
 def test_a_bomb_behind_a_small_false_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PIXELS", 300_000)  # 640 x 640 for 12,000 x 12,000
-    data = lying(encoded(PIL.Image.new("RGB", (640, 640))), 8, 8)
-    with pytest.raises(BrokenImage, match="no image"):  # as evaluation says
+    data = with_false_header(encoded(PIL.Image.new("RGB", (640, 640))), 8, 8)
+    with pytest.raises(BrokenImage, match="no image"):  # as in evaluation
         EncodedImage(data).whole()
     with pytest.raises(BrokenImage, match="decompression bomb"):
-        EncodedImage(lying(encoded(PIL.Image.new("RGB", (640, 640))), 8, 8, b"\xff\xd0")).whole()
+        EncodedImage(with_false_header(encoded(PIL.Image.new("RGB", (640, 640))), 8, 8, b"\xff\xd0")).whole()
 
 
 @pytest.mark.parametrize("library", ["TurboJPEG", "PIL"])
 def test_decoded_pixels_must_have_the_size_of_the_header(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever else two readers of one header may disagree about."""
+    """However differently two decoders read one header."""
     if library == "PIL":
         monkeypatch.setattr(module.turbojpeg, "library", lambda: None)
     real = frame(data := encoded(picture(1, 60, 60)))

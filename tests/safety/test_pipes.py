@@ -79,8 +79,8 @@ def test_a_file_allows_no_command(
     words = [word.replace("RUN", str(run)).replace("FOREIGN", str(tmp_path / "foreign.yaml")) for word in COMMANDS[name]]
     assert trilevel.main(words) == 2
     assert not ran.exists()
-    said = capsys.readouterr().err
-    assert f"touch {ran}; cat" in said and "--allow-pipe" in said and "TRILEVEL_ALLOW_PIPE=1" in said
+    shown = capsys.readouterr().err
+    assert f"touch {ran}; cat" in shown and "--allow-pipe" in shown and "TRILEVEL_ALLOW_PIPE=1" in shown
 
 
 @pytest.mark.parametrize("how", ["--allow-pipe", "data.allow_pipe=true", "environment"])

@@ -1,4 +1,4 @@
-"""Servers that lie: nothing is written outside the folder asked for, and no more than allowed is taken."""
+"""Servers with false answers: nothing is written outside the folder asked for, and no more than allowed is taken."""
 
 from __future__ import annotations
 

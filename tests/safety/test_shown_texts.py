@@ -48,12 +48,12 @@ def test_report_and_compare(kind: str, tmp_path: Path, capsys: Any) -> None:
     one, other = made(tmp_path / "one", text), made(tmp_path / "other", f"{text} 2", sparse=False)
     write_report(one)
     assert main(["report", str(one)]) == 0
-    said = capsys.readouterr().out
+    report = capsys.readouterr().out
     assert main(["compare", str(one), str(other), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
+    comparison = capsys.readouterr().out
     shown = PLAIN.get(kind, text).split("\n")[0]
-    assert shown in said and shown in told.replace("\n", " ")
-    assert not {"\x1b", "\x07", "\u202e", "\udce9"} & set(said + told)
+    assert shown in report and shown in comparison.replace("\n", " ")
+    assert not {"\x1b", "\x07", "\u202e", "\udce9"} & set(report + comparison)
     for page in (one / "report.md", tmp_path / "out" / "compare.md", tmp_path / "out" / "compare.html"):
         content = page.read_text()
         assert "<img" not in content and not {"\x1b", "\u202e"} & set(content)
@@ -69,8 +69,8 @@ def test_a_table_takes_no_markup(capsys: Any) -> None:
     table.add_column("[i]c[/i]")
     table.add_row("[/y] :smile: \x1b[31m")
     show_table(table)
-    said = capsys.readouterr().out
-    assert "[bold]t[/bold] [/x]" in said and "[i]c[/i]" in said and "[/y] :smile: \\x1b[31m" in said
+    report = capsys.readouterr().out
+    assert "[bold]t[/bold] [/x]" in report and "[i]c[/i]" in report and "[/y] :smile: \\x1b[31m" in report
 
 
 def test_the_progress_bar_takes_no_markup() -> None:

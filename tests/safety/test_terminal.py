@@ -62,7 +62,9 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_outlives_what_shows_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_when_its_terminal_or_pipe_is_gone(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, err = Broken(), Broken()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -114,7 +116,7 @@ def test_closed_streams(recipe: Path, tmp_path: Path) -> None:
     wait_for(lambda: journal.exists() and '"kind":"step"' in journal.read_text(), 100)
     training.send_signal(signal.SIGTERM)
     assert training.wait(60) == 75
-    assert all(line.startswith("{") for line in journal.read_text().splitlines())  # nobody else got its descriptor
+    assert all(line.startswith("{") for line in journal.read_text().splitlines())  # no other stream got its descriptor
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

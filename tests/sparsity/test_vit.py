@@ -196,7 +196,7 @@ def test_what_cannot_be_reproduced_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "expected"),
     [
         ({"tokens": "topp"}, "tokens.method='topp': unknown value; valid values: all, topk"),
         ({"connections": "none"}, "connections.method='none': unknown value"),
@@ -208,19 +208,19 @@ def test_what_cannot_be_reproduced_is_refused_by_name(name):
         ({"tokens": TopKSettings(fuse=True), "compat": "authors"}, "compat=authors with tokens.method=topk"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_their_key(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_settings_that_do_not_fit_are_refused_with_their_key(settings, expected):
+    with pytest.raises(ValueError, match=expected):
         build(tiny(), **({"blocks": (0, 1)} | settings))
 
 
 def test_networks_without_cls_refuse_what_needs_it():
     vit = FAMILIES["average_pooling"]()
-    for settings, says in (
+    for settings, expected in (
         ({"connections": "shared_keys"}, "no .CLS. token"),
         ({"tokens": "tome"}, "global_pool='avg'"),
         ({"tokens": "topk", "compat": "authors"}, "no prefix token but"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=expected):
             build(vit, blocks=(1,), **settings)
 
 

@@ -154,7 +154,7 @@ def test_the_verdict_does_not_depend_on_the_library(options: dict[str, int], mon
     cases, places = (
         [good, *spoilt(good)],
         [(0, 0, 8, 90), (20, 30, 17, 40), (60, 1, 10, 50)],
-    )  # most of it lies behind the first
+    )  # most of it follows the first
     cut: list[bool] = []
     ask = turbojpeg.cut
     monkeypatch.setattr(turbojpeg, "cut", lambda *a: (found := ask(*a), cut.append(found is not None))[0])

@@ -24,7 +24,7 @@ from trainer.data.shards.pattern import expand
 from trainer.data.shards.reader import Reader
 
 SIZES = [5, 1, 7]
-ROOM = 1 << 30
+CACHE_SIZE = 1 << 30
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +132,10 @@ def test_s3_without_boto3_names_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_batches_through_a_small_cache_are_those_of_files(tmp_path: Path, workers: int) -> None:
     pattern = write_shards(tmp_path / "www", [6] * 12)
     local = build_index(pattern, progress=False)
-    room = sum(s["bytes"] for s in local.shards) * 0.6
-    cache = {"cache": str(tmp_path / "cache"), "cache_size": room / 2**30, "workers": workers, "window": 6, "lanes": 1}
+    limit = sum(s["bytes"] for s in local.shards) * 0.6
+    cache = {"cache": str(tmp_path / "cache"), "cache_size": limit / 2**30, "workers": workers, "window": 6, "lanes": 1}
     with serving(tmp_path / "www", latency=0.03) as web:
-        index = build_index(f"{web.url}/train-{{0000..0011}}.tar", cache=Cache(tmp_path / "once", int(room)), progress=False)
+        index = build_index(f"{web.url}/train-{{0000..0011}}.tar", cache=Cache(tmp_path / "once", int(limit)), progress=False)
         web.faults = {"train-0004.tar": [500, "cut"], "train-0007.tar": ["garbled", "cut"]}
         plain = config("x", data={"window": 6, "lanes": 1})
         through = training_stream(index, config("x", data=cache), 0, 1)
@@ -148,19 +148,19 @@ def test_batches_through_a_small_cache_are_those_of_files(tmp_path: Path, worker
                 assert all((a.images == b.images).all() and (a.ids == b.ids).all() for a, b in zip(got, wanted, strict=True))
         for folder in ("cache", "other"):
             held = list((tmp_path / folder / "trilevel-cache-1").glob("*.tar"))
-            assert 0 < sum(p.stat().st_size for p in held) <= room and len(held) < 12
+            assert 0 < sum(p.stat().st_size for p in held) <= limit and len(held) < 12
         got = list(validation_set(index, config("x", data=cache), 1, 2))
         assert [i for b in got for i in b.ids.tolist() if i >= 0] == list(range(36, 72)) and not any(b.broken for b in got)
 
 
 def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = build_index(braces(web), cache=Cache(tmp_path / "a", ROOM), progress=False)
+    index = build_index(braces(web), cache=Cache(tmp_path / "a", CACHE_SIZE), progress=False)
     path = tmp_path / "www" / "train-0002.tar"
     original = path.read_bytes()
     path.write_bytes(original[:600] + b"!" + original[601:])
     with pytest.raises(DataError, match=r"train-0002.tar changed since it was indexed"):
         open_index(braces(web))
-    got = Reader(index, Cache(tmp_path / "b", ROOM)).read(np.arange(13))
+    got = Reader(index, Cache(tmp_path / "b", CACHE_SIZE)).read(np.arange(13))
     assert [isinstance(g, DataError) for g in got] == [False] * 6 + [True] * 7 and "hash mismatch in 3 downloads" in str(got[6])
     assert not list((tmp_path / "b").rglob("*.part"))
     path.write_bytes(original + b"\0" * 512)
@@ -174,7 +174,7 @@ def test_a_changed_or_lost_shard(web: Web, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(retry, "_TRIES", 3)
     web.faults = {"train-0000.tar": [500] * 9}
     with pytest.raises(DataError, match=r"train-0000.tar: HTTP status 500 .*after 3 attempts"):
-        Cache(tmp_path / "c", ROOM).fetch(index.source(0))
+        Cache(tmp_path / "c", CACHE_SIZE).fetch(index.source(0))
     with pytest.raises(DataError, match=r"Connection refused.*after 3 attempts"):
         client.stat("http://127.0.0.1:9/train.tar")
 
@@ -201,7 +201,7 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """No image is the cause: none is counted as broken, and the error of a worker is shown without its stack."""
-    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
+    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", CACHE_SIZE))
     monkeypatch.setattr(retry, "_TRIES", 2)
     web.faults = {name: [503] * 99 for name in index.names}
     settings = config("x", data={"cache": str(tmp_path / "b"), "cache_size": 0.1, "workers": workers, "batch": 4, "window": 4})
@@ -214,10 +214,10 @@ def test_a_server_that_stays_away_ends_the_run_by_its_name(
 
 
 def test_a_cache_that_can_not_be_written_ends_the_run_by_its_name(web: Web, tmp_path: Path) -> None:
-    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", ROOM))
+    index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", CACHE_SIZE))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageUnavailable, match=r"data.cache=.*file: Not a directory .*; use a folder"):
-        Reader(index, Cache(tmp_path / "file", ROOM)).read(np.arange(13))
+        Reader(index, Cache(tmp_path / "file", CACHE_SIZE)).read(np.arange(13))
 
 
 def test_errors_inside_a_remote_shard_name_its_url(web: Web, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_pipes_where_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     local = build_index(pattern, progress=False)
     assert index.sizes.tolist() == SIZES and (index.labels == local.labels).all()
     assert len(open_index(pipe, verify="full")) == 13
-    reader = Reader(index, Cache(tmp_path / "fresh", ROOM))
+    reader = Reader(index, Cache(tmp_path / "fresh", CACHE_SIZE))
     assert [bytes(d) for d in reader.read(np.arange(13))] == [jpeg(i) for i in range(13)]  # pyright: ignore
     with pytest.raises(DataError, match=r"exit"):
         build_index("pipe:echo no; exit 3", progress=False)

@@ -47,7 +47,7 @@ def play(method, table, spread=None) -> None:
     for epoch in range(max(len(row) for row in table)):
         shown = [i for i, row in enumerate(table) if row[epoch] != "-"]
         method.select(epoch, single_process)
-        # each example comes with a second copy that says the opposite: the first counts
+        # each example has a second copy with the opposite result: only the first counts
         ids = [i for i in shown for _ in range(2)]
         correct = [bool(int(table[i][epoch])) != copy for i in shown for copy in (False, True)]
         observe(method, ids, correct, [spread[i] for i in ids] if spread else None, valid=[True, False] * len(shown))
@@ -109,7 +109,7 @@ def test_ties_go_by_the_mean_spread_however_often_an_example_was_shown():
 
 
 def test_each_update_draws_other_places_of_the_pool():
-    """Two updates over pools of one size: a draw that forgot its number would bring back the same places."""
+    """Two updates over pools of one size: draws without the number of the update would bring back the same places."""
     places = []
     method = swapping(400, removed=0.5, swap=0.05, updates=2)
     for epoch in range(11):
@@ -149,7 +149,7 @@ def test_ties_by_id_alone():
     assert np.flatnonzero(before & ~method.active).tolist() == active[:10].tolist()
 
 
-def test_never_learned_and_barely_seen_stay_even_if_the_swap_is_not_filled():
+def test_never_learned_and_rarely_shown_examples_stay_even_if_fewer_are_swapped():
     method = swapping(40)
     active = np.flatnonzero(method.active)
     for epoch in range(5):
@@ -210,7 +210,7 @@ def test_large_ids_survive_the_gather():
     observe(method, [n - 1, n - 2], [True, True], loss=[0.25, 0.75])
 
     def gather(tensor):
-        return tensor if tensor.dtype == torch.int64 else tensor.bfloat16().float()  # what a careless wire would do
+        return tensor if tensor.dtype == torch.int64 else tensor.bfloat16().float()  # what a gather in bfloat16 would do
 
     state = method.state_dict(gather)
     assert np.flatnonzero(np.isfinite(state["loss"])).tolist() == [n - 2, n - 1]
@@ -256,7 +256,7 @@ def test_infobatch_leaves_what_it_has_not_seen():
 
 
 def test_the_never_trained_come_back_first():
-    """All of the first pool before anybody a second time; over a resume too."""
+    """All examples of the first pool come back before any comes back twice; also over a resume."""
     method = swapping(40, removed=0.5, swap=0.25, updates=3, restore="never_trained")
     first_pool, returned = set(np.flatnonzero(~method.active)), []
     for epoch in range(16):

@@ -71,7 +71,7 @@ class Telling(Recorder):
 
 
 class Full(Disk):
-    """No room for the second checkpoint."""
+    """No free space for the second checkpoint."""
 
     def sync(self, folder: Path) -> None:
         if "step-00000006" in folder.name:
@@ -105,7 +105,7 @@ def one(name: str, resume: bool, *overrides: str) -> str:
         reported = str(error)
     AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
     if RANK == 0:
-        print(f"told {name}: {reported}", flush=True)
+        print(f"reported {name}: {reported}", flush=True)
     return reported
 
 
