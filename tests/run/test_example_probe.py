@@ -262,6 +262,7 @@ def test_interrupted_in_a_probe_is_uninterrupted(runs: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow  # `make test` has the rows of the rule under ZeRO 1 and 3 in tests/laws/test_every_mechanism.py
 @pytest.mark.timeout(900)
 def test_every_stage_and_any_world_probe_the_same_examples(runs: Path, digits: Path, tmp_path: Path) -> None:
     """Three processes, whose parts of the 1,150 images differ by one, and one."""
