@@ -86,6 +86,7 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("data.batch=1000", "must be a multiple of data.lanes x data.repeats = 16 x 1"),
         ("data.micro_batch=31", "both must be even"),
         ("tokens.blocks=[3, 3]", "unique, in ascending order"),
+        ("tokens.blocks=[3, 1]", "unique, in ascending order"),
         ("engine.zero=4", "engine.zero=4"),
         ("optim.name=lamb", "set engine.zero=0"),
         ("name=../x", "name='../x': must be letters, digits"),
@@ -159,3 +160,10 @@ def test_a_resume_may_change_where_it_runs_and_not_what_is_computed(tmp_path: Pa
     other = changed("optim.lr=0.5", "engine.precision=bf16", tmp_path=tmp_path)
     assert differences(other, ours) == {"engine.precision": ("bf16", "autocast"), "optim.lr": (0.5, 1e-3)}
     assert other.fingerprint() != ours.fingerprint()
+
+
+def test_of_two_overrides_of_a_method_the_last_decides_which_settings_stay() -> None:
+    """The file's `keep` is of topk and tome, not of `all`."""
+    last = load("configs/quickstart.yaml", ["tokens.method=all", "tokens.method=tome", "tokens.blocks=[1, 3]"])
+    assert last.tokens.method == "tome" and last.tokens.settings.final_keep == 0.7
+    assert load("configs/quickstart.yaml", ["tokens.method=tome", "tokens.method=all"]).tokens.method == "all"
