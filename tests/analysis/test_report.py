@@ -76,6 +76,14 @@ def test_work_of_a_window_over_two_plans_is_of_both(tmp_path: Path):
     assert last.dense_multiply_adds == 80 * 100 + 60 * 100 + 60 * 100 / 0.5
 
 
+def test_a_checkpoint_line_of_an_earlier_step_does_not_set_the_run_back(tmp_path: Path):
+    """It is written once the checkpoint is on disk, which may be after lines of later steps."""
+    lines = [{"kind": "start"} | START, {"kind": "step", "step": 10, "images": 100, "seconds": 1.0}]
+    lines += [{"kind": "checkpoint", "step": 8, "path": "step-8"}]
+    found = history(write(tmp_path, [{"time": 1.0, "attempt": 0} | line for line in lines]))
+    assert found.last.step == 10 and [point.step for point in found.of("checkpoint")] == [10]
+
+
 def test_running_and_empty_runs(tmp_path: Path):
     run = write(tmp_path / "tri", [{"kind": "start", "time": 1.0, "attempt": 0} | START])
     assert summary(run).title == "tri: running, 0 steps, epoch 0" and set(cells(run)) == {"time", "device hours"}

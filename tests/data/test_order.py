@@ -161,6 +161,26 @@ def test_a_rank_touches_its_lanes_only() -> None:
     assert set(order._windows) == {6, 7}
 
 
+@pytest.mark.parametrize("kind", KEEPS[:3])
+@pytest.mark.parametrize("shards", SHARDS)
+def test_the_shards_of_a_window_are_those_of_its_examples(shards: str, kind: str) -> None:
+    """No shard more: a window that ends at the border of two shards does not name the second one, which would be downloaded for nothing."""
+    sizes = np.array(SHARDS[shards])
+    mask = a_mask(kind, int(sizes.sum()), 24)
+    layout = Layout(sizes, seed=3, batch=24, lanes=4, window=25)
+    order, borders = EpochOrder(layout, 1, None if mask is None else packed(mask)), 0
+    for lane in range(4):
+        for window in range(int(order.window_at(order.steps - 1)[lane]) + 1):
+            named = order.shards_of(lane, window).tolist()
+            assert (
+                sorted(set(named))
+                == np.unique(np.searchsorted(layout.first, order.window_of(lane, window), "right") - 1).tolist()
+            )
+            spans = order._spans(lane, window)
+            borders += sum(end > begin and end in order._starts for begin, end in spans)
+    assert borders or len(sizes) == 1, "no window ends at a border: the case is not tested"
+
+
 def test_homes_stay_together() -> None:
     layout = Layout(np.full(64, 50), seed=0, batch=64, lanes=8, window=64, homes=4)
     for epoch in range(3):

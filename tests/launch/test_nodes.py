@@ -48,6 +48,13 @@ def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("time", ["0", "0:00", "0-0", "6:01", "0:06:01"])
+def test_a_limit_that_leaves_time_to_save_and_none_at_all_are_accepted(time):
+    """Slurm reads 0 as no limit; --signal 300 comes up to 60 s early, so 361 s are the first that leave a second of training."""
+    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, time=time), "python")
+    assert f"#SBATCH --time={time}\n" in text and "#SBATCH --signal=USR1@300\n" in text
+
+
 def test_rendered_ssh_equals_the_stored_text():
     found = hosts.read("# the cluster\nme@node1 slots=4  # with a disk\n\nnode2 slots=4\n")
     commands = hosts.render(

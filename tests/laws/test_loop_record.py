@@ -402,7 +402,11 @@ def test_the_log_lines_sum_their_windows(whole: Run, twin: Twin) -> None:
 def test_the_scores_are_those_of_the_weights_and_of_their_average(whole: Run, twin: Twin) -> None:
     found = lines(whole.result.directory, "eval")
     assert [(line["step"], line["ema"]) for line in found] == [(step, ema) for step, ema, _, _ in twin.scores]
-    for line, (_, _, top1, loss) in zip(found, twin.scores, strict=True):
+    lengths = [line["steps"] for line in lines(whole.result.directory, "epoch")]
+    for line, (step, _, top1, loss) in zip(found, twin.scores, strict=True):
+        epoch = next(number for number in range(EPOCHS) if step <= sum(lengths[: number + 1]))
+        done = epoch + (step - sum(lengths[:epoch])) / lengths[epoch]
+        assert line["progress"] == pytest.approx(done), "of the steps done, not of the last one's begin"
         assert line["loss"] == pytest.approx(loss, rel=1e-4) and line["images"] == 12
         assert line["top1"] == pytest.approx(top1)
     assert whole.result.top1 == found[-1]["top1"]

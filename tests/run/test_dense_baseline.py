@@ -44,13 +44,22 @@ def control(config: Config, engine: Any) -> DenseBaseline:
     return DenseBaseline(config.control, build_schedule(config), engine, build_objective(config), frozenset({"cls_attention"}))
 
 
-def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
-    """A DenseBaseline through the first steps of a plateau, each `step` seconds; its line at the end."""
-    model = build_model(config).train()
+def engine_of(config: Config) -> Any:
+    """What a DenseBaseline takes of an engine, around a new network."""
     engine = SimpleNamespace(
-        module=model, on_gpu=False, device=torch.device("cpu"), batch_split=BatchSplit(4, 2, 8), settings=config.engine
+        module=build_model(config).train(),
+        on_gpu=False,
+        device=torch.device("cpu"),
+        batch_split=BatchSplit(4, 2, 8),
+        settings=config.engine,
     )
     engine.forward_unwrapped = lambda network, *args: network(*args)
+    return engine
+
+
+def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int = 1000) -> tuple[Any, dict[str, Any] | None]:
+    """A DenseBaseline through the first steps of a plateau, each `step` seconds; its line at the end."""
+    engine = engine_of(config)
     watcher = control(config, engine)
     generator = torch.Generator().manual_seed(0)
     at_hand = (torch.randn(4, 3, 32, 32, generator=generator), torch.full((4, 4), 0.25), torch.arange(4))
@@ -187,6 +196,32 @@ def test_passes_that_take_longer_than_the_runs_own_are_counted_as_such(monkeypat
         else:
             assert (dense_baseline.FEWEST + 1) * pair > allowed * 0.99, steps
     assert asked
+
+
+def test_what_earlier_plateaus_took_is_subtracted_from_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`control` is a share of the whole run, not of each plateau: 5 s here, of which the first plateau takes 4 and the second .9."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    took, pairs = [4.0, 0.9], []
+
+    def counted(passes: dict[str, Any], count: int, _device: torch.device) -> dict[str, list[float]]:
+        pairs.append(count)
+        clock.now += took[len(pairs) - 1]
+        return {name: [0.05] * count for name in passes}
+
+    monkeypatch.setattr(dense_baseline, "time", clock)
+    monkeypatch.setattr(dense_baseline, "interleaved", counted)
+    config = tiny(control=0.005)
+    watcher, reported = control(config, engine_of(config)), []
+    at_hand = (torch.zeros(4, 3, 32, 32), torch.full((4, 4), 0.25), torch.arange(4))
+    for number in range(1, 1 + 3 * (1 + WARM + WATCHED)):  # three plateaus of 1,000 s in all
+        plan = Plan(0.5 + 0.1 * ((number - 1) // (1 + WARM + WATCHED)), 1.0)
+        if line := watcher.measure_if_due(number / 1000, 1000, plan, StepClock(number, 0.1 * number, 0.0), at_hand):
+            reported.append(line)
+    assert [line.get("seconds") for line in reported] == pytest.approx([4.0, 0.9, 0.0])
+    one = 0.05 * (1 + 1 / reported[1]["bound_passes"])
+    assert pairs == [dense_baseline.MOST, int((0.005 * 1000 - 4.0) / one) - 1]
+    assert "control=0.005 of the training time allows 0.1 s" in reported[2]["note"]
 
 
 def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,16 @@ def test_a_wait_without_a_signal_has_no_limit(stop: Stop) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_sighup_stops_a_run_except_under_nohup(stop: Stop, nohup: bool) -> None:
+    """It comes when a terminal closes; its default action would kill the run without a checkpoint."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    again = install_handlers()
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.01)
+    assert again.requested() != nohup
+
+
 def test_a_second_signal_changes_nothing_but_a_second_ctrl_c_ends_at_once(stop: Stop) -> None:
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(os.getpid(), number)

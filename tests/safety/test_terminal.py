@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,45 @@ def test_closed_streams(recipe: Path, tmp_path: Path) -> None:
     training.send_signal(signal.SIGTERM)
     assert training.wait(60) == 75
     assert all(line.startswith("{") for line in journal.read_text().splitlines())  # no other stream got its descriptor
+
+
+def on_terminal(folder: Path, *words: str, before: str = "") -> tuple[subprocess.Popen[bytes], int]:
+    """A command whose standard streams are its controlling terminal, and the other end of it. before: what its shell does first."""
+    ours, its = os.openpty()
+    command = ["sh", "-c", f'{before} exec "$@"', "sh", sys.executable, "-m", *words]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdin=its, stdout=its, stderr=its, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(its, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(its)
+    return process, ours
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_in_mid_run(ignored: bool, recipe: Path, tmp_path: Path) -> None:
+    """Its SIGHUP saves and ends the run with 75. Where it is ignored, as under nohup, the run continues and only its lines are lost."""
+    endless = ["epochs=1000", "stop_at=100000step", "data.workers=1", f"runs={tmp_path}"]
+    process, terminal = on_terminal(tmp_path, "trainer", "train", str(recipe), *endless, before="trap '' HUP;" * ignored)
+    journal = tmp_path / "job" / "journal.jsonl"
+
+    def steps() -> int:
+        return journal.read_text().count('"kind":"step"')
+
+    try:
+        while b"loss" not in os.read(terminal, 1 << 16):
+            pass
+        os.close(terminal)
+        if ignored:
+            begun = steps()
+            wait_for(lambda: steps() > begun + 5, 60)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+    last = json.loads(journal.read_text().splitlines()[-1])
+    assert (last["kind"], last["status"], last["reason"]) == ("end", "stopped", "preempted")
+    assert (tmp_path / "job" / "checkpoints" / "latest").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -14,7 +14,11 @@ class StorageUnavailable(DataError):
 
 
 class NotFound(DataError):
-    """The server answered 401, 403, 404 or 410: the file does not exist, or may not be read."""
+    """The server answered 404 or 410: the file does not exist."""
+
+
+class Forbidden(DataError):
+    """The server answered 401 or 403: the file may not be read; S3 without the right to list answers so for a missing one too."""
 
 
 class Changed(DataError):

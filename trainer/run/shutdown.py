@@ -18,7 +18,7 @@ import psutil
 
 from trainer.data.errors import StorageUnavailable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 POLL = 1.0  # seconds between two checks of the launcher
 DATA_GRACE = 20.0  # seconds to wait for a batch after a stop was requested; schedulers kill after 30 or more
 STARTED_BY = (
@@ -69,8 +69,8 @@ class Stop:
 
 
 def install_handlers() -> Stop:
-    """A Stop that is requested by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or by the exit of the launcher. Further signals have no
-    effect, except that a second SIGINT (Ctrl-C) ends the process immediately."""
+    """A Stop that is requested by one of SIGNALS, or by the exit of the launcher. Further signals have no effect, except that a second
+    SIGINT (Ctrl-C) ends the process immediately. SIGHUP, which comes when a terminal closes, stays ignored under nohup."""
     stop = Stop()
 
     def on_signal(number: int, _frame: Any) -> None:
@@ -80,7 +80,8 @@ def install_handlers() -> Stop:
 
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, on_signal)
     if above := launchers():
         threading.Thread(target=_watch, args=(above, stop), name="launcher watch", daemon=True).start()
     return stop
@@ -96,7 +97,7 @@ def ignore_signals() -> None:
 
 def launchers() -> list[int]:
     """Process ids of the ancestors whose exit must end this run, nearest first: torchrun or accelerate, then `python -m launch`.
-    Empty if the rank was started without a launcher: a run then outlives its terminal."""
+    Empty if the rank was started without a launcher: a run under nohup or setsid then outlives its terminal."""
     if not any(name in os.environ for name in STARTED_BY):
         return []
     parent = os.getppid()

@@ -269,6 +269,9 @@ def test_too_small_a_cache_is_refused_with_the_number(index: Index, tmp_path: Pa
         refuse_small_cache(index, layout, Cache(tmp_path, int(3.9 * length)), (0, 6), 1.0)
     with pytest.raises(DataError, match=r"2 lanes .* x 3 shards"):
         refuse_small_cache(index, layout, Cache(tmp_path, int(4.1 * length)), (0, 6), 0.5)
+    refuse_small_cache(index, Layout(index.sizes, 0, 12, 4, 1000), Cache(tmp_path, int(8.1 * length)), (0, 12), 1.0)
+    with pytest.raises(DataError, match=r"4 lanes .* x 8 shards of a window are 8 shards"):  # no more than the data set has
+        refuse_small_cache(index, Layout(index.sizes, 0, 12, 4, 1000), Cache(tmp_path, int(7.9 * length)), (0, 12), 1.0)
     small = {"cache": str(tmp_path / "cache"), "cache_size": 2 * length / 2**30}
     with pytest.raises(DataError, match=r"data.cache_size=.*raise data.cache_size, or lower data.lanes"):
         training_stream(index, config("x", data=small), 0, 1)

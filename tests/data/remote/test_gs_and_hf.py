@@ -60,6 +60,14 @@ def test_gs_with_faults_is_the_same_as_files(tmp_path: Path, gs: Web) -> None:
         expand("gs://none/*.tar")
 
 
+def test_names_of_gs_objects_are_quoted(tmp_path: Path, gs: Web) -> None:
+    """In a URL `#` begins a fragment, and `%41` is an A."""
+    for name in ("a#1.tar", "50%41.tar", "plain.tar"):
+        (tmp_path / "gs" / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "gs" / "images" / name).write_bytes(name.encode())
+        assert b"".join(client.stream(f"gs://images/{name}")) == name.encode()
+
+
 def test_gs_uses_the_credentials_of_google_auth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auth = pytest.importorskip("google.auth")
     credentials = pytest.importorskip("google.oauth2.credentials").Credentials("ya29.secret")

@@ -17,8 +17,8 @@ import pytest
 from tests.conftest import environment, wait_for
 from tests.support.fake_stores import send
 from tests.support.http_server import Web, serving
-from tests.support.images import write_shards
-from trainer.data.errors import Changed, DataError, NotFound, StorageUnavailable
+from tests.support.images import jpeg, write_shards, write_tar
+from trainer.data.errors import Changed, DataError, Forbidden, NotFound, StorageUnavailable
 from trainer.data.remote import client, retry, sessions, stores
 from trainer.data.remote.cache import Cache, Source
 from trainer.data.shards import location
@@ -56,6 +56,19 @@ def test_a_trickling_server_is_given_up_in_time(
     assert time.monotonic() - began < 10
     assert f"warning: shard {web.url}/{NAME}: less than 1048576 bytes in 1 s; starting attempt 2 of 2" in capfd.readouterr().err
     assert not list((tmp_path / "c").rglob("*.part"))
+
+
+def test_attempts_are_counted_anew_after_progress(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large shard over a bad line takes more than 10 connections; only attempts without progress count."""
+    monkeypatch.setattr(retry, "_TRIES", 2)
+    url, content = f"{web.url}/{NAME}", (web.folder / NAME).read_bytes()
+    monkeypatch.setattr(client, "_PROGRESS", 1)
+    web.faults = {NAME: ["cut"] * 5}
+    assert b"".join(client.stream(url)) == content and web.gets[NAME] == 6
+    monkeypatch.setattr(client, "_PROGRESS", len(content))
+    web.faults = {NAME: ["cut"] * 5}
+    with pytest.raises(StorageUnavailable, match=r"\(after 2 attempts\)"):
+        b"".join(client.stream(url))
 
 
 def test_a_trickling_server_is_taken_up_where_it_stopped(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +240,41 @@ def test_braces_are_bounded_and_closed(pattern: str, reason: str) -> None:
 def test_braces_below_the_bound_are_expanded() -> None:
     pattern = "http://host/{train,val{a..c}}-{000..499..2}.tar"
     assert len(expand(pattern)[2]) == 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (401, Forbidden),
+        (403, Forbidden),
+        (404, NotFound),
+        (410, NotFound),
+        (400, DataError),
+        (405, DataError),
+        (451, DataError),
+    ],
+)
+def test_only_404_and_410_mean_that_a_file_does_not_exist(status: int, kind: type[DataError]) -> None:
+    for url in ("http://host/x.tar", "s3://bucket/x.tar", "gs://bucket/x.tar", "hf://datasets/lab/photos/x.tar"):
+        error = retry.refused(url, status, "why")
+        assert type(error) is kind and str(error).startswith(f"shard {url}: HTTP status {status} why; ")
+        asks = ("NETRC", "AWS credentials", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN")
+        assert any(word in str(error) for word in asks) == (kind is Forbidden), error
+
+
+@pytest.mark.parametrize(("status", "listed"), [(403, False), (401, False), (404, True), (410, True)])
+def test_a_refused_classes_txt_is_not_a_missing_one(web: Web, status: int, listed: bool) -> None:
+    """Classes in the order of their names instead of the file's would be numbered otherwise than in validation."""
+    web.hook = lambda handler: handler.path.endswith("classes.txt") and send(handler, status)
+    pattern = f"{web.url}/train-{{0000..0000}}.tar"
+    assert build_index(pattern, progress=False).classes == ["0", "1", "2", "3"], "numbers need no file"
+    named = {f"{name}.{end}": data for name in "ab" for end, data in (("jpg", jpeg(0)), ("cls", name.encode()))}
+    write_tar(web.folder / NAME, named)
+    if listed:
+        assert build_index(pattern, progress=False).classes == ["a", "b"]
+    else:
+        with pytest.raises(DataError, match=rf"classes.txt: HTTP status {status} .*orders the classes.*allow listing"):
+            build_index(pattern, progress=False)
 
 
 def test_a_stream_that_is_dropped_leaves_its_connection(web: Web) -> None:

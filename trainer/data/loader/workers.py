@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.errors import DataError
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_signals(_worker: int) -> None:

@@ -62,7 +62,7 @@ def _work(cache: Cache, queue: FetchQueue) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the rank shuts down in order and needs data until then
     cache = Cache(Path(sys.argv[1]), int(sys.argv[2]), CacheCheck(float(sys.argv[3])))
     plan = FetchQueue()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib3.exceptions import InvalidHeader, MaxRetryError
 from urllib3.util.retry import Retry
 
-from trainer.data.errors import DataError, NotFound, StorageUnavailable
+from trainer.data.errors import DataError, Forbidden, NotFound, StorageUnavailable
 from trainer.data.remote.url import scheme
 
 _TRIES, _WAIT, _LONGEST_WAIT = 10, 0.15, 30.0  # attempts in a row without progress (70 s in all); seconds between them
@@ -89,7 +89,7 @@ def backoff_or_raise(url: str, error: Exception, left: Retry) -> Retry:
 
 
 def check_response(url: str, reply: Any) -> None:
-    """Raise the error for a web server's status: TransientError, NotFound or DataError."""
+    """Raise the error for a web server's status: TransientError, NotFound, Forbidden or DataError."""
     if reply.status_code in _STATUSES:
         raise TransientError(f"HTTP status {reply.status_code} {reply.reason}", reply.raw)
     if reply.status_code not in (200, 206):
@@ -105,7 +105,7 @@ def refused(url: str, status: int, text: str) -> DataError:
         hint = "check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL" if kind == "s3" else "check the URL"
     else:
         hint = "check the name"
-    error = NotFound if status in (401, 403, 404, 410) else DataError
+    error = {401: Forbidden, 403: Forbidden, 404: NotFound, 410: NotFound}.get(status, DataError)
     return error(f"shard {url}: HTTP status {status} {without_secrets(text)}; {hint}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.data.errors import DataError
+from trainer.data.errors import DataError, Forbidden
 from trainer.data.progress import progress_bar
 from trainer.data.remote.cache import Cache, Source, cache_at
 from trainer.data.remote.client import stat
@@ -121,7 +121,7 @@ def build_index(
     if labels.startswith("file:"):
         scans = with_labels(Path(labels.removeprefix("file:")), scans)
     texts = {text for scan in scans for text in scan.values}
-    number, classes = class_numbers(texts, labels, shard_set.classes(), f"shards {pattern!r}")
+    number, classes = class_numbers(texts, labels, _class_names(shard_set, texts, labels), f"shards {pattern!r}")
     arrays = {
         "offset": np.concatenate([s.offset for s in scans]),
         "length": np.concatenate([s.length for s in scans]),
@@ -132,6 +132,20 @@ def build_index(
     header = {"labels": labels, "packing": packing, "classes": classes, "shards": [s.shard for s in scans]}
     index_file.write(shard_set.index, header, arrays)
     return Index(shard_set.index, shard_set.root)
+
+
+def _class_names(shard_set: ShardSet, texts: set[str], labels: str) -> list[str] | None:
+    """The names in `classes.txt`, None = no such file. Raises DataError if the server refuses it and labels are names: without the file
+    their numbers could be others than in validation; numbers need no file."""
+    try:
+        return shard_set.classes()
+    except Forbidden as error:
+        if labels != "key" and all(text.isascii() and text.isdecimal() for text in texts):
+            return None
+        raise DataError(
+            f"{error}. It orders the classes of these labels, which are names; allow reading it, or, if it does not exist, upload one "
+            "or allow listing (s3:ListBucket: without it S3 answers 403 for a missing file)"
+        ) from error
 
 
 def open_index(

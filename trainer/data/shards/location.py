@@ -33,7 +33,7 @@ class ShardSet(NamedTuple):
         return joined(self.root, name)
 
     def classes(self) -> list[str] | None:
-        """The names in `classes.txt` beside the shards; None if that file does not exist."""
+        """The names in `classes.txt` beside the shards; None if that file does not exist. Raises Forbidden if it may not be read."""
         if not self.root:
             return None
         if not self.is_remote():
