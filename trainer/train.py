@@ -32,6 +32,7 @@ from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
+from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
 from trainer.telemetry.meters import Meters
@@ -43,6 +44,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
     """
     torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
+    check_limits(config.data.workers, world_size())
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)

@@ -247,6 +247,8 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path, conf
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"runs=.*/runs: .*Not a directory.*runs=DIRECTORY"):
         create_run_directory(tmp_path / "runs" / "name", config.resolved(), resume=False)
+    with pytest.raises(ConfigError, match=r"File name too long.*name=NAME"):
+        create_run_directory(tmp_path / ("a" * 300), config.resolved(), resume=False)
 
 
 def test_the_position_moves_through_epochs_of_any_length() -> None:

@@ -157,6 +157,20 @@ def test_unknown_models_and_arguments_are_refused_with_what_is_near():
         create(model(drop_path_rate=0.1))
     with pytest.raises(ConfigError, match=r"rejected by timm.*num_haeds"):
         create(model(num_haeds=3))
+    with pytest.raises(ConfigError, match=r"rejected by timm.*os\.system"):
+        create(model(act_layer="os.system"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()])
+def test_a_model_that_does_not_fit_into_memory_names_its_keys(monkeypatch, error):
+    def too_large(*_, **__):
+        raise error
+
+    monkeypatch.setattr(weights.timm, "create_model", too_large)
+    with pytest.raises(
+        ConfigError, match=r"model.image_size=.*model.classes=1000000000 .*does not fit into memory.*use smaller"
+    ):
+        create(model(classes=10**9))
 
 
 def test_pretrained_weights_that_cannot_be_fetched_name_a_remedy(monkeypatch):

@@ -69,7 +69,7 @@ def test_a_number_must_be_a_number(tmp_path: Path, override: str) -> None:
         "optim.lr=.inf", "optim.eps=.inf", "optim.eps=.nan", "optim.weight_decay=.inf", "optim.clip=.inf", "optim.min_lr=.inf",
         "augment.mixup=.inf", "augment.cutmix=.inf", "augment.color_jitter=.inf", "data.cache_size=.inf", "augment.mean=[.nan, 0, 0]",
         "augment.std=[0, 0, 0]", "augment.std=[1, 1, -1]", "augment.scale=[1, 0]", "augment.scale=[-5, 9]", "augment.ratio=[0, 0]",
-        "augment.ratio=[2, 1]",
+        "augment.ratio=[2, 1]", "data.cache_size=1e300", "data.workers=10000000",
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_refused(tmp_path: Path, override: str) -> None:

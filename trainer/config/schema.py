@@ -55,7 +55,7 @@ class DataConfig(Section):
     micro_batch: int = Field(default=128, ge=1)
     """Most images that a device computes at once; accumulation follows. Lower it when memory runs out; results stay the same
     to rounding."""
-    workers: int = Field(default=4, ge=0)
+    workers: int = Field(default=4, ge=0, le=1024)
     """Decoding processes per rank; 0 decodes in the rank itself. Raise it while `data wait` in the report is above a few
     percent."""
     timeout: float = Field(default=900.0, ge=0, allow_inf_nan=False)
@@ -84,7 +84,7 @@ class DataConfig(Section):
     cache: str | None = None
     """Folder on a local disk of the node through which all shards are read. Default: only remote shards, in ~/.cache/trilevel.
     Set it when the shared file system is slow."""
-    cache_size: float = Field(default=64.0, gt=0)
+    cache_size: float = Field(default=64.0, gt=0, le=1e9)
     """Size limit of the cache in GiB. Too small for the shards that are read at the same time: refused with the number needed."""
 
     @model_validator(mode="before")

@@ -61,9 +61,14 @@ def build(settings: ModelConfig, seed: int, pretrained: bool = False) -> VisionT
     try:
         with seeded(seed):
             model = timm.create_model(settings.name, pretrained=pretrained, **named, **settings.args)
-    except (TypeError, AttributeError, AssertionError) as error:
+    except (TypeError, AttributeError, AssertionError, KeyError) as error:
         raise ConfigError(f"model.name={settings.name} with model.args={settings.args}: rejected by timm: {error}") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's words on the CPU
+            raise ConfigError(
+                f"model.name={settings.name} with model.image_size={settings.image_size}, model.classes={settings.classes} and "
+                f"model.args={settings.args} does not fit into memory: {_first_line(error)}; use smaller values"
+            ) from error
         if not pretrained:
             raise
         raise ConfigError(

@@ -30,12 +30,13 @@ LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow",
 def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool) -> None:
     """Create the run directory, with its config.yaml of `settings`; without `resume`, refuse one that holds a run. Rank 0 only.
     Raises ConfigError."""
-    left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
-    if any(path.exists() for path in left) and not resume:
-        raise ConfigError(
-            f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never overwritten)"
-        )
     try:
+        left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
+        if any(path.exists() for path in left) and not resume:
+            raise ConfigError(
+                f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never "
+                "overwritten)"
+            )
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
         write_text(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -44,7 +45,7 @@ def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool
             Disk().sync(folder)
     except OSError as error:
         raise ConfigError(
-            f"runs={directory.parent}: {error}; free disk space, or set runs=DIRECTORY to a writable folder"
+            f"runs={directory.parent}: {error}; free disk space, set runs=DIRECTORY to a writable folder, or choose another name=NAME"
         ) from error
 
 

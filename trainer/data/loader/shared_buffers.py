@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from trainer.data.errors import StorageUnavailable
+
 NONE = -1  # no buffer: the batch gets new shared memory
 _names = itertools.count()
 _known: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()  # of the rank's process
@@ -66,7 +68,13 @@ def new_buffer(slots: int, size: int) -> Tensor:
 
 
 def _shared(slots: int, size: int) -> Tensor:
-    storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # as in torch's default_collate
+    try:
+        storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # as in torch's default_collate
+    except (OSError, RuntimeError) as error:
+        raise StorageUnavailable(
+            f"shared memory for a batch of {slots} images of {size} px ({slots * size * size * 3 / 2**20:.3g} MiB): {error}; the loader "
+            "keeps 2 x data.workers + 3 of them: enlarge /dev/shm (docker run --shm-size=16g), lower data.workers, or set data.workers=0"
+        ) from error
     strides = (size * size * 3, size * 3, 3, 1)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, size, size, 3), strides).permute(0, 3, 1, 2)
 

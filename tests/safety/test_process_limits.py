@@ -1,0 +1,68 @@
+"""Limits of the system end a run at its begin, by name and with a remedy, not in the middle of a library."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config.errors import ConfigError
+from trainer.data.errors import StorageUnavailable
+from trainer.data.loader.shared_buffers import BufferPool
+from trainer.run.process_limits import check_limits
+
+NEEDED = 128 + 8 * (2 + 1)  # two workers, one rank
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised_to"),
+    [
+        (NEEDED, NEEDED, None),
+        (4096, 4096, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+        (64, NEEDED, NEEDED),
+        (NEEDED - 1, 4096, NEEDED),
+        (64, resource.RLIM_INFINITY, NEEDED),
+    ],
+)
+def test_a_low_limit_of_open_files_is_raised(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, raised_to: int | None
+) -> None:
+    changed: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: changed.append((what, limits)))
+    check_limits(workers=2, world=1)
+    assert changed == ([] if raised_to is None else [(resource.RLIMIT_NOFILE, (raised_to, hard))])
+
+
+def test_a_hard_limit_of_open_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `ulimit -n 32` torch's loader failed while it closed itself, with 40 the rendezvous, with 48 gloo."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, NEEDED - 1))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("more than is allowed"))
+    with pytest.raises(ConfigError, match=rf"open files: limit {NEEDED - 1} .*needs {NEEDED}; raise the limit .*data.workers"):
+        check_limits(workers=2, world=1)
+
+
+def test_a_shared_memory_that_is_read_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing, "Lock", fails)
+    with pytest.raises(ConfigError, match=r"shared memory: Read-only file system; /dev/shm must be a writable .*--shm-size"):
+        check_limits(workers=0, world=1)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("unable to allocate shared memory(shm): No space left"), OSError(30, "Read-only")]
+)
+def test_a_shared_memory_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(_: int) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fails)
+    message = r"shared memory for a batch of 64 images of 224 px \(9.19 MiB\): .*(No space left|Read-only).*data.workers=0"
+    with pytest.raises(StorageUnavailable, match=message):
+        BufferPool(7, 64, 224)
