@@ -42,7 +42,9 @@ def test_a_hard_limit_of_open_files_is_refused(monkeypatch: pytest.MonkeyPatch) 
     """With `ulimit -n 32` torch's loader failed while it closed itself, with 40 the rendezvous, with 48 gloo."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (32, NEEDED - 1))
     monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("more than is allowed"))
-    with pytest.raises(ConfigError, match=rf"open files: limit {NEEDED - 1} .*needs {NEEDED}; raise the limit .*data.workers"):
+    with pytest.raises(
+        ConfigError, match=rf"limit {NEEDED - 1} .*data.workers=2 on 1 process.* needs {NEEDED}: raise the limit"
+    ):
         check_limits(workers=2, world=1)
 
 

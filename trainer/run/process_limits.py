@@ -16,7 +16,7 @@ OPEN_FILES_EACH = 8  # more for each loader worker (pipes, queues) and for each 
 def check_limits(workers: int, world: int) -> None:
     """Raise this process's limit of open files where it is too low. Raises ConfigError where the system does not allow that, or has no
     shared memory. workers: of the loader; world: ranks."""
-    _allow_open_files(OPEN_FILES + OPEN_FILES_EACH * (workers + world))
+    _allow_open_files(workers, world)
     try:
         multiprocessing.Lock()
     except OSError as error:
@@ -25,17 +25,18 @@ def check_limits(workers: int, world: int) -> None:
         ) from error
 
 
-def _allow_open_files(needed: int) -> None:
+def _allow_open_files(workers: int, world: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
+    needed = OPEN_FILES + OPEN_FILES_EACH * (workers + world)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"open files: limit {hard} per process (ulimit -Hn), a run with these data.workers and ranks needs {needed}; raise the limit "
-            "(docker run --ulimit nofile=4096), or lower data.workers"
+            f"open files: limit {hard} per process (ulimit -Hn); data.workers={workers} on {world} process(es) needs {needed}: raise the "
+            "limit (docker run --ulimit nofile=4096), or lower data.workers"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

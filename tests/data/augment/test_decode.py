@@ -105,6 +105,13 @@ def test_a_box_is_the_same_part_of_the_whole(kind: str) -> None:
     assert cut > 1000
 
 
+def test_the_header_of_a_jpeg_is_read_as_it_is() -> None:
+    """An id of a component, which is 1 in most files, taken for their number would send CMYK to the decoder of RGB."""
+    for mode, channels in (("L", 1), ("RGB", 3), ("CMYK", 4)):
+        data = encoded(PIL.Image.new(mode, (40, 24)))
+        assert frame(data)[:3] == (24, 40, channels), mode
+
+
 @pytest.mark.parametrize("kind", ["CMYK", "PNG", "progressive"])
 def test_other_images_are_decoded_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = noisy(1, 40, 30)
