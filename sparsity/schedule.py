@@ -1,6 +1,7 @@
 """The keep ratios of a step, as a pure function of progress (epochs, with fractions), so that all ranks agree and a resume needs no state.
 
-Every distinct plan has other tensor shapes, and under torch.compile another graph: the descent is quantised to few plateaus.
+Every distinct plan has other tensor shapes, and under torch.compile another graph: the descent is quantised to few plateaus. The kinds
+of SaiT draw the plan of a step from a few plans, keyed by (seed, step).
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from sparsity.settings import Count, Epochs, Keep, Settings, setting
+from sparsity.plan_mix import PlanMix
+from sparsity.settings import Count, Epochs, Keep, Settings, Share, setting
 from sparsity.types import DENSE, Plan
+
+DENSITIES = (0.35, 0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,16 @@ class PlanSettings(Settings):
 
     section: ClassVar[str] = "plan"
 
+    draws: ClassVar[bool] = False
+    """Whether steps draw their plan from several."""
+
     def at(self, progress: float, final: Plan) -> Plan:
-        """What a step at `progress` keeps."""
+        """What a step at `progress` keeps; where plans are drawn, what an evaluation keeps."""
         raise NotImplementedError
+
+    def mix(self, progress: float, final: Plan) -> PlanMix:
+        """The plans of the steps at `progress`, each with its share of them."""
+        return PlanMix.of(self.at(progress, final))
 
     def borders(self, epochs: int) -> Sequence[float]:
         """The points of progress, beside 0, at which the plan may change in a run of `epochs`."""
@@ -115,7 +126,68 @@ class Staircase(PlanSettings):
         return Plan(*self.stairs[-1][1:])
 
 
-PLANS: dict[str, type[PlanSettings]] = {"constant": Constant, "cosine": Cosine, "staircase": Staircase}
+@dataclass(frozen=True)
+class DenseSparse(PlanSettings):
+    """Each step is dense, or has a density drawn from a list, keyed by (seed, step): one set of weights for many densities (SaiT;
+    docs/methods.md, section Schedule). Evaluations use the final plan."""
+
+    draws: ClassVar[bool] = True
+    dense: Share = setting(0.5, "share of the steps that keep every token")
+    densities: tuple[Keep, ...] = setting(DENSITIES, "keep ratios of tokens of the other steps, each equally likely")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_densities(self.densities)
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        return final
+
+    def mix(self, progress: float, final: Plan) -> PlanMix:
+        sparse = (1.0 - self.dense) / len(self.densities)
+        parts = [(sparse, Plan(density, final.keep_connections)) for density in self.densities]
+        return PlanMix(((self.dense, DENSE), *parts) if self.dense else tuple(parts))
+
+
+@dataclass(frozen=True)
+class DenseSparseEpochs(PlanSettings):
+    """Odd epochs (the first, the third, ...) are dense; in even ones each step draws a density (the epoch form of SaiT's patent,
+    US12299960B2)."""
+
+    draws: ClassVar[bool] = True
+    densities: tuple[Keep, ...] = setting(DENSITIES, "keep ratios of tokens of the steps of even epochs, each equally likely")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_densities(self.densities)
+
+    def at(self, progress: float, final: Plan) -> Plan:
+        return final
+
+    def mix(self, progress: float, final: Plan) -> PlanMix:
+        if int(progress) % 2 == 0:
+            return PlanMix.of(DENSE)
+        share = 1.0 / len(self.densities)
+        return PlanMix(tuple((share, Plan(density, final.keep_connections)) for density in self.densities))
+
+    def borders(self, epochs: int) -> Sequence[float]:
+        return range(epochs)
+
+
+def _refuse_densities(densities: Sequence[float]) -> None:
+    if not densities or 1.0 in densities or len(set(densities)) < len(densities):
+        raise ValueError(
+            f"plan.densities={list(densities)}: use distinct keep ratios of tokens below 1, e.g. {list(DENSITIES)}; the other steps are "
+            "dense"
+        )
+
+
+PLANS: dict[str, type[PlanSettings]] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "staircase": Staircase,
+    "dense_sparse": DenseSparse,
+    "dense_sparse_epochs": DenseSparseEpochs,
+}
 
 
 @dataclass(frozen=True)
@@ -128,17 +200,24 @@ class KeepSchedule:
     connections: bool = True
 
     def at(self, progress: float) -> Plan:
-        """The plan at `progress`, in epochs."""
-        found = self.schedule.at(progress, self.final)
-        if self.tokens and self.connections:
-            return found
-        return Plan(found.keep_tokens if self.tokens else 1.0, found.keep_connections if self.connections else 1.0)
+        """The plan at `progress`, in epochs; where plans are drawn, that of evaluations."""
+        return self._of_levels(self.schedule.at(progress, self.final))
 
-    def changes(self, epochs: int) -> list[tuple[float, Plan]]:
-        """The changes of plan in a run of `epochs`, from progress 0 on: [(from progress, plan)], no two in a row equal."""
-        found: list[tuple[float, Plan]] = []
+    def mix(self, progress: float) -> PlanMix:
+        """The plans that steps at `progress` draw from."""
+        found = self.schedule.mix(progress, self.final)
+        return PlanMix(tuple((share, self._of_levels(plan)) for share, plan in found.parts))
+
+    def _of_levels(self, plan: Plan) -> Plan:
+        if self.tokens and self.connections:
+            return plan
+        return Plan(plan.keep_tokens if self.tokens else 1.0, plan.keep_connections if self.connections else 1.0)
+
+    def changes(self, epochs: int) -> list[tuple[float, PlanMix]]:
+        """The changes of plan in a run of `epochs`, from progress 0 on: [(from progress, plans)], no two in a row equal."""
+        found: list[tuple[float, PlanMix]] = []
         for progress in sorted({0.0, *self.schedule.borders(epochs)}):
-            now = self.at(progress)
+            now = self.mix(progress)
             if progress < epochs and (not found or found[-1][1] != now):
                 found.append((progress, now))
         return found

@@ -82,6 +82,28 @@ class SparseViT(nn.Module):
         logits = self.vit.forward_head(self.vit.norm(tokens.x))
         return ModelOutput(logits, cls_attention, importance, kept if wanted.kept else None, keys if wanted.keys else None)
 
+    def until(self, last: int, images: Tensor, score: scores.Score | None = None) -> tuple[Tokens, Tensor]:
+        """All tokens after block `last`, and the importance of its patches, (B, n) float32 by `score` (see `scores.importance`), with
+        nothing dropped. For inference with another number of tokens per image (`adaptive`)."""
+        tokens = self.blocks_from(range(last), self._embedded(images, None))
+        block = cast(Block, self.vit.blocks[last])
+        before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
+        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
+        importance = scores.importance(tokens, qkv, score)
+        x = tokens.x + block.drop_path1(after_attention(attended))
+        return tokens.with_(x=x + block.drop_path2(after_mlp(block.mlp(before_mlp(x))))), importance
+
+    def blocks_from(self, numbers: range, tokens: Tokens) -> Tokens:
+        """The blocks `numbers` over tokens, under the plan that keeps everything."""
+        for number in numbers:
+            tokens, _, _ = self._block(number, tokens, DENSE, NOTHING, None)
+        return tokens
+
+    @property
+    def connects(self) -> bool:
+        """Whether level 3 is on."""
+        return not isinstance(self.connect, ConnectAll)
+
     def compile(self, *args: Any, **settings: Any) -> None:
         """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
 
@@ -128,7 +150,7 @@ class SparseViT(nn.Module):
 
     def _block(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         block = cast(Block, self.vit.blocks[number])
-        before_attention, after_attention, before_mlp, after_mlp = _parts(block)
+        before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
         attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
         row = ranks = None
         if wanted.importance == number:
@@ -175,6 +197,9 @@ class Wanted(NamedTuple):
         return cls("cls_attention" in outputs, importance, "kept" in outputs, "keys" in outputs)
 
 
+NOTHING = Wanted(False, None, False, False)
+
+
 def refuse(vit: nn.Module) -> None:
     """Raises ValueError, naming the part, for a network whose forward pass `SparseViT` cannot reproduce bit for bit."""
     if not isinstance(vit, VisionTransformer):
@@ -204,7 +229,7 @@ def refuse(vit: nn.Module) -> None:
         )
 
 
-def _parts(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
+def parts_of(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
     """The modules before and after attention and MLP: norm and LayerScale, or identity and norm."""
     if isinstance(block, ResPostBlock):
         return _same, block.norm1, _same, block.norm2

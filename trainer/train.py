@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from sparsity.types import DENSE
+from sparsity.types import DENSE, Plan
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
@@ -24,7 +24,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
 from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.ema import Ema
-from trainer.model.evaluate import Scores, evaluate
+from trainer.model.evaluate import Evaluated, Scores, evaluate
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Schedule, set_learning_rate
 from trainer.provenance.hash_chain import HashChain
@@ -99,7 +99,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
             device=engine.device,
             add_up=engine.all_reduce_sum,
         )
-        score = partial(_scored, measure, schedule, engine, recorder, stopping, ema, model.vit)
+        score = partial(_scored, measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.vit)
 
         if state.pending_evaluation:  # the previous attempt was stopped during its evaluation
             state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
@@ -124,8 +124,9 @@ def train(config: Config, resume: bool = False) -> RunResult:
             for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch), stopping):
                 recorder.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
-                plan, lr = schedule.plan(progress), schedule.lr(progress)
-                recorder.plan(state, progress, plan, lambda plan: cost_of(model, plan))
+                plans, lr = schedule.plans(progress), schedule.lr(progress)
+                plan = plans.draw(config.seed, state.step)
+                recorder.plan(state, progress, plans, partial(cost_of, model))
                 set_learning_rate(engine.optimizer, lr)
                 engine.reseed(config.seed, state.step)
                 mix = draw_mix(config.augment, config.seed, state.step, config.model.image_size)
@@ -157,13 +158,13 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 due = due._replace(log=due.log or probe.due(state))  # a signal in the probe saves, and saves follow a log line
                 if due.log:
                     state = recorder.step(
-                        state, meters.reduce(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plan
+                        state, meters.reduce(), chain.close(engine), engine.grad_norm(), progress=progress, lr=lr, plan=plans
                     )
                     if not taken:
                         state = recorder.skipped(before, state, chain.last)
                 with meters.paused():
                     if measured := baseline.measure_if_due(
-                        progress, order.steps, plan, meters.clock, (images, targets, part.rng_keys), due.end
+                        progress, order.steps, plans, meters.clock, (images, targets, part.rng_keys), due.end
                     ):
                         recorder.control(state, progress, measured)
                     if due.evaluate:
@@ -207,24 +208,24 @@ class _Interrupted(Exception):
 
 
 def _scored(
-    measure: Callable[..., Scores], schedule: Schedule, engine: Engine, recorder: Recorder, stopping: Stop, ema: Ema, network: nn.Module,
-    state: TrainState, at: float, *, kept: bool,
+    measure: Callable[..., Scores], schedule: Schedule, densities: Sequence[float], engine: Engine, recorder: Recorder, stopping: Stop,
+    ema: Ema, network: nn.Module, state: TrainState, at: float, *, kept: bool,
 ) -> TrainState:  # fmt: skip
-    """Evaluate the weights, and their EMA if there is one, under the plan at progress `at`; collective. If a stop is requested
-    meanwhile, discards the results and returns a state with `pending_evaluation` set; the resume evaluates again."""
+    """Evaluate the weights, and their EMA if there is one, under the plan at progress `at` and at `densities`; collective. If a stop is
+    requested meanwhile, discards the results and returns a state with `pending_evaluation` set; the resume evaluates again."""
 
     def agree() -> None:
         if engine.read_delayed(engine.all_reduce_sum(torch.tensor(float(stopping.requested()), device=engine.device))):
             raise _Interrupted
 
-    plan = schedule.plan(at)
+    plans = [(schedule.plan(at), False), *((Plan(density), True) for density in densities)]
     engine.model.eval()
     try:
-        results = [(False, measure(plan, between=agree))]
+        results = [Evaluated(False, plan, measure(plan, between=agree), beside) for plan, beside in plans]
         if ema.decay is not None:
             with ema.applied(network):
-                results.append((True, measure(plan, between=agree)))
+                results += [Evaluated(True, plan, measure(plan, between=agree), beside) for plan, beside in plans]
     except _Interrupted:
         return replace(state, pending_evaluation={"at": at})
     engine.model.train()
-    return recorder.scored(state, results, state.progress, plan, kept)
+    return recorder.scored(state, results, state.progress, kept)

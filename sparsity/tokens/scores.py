@@ -29,6 +29,17 @@ def cls_row(tokens: Tokens, qkv: QKV) -> Tensor:
     return attention_rows(tokens, qkv, 1).mean(dim=(1, 2))[:, tokens.num_prefix :]
 
 
+def prefix_rows(tokens: Tokens, qkv: QKV) -> Tensor:
+    """Attention of all prefix tokens over patches, mean over them and over heads: `cls_row` where [CLS] is the only one."""
+    return attention_rows(tokens, qkv, tokens.num_prefix).mean(dim=(1, 2))[:, tokens.num_prefix :]
+
+
+def value_norm(tokens: Tokens, qkv: QKV) -> Tensor:
+    """`prefix_rows` (`received` without prefix tokens) times the length of the patch's value over all heads."""
+    row = prefix_rows(tokens, qkv) if tokens.num_prefix else received(tokens, qkv)
+    return row * qkv.v[:, :, tokens.num_prefix :].float().square().sum(dim=(1, 3)).sqrt()
+
+
 def received(tokens: Tokens, qkv: QKV) -> Tensor:
     """Attention a patch receives, mean over all queries and heads: for models without [CLS]."""
     return attention_rows(tokens, qkv, None).mean(dim=(1, 2))[:, tokens.num_prefix :]
@@ -42,19 +53,20 @@ def random(tokens: Tokens, qkv: QKV) -> Tensor:
 
 NUM_QUERIES: dict[Score, Callable[[BlockShape], int]] = {
     cls_row: lambda shape: 1,
+    prefix_rows: lambda shape: shape.num_prefix,
+    value_norm: lambda shape: shape.num_prefix or shape.num_patches,
     received: lambda shape: shape.num_prefix + shape.num_patches,
     random: lambda shape: 0,
 }
 """The number of rows of the attention map that a score computes."""
 
+BY_NAME: dict[str, Score] = {"cls": cls_row, "prefix": prefix_rows, "received": received, "value_norm": value_norm}
+"""Scores that a user chooses by name."""
 
-def importance(tokens: Tokens, qkv: QKV) -> Tensor:
-    """Mean of the prefix tokens' rows over patches, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832).
 
-    `received` without prefix."""
-    if tokens.num_prefix == 0:
-        return received(tokens, qkv)
-    row = attention_rows(tokens, qkv, tokens.num_prefix).mean(dim=(1, 2))[:, tokens.num_prefix :]
+def importance(tokens: Tokens, qkv: QKV, score: Score | None = None) -> Tensor:
+    """A score, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832). None: `prefix_rows`, without prefix `received`."""
+    row = (score or (prefix_rows if tokens.num_prefix else received))(tokens, qkv)
     return row / row.sum(dim=1, keepdim=True)
 
 

@@ -8,6 +8,7 @@ Liang et al. 2022, section 3.2) the dropped tokens become one more token: their 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 class TopKSettings(TokenSettings):
     keep: Keep = setting(1.0, "share of the patch tokens that stays at each block of `blocks`, once the schedule is through")
     fuse: bool = setting(False, "replace the dropped tokens by one, their sum weighted by score (EViT)")
+    importance: Literal["default", "cls", "prefix", "received", "value_norm"] = setting(
+        "default",
+        "score of a token: cls, its attention from [CLS]; prefix, from all prefix tokens; received, from all tokens; value_norm, prefix x "
+        "length of its value. default: cls, without [CLS] received",
+    )
 
     @property
     def dropped_are(self) -> str:
@@ -30,15 +36,31 @@ class TopKSettings(TokenSettings):
 
     @property
     def in_reference_code(self) -> bool:
-        return not self.fuse
+        return not self.fuse and self.importance in ("default", "cls")
+
+    def score(self, network: Network) -> Score:
+        """The score by name. Raises ValueError for one that needs prefix tokens where the network has none."""
+        if self.importance == "default":
+            return scores.cls_row if network.has_class_token else scores.received
+        if self.importance in ("cls", "prefix") and not network.has_class_token:
+            raise ValueError(
+                f"tokens.importance={self.importance}: this network has no class token; set tokens.importance=received"
+            )
+        return scores.BY_NAME[self.importance]
 
     def build(self, network: Network) -> TopK:
-        score = scores.cls_row if network.has_class_token else scores.received
-        return TopK(score, self.fuse, network.carry_qkv, network.authors)
+        return TopK(self.score(network), self.fuse, network.carry_qkv, network.authors)
 
 
 @dataclass(frozen=True)
-class RandomSettings(TopKSettings):
+class RandomSettings(TokenSettings):
+    keep: Keep = setting(1.0, "share of the patch tokens that stays at each block of `blocks`, once the schedule is through")
+    fuse: bool = setting(False, "replace the dropped tokens by one, their sum weighted by score (EViT)")
+
+    @property
+    def dropped_are(self) -> str:
+        return "fused into one more token" if self.fuse else ""
+
     @property
     def in_reference_code(self) -> bool:
         return False

@@ -83,7 +83,7 @@ def test_tokens_and_cost_of_the_tri_level_recipes_are_the_published_ones(digits)
     for ratio, (tokens, saved) in golden.items():
         overrides = [*shards(digits), *(o for o in DIGITS if "classes" not in o), "connections.method=all"]
         last = check(load(FOLDER / f"tri_level_deit_small_{ratio}.yaml", overrides), world=1).plateaus[-1]
-        assert last.start == 110
+        assert last.stretch.start == 110
         assert sorted({n - 1 for n in last.tokens} - {196}, reverse=True) == tokens
         dense = check(load(FOLDER / "deit_small_in1k.yaml", overrides), world=1).dense
         assert 1 - last.multiply_adds / dense == pytest.approx(saved, abs=0.002)

@@ -67,7 +67,9 @@ def test_a_level_that_is_off_keeps_all_on_every_stair():
     plan = {"method": "staircase", "stairs": [["0ep", 0.8, 0.7], ["2ep", 0.6, 0.4]]}
 
     def plans(**levels: Any) -> list[tuple[float, Plan]]:
-        return [(start, kept) for start, _, kept in build_schedule(images.config("nowhere", plan=plan, **levels)).stretches()]
+        return [
+            (start, kept) for start, _, kept, _ in build_schedule(images.config("nowhere", plan=plan, **levels)).stretches()
+        ]
 
     assert plans(tokens={"method": "random"}) == [(0.0, Plan(0.8, 1.0)), (2.0, Plan(0.6, 1.0))]
     assert plans(connections={"method": "exact"}) == [(0.0, Plan(1.0, 0.7)), (2.0, Plan(1.0, 0.4))]
@@ -79,6 +81,6 @@ def test_a_change_at_the_very_end_is_not_the_last_plan(epochs, from_epoch):
     """A run scores under the plan that it trained under; `eval RUN` and `show` have to take the same."""
     levels = {"tokens": {"method": "topk", "keep": 0.7}, "connections": {"method": "exact", "keep": 0.1}}
     schedule = build_schedule(config(epochs=epochs, plan={"method": "cosine"}, **levels))
-    start, end, plan = schedule.stretches()[-1]
+    start, end, plan, _ = schedule.stretches()[-1]
     assert (start, end, plan) == (from_epoch, epochs, schedule.last())
     assert build_schedule(config(epochs=epochs, **levels)).last() == Plan(0.7, 0.1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsity import attention
+from sparsity.plan_mix import PlanMix
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from tests.conftest import ROOT, environment, lines, torchrun
@@ -66,8 +67,10 @@ def watched(config: Config, plan: Plan = SPARSE, step: float = 0.1, steps: int =
     reported = None
     for number in range(1, 2 + WARM + WATCHED):
         assert reported is None
-        reported = watcher.measure_if_due(number / steps, steps, plan, StepClock(number, step * number, 0.01 * number), at_hand)
-    assert watcher.measure_if_due(0.1, steps, plan, StepClock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
+        reported = watcher.measure_if_due(
+            number / steps, steps, PlanMix.of(plan), StepClock(number, step * number, 0.01 * number), at_hand
+        )
+    assert watcher.measure_if_due(0.1, steps, PlanMix.of(plan), StepClock(100, 10.0, 1.0), at_hand) is None, "once per plateau"
     return engine, reported
 
 
@@ -142,7 +145,11 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
             if controlled and part == 0:  # 10 s a step: a compiled run may take a minute for its first dense pass
                 for number in range(1, 2 + WARM + WATCHED):
                     reported = watcher.measure_if_due(
-                        number / 1000, 1000, SPARSE, StepClock(number, 10.0 * number, 0.0), (images, targets, rng_keys)
+                        number / 1000,
+                        1000,
+                        PlanMix.of(SPARSE),
+                        StepClock(number, 10.0 * number, 0.0),
+                        (images, targets, rng_keys),
                     )
         return [p.grad for p in model.parameters()], torch.get_rng_state(), reported
 
@@ -235,7 +242,9 @@ def test_a_dense_pass_that_does_not_fit_ends_the_control_not_the_run(monkeypatch
 
 def test_a_plan_that_changes_too_often_is_reported_once() -> None:
     watcher = control(tiny(), SimpleNamespace())
-    reported = [watcher.measure_if_due(0.0, 9, Plan(1 - n / 20, 1.0), StepClock(n, float(n), 0.0), None) for n in range(9)]  # type: ignore[arg-type]
+    reported = [
+        watcher.measure_if_due(0.0, 9, PlanMix.of(Plan(1 - n / 20, 1.0)), StepClock(n, float(n), 0.0), None) for n in range(9)
+    ]  # type: ignore[arg-type]
     assert (
         sum(line is not None for line in reported) == 1
         and reported[1] is not None
@@ -250,7 +259,8 @@ def test_a_run_that_ends_before_it_can_be_timed_reports_that() -> None:
         watcher = control(tiny(**more), SimpleNamespace())
         given: Any = (None, None, None)
         looks = [
-            watcher.measure_if_due(n / 17, 17, plan, StepClock(n, float(n), 0.0), given, ending=n == 17) for n in range(1, 18)
+            watcher.measure_if_due(n / 17, 17, PlanMix.of(plan), StepClock(n, float(n), 0.0), given, ending=n == 17)
+            for n in range(1, 18)
         ]
         assert looks[:-1] == [None] * 16
         return [look for look in looks if look]
@@ -284,7 +294,9 @@ def test_the_authors_attention_is_compared_with_timms(monkeypatch: pytest.Monkey
 
 def test_overheads_are_named() -> None:
     def message(own: float, dense: float, step: float, wait: float = 0.0) -> dict[str, Any]:
-        return dense_baseline.journal_fields(SPARSE, 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2)
+        return dense_baseline.journal_fields(
+            PlanMix.of(SPARSE), 0.5, {"own": [own] * 3, "dense": [dense] * 3}, step, wait, accumulation=2
+        )
 
     fine = message(0.5, 1.0, 1.05)
     assert fine["note"] == "no significant overhead" and fine["step_speedup"] == pytest.approx(2.05 / 1.05)

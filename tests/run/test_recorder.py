@@ -11,7 +11,7 @@ import pytest
 from sparsity.types import DENSE
 from trainer.checkpoint.state import TrainState
 from trainer.data.errors import DataError
-from trainer.model.evaluate import Scores
+from trainer.model.evaluate import Evaluated, Scores
 from trainer.run.recorder import Recorder
 
 
@@ -20,9 +20,12 @@ from trainer.run.recorder import Recorder
 )
 def test_the_best_is_the_first_of_the_highest_scores_that_were_saved(top1: float, saving: bool, best_step: int) -> None:
     recorder: Any = SimpleNamespace(_log=None)
-    results = [(ema, Scores(score, 1.0, 0.1, 0.0, 10, 0, 1.0, [])) for ema, score in ((False, 0.9), (True, top1))]
+    results = [
+        Evaluated(ema, DENSE, Scores(score, 1.0, 0.1, 0.0, 10, 0, 1.0, [])) for ema, score in ((False, 0.9), (True, top1))
+    ]
     state = TrainState(step=7, best=0.5, best_step=3)
-    found = Recorder.scored(recorder, state, results, 1.0, DENSE, saving)
+    results += [Evaluated(True, DENSE, results[0].scores._replace(top1=0.99), beside=True)]  # one of evaluate.densities
+    found = Recorder.scored(recorder, state, results, 1.0, saving)
     assert found.best_step == best_step and found.best == (top1 if best_step == 7 else 0.5)
 
 
@@ -38,10 +41,10 @@ def test_broken_validation_images_are_reported_and_refused_past_their_share(brok
     scores = Scores(0.9, 1.0, 0.1, 0.0, 20 - broken, broken, 1.0, [], ("a.tar: not a JPEG",)[: broken - 1])
     state, text = TrainState(step=7), f"{broken} of 20 validation images are broken and not scored: "
     if broken == 2:
-        assert Recorder.scored(recorder, state, [(False, scores)], 1.0, DENSE, True).best_step == 7
+        assert Recorder.scored(recorder, state, [Evaluated(False, DENSE, scores)], 1.0, True).best_step == 7
         assert reported == [text + "a.tar: not a JPEG; other.tar: cut"]
         recorder.config.data.broken_share = 0.09
     else:
         recorder.config.data.broken_share = 0.0
     with pytest.raises(DataError, match=text + r".*other.tar: cut. .*data.broken_share=0.*trilevel verify"):
-        Recorder.scored(recorder, state, [(False, scores)], 1.0, DENSE, True)
+        Recorder.scored(recorder, state, [Evaluated(False, DENSE, scores)], 1.0, True)

@@ -109,6 +109,14 @@ class Config(Section):
                         f"{name}.keep={level.final_keep} with plan.method={self.plan.method}, which ends at {end}; "
                         f"remove {name}.keep, or change the plan"
                     )
+        off = "tokens.method=all" if tokens.off else tokens.fixed_by
+        if off and plan.draws:
+            raise ValueError(f"plan.method={self.plan.method} with {off}: its densities have no effect; set tokens.method=topk")
+        if off and any(density < 1 for density in self.evaluate.densities):
+            raise ValueError(
+                f"evaluate.densities={list(self.evaluate.densities)} with {off}: every density computes the same tokens; set "
+                "tokens.method=topk, or remove evaluate.densities"
+            )
         if self.engine.compile and plan.every_step_differs:
             raise ValueError(f"engine.compile=true with {plan.every_step_differs}")
 
@@ -140,7 +148,8 @@ class Config(Section):
 
 # Settings that may change at a resume: they affect where the run is computed and what is written, not its numbers.
 FREE_TO_CHANGE = (
-    "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint", "evaluate.every", "evaluate.batch",
+    "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint",
+    "evaluate.every", "evaluate.batch", "evaluate.densities",
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size",
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",

@@ -76,6 +76,7 @@ Epochs = Annotated[
     BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
     PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]
+Keep = Annotated[float, Field(gt=0.0, le=1.0)]  # a share that is kept
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a share that is removed, so never all
 Chance = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -55,6 +55,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     },
     "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},
     "eval": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
+    "density": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
     "checkpoint": _WHERE | {"path": TEXT},
     "broken": _WHERE,
     "skipped": _WHERE,

@@ -24,6 +24,7 @@ _IDENTITY = {
     "epoch": ("epoch",),
     "plateau": ("step",),
     "eval": ("step", "ema"),
+    "density": ("step", "ema", "keep_tokens"),
     "checkpoint": ("step",),
     "probe": ("step",),
 }

@@ -20,7 +20,9 @@ name, lists as one metric per position.
 |            | epoch                        | the data set), steps (batches), leftover (count, or {count, ids} when few),      |
 |            |                              | facts {of the selection; hash: its list is RUN/kept/HASH.npz}                    |
 | plateau    | the plan changes             | epoch, step, progress, keep_tokens, keep_connections (shares), tokens (list, per |
-|            |                              | block), multiply_adds (per image, forward)                                       |
+|            |                              | block), multiply_adds (per image, forward); where steps draw their plan the      |
+|            |                              | expectations, and draws: list of [share of the steps, keep_tokens,               |
+|            |                              | keep_connections]                                                                |
 | control    | the own passes of a plateau  | epoch, step, progress, keep_tokens, keep_connections; where it was measured:     |
 |            | were timed beside dense ones | bound_passes (multiply-adds, own / dense), bound (the same with the examples     |
 |            | (see `dense_baseline`), or   | left out), measured (time of a pass, own / dense: median; measured_min, _max,    |
@@ -41,6 +43,8 @@ name, lists as one metric per position.
 |            | 10 s at most                 |                                                                                  |
 | eval       | after an evaluation          | epoch, step, progress, top1, top5, worst_class (shares), loss, images, seconds,  |
 |            |                              | ema (bool: weights of the moving average), per_class (accuracy of every class)   |
+| density    | beside an eval line, for     | as eval, at keep_tokens                                                          |
+|            | each of evaluate.densities   |                                                                                  |
 | checkpoint | after it is on disk, which   | epoch, batch, step, path, bytes, blocking (seconds for which it blocked          |
 |            | may be steps later           | training), seconds (of writing; in background with `checkpoint.asynchronous`)    |
 | broken     | an image could not be used   | epoch, batch, step, id, name, reason                                             |

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsity import build, cost
 from sparsity.examples.curriculum import Curriculum, TrainingRun
+from sparsity.plan_mix import PlanMix
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
@@ -68,7 +69,13 @@ def build_objective(config: Config) -> Objective:
     return Objective(config.model.classes, config.optim.loss, smoothing=config.augment.smoothing, rule=config.examples.rule)
 
 
-def cost_of(model: SparseViT, plan: Plan) -> dict[str, Any]:
-    """Tokens in each block and multiply-adds of one image's forward pass under a plan, for the journal."""
-    found = cost.cost(cost.shape_of(model), plan)
-    return {"tokens": list(found.tokens), "multiply_adds": found.total}
+def cost_of(model: SparseViT, plan: Plan | PlanMix) -> dict[str, Any]:
+    """Tokens in each block and multiply-adds of one image's forward pass under a plan, for the journal; their expectations where steps
+    draw their plan from several."""
+    shape = cost.shape_of(model)
+    if isinstance(plan, Plan):
+        found = cost.cost(shape, plan)
+        return {"tokens": list(found.tokens), "multiply_adds": found.total}
+    costs = {part: cost.cost(shape, part) for _, part in plan.parts}
+    tokens = [plan.mean(lambda part, block=block: costs[part].tokens[block]) for block in range(len(shape.blocks))]
+    return {"tokens": tokens, "multiply_adds": plan.mean(lambda part: costs[part].total)}

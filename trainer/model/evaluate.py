@@ -36,6 +36,15 @@ class Scores(NamedTuple):
         return self.images / max(self.seconds, 1e-9)
 
 
+class Evaluated(NamedTuple):
+    """The scores of weights, or of their EMA, under a plan. beside: at one of `evaluate.densities`, not under the run's own plan."""
+
+    ema: bool
+    plan: Plan
+    scores: Scores
+    beside: bool = False
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor, Plan], Any],

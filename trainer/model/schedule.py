@@ -14,22 +14,32 @@ from typing import NamedTuple
 import torch
 
 from sparsity.examples.curriculum import ExampleSettings
+from sparsity.plan_mix import PlanMix
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from trainer.config.schema import OptimConfig
 
 
 class Stretch(NamedTuple):
-    """A part of a run under one plan: `start` to `end`, in epochs."""
+    """A part of a run under one plan: `share` of the steps from `start` to `end`, in epochs. Where steps draw their plan, several
+    stretches have the same start and end, and their shares sum to 1."""
 
     start: float
     end: float
     plan: Plan
+    share: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """Epochs and share, e.g. "0 - 30, 50% of the steps"."""
+        return f"{self.start:g} - {self.end:g}" + (f", {self.share:.0%} of the steps" if self.share < 1 else "")
 
 
 def row_of(segment: Stretch, final: Plan) -> str:
     """The name of a stretch's row in `trilevel bench step --json`, which `trilevel plan` reads."""
-    return "ours" if segment.plan == final else f"ours from epoch {segment.start:g}"
+    if segment.plan == final:
+        return "ours"
+    return f"ours from epoch {segment.start:g}" if segment.share == 1 else f"ours at keep ratio {segment.plan.keep_tokens:g}"
 
 
 class Schedule:
@@ -42,19 +52,27 @@ class Schedule:
         self.epochs, self._keep, self._optim, self._examples = epochs, keep, optim, examples
         self._all_from = examples.all_from(epochs, repeats)
 
+    def plans(self, progress: float) -> PlanMix:
+        """The plans that steps at `progress` draw from; one plan where nothing is drawn."""
+        return self._keep.mix(progress)
+
     def plan(self, progress: float) -> Plan:
-        """The plan of a step at `progress`."""
+        """The plan of an evaluation at `progress`; where nothing is drawn, also that of a step."""
         return self._keep.at(progress)
 
     def last(self) -> Plan:
-        """The plan of the last step, and so of the last evaluation: a change exactly at the end is never trained."""
+        """The plan of the last evaluation: a change exactly at the end is never trained."""
         return self.plan(math.nextafter(float(self.epochs), 0.0))
 
     def stretches(self) -> list[Stretch]:
         """The run in stretches of one plan each, from 0 to `epochs`, see `KeepSchedule.changes`."""
         changes = self._keep.changes(self.epochs)
         ends = pairwise([*(start for start, _ in changes), float(self.epochs)])
-        return [Stretch(start, end, plan) for (start, end), (_, plan) in zip(ends, changes, strict=True)]
+        return [
+            Stretch(start, end, plan, share)
+            for (start, end), (_, plans) in zip(ends, changes, strict=True)
+            for share, plan in plans.parts
+        ]
 
     def lr(self, progress: float) -> float:
         """The learning rate at `progress` = epoch + batch / batches in this epoch.
@@ -84,9 +102,9 @@ class Schedule:
     def mean(self, value: Callable[[Plan], float]) -> float:
         """A value of each plan over the run: weighted by epochs and by the share of the examples that an epoch shows."""
         least, all_from, total = self.shown(0), self._all_from, 0.0
-        for start, end, plan in self.stretches():
+        for start, end, plan, share in self.stretches():
             shown = least * max(0.0, min(end, all_from) - start) + max(0.0, end - max(start, all_from))
-            total += shown * value(plan)
+            total += share * shown * value(plan)
         return total / self.epochs
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from sparsity.types import DENSE, Plan, single_process
+from sparsity.types import DENSE, single_process
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -17,17 +17,21 @@ from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import Stretch
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """A part of the run under one plan. start, end: epochs; tokens: per block, prefix included; multiply_adds: per image."""
+    """A part of the run under one plan. tokens: per block, prefix included; multiply_adds: per image."""
 
-    start: float
-    end: float
-    plan: Plan
+    stretch: Stretch
     tokens: list[int]
     multiply_adds: float
+
+    @property
+    def epochs(self) -> float:
+        """Its length; of a stretch whose steps draw their plan, the share of them."""
+        return self.stretch.share * (self.stretch.end - self.stretch.start)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class CheckReport:
 
     def share(self) -> float:
         """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""
-        return sum((p.end - p.start) * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
+        return sum(p.epochs * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
 
     def table(self) -> Table:
         table = Table(title=f"{self.config.name}: plan of the run (keep ratios by epoch)", title_justify="left")
@@ -59,9 +63,9 @@ class CheckReport:
         table.add_column("of dense", justify="right")
         for p in self.plateaus:
             table.add_row(
-                f"{p.start:g} - {p.end:g}",
-                f"{p.plan.keep_tokens:.3f}",
-                f"{p.plan.keep_connections:.3f}",
+                p.stretch.text,
+                f"{p.stretch.plan.keep_tokens:.3f}",
+                f"{p.stretch.plan.keep_connections:.3f}",
                 _runs(p.tokens),
                 f"{p.multiply_adds / 1e9:.4g}",
                 f"{p.multiply_adds / self.dense:.3f}",
@@ -117,9 +121,9 @@ def check(config: Config, world: int) -> CheckReport:
 
 def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
     found = []
-    for start, end, plan in build_schedule(config).stretches():
-        about = cost_of(model, plan)
-        found.append(Plateau(start, end, plan, about["tokens"], float(about["multiply_adds"])))
+    for stretch in build_schedule(config).stretches():
+        about = cost_of(model, stretch.plan)
+        found.append(Plateau(stretch, about["tokens"], float(about["multiply_adds"])))
     return found
 
 

@@ -164,7 +164,7 @@ def estimate(
         parts={name: seconds / 3600 for name, seconds in parts.items()}, images_per_second=images / total / nodes,
         demand=demand, bytes_per_second=demand * size, cores=cores,
         supply=cores / bench.decode if bench.decode else None,
-        multiply_adds=sum((p.end - p.start) / config.epochs * images * p.multiply_adds for p in checked.plateaus),
+        multiply_adds=sum(p.epochs / config.epochs * images * p.multiply_adds for p in checked.plateaus),
         notes=(*_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method), *_probe_note(config)),
     )  # fmt: skip
 
@@ -209,9 +209,9 @@ class _Segment:
 
 def _segments(schedule: Schedule, batch: int, examples: int, passes: dict[str, float]) -> list[_Segment]:
     """Every plateau of the schedule with its measured passes. Raises ConfigError if the measurement has another schedule."""
-    found, stretches = [], schedule.stretches()
-    for stretch in stretches:
-        row = row_of(stretch, stretches[-1].plan)
+    found = []
+    for stretch in schedule.stretches():
+        row = row_of(stretch, schedule.last())
         if row not in passes:
             raise ConfigError(
                 f"--from: no row {row!r} in the step measurement (rows: {', '.join(passes)}): it has another schedule; measure this "
@@ -220,7 +220,7 @@ def _segments(schedule: Schedule, batch: int, examples: int, passes: dict[str, f
         for epoch in range(int(stretch.start), -(-int(stretch.end * 1e6) // 10**6)):
             inside = max(0.0, min(stretch.end, epoch + 1) - max(stretch.start, epoch))
             shown = examples - round(schedule.left_out(epoch) * examples)
-            found.append(_Segment(inside * (shown // batch), passes[row]))
+            found.append(_Segment(stretch.share * inside * (shown // batch), passes[row]))
     return found
 
 
@@ -239,10 +239,9 @@ def _beyond(run: Path, bench: MeasuredRates) -> list[float]:
             world, batch, first, schedule = line["world"], config.data.batch, True, build_schedule(config)
         elif line["kind"] == "step" and schedule is not None:
             if not first and line.get("images"):  # the first line includes the warm-up
-                stretches = schedule.stretches()
-                under = [row_of(s, stretches[-1].plan) for s in stretches if s.start <= line["progress"]][-1]
-                steps = line["images"] / batch
-                found.append(line["seconds"] * (1 - line["data_wait"]) / steps - batch * bench.passes.get(under, 0.0))
+                under = [s for s in schedule.stretches() if s.start <= line["progress"] < s.end]
+                passes = sum(s.share * bench.passes.get(row_of(s, schedule.last()), 0.0) for s in under)
+                found.append(line["seconds"] * (1 - line["data_wait"]) / (line["images"] / batch) - batch * passes)
             first = False
     if world != 1:
         raise ConfigError(f"--from {run}: run of {world} processes, which wait for each other; give a short run of one process")

@@ -89,7 +89,7 @@ def replay(run: RecordedRun, step: int) -> Replayed:
     number = stretch.batch + step - stretch.first - 1
     progress = stretch.epoch + number / order.steps
     schedule = build_schedule(config)
-    plan = schedule.plan(progress)
+    plan = schedule.plans(progress).draw(config.seed, step - 1)
     facts = {
         "title": f"{run.directory} step {step}: epoch {stretch.epoch}, batch {number} of {order.steps}",
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsity import attention
+from sparsity.plan_mix import PlanMix
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from trainer.engine.engine import Engine
@@ -26,6 +28,7 @@ from trainer.telemetry import timing
 from trainer.telemetry.meters import StepClock
 
 WARM, WATCHED = 5, 20  # steps under a new plan: warm-up, then those that are timed
+DRAWN = 4  # times as many of both where steps draw their plan: their times differ by more than noise
 FEWEST, MOST = 3, 10  # pairs of passes
 COMPILING = 60.0  # s allowed for the first dense pass under torch.compile (DeiT-S on a GPU takes less)
 NOTABLE = 0.05  # overhead that is reported, as a share of a dense pass or of a step
@@ -37,7 +40,7 @@ class DenseBaseline:
     def __init__(self, share: float, schedule: Schedule, engine: Engine, objective: Objective, outputs: frozenset[str]):
         self.share, self.engine, self.objective, self.outputs = share, engine, objective, outputs
         self._ends = [stretch.end for stretch in schedule.stretches()]
-        self._plan: Plan | None = None
+        self._plans: PlanMix | None = None
         self._plans_seen: set[Plan] = set()
         self._began = self._from = StepClock(0, 0.0, 0.0)
         self._done, self._reported_short = False, False
@@ -48,7 +51,7 @@ class DenseBaseline:
         self,
         progress: float,
         steps: int,
-        plan: Plan,
+        plans: PlanMix,
         clock: StepClock,
         at_hand: tuple[Tensor, Tensor, Tensor],
         ending: bool = False,
@@ -57,69 +60,81 @@ class DenseBaseline:
 
         progress: epochs done before this step.
         steps: steps in this epoch.
-        plan: keep ratios of this step.
+        plans: those that this step and its neighbours draw from.
         clock: of the training steps so far.
         at_hand: a micro-batch: images (b, 3, H, W) float, targets (b, C), rng_keys (b,).
         ending: this step is the last one.
         """
-        if plan != self._plan:
-            lasted, last, self._plan = clock.steps - self._began.steps, self._plan, plan
+        warm, watched = _window(plans)
+        if plans != self._plans:
+            lasted, last, self._plans = clock.steps - self._began.steps, self._plans, plans
             short = not self._done and last is not None and not self._reported_short
             self._began, self._done = clock, self.share == 0.0
-            self._plans_seen.add(plan)
+            self._plans_seen |= {plan for _, plan in plans.parts}
             if short and last is not None:
                 self._reported_short = True  # once: a plan that changes every step would report it every step
-                return self._not_measured(last, f"the plan changed after {lasted} steps; at least {WARM + WATCHED} are needed")
+                return self._not_measured(
+                    last, f"the plan changed after {lasted} steps; at least {sum(_window(last))} are needed"
+                )
         passed = clock.steps - self._began.steps
-        if ending and not self._done and passed < WARM + WATCHED and plan != DENSE and not self._reported_short:
+        if ending and not self._done and passed < warm + watched and plans != PlanMix.of(DENSE) and not self._reported_short:
             self._done = True
             return self._not_measured(
-                plan, f"training ended after {passed + 1} steps under this plan; at least {WARM + WATCHED} are needed"
+                plans, f"training ended after {passed + 1} steps under this plan; at least {warm + watched} are needed"
             )
-        if self._done or passed < WARM + WATCHED:
-            self._from = clock if passed == WARM else self._from
+        if self._done or passed < warm + watched:
+            self._from = clock if passed == warm else self._from
             return None
         self._done = True
         started = time.perf_counter()
-        facts = self._measured(progress, steps, plan, clock, at_hand)
+        facts = self._measured(progress, steps, plans, clock, at_hand)
         self._spent += time.perf_counter() - started
         return facts | {"seconds": time.perf_counter() - started}
 
     def _measured(
-        self, progress: float, steps: int, plan: Plan, clock: StepClock, at_hand: tuple[Tensor, Tensor, Tensor]
+        self, progress: float, steps: int, plans: PlanMix, clock: StepClock, at_hand: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Any]:
         model: SparseViT = self.engine.module
         if self.engine.settings.kind == "deepspeed" and self.engine.settings.zero == 3:
-            return self._not_measured(plan, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
-        bound = cost_of(model, plan)["multiply_adds"] / cost_of(model, DENSE)["multiply_adds"]
-        step = (clock.seconds - self._from.seconds) / WATCHED
-        wait = (clock.waited - self._from.waited) / WATCHED
+            return self._not_measured(plans, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
+        whole = cost_of(model, DENSE)["multiply_adds"]
+        shares = {plan: cost_of(model, plan)["multiply_adds"] / whole for _, plan in plans.parts}
+        bound = plans.mean(shares.__getitem__)
+        watched = clock.steps - self._from.steps
+        step = (clock.seconds - self._from.seconds) / watched
+        wait = (clock.waited - self._from.waited) / watched
         own_pass = step / self.engine.batch_split.accumulation  # upper bound
         dense = self._dense_network(model)
-        compared = plan != DENSE or dense is not model
+        compared = plans != PlanMix.of(DENSE) or dense is not model
         end = min([end for end in self._ends if end > progress], default=self._ends[-1])
         allowed = self.share * (clock.seconds + (end - progress) * steps * step) - self._spent
         known = DENSE in self._plans_seen if dense is model else self._dense is not None
         fixed = COMPILING if compared and self.engine.settings.compile and not known else 0.0
-        one = own_pass * (1 + 1 / bound) if compared else own_pass
+        one = own_pass / bound * (sum(shares.values()) + compared)
         pairs = min(MOST, int((allowed - fixed) / one) - 1)  # minus one for the warm-up
         if pairs < FEWEST:
             return self._not_measured(
-                plan,
+                plans,
                 f"the plateau is too short: control={self.share:g} of the training time allows {max(allowed, 0):.2g} s, "
                 f"the passes need {fixed + (FEWEST + 1) * one:.2g} s",
             )
         if dense is not model:
             self._dense = dense
-        passes: dict[str, Callable[[], float]] = {"own": lambda: self._pass(model, plan, self.outputs, *at_hand)}
+        passes: dict[str, Callable[[], float]] = {
+            f"own {number}": partial(self._pass, model, plan, self.outputs, *at_hand) for number, plan in enumerate(shares)
+        }
         if compared:
             passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
         try:
             times = interleaved(passes, pairs, self.engine.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return self._not_measured(plan, "out of device memory in a dense pass over one micro-batch; lower data.micro_batch")
-        return journal_fields(plan, bound, times, step, wait, self.engine.batch_split.accumulation)
+            return self._not_measured(
+                plans, "out of device memory in a dense pass over one micro-batch; lower data.micro_batch"
+            )
+        own = [times.pop(f"own {number}") for number in range(len(shares))]
+        times["own"] = [plans.mean(dict(zip(shares, row, strict=True)).__getitem__) for row in zip(*own, strict=True)]
+        return journal_fields(plans, bound, times, step, wait, self.engine.batch_split.accumulation)
 
     def _dense_network(self, model: SparseViT) -> SparseViT:
         """The network of the dense passes: the run's own. Under `compat: authors`, whose attention is slower than timm's: a second one
@@ -145,8 +160,13 @@ class DenseBaseline:
 
         return timing.seconds(one, self.engine.device)
 
-    def _not_measured(self, plan: Plan, why: str) -> dict[str, Any]:
+    def _not_measured(self, plan: PlanMix, why: str) -> dict[str, Any]:
         return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "note": f"not measured: {why}"}
+
+
+def _window(plans: PlanMix) -> tuple[int, int]:
+    """Steps under `plans` to warm up, and to time."""
+    return (WARM, WATCHED) if len(plans.parts) == 1 else (DRAWN * WARM, DRAWN * WATCHED)
 
 
 def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torch.device) -> dict[str, list[float]]:
@@ -156,11 +176,11 @@ def interleaved(passes: dict[str, Callable[[], float]], pairs: int, device: torc
 
 
 def journal_fields(
-    plan: Plan, bound: float, times: dict[str, list[float]], step: float, wait: float, accumulation: int
+    plan: PlanMix, bound: float, times: dict[str, list[float]], step: float, wait: float, accumulation: int
 ) -> dict[str, Any]:
     """The measured fields of a `control` line.
 
-    plan: keep ratios of the own passes.
+    plan: of the own passes.
     bound: multiply-adds, own / dense.
     times: {"own", "dense": seconds per pass}.
     step, wait: seconds per training step, and of it waiting for data.

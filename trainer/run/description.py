@@ -76,11 +76,11 @@ def plan_table(config: Config, model: SparseViT) -> str:
         "| epochs | keep ratio of tokens | keep ratio of connections | tokens per block | multiply-adds | of dense |",
         "|---|---:|---:|---|---:|---:|",
     ]
-    for start, end, plan in build_schedule(config).stretches():
-        about = cost_of(model, plan)
+    for stretch in build_schedule(config).stretches():
+        about = cost_of(model, stretch.plan)
         tokens, cost = " ".join(map(str, about["tokens"])), about["multiply_adds"]
-        kept = f"{plan.keep_tokens:.3f} | {plan.keep_connections:.3f}"
-        lines.append(f"| {start:g} - {end:g} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
+        kept = f"{stretch.plan.keep_tokens:.3f} | {stretch.plan.keep_connections:.3f}"
+        lines.append(f"| {stretch.text} | {kept} | {tokens} | {cost:.4g} | {cost / dense:.3f} |")
     lines += ["", f"Examples: {config.examples.method}, {config.examples.settings.summary}."]
     if probe := config.examples.probe:
         cost = probe.probe_share * cost_of(model, probe.plan)["multiply_adds"]

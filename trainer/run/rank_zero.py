@@ -6,7 +6,8 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import Any
 
-from sparsity.types import Plan, Selection
+from sparsity.plan_mix import PlanMix
+from sparsity.types import Selection
 from sparsity.vit import SparseViT
 from trainer.analysis import report
 from trainer.analysis.savings import savings, savings_of
@@ -17,7 +18,7 @@ from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.journal.reader import lineage
 from trainer.journal.writer import Journal
-from trainer.model.evaluate import Scores
+from trainer.model.evaluate import Evaluated
 from trainer.provenance import kept_lists
 from trainer.run import description, nonfinite_steps
 from trainer.run.console import Console
@@ -85,11 +86,14 @@ class RankZeroLog:
         )
         self.console.epoch(kept=selection.num_kept, examples=examples)
 
-    def plan(self, state: TrainState, progress: float, plan: Plan, cost: dict[str, Any]) -> None:
+    def plan(self, state: TrainState, progress: float, plans: PlanMix, cost: dict[str, Any]) -> None:
         """A new plateau."""
         self.efficiency.cost = cost
         where = {"epoch": state.epoch, "step": state.step, "progress": progress}
-        self.journal.write("plateau", **where, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections, **cost)
+        facts = {"keep_tokens": plans.keep_tokens, "keep_connections": plans.keep_connections, **cost}
+        if len(plans.parts) > 1:
+            facts["draws"] = [[share, plan.keep_tokens, plan.keep_connections] for share, plan in plans.parts]
+        self.journal.write("plateau", **where, **facts)
 
     def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
         """The dense baseline of a plateau, and the savings of the run so far."""
@@ -125,14 +129,20 @@ class RankZeroLog:
         """A probe of the epoch that ended at `state`."""
         self.journal.write("probe", step=state.step, progress=state.progress, **facts)
 
-    def scored(self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan) -> None:
-        """A line for the weights, and one for their EMA if there is one."""
-        for ema, scores in results:
+    def scored(self, state: TrainState, results: list[Evaluated], progress: float) -> None:
+        """Under the run's own plan a line for the weights, and one for their EMA if there is one; a line of kind `density` for each of
+        `evaluate.densities`."""
+        for ema, plan, scores, beside in results:
             facts = {"epoch": state.epoch, "step": state.step, "progress": progress, "ema": ema, **scores._asdict()}
             del facts["reasons"]  # of this rank alone; `Recorder.scored` reports those of all ranks
             facts["per_class"] = [round(accuracy, 4) for accuracy in scores.per_class]
-            self.journal.write("eval", **facts, keep_tokens=plan.keep_tokens, keep_connections=plan.keep_connections)
-            self.console.eval(top1=scores.top1, ema=ema)
+            facts |= {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections}
+            self.journal.write("density" if beside else "eval", **facts)
+            if not beside:
+                self.console.eval(top1=scores.top1, ema=ema)
+        found = [f"{r.plan.keep_tokens:g}: {r.scores.top1:.2%}" for r in results if r.beside and r.ema == results[-1].ema]
+        if found:
+            self.console.message(f"epoch {progress:g}, top-1 by density: {', '.join(found)}")
 
     def saved(self, state: TrainState, path: Path, blocking: float, seconds: float, weights: Content | None) -> None:
         """A checkpoint, see `Recorder.saved`."""

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsity.types import Plan, Selection
+from sparsity.plan_mix import PlanMix
+from sparsity.types import Selection
 from sparsity.vit import SparseViT
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import TrainState
@@ -24,7 +25,7 @@ from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.journal.reader import FILE
 from trainer.journal.writer import Journal
-from trainer.model.evaluate import Scores
+from trainer.model.evaluate import Evaluated, Scores
 from trainer.model.weights import save_weights
 from trainer.run import directory as run
 from trainer.run import nonfinite_steps
@@ -55,7 +56,7 @@ class Recorder:
         self.checkpoints = self.directory / "checkpoints"
         self._journal: Journal | None = None  # of rank 0
         self._log: RankZeroLog | None = None  # of rank 0, from `start` on
-        self._plan: Plan | None = None
+        self._plans: PlanMix | None = None
         self._state = TrainState()
         self._top1, self._examples = float("nan"), 0
         failure: Exception | None = None
@@ -95,11 +96,11 @@ class Recorder:
         if self._log:
             self._log.epoch(state, selection, order, examples)
 
-    def plan(self, state: TrainState, progress: float, plan: Plan, cost_of: Callable[[Plan], dict[str, Any]]) -> None:
-        """A line when the plan changes; `cost_of` gives tokens per block and multiply-adds under it."""
-        if self._log and plan != self._plan:
-            self._plan = plan
-            self._log.plan(state, progress, plan, cost_of(plan))
+    def plan(self, state: TrainState, progress: float, plans: PlanMix, cost_of: Callable[[PlanMix], dict[str, Any]]) -> None:
+        """A line when the plans of the steps change; `cost_of` gives tokens per block and multiply-adds, as expectations."""
+        if self._log and plans != self._plans:
+            self._plans = plans
+            self._log.plan(state, progress, plans, cost_of(plans))
 
     def control(self, state: TrainState, progress: float, facts: dict[str, Any]) -> None:
         """A line of the dense baseline, with the savings of the run so far."""
@@ -107,7 +108,7 @@ class Recorder:
             self._log.control(state, progress, facts)
 
     def step(
-        self, state: TrainState, reading: MeterReading, chain: str, norm: float, *, progress: float, lr: float, plan: Plan
+        self, state: TrainState, reading: MeterReading, chain: str, norm: float, *, progress: float, lr: float, plan: PlanMix
     ) -> TrainState:
         """A log line; adds the broken images of its interval to the state. Raises DataError past `data.broken_share`."""
         meters, broken = reading.facts, reading.broken
@@ -138,19 +139,19 @@ class Recorder:
         if self._log:
             self._log.probed(state, facts)
 
-    def scored(
-        self, state: TrainState, results: list[tuple[bool, Scores]], progress: float, plan: Plan, saving: bool
-    ) -> TrainState:
-        """Lines of an evaluation; the last result is the score of the run. `saving`: this state is saved, so it may become the best.
-        Collective where images are broken; raises DataError past `data.broken_share`: a score of other images must not become the best.
+    def scored(self, state: TrainState, results: list[Evaluated], progress: float, saving: bool) -> TrainState:
+        """Lines of an evaluation; the score of the run is the last one under its own plan. `saving`: this state is saved, so it may
+        become the best. Collective where images are broken; raises DataError past `data.broken_share`: a score of other images must not
+        become the best.
         """
         if self._log:
-            self._log.scored(state, results, progress, plan)
-        if results[-1][1].broken:  # summed over ranks
-            text = _broken_validation(results[-1][1], self.engine, self.config.data.broken_share)
+            self._log.scored(state, results, progress)
+        scores = [result.scores for result in results if not result.beside][-1]
+        if scores.broken:  # summed over ranks
+            text = _broken_validation(scores, self.engine, self.config.data.broken_share)
             if self._log:
                 self._log.say(text)
-        self._top1 = results[-1][1].top1
+        self._top1 = scores.top1
         better = saving and self._top1 > state.best
         return replace(state, best=self._top1, best_step=state.step) if better else state
 

@@ -1,6 +1,6 @@
 """Converts journal lines to MLflow metrics, parameters, tags and data sets. Pure: knows MLflow's limits, does not import it.
 
-Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `epoch/kept`,
+Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `density/0.5/top1`, `epoch/kept`,
 `plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `probe/seconds`, `checkpoint/seconds`,
 `system/HOST/cpu_utilization_percentage` (per node), `run/device_hours` (end). Their step is the global optimizer step, their time
 the journal's. Every number of a line is sent; texts, booleans and ids are not.
@@ -46,7 +46,11 @@ class Metric(NamedTuple):
 def metrics(line: dict[str, Any], step: int) -> list[Metric]:
     """The metrics of a journal line at optimizer step `step`."""
     kind = line["kind"]
-    prefix = ("eval_ema" if line.get("ema") else "eval") if kind == "eval" else PREFIX.get(kind)
+    prefix = PREFIX.get(kind)
+    if kind in ("eval", "density"):
+        prefix = f"{kind}_ema" if line.get("ema") else kind
+    if kind == "density":
+        prefix = f"{prefix}/{line.get('keep_tokens', 1.0):g}"
     if prefix is None or (kind == "epoch" and line.get("batch")):  # a resume writes the line of its epoch again
         return []
     facts = {k: v for k, v in line.items() if k not in _POSITION and not (k == "progress" and kind != "step")}
