@@ -6,7 +6,7 @@ not, as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -127,3 +127,25 @@ def _pooling(pool: nn.Module | None) -> tuple[int, int]:
             f"attn_pool is a {type(pool).__name__}: multiply-adds are implemented for timm's AttentionPoolLatent only"
         )
     return _linear(kv) + kv.out_features, _linear(pool) - _linear(kv)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A selection that leaves `num` patches; `reduce` ranks them."""
+
+    num: int
+    reduce: Reduce
+
+    def __call__(self, tokens: Any, qkv: Any, plan: Plan) -> Any:
+        raise NotImplementedError
+
+    def count(self, num_patches: int, plan: Plan) -> int:
+        return self.num
+
+    def work(self, shape: BlockShape, plan: Plan) -> int:
+        return self.reduce.work(shape, Plan(min(1.0, self.num / shape.num_patches)))
+
+
+def cost_with(shape: Shape, num_patches: int) -> Cost:
+    """The cost of an image that keeps `num_patches` patches at its pruning block (`adaptive`)."""
+    return cost(replace(shape, reduce=_Fixed(num_patches, shape.reduce)))

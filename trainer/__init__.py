@@ -26,9 +26,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.api import compare, evaluate, load_config, load_weights, read_run, run_training
+    from trainer.api import compare, evaluate, load_config, load_model, load_weights, read_run, run_training
 
-__all__ = ["compare", "evaluate", "load_config", "load_weights", "read_run", "run_training"]
+__all__ = ["compare", "evaluate", "load_config", "load_model", "load_weights", "read_run", "run_training"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
     from trainer.config.run_config import Config
+    from trainer.model.exported import AnyDensity
     from trainer.run.recorder import RunResult
 
 
@@ -100,6 +101,15 @@ def compare(*runs: str | Path, base: str | None = None) -> pandas.DataFrame:
     from trainer.analysis.compare import compare as compared
 
     return pandas.DataFrame(compare_page.rows(compared(list(runs), base=base))).set_index("run")
+
+
+def load_model(path: str | Path) -> AnyDensity:
+    """The network of a file of `trilevel export`, at any density: `model(images, density=.5)`, or `adaptive=True` after
+    `trilevel calibrate`; images normalised, (B, 3, S, S). Raises ConfigError.
+    """
+    from trainer.model.exported import load_exported
+
+    return load_exported(path)
 
 
 def load_weights(path: str | Path) -> VisionTransformer:

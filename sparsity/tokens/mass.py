@@ -7,6 +7,7 @@ training images (`threshold_for`).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -46,14 +47,15 @@ def counts(mass: Tensor, threshold: float, least: int = LEAST) -> Tensor:
     num = mass.shape[1]
     if threshold >= 1.0:
         return torch.full((len(mass),), num, dtype=torch.int64, device=mass.device)
-    return ((mass < threshold).sum(dim=1) + 1).clamp(min(least, num), num)
+    return ((mass.double() < threshold).sum(dim=1) + 1).clamp(min(least, num), num)
 
 
 def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int = 40) -> Threshold:
     """The threshold that keeps a mean share `density` of the patches: cumulated mass of N images (N, n), by bisection.
 
-    Of the thresholds on both sides of a jump it takes the nearer mean. Raises ValueError for a density outside (0, 1], or below the
-    share of `least`."""
+    The mean jumps at each cumulated mass of an image. Of both sides of the jump at `density` it takes the one with the nearer mean, half
+    way to the next mass, so that no image of the calibration stands at its own border. Raises ValueError for a density outside (0, 1],
+    or below the share of `least`."""
     num = mass.shape[1]
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density={density:g}: must be in (0, 1]")
@@ -70,5 +72,13 @@ def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int =
             below = middle
         else:
             above = middle
-    ends = [Threshold(m, float(counts(mass, m, least).double().mean()) / num) for m in (below, above) if m > 0.0]
+    values = mass.double().unique()  # rising
+    at = min(int(torch.searchsorted(values, below, right=True)), len(values) - 1)
+    around = [
+        float(values[at - 1]) if at else 0.0,
+        float(values[at]),
+        min(1.0, float(values[at + 1])) if at + 1 < len(values) else 1.0,
+    ]
+    middles = [(first + second) / 2 for first, second in pairwise(around)]
+    ends = [Threshold(m, float(counts(mass, m, least).double().mean()) / num) for m in middles]
     return min(ends, key=lambda end: abs(end.density - density))

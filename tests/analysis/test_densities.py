@@ -158,7 +158,7 @@ def test_one_set_of_weights_at_many_densities(
     assert [(r["density"], r["tokens"]) for r in found["rows"]] == [(1.0, 17), (0.7, 10), (0.5, 5)]
     costs = [r["gmacs"] for r in found["rows"]]
     assert costs == sorted(costs, reverse=True) and found["images"] == 22
-    assert "keep tokens" in capsys.readouterr().out
+    assert "GMACs" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "tokens.method=all", "--densities", "0.5"]) == 2
     assert "the configuration does not prune tokens" in capsys.readouterr().err
     merging = ["tokens.method=tome", "tokens.merged=2"]
@@ -175,7 +175,6 @@ def test_one_set_of_weights_at_many_densities(
         assert main(["eval", "weights.safetensors", "c.yaml", *hidden, *words]) == 0
         found += json.loads(Path("out.json").read_text())["rows"]
     assert [(row["density"], row["connections"]) for row in found] == [(0.7, 0.5), (0.7, 1.0)]
-    assert "connections" in capsys.readouterr().out
     assert main(["eval", "weights.safetensors", "c.yaml", "--densities", "1,abc"]) == 2
     assert "must be keep ratios in (0, 1]" in capsys.readouterr().err
     assert main(["eval", "weights.safetensors", "c.yaml", "model.classes=12"]) == 2

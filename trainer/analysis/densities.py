@@ -2,76 +2,77 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import timm.data
+import numpy as np
 import torch
 from rich.table import Table
 
+from sparsity.cost import cost_with, shape_of
+from sparsity.tokens import scores as token_scores
+from sparsity.tokens.topk import TopK
 from sparsity.types import Plan
-from trainer.analysis.run_weights import run_weights
+from sparsity.vit import SparseViT
+from trainer.analysis.adaptive_model import adaptive_model, calibrated
+from trainer.analysis.density_passes import AdaptivePasses, Passes, RandomPasses
+from trainer.analysis.scored_model import scored_model
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.data.loader.build import validation_set
 from trainer.data.loader.dataset import open_indexes
-from trainer.model import weights
-from trainer.model.build import build_model, build_schedule, cost_of
+from trainer.model.build import build_schedule, cost_of
 from trainer.model.evaluate import Scores, evaluate
+
+MASS, RANDOM = "mass", "random"
+COLUMNS = (
+    "selection", "keep tokens", "connections", "tokens", "p50", "p95", "GMACs", "top-1", "top-5", "worst", "images", "images/s",
+)  # fmt: skip
 
 
 class DensityResult(NamedTuple):
-    """density, connections: keep ratios of tokens (SaiT's densities) and of connections at each pruning block. tokens: in the last
-    block. gmacs: 1e9 multiply-adds of one image's forward pass."""
+    """selection: the method of level 2, "mass" or "random". density, connections: keep ratios of tokens (SaiT's densities; for "mass" the
+    mean one of the calibration) and of connections at each pruning block. tokens: mean over the images in the last block, with prefix; p50,
+    p95: their quantiles. gmacs: 1e9 multiply-adds of a forward pass, mean over the images. rate: images/s of the network alone, without
+    the first batch."""
 
+    selection: str
     density: float
     connections: float
-    tokens: int
+    tokens: float
+    p50: float
+    p95: float
     gmacs: float
+    rate: float
     scores: Scores
 
 
 class DensityResults(NamedTuple):
+    """extremes: the images with the fewest and the most tokens of the last adaptive row."""
+
     model: str
     rows: list[DensityResult]
+    config: Config
+    class_names: list[str]
+    extremes: AdaptivePasses | None = None
 
     def table(self) -> Table:
         table = Table(title=self.model, title_justify="left")
-        for column in (
-            "keep tokens",
-            "keep connections",
-            "tokens",
-            "GMACs",
-            "top-1",
-            "top-5",
-            "worst class",
-            "images",
-            "images/s",
-        ):
-            table.add_column(column, justify="right")
+        for number, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if number else "left")
         for r in self.rows:
             s = r.scores
             shares = [f"{100 * x:.2f} %" for x in (s.top1, s.top5, s.worst_class)]
-            numbers = [f"{r.density:g}", f"{r.connections:g}", str(r.tokens), f"{r.gmacs:.4g}"]
-            table.add_row(*numbers, *shares, str(s.images), f"{s.images_per_second:.0f}")
+            numbers = [f"{r.density:g}", f"{r.connections:g}", f"{r.tokens:.4g}", f"{r.p50:g}", f"{r.p95:g}", f"{r.gmacs:.4g}"]
+            table.add_row(r.selection, *numbers, *shares, str(s.images), f"{r.rate:.0f}")
         return table
 
     def facts(self) -> dict[str, Any]:
         """For --json; top1, top5, images are those of the first row."""
+        names = ("top1", "top5", "worst_class", "broken")
         rows = [
-            {
-                "density": r.density,
-                "connections": r.connections,
-                "tokens": r.tokens,
-                "gmacs": r.gmacs,
-                "images_per_second": r.scores.images_per_second,
-                "top1": r.scores.top1,
-                "top5": r.scores.top5,
-                "worst_class": r.scores.worst_class,
-                "broken": r.scores.broken,
-            }
+            {k: v for k, v in r._asdict().items() if k not in ("scores", "rate")}
+            | {"images_per_second": r.rate}
+            | {name: getattr(r.scores, name) for name in names}
             for r in self.rows
         ]
         first = self.rows[0].scores
@@ -79,18 +80,72 @@ class DensityResults(NamedTuple):
 
 
 def score(
-    model: str, config: Config | None, densities: list[float] | None = None, overrides: list[str] | None = None
+    model: str,
+    config: Config | None,
+    densities: list[float] | None = None,
+    overrides: list[str] | None = None,
+    *,
+    adaptive: bool = False,
+    random: bool = False,
 ) -> DensityResults:
     """Evaluate `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
     `config` None: the run's own, with `overrides`. densities: keep ratios of tokens, with all connections kept; None: the final plan
-    of the configuration. Raises ConfigError.
+    of the configuration. adaptive: beside each density below 1, mass-based selection by its calibrated threshold. random: beside it, as
+    many random tokens. Raises ConfigError.
     """
-    config, network = _load(model, config, overrides or [])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device).eval()
-    _, index = open_indexes(config.data)
-    plans = [Plan(d, 1.0) for d in densities] if densities else [build_schedule(config).last()]
+    config, network, source = scored_model(model, config, overrides or [], "eval")
+    _refuse(config, densities, adaptive, random)
+    evaluation = Evaluation(config, network)
+    passes: list[Passes] = []
+    thresholds = ranking = None
+    if adaptive:
+        ranking = adaptive_model(config, network)
+        thresholds = calibrated(source, config, ranking)
+        ranking.eval()
+    for plan in [Plan(d, 1.0) for d in densities] if densities else [build_schedule(config).last()]:
+        passes.append(Passes(config.tokens.method, network, plan))
+        if plan.keep_tokens < 1.0 and ranking is not None and thresholds is not None:
+            passes.append(AdaptivePasses(MASS, ranking, plan, thresholds.mass(plan.keep_tokens)))
+        if plan.keep_tokens < 1.0 and random:
+            beside = SparseViT(network.vit, reduce=TopK(token_scores.random), blocks=network.blocks, position=network.position)
+            passes.append(RandomPasses(RANDOM, beside.eval(), plan))
+    rows = [evaluation.row(one) for one in passes]
+    found = [one for one in passes if isinstance(one, AdaptivePasses)]
+    return DensityResults(model, rows, config, [str(name) for name in evaluation.index.classes], found[-1] if found else None)
+
+
+class Evaluation:
+    """The validation set of a configuration, and a device that passes run on."""
+
+    def __init__(self, config: Config, network: SparseViT):
+        self.config, self.network = config, network
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(self.device).eval()
+        _, self.index = open_indexes(config.data)
+        self.half = config.engine.precision != "float32" and self.device.type == "cuda"
+
+    def row(self, passes: Passes) -> DensityResult:
+        """The scores, tokens, cost and rate of passes over every image."""
+        batches = passes.watching(validation_set(self.index, self.config, 0, 1))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            scores = evaluate(passes, batches, passes.plan, self.config.model.classes, self.config.augment, self.device)
+        plan, counts = passes.plan, passes.counts()
+        if counts is None:
+            cost = cost_of(self.network, plan)
+            tokens, gmacs = np.array([cost["tokens"][-1]], dtype=float), cost["multiply_adds"] / 1e9
+        else:
+            shape, (values, images) = shape_of(self.network), np.unique(counts, return_counts=True)
+            tokens = counts + float(shape.num_prefix)
+            gmacs = float(np.average([cost_with(shape, int(value)).total for value in values], weights=images)) / 1e9
+        p50, p95 = (float(np.quantile(tokens, q)) for q in (0.5, 0.95))
+        return DensityResult(
+            selection=passes.selection, density=plan.keep_tokens, connections=plan.keep_connections, tokens=float(tokens.mean()),
+            p50=p50, p95=p95, gmacs=gmacs, rate=passes.rate, scores=scores,
+        )  # fmt: skip
+
+
+def _refuse(config: Config, densities: list[float] | None, adaptive: bool, random: bool) -> None:
     tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
     if sparse and tokens.off:
         raise ConfigError(f"--densities {densities}: the configuration does not prune tokens; add tokens.method=topk")
@@ -99,56 +154,6 @@ def score(
         raise ConfigError(
             f"--densities {densities}: {tokens.fixed_by} removes the same number of tokens at every density; add {key}=0"
         )
-    rows = []
-    half = config.engine.precision != "float32" and device.type == "cuda"
-    for plan in plans:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            scores = evaluate(network, validation_set(index, config, 0, 1), plan, config.model.classes, config.augment, device)
-        cost = cost_of(network, plan)
-        rows.append(
-            DensityResult(plan.keep_tokens, plan.keep_connections, cost["tokens"][-1], cost["multiply_adds"] / 1e9, scores)
-        )
-    return DensityResults(model, rows)
-
-
-def _refuse_change(text: str) -> None:
-    """Weights must fit exactly: a reinitialised head or a resized embedding would be evaluated untrained."""
-    raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
-
-
-def _load(model: str, config: Config | None, overrides: list[str]) -> tuple[Config, Any]:
-    if model.startswith("timm:"):
-        if config is None:
-            raise ConfigError(f"eval {model}: no validation shards given; add a CONFIG with data.validation")
-        name = model.removeprefix("timm:")
-        config = _as_timm_evaluates(config, name)
-        return config, build_model(config)
-    path = Path(model)
-    if path.is_dir():
-        config = config or load_run(path, overrides)
-        path = run_weights(path, "eval")
-    if config is None:
-        raise ConfigError(f"eval {model}: a weights file needs a CONFIG with its model; add one")
-    if not path.is_file():
-        raise ConfigError(f"eval {model}: no such file; give a run directory, a weights file or timm:NAME")
-    network = build_model(config.changed(model={"init": "random"}))
-    weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
-    return config, network
-
-
-def _as_timm_evaluates(config: Config, name: str) -> Config:
-    """The configuration with a pretrained model's own size, crop, interpolation and normalisation. Raises ConfigError."""
-    weights.refuse_unknown(name)
-    network = timm.create_model(name, pretrained=False)
-    about, classes = timm.data.resolve_model_data_config(network), getattr(network, "num_classes", 0)
-    if classes != config.model.classes:
-        raise ConfigError(
-            f"model.classes={config.model.classes}: timm:{name} has {classes} classes; set model.classes={classes}"
-        )
-    if about.get("crop_mode", "center") != "center":
-        raise ConfigError(f"timm:{name} needs crop_mode={about['crop_mode']} for evaluation; only the centre crop is supported")
-    return config.changed(
-        model={"name": name, "init": "timm", "image_size": about["input_size"][-1], "args": {}},
-        augment={key: about[key] for key in ("interpolation", "mean", "std")},
-        evaluate={"crop_pct": about["crop_pct"]},
-    )
+    for flag, on in (("--adaptive", adaptive), ("--random", random)):
+        if on and not sparse:
+            raise ConfigError(f"{flag}: needs --densities with a keep ratio below 1, e.g. --densities 1,.7,.5")

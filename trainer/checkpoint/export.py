@@ -17,6 +17,8 @@ from trainer.config.load import parse_recorded
 from trainer.config.schema import AugmentConfig, ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
+from trainer.model import thresholds
+from trainer.model.exported import TOKENS
 from trainer.model.weights import save_weights
 
 
@@ -31,8 +33,11 @@ class Exported(NamedTuple):
         words = f"timm.create_model({about['model']!r}, num_classes={about['classes']}, img_size={about['image_size']}"
         more = "".join(f", {key}={value!r}" for key, value in json.loads(about["args"]).items())
         which = "EMA weights" if about["ema"] == "true" else "weights"
+        sparse = json.loads(about[TOKENS])["method"] != "all"
+        adaptive = ", adaptive=True" if thresholds.HEADER in about else ""
+        at = f"\nor at any density: trainer.load_model({str(self.path)!r})(images, density=.5{adaptive})" if sparse else ""
         top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not evaluated"
-        return f"{self.path}: {which} of step {about['step']}{top1}\n{words}{more}, checkpoint_path={str(self.path)!r})"
+        return f"{self.path}: {which} of step {about['step']}{top1}\n{words}{more}, checkpoint_path={str(self.path)!r}){at}"
 
 
 def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | None = None) -> Exported:
@@ -53,6 +58,10 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
         raise ConfigError(f"export {out}: file name must end with .safetensors, timm needs it")
     header = _network(config.model, config.augment, config.evaluate.crop_pct)
     header |= {"run": config.name, "config": config.fingerprint()} | _position(about["state"], use_ema)
+    header[TOKENS] = json.dumps(config.resolved()["tokens"])
+    found = thresholds.read(Path(run))
+    if found is not None and found.weights == thresholds.weights_hash(weights):  # else they were calibrated for other weights
+        header[thresholds.HEADER] = found.to_json()
     if (top1 := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
         header["top1"] = str(top1)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -137,6 +137,24 @@ def _add_after_a_run(commands: Any) -> None:
         metavar="1.0,0.7,0.5",
         help="densities: keep ratios of tokens to evaluate with the same weights, with all connections kept",
     )
+    c.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="beside each density: another number of tokens per image, by the thresholds of `trilevel calibrate`",
+    )
+    c.add_argument("--random", action="store_true", help="beside each density: as many random tokens")
+    c.add_argument(
+        "--plots",
+        metavar="DIR",
+        help="write densities.png (accuracy against rate) and, with --adaptive, images.png (images with the fewest and most tokens)",
+    )
+    c.add_argument("--json", metavar="FILE")
+
+    c = add("calibrate", "find the mass thresholds of a run or a weights file for mean densities, from training images")
+    c.add_argument("model", metavar="RUN|WEIGHTS")
+    add_config(c, optional=True)
+    c.add_argument("--density", required=True, metavar="0.7,0.5", help="wanted mean densities: share of the tokens that stay")
+    c.add_argument("--images", type=int, default=5000, metavar="N", help="training images, drawn by seed (default: 5000)")
     c.add_argument("--json", metavar="FILE")
 
     c = add("replay", "rebuild one global batch of a run: ids, augmentation, images as given to the model")

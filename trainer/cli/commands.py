@@ -93,22 +93,41 @@ def _verify(a: argparse.Namespace) -> int:
 def _eval(a: argparse.Namespace) -> None:
     from trainer.analysis.densities import score
 
-    if a.config and "=" in a.config:  # `eval RUN key=value`: the run's own configuration, changed
+    config, densities = _own_or_given(a), _densities(a.densities, "--densities") if a.densities else None
+    found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
+    show_table(found.table())
+    write_json(a.json, found.facts())
+    if a.plots:
+        from trainer.analysis.density_plots import write
+
+        for path in write(found, Path(a.plots)):
+            show(str(path))
+
+
+def _calibrate(a: argparse.Namespace) -> None:
+    from trainer.analysis.calibrate import calibrate
+
+    if a.images < 1:
+        raise ConfigError(f"--images {a.images}: must be >= 1")
+    found = calibrate(a.model, _own_or_given(a), _densities(a.density, "--density"), a.images, a.overrides)
+    show_table(found.table())
+    write_json(a.json, found.facts())
+
+
+def _own_or_given(a: argparse.Namespace) -> Any:
+    """The CONFIG of the command line, None for the run's own; `eval RUN key=value` changes that."""
+    if a.config and "=" in a.config:
         a.config, a.overrides = None, [a.config, *a.overrides]
-    rows = score(a.model, configuration(a) if a.config else None, _densities(a.densities), a.overrides)
-    show_table(rows.table())
-    write_json(a.json, rows.facts())
+    return configuration(a) if a.config else None
 
 
-def _densities(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
+def _densities(text: str, option: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
     if not found or not all(0 < density <= 1 for density in found):
-        raise ConfigError(f"--densities {text}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5")
+        raise ConfigError(f"{option} {text}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5")
     return found
 
 
@@ -239,6 +258,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "index": _index,
     "verify": _verify,
     "eval": _eval,
+    "calibrate": _calibrate,
     "parity": _parity,
     "replay": _replay,
     "audit": _audit,

@@ -1,0 +1,42 @@
+"""The adaptive form of a configuration's network: mass-based selection at its pruning block, by calibrated thresholds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsity.adaptive import AdaptiveViT
+from sparsity.tokens.scores import BY_NAME
+from sparsity.vit import SparseViT
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.model import thresholds
+from trainer.model.thresholds import Thresholds, weights_hash
+
+
+def adaptive_model(config: Config, network: SparseViT, execution: str = "packed") -> AdaptiveViT:
+    """`network` with mass-based selection by its own score. Raises ConfigError, naming the key, where it cannot have it."""
+    if config.tokens.method != "topk":
+        raise ConfigError(
+            f"tokens.method={config.tokens.method}: mass-based selection ranks tokens by importance; set tokens.method=topk"
+        )
+    try:
+        return AdaptiveViT(network, BY_NAME.get(importance_of(config)), execution)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def importance_of(config: Config) -> str:
+    """The name of the score; "default" is SaiT's: the attention of all prefix tokens, without them that which patches receive."""
+    return getattr(config.tokens.settings, "importance", "default")
+
+
+def calibrated(source: Path | None, config: Config, adaptive: AdaptiveViT) -> Thresholds:
+    """The thresholds of these weights. Raises ConfigError where there are none, or those of other weights, block or score."""
+    found = thresholds.read(source) if source is not None else None
+    if found is None:
+        raise ConfigError(
+            f"--adaptive: {source or config.model.name} has no mass thresholds; run trilevel calibrate MODEL --density .5"
+        )
+    digest = weights_hash(adaptive.model.vit.state_dict())
+    found.refuse_other(digest, adaptive.block, importance_of(config), str(source))
+    return found

@@ -1,0 +1,68 @@
+"""The network that `trilevel eval` and `trilevel calibrate` take: a run directory, a weights file or timm's weights by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import timm.data
+
+from sparsity.vit import SparseViT
+from trainer.analysis.run_weights import run_weights
+from trainer.config.errors import ConfigError
+from trainer.config.load import load_run
+from trainer.config.run_config import Config
+from trainer.model import weights
+from trainer.model.build import build_model
+
+
+class ScoredModel(NamedTuple):
+    """config: the run's own or the given one. network: on the CPU, with the weights. source: the run directory or file; None: timm."""
+
+    config: Config
+    network: SparseViT
+    source: Path | None
+
+
+def scored_model(model: str, config: Config | None, overrides: list[str], command: str) -> ScoredModel:
+    """`config` None: the run's own, with `overrides`. Raises ConfigError."""
+    if model.startswith("timm:"):
+        if config is None:
+            raise ConfigError(f"{command} {model}: no shards given; add a CONFIG with data.train and data.validation")
+        config = _as_timm_evaluates(config, model.removeprefix("timm:"))
+        return ScoredModel(config, build_model(config), None)
+    source = path = Path(model)
+    if path.is_dir():
+        config = config or load_run(path, overrides)
+        path = run_weights(path, command)
+    if config is None:
+        raise ConfigError(f"{command} {model}: a weights file needs a CONFIG with its model; add one")
+    if not path.is_file():
+        raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
+    network = build_model(config.changed(model={"init": "random"}))
+    weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
+    return ScoredModel(config, network, source)
+
+
+def _refuse_change(text: str) -> None:
+    """Weights must fit exactly: a reinitialised head or a resized embedding would be evaluated untrained."""
+    raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
+
+
+def _as_timm_evaluates(config: Config, name: str) -> Config:
+    """The configuration with a pretrained model's own size, crop, interpolation and normalisation. Raises ConfigError."""
+    weights.refuse_unknown(name)
+    network = timm.create_model(name, pretrained=False)
+    about, classes = timm.data.resolve_model_data_config(network), getattr(network, "num_classes", 0)
+    if classes != config.model.classes:
+        raise ConfigError(
+            f"model.classes={config.model.classes}: timm:{name} has {classes} classes; set model.classes={classes}"
+        )
+    if about.get("crop_mode", "center") != "center":
+        raise ConfigError(f"timm:{name} needs crop_mode={about['crop_mode']} for evaluation; only the centre crop is supported")
+    return config.changed(
+        model={"name": name, "init": "timm", "image_size": about["input_size"][-1], "args": {}},
+        augment={key: about[key] for key in ("interpolation", "mean", "std")},
+        evaluate={"crop_pct": about["crop_pct"]},
+    )

@@ -1,0 +1,79 @@
+"""An exported weights file as a network that answers at any density, from what its header says (`trilevel export`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsity import build
+from sparsity.adaptive import AdaptiveViT
+from sparsity.tokens.scores import BY_NAME
+from sparsity.types import Plan
+from sparsity.vit import SparseViT
+from trainer.config.errors import ConfigError
+from trainer.config.schema import ModelConfig
+from trainer.config.schema_levels import TokensConfig
+from trainer.model import thresholds, weights
+from trainer.model.thresholds import Thresholds, weights_hash
+
+TOKENS = "tokens"  # key of the header: the section of the configuration, as JSON
+
+
+class AnyDensity(nn.Module):
+    """model: the network with its token reduction. thresholds: of mass-based selection, None without."""
+
+    def __init__(self, model: SparseViT, tokens: TokensConfig, thresholds: Thresholds | None) -> None:
+        super().__init__()
+        self.model, self.tokens, self.thresholds = model, tokens, thresholds
+        self._adaptive: AdaptiveViT | None = None
+        if thresholds is not None:
+            score = BY_NAME.get(thresholds.importance)
+            self._adaptive = AdaptiveViT(model, score, least=thresholds.least)
+            digest = weights_hash(model.vit.state_dict())
+            thresholds.refuse_other(digest, self._adaptive.block, getattr(tokens.settings, "importance", ""), "the file")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, density: float = 1.0, adaptive: bool = False) -> Tensor:
+        """Normalised images (B, 3, S, S) float -> logits (B, classes), with the share `density` of the tokens at each pruning block, in
+        (0, 1]. adaptive: a mean share; each image has its own number of tokens. Raises ConfigError for a density that is not there."""
+        if not 0.0 < density <= 1.0:
+            raise ConfigError(f"density={density:g}: must be in (0, 1]")
+        if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
+            raise ConfigError(f"density={density:g}: tokens.method={self.tokens.method} has no density; export a run with topk")
+        if adaptive:
+            if self._adaptive is None or self.thresholds is None:
+                raise ConfigError(
+                    "adaptive: the file has no mass thresholds; run trilevel calibrate on it, or export again after it"
+                )
+            return self._adaptive(images, self.thresholds.mass(density)).logits
+        return self.model(images, Plan(keep_tokens=density)).logits
+
+
+def load_exported(path: str | Path) -> AnyDensity:
+    """The network of a file of `trilevel export`, in evaluation mode. Raises ConfigError for a file without its header."""
+    path = Path(path)
+    state = weights.load_weights(path)
+    about = thresholds.header(path) if path.suffix == ".safetensors" else {}
+    if not {"model", "classes", "image_size", "args", TOKENS} <= about.keys():
+        raise ConfigError(f"{path}: its header does not describe the network; write the file with trilevel export")
+    try:
+        settings = ModelConfig(
+            name=about["model"],
+            classes=int(about["classes"]),
+            image_size=int(about["image_size"]),
+            args=json.loads(about["args"]),
+        )
+        tokens = TokensConfig.model_validate(json.loads(about[TOKENS]))
+        vit = weights.create(settings)
+        model = build.build(vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position)
+    except ValueError as error:
+        raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error
+    weights.fit(vit, state, str(path), warn=_refuse_change)
+    return AnyDensity(model.eval(), tokens, thresholds.read(path)).eval()
+
+
+def _refuse_change(text: str) -> None:
+    raise ConfigError(f"{text}: the file's weights are not those of its header; export it again")
