@@ -73,7 +73,7 @@ def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int =
         else:
             above = middle
     values = mass.double().unique()  # rising
-    at = min(int(torch.searchsorted(values, below, right=True)), len(values) - 1)
+    at = min(int(torch.searchsorted(values, below)), len(values) - 1)
     around = [
         float(values[at - 1]) if at else 0.0,
         float(values[at]),

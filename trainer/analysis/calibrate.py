@@ -46,11 +46,8 @@ class Calibrated(NamedTuple):
 
     def facts(self) -> dict[str, object]:
         """For --json."""
-        rows = [
-            {"density": density, "mass": mass, "mean_density": kept}
-            for density in self.densities
-            for mass, kept in [self.found.by_density[density]]
-        ]
+        table = self.found.by_density
+        rows = [{"density": one, "mass": table[one].mass, "mean_density": table[one].density} for one in self.densities]
         return {"path": str(self.path), "images": self.found.images, "block": self.found.block, "rows": rows}
 
 
