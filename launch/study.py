@@ -57,7 +57,7 @@ def runs(study: Study, overrides: list[str], seeds: list[int], arms: list[str], 
     for seed in seeds:
         for arm in [arm for arm in study.arms if arm in arms]:
             name = f"{study.name}-{arm}-seed{seed}"
-            given = [*study.arms[arm], *overrides]
+            given = [*study.settings(arm, seed), *overrides]
             _, folder = sweep.about(study.config, given)
             given += [f"name={name}", f"seed={seed}", f"tracking.parent={study.name}"]
             point = sweep.with_status(Point(Job(study.config, tuple(given), resume=True), name, folder / name))

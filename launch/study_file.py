@@ -14,6 +14,7 @@ from launch.job import LaunchError, near
 
 REQUIRED = ("name", "question", "config", "reference", "arms")
 KEYS = (*REQUIRED, "seeds", "settings", "questions", "quiet")
+SEED = "{seed}"
 OURS = ("name", "seed", "runs", "tracking.parent")  # settings that the study itself gives to every run
 
 
@@ -28,6 +29,10 @@ class Study:
     seeds: tuple[int, ...]
     arms: dict[str, tuple[str, ...]]
     questions: tuple[tuple[str, str], ...]
+
+    def settings(self, arm: str, seed: int) -> tuple[str, ...]:
+        """Those of a run: `{seed}` in a value stands for its seed, e.g. in the path of the weights that it begins with."""
+        return tuple(text.replace(SEED, str(seed)) for text in self.arms[arm])
 
 
 def read(file: str) -> Study:

@@ -79,6 +79,14 @@ def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:
     )  # fmt: skip
 
 
+def test_a_value_may_name_the_seed(mini: str) -> None:
+    text = Path(mini).read_text().replace("dense: {}", 'dense: {model.init: "runs/mini-third-seed{seed}/weights.safetensors"}')
+    Path(mini).write_text(text)
+    found = study.runs(study_file.read(mini), [], [0, 7], ["dense"], "kept")
+    inits = [word for run in found for word in run.point.job.overrides if word.startswith("model.init")]
+    assert [word.split("seed")[1][0] for word in inits] == ["0", "7"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

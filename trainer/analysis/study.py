@@ -118,14 +118,14 @@ def _deviations(file: StudyFile, runs: dict[str, dict[int, History]]) -> list[st
     found: dict[tuple[str, str], list[int]] = {}
     for arm, of in runs.items():
         for number, run in of.items():
-            if text := _deviation(file, arm, run):
+            if text := _deviation(file, arm, number, run):
                 found.setdefault((arm, text), []).append(number)
     return [f"{arm}, seed {', '.join(map(str, numbers))}: {text}" for (arm, text), numbers in found.items()]
 
 
-def _deviation(file: StudyFile, arm: str, run: History) -> str:
+def _deviation(file: StudyFile, arm: str, seed: int, run: History) -> str:
     try:
-        asked = _settings(load(file.config, file.arms[arm]).resolved())
+        asked = _settings(load(file.config, [word.replace("{seed}", str(seed)) for word in file.arms[arm]]).resolved())
         ran = _settings(parse_recorded(run.config, run.name).resolved())
     except ConfigError as error:
         return f"settings cannot be compared with the study's file: {' '.join(str(error).split())}"

@@ -47,11 +47,11 @@ COLUMNS = {
 }
 
 
-def batches(text: str | None) -> list[int]:
-    """Images per device, from text like `256,32`; None: the default for this machine. Raises ConfigError."""
-    words = (text or ("256,32" if torch.cuda.is_available() else "8,2")).split(",")
+def batches(text: str | None, gpu: str = "256,32", cpu: str = "8,2", option: str = "--images-per-device") -> list[int]:
+    """Batch sizes from text like `256,32`; None: the default, `gpu` or `cpu`. Raises ConfigError naming `option`."""
+    words = (text or (gpu if torch.cuda.is_available() else cpu)).split(",")
     if not all(word.isdigit() and int(word) for word in words):
-        raise ConfigError(f"--images-per-device {text}: must be integers >= 1, separated by commas, e.g. 256,32")
+        raise ConfigError(f"{option} {text}: must be integers >= 1, separated by commas, e.g. 256,32")
     return [int(word) for word in words]
 
 

@@ -73,7 +73,7 @@ def paired(
     for one in steps.values():
         for _ in range(WARM_UP):
             one()
-    peaks = {name: _peak(one, device) for name, one in steps.items()}
+    peaks = {name: peak(one, device) for name, one in steps.items()}
     times = interleave(steps, rounds, show=show)
     found = {}
     for name, seconds in times.items():
@@ -124,7 +124,7 @@ def _step(
     return lambda: timing.seconds(one, device)
 
 
-def _peak(one: Callable[[], Any], device: torch.device) -> float:
+def peak(one: Callable[[], Any], device: torch.device) -> float:
     """Peak bytes that a step allocates beyond what was allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -11,7 +11,7 @@ from trainer.cli.output import configuration, show, show_table, write_json
 if TYPE_CHECKING:
     from trainer.bench.result import BenchResult
 
-PARTS = ("input", "step", "checkpoint", "engine", "journal", "remote")
+PARTS = ("input", "step", "inference", "checkpoint", "engine", "journal", "remote")
 
 
 def bench(a: argparse.Namespace) -> None:
@@ -55,6 +55,10 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
         return checkpoint.bench(config, a.saves, a.examples)
     from trainer.bench import engine
 
+    if part == "inference":
+        from trainer.bench import inference
+
+        return inference.bench(config, a.density, engine.batches(a.batches, "1,32,256", "1,8", "--batches"), a.rounds)
     images = engine.batches(a.images_per_device)
     engine.on_every_device(a.processes)
     return engine.bench(config, images, a.rounds, a.rows.split(",") if a.rows else None)

@@ -38,6 +38,12 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     )
     c.add_argument("--pairs", type=int, default=30, help="number of rounds over all rows (default: 30)")
     c = add(
+        "inference", "images/s of forward passes at one density, compared with timm's dense model, EViT and ToMe, interleaved"
+    )
+    c.add_argument("--density", type=float, default=0.45, help="share of the tokens that stays (default: .45)")
+    c.add_argument("--batches", metavar="1,32,256", help="batch sizes (default: 1,32,256; on a CPU 1,8)")
+    c.add_argument("--rounds", type=int, default=20, help="number of rounds over all rows (default: 20)")
+    c = add(
         "engine",
         "step time of DDP and ZeRO 0 to 3 compared with a bare PyTorch loop, on every device of this machine, interleaved",
     )
