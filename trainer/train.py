@@ -22,11 +22,12 @@ from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
-from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
+from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.ema import Ema
 from trainer.model.evaluate import Evaluated, Scores, evaluate
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Schedule, set_learning_rate
+from trainer.model.teacher import build_teacher
 from trainer.provenance.hash_chain import HashChain
 from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
@@ -48,7 +49,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    schedule = build_schedule(config)
+    schedule, distillation = build_schedule(config), build_distillation(config)
+    teacher = build_teacher(config, model, distillation.teacher_outputs)
     cadence = Cadence(
         config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
     )
@@ -64,16 +66,18 @@ def train(config: Config, resume: bool = False) -> RunResult:
             loader.fork()
     engine = Engine(config.engine, batch_split, config.optim.clip)
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
-    saved = save_load.load(found.path, config, index.fingerprint) if found.path else None
+    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
     engine.assert_same_on_all_ranks(
         f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
     )
+    engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
 
     recorder = Recorder(config, engine, resume)
     with recorder.recording_failures():
         if saved:
             model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
         engine.prepare(model, build_optimizer(model, config.optim))
+        teacher.prepare(engine)
         ema = Ema(model.vit, config.optim.ema)
         if saved:
             engine.state.load(saved.weights, saved.optimizer)
@@ -81,13 +85,15 @@ def train(config: Config, resume: bool = False) -> RunResult:
             examples.load_state_dict(saved.examples)
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         selection = saved.selection if saved else None
-        chain, meters = HashChain(state.chain), Meters(engine)
+        chain, meters = HashChain(state.chain), Meters(engine, distillation.parts)
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
-        outputs = frozenset({"cls_attention"}) if examples.wants_spread and not probe.on else frozenset()
-        baseline = DenseBaseline(config.control, schedule, engine, objective, outputs)
-        recorder.start(state, {"train": index, "validation": validation_index}, model, cost_of(model, DENSE))
+        outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
+        baseline = DenseBaseline(config.control, schedule, engine, objective, outputs, teacher)
+        facts = cost_of(model, DENSE) | teacher.facts()
+        recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
-        store = partial(save_load.save_checkpoint, recorder.checkpoints, config=config, fingerprint=index.fingerprint)
+        known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them
+        store = partial(save_load.save_checkpoint, recorder.checkpoints, **known)
         checkpointer = Checkpointer(store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples)
         classes, augment = config.model.classes, config.augment
         measure = partial(
@@ -139,15 +145,16 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 for part, last in _micro_batches(batch, batch_split.micro_batch, engine.device, meters.end_phase):
                     images = mix_images(augment_on_device(part, config.augment), mix, part.weights)
                     targets = objective.targets(part.labels, mix, part.weights)
+                    taught = teacher.observe(images, meters.end_phase)
                     output = engine.forward(images, plan, outputs, part.rng_keys)
-                    losses = objective.losses(output.logits, targets)
+                    losses, parts = distillation(objective.losses(output.logits, targets), output, taught)
                     meters.end_phase("forward")
                     engine.backward((losses * part.weights).sum() / total, last)
                     meters.end_phase("backward")
                     credited, observation = objective.credit(part, output, losses, mix)
                     if not probe.on:
                         examples.observe(credited, observation)
-                    meters.add(losses, part.weights, observation)
+                    meters.add(losses, part.weights, observation, parts)
                 if taken := engine.step():
                     ema.update(model.vit)
                 meters.end_phase("optimizer")

@@ -94,8 +94,6 @@ def test_losses_are_float32_per_row_under_half_precision_logits():
 def test_contradictions_are_refused():
     with pytest.raises(ConfigError, match=r"augment.smoothing=0\.1.*set augment.smoothing=0"):
         objective("bce", smoothing=0.1)
-    with pytest.raises(ConfigError, match="two logits"):
-        objective().losses((torch.zeros(2, C), torch.zeros(2, C)), torch.zeros(2, C))
 
 
 # -- observations ------------------------------------------------------------------------------------------------------

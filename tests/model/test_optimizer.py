@@ -10,6 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from tests.support.vits import FAMILIES, images
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.schema import OptimConfig
@@ -82,6 +83,53 @@ def test_unknown_names_and_forgotten_parameters_are_refused():
     model.gate = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"gate.weight, gate.bias: trainable parameters outside"):
         build_optimizer(model, OptimConfig())
+
+
+def trained(model: nn.Module, what: int | tuple[str, ...], **settings) -> set[str]:
+    """The names of the parameters in the optimizer's groups; the others have no gradient."""
+    optimizer = build_optimizer(model, OptimConfig(freeze=what, **settings))
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert all((id(parameter) in mine) == parameter.requires_grad for parameter in model.parameters())
+    return {name for name, parameter in model.named_parameters() if id(parameter) in mine}
+
+
+@pytest.mark.parametrize("family", ["deit", "deit_distilled", "registers", "norms_inside", "map_pooling"])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_the_first_blocks_are_frozen_with_everything_in_front_of_them(family, layer_decay):
+    """A gradient that reaches the input of block 2 passes only what trains."""
+    model = FAMILIES[family]()
+    every = {name for name, _ in model.named_parameters()}
+    model.forward_features(images(model)).sum().backward()
+    model.zero_grad()
+    reached = model.patch_embed(images(model))
+    x = model.norm_pre(model._pos_embed(reached))
+    for block in model.blocks[:2]:
+        x = block(x)
+    x.sum().backward()
+    front = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[0] for name in front} >= {"patch_embed", "pos_embed", "blocks"} and len(front) < len(every)
+    model.zero_grad()
+    assert trained(model, 2, layer_decay=layer_decay) == every - front
+
+
+def test_nothing_is_frozen_by_default_and_patterns_freeze_names():
+    every = {name for name, _ in vit().named_parameters()}
+    assert trained(vit(), 0) == every == trained(vit(), ())
+    attention = {name for name in every if ".attn." in name}
+    assert trained(vit(), ("*.attn.*", "pos_embed")) == every - attention - {"pos_embed"} and attention
+    first = {name for name in every if name.startswith(("blocks.0.", "blocks.1."))}
+    assert trained(vit(), ("blocks.[01].*",)) == every - first
+
+
+def test_freezing_what_is_not_there_or_everything_is_refused():
+    with pytest.raises(ConfigError, match=r"optim.freeze=9: this network has \d blocks; freeze at most \d"):
+        build_optimizer(vit(), OptimConfig(freeze=9))
+    with pytest.raises(
+        ConfigError, match=r"optim.freeze='pos_embedd': no parameter of the network has such a name; did you mean pos_embed"
+    ):
+        build_optimizer(vit(), OptimConfig(freeze=("head.*", "pos_embedd")))
+    with pytest.raises(ConfigError, match=r"optim.freeze=\('\*',\): nothing would train"):
+        build_optimizer(vit(), OptimConfig(freeze=("*",)))
 
 
 def test_an_optimizer_without_betas_is_built_too():

@@ -28,13 +28,13 @@ from trainer.analysis.compare_page import markdown, page
 from trainer.analysis.history import history
 from trainer.analysis.report import summary
 from trainer.analysis.report import write as write_report
-from trainer.analysis.run_weights import run_weights
 from trainer.checkpoint import directory
 from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import load
 from trainer.data.remote.retry import TransientError
 from trainer.journal.file import JournalError
 from trainer.journal.reader import read
+from trainer.journal.run_weights import run_weights
 from trainer.journal.writer import Journal
 from trainer.model.weights import save_weights
 from trainer.run.directory import log_to
@@ -213,16 +213,16 @@ def test_changed_weights_are_not_scored(tmp_path: Path) -> None:
     about = {"weights": {"bytes": content.size, "hash": content.hash}}
     where = {"time": 1.0, "attempt": 0, "step": 7, "path": "checkpoints/step-00000007"}
     write(tmp_path, [{"kind": "checkpoint", **where, "weights": {"hash": "older"}}, {"kind": "checkpoint", **where, **about}])
-    assert run_weights(tmp_path, "eval") == path
+    assert run_weights(tmp_path, f"eval {tmp_path}") == path
     data = bytearray(path.read_bytes())
     data[-3] ^= 64
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"eval .*weights.safetensors has the hash .* at step 7.*trilevel export"):
-        run_weights(tmp_path, "eval")
+        run_weights(tmp_path, f"eval {tmp_path}")
     shutil.copytree(tmp_path, tmp_path / "copy")
     (tmp_path / "copy" / "config.yaml").write_text("name: x")
     (tmp_path / "copy" / "journal.jsonl").unlink()
-    assert run_weights(tmp_path / "copy", "eval")  # nothing to compare with
+    assert run_weights(tmp_path / "copy", "eval copy")  # nothing to compare with
 
 
 @pytest.mark.timeout(60)

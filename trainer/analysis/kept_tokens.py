@@ -19,12 +19,12 @@ from matplotlib.patches import Rectangle
 
 from sparsity.types import VisibleKeys
 from trainer.analysis.forgotten_examples import contact_sheet
-from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.data.augment.on_device import normalise
 from trainer.data.augment.transform import Transform
 from trainer.data.errors import DataError
+from trainer.journal.run_weights import run_weights
 from trainer.model import weights
 from trainer.model.build import build_model, build_schedule
 from trainer.storage.text import plot_text
@@ -66,7 +66,7 @@ class Viewer:
             raise ConfigError(
                 f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
             )
-        file = run_weights(self.run, "show")
+        file = run_weights(self.run, f"show {self.run}")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
         self.plan = build_schedule(self.config).last()

@@ -9,10 +9,10 @@ import timm
 import timm.data
 
 from sparsity.vit import SparseViT
-from trainer.analysis.run_weights import run_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
+from trainer.journal.run_weights import run_weights
 from trainer.model import weights
 from trainer.model.build import build_model
 
@@ -35,7 +35,7 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
     source = path = Path(model)
     if path.is_dir():
         config = config or load_run(path, overrides)
-        path = run_weights(path, command)
+        path = run_weights(path, f"{command} {path}")
     if config is None:
         raise ConfigError(f"{command} {model}: a weights file needs a CONFIG with its model; add one")
     if not path.is_file():

@@ -45,6 +45,7 @@ def save_checkpoint(
     state: TrainState,
     config: Config,
     fingerprint: str,
+    teacher: str = "",
     *,
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
@@ -56,7 +57,7 @@ def save_checkpoint(
     """Write one checkpoint below `folder` and point `latest` at it, then delete those that retention does not keep. Rank 0 only.
 
     state: position in the run.
-    config, fingerprint: of the run and its training shards; a resume must match them.
+    config, fingerprint, teacher: of the run, its training shards and its teacher (hash of the weights); a resume must match them.
     weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
     examples, selection: statistics of level 1, and the examples of the current epoch.
     disk: where to write; default: the file system.
@@ -80,12 +81,17 @@ def save_checkpoint(
         "state": {_STORED_AS.get(name, name): value for name, value in asdict(state).items()},
         "config": config.resolved(),
         "fingerprint": fingerprint,
+        "teacher": teacher,
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
     }
 
     def same(there: dict[str, Any]) -> bool:
         """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
-        known = {"config": without_foreign(there["config"]), "fingerprint": there["fingerprint"]}
+        known = {
+            "config": without_foreign(there["config"]),
+            "fingerprint": there["fingerprint"],
+            "teacher": there.get("teacher", ""),
+        }
         return known == {key: about[key] for key in known} and all(
             there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
         )
@@ -151,8 +157,9 @@ def _state_of(stored: dict[str, Any]) -> TrainState:
     return TrainState(**{fields.get(key, key): value for key, value in stored.items()})
 
 
-def load(path: Path, config: Config, fingerprint: str) -> Saved:
-    """Read a checkpoint. Raises CheckpointError, with every difference, if resuming would change the run."""
+def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Saved:
+    """Read a checkpoint. Raises CheckpointError, with every difference, if resuming would change the run. fingerprint, teacher: of the
+    training shards and of the teacher's weights, as they are now."""
     try:
         about = directory.verify(path, content=False)
     except directory.Damaged as error:
@@ -170,6 +177,9 @@ def load(path: Path, config: Config, fingerprint: str) -> Saved:
     wrong = [f"  {key}: checkpoint {b!r}, now {a!r}" for key, (a, b) in differences(config, theirs).items()]
     if about["fingerprint"] != fingerprint:
         wrong.append(f"  shards: checkpoint was trained on {about['fingerprint']}, data.train now holds {fingerprint}")
+    if (before := about.get("teacher", "")) != teacher:
+        was, now = (f"weights of hash {one}" if one else "no teacher" for one in (before, teacher))
+        wrong.append(f"  teacher: checkpoint was trained with {was}, teacher.from={config.teacher.source} is {now}")
     if wrong:
         raise CheckpointError(
             f"{path} belongs to another run:\n"

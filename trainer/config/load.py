@@ -144,7 +144,11 @@ def _section(parts: list[str]) -> type[BaseModel]:
 
 
 def _keys(section: type[BaseModel]) -> list[str]:
-    return section.all_keys() if issubclass(section, MethodSection) else list(section.model_fields)
+    return (
+        section.all_keys()
+        if issubclass(section, MethodSection)
+        else [f.alias or name for name, f in section.model_fields.items()]
+    )
 
 
 def _all_keys() -> list[str]:

@@ -57,7 +57,7 @@ def all_keys() -> list[Key]:
                 meaning = field.description or f"What the level leaves out; `{field.default}` leaves nothing out."
                 found.append(Key(f"{section}.method", "", " | ".join(methods), str(field.default), meaning))
             elif name not in CHOSEN.values():
-                found.append(_key(f"{section}.{name}", field))
+                found.append(_key(f"{section}.{field.alias or name}", field))
         for choice, kinds in (model.choices() if issubclass(model, MethodSection) else {}).items():
             for method, settings in kinds.items():
                 found += [key._replace(choice=choice) for key in _settings_keys(section, method, settings)]

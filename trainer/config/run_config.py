@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from trainer.config.schema import AugmentConfig, DataConfig, EvaluateConfig, ModelConfig, OptimConfig
 from trainer.config.schema_levels import ConnectionsConfig, ExamplesConfig, PlanConfig, TokensConfig
 from trainer.config.schema_run import CheckpointConfig, EngineConfig, TraceConfig, TrackingConfig
+from trainer.config.schema_teacher import TeacherConfig
 from trainer.config.values import Duration, Length, Section, Share
 
 # Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing.
@@ -55,6 +56,7 @@ class Config(Section):
     tokens: TokensConfig = Field(default_factory=TokensConfig)
     connections: ConnectionsConfig = Field(default_factory=ConnectionsConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
+    teacher: TeacherConfig = TeacherConfig()
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -77,6 +79,11 @@ class Config(Section):
             raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
         self._levels_fit_the_plan()
         self._probe_fits_the_tokens()
+        if self.teacher.tokens > 0 and not self.tokens.blocks:
+            raise ValueError(
+                f"teacher.tokens={self.teacher.tokens:g} with tokens.blocks=[]: the importance of tokens is that of the first of these "
+                "blocks; name it, e.g. tokens.blocks=[2]"
+            )
         e = self.engine
         if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
             raise ValueError(
@@ -151,7 +158,7 @@ FREE_TO_CHANGE = (
     "name", "runs", "stop_at", "log_every", "control", "tracking", "trace", "checkpoint",
     "evaluate.every", "evaluate.batch", "evaluate.densities",
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
-    "data.index", "data.cache", "data.cache_size",
+    "data.index", "data.cache", "data.cache_size", "teacher.from",
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.values import Chance, Duration, Epochs, Keep, Length, Section, Share
+from trainer.config.values import Chance, Duration, Epochs, Frozen, Keep, Length, Section, Share
 
 # arguments of timm.create_model that load files or wrap the network
 LOADS = frozenset({"checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "out_indices"})
@@ -26,7 +26,8 @@ class ModelConfig(Section):
     image_size: int = Field(default=224, ge=8)
     """Side of the square input in pixels. Another size than the timm model's default changes the number of tokens."""
     init: str = "random"
-    """Starting weights: `random`, `timm` (pretrained weights by name, downloaded), or the path of a weights file."""
+    """Starting weights: `random`, `timm` (pretrained weights by name, downloaded), the path of a weights file, or the directory of a run
+    (its weights.safetensors). Another number of classes gives a new head, another image size a resized position embedding."""
     drop_path: Chance = 0.0
     """Stochastic depth rate of the last block; earlier blocks rise linearly from 0. Larger models want more (DeiT-B .1)."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -34,12 +35,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _builds_only(self) -> ModelConfig:
-        """timm would read pickles from some of these, at `--check` already."""
-        if wrong := sorted(key for key in self.args if key in LOADS or key.startswith("pretrained")):
-            raise ValueError(
-                f"model.args.{wrong[0]}={self.args[wrong[0]]!r}: model.args only builds the network; load weights with model.init=FILE"
-            )
+        refuse_loading(self.args, "model")
         return self
+
+
+def refuse_loading(args: dict[str, Any], section: str) -> None:
+    """Raises ValueError for arguments from which timm would read pickles, at `--check` already."""
+    if wrong := sorted(key for key in args if key in LOADS or key.startswith("pretrained")):
+        remedy = "model.init=FILE" if section == "model" else "teacher.from=FILE"
+        raise ValueError(
+            f"{section}.args.{wrong[0]}={args[wrong[0]]!r}: {section}.args only builds the network; load weights with {remedy}"
+        )
 
 
 class DataConfig(Section):
@@ -170,6 +176,9 @@ class OptimConfig(Section):
     """Decoupled weight decay; biases, norms and embeddings have none (timm's rule)."""
     layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
     """Factor of the learning rate per block from the head down; for fine-tuning, e.g. .75. Default: none."""
+    freeze: Frozen = 0
+    """What does not train: a number of first blocks, with the embedding in front of them, or patterns of parameter names, e.g.
+    [pos_embed, "blocks.[0-5].*"]. 0 = nothing. Patterns are those of a shell, names those of timm."""
     clip: float = Field(default=0.0, ge=0.0)
     """Largest global gradient norm; 0 = no clipping."""
     loss: Literal["soft", "bce"] = "soft"

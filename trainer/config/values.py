@@ -90,6 +90,18 @@ def _no_duplicates(blocks: tuple[int, ...]) -> tuple[int, ...]:
 Blocks = Annotated[tuple[int, ...], AfterValidator(_no_duplicates)]
 
 
+def _blocks_or_patterns(value: Any) -> Any:
+    blocks = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if blocks or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):
+        return value
+    raise ValueError(
+        'must be a number of first blocks (an integer >= 0) or a list of patterns, e.g. [pos_embed, "blocks.[0-5].*"]'
+    )
+
+
+Frozen = Annotated[int | tuple[str, ...], BeforeValidator(_blocks_or_patterns)]  # parameters that do not train
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.engine.errors import EngineError
-from trainer.engine.partition import is_pieces
+from trainer.engine.partition import gathered, is_pieces
 
 GROUP_STEP = "group.step"
 
@@ -113,6 +113,8 @@ class FullState:
 
     def _whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         """A parameter in float32, or its optimizer state `key`, unsharded; collective."""
+        if hasattr(parameter, "ds_id") and not parameter.requires_grad:  # frozen: DeepSpeed's optimizer does not have it
+            return gathered(parameter, parameter.ds_tensor)  # pyright: ignore[reportAttributeAccessIssue]
         if is_pieces(parameter):
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -21,15 +21,20 @@ def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tens
     cut = dict(_cut(module))
     if not cut:
         return {name: value.cpu().clone() for name, value in values.items()}
-    world, first, found = dist.get_world_size(), dist.get_rank() == 0, {}
+    first, found = dist.get_rank() == 0, {}
     for name, value in values.items():
         if name in cut:
-            parts = [torch.empty_like(value) for _ in range(world)]
-            dist.all_gather(parts, value.contiguous())
-            value = torch.cat(parts)[: cut[name].ds_numel].view(cut[name].ds_shape)
+            value = gathered(cut[name], value)
         if first:
             found[name] = value.cpu().clone()
     return found
+
+
+def gathered(parameter: Any, part: Tensor) -> Tensor:
+    """The full tensor of a partitioned parameter, or of something partitioned like it, from each rank's part; collective."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 @torch.no_grad()

@@ -43,14 +43,16 @@ _KEPT: dict[str, _Check] = {"keep_tokens": NUMBER, "keep_connections": NUMBER}
 FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "start": {
         "config": TABLE, "world": WORLD, "versions": MAYBE_TABLE, "data": MAYBE_TABLE, "classes": LIST, "hosts": LIST, "pixels": LIST,
-        "multiply_adds": NUMBER, "matrix_tflops": MAYBE, "starting": NUMBER,
+        "multiply_adds": NUMBER, "matrix_tflops": MAYBE, "starting": NUMBER, "teacher_hash": TEXT, "teacher_parameters": NUMBER,
+        "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER,
     },
     "resume": _WHERE,
     "epoch": _WHERE | {"kept": COUNT, "examples": COUNT, "steps": COUNT, "facts": TABLE},
     "plateau": _WHERE | _KEPT | {"tokens": TOKENS, "multiply_adds": NUMBER},
     "control": _WHERE | _KEPT | {"step_speedup": NUMBER, "measured": NUMBER},
     "step": _WHERE | _KEPT | {
-        "loss": LOSS, "images": NUMBER, "seconds": NUMBER, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
+        "loss": LOSS, "loss_labels": LOSS, "loss_logits": LOSS, "loss_tokens": LOSS,
+        "images": NUMBER, "seconds": NUMBER, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
         "energy_kwh": MAYBE, "joules": NUMBER, "time_to_first_step": NUMBER, "memory_peak_mib": MAYBE, "chain": TEXT,
     },
     "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models.deit import VisionTransformerDistilled
+
 from sparsity import build, cost
 from sparsity.examples.curriculum import Curriculum, TrainingRun
 from sparsity.plan_mix import PlanMix
@@ -15,6 +17,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.model import weights
+from trainer.model.distillation import Distillation
 from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
 
@@ -25,6 +28,8 @@ def build_model(config: Config) -> SparseViT:
     network = weights.create(config.model, config.seed)
     if config.engine.checkpointing:
         network.set_grad_checkpointing()
+    if config.teacher.logits != "none" and isinstance(network, VisionTransformerDistilled):
+        network.set_distilled_training(True)  # in training it returns a pair of logits: of [CLS] and of the distillation token
     t = config.tokens
     try:
         model = build.build(
@@ -67,6 +72,13 @@ def build_schedule(config: Config) -> Schedule:
 def build_objective(config: Config) -> Objective:
     """Loss and observations as configured. Raises ConfigError if settings contradict each other."""
     return Objective(config.model.classes, config.optim.loss, smoothing=config.augment.smoothing, rule=config.examples.rule)
+
+
+def build_distillation(config: Config) -> Distillation:
+    """The losses between the network and its teacher; the identity without one."""
+    t = config.teacher
+    block = config.tokens.blocks[0] if t.tokens else 0
+    return Distillation(logits=t.logits, tau=t.tau, alpha=t.alpha, tokens=t.tokens, block=block)
 
 
 def cost_of(model: SparseViT, plan: Plan | PlanMix) -> dict[str, Any]:

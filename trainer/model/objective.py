@@ -10,7 +10,7 @@ Letters: b rows of a micro-batch, C classes, n_last patch tokens in the last blo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,13 +46,10 @@ class Objective:
         """Soft targets: labels (b,) int64 -> (b, C) float32, as timm's `mixup_target`."""
         return mix_targets(labels, mix, weights, self.classes, self.smoothing)
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each row: logits and targets (b, C) -> (b,) float32, unweighted."""
-        if not isinstance(logits, Tensor):
-            raise ConfigError(
-                "the model returns two logits (distillation), but there is no teacher for the second; choose a model without distillation"
-            )
-        logits = logits.float()
+    def losses(self, logits: Any, targets: Tensor) -> Tensor:
+        """Loss of each row by its label: logits and targets (b, C) -> (b,) float32, unweighted. Of a pair of logits, that of a model with
+        a distillation token in training, the first are for the labels."""
+        logits = (logits if isinstance(logits, Tensor) else logits[0]).float()
         if self.loss == "soft":
             return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
         present = targets.gt(0.0).to(logits.dtype)
@@ -70,7 +67,7 @@ class Objective:
         Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
         finite.
         """
-        logits, labels, there = output.logits.float(), batch.labels, batch.weights > 0
+        logits, labels, there = _prediction(output.logits), batch.labels, batch.weights > 0
         mixed = there & partners(there) & (mix.lam < 1.0)
         swap = mixed & (mix.lam < 0.5) if self.rule != "authors" else torch.zeros_like(mixed)
         ids, label, lesser, copies = (
@@ -110,3 +107,8 @@ def _spread(output: ModelOutput, losses: Tensor) -> Tensor:
         return torch.zeros_like(losses)
     attention = output.cls_attention.float()
     return attention.var(dim=1, correction=0) * attention.shape[1] ** 2
+
+
+def _prediction(logits: Any) -> Tensor:
+    """Logits (b, C) float32 as in evaluation: the mean of a pair, as in timm."""
+    return logits.float() if isinstance(logits, Tensor) else torch.stack(logits).float().mean(dim=0)

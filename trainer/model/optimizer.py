@@ -1,11 +1,12 @@
 """The optimizer from timm's factory; the learning rate comes from `schedule`.
 
 Parameter groups are timm's: no weight decay on biases, norms and the model's `no_weight_decay`
-(pos_embed, cls_token, ...), and with `layer_decay` a smaller rate for earlier blocks.
+(pos_embed, cls_token, ...), and with `layer_decay` a smaller rate for earlier blocks. Parameters that `freeze` names are in none.
 """
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import OptimConfig
 
+EMBEDDING = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")  # in front of the first block
+
 
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer by name over all parameters of `model` (a SparseViT, or a timm model).
@@ -23,6 +26,7 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
     """
     refuse_unknown(settings.name)
     network = getattr(model, "vit", model)  # it has `no_weight_decay` and the layer groups
+    freeze(network, settings.freeze)
     mine = {id(parameter) for parameter in network.parameters()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
     if outside:
@@ -48,6 +52,32 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
         raise ConfigError(
             f"optim.fused=true: {settings.name} has no fused step; use adamw or sgd, or set optim.fused=false"
         ) from error
+
+
+def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
+    """Take the gradient from the parameters that `optim.freeze` names: the first blocks with the embedding in front of them, or patterns of
+    names. Call it before the engine wraps the network: that decides what is reduced, sharded and updated.
+
+    Raises ConfigError for more blocks than the network has, for a pattern that fits no name, and where nothing would train.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    if isinstance(what, int):
+        depth = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+        if what > depth:
+            raise ConfigError(f"optim.freeze={what}: this network has {depth} blocks; freeze at most {depth}")
+        first = (*EMBEDDING, *(f"blocks.{number}." for number in range(what))) if what else ()
+        frozen = {name for name in names if name.startswith(first)}
+    else:
+        for pattern in what:
+            if not fnmatch.filter(names, pattern):
+                hint = did_you_mean(pattern, names, number=3) or f"names are those of timm, e.g. {names[0]}"
+                raise ConfigError(f"optim.freeze={pattern!r}: no parameter of the network has such a name; {hint}")
+        frozen = {name for pattern in what for name in fnmatch.filter(names, pattern)}
+    if len(frozen) == len(names):
+        raise ConfigError(f"optim.freeze={what}: nothing would train; freeze less, e.g. not the head")
+    for name, parameter in network.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
 
 
 def refuse_unknown(name: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
+from trainer.journal.run_weights import run_weights
 from trainer.storage.disk import atomic_write
 from trainer.storage.safetensors_stream import pieces
 
@@ -37,7 +38,7 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
     """
     model = build(settings, seed, pretrained=settings.init == "timm")
     if settings.init == "timm":
-        own = _about(model)
+        own = about(model)
         for what, theirs, ours in (
             ("head", own.get("num_classes"), settings.classes),
             ("position embedding", (own.get("input_size") or (0,))[-1], settings.image_size),
@@ -46,45 +47,49 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
                 verb = "was reset" if what == "head" else "was resized"
                 warn(f"model.init=timm: {what} {verb}: {settings.name} was trained with {theirs}, this run has {ours}")
     elif settings.init != "random":
-        fit(model, load_weights(settings.init), f"model.init={settings.init}", warn)
+        fit(model, weights_at(settings.init, "model.init"), f"model.init={settings.init}", warn)
     return model
 
 
-def build(settings: ModelConfig, seed: int, pretrained: bool = False) -> VisionTransformer:
-    """`timm.create_model` from `ModelConfig`, with timm's initialisation drawn from `seed`; the global generator is restored."""
-    refuse_unknown(settings.name)
+def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: str = "model") -> VisionTransformer:
+    """`timm.create_model` from `ModelConfig`, with timm's initialisation drawn from `seed`; the global generator is restored.
+    section: that of the configuration, for messages."""
+    refuse_unknown(settings.name, section)
     named = {"num_classes": settings.classes, "img_size": settings.image_size, "drop_path_rate": settings.drop_path}
     twice = named.keys() & settings.args.keys()
     if twice:
         keys = {"num_classes": "model.classes", "img_size": "model.image_size", "drop_path_rate": "model.drop_path"}
-        raise ConfigError("; ".join(f"model.args.{key}: set {keys[key]} instead" for key in sorted(twice)))
+        raise ConfigError("; ".join(f"{section}.args.{key}: set {keys[key]} instead" for key in sorted(twice)))
     try:
         with seeded(seed):
             model = timm.create_model(settings.name, pretrained=pretrained, **named, **settings.args)
     except (TypeError, AttributeError, AssertionError, KeyError) as error:
-        raise ConfigError(f"model.name={settings.name} with model.args={settings.args}: rejected by timm: {error}") from error
+        raise ConfigError(
+            f"{section}.name={settings.name} with {section}.args={settings.args}: rejected by timm: {error}"
+        ) from error
     except (OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's words on the CPU
             raise ConfigError(
-                f"model.name={settings.name} with model.image_size={settings.image_size}, model.classes={settings.classes} and "
-                f"model.args={settings.args} does not fit into memory: {_first_line(error)}; use smaller values"
+                f"{section}.name={settings.name} with model.image_size={settings.image_size}, model.classes={settings.classes} and "
+                f"{section}.args={settings.args} does not fit into memory: {_first_line(error)}; use smaller values"
             ) from error
         if not pretrained:
             raise
+        key = "model.init" if section == "model" else f"{section}.from"
         raise ConfigError(
-            f"model.init=timm: cannot download weights of {settings.name} ({_first_line(error)}); download them elsewhere and "
-            "set model.init=PATH"
+            f"{key}=timm: cannot download weights of {settings.name} ({_first_line(error)}); download them elsewhere and "
+            f"set {key}=PATH"
         ) from error
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"model.name={settings.name}: must be a timm VisionTransformer, got a {type(model).__name__}")
+        raise ConfigError(f"{section}.name={settings.name}: must be a timm VisionTransformer, got a {type(model).__name__}")
     return model
 
 
-def refuse_unknown(name: str) -> None:
+def refuse_unknown(name: str, section: str = "model") -> None:
     """Raise ConfigError, with similar names, for a model unknown to timm."""
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), number=3) or "timm.list_models('*vit*') lists them"
-        raise ConfigError(f"model.name={name!r}: unknown model of timm {timm.__version__}; {hint}")
+        raise ConfigError(f"{section}.name={name!r}: unknown model of timm {timm.__version__}; {hint}")
 
 
 @contextlib.contextmanager
@@ -95,8 +100,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn: Callable[[str], None] = log_warning) -> None:
-    """Load `state` (timm's or the authors' names) into `model`, calling `warn` for each tensor that is resized or reset.
+def fit(
+    model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn: Callable[[str], None] = log_warning
+) -> list[str]:
+    """Load `state` (timm's or the authors' names) into `model`, calling `warn` for each tensor that is resized or reset; returns the
+    names of those that were reset.
 
     Position embedding and patch kernel are resampled (timm's bicubic); a head with another number of classes, or without weights
     in the file, keeps its initialisation. Raises ConfigError naming every other tensor that is missing, unknown, or of another
@@ -130,14 +138,16 @@ def fit(model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn
         more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ConfigError(f"{source} does not fit this model:\n  " + "\n  ".join(wrong[:8]) + more)
     model.load_state_dict(kept, strict=False)  # all names but the heads' were checked above
+    return reset
 
 
-def _about(model: VisionTransformer) -> dict[str, Any]:
+def about(model: VisionTransformer) -> dict[str, Any]:
+    """timm's `pretrained_cfg`: classes, input size, pixel statistics and heads of the pretrained weights."""
     return cast(dict[str, Any], model.pretrained_cfg)
 
 
 def _heads(model: VisionTransformer) -> set[str]:
-    names = _about(model).get("classifier") or "head"
+    names = about(model).get("classifier") or "head"
     return {name.split(".")[0] for name in ([names] if isinstance(names, str) else names)}
 
 
@@ -155,13 +165,19 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
         file.writelines(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
 
 
+def weights_at(path: str | Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a weights file, or of a run's directory, whose file must be the one that its journal names. key: of the configuration,
+    for messages. Raises ConfigError."""
+    return load_weights(run_weights(path, f"{key}={path}") if Path(path).is_dir() else path)
+
+
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors or PyTorch file by timm's names, on the CPU. Never executes pickled code. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         near = did_you_mean(path.name, [p.name for p in folder.iterdir()], prefix=f"{folder}/" if folder.parts else "")
-        hint = near or "give 'random', 'timm' or the path of a weights file"
+        hint = near or "give 'timm', the path of a weights file or the directory of a run"
         raise ConfigError(f"weights {path}: no such file; {hint}")
     try:
         if path.suffix == ".safetensors":

@@ -15,9 +15,11 @@ from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.model.build import build_examples, build_model, build_objective, build_schedule, cost_of
+from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
+from trainer.model.teacher import build_teacher
+from trainer.telemetry.efficiency import TRAINING
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,16 @@ class CheckReport:
     parameters: int
     plateaus: list[Plateau]
     quality: Quality  # of the first epoch's order, from a sample of its batches
+    frozen: int = 0  # of the parameters, do not train
+    teacher: float = 0.0  # multiply-adds of an image's forward pass through the teacher
 
     def share(self) -> float:
         """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""
         return sum(p.epochs * p.multiply_adds for p in self.plateaus) / (self.config.epochs * self.dense)
+
+    def teacher_share(self) -> float:
+        """Multiply-adds of the teacher as a share of those of a step, mean over the run; the backward pass counts as two forward passes."""
+        return self.teacher / (TRAINING * self.share() * self.dense + self.teacher)
 
     def table(self) -> Table:
         table = Table(title=f"{self.config.name}: plan of the run (keep ratios by epoch)", title_justify="left")
@@ -75,12 +83,19 @@ class CheckReport:
     def text(self) -> str:
         c = self.config
         share = c.examples.settings.left_out
+        frozen = f" ({self.frozen / 1e6:.2f} M frozen)" if self.frozen else ""
+        teacher = (
+            f"teacher from {c.teacher.source}: {self.teacher / 1e9:.4g} GMACs per image, {self.teacher_share():.1%} of the multiply-adds "
+            "of a step (its forward pass; the model's forward and backward passes count as three)\n"
+        )
         removed = f"; {c.examples.method} removes {share:.0%} of the examples" if share else ""
         return (
-            f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters, {c.model.image_size} px, {self.dense / 1e9:.4g} GMACs dense\n"
+            f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters{frozen}, {c.model.image_size} px, "
+            f"{self.dense / 1e9:.4g} GMACs dense\n"
             f"{self.images} training and {self.validation_images} validation images{removed}\n"
             f"{c.epochs} epochs, {self.steps} steps in the first; global batch {c.data.batch} = {self.world} process(es) x "
             f"{self.accumulation} accumulation step(s) x micro-batch {self.micro_batch}{' (last ones padded)' if self.padded() else ''}\n"
+            f"{teacher if self.teacher else ''}"
             f"multiply-adds of the run, without counting removed examples: {self.share():.3f} of dense\n{self.quality.text()}"
         )
 
@@ -104,6 +119,7 @@ def check(config: Config, world: int) -> CheckReport:
     deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
     build_objective(config)
     build_optimizer(model, config.optim)
+    teacher = build_teacher(config, model, build_distillation(config).teacher_outputs)
     return CheckReport(
         config=config,
         world=world,
@@ -116,6 +132,8 @@ def check(config: Config, world: int) -> CheckReport:
         parameters=sum(p.numel() for p in model.parameters()),
         plateaus=_plateaus(config, model),
         quality=shuffle_quality(order, train.labels, batches=16),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        teacher=float(teacher.multiply_adds),
     )
 
 

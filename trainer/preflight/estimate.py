@@ -25,7 +25,7 @@ from trainer.data.loader.dataset import open_indexes
 from trainer.journal.reader import lineage
 from trainer.model.build import build_schedule
 from trainer.model.schedule import Schedule, row_of
-from trainer.preflight.check import check
+from trainer.preflight.check import CheckReport, check
 
 GRADIENT_BYTES = {"bf16": 2, "autocast": 4, "float32": 4}  # per parameter, as the engine sends them
 
@@ -165,7 +165,10 @@ def estimate(
         demand=demand, bytes_per_second=demand * size, cores=cores,
         supply=cores / bench.decode if bench.decode else None,
         multiply_adds=sum(p.epochs / config.epochs * images * p.multiply_adds for p in checked.plateaus),
-        notes=(*_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method), *_probe_note(config)),
+        notes=(
+            *_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method),
+            *_probe_note(config), *_teacher_note(checked),
+        ),
     )  # fmt: skip
 
 
@@ -197,6 +200,15 @@ def _probe_note(config: Config) -> Iterator[str]:
     if probe := config.examples.probe:
         share = probe.probe_share
         yield f"examples.rule=probe: its forward passes over {share:g} of the kept examples after each epoch are not counted"
+
+
+def _teacher_note(checked: CheckReport) -> Iterator[str]:
+    if checked.teacher:
+        share = checked.teacher_share()
+        yield (
+            f"teacher: {checked.teacher / 1e9:.4g} GMACs per image, {share:.1%} of the multiply-adds of a step; its passes are not in the "
+            f"step measurement and not counted: if time followed multiply-adds, compute would take {1 / (1 - share):.3f} times as long"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from trainer.engine.engine import Engine
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
+from trainer.model.teacher import Teacher
 from trainer.telemetry import timing
 from trainer.telemetry.meters import StepClock
 
@@ -35,10 +36,18 @@ NOTABLE = 0.05  # overhead that is reported, as a share of a dense pass or of a 
 
 
 class DenseBaseline:
-    """Times dense passes once per plateau, within `share` of the training time (0 = never)."""
+    """Times dense passes once per plateau, within `share` of the training time (0 = never), and beside them the teacher's."""
 
-    def __init__(self, share: float, schedule: Schedule, engine: Engine, objective: Objective, outputs: frozenset[str]):
-        self.share, self.engine, self.objective, self.outputs = share, engine, objective, outputs
+    def __init__(
+        self,
+        share: float,
+        schedule: Schedule,
+        engine: Engine,
+        objective: Objective,
+        outputs: frozenset[str],
+        teacher: Teacher = Teacher(),  # noqa: B008 (no state)
+    ):
+        self.share, self.engine, self.objective, self.outputs, self.teacher = share, engine, objective, outputs, teacher
         self._ends = [stretch.end for stretch in schedule.stretches()]
         self._plans: PlanMix | None = None
         self._plans_seen: set[Plan] = set()
@@ -110,7 +119,8 @@ class DenseBaseline:
         allowed = self.share * (clock.seconds + (end - progress) * steps * step) - self._spent
         known = DENSE in self._plans_seen if dense is model else self._dense is not None
         fixed = COMPILING if compared and self.engine.settings.compile and not known else 0.0
-        one = own_pass / bound * (sum(shares.values()) + compared)
+        taught = self.teacher.network is not None  # by one of the same size: a third of a pass, it has no backward
+        one = own_pass / bound * (sum(shares.values()) + compared + taught / 3)
         pairs = min(MOST, int((allowed - fixed) / one) - 1)  # minus one for the warm-up
         if pairs < FEWEST:
             return self._not_measured(
@@ -125,6 +135,9 @@ class DenseBaseline:
         }
         if compared:
             passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
+        if self.teacher.network is not None:
+            images = at_hand[0]
+            passes["teacher"] = lambda: timing.seconds(lambda: self.teacher.observe(images, lambda _: None), self.engine.device)
         try:
             times = interleaved(passes, pairs, self.engine.device)
         except torch.OutOfMemoryError:
@@ -182,11 +195,12 @@ def journal_fields(
 
     plan: of the own passes.
     bound: multiply-adds, own / dense.
-    times: {"own", "dense": seconds per pass}.
+    times: {"own", "dense", "teacher": seconds per pass}; without "dense" if the own passes are, without "teacher" if there is none.
     step, wait: seconds per training step, and of it waiting for data.
     accumulation: micro-batches per step on a rank.
     """
     own, dense = (median(times.get(name, times["own"])) for name in ("own", "dense"))
+    teacher = median(times["teacher"]) if "teacher" in times else 0.0
     ratios = [a / b for a, b in zip(times["own"], times.get("dense", times["own"]), strict=True)]
     measured, longer = median(ratios), accumulation * (dense - own)
     # while the own step waits for the loader, the longer passes of a dense step would overlap with that wait
@@ -206,6 +220,8 @@ def journal_fields(
         "passes_share": accumulation * own / step,
         "step_speedup": max(dense_step, 0.0) / step,
     }
+    if teacher:  # a dense step of this run has it too, so it lowers the speedup
+        about |= {"teacher_ms": 1000 * teacher, "teacher_share": accumulation * teacher / step}
     return about | {"note": explain_overhead(about)}
 
 
@@ -219,7 +235,10 @@ def explain_overhead(about: dict[str, Any]) -> str:
             f"kernel launches, small kernels and operations other than matrix products: a pass takes {about['measured']:.2f} of a "
             f"dense pass, its multiply-adds are {about['bound_passes']:.2f} ({small:+.2f})"
         )
-    outside = 1 - about["passes_share"] - about["data_wait"]
+    teacher = about.get("teacher_share", 0.0)
+    if teacher > NOTABLE:
+        found.append(f"teacher: its passes take {teacher:.0%} of a step, of a dense one too")
+    outside = 1 - about["passes_share"] - about["data_wait"] - teacher
     if outside > 3 * NOTABLE:
         found.append(f"engine: {outside:.0%} of a step is outside passes and data wait (optimizer, all-reduce, bookkeeping)")
     return "; ".join(found) or "no significant overhead"

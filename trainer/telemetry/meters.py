@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch import Tensor
 from sparsity.types import Observation
 from trainer.engine.engine import Engine
 from trainer.telemetry.hardware import Gpu, Node, peak_memory
-from trainer.telemetry.step_phases import PHASES, Phases
+from trainer.telemetry.step_phases import PHASES, TEACHER, Phases
 
 SYSTEM_EVERY = 10.0  # shortest time between two readings of a node's load, in seconds
-_SHARES = (*PHASES, "communication")
+_SHARES = (*PHASES, TEACHER, "communication")
 _OWN: tuple[str, ...] = (
     *_SHARES,
     "memory_peak_mib",
@@ -48,11 +49,15 @@ class MeterReading(NamedTuple):
 
 
 class Meters:
-    """Weighted loss, accuracy under the correctness rule, images, times, memory; since the last `reduce`. Collective."""
+    """Weighted loss, accuracy under the correctness rule, images, times, memory; since the last `reduce`. Collective.
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # w * loss, w, right, judged
+    parts: names of the losses of which the loss is made, see `Distillation.parts`.
+    """
+
+    def __init__(self, engine: Engine, parts: Sequence[str] = ()):
+        self._engine, self._parts = engine, tuple(parts)
+        sums = 4 + len(self._parts)  # w * loss, w, right, judged, w * each part
+        self._sums = torch.zeros(sums, dtype=torch.float64, device=engine.device)
         self._images = 0
         self._broken: list[tuple[int, str]] = []
         self._waited = 0.0
@@ -67,14 +72,18 @@ class Meters:
         self.end_phase = self._phases.end_phase
         self._first_step: float | None = None
 
-    def add(self, losses: Tensor, weights: Tensor, observation: Observation) -> None:
-        """One micro-batch; losses float32 (b,), weights (b,), both on the device. Losses that are not finite are left out."""
+    def add(
+        self, losses: Tensor, weights: Tensor, observation: Observation, parts: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """One micro-batch; losses float32 (b,), weights (b,), both on the device. Losses that are not finite are left out. parts: the
+        losses of which `losses` are made, (b,) each."""
         valid = observation.valid
         with torch.no_grad():
-            finite = losses.isfinite()
-            losses, weights = (torch.where(finite, values.detach(), 0.0) for values in (losses, weights))
-            parts = [(losses * weights).sum(), weights.sum(), (observation.correct & valid).sum(), valid.sum()]
-            self._sums += torch.stack([part.to(torch.float64) for part in parts])
+            finite, each = losses.isfinite(), [parts[name] for name in self._parts]
+            losses, weights, *each = (torch.where(finite, values.detach(), 0.0) for values in (losses, weights, *each))
+            sums = [(losses * weights).sum(), weights.sum(), (observation.correct & valid).sum(), valid.sum()]
+            sums += [(part * weights).sum() for part in each]
+            self._sums += torch.stack([one.to(torch.float64) for one in sums])
 
     def end_step(self, images: int, broken: list[tuple[int, str]], waited: float) -> None:
         """One step on this rank: images of weight above 0, broken ones (id, reason), seconds spent waiting for the batch."""
@@ -95,23 +104,27 @@ class Meters:
     def reduce(self) -> MeterReading:
         """Collective, a host sync: returns the measurements over all ranks since the last call, and resets them.
 
-        facts: loss (nats), train_top1 (share, under the correctness rule), images_per_second (all ranks) and per device, step_ms
-        (mean) and its 50th and 95th percentile on this rank, data_wait (share of the time, mean over ranks), images (over all
-        ranks), seconds, phases {phase: {min, median, max over ranks, slowest: the rank of max, slowest_host}} as shares of a
-        sampled step (with one rank: the median alone), memory_peak_mib (largest over ranks so far), joules (of all devices in this
-        attempt, if NVML is available).
+        facts: loss (nats), loss_NAME of each of its parts, train_top1 (share, under the correctness rule), images_per_second (all
+        ranks) and per device, step_ms (mean) and its 50th and 95th percentile on this rank, data_wait (share of the time, mean over
+        ranks), images (over all ranks), seconds, phases {phase: {min, median, max over ranks, slowest: the rank of max,
+        slowest_host}} as shares of a sampled step (with one rank: the median alone), memory_peak_mib (largest over ranks so far),
+        joules (of all devices in this attempt, if NVML is available).
         """
         world, device = self._engine.world, self._engine.device
         counts = torch.tensor([self._images, len(self._broken), self._waited], dtype=torch.float64, device=device)
         own = torch.zeros(world, len(_OWN), dtype=torch.float64)
         own[self._engine.rank] = torch.tensor(self._own(), dtype=torch.float64)  # the others add 0: a gather
         totals = self._engine.all_reduce_sum(torch.cat([self._sums, counts, own.flatten().to(device)])).cpu()
-        loss, weight, right, judged, images, broken, waited = totals[:7].tolist()
-        table = dict(zip(_OWN, totals[7:].view(world, len(_OWN)).numpy().T, strict=True))
+        loss, weight, right, judged, *parts = totals[: len(self._sums)].tolist()
+        images, broken, waited = totals[len(self._sums) :][:3].tolist()
+        table = dict(zip(_OWN, totals[len(self._sums) + 3 :].view(world, len(_OWN)).numpy().T, strict=True))
         seconds = max(time.perf_counter() - self._started, 1e-9)
         half, most = np.percentile(self._step_seconds or [0.0], (50, 95))
         facts: dict[str, Any] = {
             "loss": loss / weight if weight else float("nan"),
+            **{
+                f"loss_{name}": part / weight if weight else float("nan") for name, part in zip(self._parts, parts, strict=True)
+            },
             "train_top1": right / judged if judged else 0.0,
             "images_per_second": images / seconds,
             "images_per_second_per_device": images / seconds / world,

@@ -18,8 +18,9 @@ from torch.autograd.profiler import profile
 from trainer.telemetry.timing import synchronize
 
 # data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
-# its communication. optimizer: with the EMA. rest: bookkeeping, reductions, logging.
+# its communication. optimizer: with the EMA. rest: bookkeeping, reductions, logging. A run with a teacher has one more: its forward pass.
 PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
+TEACHER = "teacher"
 WARM = 20  # steps before communication is first profiled
 SELDOM = 500  # least number of steps between two profiled ones
 
@@ -48,7 +49,7 @@ class Phases:
         if self._sampling:
             synchronize(self._device)
             now = time.perf_counter()
-            self._seconds[phase] += now - self._at
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._at
             self._at = now
         elif self._watching and self._profiler is None:
             self._watch()

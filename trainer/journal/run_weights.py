@@ -12,12 +12,14 @@ from trainer.storage.disk import Disk
 FILE = "weights.safetensors"
 
 
-def run_weights(run: Path | str, command: str) -> Path:
-    """RUN/weights.safetensors. Raises ConfigError where there is none, or another than the run wrote last; runs of earlier versions
-    and those without a journal have no hash to compare."""
+def run_weights(run: Path | str, asked: str) -> Path:
+    """RUN/weights.safetensors. asked: the command or key that names the run, as its user wrote it, for messages.
+
+    Raises ConfigError where there is none, or another than the run wrote last; runs of earlier versions and those without a journal
+    have no hash to compare."""
     path = Path(run) / FILE
     if not path.is_file():
-        raise ConfigError(f"{command} {run}: no weights at {path}; a run writes them with its first checkpoint")
+        raise ConfigError(f"{asked}: no weights at {path}; a run writes them with its first checkpoint")
     try:
         recorded = [line for line in read(run) if line["kind"] == "checkpoint"]
     except JournalError:
@@ -26,7 +28,7 @@ def run_weights(run: Path | str, command: str) -> Path:
     wanted = about.get("hash") if isinstance(about, dict) else None
     if wanted is not None and (found := Disk().content(path).hash) != wanted:
         raise ConfigError(
-            f"{command} {run}: {path} has the hash {found}, the journal recorded {wanted} at step {recorded[-1].get('step')}: the file was "
+            f"{asked}: {path} has the hash {found}, the journal recorded {wanted} at step {recorded[-1].get('step')}: the file was "
             f"changed, or the run was killed while it saved. Make it again: trilevel export {run} --out NEW.safetensors, then give NEW"
         )
     return path

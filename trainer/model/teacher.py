@@ -1,0 +1,160 @@
+"""A teacher: frozen weights of a run, a file or timm that see the same images as the network in training.
+
+It is built beside the network and never a part of it: no optimizer, DDP or ZeRO sees its parameters, no checkpoint holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import PatchDropout
+from torch import Tensor
+
+from sparsity import cost
+from sparsity.types import DENSE, ModelOutput
+from sparsity.vit import SparseViT
+from trainer.config.errors import ConfigError
+from trainer.config.load import load_run
+from trainer.config.run_config import Config
+from trainer.config.schema import ModelConfig
+from trainer.engine.engine import Engine
+from trainer.model import weights
+
+log_warning = logging.getLogger(__name__).warning
+
+
+class Teacher:
+    """network: frozen, in evaluation mode; None: no teacher, every method does nothing. hash: of its weights, "" without one.
+    outputs: what it returns beside its logits."""
+
+    def __init__(self, network: SparseViT | None = None, digest: str = "", outputs: frozenset[str] = frozenset()):
+        self.network, self.hash, self._outputs = network, digest, outputs
+        self._engine: Engine | None = None
+
+    def prepare(self, engine: Engine) -> None:
+        """Move it to the device, in the precision of the run; compile it where the run compiles."""
+        self._engine = engine
+        if self.network is not None:
+            self.network.to(engine.device, torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32)
+            if engine.settings.compile:
+                self.network.compile()
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, end_phase: Callable[[str], None]) -> ModelOutput | None:
+        """Its output for augmented and mixed images (b, 3, H, W) float; no gradient, no random draw, no communication.
+
+        end_phase: of the meters; the teacher's time is a phase of its own.
+        """
+        if self.network is None or self._engine is None:
+            return None
+        end_phase("forward")
+        taught = self._engine.forward_unwrapped(self.network, images, DENSE, self._outputs)
+        end_phase("teacher")
+        return taught
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image; 0 without a teacher."""
+        return cost.cost(cost.shape_of(self.network)).total if self.network is not None else 0
+
+    def facts(self) -> dict[str, Any]:
+        """For the first line of an attempt: hash, parameters, memory of the weights on each device, multiply-adds of an image."""
+        if self.network is None:
+            return {}
+        parameters = list(self.network.parameters())
+        return {
+            "teacher_hash": self.hash,
+            "teacher_parameters": sum(p.numel() for p in parameters),
+            "teacher_memory_mib": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1),
+            "teacher_multiply_adds": self.multiply_adds,
+        }
+
+
+def build_teacher(
+    config: Config, student: SparseViT, outputs: frozenset[str], warn: Callable[[str], None] = log_warning
+) -> Teacher:
+    """The teacher of `config.teacher` on the CPU. outputs: see `Distillation.teacher_outputs`.
+
+    Raises ConfigError, naming key and remedy, for weights that do not fit their network and for a teacher that does not fit `student`.
+    """
+    if not config.teacher.on:
+        return Teacher()
+    source, settings = f"teacher.from={config.teacher.source}", _network(config)
+    pretrained = settings.init == "timm"
+    network = weights.build(settings, 0, pretrained=pretrained, section="teacher")
+    if pretrained:
+        state = network.state_dict()
+        reset = ["head"] if weights.about(network).get("num_classes") != settings.classes else []
+    else:
+        state = weights.weights_at(settings.init, "teacher.from")
+        reset = weights.fit(network, state, source, warn)
+    if config.teacher.logits != "none" and reset:
+        raise ConfigError(
+            f"{source} with teacher.logits={config.teacher.logits}: the teacher has another number of classes than model.classes="
+            f"{config.model.classes}, so its logits mean other things; fine-tune it on these classes first, or set "
+            "teacher.logits=none"
+        )
+    try:
+        teacher = SparseViT(network).requires_grad_(False).eval()
+        cost.shape_of(teacher)
+    except ValueError as error:
+        raise ConfigError(f"teacher.name={settings.name}: {error}; choose another vit_* or deit* model") from error
+    if config.teacher.tokens > 0:
+        _refuse_other_tokens(config, teacher, student, source)
+    return Teacher(teacher, tensors_hash(state, f"{settings.name} {json.dumps(settings.args, sort_keys=True)}"), outputs)
+
+
+def _network(config: Config) -> ModelConfig:
+    """Name and arguments of the teacher's network: its own, else those of the run that it is from, else the student's."""
+    teacher, model = config.teacher, config.model
+    if teacher.name is None and Path(teacher.source).is_dir():
+        model = load_run(teacher.source).model
+    name = teacher.name or model.name
+    args = teacher.args if teacher.args is not None else {} if teacher.name else model.args
+    return ModelConfig(
+        name=name, args=args, init=teacher.source, classes=config.model.classes, image_size=config.model.image_size
+    )
+
+
+def _refuse_other_tokens(config: Config, teacher: SparseViT, student: SparseViT, source: str) -> None:
+    """Raises ConfigError where the teacher's attention is over other tokens than the student's importance."""
+    asked, first = f"teacher.tokens={config.teacher.tokens:g}", config.tokens.blocks[0]
+    if first >= (depth := len(student.vit.blocks)):
+        raise ConfigError(
+            f"{asked} with tokens.blocks={list(config.tokens.blocks)}: model.name={config.model.name} has blocks 0 to {depth - 1}"
+        )
+    theirs, ours = (network.vit.patch_embed.grid_size for network in (teacher, student))
+    if theirs != ours:
+        raise ConfigError(
+            f"{source} with {asked}: the teacher has a grid of {theirs[0]} x {theirs[1]} patches, the model {ours[0]} x {ours[1]}; choose "
+            "a teacher with the same patch size, or set teacher.tokens=0 and distil logits"
+        )
+    theirs, ours = (network.vit.num_prefix_tokens for network in (teacher, student))
+    if theirs != ours:
+        raise ConfigError(
+            f"{source} with {asked}: the teacher has {theirs} prefix tokens, the model {ours}; choose a teacher with the same [CLS], "
+            "distillation and register tokens, or set teacher.tokens=0 and distil logits"
+        )
+    drop = student.vit.patch_drop
+    if isinstance(drop, PatchDropout) and drop.prob > 0:
+        raise ConfigError(
+            f"{asked} with model.args.patch_drop_rate={drop.prob:g}: the model drops patches at random before its blocks, so its "
+            "importance is of other patches than the teacher's attention; set patch_drop_rate=0, or teacher.tokens=0"
+        )
+
+
+def tensors_hash(state: Mapping[str, Tensor], network: str) -> str:
+    """Hash of names, types, shapes and values, whatever the file that holds them, and of a text that says which network they are for:
+    some of its arguments, like the number of heads, show in no shape."""
+    digest = hashlib.blake2b(f"{network}\n".encode(), digest_size=16)
+    for name in sorted(state):
+        value = state[name].detach().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
