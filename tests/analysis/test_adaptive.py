@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from sparsity.tokens.mass import Threshold
 from sparsity.types import DENSE, Plan
-from tests.support import images as drawn
+from tests.support.sait import ARGS, WEIGHTS, write
 from trainer import load_model
 from trainer.__main__ import main
 from trainer.analysis.adaptive_model import adaptive_model
@@ -27,30 +26,16 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.augment.on_device import normalise
 from trainer.data.loader.build import clean_images
-from trainer.data.shards.index import build_index, open_index
+from trainer.data.shards.index import open_index
 from trainer.model import thresholds
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import save_weights
 
-ARGS = {"patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}  # 64 patches of 32 px
-TOKENS = {"method": "topk", "keep": 0.5, "blocks": [1], "position": "block"}
-WEIGHTS = "weights.safetensors"
-
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A configuration, c.yaml, over 40 drawn images, one of them broken, and weights whose importance is not flat."""
     monkeypatch.chdir(tmp_path)
-    pattern = drawn.write_shards(tmp_path / "drawn", [20, 20], broken={9})
-    build_index(pattern, progress=False)
-    found = drawn.config(pattern, evaluate={"batch": 8}, tokens=TOKENS).changed(model={"args": ARGS})
-    Path("c.yaml").write_text(yaml.safe_dump(found.resolved()))
-    torch.manual_seed(1)
-    network = timm.create_model(found.model.name, num_classes=found.model.classes, img_size=32, **ARGS)
-    network.blocks[1].attn.qkv.weight.data *= 12.0
-    header = {"model": found.model.name, "classes": str(found.model.classes), "image_size": "32", "args": json.dumps(ARGS)}
-    save_weights(WEIGHTS, network.state_dict(), header | {"tokens": json.dumps(found.resolved()["tokens"])})
-    return found
+    return write(tmp_path)
 
 
 def pixels(config: Config, ids: list[int]) -> torch.Tensor:

@@ -184,9 +184,10 @@ def _add_after_a_run(commands: Any) -> None:
 def _add_results(commands: Any) -> None:
     """What hands on or compares results."""
     add = partial(_command, commands)
-    c = add("export", "write a run's weights as safetensors that timm loads, from any ZeRO stage")
+    c = add("export", "write a run's weights as safetensors that timm loads, from any ZeRO stage, or as ONNX at one density")
     _add_run(c, overrides=False)
-    c.add_argument("out", metavar="OUT.safetensors")
+    c.add_argument("out", metavar="OUT.safetensors|OUT.onnx")
+    c.add_argument("--density", metavar="SHARE", help="for ONNX: keep ratio of tokens of the file, 1 = all")
     chosen = c.add_mutually_exclusive_group()
     chosen.add_argument("--ema", action="store_const", const=True, help="the EMA weights (default if the run has them)")
     chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the raw weights")

@@ -196,6 +196,20 @@ def _plan(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
+    if Path(a.out).suffix == ".onnx":
+        from trainer.checkpoint.export_onnx import export_onnx
+
+        if a.density is None:
+            raise ConfigError(
+                f"export {a.out}: an ONNX file has one density; add --density, e.g. --density .5, or 1 for all tokens"
+            )
+        densities = _densities(a.density, "--density")
+        if len(densities) > 1:
+            raise ConfigError(f"--density {a.density}: an ONNX file has one density; write one file for each")
+        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema).text())
+        return
+    if a.density is not None:
+        raise ConfigError(f"--density {a.density}: only for an ONNX file; a safetensors file answers at any density")
     from trainer.checkpoint.export import export
 
     show(export(a.run_directory, a.out, a.checkpoint, a.ema).text())

@@ -1,0 +1,105 @@
+"""`trilevel export RUN OUT.onnx --density .5`: the value-based form at one density as an ONNX file with a dynamic batch.
+
+The only importer of onnx, onnxscript and onnxruntime (`pip install trilevel[onnx]`). The file is compared with torch on two batch sizes
+before it replaces OUT. Tokens are sorted by ONNX's TopK, which puts the lower position first among equal values, as `scores.ranked` does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.export import export
+from trainer.config.errors import ConfigError
+from trainer.model.exported import AnyDensity, load_exported
+
+TOLERANCE = 1e-4  # of the largest logit, float32
+OPSET = 18
+
+
+class ExportedOnnx(NamedTuple):
+    """density: of the file. difference: the largest of a logit against torch, relative to the largest logit."""
+
+    path: Path
+    density: float
+    difference: float
+    size: int
+
+    def text(self) -> str:
+        return (
+            f"{self.path}: input images (batch, 3, {self.size}, {self.size}) float32, normalised; output logits; density {self.density:g}; "
+            f"differs from torch by {self.difference:.1e} of the largest logit"
+        )
+
+
+class _AtDensity(nn.Module):
+    def __init__(self, network: AnyDensity, density: float):
+        super().__init__()
+        self.network, self.density = network, density
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images, self.density)
+
+
+def export_onnx(
+    run: Path | str, out: Path | str, density: float, which: str = "latest", ema: bool | None = None
+) -> ExportedOnnx:
+    """Write the network of a run's checkpoint at `density`, 1 = dense; which, ema: as in `export`. Raises ConfigError."""
+    onnxruntime = _imported()
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
+        network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema).path)
+        size = int(network.model.vit.patch_embed.img_size[0])
+        whole, written = _AtDensity(network, density).eval(), Path(folder) / "model.onnx"
+        _write(whole, torch.zeros(2, 3, size, size), written)
+        difference = _difference(whole, onnxruntime.InferenceSession(written), size)
+        if not difference <= TOLERANCE:
+            raise ConfigError(
+                f"export {out}: onnxruntime's logits differ from torch's by {difference:.1e} of the largest logit; nothing was written; "
+                "report it"
+            )
+        written.replace(out)
+    return ExportedOnnx(out, density, difference, size)
+
+
+def _write(network: nn.Module, images: Tensor, path: Path) -> None:
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim), axis=0), op.Constant(value_ints=[1]))
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    program = torch.onnx.export(
+        network, (images,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        custom_translation_table={torch.ops.aten.sort.stable: sort},  # torch has none for a stable sort
+    )  # fmt: skip
+    assert program is not None
+    program.save(path)
+
+
+def _difference(network: nn.Module, session: Any, size: int) -> float:
+    """On batches of 1 and 5, none of which the file was traced with."""
+    worst = 0.0
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+        ours = network(images)
+        (theirs,) = session.run(None, {"images": images.numpy()})
+        worst = max(worst, float((torch.from_numpy(theirs) - ours).abs().max() / ours.abs().max()))
+    return worst
+
+
+def _imported() -> Any:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise ConfigError(f"export OUT.onnx: {error}; install them: pip install 'trilevel[onnx]'") from error
+    return onnxruntime
