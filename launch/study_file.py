@@ -13,7 +13,7 @@ from launch import yaml_file
 from launch.job import LaunchError, near
 
 REQUIRED = ("name", "question", "config", "reference", "arms")
-KEYS = (*REQUIRED, "seeds", "settings", "questions", "quiet")
+KEYS = (*REQUIRED, "seeds", "settings", "views", "questions", "quiet")
 SEED = "{seed}"
 OURS = ("name", "seed", "runs", "tracking.parent")  # settings that the study itself gives to every run
 
@@ -56,12 +56,15 @@ def read(file: str) -> Study:
     arms = {str(arm): (*shared, *_settings(file, f"arms.{arm}", given or {})) for arm, given in raw["arms"].items()}
     for arm in arms:
         _plain(file, "arms", arm)
+    views = _views(file, raw.get("views") or {}, arms)
     reference = str(raw["reference"])
     known(f"study {file}: reference", [reference], arms)
     seeds = raw.get("seeds", [0])
     if not _distinct_seeds(seeds):
         raise LaunchError(f"study {file}: seeds={seeds!r}: must be distinct integers >= 0, e.g. [0, 1, 2]")
-    return Study(file, name, config, reference, tuple(seeds), arms, _questions(file, raw.get("questions"), reference, arms))
+    return Study(
+        file, name, config, reference, tuple(seeds), arms, _questions(file, raw.get("questions"), reference, arms, views)
+    )
 
 
 def known(where: str, names: Iterable[str], arms: Iterable[str]) -> None:
@@ -96,16 +99,30 @@ def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:
     return tuple(f"{key}={as_setting(value)}" for key, value in given.items())
 
 
-def _questions(file: str, given: Any, reference: str, arms: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def _questions(
+    file: str, given: Any, reference: str, arms: dict[str, Any], views: dict[str, Any]
+) -> tuple[tuple[str, str], ...]:
     if given is None:
         return tuple((arm, reference) for arm in arms if arm != reference)
     found = []
     for pair in given if isinstance(given, list) else [given]:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
             raise LaunchError(f"study {file}: questions: {pair!r}: must be two arms, e.g. [tri_level, dense]")
-        known(f"study {file}: questions", map(str, pair), arms)
+        known(f"study {file}: questions", map(str, pair), [*arms, *views])
         found.append((str(pair[0]), str(pair[1])))
     return tuple(found)
+
+
+def _views(file: str, given: Any, arms: dict[str, Any]) -> dict[str, Any]:
+    """Arms with their scores at one of their `evaluate.densities`: {name: [arm, density]}; nothing is trained for them."""
+    if not isinstance(given, dict):
+        raise LaunchError(f"study {file}: views={given!r}: must map names to [arm, density], e.g. half: [dense, 0.5]")
+    for name, view in given.items():
+        _plain(file, "views", str(name))
+        if name in arms or not isinstance(view, list) or len(view) != 2 or not isinstance(view[1], int | float):
+            raise LaunchError(f"study {file}: views.{name}={view!r}: must be [arm, density] under a name of its own")
+        known(f"study {file}: views.{name}", [str(view[0])], arms)
+    return given
 
 
 def _distinct_seeds(seeds: Any) -> bool:

@@ -121,6 +121,27 @@ def test_a_row_per_arm_and_a_test_per_question(mini: Path) -> None:
     assert found.notes == ["sparse, seed 0, 1, 2: other settings than the study's file: optim.lr=0.001 (file: 0.002)"]
 
 
+def test_a_view_is_the_same_runs_at_another_density(mini: Path) -> None:
+    path = Path("mini.yaml")
+    path.write_text(path.read_text() + "views: {half: [sparse, 0.5], none: [sparse, 0.7]}\nquestions: [[half, dense]]\n")
+    for number in range(3):
+        kept = kept_journals.path_of("kept", "mini", "sparse", number)
+        made = list(kept_journals.lines(kept))
+        last = next(line for line in reversed(made) if line["kind"] == "eval")
+        made.append(last | {"kind": "density", "keep_tokens": 0.5, "top1": last["top1"] - 0.1})
+        made.append(last | {"kind": "density", "keep_tokens": 0.35, "top1": 0.0})
+        kept.unlink()
+        folder = write(Path("runs") / f"half{number}", made)
+        kept_journals.keep(folder / "journal.jsonl", kept)
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    assert [arm.name for arm in found.arms] == ["dense", "sparse", "half"]
+    (asked,) = found.questions
+    assert asked.test.difference.mean == pytest.approx(-0.13)
+    path.write_text(path.read_text().replace("[[half,", "[[haf,"))
+    with pytest.raises(ConfigError, match="'haf': unknown arm; valid values: dense, sparse, later, half, none"):
+        study_file.read("mini.yaml")
+
+
 def test_top1_at_a_cost(mini: Path) -> None:
     run = history(Path("kept/mini/dense-seed0.jsonl.xz"))
     assert top1_at(run, lambda point: float(point.images), 400) == pytest.approx(0.46)

@@ -91,6 +91,10 @@ def test_a_value_may_name_the_seed(mini: str) -> None:
     ("old", "new", "expected"),
     [
         ("reference: dense", "reference: dens", "reference=dens: unknown arm; did you mean 'dense'?"),
+        ("arms:", "views: {half: [sparse]}\narms:", "views.half=['sparse']: must be [arm, density] under a name of its own"),
+        ("arms:", "views: {dense: [sparse, 0.5]}\narms:", "views.dense=['sparse', 0.5]: must be [arm, density]"),
+        ("arms:", "views: {half: [spars, 0.5]}\narms:", "views.half=spars: unknown arm; did you mean 'sparse'?"),
+        ("arms:", "views: [half]\narms:", "must map names to [arm, density]"),
         ("question:", "questoin:", "questoin: unknown key; did you mean 'question'?"),
         ("name: mini", "", "name: required key is missing"),
         ("config: a.yaml", "config: b.yaml", "config=b.yaml: no such file"),

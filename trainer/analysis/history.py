@@ -7,7 +7,7 @@ is this time x the number of processes (one per device).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,11 @@ class History:
 
     def evals(self, ema: bool = False) -> list[Point]:
         return [point for point in self.of("eval") if bool(point.get("ema")) == ema and point.get("top1") is not None]
+
+    def at_density(self, density: float) -> History:
+        """The same run with the scores at one of its `evaluate.densities` as its evaluations; without evaluations where it has none."""
+        points = [point for point in self.of("density") if point.get("keep_tokens") == density]
+        return replace(self, points={**self.points, "eval": points})
 
     @property
     def images_per_second(self) -> float:

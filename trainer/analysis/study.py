@@ -57,12 +57,15 @@ class StudyResult:
 def result(file: StudyFile, journals: Path) -> StudyResult:
     """From JOURNALS/STUDY/ARM-seedN.jsonl.xz. Raises JournalError for a damaged one."""
     runs = {arm: _runs(journals / file.name, arm) for arm in file.arms}
+    for view, (arm, density) in file.views.items():
+        seen = {number: run.at_density(density) for number, run in runs[arm].items()}
+        runs[view] = {number: run for number, run in seen.items() if evaluations(run)}
     base = runs[file.reference]
     arms = [_arm(name, of, base) for name, of in runs.items() if of]
     asked = [_question(arm, other, runs[arm], runs[other]) for arm, other in file.questions]
     corrected = holm([one.test.p for one in asked])
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]
-    histories = [run for of in runs.values() for run in of.values()]
+    histories = [run for arm in file.arms for run in runs[arm].values()]
     notes = caveats(histories) if histories else []
     return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs)])
 
@@ -116,8 +119,8 @@ def _at_equal(a: History, b: History, cost: Callable[[Point], float]) -> float:
 def _deviations(file: StudyFile, runs: dict[str, dict[int, History]]) -> list[str]:
     """Settings of kept runs that differ from what the study's file asks for now."""
     found: dict[tuple[str, str], list[int]] = {}
-    for arm, of in runs.items():
-        for number, run in of.items():
+    for arm in file.arms:
+        for number, run in runs[arm].items():
             if text := _deviation(file, arm, number, run):
                 found.setdefault((arm, text), []).append(number)
     return [f"{arm}, seed {', '.join(map(str, numbers))}: {text}" for (arm, text), numbers in found.items()]

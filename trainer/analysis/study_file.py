@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from trainer.config.strict_yaml import load_yaml
 
 @dataclass(frozen=True)
 class StudyFile:
-    """arms: {name: settings as `key=value`, those of all arms first}. questions: pairs (arm, reference). quiet: times count."""
+    """arms: {name: settings as `key=value`, those of all arms first}. questions: pairs (arm or view, reference). quiet: times count.
+    views: {name: (arm, density)}, an arm with its scores at one of its `evaluate.densities`."""
 
     path: Path
     name: str
@@ -25,6 +26,7 @@ class StudyFile:
     arms: dict[str, list[str]]
     questions: list[tuple[str, str]]
     quiet: bool
+    views: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
 def read(path: Path | str) -> StudyFile:
@@ -47,15 +49,24 @@ def read(path: Path | str) -> StudyFile:
         raise ConfigError(f"--study {path}: arms={raw['arms']!r}: must map names to settings, e.g. dense: {{epochs: 20}}")
     shared, reference = raw.get("settings") or {}, str(raw["reference"])
     arms = {str(arm): _words({**shared, **(given or {})}) for arm, given in raw["arms"].items()}
+    views = {str(view): (str(arm), float(density)) for view, (arm, density) in (raw.get("views") or {}).items()}
     given = raw.get("questions")
     pairs = [[arm, reference] for arm in arms if arm != reference] if given is None else given
     for pair in [[reference, reference], *pairs]:
         for arm in pair if isinstance(pair, list) and len(pair) == 2 else [pair]:
-            if arm not in arms:
-                raise ConfigError(f"--study {path}: {arm!r}: unknown arm; valid values: {', '.join(arms)}")
+            if arm not in arms and arm not in views:
+                raise ConfigError(f"--study {path}: {arm!r}: unknown arm; valid values: {', '.join([*arms, *views])}")
     questions = [(str(arm), str(other)) for arm, other in pairs]
     return StudyFile(
-        path, str(raw["name"]), str(raw["question"]), str(raw["config"]), reference, arms, questions, raw.get("quiet") is True
+        path,
+        str(raw["name"]),
+        str(raw["question"]),
+        str(raw["config"]),
+        reference,
+        arms,
+        questions,
+        raw.get("quiet") is True,
+        views,
     )
 
 
