@@ -115,10 +115,15 @@ def started(folder: Path, world: int, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Until the condition holds. A condition that takes long (a journal is read) is asked less often: the processes that are waited for
+    need the cores."""
     end = time.monotonic() + seconds
-    while not condition():
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
         assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
+        time.sleep(max(0.02, 3 * (time.monotonic() - began)))
 
 
 def kill(process: subprocess.Popen[str]) -> None:

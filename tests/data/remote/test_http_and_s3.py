@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.support.http_server import Web, serving
 from tests.support.images import config, jpeg, write_shards, write_tar
 from trainer import __main__ as trilevel
 from trainer.data.errors import DataError, StorageUnavailable
+from trainer.data.loader import prefetch
 from trainer.data.loader.build import training_stream, validation_set
 from trainer.data.remote import client, retry, sessions
 from trainer.data.remote.cache import Cache
@@ -200,7 +203,15 @@ def test_a_shard_that_cannot_be_fetched_is_requested_once_per_read(
 def test_a_server_that_stays_away_ends_the_run_by_its_name(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """No image is the cause: none is counted as broken, and the error of a worker is shown without its stack."""
+    """No image is the cause: none is counted as broken, and the error of a worker is shown without its stack. The fetch process, whose
+    lock on a shard a reader waits for, tries as often as this process: twice."""
+    fetch = "from trainer.data.remote import fetch_process, retry; retry._TRIES = 2; fetch_process.main()"
+
+    def popen(words: list[str], **more: Any) -> subprocess.Popen[str]:
+        assert words[1:3] == ["-m", "trainer.data.remote.fetch_process"]
+        return subprocess.Popen([words[0], "-c", fetch, *words[3:]], **more)
+
+    monkeypatch.setattr(prefetch, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
     index = build_index(braces(web), progress=False, folder=str(tmp_path), cache=Cache(tmp_path / "a", CACHE_SIZE))
     monkeypatch.setattr(retry, "_TRIES", 2)
     web.faults = {name: [503] * 99 for name in index.names}
