@@ -247,7 +247,7 @@ def test_no_two_of_many_runs_are_drawn_alike(tmp_path: Path, monkeypatch: pytest
         assert len({(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}) == 12
 
 
-def test_classes_that_moved_are_drawn(tmp_path: Path):
+def test_classes_that_moved_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, values in (("a", [0.9, 0.8, 0.7]), ("b", [0.9, 0.5, 0.8])):
         path = run(tmp_path, name, sparse=name == "b") / "journal.jsonl"
         path.write_text(path.read_text().replace('"top5"', f'"per_class": {values}, "top5"'))
@@ -257,6 +257,14 @@ def test_classes_that_moved_are_drawn(tmp_path: Path):
     journal = tmp_path / "b" / "journal.jsonl"
     journal.write_text(journal.read_text().replace("[0.9, 0.5, 0.8]", '["NaN", 0.5, 0.8]'))  # a class without images
     assert "class 0" not in per_class(compare([tmp_path / "a", tmp_path / "b"]))
+    drawn: list[Figure] = []
+    monkeypatch.setattr("trainer.analysis.compare_plots._svg", lambda figure: drawn.append(figure) or "")
+    per_class(found)
+    (axes,) = drawn[0].axes
+    bars: Any = axes.patches
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx([0, 1, 2])
+    assert [bar.get_width() for bar in bars] == pytest.approx([-30, 10, 0])  # the largest change first, in percentage points
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["class 1", "class 2", "class 0"]
 
 
 def test_the_terminal_names_what_makes_runs_hard_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -111,6 +111,16 @@ def test_picture_shows_the_run(tmp_path: Path):
     assert dense.is_file() and not (tmp_path / "dense" / "report.png").exists()
 
 
+def test_the_curves_are_the_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr("trainer.analysis.report_plot.plain", drawn.append)
+    run = history(write(tmp_path / "tri", lines()))
+    picture(run)
+    for line, ema in zip(drawn[0].lines, (False, True), strict=True):
+        assert list(line.get_ydata()) == pytest.approx([100 * point["top1"] for point in run.evals(ema)])
+        assert list(line.get_xdata()) == pytest.approx([point.elapsed for point in run.evals(ema)])  # in seconds: 14 of them
+
+
 def test_where_to_look(tmp_path: Path):
     assert where_to_look(tmp_path) == f"not in MLflow yet; to upload it: trilevel sync {tmp_path}"
     state = {"uri": "sqlite:////x/runs/mlflow.db", "run_id": "abc", "experiment_id": "1"}

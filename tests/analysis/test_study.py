@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from trainer.analysis.compare import MeanInterval
 from trainer.analysis.history import history
 from trainer.analysis.study import Question, result, top1_at
 from trainer.analysis.study_page import page, sentence
+from trainer.analysis.study_plot import _lowest
 from trainer.analysis.study_statistics import PairedTest, holm, seeds_for
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
@@ -232,3 +234,13 @@ def test_the_committed_page_is_made_from_the_committed_journals(tmp_path: Path, 
     assert (tmp_path / "study.md").read_text().replace(str(tmp_path), "docs/results") == text
     for path in tmp_path.rglob("*.png"):
         assert (ROOT / "docs" / "results" / "study" / path.name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("scores", "base", "lowest"),
+    [([0.8], 0.9, 70.0), ([0.9, 0.88], None, 86.0), ([0.895, 0.9], None, 87.5), ([0.1], 0.9, 0.0)],
+)
+def test_a_plot_begins_below_its_lowest_arm_by_the_range_of_all(scores: list[float], base: float | None, lowest: float) -> None:
+    arms: Any = [SimpleNamespace(top1=MeanInterval.of([score])) for score in scores]
+    of_base: Any = base and SimpleNamespace(top1=MeanInterval.of([base]))
+    assert _lowest(arms, of_base) == pytest.approx(lowest)

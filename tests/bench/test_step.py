@@ -47,7 +47,7 @@ def test_rows_ratios_shares_and_the_whole_run(tmp_path: Path, capsys: Any) -> No
     # epochs 0-2 dense, 2-4 at .8, 4-10 at the end; half of the examples but in the last two epochs, which show all
     shares = [rows[name]["share"] for name in ("ours from epoch 0", "ours from epoch 2", "ours")]
     assert run["bound"] == pytest.approx((2 * 0.5 * shares[0] + 2 * 0.5 * shares[1] + (4 * 0.5 + 2) * shares[2]) / 10)
-    assert run["min"] <= run["median"] <= run["max"]
+    assert run["min"] <= run["median"] <= run["max"] and run["note"] == "", "random_epoch is known before the run"
 
 
 @pytest.mark.parametrize(("ratio", "bound"), [("0.9", 0.804), ("0.8", 0.639), ("0.7", 0.575)])

@@ -16,6 +16,7 @@ from trainer.model import optimizer as optim
 from trainer.model.weights import create, save_weights
 from trainer.preflight import parity
 from trainer.preflight.parity import parity as run
+from trainer.preflight.timm_recipe import _numpy_seeded
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 AUGMENT = {
@@ -166,3 +167,12 @@ def test_the_global_generators_are_left_alone(shards):
     before = np.random.get_state()[1].copy(), random.getstate()
     run(make(shards, **DENSE["deit"]), steps=2)
     assert (before[0] == np.random.get_state()[1]).all() and before[1] == random.getstate()
+
+
+def test_numpys_generator_is_left_as_it_was():
+    before = np.random.get_state()
+    with _numpy_seeded(5):
+        drawn = np.random.random(3)
+    with _numpy_seeded(5):
+        assert (np.random.random(3) == drawn).all()
+    assert all(np.array_equal(a, b) for a, b in zip(before, np.random.get_state(), strict=True))

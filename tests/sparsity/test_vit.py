@@ -46,6 +46,19 @@ def test_all_kept_is_timm_bitwise_in_training(vit, checkpointing):
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(our_grads, grads, strict=True))
 
 
+def test_every_block_is_checkpointed_where_that_is_enabled_only(monkeypatch):
+    """Results are the same; only memory and time are not."""
+    calls = []
+    monkeypatch.setattr("sparsity.vit.checkpoint", lambda block, *given, **_: calls.append(1) or block(*given))
+    vit = tiny()
+    ours = levels(vit.train())
+    for enabled in (False, True):
+        calls.clear()
+        vit.set_grad_checkpointing(enabled)
+        ours(images(vit), SPARSE, rng_keys=torch.arange(4))
+        assert len(calls) == (len(vit.blocks) if enabled else 0)
+
+
 def test_every_family_trains_with_less(vit):
     """Token counts as planned, checkpointing changes nothing, and importance, [CLS] attention, keys have their shapes."""
     ours, x, rng_keys = levels(vit.train()), images(vit), torch.arange(4)
