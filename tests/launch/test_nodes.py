@@ -312,6 +312,14 @@ def test_words_that_are_refused(words, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_dry_run_of_a_node_prints_its_command(capsys, monkeypatch):
+    monkeypatch.setattr(program, "start", lambda *_, **__: pytest.fail("started"))
+    words = "node c.yaml --nodes 2 --number 1 --processes 2 --address a --port 29400 --dry-run x=1"
+    assert program.main(words.split(" ")) == 0
+    printed = capsys.readouterr().out
+    assert "trainer train c.yaml x=1" in printed and "--machine_rank 1" in printed and "--main_process_port 29400" in printed
+
+
 def script(path: Path, body: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(body)

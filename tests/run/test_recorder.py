@@ -12,6 +12,7 @@ from sparsity.types import DENSE
 from trainer.checkpoint.state import TrainState
 from trainer.data.errors import DataError
 from trainer.model.evaluate import Evaluated, Scores
+from trainer.run.rank_zero import RankZeroLog
 from trainer.run.recorder import Recorder
 
 
@@ -27,6 +28,25 @@ def test_the_best_is_the_first_of_the_highest_scores_that_were_saved(top1: float
     results += [Evaluated(True, DENSE, results[0].scores._replace(top1=0.99), beside=True)]  # one of evaluate.densities
     found = Recorder.scored(recorder, state, results, 1.0, saving)
     assert found.best_step == best_step and found.best == (top1 if best_step == 7 else 0.5)
+
+
+def test_a_broken_training_image_is_journalled_and_printed() -> None:
+    """On the console too: a journal is read after the run, a person beside it wants to know now."""
+    written: list[tuple[str, dict[str, Any]]] = []
+    printed: list[str] = []
+    log: Any = SimpleNamespace(
+        journal=SimpleNamespace(write=lambda kind, **fields: written.append((kind, fields))),
+        console=SimpleNamespace(message=printed.append, step=lambda **_: None),
+        efficiency=SimpleNamespace(of=lambda *_: {}),
+    )
+    reading: Any = SimpleNamespace(broken={7: "a.tar: not a JPEG"}, facts={"loss": 1.0}, ranks={}, nodes={})
+    RankZeroLog.step(log, TrainState(epoch=1, batch=2, step=9), reading)
+    where = {"epoch": 1, "batch": 2, "step": 9}
+    assert written[0] == ("broken", where | {"id": 7, "reason": "a.tar: not a JPEG"}) and [kind for kind, _ in written] == [
+        "broken",
+        "step",
+    ]
+    assert printed == ["broken image 7: a.tar: not a JPEG; excluded from the loss, training continues"]
 
 
 @pytest.mark.parametrize("broken", [1, 2])

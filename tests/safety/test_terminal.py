@@ -133,7 +133,7 @@ def on_terminal(folder: Path, *words: str, before: str = "") -> tuple[subprocess
     return process, ours
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)  # a loaded machine takes a minute for the report at the end
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_closes_in_mid_run(ignored: bool, recipe: Path, tmp_path: Path) -> None:
     """Its SIGHUP saves and ends the run with 75. Where it is ignored, as under nohup, the run continues and only its lines are lost."""
@@ -150,9 +150,9 @@ def test_a_terminal_that_closes_in_mid_run(ignored: bool, recipe: Path, tmp_path
         os.close(terminal)
         if ignored:
             begun = steps()
-            wait_for(lambda: steps() > begun + 5, 60)
+            wait_for(lambda: steps() > begun + 5)
             process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait(200) == 75
     finally:
         process.kill()
     last = json.loads(journal.read_text().splitlines()[-1])
