@@ -85,6 +85,16 @@ def test_a_file_teaches_as_the_network_that_it_is_of_does(file: Path):
     assert not taught.logits.requires_grad and not any(p.requires_grad for p in teacher.network.parameters())
 
 
+def test_it_drops_nothing_at_random(file: Path):
+    teacher, pixels = (
+        build(config(file, args=SMALL | {"proj_drop_rate": 0.5, "attn_drop_rate": 0.5})),
+        torch.randn(2, 3, 16, 16),
+    )
+    teacher.prepare(alone())
+    first, second = (teacher.observe(pixels, lambda _: None) for _ in range(2))
+    assert first is not None and second is not None and torch.equal(first.logits, second.logits)
+
+
 def test_a_run_names_its_own_network(run: Path):
     teacher = build(config(run))
     assert teacher.network is not None and teacher.network.vit.embed_dim == 48
@@ -191,8 +201,8 @@ def test_a_model_that_drops_patches_at_random(file: Path):
 
 
 def test_a_block_that_the_model_does_not_have(file: Path):
-    settings = config(file).changed(tokens={"blocks": (5,)})
-    with pytest.raises(ConfigError, match=r"teacher.tokens=1 with tokens.blocks=\[5\]: .* has blocks 0 to 2"):
+    settings = config(file).changed(tokens={"blocks": (3,)})
+    with pytest.raises(ConfigError, match=r"teacher.tokens=1 with tokens.blocks=\[3\]: .* has blocks 0 to 2"):
         build(settings)
 
 

@@ -130,6 +130,16 @@ def test_drop_path_and_dropout_are_switched_off_and_that_is_reported(shards):
     assert "drop path and dropout 0" in certificate.facts["changed"]
 
 
+def test_a_teacher_and_frozen_parameters_are_left_out_and_that_is_reported(shards):
+    """A model with a distillation token, which a teacher of logits would make return two logits."""
+    recipe = DENSE["deit"] | {"optim": DENSE["deit"].get("optim", {}) | {"freeze": 1}}
+    teacher = {"from": "timm", "logits": "soft"}
+    settings = make(shards, model={"name": "deit_tiny_distilled_patch16_224", "args": SMALL}, teacher=teacher, **recipe)
+    certificate = run(settings, steps=2)
+    assert certificate.equal, str(certificate)
+    assert "no teacher, nothing frozen" in certificate.facts["changed"]
+
+
 def test_weights_from_a_file_are_given_to_both_sides(shards, tmp_path):
     settings = make(shards, **DENSE["deit"])
     save_weights(tmp_path / "w.safetensors", create(settings.model, 9).state_dict())

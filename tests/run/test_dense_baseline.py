@@ -223,7 +223,7 @@ def test_what_earlier_plateaus_took_is_subtracted_from_the_share(monkeypatch: py
     at_hand = (torch.zeros(4, 3, 32, 32), torch.full((4, 4), 0.25), torch.arange(4))
     for number in range(1, 1 + 3 * (1 + WARM + WATCHED)):  # three plateaus of 1,000 s in all
         plan = Plan(0.5 + 0.1 * ((number - 1) // (1 + WARM + WATCHED)), 1.0)
-        if line := watcher.measure_if_due(number / 1000, 1000, plan, StepClock(number, 0.1 * number, 0.0), at_hand):
+        if line := watcher.measure_if_due(number / 1000, 1000, PlanMix.of(plan), StepClock(number, 0.1 * number, 0.0), at_hand):
             reported.append(line)
     assert [line.get("seconds") for line in reported] == pytest.approx([4.0, 0.9, 0.0])
     one = 0.05 * (1 + 1 / reported[1]["bound_passes"])

@@ -136,7 +136,7 @@ def _timed(engine: Engine, step: Step) -> float:
 
 def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
     """A step through our engine, as in the training loop."""
-    settings = config.resolved()
+    settings = config.without_teacher().resolved()
     settings["engine"] |= {"kind": kind, "zero": zero}
     config = parse(settings, f"engine.kind={kind}, engine.zero={zero}")  # raises on conflicting settings
     engine = Engine(config.engine, BatchSplit(count, 1, count), config.optim.clip)
@@ -159,7 +159,7 @@ def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
 
 def _bare(config: Config, count: int, device: torch.device) -> Step:
     """The same step without an engine."""
-    network = build_model(config).to(device)
+    network = build_model(config.without_teacher()).to(device)
     if config.engine.compile:
         network.compile()
     half = config.engine.precision == "bf16"

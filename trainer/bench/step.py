@@ -42,8 +42,8 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     of level 1 `bookkeeping`: see there.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = config.changed(model={"init": "random"})
-    other = config if against is None else against.changed(model={"init": "random"})
+    config = config.without_teacher().changed(model={"init": "random"})
+    other = config if against is None else against.without_teacher().changed(model={"init": "random"})
     ours = build_model(config)  # one set of weights for all rows, so that memory placement favours none
     theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
     for network, of in ((ours, config), (theirs, other), (timm, config)):

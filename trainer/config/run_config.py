@@ -144,6 +144,10 @@ class Config(Section):
         sections = {k: getattr(self, k).model_copy(update=v) for k, v in settings.items() if isinstance(v, dict)}
         return self.model_copy(update=settings | sections)
 
+    def without_teacher(self) -> Config:
+        """A copy that learns from the labels alone: for measurements and comparisons of the network itself."""
+        return self.changed(teacher=TeacherConfig())
+
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as plain YAML types; `Config.model_validate` of it gives an equal Config."""
         return self.model_dump(mode="json")

@@ -97,8 +97,8 @@ def build_teacher(
     if config.teacher.logits != "none" and reset:
         raise ConfigError(
             f"{source} with teacher.logits={config.teacher.logits}: the teacher has another number of classes than model.classes="
-            f"{config.model.classes}, so its logits mean other things; fine-tune it on these classes first, or set "
-            "teacher.logits=none"
+            f"{config.model.classes}, so its logits mean other things; fine-tune it on these classes first (docs/fine-tuning.md), or "
+            "set teacher.logits=none"
         )
     try:
         teacher = SparseViT(network).requires_grad_(False).eval()

@@ -168,7 +168,7 @@ def _facts(config: Config, rows: int, device: torch.device) -> dict[str, Any]:
         "optimizer": config.optim.name,
         "loss": config.optim.loss,
         "initialisation": "compared" if config.model.init == "random" else "timm's side takes ours",
-        "changed": "float32, drop path and dropout 0, every token and connection kept",
+        "changed": "float32, drop path and dropout 0, every token and connection kept, no teacher, nothing frozen",
         "rows": rows,
         "device": device.type,
         "torch": torch.__version__,
@@ -238,9 +238,11 @@ class _Ours:
 
 
 def _plain(config: Config) -> Config:
-    """The same configuration without drop path and dropout, whose masks would come from two generators."""
+    """The same configuration without drop path and dropout, whose masks would come from two generators, and without a teacher and frozen
+    parameters, which timm's components do not have."""
     rates = {name: 0.0 for name in config.model.args if name.endswith(("drop_rate", "drop_path_rate"))}
-    return config.changed(model={"drop_path": 0.0, "args": {**config.model.args, **rates}})
+    plain = config.without_teacher()
+    return plain.changed(model={"drop_path": 0.0, "args": {**config.model.args, **rates}}, optim={"freeze": 0})
 
 
 def _whole_pairs(batch: Batch, rows: int, device: torch.device) -> Batch:
