@@ -18,6 +18,7 @@ from sparsity.types import DENSE, Plan
 from tests.support.sait import ARGS, WEIGHTS, write
 from trainer import load_model
 from trainer.__main__ import main
+from trainer.analysis import teacher_agreement
 from trainer.analysis.adaptive_model import adaptive_model
 from trainer.analysis.calibrate import calibrate
 from trainer.analysis.densities import score
@@ -188,3 +189,16 @@ def test_thresholds_survive_the_file() -> None:
     ours = Thresholds("hash", 2, "default", 16, 5000, {})
     assert Thresholds.of_json(ours.to_json(), "x") == ours
     assert replace(ours, block=3) != ours
+
+
+def test_the_agreement_with_a_teacher_is_spearmans(config: Config, capsys: Any) -> None:
+    from scipy.stats import spearmanr
+
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = torch.rand(3, 20, generator=g), (torch.rand(3, 20, generator=g) * 4).round()  # with ties
+    wanted = [spearmanr(a, b).statistic for a, b in zip(ours.numpy(), theirs.numpy(), strict=True)]
+    assert teacher_agreement.spearman(ours, theirs).tolist() == pytest.approx(wanted)
+    assert teacher_agreement.spearman(ours, ours.exp()).tolist() == pytest.approx([1.0] * 3)
+    assert main(["eval", WEIGHTS, "c.yaml", "--teacher", WEIGHTS]) == 0
+    assert f"with the attention of {WEIGHTS}: " in " ".join(capsys.readouterr().out.split())
+    assert abs(teacher_agreement.agreement(WEIGHTS, WEIGHTS, config)) < 0.9  # block 1 of 4 against the last one

@@ -144,6 +144,11 @@ def _add_after_a_run(commands: Any) -> None:
     )
     c.add_argument("--random", action="store_true", help="beside each density: as many random tokens")
     c.add_argument(
+        "--teacher",
+        metavar="RUN|WEIGHTS",
+        help="also print how well the importance of tokens ranks them as the last block of this network does (Spearman)",
+    )
+    c.add_argument(
         "--plots",
         metavar="DIR",
         help="write densities.png (accuracy against rate) and, with --adaptive, images.png (images with the fewest and most tokens)",

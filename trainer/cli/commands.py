@@ -97,6 +97,11 @@ def _eval(a: argparse.Namespace) -> None:
     found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
     show_table(found.table())
     write_json(a.json, found.facts())
+    if a.teacher:
+        from trainer.analysis.teacher_agreement import agreement
+
+        found_rank = agreement(a.model, a.teacher, config, a.overrides)
+        show(f"rank correlation (Spearman) of the importance of tokens with the attention of {a.teacher}: {found_rank:.3f}")
     if a.plots:
         from trainer.analysis.density_plots import write
 
