@@ -10,7 +10,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -27,8 +26,8 @@ from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
 from trainer.model.weights import save_weights
 from trainer.run.checkpointer import Checkpointer
-from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
+from trainer.storage.disk import Content, Disk
 
 EXAMPLES = 1_281_167  # ImageNet-1k; their statistics are saved too
 HOUR = 3600.0
@@ -45,10 +44,12 @@ class RecorderStub:
 
     def sync(self) -> None: ...
 
-    def weights(self, weights: dict[str, torch.Tensor]) -> None:
-        save_weights(self.directory / "weights.safetensors", weights)
+    def weights(self, weights: dict[str, torch.Tensor]) -> Content:
+        path = self.directory / "weights.safetensors"
+        save_weights(path, weights)
+        return Disk().content(path)
 
-    def saved(self, _state: Any, path: Path, blocking: float, seconds: float) -> None:
+    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float, weights: Content | None) -> None:
         self.blocking.append(blocking)
         self.writing.append(seconds)
         self.sizes.append(sum(file.stat().st_size for file in path.iterdir()) / 2**20)
@@ -73,7 +74,7 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
     try:
         store = partial(save_load.save_checkpoint, recorder.checkpoints, config=config, fingerprint="bench")
         asynchronous = config.checkpoint.asynchronous
-        checkpointer = Checkpointer(store, asynchronous, engine, cast(Recorder, recorder), Stop(), ema, level)
+        checkpointer = Checkpointer(store, asynchronous, engine, recorder, Stop(), ema, level)
         for number in range(saves + 1):  # the first one is the warm-up
             checkpointer.save(TrainState(step=number + 1), selection, last=False)
             while checkpointer.writing:  # without blocking, as in training

@@ -11,15 +11,27 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
 
 from sparsity.types import Examples, Selection
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.engine.engine import Engine
 from trainer.model.ema import Ema
-from trainer.run.recorder import Recorder
 from trainer.run.shutdown import Stop
 from trainer.storage.disk import Content
+
+
+class SaveRecorder(Protocol):
+    """What a save needs of the run's `Recorder`; a benchmark has its own."""
+
+    def sync(self) -> None: ...
+
+    def weights(self, weights: dict[str, Tensor]) -> Content: ...
+
+    def saved(self, state: TrainState, path: Path, blocking: float, seconds: float, weights: Content | None) -> None: ...
 
 
 class Checkpointer:
@@ -33,7 +45,7 @@ class Checkpointer:
         store: Callable[..., Path],
         asynchronous: bool,
         engine: Engine,
-        recorder: Recorder,
+        recorder: SaveRecorder,
         stop: Stop,
         ema: Ema,
         examples: Examples,
