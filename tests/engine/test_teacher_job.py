@@ -47,6 +47,7 @@ RUNS = {"ddp": "engine.kind=ddp engine.zero=0"} | {f"zero{stage}": f"engine.zero
 MORE = {
     "bf16": "engine.precision=bf16",
     "checkpointing": "engine.checkpointing=true",
+    "drawn": "plan.method=dense_sparse evaluate.densities=[0.5]",
     "hard": "teacher.logits=hard teacher.tau=1.0",
 }
 
@@ -95,6 +96,17 @@ def test_ddp_and_every_zero_stage_lose_the_same(folder: Path):
 def test_a_resume_with_the_same_teacher_continues_bit_for_bit(folder: Path, name: str):
     whole, resumed = losses(folder / "runs" / name), losses(folder / "runs" / f"{name}-resumed")
     assert len(resumed) == len(whole) - 3 and (resumed == whole[3:]).all()
+
+
+def test_drawn_densities_change_the_steps_and_are_scored(folder: Path):
+    """SaiT with everything at once: a teacher, EMA, ZeRO 1 on two ranks; resumed above."""
+    drawn, fixed = losses(folder / "runs" / "drawn"), losses(folder / "runs" / "zero1")
+    assert not np.allclose(drawn, fixed, rtol=1e-3)
+    (plateau,) = lines(folder / "runs" / "drawn", "plateau")
+    assert plateau["draws"] == [[0.5, 1.0, 1.0]] + [[pytest.approx(1 / 6), keep, 1.0] for keep in (0.35, 0.5, 0.7)]
+    assert {line["keep_tokens"] for line in lines(folder / "runs" / "drawn", "step")} == {plateau["keep_tokens"]}
+    scored = lines(folder / "runs" / "drawn", "density")
+    assert [(line["ema"], line["keep_tokens"]) for line in scored] == [(False, 0.5), (True, 0.5)]
 
 
 def test_the_teacher_is_in_no_checkpoint_but_its_hash(folder: Path):
