@@ -12,12 +12,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from launch import hosts, local, slurm, study, sweep
+from launch import health, hosts, local, slurm, study, sweep
 from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import free_port, random_port, this_machine
 from launch.processes import run_on_hosts, start, submit
 from launch.rank_logs import ensure_folder, forgive_standard_streams, open_standard_streams
+from launch.restarts import Restarts, repeated, run_directory
 
 
 def main(words: list[str] | None = None) -> int:
@@ -44,7 +45,31 @@ def _local(job: Job, a: argparse.Namespace) -> int:
     if a.dry_run:
         print(f"{first.text()}\n{command.text()}")
         return 0
-    return start(first) or start(command)
+    if refused := start(first):
+        return refused
+
+    def attempt(received: list[int]) -> int:
+        if not a.no_health and _unhealthy(job, ""):
+            return 1
+        return start(local.render(job, replace(node, port=free_port()), sys.executable), received=received)
+
+    return repeated(attempt, _restarts(job, a, job.resume))
+
+
+def _unhealthy(job: Job, remedy: str) -> bool:
+    """Whether the check of this node fails, which is reported with the remedy."""
+    here = os.uname().nodename
+    wrong = health.judge({here: health.probe(run_directory(job), rates=False)}, 0)
+    if wrong:
+        print(f"launch: {here}: {wrong[here]}{remedy}", file=sys.stderr)
+    return bool(wrong)
+
+
+def _restarts(job: Job, a: argparse.Namespace, resumed: bool) -> Restarts:
+    """resumed: whether the trainer continues from its newest checkpoint; else a failure is not repeated."""
+    if a.restarts < 0:
+        raise LaunchError(f"--restarts {a.restarts}: must be >= 0; 0 never starts a failed run again")
+    return Restarts(run_directory(job), a.restarts if resumed else 0, a.typed)
 
 
 def _node(job: Job, a: argparse.Namespace) -> int:
@@ -59,6 +84,8 @@ def _node(job: Job, a: argparse.Namespace) -> int:
         if a.dry_run:
             print(command.text())
             return 0
+        if "SLURM_JOB_ID" in os.environ and _unhealthy(job, "; to leave it out: launch slurm --sbatch=--exclude=NODE"):
+            return 1
         return start(command, _folder(job, a) if place.world > 1 else None, last=True)
 
 
@@ -71,8 +98,8 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
         raise LaunchError(
             f"--hostfile {a.hostfile}: {error.strerror}; write one host per line, e.g. `node1 slots=8`"
         ) from error
-    found, nodes = hosts.chosen(found, a.nodes)
-    processes = hosts.processes_of(found, a.processes)
+    first, nodes = hosts.chosen(found, a.nodes)
+    processes = hosts.processes_of(first, a.processes)
     env, directory = dict(os.environ), Path.cwd()
     for name in hosts.PASSED:
         if hosts.holds_credential(name, env.get(name, "")):
@@ -80,18 +107,32 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
                 f"launch: {name} is not passed on, it may hold a credential and command lines can be read by others; set it on every host",
                 file=sys.stderr,
             )
-    port = a.port or random_port()
-    commands = hosts.render(job, found, nodes, processes, port, sys.executable, directory, env, a.ssh_config, a.logs)
+
+    def commands(taken: list[hosts.Host]) -> list[Command]:
+        port, asked = a.port or random_port(), Nodes(nodes.least, len(taken))
+        again = replace(job, resume=job.resume or nodes.elastic)
+        return hosts.render(again, taken, asked, processes, port, sys.executable, directory, env, a.ssh_config, a.logs)
+
     checks = _checks(job, nodes, processes)
     if a.dry_run:
-        print("\n".join(command.text() for command in (*checks, *commands)))
+        print("\n".join(command.text() for command in (*checks, *commands(first))))
         return 0
     if shutil.which("ssh") is None:
         raise LaunchError("ssh not found: install openssh-client, or use --dry-run to see the commands")
     if refused := next((code for code in map(start, checks) if code), 0):
         return refused
-    folder = _folder(job, a)
-    return run_on_hosts(commands, [host.name for host in found], folder, spare=nodes.most - nodes.least)
+    folder, runs = _folder(job, a), run_directory(job)
+
+    def ask(some: list[hosts.Host]) -> dict[str, str]:
+        probes = hosts.health_checks(some, runs, sys.executable, directory, env, a.ssh_config)
+        return health.judge(health.ask(probes), processes)
+
+    def attempt(received: list[int]) -> int:
+        taken = first if a.no_health else hosts.healthy(found, nodes, ask)
+        names = [host.name for host in taken]
+        return run_on_hosts(commands(taken), names, folder, len(taken) - nodes.least, received) if taken else 1
+
+    return repeated(attempt, _restarts(job, a, job.resume or nodes.elastic))
 
 
 def _folder(job: Job, a: argparse.Namespace) -> Path:
@@ -102,7 +143,7 @@ def _folder(job: Job, a: argparse.Namespace) -> Path:
 def _slurm(job: Job, a: argparse.Namespace) -> int:
     request = _request(a)
     checks = _checks(job, request.nodes, request.processes)
-    return _submit(checks, slurm.render(job, request, _python(a)), a)
+    return _submit(checks, slurm.render(job, request, _python(a), str(run_directory(job))), a)
 
 
 def _python(a: argparse.Namespace) -> str:
@@ -116,7 +157,7 @@ def _request(a: argparse.Namespace) -> slurm.SlurmRequest:
         nodes=Nodes.read(a.nodes), processes=processes, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
         requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,
         modules=tuple(a.module), setup=tuple(a.setup), extra=tuple(a.sbatch), container=a.container, runtime=a.runtime,
-        logs=a.logs,
+        logs=a.logs, restarts=a.restarts,
     )  # fmt: skip
 
 
@@ -149,8 +190,8 @@ def _sweep(a: argparse.Namespace) -> int:
     if a.slurm and left:
         request = _request(a)
         checks = [c for point in sweep.distinct_settings(left) for c in _checks(point.job, request.nodes, request.processes)]
-        jobs = [point.job for point in left]
-        return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, a.at_once), a)
+        jobs, runs = [point.job for point in left], [str(point.directory) for point in left]
+        return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, runs, a.at_once), a)
     node = local.place(this_machine(), a.processes, free_port())
     checks = [check(point.job, node.world, sys.executable) for point in sweep.distinct_settings(left)]
     if a.dry_run:

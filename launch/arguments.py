@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from launch import kept_journals
 from launch.job import LOGS, LaunchError, near
+from launch.restarts import RESTARTS
 
 ELASTIC = "MIN:MAX starts with the nodes that are up and continues from the checkpoint while at least MIN remain"
 ALLOWED = "data.allow_pipe=true"  # how the trainer's command line takes it
@@ -40,7 +41,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         found.overrides = [word for word in found.words if "=" in word]
         if not found.config:
             raise LaunchError("sweep: no CONFIG given")
-    found.overrides = [*found.overrides, *rest]
+    found.overrides, found.typed = [*found.overrides, *rest], list(words)
     allowed = found.allow_pipe or os.environ.get("TRILEVEL_ALLOW_PIPE") == "1"
     if allowed and ALLOWED not in found.overrides:  # as a word, so that every node gets it
         found.overrides.append(ALLOWED)
@@ -62,6 +63,8 @@ def _add_runs(commands: Any) -> None:
 
     c = add("local", "this machine: all GPUs, or CPU processes")
     c.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, without GPUs 2 on the CPU")
+    _add_restarts(c)
+    _add_health(c)
     c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
 
     c = add("node", "this machine as one node of many; `hosts` and `slurm` call it")
@@ -81,6 +84,8 @@ def _add_runs(commands: Any) -> None:
     c.add_argument("--port", type=_port, help="free on the first host (default: a random one from 20000 to 29999)")
     c.add_argument("--ssh-config", metavar="FILE", help="read by ssh instead of ~/.ssh/config: keys, users, known hosts, ports")
     c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/HOST.txt and rank-N.txt (default: {LOGS})")
+    _add_restarts(c)
+    _add_health(c)
     c.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
 
     c = add("slurm", "a batch job of Slurm")
@@ -125,6 +130,20 @@ def _add_study(commands: Any) -> None:
     c.add_argument("--dry-run", action="store_true", help="print every command, start nothing")
 
 
+def _add_restarts(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--restarts",
+        type=int,
+        default=RESTARTS,
+        metavar="N",
+        help=f"with --resume: start a failed run again until N failures have the same newest checkpoint (default: {RESTARTS})",
+    )
+
+
+def _add_health(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--no-health", action="store_true", help="start without the check of GPUs, disk and clock of each node")
+
+
 def _add_pipe(c: argparse.ArgumentParser) -> None:
     c.add_argument("--allow-pipe", action="store_true", help="run the commands of `pipe:COMMAND` shards in a shell")
 
@@ -143,6 +162,7 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
         help="before the time limit: save and end (default: 300)",
     )
     c.add_argument("--no-requeue", action="store_true", help="end at the time limit instead of requeueing the job")
+    _add_restarts(c)
     for name in ("account", "partition", "qos", "constraint"):
         c.add_argument(f"--{name}")
     c.add_argument("--logs", metavar="DIR", default=LOGS, help=f"DIR/NAME/rank-N.txt: output of each rank (default: {LOGS})")

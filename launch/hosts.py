@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +84,25 @@ def chosen(hosts: list[Host], nodes: str | None) -> tuple[list[Host], Nodes]:
     return hosts[: asked.most], asked
 
 
+def healthy(hosts: list[Host], nodes: Nodes, ask: Callable[[list[Host]], dict[str, str]]) -> list[Host]:
+    """The hosts of an attempt: the first of the file that can be used; those that cannot are reported, and replaced by later ones of the
+    file. [] if fewer than `nodes.least` are left. ask: why hosts can't be used, by name."""
+    taken, left = [], list(hosts)
+    while left and len(taken) < nodes.most:
+        some, left = left[: nodes.most - len(taken)], left[nodes.most - len(taken) :]
+        wrong = ask(some)
+        taken += [host for host in some if host.name not in wrong]
+        for name, why in wrong.items():
+            print(f"launch: {name} is left out: {why}", file=sys.stderr)
+    if len(taken) >= nodes.least:
+        return taken
+    print(
+        f"launch: {len(taken)} host(s) can be used, at least {nodes.least} are needed: repair those, or list others",
+        file=sys.stderr,
+    )
+    return []
+
+
 def holds_credential(name: str, value: str) -> bool:
     """Whether a variable may not stand on a command line: http://user:password@host, or a query such as ?token=..."""
     return "@" in value or (name == "MLFLOW_TRACKING_URI" and "?" in value)
@@ -92,14 +113,29 @@ def render(
     ssh_config: str | None = None, logs: str = LOGS,
 ) -> list[Command]:  # fmt: skip
     """One ssh per host, in the order of the file; `env` is this shell's, of which what a node needs is passed on."""
-    known = {name: env[name] for name in PASSED if name in env and not holds_credential(name, env[name])}
-    known = {"TERM": "dumb"} | known  # the output goes to files: no live line
-    set_env = ["env", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
-    ssh = (*SSH, *(("-F", ssh_config) if ssh_config else ()))
     commands = []
     for number, host in enumerate(hosts):
         here = host.address if nodes.elastic else ""
         words = node_words(job, processes, str(nodes), str(number), hosts[0].address, str(port), python, here, logs)
-        line = f"cd {shlex.quote(str(directory))} && exec {' '.join([*set_env, *words])}"
-        commands.append(Command((*ssh, host.name, line)))
+        commands.append(_on_host(host, words, directory, env, ssh_config, SSH))
     return commands
+
+
+def health_checks(
+    hosts: list[Host], runs: Path, python: str, directory: Path, env: dict[str, str], ssh_config: str | None = None
+) -> dict[str, Command]:
+    """The check of each host, see `health`, by its name. runs: directory of the run."""
+    words = [shlex.quote(python), "-m", "launch.health", shlex.quote(str(runs))]
+    plain = (SSH[0], *SSH[2:])  # without a terminal, which would mix both streams
+    return {host.name: _on_host(host, words, directory, env, ssh_config, plain) for host in hosts}
+
+
+def _on_host(
+    host: Host, words: list[str], directory: Path, env: dict[str, str], ssh_config: str | None, ssh: tuple[str, ...]
+) -> Command:
+    """A command line on a host, in the same folder, with the variables of this shell that it needs."""
+    known = {name: env[name] for name in PASSED if name in env and not holds_credential(name, env[name])}
+    known = {"TERM": "dumb"} | known  # the output goes to files: no live line
+    set_env = ["env", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
+    line = f"cd {shlex.quote(str(directory))} && exec {' '.join([*set_env, *words])}"
+    return Command((*ssh, *(("-F", ssh_config) if ssh_config else ()), host.name, line))

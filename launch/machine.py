@@ -48,7 +48,7 @@ def count_gpus(python: str = sys.executable) -> int:
             f"{python} cannot import torch:\n{asked.stderr[-2000:]}\nrun this with the Python of the project's environment"
         )
     found = int(asked.stdout.split()[-1])
-    listed = _listed_gpus()
+    listed = listed_gpus()
     if listed and not found:
         raise LaunchError(
             f"this machine has {listed} GPU(s) and torch sees none: a CPU build of torch, or a driver older than its CUDA "
@@ -57,7 +57,7 @@ def count_gpus(python: str = sys.executable) -> int:
     return found
 
 
-def _listed_gpus() -> int:
+def listed_gpus() -> int:
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if listed.returncode == 0:

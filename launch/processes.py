@@ -24,7 +24,7 @@ LINGER = 10.0  # seconds a launcher may outlive its ranks
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
 
 
-def start(command: Command, logs: Path | None = None, last: bool = False) -> int:
+def start(command: Command, logs: Path | None = None, last: bool = False, received: list[int] | None = None) -> int:
     """Run a command to its end and return its exit code. Signals go to the trainer's processes, past the launchers between.
 
     torchrun answers SIGTERM by killing a rank's whole group after 30 s, loader workers at once: a checkpoint may take
@@ -32,12 +32,13 @@ def start(command: Command, logs: Path | None = None, last: bool = False) -> int
     logs: a folder in which each rank's lines go to a file of its own, where the command marks them.
     last: nothing else follows in this process, so signals that come later are ignored. srun sends SIGTERM to all other nodes once one
     has ended: without it a node that had saved and was about to exit with 75 was killed, and the job was not requeued.
+    received: gets the signals that were sent to this process.
     """
+    received = [] if received is None else received
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"  # rank 0 writes its exit code here: torchrun turns every code into 1
         env = os.environ | dict(command.env) | {"TRILEVEL_EXIT_FILE": str(exit_file)}
         before = {number: signal.getsignal(number) for number in STOP}
-        received: list[int] = []
         process: subprocess.Popen[bytes] | None = None
         signalled: set[int] = set()
 
@@ -115,8 +116,9 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
 class _Nodes:
     """One ssh per node. `stop` handles a signal to us: a Ctrl-C at every node, the third one kills."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.signals = names, 0
+    def __init__(self, names: list[str], received: list[int]) -> None:
+        self.names, self.received = names, received
+        self._own = 0
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed: dict[str, int] = {}  # exit codes, in the order in which they ended
 
@@ -132,8 +134,14 @@ class _Nodes:
             )
         return True
 
-    def stop(self, *_: Any) -> None:
-        self.signals += 1
+    @property
+    def signals(self) -> int:
+        return len(self.received) + self._own
+
+    def stop(self, number: int = 0, _frame: Any = None) -> None:
+        """number: of the signal; 0 where a node failed."""
+        self._own += not number
+        self.received += [number] if number else []
         for node in self.processes:
             if self.signals > 2:
                 stop_hard(node.pid)
@@ -157,14 +165,16 @@ class _Nodes:
         return running
 
 
-def run_on_hosts(commands: list[Command], names: list[str], logs: Path, spare: int = 0) -> int:
+def run_on_hosts(
+    commands: list[Command], names: list[str], logs: Path, spare: int = 0, received: list[int] | None = None
+) -> int:
     """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
     lost ones. Returns that one's exit code, or 0.
 
     Output goes to one file per node in `logs`, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
-    every node; the third one kills.
+    every node; the third one kills. received: gets those signals.
     """
-    nodes = _Nodes(names)
+    nodes = _Nodes(names, [] if received is None else received)
     before = {number: signal.signal(number, nodes.stop) for number in STOP}
     code = 0 if nodes.start(commands) else 128 + signal.SIGINT
     readers = [

@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass, replace
 
 from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_words, safe_name
+from launch.restarts import RESTARTS
 
 # by Slurm's own address: a node's name may resolve nowhere
 ADDRESS_OF = (
@@ -26,6 +27,22 @@ SURVIVOR = (
 # srun's code alone does not say that the job was stopped: the node of rank 0 ends with 75, srun then ends a slower node with 143, and
 # returns the highest. So a node leaves a file, in the folder that containers see too. Slurm signals this shell as well: trap.
 NOTED = 'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -ne ' + str(STOPPED) + ' ] || : > "$stopped"'
+# Requeued as long as the newest checkpoint changes between two ends: $2 ends at one checkpoint are the most, $3 for a job that was
+# stopped. Counted in a file, because the script starts anew; Slurm's own counter knows no checkpoints.
+NEWEST = 'newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }'
+REQUEUED = r"""requeued() {
+  local ends="$PWD/.ends-$SLURM_JOB_ID" at most=$2 count=1 what
+  at=$(newest)
+  if [ "$1" -eq 0 ]; then rm -f "$ends"; return; fi
+  if [ "$1" -eq 75 ]; then most=$3; fi
+  if [ -e "$ends" ] && [ "$(head -n 1 "$ends")" = "$at" ]; then count=$(($(tail -n 1 "$ends") + 1)); fi
+  printf '%s\n%s\n' "$at" "$count" > "$ends" || true
+  what="launch: attempt $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $1, newest checkpoint: ${at:-none}, $count of $most ends there"
+  if [ "$1" -eq 2 ] && [ "$at" = "$from" ]; then what="$what, refused"; most=0; fi
+  if [ "$count" -lt "$most" ]; then echo "$what; requeued"; scontrol requeue "$SLURM_JOB_ID"; return; fi
+  rm -f "$ends"
+  echo "$what; not requeued. Logs: $run/logs. After a repair submit the job again, by the same command with --resume"
+}"""
 HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 EARLY = 60  # seconds by which Slurm's signal may come before its time
@@ -53,8 +70,11 @@ class SlurmRequest:
     container: str | None = None
     runtime: str = "apptainer"
     logs: str = LOGS
+    restarts: int = RESTARTS  # ends with the same newest checkpoint after which the job is not requeued
 
     def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise LaunchError(f"--restarts {self.restarts}: must be >= 0; 0 never requeues a failed job")
         if self.gpus < 0:
             raise LaunchError(f"--gpus {self.gpus}: per node, 0 or more")
         if self.processes < 1:
@@ -86,20 +106,33 @@ class SlurmRequest:
                 raise LaunchError(f"--sbatch {line!r}: must be one option that begins with a dash, e.g. --exclusive")
 
 
-def render(job: Job, request: SlurmRequest, python: str) -> str:
-    """The text of the batch script."""
+def render(job: Job, request: SlurmRequest, python: str, run: str) -> str:
+    """The text of the batch script. run: directory of the run, whose checkpoints decide whether a failed job is requeued."""
     resumed = replace(job, resume=True) if request.requeue else job
-    run = _srun(request, python, resumed)
-    return "\n".join([*_head(request, name_of(job), request.output or "slurm-%j.txt"), *_rendezvous(request), *run, ""])
+    head = _head(request, name_of(job), request.output or "slurm-%j.txt")
+    return "\n".join(
+        [
+            *head,
+            *([f"run={shlex.quote(run)}"] if request.requeue else []),
+            *_rendezvous(request),
+            *_srun(request, python, resumed),
+            "",
+        ]
+    )
 
 
-def render_array(jobs: list[Job], request: SlurmRequest, python: str, name: str, at_once: int | None = None) -> str:
-    """The text of a batch script that is an array, one task per job; at most `at_once` of them run together."""
+def render_array(
+    jobs: list[Job], request: SlurmRequest, python: str, name: str, runs: list[str], at_once: int | None = None
+) -> str:
+    """The text of a batch script that is an array, one task per job; at most `at_once` of them run together. runs: directory of each."""
     if at_once is not None and at_once < 1:
         raise LaunchError(f"--at-once {at_once}: at least 1")
     limit = f"%{at_once}" if at_once else ""
     head = _head(request, safe_name(name), request.output or "slurm-%A_%a.txt", f"--array=0-{len(jobs) - 1}{limit}")
-    cases = [f"  {number}) set -- {shlex.join(job.words())} ;;" for number, job in enumerate(jobs)]
+    cases = [
+        f"  {number}) run={shlex.quote(run)}; set -- {shlex.join(job.words())} ;;"
+        for number, (job, run) in enumerate(zip(jobs, runs, strict=True))
+    ]
     table = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     return "\n".join([*head, *table, *_rendezvous(request), *_srun(request, python, None), ""])
 
@@ -158,9 +191,10 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
-        lines = ['export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
-        again = f'code={STOPPED}; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"'
-        lines += [f'if [ "$code" -eq {STOPPED} ] || [ -e "$stopped" ]; then {again}; fi']
+        begin = [NEWEST, *REQUEUED.splitlines(), "from=$(newest)"]
+        lines = [*begin, 'export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
+        lines += [f'if [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; fi']
+        lines += [f'requeued "$code" {r.restarts} {max(r.restarts, RESTARTS)}']
     return [*lines, 'exit "$code"']
 
 

@@ -9,7 +9,7 @@ from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
 from trainer.config.errors import TrilevelError
 from trainer.config.pipes import pipes_granted
-from trainer.run.shutdown import ignore_signals
+from trainer.run.shutdown import ignore_signals, write_exit_code
 from trainer.storage.standard_streams import OutputError, discard_output, guard_standard_streams, open_standard_streams, say
 from trainer.storage.text import printable
 
@@ -38,6 +38,8 @@ def main(words: list[str] | None = None) -> int:
         if not isinstance(error, TrilevelError):
             raise
         say(printable(f"trilevel: {error}"), error=True)
+        if arguments.command == "train":
+            write_exit_code(2)
         return 2
     finally:
         if words is not None:  # a caller's streams are its own

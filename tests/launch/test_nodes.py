@@ -43,7 +43,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
-    text = slurm.render(JOB, SCRIPTS[name], "/env/bin/python")
+    text = slurm.render(JOB, SCRIPTS[name], "/env/bin/python", "runs/a b")
     assert text == (RENDERED / f"{name}.sh").read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
@@ -51,7 +51,7 @@ def test_rendered_scripts_equal_the_stored_text_and_are_shell(name):
 @pytest.mark.parametrize("time", ["0", "0:00", "0-0", "6:01", "0:06:01"])
 def test_a_limit_that_leaves_time_to_save_and_none_at_all_are_accepted(time):
     """Slurm reads 0 as no limit; --signal 300 comes up to 60 s early, so 361 s are the first that leave a second of training."""
-    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, time=time), "python")
+    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, time=time), "python", "runs/x")
     assert f"#SBATCH --time={time}\n" in text and "#SBATCH --signal=USR1@300\n" in text
 
 
@@ -213,10 +213,11 @@ def test_a_stopped_job_is_requeued_under_set_e_and_where_srun_ended_a_slower_nod
     monkeypatch.chdir(tmp_path)
     script(tmp_path / "python", "#!/bin/sh\nexit 75\n")
     stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", f"srun() {{ {srun} }}", 'scontrol() { echo "$@"; }')
-    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), f"{tmp_path}/python")
+    text = slurm.render(JOB, slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), f"{tmp_path}/python", "runs/a b")
     ended = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (75, "requeue 7\n"), ended.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["python"]
+    requeued = "launch: attempt 1 ended with 75, newest checkpoint: none, 1 of 3 ends there; requeued\nrequeue 7\n"
+    assert (ended.returncode, ended.stdout) == (75, requeued), ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ends-7", "python"]
 
 
 def test_an_empty_exit_file_of_a_full_disk_is_not_an_exit_code():
@@ -396,6 +397,10 @@ def test_two_jobs_on_the_same_hosts_at_once_do_not_meet_each_other(folder, over_
 def test_a_host_that_can_not_be_reached_ends_all(folder, over_ssh):
     script(folder / "bin" / "ssh", "#!/bin/sh\necho 'Permission denied (publickey).'; exit 255\n")
     process = over_ssh()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "127.0.0.1 is left out: exit code 255: Permission denied (publickey)." in output
+    assert "0 host(s) can be used, at least 2 are needed" in output
+    process = over_ssh("--no-health")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 255 and "[127.0.0.1] Permission denied" in output
 

@@ -84,13 +84,14 @@ def test_an_array_has_a_task_for_each_run_and_is_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("configs").mkdir()
     Path("configs/a.yaml").write_text("name: a\n")
-    jobs = [p.job for p in sweep.points(["configs/a.yaml"], [], ["tokens.blocks=[1, 2],[3]"], "0,1", "grid")]
+    found = sweep.points(["configs/a.yaml"], [], ["tokens.blocks=[1, 2],[3]"], "0,1", "grid")
+    jobs, runs = [p.job for p in found], [str(p.directory) for p in found]
     request = slurm.SlurmRequest(nodes=Nodes(2, 2), processes=8, gpus=8, time="60")
-    text = slurm.render_array(jobs, request, "/env/bin/python", "grid", at_once=2)
+    text = slurm.render_array(jobs, request, "/env/bin/python", "grid", runs, at_once=2)
     assert text == (RENDERED / "sweep_array.sh").read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     with pytest.raises(LaunchError, match="--at-once 0"):
-        slurm.render_array(jobs, request, "python", "grid", at_once=0)
+        slurm.render_array(jobs, request, "python", "grid", runs, at_once=0)
 
 
 def test_a_sweep_leaves_out_finished_runs_and_prints_how_to_compare(tmp_path, monkeypatch, capsys):

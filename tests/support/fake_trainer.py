@@ -45,6 +45,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").touch()  # a namespace package would lose against the real one
     (tmp_path / "trainer" / "__main__.py").write_text(TRAINER)
+    (tmp_path / "c.yaml").write_text("name: c\n")
     return tmp_path
 
 

@@ -7,13 +7,30 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --requeue
 
+run='runs/a b'
 address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
 port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
+newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
+requeued() {
+  local ends="$PWD/.ends-$SLURM_JOB_ID" at most=$2 count=1 what
+  at=$(newest)
+  if [ "$1" -eq 0 ]; then rm -f "$ends"; return; fi
+  if [ "$1" -eq 75 ]; then most=$3; fi
+  if [ -e "$ends" ] && [ "$(head -n 1 "$ends")" = "$at" ]; then count=$(($(tail -n 1 "$ends") + 1)); fi
+  printf '%s\n%s\n' "$at" "$count" > "$ends" || true
+  what="launch: attempt $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $1, newest checkpoint: ${at:-none}, $count of $most ends there"
+  if [ "$1" -eq 2 ] && [ "$at" = "$from" ]; then what="$what, refused"; most=0; fi
+  if [ "$count" -lt "$most" ]; then echo "$what; requeued"; scontrol requeue "$SLURM_JOB_ID"; return; fi
+  rm -f "$ends"
+  echo "$what; not requeued. Logs: $run/logs. After a repair submit the job again, by the same command with --resume"
+}
+from=$(newest)
 export stopped="$PWD/.stopped-$SLURM_JOB_ID"
 rm -f "$stopped"
 code=0
 srun --kill-on-bad-exit=1 --container-image='registry#trilevel:1' --container-mounts="$PWD:$PWD" --container-workdir="$PWD" bash -c 'trap : INT TERM HUP USR1 USR2; /env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' || code=$?
-if [ "$code" -eq 75 ] || [ -e "$stopped" ]; then code=75; rm -f "$stopped"; scontrol requeue "$SLURM_JOB_ID"; fi
+if [ -e "$stopped" ]; then code=75; rm -f "$stopped"; fi
+requeued "$code" 3 3
 exit "$code"

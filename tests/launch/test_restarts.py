@@ -1,0 +1,145 @@
+"""A failed run starts again without a person as long as its checkpoints advance, and the messages name cause, attempt and command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import restarts, slurm
+from launch.job import STOPPED, Job, Nodes
+from launch.restarts import REFUSED, Restarts, repeated, run_directory
+from tests.conftest import wait_for
+from tests.support import fake_trainer
+from tests.support.fake_trainer import launched
+
+folder = fake_trainer.folder  # the fixture
+STOPPED_BY_A_PERSON = -1
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "WAIT", 0.0)
+
+
+def saved(run: Path, step: int) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "latest").write_text(f"step-{step:08}")
+
+
+def attempts(run: Path, ends: list[tuple[int, int]], most: int = 3) -> tuple[int, int]:
+    """Runs with these ends, (exit code, step of the newest checkpoint); the exit code of all, and how many were started."""
+    left = list(ends)
+
+    def attempt(received: list[int]) -> int:
+        code, step = left.pop(0)
+        if step:
+            saved(run, step)
+        if code == STOPPED_BY_A_PERSON:
+            received.append(signal.SIGINT)
+        return 1 if code == STOPPED_BY_A_PERSON else code
+
+    return repeated(attempt, Restarts(run, most, ["local", "c.yaml", "--resume"])), len(ends) - len(left)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "started"),
+    [
+        ([(0, 9)], 0, 1),
+        ([(1, 1), (1, 2), (1, 3), (1, 4), (76, 5), (0, 9)], 0, 6),  # every failure after a new checkpoint
+        ([(1, 5), (1, 5), (1, 5), (0, 9)], 1, 3),  # three failures from one checkpoint
+        ([(1, 0), (1, 0), (1, 0), (0, 9)], 1, 3),  # none was ever saved
+        ([(1, 5), (1, 5), (1, 6), (1, 6), (0, 9)], 0, 5),  # progress sets the count back
+        ([(STOPPED, 5), (0, 9)], STOPPED, 1),
+        ([(STOPPED_BY_A_PERSON, 5), (0, 9)], 1, 1),
+        ([(REFUSED, 0), (0, 9)], REFUSED, 1),  # a wrong setting is wrong the next time too
+        ([(REFUSED, 5), (0, 9)], 0, 2),  # a store that was gone for a while
+    ],
+)
+def test_restarts_as_long_as_checkpoints_advance(ends: list[tuple[int, int]], code: int, started: int, tmp_path: Path) -> None:
+    assert attempts(tmp_path, ends) == (code, started)
+
+
+def test_messages_name_cause_attempt_checkpoint_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 5)
+    found = Restarts(tmp_path, 2, ["local", "c.yaml", "name=a b", "--resume"])
+    found.begin()
+    end = {"kind": "end", "time": time.time(), "status": "failed", "reason": "rank 1: OSError: the disk of this node is gone"}
+    (tmp_path / "journal.jsonl").write_text(json.dumps({"kind": "start", "time": 1.0}) + "\n" + json.dumps(end) + "\n")
+    assert found.again(76)
+    first = capsys.readouterr().err
+    assert "launch: attempt 1 ended with 76 (a rank did not arrive): rank 1: OSError: the disk of this node is gone\n" in first
+    assert "newest checkpoint: step-00000005, failure 1 of 2 from there; attempt 2 starts in" in first
+    time.sleep(0.01)
+    found.begin()
+    assert not found.again(1)
+    last = capsys.readouterr().err
+    assert "attempt 2 ended with 1: its journal has no last line: killed, or node lost" in last, "not the cause of attempt 1"
+    assert "2 failures from there, so it is not repeated (--restarts 2)" in last
+    assert last.endswith("After a repair: python -m launch local c.yaml 'name=a b' --resume\n")
+
+
+def test_without_resume_nothing_is_repeated_and_the_command_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path, 5)
+    assert attempts(tmp_path, [(1, 6), (0, 9)], most=0) == (1, 1)
+    shown = capsys.readouterr().err
+    assert shown.endswith(f"not repeated. Logs: {tmp_path}/logs. After a repair: python -m launch local c.yaml --resume\n")
+
+
+def test_the_run_directory_is_that_of_the_trainer(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: x\nruns: elsewhere\n")
+    file = str(tmp_path / "c.yaml")
+    assert run_directory(Job(file)) == Path("elsewhere/x")
+    assert run_directory(Job(file, ("name=y", "runs=here", "name=z"))) == Path("here/z")
+
+
+@pytest.mark.dist
+def test_local_starts_a_crashing_run_again_only_with_resume(folder: Path) -> None:
+    process = launched(folder, "crash=1", "--processes", "2", "--resume", "--restarts", "2")
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 1
+    assert output.count("failure 1 of 2 from there; attempt 2 starts") == 1 and "attempt 2 ended with 1" in output
+
+
+@pytest.mark.dist
+def test_a_signal_ends_a_run_that_would_be_repeated(folder: Path) -> None:
+    process = launched(folder, "wait=1", "--processes", "2", "--resume")
+    wait_for((folder / "1.json").exists)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 75 and "starts in" not in output
+
+
+def slurm_script(tmp_path: Path) -> str:
+    stands_in = ("set -eu", "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", 'srun() { return "$CODE"; }', 'scontrol() { echo "$@"; }')
+    return slurm.render(Job("c.yaml"), slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), "python", "runs/a b")
+
+
+def test_a_failed_slurm_job_is_requeued_as_long_as_checkpoints_advance(tmp_path: Path) -> None:
+    text = slurm_script(tmp_path)
+
+    def ended(code: int, step: int) -> str:
+        if step:
+            saved(tmp_path / "runs" / "a b", step)
+        done = subprocess.run(
+            ["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env={"CODE": str(code), "PATH": "/bin:/usr/bin"}
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    for step in (0, 1, 2, 3, 3):
+        assert ended(1, step).endswith("requeue 7\n"), step
+    last = ended(1, 3)
+    assert "newest checkpoint: step-00000003, 3 of 3 ends there; not requeued" in last and "requeue 7" not in last
+    assert "by the same command with --resume" in last
+    assert [ended(75, 3).endswith("requeue 7\n") for _ in range(3)] == [True, True, False], "stopped before its first step"
+    assert "refused; not requeued" in ended(2, 0)
+    assert ended(1, 4).endswith("requeue 7\n")
+    assert (tmp_path / ".ends-7").is_file()
+    assert ended(0, 5) == "" and not (tmp_path / ".ends-7").exists()
