@@ -22,6 +22,8 @@ from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
+from trainer.engine.place_clock import DATA, EVALUATION, STEP, PlaceClock
+from trainer.engine.replicas import assert_replicas_equal
 from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_schedule, cost_of
 from trainer.model.ema import Ema
 from trainer.model.evaluate import Evaluated, Scores, evaluate
@@ -65,6 +67,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
         if loader is not None:
             loader.fork()
     engine = Engine(config.engine, batch_split, config.optim.clip)
+    clock = engine.heartbeat.clock
     found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
     saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
     engine.assert_same_on_all_ranks(
@@ -108,7 +111,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
         score = partial(_scored, measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.vit)
 
         if state.pending_evaluation:  # the previous attempt was stopped during its evaluation
-            state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
+            with clock.within(EVALUATION, state.step):
+                state = score(replace(state, pending_evaluation={}), state.pending_evaluation["at"], kept=True)
             if state.pending_evaluation:
                 return recorder.end(state, "preempted")
             if state.epoch == config.epochs:
@@ -127,7 +131,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
             recorder.epoch(state, selection, order, len(index))
 
             engine.model.train()
-            for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch), stopping):
+            for batch, waited in _timed(stream.epoch(state.epoch, selection, state.batch), stopping, clock):
+                clock.at(STEP, state.step + 1)
                 recorder.trace.at(state.step)
                 progress = state.epoch + state.batch / order.steps
                 plans, lr = schedule.plans(progress), schedule.lr(progress)
@@ -174,8 +179,11 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         progress, order.steps, plans, meters.clock, (images, targets, part.rng_keys), due.end
                     ):
                         recorder.control(state, progress, measured)
+                    if due.evaluate or due.save:
+                        assert_replicas_equal(engine, ema.replicated(), state.step)
                     if due.evaluate:
-                        state = score(state, progress, kept=due.save)
+                        with clock.within(EVALUATION, state.step):
+                            state = score(state, progress, kept=due.save)
                         if state.pending_evaluation:  # a signal interrupted it: save; the resume evaluates
                             due = due._replace(save=True, end=True, status="preempted")
                     if due.save:
@@ -198,12 +206,12 @@ def _micro_batches(
         yield Batch(*fields, broken=batch.broken), start + size >= rows
 
 
-def _timed(batches: Iterable[Batch], stopping: Stop) -> Iterator[tuple[Batch, float]]:
+def _timed(batches: Iterable[Batch], stopping: Stop, clock: PlaceClock) -> Iterator[tuple[Batch, float]]:
     """Each batch with the seconds spent waiting for it; the wait is bounded after a stop was requested."""
     iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        with stopping.waiting_for_data():
+        with stopping.waiting_for_data(), clock.within(DATA, clock.step):
             batch = next(iterator, None)
         if batch is None:
             return

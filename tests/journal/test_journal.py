@@ -231,6 +231,28 @@ def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path: Path, capsys: pyt
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM, errno.ESTALE])
+def test_a_journal_that_can_not_be_written_any_more_ends_the_run_by_its_name(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that becomes read-only in mid-run, `chattr +i`: the error used to name no file."""
+    for name in ("write", "fsync"):
+        folder = tmp_path / name
+        journal = Journal(folder)
+        journal.write("step", step=1)
+
+        def refused(*_: Any, number: int = number) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(f"trainer.journal.writer.os.{name}", refused)
+            with pytest.raises(JournalError, match=rf"{folder}/{FILE}: {os.strerror(number)}: .* --resume"):
+                journal.write("end", step=2)
+        journal._pending = b""
+        journal.close()
+        assert [line["step"] for line in read(folder)] == ([1] if name == "write" else [1, 2])
+
+
 def test_a_full_disk_costs_no_line_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Lines of different length before it, of this writer and of the one before: the file is cut where its last whole line ends."""
     with Journal(tmp_path) as journal:

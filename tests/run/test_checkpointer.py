@@ -14,6 +14,7 @@ import torch
 from tests.conftest import wait_for
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
+from trainer.engine.heartbeat import Heartbeat
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.shutdown import Stop
 
@@ -29,7 +30,7 @@ class Scene:
             weights=lambda: {"a": torch.tensor(1.0), "b": torch.tensor(2.0)},
             optimizer_state=lambda: {"a|exp_avg": torch.zeros(1)},
         )
-        engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None)
+        engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None, heartbeat=Heartbeat(0, 1, 0.0))
         engine.broadcast_object = lambda value: value if reported is None else reported  # what rank 0 holds
         recorder: Any = SimpleNamespace(checkpoints=Path("checkpoints"))
         recorder.sync = lambda: self.calls.append("journal synced")

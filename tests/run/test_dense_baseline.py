@@ -24,6 +24,7 @@ from trainer.analysis.report import summary
 from trainer.analysis.savings import savings, savings_of
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
+from trainer.engine.heartbeat import Heartbeat
 from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.run import dense_baseline
 from trainer.run.dense_baseline import WARM, WATCHED, DenseBaseline
@@ -53,6 +54,7 @@ def engine_of(config: Config) -> Any:
         device=torch.device("cpu"),
         batch_split=BatchSplit(4, 2, 8),
         settings=config.engine,
+        heartbeat=Heartbeat(0, 1, 0.0),
     )
     engine.forward_unwrapped = lambda network, *args: network(*args)
     return engine

@@ -26,6 +26,7 @@ from trainer.data.augment.on_device import normalise
 from trainer.data.loader.build import clean_images, validation_set
 from trainer.data.loader.probed import probed
 from trainer.data.shards.index import Index, build_index
+from trainer.engine.heartbeat import Heartbeat
 from trainer.model.build import build_examples, build_model, build_objective, cost_of
 from trainer.run.example_probe import ExampleProbe
 
@@ -60,7 +61,7 @@ def built(config: Config, index: Index, stop_at: int = 1000) -> tuple[ExamplePro
     engine = SimpleNamespace(
         model=model, module=model, device=torch.device("cpu"), rank=0, world=1,
         forward=lambda images, *args: model(images, *args), all_reduce_sum=lambda tensor: tensor,
-        read_delayed=lambda value: bool(value > 0),
+        read_delayed=lambda value: bool(value > 0), heartbeat=Heartbeat(0, 1, 0.0),
     )  # fmt: skip
     recorder: Any = SimpleNamespace(probed=lambda state, facts: written.append(facts))
     stop: Any = SimpleNamespace(requested=lambda: asked.append(1) or len(asked) >= stop_at)

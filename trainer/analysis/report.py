@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from trainer.analysis.goodput import by_cause
 from trainer.analysis.history import History, history
 from trainer.analysis.report_plot import picture
 from trainer.analysis.savings import savings_of
 from trainer.analysis.units import duration
 from trainer.config.credentials import without_credentials
+from trainer.journal.reader import read
 from trainer.storage.disk import write_text
 from trainer.storage.text import markdown_text
 
@@ -162,9 +164,20 @@ def _machine(run: History) -> list[ReportRow]:
                 "goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else "")
             )
         )
+    rows += _causes(run)
     if last.get("energy_kwh") is not None:
         rows.append(ReportRow("energy", f"{last['energy_kwh']:.3g} kWh", "of all devices, measured by NVML"))
     return rows
+
+
+def _causes(run: History) -> list[ReportRow]:
+    """Where the wall time of all attempts went; nothing for journals that did not record it."""
+    seconds = by_cause(read(run.directory))
+    total = max(sum(seconds.values()), 1e-9)
+    parts = [
+        f"{name.replace('_', ' ')} {100 * value / total:.1f}" for name, value in seconds.items() if value >= 0.0005 * total
+    ]
+    return [ReportRow("time by cause", duration(total), f"of all attempts, in %: {', '.join(parts)}")] if seconds else []
 
 
 def _named(phase: str) -> str:

@@ -163,7 +163,7 @@ FREE_TO_CHANGE = (
     "evaluate.every", "evaluate.batch", "evaluate.densities",
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "teacher.from",
-    "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed",
+    "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed", "engine.timeout",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip
 _FREE = tuple(f"{key}." for key in FREE_TO_CHANGE)

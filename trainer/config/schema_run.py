@@ -25,6 +25,9 @@ class EngineConfig(Section):
     """torch.compile; one graph per distinct plan. Not with ZeRO 3."""
     deepspeed: str | None = None
     """Path of a ds_config.json. Keys that we do not set go to DeepSpeed as they are; conflicts are refused with both values."""
+    timeout: float = Field(default=600.0, ge=0, allow_inf_nan=False)
+    """Seconds that a rank waits for the others before the run ends, with the late ranks and their places; 1800 at least until the first
+    step is complete; 0 = without limit."""
 
 
 class CheckpointConfig(Section):

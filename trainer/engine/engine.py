@@ -25,6 +25,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
+from trainer.engine.heartbeat import backstop, set_limits
 from trainer.engine.processes import Processes
 
 
@@ -67,7 +68,9 @@ class Engine(Processes):
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
             deepspeed_plugin=plugin,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo")],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=backstop(settings.timeout))
+            ],
         )
         expected = world_size()
         if self._accelerator.num_processes != expected:
@@ -77,7 +80,8 @@ class Engine(Processes):
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
         atexit.register(self.close)
-        super().__init__(self._accelerator.process_index, expected, self._accelerator.device)
+        super().__init__(self._accelerator.process_index, expected, self._accelerator.device, settings.timeout)
+        self.heartbeat.start()
         self.model: Any = None
         self.optimizer: Any = None
         self.compile_cache: str | None = None  # folder of compiled graphs
@@ -102,6 +106,7 @@ class Engine(Processes):
             model.to(self.device)
             self.optimizer = optimizer
             self.model = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+        set_limits(backstop(self.settings.timeout))
 
     @property
     def module(self) -> Any:
@@ -140,6 +145,7 @@ class Engine(Processes):
         """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean."""
         # Times 1, or NaN if the loss is infinite, because its gradient may still be finite: the norm below then covers the loss too.
         loss = loss * (1.0 + 0.0 * loss.detach())
+        self.heartbeat.enter("backward")
         loss = loss * self.world  # both libraries average over ranks, but the parts of a mean must be added
         if self.settings.kind == "deepspeed":
             self.model.backward(loss, scale_wrt_gas=False)
@@ -156,6 +162,12 @@ class Engine(Processes):
         Decided by the norm of the reduced gradient, which is equal on all ranks. The host reads it once per step: DeepSpeed's ZeRO
         reads it in its own step anyway, so DDP and ZeRO 0 do the same.
         """
+        self.heartbeat.enter("optimizer step")
+        taken = self._step()
+        self.heartbeat.clock.complete_step()
+        return taken
+
+    def _step(self) -> bool:
         if self.settings.kind == "deepspeed" and self.settings.zero > 0:
             self.model.step()
             return not self.optimizer.overflow
@@ -196,6 +208,7 @@ class Engine(Processes):
         os.environ |= self._environment
 
     def close(self) -> None:
+        self.heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 

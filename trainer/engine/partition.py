@@ -16,6 +16,12 @@ def local_tensors(module: nn.Module) -> dict[str, Tensor]:
     return values | {name: parameter.ds_tensor for name, parameter in _cut(module)}
 
 
+def replicated_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of `values`, from `local_tensors`, those of parameters of which every rank has a whole copy: none under ZeRO 3."""
+    whole = {name for name, parameter in module.named_parameters() if not hasattr(parameter, "ds_id")}
+    return {name: value for name, value in values.items() if name in whole}
+
+
 def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors from `local_tensors`, unsharded, on the CPU; collective under ZeRO 3, where all ranks but the first get {}."""
     cut = dict(_cut(module))

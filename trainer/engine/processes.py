@@ -11,13 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.engine.errors import EngineError
+from trainer.engine.heartbeat import Heartbeat
 
 
 class Processes:
-    """rank: of this process; world: number of ranks; device: of communicated tensors. The process group must exist if world > 1."""
+    """rank: of this process; world: number of ranks; device: of communicated tensors; timeout: seconds, see `heartbeat`, 0 = none. The
+    process group must exist if world > 1."""
 
-    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu", timeout: float = 0.0):
         self.rank, self.world = rank, world
+        self.heartbeat = Heartbeat(rank, world, timeout)
         self.is_main = rank == 0
         self.device = torch.device(device)
         self._delayed: list[tuple[Tensor, Any]] = []
@@ -25,6 +28,7 @@ class Processes:
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world > 1:
+            self.heartbeat.enter("all_reduce")
             dist.all_reduce(tensor)
         return tensor
 
@@ -32,6 +36,7 @@ class Processes:
         """Concatenation over ranks along dimension 0, in rank order; lengths may differ."""
         if self.world == 1:
             return tensor
+        self.heartbeat.enter("all_gather")
         tensor = tensor.to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(lengths, torch.tensor([len(tensor)], dtype=torch.int64, device=self.device))
@@ -46,6 +51,7 @@ class Processes:
         """Rank 0's value, on every rank (small Python objects)."""
         if self.world == 1:
             return value
+        self.heartbeat.enter("broadcast")
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
@@ -54,6 +60,7 @@ class Processes:
         """The items of all ranks, in rank order (small Python objects)."""
         if self.world == 1:
             return list(items)
+        self.heartbeat.enter("all_gather_object")
         lists: list[Any] = [None] * self.world
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
@@ -99,4 +106,5 @@ class Processes:
 
     def barrier(self) -> None:
         if self.world > 1:
+            self.heartbeat.enter("barrier")
             dist.barrier()

@@ -54,6 +54,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
         "loss": LOSS, "loss_labels": LOSS, "loss_logits": LOSS, "loss_tokens": LOSS,
         "images": NUMBER, "seconds": NUMBER, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
         "energy_kwh": MAYBE, "joules": NUMBER, "time_to_first_step": NUMBER, "memory_peak_mib": MAYBE, "chain": TEXT,
+        "spent": TABLE,
     },
     "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},
     "eval": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
@@ -62,7 +63,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "broken": _WHERE,
     "skipped": _WHERE,
     "message": {"text": TEXT},
-    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT},
+    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": TABLE, "by_cause": TABLE},
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import lzma
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.journal import lines
+from trainer.journal import lines as checks
 from trainer.journal.file import JournalError, finite
 
 FILE = "journal.jsonl"
@@ -52,7 +52,7 @@ def read_from(directory: Path | str, offset: int) -> Iterator[tuple[int, dict[st
                 line = json.loads(raw)
                 kind = line["kind"]
                 line = finite(line) | {"kind": kind}
-                reason = lines.wrong(line)
+                reason = checks.wrong(line)
             except (ValueError, TypeError, KeyError, RecursionError):
                 reason = "it is not a journal line"
             if reason:
@@ -78,14 +78,14 @@ def lineage(directory: Path | str) -> Iterator[dict[str, Any]]:
 
     A line without `step` has the step of the previous line of its attempt. Memory: one entry per eval, epoch and plateau.
     """
-    cuts = _cuts(directory)
+    resumed = cuts(read(directory))
     seen: set[tuple[Any, ...]] = set()
     position: dict[int, int] = {}
     for line in read(directory):
         kind, attempt = line["kind"], line.get("attempt", 0)
         position[attempt] = line["step"] if isinstance(line.get("step"), int) else position.get(attempt, 0)
         if kind not in ("start", "end"):
-            if position[attempt] > min((step for later, step in cuts.items() if later > attempt), default=position[attempt]):
+            if position[attempt] > min((step for later, step in resumed.items() if later > attempt), default=position[attempt]):
                 continue
             if kind in _IDENTITY and kind != "step":  # steps can't repeat: the later attempt starts after the cut
                 name = (kind, *(line.get(field) for field in _IDENTITY[kind]))
@@ -101,11 +101,11 @@ def last_attempt(directory: Path | str) -> int:
     return max((line.get("attempt", 0) for line in read(path)), default=-1) if path.exists() else -1
 
 
-def _cuts(directory: Path | str) -> dict[int, int]:
+def cuts(lines: Iterable[dict[str, Any]]) -> dict[int, int]:
     """{attempt: the step it resumed from}, for attempts after the first that logged any work."""
     cuts: dict[int, int] = {}
     first: int | None = None
-    for line in read(directory):
+    for line in lines:
         attempt = line.get("attempt", 0)
         first = attempt if first is None else first
         if line["kind"] == "resume":

@@ -35,6 +35,7 @@ name, lists as one metric per position.
 |            | a checkpoint follows         | since the last step line), seconds (of training since then, evaluation and       |
 |            |                              | checkpoints left out), images_per_second (all ranks), data_wait (share),         |
 |            |                              | keep_tokens, keep_connections (shares), chain (of all batches, see `hash_chain`),|
+|            |                              | spent {cause: seconds of this attempt so far, on rank 0, see `place_clock`},     |
 |            |                              | phases {phase: {min, median, max over ranks, slowest, slowest_host}} (shares of  |
 |            |                              | a sampled step; of one rank the median alone); the rest: see docs/mlflow.md      |
 | ranks      | beside a step line, of more  | step; for each phase its share of the sampled step on every rank (list)          |
@@ -54,7 +55,7 @@ name, lists as one metric per position.
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, progress, seconds, images (of the run), device_hours    |
 |            |                              | (of all attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in     |
-|            |                              | `control`)                                                                       |
+|            |                              | `control`), spent, by_cause {cause: seconds over all attempts, see `goodput`}    |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """
@@ -76,6 +77,12 @@ from trainer.storage.standard_streams import say
 
 DURABLE = frozenset({"start", "resume", "checkpoint", "end"})  # synced to disk when `write` returns
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # errors that may be temporary: disk full, file system away
+UNWRITABLE = (
+    errno.EROFS,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ESTALE,
+)  # read-only since a fault of the disk, chattr +i, NFS server restarted
 PENDING_BYTES = 16 << 20  # bytes kept in memory while the disk is full; with more, the run stops
 
 _open: weakref.WeakSet[Journal] = weakref.WeakSet()
@@ -110,9 +117,13 @@ class Journal:
         self.attempt = last + 1 if attempt is None else attempt
         _open.add(self)
 
+    def now(self) -> float:
+        """The time of a line that is written now, in unix seconds."""
+        return round(self._clock + time.monotonic(), 6)
+
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line, in microseconds but for the durable kinds. Raises for a full disk once PENDING_BYTES are held."""
-        line = {"kind": kind, "time": round(self._clock + time.monotonic(), 6), "attempt": self.attempt} | fields
+        line = {"kind": kind, "time": self.now(), "attempt": self.attempt} | fields
         self._pending += json.dumps(plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._flush()
         if kind in DURABLE:
@@ -139,7 +150,7 @@ class Journal:
             os.fsync(self._file)
         except OSError as error:
             if error.errno not in DISK:
-                raise
+                raise self._named(error) from None
             if not self._unsafe:
                 say(f"{self.path}: {error.strerror}; a crash of this node may now lose the last lines", error=True)
             self._unsafe = True
@@ -162,6 +173,15 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _named(self, error: OSError) -> OSError | JournalError:
+        """The error with the file and a remedy, where the file system has become unwritable; any other as it is."""
+        if error.errno not in UNWRITABLE:
+            return error
+        return JournalError(
+            f"{self.path}: {error.strerror}: the journal can't be written any more; make the file and its file system writable, then "
+            "continue with --resume"
+        )
+
     def _flush(self) -> None:
         try:
             written = 0
@@ -169,7 +189,7 @@ class Journal:
                 written += os.write(self._file, self._pending[written:])
         except OSError as error:
             if error.errno not in DISK:
-                raise
+                raise self._named(error) from None
             os.ftruncate(self._file, self._size)  # no partial line; all is retried with the next line
             if len(self._pending) > PENDING_BYTES:
                 raise JournalError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import ConfigError
-from trainer.engine.partition import copy_own_part, full_tensors, load_local, local_tensors
+from trainer.engine.partition import copy_own_part, full_tensors, load_local, local_tensors, replicated_tensors
 
 
 class Ema:
@@ -52,6 +52,12 @@ class Ema:
             yield
         finally:
             load_local(module, weights)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """The weights and, with a decay, their averages, of which every rank has a whole copy: see `engine.replicas`."""
+        weights = replicated_tensors(self._module, local_tensors(self._module))
+        averages = replicated_tensors(self._module, self._averages)
+        return weights | {f"average of {name}": value for name, value in averages.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All averages, unpartitioned, on the CPU; {} without a decay. Under ZeRO 3 collective, and {} on all ranks but the first."""

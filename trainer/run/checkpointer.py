@@ -19,6 +19,7 @@ from sparsity.types import Examples, Selection
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.engine.engine import Engine
+from trainer.engine.place_clock import CHECKPOINT
 from trainer.model.ema import Ema
 from trainer.run.shutdown import Stop
 from trainer.storage.disk import Content
@@ -56,6 +57,12 @@ class Checkpointer:
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
         """Collective. Returns once the state is copied; with `last`, or without `checkpoint.asynchronous`, once it is on disk."""
+        with self.engine.heartbeat.clock.within(CHECKPOINT, state.step):
+            self._save(state, selection)
+            if last or not self.asynchronous:
+                self.wait()
+
+    def _save(self, state: TrainState, selection: Selection | None) -> None:
         self.wait()
         began = time.perf_counter()
         weights, optimizer = self.engine.state.weights(), self.engine.state.optimizer_state()
@@ -70,8 +77,6 @@ class Checkpointer:
                 return path, self.recorder.weights({**weights, **averages})
 
             self._write = AsyncWrite(state, write, began)
-        if last or not self.asynchronous:
-            self.wait()
 
     def poll(self) -> None:
         """After every step, no collective: record a write that has completed; a failed one requests a stop, and `wait` raises it."""

@@ -21,6 +21,7 @@ from sparsity.plan_mix import PlanMix
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from trainer.engine.engine import Engine
+from trainer.engine.place_clock import CONTROL
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
@@ -96,7 +97,8 @@ class DenseBaseline:
             return None
         self._done = True
         started = time.perf_counter()
-        facts = self._measured(progress, steps, plans, clock, at_hand)
+        with self.engine.heartbeat.clock.within(CONTROL, clock.steps):
+            facts = self._measured(progress, steps, plans, clock, at_hand)
         self._spent += time.perf_counter() - started
         return facts | {"seconds": time.perf_counter() - started}
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -25,6 +25,8 @@ from trainer.storage.source_tree import SOURCE_ROOT
 from trainer.storage.standard_streams import say
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow", "numpy")
+
+_stacks: list[TextIO] = []  # this rank's log, once it is open
 
 
 def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -65,6 +67,13 @@ def log_to(path: Path) -> None:
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
     faulthandler.enable(file)
+    _stacks.append(file)
+
+
+def log_stacks(text: str) -> None:
+    """Write the text and the stacks of all threads to this rank's log, or to standard error without one."""
+    logging.getLogger("trilevel").error("%s", text)
+    faulthandler.dump_traceback(_stacks[-1] if _stacks else sys.stderr, all_threads=True)
 
 
 def source() -> str:

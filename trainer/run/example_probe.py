@@ -23,6 +23,7 @@ from trainer.data.loader.probed import probed
 from trainer.data.loader.validation import CleanImages
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
+from trainer.engine.place_clock import PROBE
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
 from trainer.run.recorder import Recorder
@@ -67,6 +68,11 @@ class ExampleProbe:
         """
         if self.settings is None or selection is None or not self.due(state):
             return True
+        with self._engine.heartbeat.clock.within(PROBE, state.step):
+            return self._observe(state, selection)
+
+    def _observe(self, state: TrainState, selection: Selection) -> bool:
+        assert self.settings is not None
         epoch, started = state.epoch - 1, time.perf_counter()
         ids = probed(selection.keep, self._num_examples, self._config.seed, epoch, self.settings.probe_share)
         model, device = self._engine.model, self._engine.device

@@ -10,13 +10,14 @@ from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
 from sparsity.vit import SparseViT
 from trainer.analysis import report
+from trainer.analysis.goodput import by_cause
 from trainer.analysis.savings import savings, savings_of
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.journal.reader import lineage
+from trainer.journal.reader import lineage, read
 from trainer.journal.writer import Journal
 from trainer.model.evaluate import Evaluated
 from trainer.provenance import kept_lists
@@ -151,13 +152,16 @@ class RankZeroLog:
         about = {} if weights is None else {"weights": {"bytes": weights.size, "hash": weights.hash}}
         self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds, **about)
 
-    def end(self, state: TrainState, status: str, reason: str) -> None:
-        """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest."""
+    def end(self, state: TrainState, status: str, reason: str, spent: dict[str, float]) -> None:
+        """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest. spent: seconds of this attempt by
+        cause, see `engine.place_clock`."""
         saved = savings_of(self.directory)
         facts = self.efficiency.so_far(state.seconds)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
-        self.journal.write("end", status=status, reason=reason, **about, **facts)
+        line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
+        now = {"kind": "end", "attempt": self.journal.attempt, "time": self.journal.now(), **line}
+        self.journal.write("end", **line, by_cause=by_cause(joined(read(self.directory), [now])))
         try:
             report.write(self.directory)
         except Exception as error:  # the report can be made again; it must not fail a run

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +21,18 @@ from sparsity.vit import SparseViT
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
-from trainer.data.errors import DataError
 from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
+from trainer.engine.heartbeat import LATE, REPORTING
 from trainer.journal.reader import FILE
 from trainer.journal.writer import Journal
-from trainer.model.evaluate import Evaluated, Scores
+from trainer.model.evaluate import Evaluated
 from trainer.model.weights import save_weights
+from trainer.run import broken_images, nonfinite_steps
 from trainer.run import directory as run
-from trainer.run import nonfinite_steps
 from trainer.run.rank_zero import RankZeroLog
+from trainer.run.shutdown import write_exit_code
 from trainer.storage.disk import Content, Disk
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
@@ -76,6 +79,8 @@ class Recorder:
         run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.broadcast_object(self._journal.attempt if self._journal else 0))
         self.trace = Trace(config.trace, self.directory, engine.rank, engine.on_gpu, self._say)
+        self._failing = threading.Lock()  # of the first thread that records the failure
+        engine.heartbeat.on_late = self._late
 
     def start(self, state: TrainState, data: dict[str, Index], model: SparseViT, cost: dict[str, Any]) -> None:
         """First lines of the attempt; collective."""
@@ -121,8 +126,8 @@ class Recorder:
             broken=state.broken | {str(k): v for k, v in broken.items()},
         )
         if self._log:
-            self._log.step(state, reading, grad_norm=norm, **facts)
-        self._refuse_broken(state)
+            self._log.step(state, reading, grad_norm=norm, spent=self.engine.heartbeat.clock.spent(), **facts)
+        broken_images.refuse_training(state.broken, self._examples, self.config.data.broken_share)
         return state
 
     def skipped(self, before: TrainState, state: TrainState, digest: str) -> TrainState:
@@ -148,7 +153,7 @@ class Recorder:
             self._log.scored(state, results, progress)
         scores = [result.scores for result in results if not result.beside][-1]
         if scores.broken:  # summed over ranks
-            text = _broken_validation(scores, self.engine, self.config.data.broken_share)
+            text = broken_images.of_validation(scores, self.engine, self.config.data.broken_share)
             if self._log:
                 self._log.say(text)
         self._top1 = scores.top1
@@ -179,11 +184,15 @@ class Recorder:
 
     def end(self, state: TrainState, status: str, reason: str = "") -> RunResult:
         """Last line of the attempt; waits a bounded time for the MLflow shipper."""
+        self.engine.heartbeat.stop()
         self.trace.close(state.step)
+        return self._close(state, status, reason)
+
+    def _close(self, state: TrainState, status: str, reason: str) -> RunResult:
         recorded = "stopped" if status == "preempted" else status
         reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
         if self._log:
-            self._log.end(state, recorded, reason)
+            self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent())
         elif self._journal:  # it failed before `start`
             where = {"step": state.step, "progress": state.progress}
             self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
@@ -198,6 +207,9 @@ class Recorder:
         try:
             yield
         except BaseException as error:
+            if not self._failing.acquire(blocking=False):
+                time.sleep(REPORTING)  # the watch of collectives is reporting, then it ends this process
+            self.engine.heartbeat.stop()
             logging.getLogger("trilevel").error("failed at step %d", self._state.step, exc_info=error)
             own = f"{type(error).__name__}: {error}"
             own = f"rank {self.engine.rank}: {own}" if self.engine.world > 1 else own
@@ -211,31 +223,26 @@ class Recorder:
                 self.end(self._state, "failed", reason=first if first == own else f"{first}; then {own}")
             raise
 
+    def _late(self, text: str) -> None:
+        """A collective does not complete, see `heartbeat`: writes the stacks to this rank's log and the last line of the attempt. In the
+        thread of the watch; the main thread is blocked, and the process ends after this."""
+        if not self._failing.acquire(blocking=False):
+            return time.sleep(REPORTING)  # the main thread has raised and ends this process
+        run.log_stacks(text)
+        own = f"rank {self.engine.rank}: {text}"
+        first = self.engine.first_failure(own, self.attempt)
+        if first == own or self.engine.is_main:
+            say(f"trilevel: {first}", error=True)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(REPORTING / 2)  # let the checkpoint in progress reach the disk
+        with contextlib.suppress(Exception):
+            self._close(self._state, "failed", first)
+        return write_exit_code(LATE)
+
     def _say(self, text: str) -> None:
         """A message of this rank: rank 0 to journal and console, the others to standard output."""
         if self._log:
             self._log.say(text)
         else:
             say(text)
-
-    def _refuse_broken(self, state: TrainState) -> None:
-        """Raises DataError where more images are broken than `data.broken_share` of the data set."""
-        allowed, examples = self.config.data.broken_share, self._examples
-        if len(state.broken) > allowed * examples:
-            first = "; ".join(list(state.broken.values())[:3])
-            raise DataError(
-                f"{len(state.broken)} of {examples} images are broken, more than data.broken_share={allowed}: {first}. "
-                "List them with `trilevel verify SHARDS`, pack again without them, or raise data.broken_share"
-            )
-
-
-def _broken_validation(scores: Scores, engine: Engine, allowed: float) -> str:
-    """A message that names broken validation images; collective. Raises DataError where their share is above `allowed`."""
-    every, first = scores.images + scores.broken, engine.all_gather_objects(list(scores.reasons))[:3]
-    text = f"{scores.broken} of {every} validation images are broken and not scored: {'; '.join(first)}"
-    if scores.broken > allowed * every:
-        raise DataError(
-            f"{text}. That is more than data.broken_share={allowed}; list them with `trilevel verify SHARDS`, restore the shards and "
-            "continue with --resume, or raise data.broken_share"
-        )
-    return text

@@ -11,7 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -93,6 +94,13 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def write_exit_code(code: int) -> None:
+    """Pass this process's exit code to `launch`: torchrun turns every code above 0 into 1."""
+    if path := os.environ.get("TRILEVEL_EXIT_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(str(code))
 
 
 def launchers() -> list[int]:
