@@ -110,7 +110,7 @@ def _study(found: StudyResult, picture: str | None) -> str:
 
 def _origin(found: StudyResult) -> list[str]:
     """Hardware, dates and commits of the runs."""
-    runs = [run for arm in found.arms for run in arm.runs.values()]
+    runs = [run for arm in found.arms if arm.name not in found.file.views for run in arm.runs.values()]
     starts = [start for run in runs for start in run.starts]
     devices = sorted({f"{start.get('world', 1)} x {start.get('device') or 'unknown device'}" for start in starts})
     torch = sorted({str((start.get("versions") or {}).get("torch", "unknown")) for start in starts})
