@@ -119,6 +119,7 @@ class TokenSettings(_LevelSettings):
     """Base of the settings of level 2."""
 
     section: ClassVar[str] = "tokens"
+    ranks_by_importance: ClassVar[bool] = False  # whether each image may keep its own number of tokens (`adaptive`)
 
     def build(self, network: Network) -> Reduce:
         """The mechanism. Raises ValueError, naming key and remedy, for an unsupported network."""

@@ -149,3 +149,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def slow_tests_of(request: pytest.FixtureRequest) -> bool:
+    """Whether a slow test of this file is going to run, so that a fixture for all of them need not make what only these read."""
+    return any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)

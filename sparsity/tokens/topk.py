@@ -8,7 +8,7 @@ Liang et al. 2022, section 3.2) the dropped tokens become one more token: their 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from sparsity.types import QKV, BlockShape, Plan, Tokens, num_kept
 
 @dataclass(frozen=True)
 class TopKSettings(TokenSettings):
+    ranks_by_importance: ClassVar[bool] = True
     keep: Keep = setting(1.0, "share of the patch tokens that stays at each block of `blocks`, once the schedule is through")
     fuse: bool = setting(False, "replace the dropped tokens by one, their sum weighted by score (EViT)")
     importance: Literal["default", "cls", "prefix", "received", "value_norm"] = setting(

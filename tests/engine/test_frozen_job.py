@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, environment, lines, torchrun
+from tests.conftest import ROOT, environment, lines, slow_tests_of, torchrun
 from trainer.checkpoint.save_load import CheckpointError
 from trainer.config.load import load
 from trainer.data.shards.index import build_index
@@ -46,16 +46,19 @@ MORE = {
 }
 FRONT = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.")
 
+SLOW = ("zero0", "zero1", "zero2", "checkpointing", "bf16")  # runs that `make test` leaves out
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in (*RUNS, *MORE)]
+
 
 @pytest.fixture(scope="module")
-def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Every run whole, and again from its third step; in runs/NAME and runs/NAME-resumed."""
     folder = tmp_path_factory.mktemp("frozen")
     config = folder / "job.yaml"
     config.write_text(RECIPE.replace("DIGITS", str(digits)))
     for pattern in ("train-00000[0-1].tar", "validation-000000.tar"):
         build_index(str(digits / pattern), progress=False)
-    words = [f"{name} {settings}" for name, settings in (RUNS | MORE).items()]
+    words = [f"{name} {settings}" for name, settings in (RUNS | MORE).items() if slow_tests_of(request) or name not in SLOW]
     job = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), str(config), "3", *words]
     done = subprocess.run(
         [sys.executable, *torchrun(2), *job], cwd=folder, env=environment(), capture_output=True, text=True, timeout=850
@@ -72,7 +75,7 @@ def losses(run: Path) -> np.ndarray:
     return np.array([[line["loss"], line["grad_norm"]] for line in lines(run, "step")])
 
 
-@pytest.mark.parametrize("name", [*RUNS, *MORE])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_frozen_keeps_its_bits_and_has_no_state_and_the_rest_trains(folder: Path, name: str):
     begun = first(folder)
     frozen = {
@@ -90,10 +93,12 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state_and_the_rest_trains(fold
 def test_ddp_and_every_zero_stage_lose_the_same(folder: Path):
     ddp = losses(folder / "runs" / "ddp")
     for name in [*RUNS, "checkpointing"]:
+        if not (folder / "runs" / name).exists():
+            continue  # a slow one
         np.testing.assert_allclose(losses(folder / "runs" / name), ddp, rtol=5e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *MORE])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resume_continues_bit_for_bit(folder: Path, name: str):
     whole, resumed = losses(folder / "runs" / name), losses(folder / "runs" / f"{name}-resumed")
     assert len(resumed) == len(whole) - 3 > 0 and (resumed == whole[3:]).all()

@@ -133,6 +133,7 @@ def test_in_every_mode_the_training_around_it_is_the_training_without_it(mode: s
             on_gpu=False,
             device=torch.device("cpu"),
             batch_split=BatchSplit(4, 2, 8),
+            heartbeat=Heartbeat(0, 1, 0.0),
             forward_unwrapped=bare,
             settings=config.engine,
         )

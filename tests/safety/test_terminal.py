@@ -124,10 +124,15 @@ def test_closed_streams(recipe: Path, tmp_path: Path) -> None:
 def on_terminal(folder: Path, *words: str, before: str = "") -> tuple[subprocess.Popen[bytes], int]:
     """A command whose standard streams are its controlling terminal, and the other end of it. before: what its shell does first."""
     ours, its = os.openpty()
+
+    def take() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
     command = ["sh", "-c", f'{before} exec "$@"', "sh", sys.executable, "-m", *words]
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), stdin=its, stdout=its, stderr=its, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(its, termios.TIOCSCTTY, 0),
+        preexec_fn=take,
     )  # fmt: skip
     os.close(its)
     return process, ours

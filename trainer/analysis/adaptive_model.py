@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsity.adaptive import AdaptiveViT
+from sparsity.tokens import TOKENS
 from sparsity.tokens.scores import BY_NAME
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
@@ -15,9 +16,10 @@ from trainer.model.thresholds import Thresholds, weights_hash
 
 def adaptive_model(config: Config, network: SparseViT, execution: str = "packed") -> AdaptiveViT:
     """`network` with mass-based selection by its own score. Raises ConfigError, naming the key, where it cannot have it."""
-    if config.tokens.method != "topk":
+    if not config.tokens.settings.ranks_by_importance:
+        ranking = "|".join(name for name, kind in TOKENS.items() if kind.ranks_by_importance)
         raise ConfigError(
-            f"tokens.method={config.tokens.method}: mass-based selection ranks tokens by importance; set tokens.method=topk"
+            f"tokens.method={config.tokens.method}: mass-based selection ranks tokens by importance; set tokens.method={ranking}"
         )
     try:
         return AdaptiveViT(network, BY_NAME.get(importance_of(config)), execution)
