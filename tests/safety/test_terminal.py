@@ -182,5 +182,7 @@ def test_a_dry_run_is_a_script_whatever_its_words_hold(recipe: Path, tmp_path: P
     assert script.startswith("#!/bin/bash\n# ")
     head = script.split("\naddress_of()")[0]
     assert not [line for line in head.splitlines() if line.startswith(("#SBATCH --uid", "touch"))]
-    subprocess.run(["bash"], input=script, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+    subprocess.run(
+        ["bash"], input=script, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
     assert not ran.exists()
