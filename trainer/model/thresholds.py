@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     for name, value in sorted(state.items()):
         tensor = value.detach().cpu().contiguous()
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.flatten().view(dtype=_bytes()).numpy().tobytes() if tensor.numel() else b"")
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return found.hexdigest()
 
 
@@ -109,9 +109,3 @@ def header(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
