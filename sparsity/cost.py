@@ -6,8 +6,10 @@ not, as in the papers' GMACs. Patch drop (timm's patch_drop_rate, training only)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -58,8 +60,12 @@ class Cost:
     left: int
 
 
-def shape_of(model: SparseViT) -> Shape:
-    """The shape of a model, at its own image size. Raises ValueError if the patch embedding is not a single convolution."""
+def shape_of(model: SparseViT, left: Mapping[str, float] = MappingProxyType({})) -> Shape:
+    """The shape of a model, at its own image size. Raises ValueError if the patch embedding is not a single convolution.
+
+    left: shares of pruned layers that are computed, see `Pruning.shares`: of the weight by name of a linear layer, of the heads by name of
+    an attention.
+    """
     vit = model.vit
     convolution = getattr(vit.patch_embed, "proj", None)
     if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
@@ -83,7 +89,7 @@ def shape_of(model: SparseViT) -> Shape:
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
         pools_prefix=vit.pool_include_prefix,
-        blocks=tuple(BlockWork(_linear(b.attn), _linear(b.mlp), b.attn.num_heads, b.attn.head_dim) for b in blocks),
+        blocks=tuple(_block(b, f"blocks.{number}", left) for number, b in enumerate(blocks)),
         selects=model.blocks,
         position=model.position,
         reduce=model.reduce,
@@ -112,9 +118,19 @@ def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
     return Cost(total, tuple(per_block), tuple(tokens), left)
 
 
-def _linear(module: nn.Module) -> int:
+def _block(block: Any, name: str, left: Mapping[str, float]) -> BlockWork:
+    attention, mlp = f"{name}.attn", f"{name}.mlp"
+    heads = round(block.attn.num_heads * left.get(attention, 1.0))
+    return BlockWork(_linear(block.attn, attention, left), _linear(block.mlp, mlp, left), heads, block.attn.head_dim)
+
+
+def _linear(module: nn.Module, name: str = "", left: Mapping[str, float] = MappingProxyType({})) -> int:
     """Multiply-adds of all linear layers of a module for one token."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(
+        round(m.in_features * m.out_features * left.get(f"{name}.{inner}", 1.0))
+        for inner, m in module.named_modules()
+        if isinstance(m, nn.Linear)
+    )
 
 
 def _pooling(pool: nn.Module | None) -> tuple[int, int]:
