@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import pickle
 from pathlib import Path
 
 import PIL.Image
@@ -108,10 +109,33 @@ def test_shrinking_opens_no_other_format(tmp_path: Path, monkeypatch: pytest.Mon
     """PIL's plugin for EPS starts Ghostscript on what a file holds, whatever its name is."""
     eps = io.BytesIO()
     picture(0, 64, 64).save(eps, "EPS")
-    (tmp_path / "src" / "a").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
     (tmp_path / "src" / "a" / "1.jpg").write_bytes(eps.getvalue())
-    (tmp_path / "src" / "a" / "2.jpg").write_bytes(encoded(PIL.Image.new("RGB", (64, 64))))
+    (tmp_path / "src" / "b" / "2.jpg").write_bytes(encoded(PIL.Image.new("RGB", (64, 64))))
     started = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: started.append(a))
     index = pack(str(tmp_path / "src"), tmp_path / "out", short_side=32, progress=False, workers=1)["train"]
     assert len(index) == 2 and not started
+
+
+class _Touch:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_among_the_batches_of_cifar_runs_nothing(tmp_path: Path) -> None:
+    for name in ("meta", "train", "test"):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(pickle.dumps({b"fine_label_names": _Touch(tmp_path / "made")}, 2))
+    with pytest.raises(DataError, match=r"not a batch of CIFAR's python version: it names posix.mkdir"):
+        pack(str(tmp_path / "src"), tmp_path / "out", progress=False, workers=1)
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "src" / "meta").write_bytes(b"\x80\x02}(U\x04")
+    with pytest.raises(DataError, match=r"not a batch of CIFAR's python version"):
+        pack(str(tmp_path / "src"), tmp_path / "out", progress=False, workers=1)

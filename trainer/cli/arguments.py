@@ -70,11 +70,20 @@ def _add_data(commands: Any) -> None:
     add = partial(_command, commands)
     c = add("pack", "pack images into webdataset shards with an index")
     c.add_argument(
-        "source", metavar="SRC", help="class folders, flat `<class>_...` files, a tar of either, a tar of tars, sklearn:digits"
+        "source",
+        metavar="SRC",
+        help="a folder or tar: class folders, Tiny-ImageNet, CIFAR, ILSVRC, parquet ..., or sklearn:digits",
     )
     c.add_argument("destination", metavar="DST")
-    c.add_argument("--labels", metavar="FILE", help="labels of a flat folder or tar")
-    c.add_argument("--name", default="train", help="name of the split if the source has no splits (default: train)")
+    c.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels of images without class folders; column:NAME of a table; json:FIELD of webdataset tars",
+    )
+    c.add_argument(
+        "--layout", metavar="NAME", help="the layout of SRC, if several fit; names: docs/data.md (default: recognised)"
+    )
+    c.add_argument("--name", help="name of the split if the source has no splits (default: train)")
     c.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: 0)")
     c.add_argument("--shard-size", type=float, default=128, metavar="MIB", help="bytes of images per shard (default: 128 MiB)")
     c.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -53,11 +53,10 @@ def _config(a: argparse.Namespace) -> None:
 def _pack(a: argparse.Namespace) -> None:
     from trainer.data.shards.pack import pack
 
-    for split, index in pack(
-        a.source, a.destination, labels=a.labels, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
-        workers=a.workers, short_side=a.short_side, quality=a.quality,
-    ).items():  # fmt: skip
-        show(f"{split}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards in {a.destination}")
+    pack(
+        a.source, a.destination, labels=a.labels, layout=a.layout, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
+        workers=a.workers, short_side=a.short_side, quality=a.quality, show=show,
+    )  # fmt: skip
 
 
 def _index(a: argparse.Namespace) -> None:

@@ -36,13 +36,18 @@ def label_table(path: Path, keys: list[str]) -> dict[str, str]:
     """
     if not path.is_file():
         raise DataError(f"labels {path}: no such file")
-    lines = _parse(path, decoded(path.read_bytes(), f"labels {path}"))
+    return labels_in(path.read_bytes(), str(path), keys, warn=True)
+
+
+def labels_in(data: bytes, path: str, keys: list[str], *, warn: bool = False) -> dict[str, str]:
+    """`label_table` of the bytes of a file; path: for messages; warn: print that further columns are ignored."""
+    lines = _parse(path, decoded(data, f"labels {path}"), warn)
     if lines and all(line.label is None for line in lines):
         return _in_order(path, [line.name for line in lines], keys)
     return _by_name(path, [line for line in lines if line.label is not None], keys)
 
 
-def _parse(path: Path, text: str) -> list[_Line]:
+def _parse(path: str, text: str, warn: bool) -> list[_Line]:
     found, ignored = [], 0
     for number, line in enumerate(text.split("\n"), 1):
         separator = next((s for s in "\t," if s in line), None)
@@ -60,12 +65,12 @@ def _parse(path: Path, text: str) -> list[_Line]:
         boxes = _BOXES.fullmatch(label or "")
         ignored += len(columns) > 2
         found.append(_Line(number, name, boxes[1] if boxes else label, 0))
-    if ignored:
+    if ignored and warn:
         print(f"labels {path}: columns after the second are ignored (in {ignored} lines)", file=sys.stderr)
     return found
 
 
-def _in_order(path: Path, labels: list[str], keys: list[str]) -> dict[str, str]:
+def _in_order(path: str, labels: list[str], keys: list[str]) -> dict[str, str]:
     if len(labels) != len(keys):
         raise DataError(
             f"labels {path}: {len(labels)} labels for {len(keys)} images; give one label per image, or lines `name label`"
@@ -78,7 +83,7 @@ def _in_order(path: Path, labels: list[str], keys: list[str]) -> dict[str, str]:
     return dict(zip(sorted(keys), labels, strict=True))
 
 
-def _by_name(path: Path, lines: list[_Line], keys: list[str]) -> dict[str, str]:
+def _by_name(path: str, lines: list[_Line], keys: list[str]) -> dict[str, str]:
     """Whole names first; then names with more folders than the key, then with fewer."""
     table: dict[str, str] = {}
     every = dict.fromkeys(keys)
@@ -97,7 +102,7 @@ _Forms = Callable[[str], Iterator[str]]
 
 
 def _matched(
-    path: Path, lines: list[_Line], keys: list[str], claims: Counter[str], stems: _Forms, of_name: _Forms, of_key: _Forms
+    path: str, lines: list[_Line], keys: list[str], claims: Counter[str], stems: _Forms, of_name: _Forms, of_key: _Forms
 ) -> dict[str, str]:
     """{key: label} of the keys that match in one way of comparing. claims: how many keys a name matches."""
     first: dict[str, _Line] = {}

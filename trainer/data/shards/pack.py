@@ -25,9 +25,11 @@ from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.progress import progress_bar
 from trainer.data.shards.class_names import read_classes
-from trainer.data.shards.image_sources import SourceImage, images
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.labels import class_numbers
+from trainer.data.shards.layouts import read_source
+from trainer.data.shards.source_image import SourceImage
+from trainer.data.shards.split_summary import summary
 from trainer.storage.disk import WRITING, atomic_write
 
 
@@ -36,25 +38,31 @@ def pack(
     dst: str | Path,
     *,
     labels: str | None = None,
-    name: str = "train",
+    layout: str | None = None,
+    name: str | None = None,
     seed: int = 0,
     shard_size: int = 128 << 20,
     workers: int = 4,
     short_side: int | None = None,
     quality: int | None = None,
     progress: bool = True,
+    show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Index]:
     """Pack a source into `dst`: {split: its index}; shards `dst/SPLIT-000000.tar`, each about `shard_size` bytes of source.
 
-    src: class folders, flat `<class>_...` files, a tar(.xz, .gz, .bz2) of either, a tar of class tars, a flat folder or tar
-    with `labels` (a file, see `label_table`), or `sklearn:digits`. Sources with train/, val/, test/ folders give several
-    splits, others one called `name`. Splits packed into one `dst` share the order of classes. Images keep their bytes unless
-    `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; the index records it.
+    src: a folder or tar(.xz, .gz, .bz2) with one of the LAYOUTS, any folder or tar with `labels` (a file, see `label_table`), or
+    `sklearn:digits`. Sources with folders train/, val/, test/ give several splits, others one called `name` (default: train).
+    Splits packed into one `dst` share the order of classes. Images keep their bytes unless
+    `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; the index records it. show: gets the layout, then what
+    each split holds, line by line.
     Running it again continues after a kill, and returns at once if everything is packed. Raises DataError.
     """
-    dst = _folder(dst, name)
-    splits = images(str(src), labels, name, seed, dst)
-    number = _classes(dst, {image.label for part in splits.values() for image in part}, labels)
+    dst = _folder(dst, name or "train")
+    source = read_source(str(src), labels, name, seed, dst, layout)
+    for line in (f"layout {source.found}", *source.notes):
+        show(line)
+    splits = source.splits
+    number = _classes(dst, splits, source.numbers)
     packing = "" if short_side is None and quality is None else f"short side {short_side}, JPEG quality {quality or 90}"
     indexes = {}
     for split, part in splits.items():
@@ -72,6 +80,8 @@ def pack(
                 lambda: shown.advance(shown.task_ids[0]),
             )
         indexes[split] = _index(f"{dst}/{split}-*.tar", packing, bool(todo), workers, progress)
+        for line in summary(split, indexes[split], part, dst):
+            show(line)
         for left in dst.glob(f"{WRITING}{split}-*.tar.*"):  # left by a killed pack
             left.unlink()
     for left in dst.glob(".*.unpacked"):
@@ -127,11 +137,24 @@ def _index(pattern: str, packing: str, changed: bool, workers: int, progress: bo
     return build_index(pattern, workers=max(workers, 1), packing=packing, progress=progress)
 
 
-def _classes(dst: Path, texts: set[str], labels: str | None) -> dict[str, int]:
+def _classes(dst: Path, splits: dict[str, list[SourceImage]], numbers: bool) -> dict[str, int]:
     """{label text: number}; classes.txt is written once, for all splits packed into `dst`."""
-    listed = dst / "classes.txt"
+    listed, texts = dst / "classes.txt", {image.label for part in splits.values() for image in part}
     known = read_classes(listed.read_bytes(), str(listed)) if listed.is_file() else None
-    number, classes = class_numbers(texts, "key" if labels is None else "file", known, f"pack into {dst}")
+    strange = next((i for part in splits.values() for i in part if known and not numbers and i.label not in known), None)
+    if strange is not None:
+        raise DataError(
+            f"pack into {dst}: class {strange.label!r} is not among the {len(known or ())} classes of {listed}, e.g. of "
+            f"{strange.name!r}; if its folder is not the class, pass --labels FILE, which gives each image its class; another data "
+            "set needs another folder"
+        )
+    if known is None and len(texts) == 1:
+        count = sum(map(len, splits.values()))
+        raise DataError(
+            f"pack into {dst}: all {count} images have one class, {min(texts)!r}, must be >= 2; if that is not their class, pass --labels "
+            "FILE, or pack the training images into this folder first"
+        )
+    number, classes = class_numbers(texts, "file" if numbers else "key", known, f"pack into {dst}")
     if known is None:
         with atomic_write(listed) as file:
             file.write("".join(f"{c}\n" for c in classes).encode())
