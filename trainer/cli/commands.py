@@ -59,6 +59,14 @@ def _pack(a: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _init(a: argparse.Namespace) -> None:
+    from trainer.preflight.first_config import write_configs
+
+    found, (path, dense) = write_configs(a.folder, a.out)
+    show(found.text())
+    show(f"{path}: with the levels; {dense}: the dense control. Next: trilevel train {path} --check")
+
+
 def _index(a: argparse.Namespace) -> None:
     from trainer.data.loader.shuffle_quality import runs_of_class
     from trainer.data.remote.cache import cache_at
@@ -273,6 +281,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "train": _train,
     "config": _config,
     "pack": _pack,
+    "init": _init,
     "index": _index,
     "verify": _verify,
     "eval": _eval,

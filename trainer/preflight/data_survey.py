@@ -1,0 +1,108 @@
+"""What a data set holds, as far as a first configuration needs it: splits, classes, images, their sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.augment.decode import BrokenImage, header
+from trainer.data.errors import DataError
+from trainer.data.loader.dataset import check_classes
+from trainer.data.shards.index import Index, open_index
+from trainer.data.shards.layouts.layout import SPLITS
+from trainer.data.shards.reader import Reader
+
+_SAMPLE = 200  # images whose headers are read
+
+
+@dataclass(frozen=True)
+class Survey:
+    """train, validation: shard patterns; side: median of the short sides of sampled training images, in pixels."""
+
+    source: str
+    train: str
+    validation: str
+    labels: str
+    images: int
+    validation_images: int
+    per_class: tuple[int, float, int]
+    classes: int
+    side: int
+    width: int
+    height: int
+
+    def text(self) -> str:
+        low, middle, high = self.per_class
+        return (
+            f"{self.source}: {self.images} training and {self.validation_images} validation images, {self.classes} classes, "
+            f"{low} to {high} training images per class (median {middle:g}), {self.width} x {self.height} pixels (median)"
+        )
+
+
+def survey(folder: str) -> Survey:
+    """Look at a folder of indexed shards. Raises DataError: no index, no training or no validation split, classes that differ."""
+    found = _indexes(Path(folder))
+    train = found.get("train")
+    name = "validation" if "validation" in found else "test"
+    if train is None or name not in found:
+        missing = "training" if train is None else "validation"
+        split = "train" if train is None else "validation"
+        raise DataError(
+            f"init {folder}: no {missing} shards with an index (found: {', '.join(sorted(found)) or 'none'}); pack them: trilevel pack SRC "
+            f"{folder} --name {split}, or index them: trilevel index '{folder}/{split}-*.tar'"
+        )
+    validation = found[name]
+    check_classes(train, validation)
+    if train.label_source != validation.label_source:
+        raise DataError(
+            f"init {folder}: labels of {train.path} from {train.label_source!r}, of {validation.path} from "
+            f"{validation.label_source!r}; index both with the same --labels"
+        )
+    if len(train.classes) < 2:
+        raise DataError(f"init {folder}: {len(train.classes)} class, must be >= 2; pack or index with other labels")
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    width, height = _size(train)
+    return Survey(
+        folder, _pattern(folder, train), _pattern(folder, validation), train.label_source, len(train), len(validation),
+        (int(counts.min()), float(np.median(counts)), int(counts.max())), len(train.classes), min(width, height), width, height,
+    )  # fmt: skip
+
+
+def _pattern(folder: str, index: Index) -> str:
+    return f"{folder.rstrip('/')}/{index.path.stem}-*.tar"
+
+
+def _indexes(folder: Path) -> dict[str, Index]:
+    """{split: index} of the patterns STEM-*.tar in a folder, by a word of the stem."""
+    if not folder.is_dir():
+        raise DataError(f"init {folder}: not a folder; give the folder that `trilevel pack` wrote, e.g. shards/NAME")
+    found: dict[str, Index] = {}
+    for path in sorted(folder.glob("*.index")):
+        split = next((SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS), None)
+        if split is None or not any(folder.glob(f"{path.stem}-*.tar")):
+            continue
+        if split in found:
+            raise DataError(
+                f"init {folder}: two indexes of {split} shards, {found[split].path.name} and {path.name}; remove one"
+            )
+        label_source = Index(path).label_source
+        found[split] = open_index(f"{folder}/{path.stem}-*.tar", label_source, verify=None)
+    return found
+
+
+def _size(index: Index) -> tuple[int, int]:
+    """Median width and height of a sample of the images."""
+    ids = np.unique(np.linspace(0, len(index) - 1, _SAMPLE).astype(np.int64))
+    sizes = []
+    for data in Reader(index).read(ids):
+        with contextlib.suppress(BrokenImage):
+            if not isinstance(data, DataError):
+                sizes.append(header(data).size)
+    if not sizes:
+        raise DataError(f"init: none of {len(ids)} images of {index.path} can be read; list them: trilevel verify SHARDS")
+    width, height = np.median(np.array(sizes), axis=0).astype(int).tolist()
+    return width, height
