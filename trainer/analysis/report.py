@@ -12,7 +12,6 @@ from rich.table import Table
 
 from trainer.analysis.goodput import by_cause
 from trainer.analysis.history import History, history
-from trainer.analysis.report_plot import picture
 from trainer.analysis.savings import savings_of
 from trainer.analysis.units import duration
 from trainer.config.credentials import without_credentials
@@ -105,6 +104,8 @@ def write(directory: Path | str) -> Summary:
     run = history(directory)
     found = summary(run)
     write_text(run.directory / "report.md", found.markdown)
+    from trainer.analysis.report_plot import picture  # matplotlib: .7 s of the start of every rank
+
     picture(run)
     return found
 

@@ -22,6 +22,7 @@ from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
@@ -42,6 +43,8 @@ class Engine(Processes):
         set_single_process_env()
         if not self.on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+        if settings.kind == "deepspeed":
+            import_deepspeed()
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
