@@ -130,6 +130,17 @@ def _add_before_a_run(commands: Any) -> None:
         "--bandwidth", type=float, metavar="GB/s", help="network bandwidth per node; on one node: between its processes"
     )
     c.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="C", help="CPU cores per node (default: as here)")
+    c.add_argument(
+        "--mtbf", action="append", default=[], metavar="3h",
+        help="simulate faults too: mean time between two faults of the job, as 3h, 10min, 90s or 2d; goodput and the best "
+        "checkpoint.every; repeatable",
+    )  # fmt: skip
+    c.add_argument(
+        "--start-seconds", type=float, metavar="S", help="with --mtbf: start of the job to its first step (default: from RUN)"
+    )
+    c.add_argument(
+        "--save-seconds", type=float, metavar="S", help="with --mtbf: a checkpoint, all of it blocking (default: from RUN)"
+    )
     c.add_argument("--json", metavar="FILE")
     c = add(
         "doctor",

@@ -199,12 +199,25 @@ def _kept(a: argparse.Namespace) -> None:
 
 
 def _plan(a: argparse.Namespace) -> None:
+    from trainer.preflight import fault_simulation as faults
     from trainer.preflight.estimate import estimate, read
 
-    found = estimate(configuration(a), read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    if not a.mtbf and (a.start_seconds is not None or a.save_seconds is not None):
+        raise ConfigError("--start-seconds, --save-seconds: only with --mtbf, e.g. --mtbf 3h")
+    config, mtbf = configuration(a), [faults.parse_mtbf(text) for text in a.mtbf]
+    found = estimate(config, read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
+    facts = found.facts()
     show_table(found.table())
     show(found.text())
-    write_json(a.json, found.facts())
+    if mtbf:
+        costs = faults.measured_costs(filter(os.path.isdir, a.measured), a.start_seconds, a.save_seconds)
+        under = faults.forecast(
+            found.hours, found.steps, config.epochs, config.checkpoint.every, config.engine.timeout, mtbf, costs
+        )
+        show_table(under.table())
+        show(under.text())
+        facts["faults"] = under.facts()
+    write_json(a.json, facts)
 
 
 def _export(a: argparse.Namespace) -> None:
