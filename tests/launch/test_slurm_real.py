@@ -57,17 +57,27 @@ def whole(made: Batch, job: str, digits: Path, worlds: Sequence[int] = (2, 2)) -
     assert found["equal"] and found["chain"] == lines(run, "step")[-1]["chain"]
 
 
-def test_a_typo_is_refused_before_the_queue_and_a_stopped_job_is_requeued_and_continues(digits, tmp_path):
+def test_a_typo_is_refused_before_the_queue_and_a_job_of_two_nodes_trains(digits, tmp_path):
     with batch(tmp_path) as made:
         assert "did you mean" in submit(made, "--nodes", "2", "optim.lrr=1", refused=True)
         assert made.ask("squeue", "-h") == ""
 
+        job = submit(made, *settings(digits), "epochs=1", "optim.warmup=0ep", "stop_at=1ep", "--nodes", "2", "--cpus", "1")
+        wait_for(lambda: made.state(job) in OVER, 600)
+        assert made.state(job) == "COMPLETED", output(made, job)
+        run = tmp_path / "runs" / "quickstart"
+        assert [(line["world"], line["launcher"]) for line in lines(run, "start")] == [(2, "slurm")]
+        assert lines(run, "end")[0]["status"] == "finished" and len(lines(run, "step")) > 10
+        assert "\n[rank 0] quickstart  epoch" in (tmp_path / f"slurm-{job}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_job_is_requeued_and_continues(digits, tmp_path):
+    with batch(tmp_path) as made:
         job = submit(made, *settings(digits), "--nodes", "2", "--time", "30", "--signal", "60", "--cpus", "1")
         wait_for(lambda: stepping(made, job), 600)
         made.ask("scancel", "--signal=USR1", job)  # what Slurm does --signal seconds before the limit
         whole(made, job, digits)
-        assert lines(tmp_path / "runs" / "quickstart", "start")[0]["launcher"] == "slurm"
-        assert "\n[rank 0] quickstart  epoch" in (tmp_path / f"slurm-{job}.txt").read_text()
         message = (tmp_path / "logs" / "quickstart" / "rank-0.txt").read_text()
         assert message.count("-- 20") == 2 and "\nquickstart  epoch" in message  # both attempts
 
