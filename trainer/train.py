@@ -24,7 +24,15 @@ from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
 from trainer.engine.place_clock import DATA, EVALUATION, STEP, PlaceClock
 from trainer.engine.replicas import assert_replicas_equal
-from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_schedule, cost_of
+from trainer.model.build import (
+    build_distillation,
+    build_examples,
+    build_model,
+    build_objective,
+    build_schedule,
+    build_weights,
+    cost_of,
+)
 from trainer.model.ema import Ema
 from trainer.model.evaluate import Evaluated, Scores, evaluate
 from trainer.model.optimizer import build_optimizer
@@ -38,6 +46,7 @@ from trainer.run.example_probe import ExampleProbe
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
+from trainer.run.weight_pruning import WeightPruning
 from trainer.telemetry.meters import Meters
 
 
@@ -51,7 +60,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    schedule, distillation = build_schedule(config), build_distillation(config)
+    schedule, distillation, weights = build_schedule(config), build_distillation(config), build_weights(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     cadence = Cadence(
         config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
@@ -86,6 +95,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
             engine.state.load(saved.weights, saved.optimizer)
             ema.load_state_dict(saved.ema)
             examples.load_state_dict(saved.examples)
+        pruning = WeightPruning(weights, engine, model, ema, recorder, saved.pruning if saved else {})
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         selection = saved.selection if saved else None
         chain, meters = HashChain(state.chain), Meters(engine, distillation.parts)
@@ -97,7 +107,9 @@ def train(config: Config, resume: bool = False) -> RunResult:
         recorder.report_damaged(found)
         known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them
         store = partial(save_load.save_checkpoint, recorder.checkpoints, **known)
-        checkpointer = Checkpointer(store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples)
+        checkpointer = Checkpointer(
+            store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples, pruning.state_dict
+        )
         classes, augment = config.model.classes, config.augment
         measure = partial(
             evaluate,
@@ -125,6 +137,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         return recorder.end(state, "preempted")
                 selection = examples.select(state.epoch, engine.all_gather)
                 engine.assert_same_on_all_ranks(selection.facts["hash"], "the selection of examples")
+                pruning.begin_epoch(state)
             order = stream.order(state.epoch, selection)
             if reached(config.stop_at, state, order.steps):  # resumed a run that had already stopped there
                 return recorder.end(state, "stopped")
@@ -161,6 +174,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         examples.observe(credited, observation)
                     meters.add(losses, part.weights, observation, parts)
                 if taken := engine.step():
+                    pruning.after_step(lr)
                     ema.update(model.vit)
                 meters.end_phase("optimizer")
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.support.recorded_configs import recorded
 from trainer.config.errors import ConfigError
 from trainer.config.load import load, parse, parse_recorded
-from trainer.config.recorded import method_sections, without_foreign
+from trainer.config.recorded import RECORDED, method_sections, without_foreign
 from trainer.config.run_config import differences
 
 
@@ -121,8 +121,8 @@ def test_a_run_of_before_is_read_and_its_foreign_keys_are_dropped(changes: dict[
     """Whatever value they have: they had no effect. What applies is kept, and the same configuration written today is no other run."""
     raw = recorded(PLAIN, **changes)
     config = parse_recorded(raw, "config")
-    for name, section in method_sections().items():
-        resolved = config.resolved()[name]
+    for name in RECORDED:
+        section, resolved = method_sections()[name], config.resolved()[name]
         assert {key: raw[name][key] for key in resolved} == resolved
         assert resolved.keys() <= {*section.own_keys(), *section.keys_of(raw[name]["method"])}
     path = tmp_path / "config.yaml"

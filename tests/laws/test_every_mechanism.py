@@ -1,4 +1,4 @@
-"""One suite over every mechanism of the three levels: a new one joins by its row in TOKENS, CONNECTIONS or EXAMPLES.
+"""One suite over every mechanism of the four levels: a new one joins by its row in TOKENS, CONNECTIONS, EXAMPLES or WEIGHTS.
 
 Identity at 1, less at lower keep ratios, gradients, gradient checkpointing, drop path, independence of batch mates, bf16, training on
 digits beside every other level, torch.compile without graph breaks and with the gradients of eager; and whole runs of the real trainer on
@@ -24,6 +24,7 @@ from sparsity.examples import EXAMPLES, kept_ids
 from sparsity.examples.curriculum import TrainingRun
 from sparsity.tokens import TOKENS
 from sparsity.types import DENSE, Observation, Plan, single_process
+from sparsity.weights import WEIGHTS
 from tests.conftest import ROOT, environment, lines, torchrun
 from tests.support.methods import fitting
 from tests.support.vits import images, logits_and_grads, tiny
@@ -204,6 +205,7 @@ examples: {method: forgetting, removed: 0.4, swap: 0.05, window: 3ep, updates: 1
 tokens: {method: topk, keep: 0.6, blocks: [1, 2]}
 connections: {method: exact, keep: 0.4}
 plan: {method: staircase, stairs: [[1ep, 0.8, 0.8], [2ep, 0.6, 0.4]]}
+weights: {method: admm, keep: 0.5, block: [16, 16], prune: 2ep}
 engine: {precision: float32}
 control: 0
 evaluate: {every: 0ep}
@@ -213,14 +215,14 @@ tracking: {to: journal}
 
 
 def trained(digits: Path, folder: Path, rows: list[tuple]) -> dict[tuple, tuple[Path, Path]]:
-    """Each (tokens, connections, examples, ZeRO stage) trained whole, and resumed from its fifth step: the two run directories."""
+    """Each (tokens, connections, examples, weights, ZeRO stage) trained whole, and resumed from its fifth step: the two run directories."""
     config = folder / "job.yaml"
     config.write_text(RECIPE.replace("DIGITS", str(digits)))
     for pattern in ("train-00000[0-1].tar", "validation-000000.tar"):
         build_index(str(digits / pattern), progress=False)
     runs = []
-    for number, (tokens, connections, examples, zero) in enumerate(rows):
-        methods = f"tokens.method={tokens} connections.method={connections} examples.method={examples}"
+    for number, (tokens, connections, examples, weights, zero) in enumerate(rows):
+        methods = f"tokens.method={tokens} connections.method={connections} examples.method={examples} weights.method={weights}"
         runs.append(f"run-{number} {methods} engine.zero={zero}")
     words = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), str(config), "5", *runs]
     done = subprocess.run(
@@ -245,23 +247,28 @@ def hold(runs: dict[tuple, tuple[Path, Path]]) -> None:
         clean, later = ([(line["epoch"], line["right"], line["hash"]) for line in lines(path, "probe")] for path in paths)
         assert len(clean) == (3 if row[2] == PROBE else 0) and bool(later) == bool(clean), row
         assert clean[len(clean) - len(later) :] == later, (row, "from the epoch of the checkpoint on")
+        left, left_again = (
+            [(line["epoch"], line["event"], line["kept"], line["norms"]) for line in lines(path, "weights")] for path in paths
+        )
+        assert left[len(left) - len(left_again) :] == left_again and [now[2] for now in left[2:]] == [0.5] * len(left[2:]), row
+        assert bool(left) == (row[3] != "all") and [now[1] for now in left].count("pruned") == bool(left), row
         ended, ended_again = (lines(path, "eval")[-1] for path in paths)
         assert (ended["loss"], ended["top1"]) == (ended_again["loss"], ended_again["top1"]), row
         losses = np.array([line["loss"] for line in whole.values()])
-        np.testing.assert_allclose(losses, alike.setdefault(row[:3], losses), rtol=5e-4, err_msg=str(row))
+        np.testing.assert_allclose(losses, alike.setdefault(row[:-1], losses), rtol=5e-4, err_msg=str(row))
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(900)  # ten runs in one start: seconds on a free machine
 def test_every_mechanism_trains_and_resumes_under_deepspeed(digits, tmp_path):
     """Each mechanism once and each ZeRO stage, mixing and drop path on, beside other levels, two real processes."""
-    hold(trained(digits, tmp_path, each_once(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE], STAGES)))
+    hold(trained(digits, tmp_path, each_once(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE], WEIGHTS, STAGES)))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_every_two_mechanisms_of_two_levels_and_every_stage(digits, tmp_path):
-    levels = every_pair(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE])
+    levels = every_pair(TOKENS, CONNECTIONS, [*EXAMPLES, PROBE], WEIGHTS)
     hold(
         trained(
             digits, tmp_path, [(*row, stage) for i, row in enumerate(levels) for stage in (STAGES if i < 5 else (1 + i % 3,))]

@@ -23,6 +23,7 @@ from sparsity.settings import ConnectionSettings, Count, Epochs, Keep, Network, 
 from sparsity.tokens import TOKENS
 from sparsity.tokens.topk import select
 from sparsity.types import QKV, BlockShape, Plan, Selection, Tokens, VisibleKeys
+from sparsity.weights import WEIGHTS
 from tests.conftest import ROOT, lines
 from trainer.__main__ import main
 
@@ -182,7 +183,7 @@ def test_their_settings_are_keys_like_any_other(recipe: str, capsys: pytest.Capt
 class _Names(ast.NodeVisitor):
     """Comparisons with the name of a method, and collections of such names."""
 
-    NAMES: ClassVar[set[str]] = {*EXAMPLES, *TOKENS, *CONNECTIONS, *PLANS} - {"all", "random", "constant", "exact"}
+    NAMES: ClassVar[set[str]] = {*EXAMPLES, *TOKENS, *CONNECTIONS, *PLANS, *WEIGHTS} - {"all", "random", "constant", "exact"}
 
     def __init__(self) -> None:
         self.found: list[str] = []

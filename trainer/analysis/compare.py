@@ -136,8 +136,9 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
 
 
 def dense(run: History) -> bool:
-    """Whether the run kept every example, token and connection."""
-    return all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
+    """Whether the run kept every example, token, connection and weight."""
+    everything = all((run.mean_share(kept) or 1.0) >= 1.0 for kept in ("examples", "tokens", "connections"))
+    return everything and not run.of("weights")
 
 
 def evaluations(run: History) -> list[Point]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trainer.analysis.compare import Comparison, MeanInterval, final, seed
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
-from trainer.analysis.history import History
+from trainer.analysis.history import History, left_of_weights
 from trainer.analysis.units import duration
 from trainer.storage.disk import write_text
 from trainer.storage.text import markdown_text, printable
@@ -50,6 +50,10 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
         for kept in ("examples", "tokens", "connections"):
             shares = [share for run in group.runs if (share := run.mean_share(kept)) is not None]
             row[f"kept {kept} %"] = _plus_minus(MeanInterval.of(shares).alone(), 100, "{:.0f}")
+        row["kept weights %"] = _plus_minus(group.spread(lambda run: left_of_weights(run, "kept")).alone(), 100, "{:.0f}")
+        row["pruned layers MB"] = _plus_minus(
+            group.spread(lambda run: left_of_weights(run, "bytes") / 1e6).alone(), 1, "{:.3g}"
+        )
         for name, cost in (
             ("whole run: time x", "time"),
             ("whole run: device hours x", "device hours"),

@@ -178,3 +178,11 @@ def _share(point: Point, kept: str) -> float | None:
     if kept == "tokens" and isinstance(tokens, list) and tokens:
         return sum(tokens) / (len(tokens) * max(tokens))
     return point.get(f"keep_{kept}")
+
+
+def left_of_weights(run: History, name: str) -> float:
+    """A number of the run's last `weights` line; `bytes`: as blocks, dense before the groups have left. NaN in a run without level 4."""
+    if not run.of("weights"):
+        return float("nan")
+    value = run.of("weights")[-1][name]
+    return float(value.get("block", value["dense"]) if isinstance(value, dict) else value)

@@ -79,6 +79,7 @@ def summary(run: Path | str | History) -> Summary:
                 "multiply-adds", f"{last.multiply_adds:.3g}", f"forward, {100 * saved:.1f} % less than dense on every example"
             )
         )
+    rows += _weights(run)
     rows += _probes(run)
     rows += _certified(run)
     world = int(run.start.get("world", 1))
@@ -193,6 +194,20 @@ def _certified(run: History) -> list[ReportRow]:
         if found is None or found.speedup is None
         else [ReportRow("speedup, certified", f"{found.speedup:.3f}x", found.text())]
     )
+
+
+def _weights(run: History) -> list[ReportRow]:
+    """What level 4 left of the weights; nothing without it."""
+    if not run.of("weights"):
+        return []
+    last = run.of("weights")[-1]
+    sizes, layers = last["bytes"], [f"{name} {100 * share:.0f} %" for name, share in last["layers"].items()]
+    stored = (
+        f"{sizes['block']:,} bytes of {sizes['dense']:,} dense, {sizes['csr']:,} as CSR" if "csr" in sizes else "not pruned yet"
+    )
+    shown = f"; {', '.join(layers)}" if len(set(last["layers"].values())) > 1 else f" of {len(layers)} layers"
+    note = f"{stored}; {last['multiply_adds']:.3g} multiply-adds per image with every token{shown}"
+    return [ReportRow("kept weights", f"{100 * last['kept']:.1f} %", note)]
 
 
 def _probes(run: History) -> list[ReportRow]:

@@ -1,6 +1,6 @@
 """Checkpoints: the full state of a run, for any world size, readable without pickle.
 
-A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA), one npz (example statistics and
+A checkpoint is a folder `checkpoints/step-00001234/` of safetensors (weights, optimizer, EMA, masks), one npz (example statistics and
 selection) and `state.json` (position, chain, configuration, shard fingerprint, hashes of the files). Tensors are stored unsharded,
 by timm's parameter name, so any world size and any ZeRO stage can resume from it. Writing: see `directory`.
 """
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 
 NOTHING = Newest(None, [])
+PRUNING = "pruning.safetensors"  # level 4
 _STORED_AS = {"pending_evaluation": "owed"}  # fields of TrainState that have another key in `state.json`
 
 
@@ -52,6 +54,7 @@ def save_checkpoint(
     ema: dict[str, Tensor],
     examples: dict[str, np.ndarray],
     selection: Selection | None,
+    pruning: Mapping[str, Tensor] = MappingProxyType({}),
     disk: Disk | None = None,
 ) -> Path:
     """Write one checkpoint below `folder` and point `latest` at it, then delete those that retention does not keep. Rank 0 only.
@@ -60,6 +63,7 @@ def save_checkpoint(
     config, fingerprint, teacher: of the run, its training shards and its teacher (hash of the weights); a resume must match them.
     weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
     examples, selection: statistics of level 1, and the examples of the current epoch.
+    pruning: state of level 4, on the CPU; without any there is no file.
     disk: where to write; default: the file system.
     OSError (a full disk) leaves the previous checkpoint in place and no partial folder.
     """
@@ -77,6 +81,8 @@ def save_checkpoint(
         "ema.safetensors": safetensors_stream.pieces(ema, {}),
         "examples.npz": [buffer.getbuffer()],
     }
+    if pruning:
+        files[PRUNING] = safetensors_stream.pieces(pruning, {})
     about = {
         "state": {_STORED_AS.get(name, name): value for name, value in asdict(state).items()},
         "config": config.resolved(),
@@ -209,4 +215,5 @@ def _read(path: Path, about: dict[str, Any]) -> Saved:
         examples={k.removeprefix("examples."): arrays[k] for k in arrays.files if k.startswith("examples.")},
         selection=selection,
         path=path,
+        pruning=load_file(path / PRUNING) if (path / PRUNING).is_file() else {},
     )

@@ -49,3 +49,4 @@ class Saved:
     examples: dict[str, np.ndarray]
     selection: Selection | None
     path: Path
+    pruning: dict[str, Tensor] = field(default_factory=dict)  # of level 4

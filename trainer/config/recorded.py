@@ -1,8 +1,8 @@
 """Configurations as runs recorded them before each method had its own settings: every key of every method, whatever the method.
 
 Such records are in the config.yaml, the checkpoints and the journal of old runs. The keys of other methods had no effect, so they are
-dropped when read. A record is recognised by having the keys of several methods in all four sections, which no configuration that is
-valid today has.
+dropped when read. A record is recognised by having the keys of several methods in the four sections of `RECORDED`, which no configuration
+that is valid today has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def method_sections() -> dict[str, type[MethodSection]]:
 def without_foreign(raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration as plain values; if it is such a record, without the keys of other methods."""
     sections = method_sections()
-    if not all(isinstance(raw.get(name), dict) and RECORDED[name] <= raw[name].keys() for name in sections):
+    if not all(isinstance(raw.get(name), dict) and keys <= raw[name].keys() for name, keys in RECORDED.items()):
         return raw
     cleaned = dict(raw)
     for name, section in sections.items():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.schema import AugmentConfig, DataConfig, EvaluateConfig, ModelConfig, OptimConfig
-from trainer.config.schema_levels import ConnectionsConfig, ExamplesConfig, PlanConfig, TokensConfig
+from trainer.config.schema_levels import ConnectionsConfig, ExamplesConfig, PlanConfig, TokensConfig, WeightsConfig
 from trainer.config.schema_run import CheckpointConfig, EngineConfig, TraceConfig, TrackingConfig
 from trainer.config.schema_teacher import TeacherConfig
 from trainer.config.values import Duration, Length, Section, Share
@@ -56,6 +56,7 @@ class Config(Section):
     tokens: TokensConfig = Field(default_factory=TokensConfig)
     connections: ConnectionsConfig = Field(default_factory=ConnectionsConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
     teacher: TeacherConfig = TeacherConfig()
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -79,6 +80,7 @@ class Config(Section):
             raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
         self._levels_fit_the_plan()
         self._probe_fits_the_tokens()
+        self.weights.settings.refuse_epochs(self.epochs)
         if self.teacher.tokens > 0 and not self.tokens.blocks:
             raise ValueError(
                 f"teacher.tokens={self.teacher.tokens:g} with tokens.blocks=[]: the importance of tokens is that of the first of these "
@@ -94,6 +96,11 @@ class Config(Section):
             raise ValueError(
                 f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: requires DeepSpeed's ZeRO; set engine.zero=1, "
                 "or engine.precision=autocast"
+            )
+        if e.precision == "bf16" and self.weights.settings.moves_weights:
+            raise ValueError(
+                f"engine.precision=bf16 with weights.method={self.weights.method}: its small steps would be lost in bf16 parameters; "
+                "set engine.precision=autocast"
             )
         if e.kind == "deepspeed" and e.zero == 3 and e.compile:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Sections of a configuration for what is left out: examples, tokens, connections, and the plan of both keep ratios.
+"""Sections of a configuration for what is left out: examples, tokens, connections, weights, and the plan of both keep ratios.
 
 The settings of a method stand in its own file in `sparsity`; here is what all methods of a level share.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsity.examples.curriculum import ExampleSettings
     from sparsity.examples.probe import ProbeSettings
     from sparsity.schedule import PlanSettings
+    from sparsity.weights.pruning import WeightSettings
 
 
 class ExamplesConfig(MethodSection):
@@ -96,6 +97,19 @@ class ConnectionsConfig(MethodSection):
         from sparsity.connections import CONNECTIONS
 
         return CONNECTIONS
+
+
+class WeightsConfig(MethodSection):
+    """Level 4, which weights stay. Other keys: the settings of the method, see `sparsity.weights` (docs/methods.md, section Weights)."""
+
+    if TYPE_CHECKING:
+        settings: WeightSettings = cast(Any, None)
+
+    @classmethod
+    def methods(cls) -> Mapping[str, type[Settings]]:
+        from sparsity.weights import WEIGHTS
+
+        return WEIGHTS
 
 
 class PlanConfig(MethodSection):

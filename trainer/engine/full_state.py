@@ -7,15 +7,18 @@ bitwise on the same world, and to rounding on another (tests/engine/test_engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.engine.errors import EngineError
-from trainer.engine.partition import gathered, is_pieces
+from trainer.engine.partition import drop_gathered, gathered, is_pieces
 
 GROUP_STEP = "group.step"
+Change = Callable[[str, Tensor, int], Tensor]
+"""name of a parameter, some of its elements (flat), index of the first one in the flattened parameter -> their new values."""
 
 
 class FullState:
@@ -79,6 +82,66 @@ class FullState:
                 for key in keys:
                     if (value := optimizer.get(f"{name}|{key}")) is not None:
                         self._put(parameter, value.to(self.device), key)
+
+    def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters by name, float32, unsharded, on the device of every rank; collective. Not to be changed in place."""
+        found = dict(self.module.named_parameters())
+        return {name: self._whole(found[name]).detach().float() for name in names}
+
+    @torch.no_grad()
+    def change(self, names: Iterable[str], change: Change, moments: bool = False) -> None:
+        """New values for parameters, or for the optimizer's moments of them, each rank for the elements that it has; no communication.
+        `change` must give an element the same value whatever else is in its part. Parameters are in float32, or set to 0."""
+        if moments:
+            self._link()
+        found = dict(self.module.named_parameters())
+        for name in names:
+            for key in self._moments_of(found[name]) if moments else [None]:
+                self._change(name, found[name], change, key)
+        if not moments:
+            drop_gathered([found[name] for name in names if hasattr(found[name], "ds_id")])
+
+    def _moments_of(self, parameter: Any) -> list[str]:
+        """The names of the optimizer's state that has the shape of the parameter; [] before its first step."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            return sorted(mapping.optim_fragment or {})
+        if is_pieces(parameter) and not hasattr(parameter, "ds_id"):
+            return []  # ZeRO 1, 2: no element of it is on this rank
+        base = self._base_optimizer()
+        holder = base.state.get(self._holders()[0] if hasattr(parameter, "ds_id") else parameter, {})
+        return sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
+
+    def _change(self, name: str, parameter: Any, change: Change, key: str | None) -> None:
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import (
+                safe_get_local_fp32_param,
+                safe_get_local_optimizer_state,
+                safe_set_local_fp32_param,
+                safe_set_local_optimizer_state,
+            )
+
+            found = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+            assert found is not None
+            begin = len(found) * self.rank
+            num, part = max(0, min(len(found), parameter.ds_numel - begin)), found.clone()  # the rest is padding
+            part[:num] = change(name, part[:num], begin)
+            if key is None:
+                safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.data.copy_(part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+            return
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            part = mapping.get_hp_fragment(optim_state_key=key)
+            part.copy_(change(name, part, mapping.lp_fragment_address.start))
+        if key is None:
+            flat = parameter.data.view(-1)
+            flat.copy_(change(name, flat, 0))
+        elif mapping is None:
+            flat = self._base_optimizer().state[parameter][key].view(-1)
+            flat.copy_(change(name, flat, 0))
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         inner = self.optimizer

@@ -60,13 +60,16 @@ def copy_own_part(module: nn.Module, into: dict[str, Tensor], values: dict[str, 
 @torch.no_grad()
 def load_local(module: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy tensors from `local_tensors` into the module."""
-    cut = [parameter for _, parameter in _cut(module)]
-    if gathered_ones := [p for p in cut if p.data.numel() == p.ds_numel]:
-        # small parameters stay gathered between steps: partition them again, or the network would keep using the copies
-        gathered_ones[0].partition(param_list=gathered_ones, has_been_updated=False)
+    drop_gathered([parameter for _, parameter in _cut(module)])
     own = local_tensors(module)
     for name, value in values.items():
         own[name].copy_(value)
+
+
+def drop_gathered(parameters: list[Any]) -> None:
+    """Partition again what ZeRO 3 keeps gathered between steps (small parameters), or the network would keep using those copies."""
+    if there := [p for p in parameters if p.data.numel() == p.ds_numel]:
+        there[0].partition(param_list=there, has_been_updated=False)
 
 
 def _cut(module: nn.Module) -> list[tuple[str, Any]]:

@@ -57,6 +57,9 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
         "spent": TABLE,
     },
     "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},
+    "weights": _WHERE | {
+        "kept": NUMBER, "weak": NUMBER, "multiply_adds": NUMBER, "bytes": TABLE, "norms": TABLE, "layers": TABLE, "event": TEXT,
+    },
     "eval": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
     "density": _WHERE | _KEPT | {"top1": NUMBER, "images": NUMBER, "per_class": LIST},
     "checkpoint": _WHERE | {"path": TEXT},

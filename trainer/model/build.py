@@ -1,5 +1,5 @@
-"""Builds the parts of training from the configuration: the network with its mechanisms, the examples' curriculum, the schedule, the
-objective."""
+"""Builds the parts of training from the configuration: the network with its mechanisms, the levels of examples and weights, the schedule,
+the objective."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sparsity.plan_mix import PlanMix
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
+from sparsity.weights.pruning import Pruning
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
@@ -59,6 +60,24 @@ def build_examples(config: Config, index: Index) -> Curriculum:
         return config.examples.settings.build(run)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def build_weights(config: Config, model: SparseViT) -> Pruning:
+    """Level 4 over the layers of a network, before the engine partitions them. Raises ConfigError."""
+    try:
+        return config.weights.settings.build(model.vit)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def refuse_frozen(level: Pruning, model: SparseViT) -> None:
+    """Raises ConfigError if a parameter that level 4 prunes is frozen; call it after `build_optimizer`."""
+    trained = {name for name, parameter in model.vit.named_parameters() if parameter.requires_grad}
+    if frozen := sorted(set(level.parameters) - trained):
+        raise ConfigError(
+            f"weights.layers: {frozen[0]} is frozen by optim.freeze, so nothing could make up for what is pruned; leave its layer out of "
+            "weights.layers, or do not freeze it"
+        )
 
 
 def build_schedule(config: Config) -> Schedule:

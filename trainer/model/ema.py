@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,16 @@ class Ema:
             yield
         finally:
             load_local(module, weights)
+
+    @torch.no_grad()
+    def mask(self, masks: Mapping[str, Tensor]) -> None:
+        """Set the averages to 0 where a mask, of a parameter's shape, is False; no communication."""
+        if self.decay is None:
+            return
+        own = {name: torch.zeros_like(self._averages[name]) for name in masks}
+        copy_own_part(self._module, own, {name: mask.to(own[name].dtype) for name, mask in masks.items()})
+        for name, stays in own.items():
+            self._averages[name].masked_fill_(stays == 0, 0.0)
 
     def replicated(self) -> dict[str, Tensor]:
         """The weights and, with a decay, their averages, of which every rank has a whole copy: see `engine.replicas`."""

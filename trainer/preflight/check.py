@@ -15,7 +15,16 @@ from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_schedule, cost_of
+from trainer.model.build import (
+    build_distillation,
+    build_examples,
+    build_model,
+    build_objective,
+    build_schedule,
+    build_weights,
+    cost_of,
+    refuse_frozen,
+)
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
 from trainer.model.teacher import build_teacher
@@ -118,7 +127,9 @@ def check(config: Config, world: int) -> CheckReport:
         raise ConfigError(str(error)) from error
     deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
     build_objective(config)
+    level4 = build_weights(config, model)
     build_optimizer(model, config.optim)
+    refuse_frozen(level4, model)
     teacher = build_teacher(config, model, build_distillation(config).teacher_outputs)
     return CheckReport(
         config=config,

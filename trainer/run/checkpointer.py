@@ -39,6 +39,7 @@ class Checkpointer:
     """The checkpoints of one attempt. A failed write requests a stop, so that every rank raises the error from `wait`.
 
     store: writes one on rank 0, see `save_load.save_checkpoint`. asynchronous: training continues while it writes.
+    pruning: state of level 4.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Checkpointer:
         stop: Stop,
         ema: Ema,
         examples: Examples,
+        pruning: Callable[[], dict[str, Tensor]] = dict,
     ):
         self.store, self.asynchronous, self.engine = store, asynchronous, engine
         self.recorder, self.stop, self.ema, self.examples = recorder, stop, ema, examples
+        self.pruning = pruning
         self._write: AsyncWrite | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
@@ -68,11 +71,18 @@ class Checkpointer:
         weights, optimizer = self.engine.state.weights(), self.engine.state.optimizer_state()
         averages, statistics = self.ema.state_dict(), self.examples.state_dict(self.engine.all_gather)
         if self.engine.is_main:
+            masks = self.pruning()
             self.recorder.sync()  # journal lines before a checkpoint must be durable before the checkpoint is
 
             def write() -> tuple[Path, Content]:
                 path = self.store(
-                    state, weights=weights, optimizer=optimizer, ema=averages, examples=statistics, selection=selection
+                    state,
+                    weights=weights,
+                    optimizer=optimizer,
+                    ema=averages,
+                    examples=statistics,
+                    selection=selection,
+                    pruning=masks,
                 )
                 return path, self.recorder.weights({**weights, **averages})
 

@@ -130,6 +130,16 @@ class RankZeroLog:
         """A probe of the epoch that ended at `state`."""
         self.journal.write("probe", step=state.step, progress=state.progress, **facts)
 
+    def pruned(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """The weights at the start of an epoch; on the console when groups leave."""
+        self.journal.write("weights", epoch=state.epoch, step=state.step, progress=state.progress, **facts)
+        if facts["event"] == "pruned":
+            sizes = facts["bytes"]
+            self.console.message(
+                f"epoch {state.epoch}: pruned to {facts['kept']:.1%} of the weights of {len(facts['layers'])} layers; {sizes['block']:,} "
+                f"bytes of {sizes['dense']:,} (CSR {sizes['csr']:,}); {facts['multiply_adds']:.4g} multiply-adds per image"
+            )
+
     def scored(self, state: TrainState, results: list[Evaluated], progress: float) -> None:
         """Under the run's own plan a line for the weights, and one for their EMA if there is one; a line of kind `density` for each of
         `evaluate.densities`."""

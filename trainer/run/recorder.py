@@ -139,6 +139,11 @@ class Recorder:
         nonfinite_steps.refuse_too_many(state.skipped, self.config.optim, self.directory)
         return state
 
+    def pruned(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """What is left of the weights at the start of an epoch, see `model.pruned`."""
+        if self._log:
+            self._log.pruned(state, facts)
+
     def probed(self, state: TrainState, facts: dict[str, Any]) -> None:
         """A probe of clean images by the rule `probe`, see `ExampleProbe`."""
         if self._log:

@@ -1,7 +1,7 @@
 """Converts journal lines to MLflow metrics, parameters, tags and data sets. Pure: knows MLflow's limits, does not import it.
 
 Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `density/0.5/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `probe/seconds`, `checkpoint/seconds`,
+`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `probe/seconds`, `weights/kept`, `checkpoint/seconds`,
 `system/HOST/cpu_utilization_percentage` (per node), `run/device_hours` (end). Their step is the global optimizer step, their time
 the journal's. Every number of a line is sent; texts, booleans and ids are not.
 """
@@ -23,6 +23,7 @@ PREFIX = {
     "checkpoint": "checkpoint",
     "control": "control",
     "probe": "probe",
+    "weights": "weights",
     "end": "run",
 }
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}

@@ -1,0 +1,195 @@
+"""Level 4 in a run: what leaves is gone from weights, moments and averages, stays gone, and an interrupted run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, environment, lines, torchrun
+from trainer.__main__ import main
+from trainer.analysis import compare_page
+from trainer.analysis.compare import compare, dense
+from trainer.analysis.history import history
+from trainer.analysis.report import summary
+from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.data.shards.index import build_index
+from trainer.model.build import build_model, build_weights, refuse_frozen
+from trainer.model.optimizer import build_optimizer
+
+RECIPE = """
+name: job
+epochs: 4
+log_every: 1step
+model: {name: deit_tiny_patch16_224, classes: 10, image_size: 8, drop_path: 0.1,
+        args: {patch_size: 2, embed_dim: 24, depth: 2, num_heads: 3}}
+data: {train: "DIGITS/train-00000[0-1].tar", validation: "DIGITS/validation-000000.tar", batch: 64, micro_batch: 32, workers: 0, lanes: 4}
+augment: {crop: none, flip: 0.0}
+optim: {lr: 2.0e-3, warmup: 1ep, clip: 1.0, ema: 0.9}
+weights: {method: admm, keep: 0.5, groups: units, layers: ["*"], start: 1ep, prune: 2ep}
+engine: {kind: ddp, zero: 0, precision: float32}
+control: 0
+evaluate: {every: 9ep}
+checkpoint: {every: 5step, keep: 9}
+tracking: {to: journal}
+"""
+MODES = ("kind=ddp engine.zero=0", "zero=0", "zero=1", "zero=2", "zero=3", "zero=3 engine.precision=autocast")
+FACTS = ("loss", "grad_norm", "chain")
+
+
+def continued(run: Path, step: int, name: str) -> None:
+    """A run directory NAME that has nothing but one checkpoint of `run`."""
+    checkpoint = f"checkpoints/step-{step:08d}"
+    shutil.copytree(run / checkpoint, run.parent / name / checkpoint)
+
+
+def seen(run: Path) -> dict[int, tuple]:
+    return {line["step"]: tuple(line[name] for name in FACTS) for line in lines(run, "step")}
+
+
+@pytest.fixture(scope="module")
+def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of one process, and one that continues from its 10th step, masked; from a penalty: tests/laws/test_every_mechanism.py."""
+    folder = tmp_path_factory.mktemp("pruned")
+    (folder / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
+    for pattern in ("train-00000[0-1].tar", "validation-000000.tar"):
+        build_index(str(digits / pattern), progress=False)
+    words = ["train", str(folder / "job.yaml"), f"runs={folder / 'runs'}"]
+    assert main(words) == 0
+    continued(folder / "runs" / "job", 10, "resumed")
+    assert main([*words, "name=resumed", "--resume"]) == 0
+    return folder
+
+
+def test_interrupted_is_uninterrupted_bit_for_bit(folder: Path) -> None:
+    whole, again = (seen(folder / "runs" / name) for name in ("job", "resumed"))
+    assert list(again) == list(range(11, 17)) and again == {key: whole[key] for key in again}
+    for name in ("weights", "ema", "optimizer"):
+        mine, other = (
+            load_file(folder / "runs" / run / f"checkpoints/step-00000016/{name}.safetensors") for run in ("job", "resumed")
+        )
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_what_left_is_gone_from_weights_moments_and_averages_for_good(folder: Path) -> None:
+    """Half of the units of every MLP: in the state 2 and 8 steps after they left, and nothing of the others is 0."""
+    for step in (10, 16):
+        path = folder / "runs" / "job" / "checkpoints" / f"step-{step:08d}"
+        weights, averages, moments, state = (
+            load_file(path / f"{name}.safetensors") for name in ("weights", "ema", "optimizer", "pruning")
+        )
+        for block in (0, 1):
+            kept = state[f"kept.blocks.{block}.mlp"][0]
+            assert kept.tolist().count(True) == 48 and len(kept) == 96
+            for found in (
+                weights,
+                averages,
+                *({name: moments[f"{name}|{key}"] for name in weights} for key in ("exp_avg", "exp_avg_sq")),
+            ):
+                fc1, bias, fc2 = (found[f"blocks.{block}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
+                assert (
+                    torch.equal(fc1.ne(0).any(1), kept)
+                    and torch.equal(fc2.ne(0).any(0), kept)
+                    and torch.equal(bias.ne(0), kept)
+                )
+
+
+def test_the_journal_has_what_is_left(folder: Path) -> None:
+    found = lines(folder / "runs" / "job", "weights")
+    assert [(line["epoch"], line["event"], line["kept"]) for line in found] == [
+        (0, "", 1.0), (1, "updated", 1.0), (2, "pruned", 0.5), (3, "", 0.5),
+    ]  # fmt: skip
+    dense, left = found[0], found[-1]
+    assert left["layers"] == {"blocks.0.mlp": 0.5, "blocks.1.mlp": 0.5} and left["weak"] == 0.5
+    assert left["bytes"]["block"] == dense["bytes"]["dense"] // 2 < left["bytes"]["csr"]
+    saved = 17 * 2 * 2 * 24 * 48  # tokens x blocks x layers x width x units
+    assert dense["multiply_adds"] - left["multiply_adds"] == saved
+
+
+def test_report_and_comparison_show_what_is_left(folder: Path) -> None:
+    run = history(folder / "runs" / "job")
+    row = next(row for row in summary(run).rows if row.what == "kept weights")
+    assert row.value == "50.0 %" and " bytes of 37,632 dense" in row.note and "of 2 layers" in row.note
+    (shown,) = compare_page.rows(compare([folder / "runs" / "job"]))
+    assert (shown["kept weights %"], shown["pruned layers MB"]) == ("50", "0.0188") and not dense(run)
+
+
+def test_masks_of_another_run_are_refused_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    continued(folder / "runs" / "job", 10, "other")
+    words = ["train", str(folder / "job.yaml"), f"runs={folder / 'runs'}", "name=other", "--resume", "weights.groups=heads"]
+    assert main(words) == 2
+    assert "weights.groups: checkpoint 'units', now 'heads'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["weights.keep=0"], "weights.keep=0: must be > 0 and <= 1"),
+        (["weights.keep=1.1"], "weights.keep=1.1: must be > 0 and <= 1"),
+        (["weights.prune=4ep"], "weights.prune=4ep with epochs=4: the groups would never leave; set weights.prune <= 3ep"),
+        (["weights.start=2ep"], "weights.start='2ep': must be < weights.prune=2ep"),
+        (["weights.rho=0"], "weights.rho=0: must be > 0"),
+        (["weights.strength=0.1"], "weights.strength=0.1: not a setting of weights.method=admm; set weights.method=group_lasso"),
+        (["weights.groups=columns", "weights.block=[16]"], "weights.block"),
+        (["weights.method=lasso"], "weights.method='lasso': unknown value; valid values: all, magnitude, group_lasso, admm"),
+        (["engine.kind=deepspeed", "engine.zero=1", "engine.precision=bf16"], "engine.precision=bf16 with weights.method=admm"),
+    ],
+)  # fmt: skip
+def test_settings_are_refused_with_a_remedy(folder: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(folder / "job.yaml", words)
+    assert message in str(error.value)
+
+
+def test_layers_that_do_not_exist_or_are_frozen_are_refused_by_name(folder: Path) -> None:
+    config = load(folder / "job.yaml", ["weights.layers=[mpl]"])
+    model = build_model(config)
+    with pytest.raises(ConfigError, match=r"weights\.layers='mpl': fits no layer that can be pruned; did you mean mlp"):
+        build_weights(config, model)
+    config = load(folder / "job.yaml", ["optim.freeze=1"])
+    level = build_weights(config, model)
+    build_optimizer(model, config.optim)
+    with pytest.raises(ConfigError, match=r"weights\.layers: blocks\.0\.mlp\.fc1\.bias is frozen by optim\.freeze"):
+        refuse_frozen(level, model)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["admm", "group_lasso", "magnitude"])
+def test_every_mode_prunes_alike_and_resumes_bit_for_bit(folder: Path, method: str, tmp_path: Path) -> None:
+    """DDP and ZeRO 0 to 3 on two processes, from the 10th step; then one process continues what two began."""
+    shutil.copy(folder / "job.yaml", tmp_path)
+    runs = [f"mode-{n} engine.kind=deepspeed engine.{mode} weights.method={method}" for n, mode in enumerate(MODES)]
+    words = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), "job.yaml", "10", *runs]
+    done = subprocess.run(
+        [sys.executable, *torchrun(2), *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first = seen(tmp_path / "runs" / "mode-0")
+    for number in range(len(MODES)):
+        whole, again = (seen(tmp_path / "runs" / name) for name in (f"mode-{number}", f"mode-{number}-resumed"))
+        assert again == {key: whole[key] for key in range(11, 17)}
+        if number < 5:
+            np.testing.assert_allclose([one[0] for one in whole.values()], [one[0] for one in first.values()], rtol=1e-4)
+        left = load_file(tmp_path / "runs" / f"mode-{number}" / "checkpoints" / "step-00000016" / "weights.safetensors")
+        assert left["blocks.1.mlp.fc1.weight"].ne(0).any(1).sum() == 48
+    continued(tmp_path / "runs" / "mode-4", 5, "alone")
+    command = [
+        "train",
+        str(tmp_path / "job.yaml"),
+        f"runs={tmp_path / 'runs'}",
+        "name=alone",
+        "--resume",
+        f"weights.method={method}",
+    ]
+    assert main(command) == 0
+    alone = seen(tmp_path / "runs" / "alone")
+    np.testing.assert_allclose([one[0] for one in alone.values()], [first[key][0] for key in alone], rtol=1e-4)
