@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from sparsity.plan_mix import PlanMix
-from sparsity.settings import Count, Epochs, Keep, Settings, Share, setting
+from sparsity.settings import ByRun, Count, Epochs, Keep, Settings, Share, setting
 from sparsity.types import DENSE, Plan
 
 DENSITIES = (0.35, 0.5, 0.7)
@@ -46,6 +46,11 @@ class PlanSettings(Settings):
         return None
 
     @property
+    def timetable(self) -> str:
+        """The settings that decide when keep ratios fall, as key=value; "" if they are at their final value from the start."""
+        return ""
+
+    @property
     def every_step_differs(self) -> str:
         """The setting that gives every step another plan, with a remedy; "" for few plans."""
         return ""
@@ -67,8 +72,16 @@ class Cosine(PlanSettings):
     Quantised: each of `plateaus` equal stretches has the value of its middle, so the total work equals that of the curve.
     """
 
-    warmup: Epochs = setting(10.0, "epochs with everything kept, before the way down")
-    length: Epochs = setting(100.0, "epochs from everything kept to the final keep ratios")
+    warmup: Epochs = setting(
+        10.0,
+        "epochs with everything kept, before the way down",
+        ByRun("epochs / 30", lambda run, given: round(run.epochs / 30, 3)),
+    )
+    length: Epochs = setting(
+        100.0,
+        "epochs from everything kept to the final keep ratios",
+        ByRun("epochs / 3", lambda run, given: round(run.epochs / 3, 3)),
+    )
     plateaus: Count = setting(8, "distinct plans on the way down, each its own compiled graph; 0 = every step its own")
 
     def at(self, progress: float, final: Plan) -> Plan:
@@ -92,6 +105,10 @@ class Cosine(PlanSettings):
             [self.warmup + self.length * step / self.plateaus for step in down] if self.plateaus else range(math.ceil(epochs))
         )
         return [self.warmup, *between, self.warmup + self.length]
+
+    @property
+    def timetable(self) -> str:
+        return f"plan.warmup={self.warmup:g}ep, plan.length={self.length:g}ep"
 
     @property
     def every_step_differs(self) -> str:
@@ -124,6 +141,10 @@ class Staircase(PlanSettings):
     @property
     def ends_at(self) -> Plan | None:
         return Plan(*self.stairs[-1][1:])
+
+    @property
+    def timetable(self) -> str:
+        return f"plan.stairs from epochs {', '.join(f'{start:g}' for start, _, _ in self.stairs)}"
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,10 @@ class DenseSparseEpochs(PlanSettings):
     def borders(self, epochs: int) -> Sequence[float]:
         return range(epochs)
 
+    @property
+    def timetable(self) -> str:
+        return "its first epoch is dense"
+
 
 def _refuse_densities(densities: Sequence[float]) -> None:
     if not densities or 1.0 in densities or len(set(densities)) < len(densities):
@@ -207,6 +232,11 @@ class KeepSchedule:
         """The plans that steps at `progress` draw from."""
         found = self.schedule.mix(progress, self.final)
         return PlanMix(tuple((share, self._of_levels(plan)) for share, plan in found.parts))
+
+    @property
+    def end(self) -> Plan:
+        """The plan that the schedule leads to, which a short run may not reach."""
+        return self._of_levels(self.schedule.ends_at or self.final)
 
     def _of_levels(self, plan: Plan) -> Plan:
         if self.tokens and self.connections:

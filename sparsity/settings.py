@@ -7,7 +7,7 @@ checked where a dataclass is made, so they hold for every caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -47,9 +47,30 @@ Epochs = Annotated[float, Range(EPOCHS, least=0.0)]
 Count = Annotated[int, Range("count", least=0)]
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A field of a settings dataclass: its default and one line for the reader of the configuration."""
-    return field(default=default, metadata={"meaning": meaning})
+class RunLength(NamedTuple):
+    """The length of a run in epochs, and the copies of an image in a batch (repeated augmentation)."""
+
+    epochs: int
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class ByRun:
+    """A default that depends on the length of the run, so that a mechanism acts in a short one too.
+
+    text: how the reference of the configuration writes it. value: from the run and the numbers that are given for other settings.
+    """
+
+    text: str
+    value: Callable[[RunLength, Mapping[str, float]], float]
+
+
+def setting(default: Any, meaning: str, by_run: ByRun | None = None) -> Any:
+    """A field of a settings dataclass: its default and one line for the reader of the configuration.
+
+    by_run: what a configuration takes in place of `default`, which is the value for 300 epochs.
+    """
+    return field(default=default, metadata={"meaning": meaning, "by_run": by_run})
 
 
 class SettingsError(ValueError):

@@ -18,7 +18,7 @@ from trainer.data.augment.mixup import draw_mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.build import clean_images, training_stream, validation_set
-from trainer.data.loader.dataset import check_classes, open_indexes
+from trainer.data.loader.dataset import check_classes, class_warnings, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
@@ -43,6 +43,7 @@ from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
+from trainer.run.ineffective import ineffective, refuse_ineffective
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
@@ -55,10 +56,13 @@ def train(config: Config, resume: bool = False) -> RunResult:
 
     Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
     """
+    if not resume:
+        refuse_ineffective(config)
     torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
     check_limits(config.data.workers, world_size())
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
+    warnings = [*ineffective(config, len(index)), *class_warnings(index, validation_index, config.model.classes)]
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_weights(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
@@ -102,7 +106,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         baseline = DenseBaseline(config.control, schedule, engine, objective, outputs, teacher)
-        facts = cost_of(model, DENSE) | teacher.facts()
+        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings}
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
         known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them

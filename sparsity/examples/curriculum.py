@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsity.examples.by_class import first_per_group, keep_rates, quotas
 from sparsity.examples.observations import Observations, Observed
-from sparsity.settings import Settings
+from sparsity.settings import RunLength, Settings
 from sparsity.types import Gather, Observation, Selection
 
 
@@ -76,8 +76,24 @@ class ExampleSettings(Settings):
 
         Whole rounds of `repeats` epochs only: the selection does not change inside a round.
         """
-        shown = epochs - round(float(getattr(self, "anneal", 0.0)) * epochs)
+        shown = epochs - round(self._anneal * epochs)
         return -(-shown // repeats) * repeats
+
+    def never_acts(self, run: RunLength) -> str:
+        """Why the method would do nothing in a whole run, with key, value and remedy; "" if it acts, or is set to leave nothing out."""
+        if self.left_out and not self.all_from(*run):
+            return f"examples.anneal={self._anneal:g}: all {run.epochs} epochs show every example; set a smaller share"
+        return ""
+
+    def acts_in_part(self, run: RunLength) -> list[str]:
+        """What the method does less often in this run than its settings name."""
+        if self._anneal and self.all_from(*run) >= run.epochs:
+            return [f"examples.anneal={self._anneal:g} of {run.epochs} epochs is none, so no epoch shows every example"]
+        return []
+
+    @property
+    def _anneal(self) -> float:
+        return float(getattr(self, "anneal", 0.0))
 
 
 class Curriculum:

@@ -15,6 +15,8 @@ Differences from the authors' code: one permutation for all ranks, events counte
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,11 +25,24 @@ import numpy as np
 from sparsity.examples.by_class import first_per_group, quotas
 from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun
 from sparsity.examples.observations import Observed
-from sparsity.settings import Count, Epochs, Share, setting
+from sparsity.settings import ByRun, Count, Epochs, RunLength, Share, setting
 from sparsity.types import Selection
 
 FEWEST_SEEN = 3  # presentations required for a score
 RIGHT, LEARNED = np.uint8(1), np.uint8(2)  # bits of `memory`: right last time, right at least once in this window
+
+
+def _window(run: RunLength, given: Mapping[str, float]) -> float:
+    """A tenth of the run, as 30 of 300 epochs; whole passes, and enough observations for a score."""
+    passes = max(round(run.epochs / 10 / run.repeats), FEWEST_SEEN)
+    if share := given.get("probe_share"):
+        passes = max(passes, math.ceil(FEWEST_SEEN / share / run.repeats - 1e-9))
+    return float(passes * run.repeats)
+
+
+def _updates(run: RunLength, given: Mapping[str, float]) -> int:
+    """Those of the first half of the run, as 5 in 150 of 300 epochs."""
+    return min(5, max(1, int(run.epochs / 2 // given["window"]))) if given.get("window") else 5
 
 
 @dataclass(frozen=True)
@@ -35,8 +50,12 @@ class ForgettingSettings(ExampleSettings):
     counts_forgetting: ClassVar[bool] = True
     removed: Share = setting(0.0, "share of the data set left out of an epoch")
     swap: Share = setting(0.05, "share of the data set exchanged at an update")
-    window: Epochs = setting(30.0, "epochs between two updates, in which forgetting events are counted")
-    updates: Count = setting(5, "updates in a run")
+    window: Epochs = setting(
+        30.0,
+        "epochs between two updates, in which forgetting events are counted",
+        ByRun("epochs / 10, at least 3 x data.repeats", _window),
+    )
+    updates: Count = setting(5, "updates in a run", ByRun("5, or those of the first half of the run", _updates))
     restore: Literal["random", "never_trained"] = setting("random", "which examples come back from the pool first")
     ties: Literal["spread", "id"] = setting("spread", "equal scores: flattest [CLS] attention first, or lowest id first")
     balanced: bool = setting(False, "remove the same share of every class")
@@ -44,6 +63,33 @@ class ForgettingSettings(ExampleSettings):
 
     def build(self, run: TrainingRun) -> Forgetting:
         return Forgetting(self, run)
+
+    def never_acts(self, run: RunLength) -> str:
+        if why := super().never_acts(run):
+            return why
+        if not (self.removed and self.swap and self.updates) or self._updates_in(run):
+            return ""
+        end = self.all_from(*run)
+        fits = (end - 1) // run.repeats * run.repeats
+        shorter = f"set examples.window<={fits:g}ep, " if fits >= FEWEST_SEEN * run.repeats else "train for more epochs, "
+        return (
+            f"examples.window={self.window:g}ep: no update happens in the {end} epochs that leave examples out, so the same images would "
+            f"be left out for the whole run; {shorter}or examples.method=random_fixed, which does just that"
+        )
+
+    def acts_in_part(self, run: RunLength) -> list[str]:
+        found = super().acts_in_part(run)
+        number = self._updates_in(run)
+        if self.removed and self.swap and number < self.updates:
+            found.append(
+                f"examples.updates={self.updates} with examples.window={self.window:g}ep: {number} of them in the "
+                f"{self.all_from(*run)} epochs that leave examples out"
+            )
+        return found
+
+    def _updates_in(self, run: RunLength) -> int:
+        """The number of updates that a run reaches."""
+        return min(self.updates, int(max(self.all_from(*run) - 1, 0) // self.window)) if self.window else self.updates
 
 
 class Forgetting(Observer):

@@ -17,7 +17,7 @@ import numpy as np
 
 from sparsity.examples.curriculum import Draw, ExampleSettings, Observer, TrainingRun
 from sparsity.examples.observations import Observed
-from sparsity.settings import Share, setting
+from sparsity.settings import RunLength, Share, setting
 from sparsity.types import Selection
 
 
@@ -35,6 +35,16 @@ class InfoBatchSettings(ExampleSettings):
 
     def build(self, run: TrainingRun) -> InfoBatch:
         return InfoBatch(self, run)
+
+    def never_acts(self, run: RunLength) -> str:
+        if why := super().never_acts(run):
+            return why
+        if self.removed and self.all_from(*run) <= run.repeats:
+            return (
+                f"examples.method=infobatch: the first {run.repeats} epoch(s) measure the losses and show every example, and no other "
+                "epoch leaves any out; train for more epochs, lower examples.anneal, or set examples.method=all"
+            )
+        return ""
 
 
 class InfoBatch(Observer):

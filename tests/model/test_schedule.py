@@ -80,7 +80,8 @@ def test_a_level_that_is_off_keeps_all_on_every_stair():
 def test_a_change_at_the_very_end_is_not_the_last_plan(epochs, from_epoch):
     """A run scores under the plan that it trained under; `eval RUN` and `show` have to take the same."""
     levels = {"tokens": {"method": "topk", "keep": 0.7}, "connections": {"method": "exact", "keep": 0.1}}
-    schedule = build_schedule(config(epochs=epochs, plan={"method": "cosine"}, **levels))
+    plan = {"method": "cosine", "warmup": "10ep", "length": "100ep"}
+    schedule = build_schedule(config(epochs=epochs, plan=plan, **levels))
     start, end, plan, _ = schedule.stretches()[-1]
     assert (start, end, plan) == (from_epoch, epochs, schedule.last())
     assert build_schedule(config(epochs=epochs, **levels)).last() == Plan(0.7, 0.1)

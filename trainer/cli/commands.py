@@ -68,6 +68,7 @@ def _init(a: argparse.Namespace) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
+    from trainer.data.loader.dataset import counts_from_one, renumber
     from trainer.data.loader.shuffle_quality import runs_of_class
     from trainer.data.remote.cache import cache_at
     from trainer.data.shards.index import build_index
@@ -75,6 +76,8 @@ def _index(a: argparse.Namespace) -> None:
     cache = cache_at(a.cache, a.cache_size)
     index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
     show(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
+    if counts_from_one(index):
+        show(f"warning: {renumber(index)}")
     share, chance = runs_of_class(index)
     if share > 0.5 and share > 2 * chance:
         show(
@@ -146,7 +149,7 @@ def _densities(text: str, option: str) -> list[float]:
 def _parity(a: argparse.Namespace) -> int:
     from trainer.preflight.parity import parity
 
-    certificate = parity(configuration(a), steps=a.steps)
+    certificate = parity(configuration(a), steps=a.steps, progress=True)
     show(certificate)
     if a.json:
         certificate.write(Path(a.json))

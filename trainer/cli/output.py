@@ -15,7 +15,7 @@ from trainer.storage.text import printable
 def configuration(a: argparse.Namespace) -> Config:
     from trainer.config.load import load
 
-    return load(a.config, a.overrides)
+    return load(a.config, a.overrides, resume=getattr(a, "resume", False))
 
 
 def show(text: object) -> None:

@@ -15,14 +15,18 @@ from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
 from trainer.config.recorded import method_sections, without_foreign
 from trainer.config.run_config import Config
+from trainer.config.run_defaults import with_recorded, with_run_defaults
 from trainer.config.strict_yaml import load_yaml
 from trainer.config.values import Section
 
 _DEEPEST = 16  # parts of a key; model.args may hold mappings of its own
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML strictly and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
+def load(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Config:
+    """Read a YAML strictly and apply `key.sub=value` overrides (values are YAML). Raises ConfigError.
+
+    resume: the configuration continues a run, whose recorded values replace defaults that depend on the length of the run.
+    """
     path = Path(path)
     if not path.is_file():
         hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")], prefix=f"{path.parent}/")
@@ -43,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _replace_methods(raw, given)
     for key, value in given:
         _override(raw, key, value)
-    return parse(raw, str(path))
+    return parse(with_recorded(raw, method_sections()) if resume else raw, str(path))
 
 
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -57,7 +61,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse(raw: dict[str, Any], source: str = "config") -> Config:
     """Validate plain values as a Config. Raises ConfigError naming every wrong key, its value and similar keys."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(with_run_defaults(raw, method_sections()))
     except ValidationError as error:
         raise ConfigError("\n".join([f"{source}:"] + [_explain(e) for e in error.errors()])) from None
 

@@ -16,6 +16,7 @@ from sparsity.settings import EPOCHS, Range, Settings
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.run_config import Config
+from trainer.config.run_defaults import OF_OPTIM, by_run_of
 from trainer.config.values import Duration, Section, Unit
 
 HEAD = """# Configuration
@@ -25,6 +26,7 @@ Every key of a run's YAML. Made by `trilevel config --markdown > docs/configurat
 
 Durations carry their unit: `5ep` (epochs, may be fractional) or `500step` (optimizer steps). Shares and probabilities are numbers from 0
 to 1. A key with default *required* must be given; `null` means not set. A key of another method than the chosen one is refused.
+A default like "epochs / 10" is a share of the run; `config.yaml` in the run directory has its value, the recipes have the papers' numbers.
 Where a meaning names no reason to change a key, its default suits the recipes in configs/.
 """
 
@@ -114,7 +116,9 @@ def _table(found: list[Key]) -> str:
 
 
 def _key(name: str, field: FieldInfo) -> Key:
-    return Key(name, "", _kind(field.annotation, field.metadata), _default(field), " ".join((field.description or "").split()))
+    return Key(
+        name, "", _kind(field.annotation, field.metadata), _default(name, field), " ".join((field.description or "").split())
+    )
 
 
 def _settings_keys(section: str, method: str, settings: type[Settings]) -> list[Key]:
@@ -122,6 +126,8 @@ def _settings_keys(section: str, method: str, settings: type[Settings]) -> list[
     found = []
     for field in fields(settings):
         default = "*required*" if field.default is MISSING else _shown(field.default, hints[field.name])
+        if by_run := by_run_of(field):
+            default = by_run.text
         meaning = field.metadata.get("meaning", "")
         found.append(Key(f"{section}.{field.name}", method, _kind(hints[field.name], ()), default, _sentence(meaning)))
     return found
@@ -131,7 +137,10 @@ def _sentence(meaning: str) -> str:
     return meaning[:1].upper() + meaning[1:].rstrip(".") + "." if meaning else ""
 
 
-def _default(field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo) -> str:
+    section, _, key = name.partition(".")
+    if section == "optim" and key in OF_OPTIM:
+        return OF_OPTIM[key].text
     if field.is_required():
         return "*required*"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()  # pyright: ignore

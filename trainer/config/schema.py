@@ -184,7 +184,7 @@ class OptimConfig(Section):
     loss: Literal["soft", "bce"] = "soft"
     """`soft`: cross-entropy with soft targets; `bce`: binary cross-entropy per class (DeiT-III)."""
     warmup: Epochs = 5.0
-    """Epochs of linear warm-up; the cosine runs over all epochs underneath (timm's warmup_prefix=False)."""
+    """Epochs of linear warm-up; the cosine runs over all epochs underneath (timm's warmup_prefix=False). DeiT: 5 of 300."""
     warmup_lr: float = Field(default=1e-6, ge=0.0)
     """Learning rate at the start of the warm-up."""
     min_lr: float = Field(default=1e-5, ge=0.0)

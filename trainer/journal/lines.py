@@ -28,6 +28,7 @@ LOSS: _Check = lambda value: isinstance(value, int | float), "a number"  # may b
 TIME: _Check = lambda value: _number(value) and abs(value) < 1e11, "seconds since 1970"
 TEXT: _Check = lambda value: isinstance(value, str), "a text"
 LIST: _Check = lambda value: isinstance(value, list), "a list"
+TEXTS: _Check = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value), "a list of texts"
 TABLE: _Check = lambda value: isinstance(value, dict), "an object"
 MAYBE_TABLE: _Check = lambda value: value is None or isinstance(value, dict), "an object or null"
 TOKENS: _Check = lambda value: _numbers(value) and (not value or max(value) > 0), "a list of numbers above 0"
@@ -44,7 +45,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "start": {
         "config": TABLE, "world": WORLD, "versions": MAYBE_TABLE, "data": MAYBE_TABLE, "classes": LIST, "hosts": LIST, "pixels": LIST,
         "multiply_adds": NUMBER, "matrix_tflops": MAYBE, "starting": NUMBER, "teacher_hash": TEXT, "teacher_parameters": NUMBER,
-        "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER,
+        "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER, "warnings": TEXTS,
     },
     "resume": _WHERE,
     "epoch": _WHERE | {"kept": COUNT, "examples": COUNT, "steps": COUNT, "facts": TABLE},
@@ -66,7 +67,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "broken": _WHERE,
     "skipped": _WHERE,
     "message": {"text": TEXT},
-    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": TABLE, "by_cause": TABLE},
+    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": TABLE, "by_cause": TABLE, "matrix_tflops": MAYBE},
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}
 

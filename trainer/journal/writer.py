@@ -13,7 +13,8 @@ name, lists as one metric per position.
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
 |            |                              | classes (names), matrix_tflops (a device's rate of matrix products, measured),   |
-|            |                              | starting (seconds from the start of the process to this line)                    |
+|            |                              | starting (seconds from the start of the process to this line), warnings (list of |
+|            |                              | settings that act less than they say, as text, see `run.ineffective`)            |
 | resume     | later attempts, before any   | epoch, batch, step that the attempt resumes from (step 0: nothing saved), path   |
 |            | step                         |                                                                                  |
 | epoch      | before the first batch of an | epoch, batch (0, or that of a resume), step, kept (examples), examples (in       |
@@ -60,7 +61,8 @@ name, lists as one metric per position.
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, progress, seconds, images (of the run), device_hours    |
 |            |                              | (of all attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in     |
-|            |                              | `control`), spent, by_cause {cause: seconds over all attempts, see `goodput`}    |
+|            |                              | `control`), spent, by_cause {cause: seconds over all attempts, see `goodput`},   |
+|            |                              | matrix_tflops (of rank 0's device, measured again)                               |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """

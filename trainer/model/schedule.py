@@ -60,6 +60,11 @@ class Schedule:
         """The plan of an evaluation at `progress`; where nothing is drawn, also that of a step."""
         return self._keep.at(progress)
 
+    @property
+    def end(self) -> Plan:
+        """The plan that the schedule leads to, which a short run may not reach."""
+        return self._keep.end
+
     def last(self) -> Plan:
         """The plan of the last evaluation: a change exactly at the end is never trained."""
         return self.plan(math.nextafter(float(self.epochs), 0.0))

@@ -12,7 +12,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream
-from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
+from trainer.data.loader.dataset import check_classes, check_labels, class_warnings, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import (
@@ -28,6 +28,7 @@ from trainer.model.build import (
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
 from trainer.model.teacher import build_teacher
+from trainer.run.ineffective import ineffective, refuse_ineffective
 from trainer.telemetry.efficiency import TRAINING
 
 
@@ -62,6 +63,7 @@ class CheckReport:
     quality: Quality  # of the first epoch's order, from a sample of its batches
     frozen: int = 0  # of the parameters, do not train
     teacher: float = 0.0  # multiply-adds of an image's forward pass through the teacher
+    warnings: tuple[str, ...] = ()  # settings that act less than they say, classes without images
 
     def share(self) -> float:
         """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""
@@ -106,6 +108,7 @@ class CheckReport:
             f"{self.accumulation} accumulation step(s) x micro-batch {self.micro_batch}{' (last ones padded)' if self.padded() else ''}\n"
             f"{teacher if self.teacher else ''}"
             f"multiply-adds of the run, without counting removed examples: {self.share():.3f} of dense\n{self.quality.text()}"
+            + "".join(f"\nwarning: {text}" for text in self.warnings)
         )
 
     def padded(self) -> bool:
@@ -114,9 +117,10 @@ class CheckReport:
 
 def check(config: Config, world: int) -> CheckReport:
     """Check a configuration together with its shards, its model and `world` processes. Raises ConfigError or DataError."""
+    refuse_ineffective(config)
     train, validation = open_indexes(config.data)
-    check_labels(validation, config.model.classes)
     check_classes(train, validation)
+    check_labels(validation, config.model.classes)
     model, examples = build_model(config), build_examples(config, train)
     try:
         stream = training_stream(train, config, 0, world)
@@ -145,6 +149,7 @@ def check(config: Config, world: int) -> CheckReport:
         quality=shuffle_quality(order, train.labels, batches=16),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
+        warnings=(*ineffective(config, len(train)), *class_warnings(train, validation, config.model.classes)),
     )
 
 

@@ -179,6 +179,11 @@ class DenseBaseline:
         return {"keep_tokens": plan.keep_tokens, "keep_connections": plan.keep_connections, "note": f"not measured: {why}"}
 
 
+def fewest_steps(drawn: bool) -> int:
+    """Steps that a plateau must have to be timed; `drawn`: its steps draw their plan."""
+    return (WARM + WATCHED) * (DRAWN if drawn else 1)
+
+
 def _window(plans: PlanMix) -> tuple[int, int]:
     """Steps under `plans` to warm up, and to time."""
     return (WARM, WATCHED) if len(plans.parts) == 1 else (DRAWN * WARM, DRAWN * WATCHED)

@@ -52,6 +52,8 @@ class RankZeroLog:
     def start(self, state: TrainState, engine: Engine, data: dict[str, Index], model: SparseViT, facts: dict[str, Any]) -> None:
         """The first lines of the attempt, environment.txt and plan.md. Starts the MLflow shipper."""
         self.journal.write("start", **description.start_line(self.config, engine, data, model), **facts)
+        for text in facts.get("warnings", ()):
+            self.console.message(f"warning: {text}")
         if self.journal.attempt:
             self.journal.write("resume", epoch=state.epoch, batch=state.batch, step=state.step)
         if state.step:
@@ -162,14 +164,16 @@ class RankZeroLog:
         about = {} if weights is None else {"weights": {"bytes": weights.size, "hash": weights.hash}}
         self.journal.write("checkpoint", **where, bytes=size, blocking=blocking, seconds=seconds, **about)
 
-    def end(self, state: TrainState, status: str, reason: str, spent: dict[str, float]) -> None:
+    def end(self, state: TrainState, status: str, reason: str, spent: dict[str, float], rate: float | None = None) -> None:
         """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest. spent: seconds of this attempt by
-        cause, see `engine.place_clock`."""
+        cause, see `engine.place_clock`. rate: FLOP/s of this device in matrix products now, where it was measured."""
         saved = savings_of(self.directory)
         facts = self.efficiency.so_far(state.seconds)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
         line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
+        if rate is not None:
+            line["matrix_tflops"] = rate / 1e12
         now = {"kind": "end", "attempt": self.journal.attempt, "time": self.journal.now(), **line}
         self.journal.write("end", **line, by_cause=by_cause(joined(read(self.directory), [now])))
         try:

@@ -22,7 +22,6 @@ from trainer.data.augment import decode, turbojpeg
 from trainer.data.batch import Batch
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream, validation_set
-from trainer.data.loader.dataset import check_classes
 from trainer.data.shards.index import Index, build_index
 from trainer.preflight.verify_shards import verify
 
@@ -199,19 +198,6 @@ def test_refusals(index: Index) -> None:
         next(training_stream(index, config("x", data={"batch": 64}), 0, 1).epoch(0, None))
     with pytest.raises(ValueError, match=r"augment.policy='rend'"):
         training_stream(index, config("x", augment={"policy": "rend"}), 0, 1)
-
-
-def test_training_and_validation_must_name_the_same_classes(tmp_path: Path) -> None:
-    def of(stem: str, names: str, labels: str = "key") -> Index:
-        write_tar(tmp_path / f"{stem}.tar", {f"{n}_{i}.jpg": jpeg(i) for i, n in enumerate(names)})
-        return build_index(str(tmp_path / f"{stem}.tar"), labels, progress=False)
-
-    check_classes(of("a", "xyz"), of("b", "zyx"))
-    numbered = build_index(write_shards(tmp_path / "numbered", [4]), progress=False)
-    check_classes(of("a", "xyz"), numbered)
-    check_classes(numbered, of("a", "xyz"))
-    with pytest.raises(DataError, match=r"class 1 is 'y' in .*a-\w+.index and 'z' in .*c-\w+.index.*classes.txt"):
-        check_classes(of("a", "xyz"), of("c", "xz"))
 
 
 def test_a_shard_lost_in_the_run_breaks_its_images_only(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -11,6 +10,8 @@ from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index, open_index
+
+LISTED = 5  # classes that a message names
 
 
 def cache_of(index: Index, data: DataConfig) -> Cache | None:
@@ -22,23 +23,104 @@ def check_labels(index: Index, classes: int) -> None:
     """Raise DataError, naming shard and key, for a label outside the model's classes."""
     wrong = np.flatnonzero((index.labels < 0) | (index.labels >= classes))
     if len(wrong):
+        remedy = (
+            renumber(index)
+            if counts_from_one(index)
+            else f"set model.classes={int(index.labels.max()) + 1} or correct the labels"
+        )
         raise DataError(
             f"shard {index.where(int(wrong[0]))}: label {index.labels[wrong[0]]} is outside model.classes={classes} "
-            f"({len(wrong)} such images); set model.classes={int(index.labels.max()) + 1} or correct the labels"
+            f"({len(wrong)} such images); {remedy}"
         )
 
 
 def check_classes(train: Index, validation: Index) -> None:
-    """Raise DataError if the two have different class names; sets with numbers from 0 instead of names are not compared."""
-    named = [index for index in (train, validation) if index.classes != [str(i) for i in range(len(index.classes))]]
-    if len(named) < 2 or train.classes == validation.classes:
-        return
-    pairs = zip_longest(train.classes, validation.classes)
-    number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    raise DataError(
-        f"class {number} is {ours!r} in {train.path} and {theirs!r} in {validation.path}: class names must be equal; put "
-        "one classes.txt (a name per line, in order) beside both sets of shards and run `trilevel index` again"
+    """Raise DataError if the two have different class names, or cannot be learnt from. Sets with numbers from 0 instead of names are not
+    compared by name."""
+    named = [index for index in (train, validation) if not _numbered(index)]
+    if len(named) == 2 and train.classes != validation.classes:
+        raise DataError(
+            f"{_difference(train, validation)}: class names must be equal; put one classes.txt (a name per line, in order) beside both "
+            "sets of shards and run `trilevel index` again"
+        )
+    if counts_from_one(train):
+        raise DataError(f"{train.path}: {renumber(train)}")
+    trained, asked = np.unique(train.labels), np.unique(validation.labels)
+    if len(trained) == 1:
+        raise DataError(
+            f"{train.path}: all {len(train):,} training images have the label {_name(train, trained[0])}; check data.labels and the "
+            "folder that was packed"
+        )
+    if not np.isin(asked, trained).any():
+        raise DataError(
+            f"{validation.path}: no validation image is of a class that has training images; its labels are {_names(validation, asked)}, "
+            f"those of {train.path} {_names(train, trained)}; check data.labels and the folders that were packed"
+        )
+
+
+def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
+    """What the labels of a run's data sets leave out, as sentences. classes: of the model."""
+    found = []
+    counts = np.bincount(train.labels, minlength=classes)
+    if len(empty := np.flatnonzero(counts == 0)):
+        asked = int(np.isin(validation.labels, empty).sum())
+        tested = f"; {asked:,} validation images are of these classes" if asked else ""
+        found.append(f"{len(empty)} of model.classes={classes} classes have no training image: {_names(train, empty)}{tested}")
+    if len(asked := np.unique(validation.labels)) == 1:
+        found.append(f"all {len(validation):,} validation images have the label {_name(validation, asked[0])}")
+    if _numbered(train) != _numbered(validation):
+        named, numbered = ("data.validation", "data.train") if _numbered(train) else ("data.train", "data.validation")
+        other = validation if _numbered(train) else train
+        taken = ", ".join(f"{number} as {name!r}" for number, name in enumerate(other.classes[:3]))
+        found.append(f"labels of {named} are names and those of {numbered} numbers, which are taken as positions: {taken}, ...")
+    return found
+
+
+def counts_from_one(index: Index) -> bool:
+    """Whether the labels are the numbers 1 to n without a gap, so that class 0 would be empty."""
+    if not _numbered(index) or len(index) == 0 or index.labels.min() != 1:
+        return False
+    return len(np.unique(index.labels)) == index.labels.max() > 1
+
+
+def renumber(index: Index) -> str:
+    """What to do about labels that `counts_from_one` finds, as text."""
+    most = int(index.labels.max())
+    return (
+        f"labels are the numbers 1 to {most}, and none is 0; if they count from 1, put a classes.txt with the lines 1 to {most} beside "
+        "the shards; if class 0 has no image here, one with the names of all classes, that of class 0 first; then run `trilevel index` "
+        "again"
     )
+
+
+def _numbered(index: Index) -> bool:
+    return index.classes == [str(i) for i in range(len(index.classes))]
+
+
+def _difference(train: Index, validation: Index) -> str:
+    ours, theirs = set(train.classes), set(validation.classes)
+    if ours == theirs:
+        number, (a, b) = next(
+            (i, pair) for i, pair in enumerate(zip(train.classes, validation.classes, strict=True)) if pair[0] != pair[1]
+        )
+        return f"the same {len(ours)} classes in another order: class {number} is {a!r} in {train.path} and {b!r} in {validation.path}"
+    parts = [
+        f"{len(index.classes)} classes in {index.path}" + (f" ({_listed(sorted(more))} only there)" if more else "")
+        for index, more in ((train, ours - theirs), (validation, theirs - ours))
+    ]
+    return " and ".join(parts)
+
+
+def _name(index: Index, label: int) -> str:
+    return repr(index.classes[label]) if label < len(index.classes) else str(label)
+
+
+def _names(index: Index, labels: np.ndarray) -> str:
+    return _listed([index.classes[label] if label < len(index.classes) else str(label) for label in labels])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def open_indexes(data: DataConfig, verify: bool = True) -> tuple[Index, Index]:

@@ -71,7 +71,8 @@ def label_in_key(path: Path, sample: Sample) -> str:
 def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where: str) -> tuple[dict[str, int], list[str]]:
     """({label text: class number}, classes in order). `classes`: the names to use, None = those of the texts.
 
-    Integers are class numbers (except from keys: a folder is a name). Raises DataError naming the label.
+    Integers are class numbers, except from keys (a folder is a name) and where `classes` lists each of them as a name, as for labels
+    that count from 1. Raises DataError naming the label.
     """
     for text in sorted(texts):
         check_name(text, where)
@@ -85,7 +86,7 @@ def class_numbers(texts: set[str], labels: str, classes: list[str] | None, where
         raise DataError(
             f"{where}: both numbers ({min(decimal)!r}) and names ({min(texts - decimal)!r}) as labels; use only one of them"
         )
-    if decimal:
+    if decimal and not texts <= set(classes or ()):
         number = {t: int(t) for t in texts}
         if (most := max(number.values())) >= MOST_CLASSES:
             raise DataError(f"{where}: class number {most} is too large; must be < {MOST_CLASSES}")

@@ -1,0 +1,118 @@
+"""A mechanism that would never act is refused before training; what acts in part is in `--check`, on the console and in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.preflight.test_check import config as on_digits
+from tests.support.journals import lines, write
+from trainer.analysis.report import summary
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse
+from trainer.config.run_config import Config
+from trainer.preflight.check import check
+from trainer.run.ineffective import ineffective, refuse_ineffective
+from trainer.train import train
+
+DATA = {"train": "a", "validation": "b", "batch": 64, "lanes": 4}
+FORGETTING: dict[str, Any] = {"method": "forgetting", "removed": 0.1}
+TOKENS = {"method": "topk", "keep": 0.5}
+IMAGES = 640  # 10 steps in an epoch
+
+
+def config(**changes: Any) -> Config:
+    data = DATA | changes.pop("data", {})
+    return parse({"name": "x", "epochs": 8, "control": 0, "model": {"name": "deit_tiny_patch16_224"}, "data": data} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"examples": FORGETTING | {"window": "30ep"}}, ["examples.window=30ep: no update", "set examples.window<=7ep, or", "epochs=8"]),
+        ({"examples": FORGETTING | {"window": "8ep"}}, ["no update happens in the 8 epochs", "examples.method=random_fixed"]),
+        ({"examples": FORGETTING | {"window": "4ep", "anneal": 0.5}}, ["in the 4 epochs that leave examples out", "window<=3ep"]),
+        ({"examples": FORGETTING, "epochs": 3}, ["examples.window=3ep", "train for more epochs"]),
+        ({"examples": FORGETTING | {"window": "9ep"}, "data": {"repeats": 3, "batch": 96}}, ["examples.window=9ep", "more epochs"]),
+        ({"examples": {"method": "infobatch", "removed": 0.3}, "epochs": 1}, ["examples.method=infobatch: the first 1 epoch"]),
+        ({"examples": {"method": "random_epoch", "removed": 0.3, "anneal": 0.99}}, ["examples.anneal=0.99: all 8 epochs"]),
+        ({"tokens": TOKENS, "plan": {"method": "cosine", "warmup": "8ep"}}, ["plan.method=cosine, plan.warmup=8ep", "shorten the plan"]),
+        ({"tokens": TOKENS, "plan": {"method": "staircase", "stairs": [["9ep", 0.5, 1.0]]}}, ["plan.stairs from epochs 9"]),
+        ({"tokens": TOKENS, "plan": {"method": "dense_sparse_epochs"}, "epochs": 1}, ["its first epoch is dense"]),
+    ],
+)  # fmt: skip
+def test_a_mechanism_that_never_acts_is_refused(changes: dict[str, Any], words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        refuse_ineffective(config(**changes))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"examples": FORGETTING | {"window": "7ep", "updates": 1}},
+        {"examples": {"method": "forgetting"}},  # counts events only
+        {"examples": FORGETTING | {"updates": 0}},  # no updates wanted
+        {"examples": {"method": "infobatch", "removed": 0.3}, "epochs": 2},
+        {"tokens": TOKENS, "plan": {"method": "cosine", "warmup": "1ep", "length": "3ep", "plateaus": 2}},
+        {"tokens": TOKENS, "plan": {"method": "staircase", "stairs": [["7ep", 0.5, 1.0]]}},
+        {"tokens": TOKENS, "plan": {"method": "dense_sparse"}},
+        {"tokens": TOKENS, "plan": {"method": "dense_sparse_epochs"}, "epochs": 2},
+        {"evaluate": {"every": "8ep"}, "checkpoint": {"every": "80step"}, "stop_at": "8ep", "log_every": "500step"},
+    ],
+)
+def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
+    refuse_ineffective(config(**changes))
+    assert ineffective(config(**changes), IMAGES) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"examples": FORGETTING | {"window": "3ep", "updates": 5}},
+         "examples.updates=5 with examples.window=3ep: 2 of them in the 8 epochs"),
+        ({"examples": {"method": "infobatch", "removed": 0.3, "anneal": 0.05}}, "examples.anneal=0.05 of 8 epochs is none"),
+        ({"data": {"repeats": 3, "batch": 96}, "epochs": 2}, "data.repeats=3 with epochs=2: only 2 of 3 images are ever shown"),
+        ({"tokens": {"method": "topk"}}, "tokens.method=topk: the keep ratio is 1 in the whole run"),
+        ({"plan": {"method": "cosine"}}, "plan.method=cosine has no effect with tokens.method=all"),
+        ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "100ep"}},
+         "plan.length=100ep: at the end of epochs=8 the keep ratios are tokens 0.995, connections 1; the plan ends at 0.5, 1"),
+        ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "1ep", "plateaus": 20}}, "the shortest plateau lasts 0.5 steps"),
+        ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "6ep"}, "control": 0.01},
+         "the longest plateau has 17 steps, timing dense passes needs 25"),
+        ({"optim": {"ema": 0.999}}, "optim.ema=0.999 over 80 steps: 92% of the average is still the initial weights; set optim.ema<=0.96"),
+        ({"evaluate": {"every": "9ep"}},
+         "evaluate.every=9ep is longer than the run (8 epochs, about 80 steps): one evaluation, at the end"),
+        ({"checkpoint": {"every": "81step"}}, "checkpoint.every=81step is longer than the run"),
+        ({"checkpoint": {"keep_every": "100ep"}}, "checkpoint.keep_every=100ep"),
+        ({"stop_at": "20ep"}, "stop_at=20ep is behind the end"),
+        ({"trace": {"steps": [100, 105]}}, "trace.steps=[100, 105] begins behind the end"),
+    ],
+)  # fmt: skip
+def test_what_acts_in_part_is_reported(changes: dict[str, Any], words: str):
+    found = ineffective(config(**changes), IMAGES)
+    assert len(found) == 1 and words in found[0]
+
+
+def test_check_and_a_new_run_refuse_and_a_resumed_one_goes_on(digits: Path, tmp_path: Path):
+    wrong = on_digits(digits, examples=FORGETTING | {"window": "30ep"}, runs=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"examples\.window=30ep: no update happens"):
+        check(wrong, 1)
+    with pytest.raises(ConfigError, match=r"examples\.window=30ep: no update happens"):
+        train(wrong)
+    with pytest.raises(ConfigError, match="frozen_by_test"):  # behind the check, which a run of an earlier version passes
+        train(wrong.changed(model={"name": "frozen_by_test"}), resume=True)
+
+
+def test_check_and_the_report_show_what_acts_in_part(digits: Path, tmp_path: Path):
+    text = check(on_digits(digits, evaluate={"every": "10ep"}), 1).text()
+    assert text.splitlines()[-1].startswith("warning: evaluate.every=10ep is longer than the run (4 epochs, about 88 steps)")
+    start, *others = lines()
+    warning = "evaluate.every=10ep is longer than the run"
+    rows = summary(write(tmp_path / "tri", [start | {"warnings": [warning]}, *others])).rows
+    assert [row.note for row in rows if row.what == "warning"] == [warning]
+    assert not any(row.what == "warning" for row in summary(write(tmp_path / "plain", lines())).rows)

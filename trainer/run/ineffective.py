@@ -1,0 +1,112 @@
+"""Settings that cannot act in a run of its length: refused where a mechanism would do nothing at all, else reported by `--check`, at the
+start of the run and in its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparsity.settings import RunLength
+from sparsity.types import DENSE
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.config.values import Duration
+from trainer.model.build import build_schedule
+from trainer.run.dense_baseline import fewest_steps
+
+INITIAL = 0.05  # share of the initial weights in their average above which it is reported
+
+
+def refuse_ineffective(config: Config) -> None:
+    """Raises ConfigError for a mechanism that is on and never acts in this run. For new runs: one of an earlier version continues."""
+    length = RunLength(config.epochs, config.data.repeats)
+    if why := config.examples.settings.never_acts(length):
+        raise ConfigError(f"{why} (epochs={config.epochs})")
+    schedule = build_schedule(config)
+    wanted = schedule.end != DENSE or config.plan.settings.draws
+    if wanted and all(stretch.plan == DENSE for stretch in schedule.stretches()):
+        raise ConfigError(
+            f"plan.method={config.plan.method}, {config.plan.settings.timetable}: no keep ratio falls below 1 in epochs={config.epochs}; "
+            "shorten the plan, or set plan.method=constant"
+        )
+
+
+def ineffective(config: Config, images: int) -> list[str]:
+    """The settings that act less than they say in a run over `images` training images, as sentences with key, value and effect."""
+    steps = max(round(build_schedule(config).shown(0) * images) // config.data.batch, 1)  # of an epoch
+    length = RunLength(config.epochs, config.data.repeats)
+    return [
+        *config.examples.settings.acts_in_part(length),
+        *_shown(length),
+        *_plan(config, steps),
+        *_control(config, steps),
+        *_average(config, steps),
+        *_intervals(config, steps),
+    ]
+
+
+def _shown(length: RunLength) -> Iterator[str]:
+    if length.epochs < length.repeats:
+        yield (
+            f"data.repeats={length.repeats} with epochs={length.epochs}: only {length.epochs} of {length.repeats} images are ever shown; "
+            f"an epoch shows one of {length.repeats}"
+        )
+
+
+def _plan(config: Config, steps: int) -> Iterator[str]:
+    schedule, plan = build_schedule(config), config.plan.settings
+    stretches = schedule.stretches()
+    for name, level in (("tokens", config.tokens), ("connections", config.connections)):
+        if not level.settings.off and all(getattr(stretch.plan, f"keep_{name}") == 1 for stretch in stretches):
+            yield f"{name}.method={level.method}: the keep ratio is 1 in the whole run, so all {name} are kept; set {name}.keep below 1"
+    if config.tokens.settings.off and config.connections.settings.off and config.plan.method != "constant":
+        yield f"plan.method={config.plan.method} has no effect with tokens.method=all and connections.method=all"
+    last, end = schedule.last(), schedule.end
+    if last != end:
+        yield (
+            f"{plan.timetable}: at the end of epochs={config.epochs} the keep ratios are tokens {last.keep_tokens:.3g}, connections "
+            f"{last.keep_connections:.3g}; the plan ends at {end.keep_tokens:g}, {end.keep_connections:g}"
+        )
+    shortest = min((stretch.end - stretch.start) * steps for stretch in stretches)
+    if shortest < 1:
+        yield f"plan: the shortest plateau lasts {shortest:.2g} steps; an epoch has {steps}; set fewer plateaus or a longer plan"
+
+
+def _control(config: Config, steps: int) -> Iterator[str]:
+    stretches = build_schedule(config).stretches()
+    needed = fewest_steps(any(stretch.share < 1 for stretch in stretches))
+    longest = max((stretch.end - stretch.start) * steps for stretch in stretches)
+    if config.control and any(stretch.plan != DENSE for stretch in stretches) and longest < needed:
+        yield (
+            f"control={config.control:g}: the longest plateau has {longest:.0f} steps, timing dense passes needs {needed}, so there will "
+            "be no certified speedup"
+        )
+
+
+def _average(config: Config, steps: int) -> Iterator[str]:
+    decay, total = config.optim.ema, config.epochs * steps
+    if decay is not None and (left := decay**total) > INITIAL:
+        fitting = INITIAL ** (1 / total)
+        yield (
+            f"optim.ema={decay:g} over {total:,} steps: {left:.0%} of the average is still the initial weights; set optim.ema<="
+            f"{fitting:.{max(2, len(str(total)))}g}"
+        )
+
+
+def _intervals(config: Config, steps: int) -> Iterator[str]:
+    total = config.epochs * steps
+
+    def beyond(length: Duration) -> bool:
+        return length.count > (total if length.unit == "step" else config.epochs)
+
+    run = f"the run ({config.epochs} epochs, about {total:,} steps)"
+    for key, every, effect in (
+        ("evaluate.every", config.evaluate.every, "one evaluation, at the end"),
+        ("checkpoint.every", config.checkpoint.every, "one checkpoint, at the end; a run that is killed starts over"),
+        ("checkpoint.keep_every", config.checkpoint.keep_every, "it keeps nothing"),
+    ):
+        if beyond(every):
+            yield f"{key}={every} is longer than {run}: {effect}"
+    if config.stop_at is not None and beyond(config.stop_at):
+        yield f"stop_at={config.stop_at} is behind the end of {run}: it has no effect"
+    if config.trace.steps is not None and config.trace.steps[0] > total:
+        yield f"trace.steps={list(config.trace.steps)} begins behind the end of {run}: no trace"
