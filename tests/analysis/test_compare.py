@@ -132,6 +132,49 @@ def test_unfinished_runs_and_seeds_not_shared_are_reported(tmp_path: Path):
     assert "b is not finished (running)" in message and "no seed in common" in message
 
 
+def test_an_unfinished_run_is_a_group_of_its_own_without_whole_run_numbers(both: list[Path], tmp_path: Path):
+    """Half of a run once counted as a whole one: multiply-adds x 1.74 while it ran, 1.13 after it."""
+    journal = tmp_path / "sparse-s2" / "journal.jsonl"
+    half = [line for line in journal.read_text().splitlines(keepends=True) if '"epoch": 3' not in line and '"end"' not in line]
+    journal.write_text("".join(half))
+    found = compare([both[5], *both[:5]])  # named first: it is no base all the same
+    assert [(group.name, len(group.runs)) for group in found.groups] == [
+        ("dense", 3),
+        ("sparse-s2 (not finished)", 1),
+        ("sparse", 2),
+    ]
+    _, cut, whole = found.groups
+    assert cut.against and whole.against and not cut.finished and whole.finished
+    assert all(math.isnan(spread.mean) for spread in (cut.against.top1, *cut.against.whole.values()))
+    assert cut.against.equal["images"].mean == pytest.approx(1200 / 1000, rel=0.2), "up to what it reached it can be compared"
+    assert whole.against.whole["images"].mean == pytest.approx(1600 / 1200)
+    row = {row["run"]: row for row in rows(found)}["sparse-s2 (not finished)"]
+    assert row["against base"] == row["whole run: time x"] == "" and row["top-1 %"]
+    two = [run(tmp_path / "at", name, sparse=name == "b") / "journal.jsonl" for name in "ab"]
+    for path in two:  # both stopped at the same epoch, as dry runs do
+        path.write_text(path.read_text().replace('"finished"', '"stopped"'))
+    against = compare([path.parent for path in two]).groups[1].against
+    assert against and against.whole["images"].mean == pytest.approx(1600 / 1200)
+
+
+def test_mfu_is_relative_to_one_rate_of_the_machine(tmp_path: Path):
+    """Two runs of one machine, the second started beside other work: its rate was measured at half, so its MFU at twice."""
+    for name, rate, mfu in (("quiet", 0.06, 0.1), ("loaded", 0.03, 0.2)):
+        path = run(tmp_path, name, sparse=name == "loaded", start={"matrix_tflops": rate}) / "journal.jsonl"
+        path.write_text(path.read_text().replace('"lr": 0.001', f'"lr": 0.001, "mfu": {mfu}'))
+    found = rows(compare([tmp_path / "quiet", tmp_path / "loaded"]))
+    assert {row["MFU %"] for row in found} == {"10.0"}
+    alone = history(tmp_path / "loaded")
+    assert alone.mfu() == pytest.approx(0.2) and alone.matrix_tflops == 0.03
+    path = tmp_path / "loaded" / "journal.jsonl"
+    path.write_text(path.read_text().replace('"status": "finished"', '"matrix_tflops": 0.06, "status": "finished"'))
+    again = history(tmp_path / "loaded")  # measured again at the end, when the machine was quiet
+    assert again.mfu() == pytest.approx(0.1) and again.matrix_tflops == 0.06
+    other = run(tmp_path, "gpu", start={"matrix_tflops": 600.0, "device": "H200"}) / "journal.jsonl"
+    other.write_text(other.read_text().replace('"lr": 0.001', '"lr": 0.001, "mfu": 0.4'))
+    assert [row["MFU %"] for row in rows(compare([tmp_path / "quiet", other.parent]))] == ["10.0", "40.0"]
+
+
 def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
     """Three seeds on one data set, one on another, one of the three cut short: a mean over all would be of nothing."""
     elsewhere = {"data": {split: {"fingerprint": "x"} for split in ("train", "validation")}, "dirty": True}
@@ -141,11 +184,12 @@ def test_every_run_of_a_group_is_looked_at(tmp_path: Path):
     assert "validation set: validation-abc in s0, s1 and s2, x in s3" in message and "s3 ran with uncommitted" in message
     journal = tmp_path / "s1" / "journal.jsonl"
     journal.write_text(journal.read_text().replace('"finished"', '"failed"'))
-    one_group = compare([tmp_path / "s0", tmp_path / "s1"])
-    assert len(one_group.groups) == 1 and warnings(one_group) == [
-        "s1 is not finished (failed): the last top-1 is not the final one"
-    ]
-    assert "s1 is not finished" in page(one_group) and "<h1>s0</h1>" in page(one_group)
+    apart = compare([tmp_path / "s0", tmp_path / "s1"])
+    assert [group.name for group in apart.groups] == ["s0", "s1 (not finished)"]
+    assert "s1 is not finished (failed): the last top-1 is not the final one" in warnings(apart)
+    assert "s1 is not finished" in page(apart)
+    alone = compare([tmp_path / "s1"])
+    assert warnings(alone) == ["s1 is not finished (failed): the last top-1 is not the final one"]
 
 
 def test_settings_changed_at_a_resume_and_skipped_steps_are_reported(tmp_path: Path):

@@ -73,8 +73,8 @@ class MeanInterval:
 class Difference:
     """A group compared with the base, paired by seed (`paired` pairs); without common seeds each with each, without intervals.
 
-    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. equal: the same
-    up to the score that both of a pair reached; at: these scores.
+    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper; both nan if only one
+    of them is finished. equal: the same up to the score that both of a pair reached; at: these scores.
     """
 
     paired: int
@@ -86,11 +86,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed, by seed."""
+    """Runs that differ only in their seed, by seed: finished ones, or unfinished ones."""
 
     name: str
     runs: tuple[History, ...]
     against: Difference | None  # None for the base
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished for run in self.runs)
 
     def spread(self, value: Any) -> MeanInterval:
         return MeanInterval.of([value(run) for run in self.runs])
@@ -105,7 +109,7 @@ class Comparison:
 
 def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequence[str] = ()) -> Comparison:
     """Compare run directories (at least one). `base`: the name of the reference run; default: the dense one if there is exactly one
-    (not counting seeds), else the first. `missing`: names of runs without a journal, which become warnings.
+    (not counting seeds), else the first; finished ones first. `missing`: names of runs without a journal, which become warnings.
 
     Raises JournalError for a directory without a journal, NothingToCompare without any score or for an unknown base.
     """
@@ -121,8 +125,9 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
         groups.setdefault((same, turn), []).append(run)
     named = _named([sorted(members, key=seed) for members in groups.values()])
     if base is None:
-        plain = [name for name, members in named if all(dense(run) for run in members)]
-        first = plain[0] if len(plain) == 1 else named[0][0]
+        ended = [item for item in named if all(run.finished for run in item[1])] or named
+        plain = [name for name, members in ended if all(dense(run) for run in members)]
+        first = plain[0] if len(plain) == 1 else ended[0][0]
     else:
         first = next((n for n, members in named if base == n or base in [run.name for run in members]), None)
     if first is None:
@@ -176,12 +181,12 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
     tops = [min(max(float(p["top1"]) for p in evaluations(a)), max(float(p["top1"]) for p in evaluations(b))) for a, b in pairs]
     whole, equal = {}, {}
     for cost, read in COSTS.items():
-        whole[cost] = MeanInterval.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
+        whole[cost] = MeanInterval.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs if _as_far(a, b)])
         both = zip(pairs, tops, strict=True)
         equal[cost] = MeanInterval.of_ratios(
             [_ratio(cost_to_reach(a, top, cost), cost_to_reach(b, top, cost)) for (a, b), top in both]
         )
-    top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs]), MeanInterval.of(tops)
+    top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs if _as_far(a, b)]), MeanInterval.of(tops)
     if not paired:  # each with each: the pairs are not independent, so no interval
         top1, at = top1.alone(), at.alone()
         whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))
@@ -223,7 +228,7 @@ def _sameness(run: History) -> str:
     }
     known = [run.name] if not run.config else []
     data = [fingerprint(run.start, split) for split in ("train", "validation")]
-    about = [data, *(run.start.get(name) for name in ("pixels", "world", "device"))]
+    about = [data, *(run.start.get(name) for name in ("pixels", "world", "device")), run.finished]
     return json.dumps([known, config, about], sort_keys=True, default=str)
 
 
@@ -234,8 +239,15 @@ def _named(groups: list[list[History]]) -> list[tuple[str, list[History]]]:
         name = members[0].name
         if len({run.name for run in members}) > 1:
             name = re.sub(rf"[-_.]?(seed|s)?[-_.]?(?<!\d){seed(members[0])}$", "", name) or name
+        if not members[0].finished:
+            name += " (not finished)"
         named[name if name not in named else f"{name} ({len(named) + 1})"] = members
     return list(named.items())
+
+
+def _as_far(a: History, b: History) -> bool:
+    """Whether costs and scores at the end of two runs can be compared: both finished, or both stopped at the same epoch."""
+    return (a.finished and b.finished) or (not a.finished and not b.finished and a.last.progress == b.last.progress)
 
 
 def _ratio(base: float, ours: float) -> float:

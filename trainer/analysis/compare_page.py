@@ -6,7 +6,6 @@ import csv
 import html
 import io
 import math
-import statistics
 from pathlib import Path
 
 from rich.table import Table
@@ -31,7 +30,7 @@ figure{margin:0}svg{width:100%;height:auto}.note{color:#555;font-size:.9rem}.scr
 
 def rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row per group, columns by name, the same in all formats."""
-    found = []
+    found, rates = [], _rates([run for group in comparison.groups for run in group.runs])
     for group in comparison.groups:
         against = group.against
         row = {
@@ -40,7 +39,7 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
             "top-1 %": _plus_minus(group.spread(final), 100, "{:.2f}"),
             "against base": "" if against is None else _interval(against.top1, 100, "{:+.2f}"),
             "images/s": _plus_minus(group.spread(lambda run: run.images_per_second), 1, "{:,.0f}"),
-            "MFU %": _plus_minus(group.spread(lambda run: _middle(run, "mfu")), 100, "{:.1f}"),
+            "MFU %": _plus_minus(group.spread(lambda run: _mfu(run, rates)), 100, "{:.1f}"),
             "peak memory MiB": _plus_minus(group.spread(lambda run: _highest(run, "memory_peak_mib")), 1, "{:,.0f}"),
             "energy kWh": _plus_minus(group.spread(lambda run: _highest(run, "energy_kwh")), 1, "{:.3g}"),
             "time": duration(group.spread(lambda run: run.last.elapsed).mean),
@@ -159,10 +158,21 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
 
 
-def _middle(run: History, name: str) -> float:
-    """Median over the log lines; nan if they don't have it."""
-    values = [float(point[name]) for point in run.of("step") if point.get(name) is not None]
-    return statistics.median(values) if values else math.nan
+def _rates(runs: list[History]) -> dict[str, float]:
+    """{kind of device and precision: the highest rate in matrix products of these runs, TFLOP/s of a device}: one denominator of MFU."""
+    found: dict[str, float] = {}
+    for run in runs:
+        found[_kind(run)] = max(found.get(_kind(run), 0.0), run.matrix_tflops or 0.0)
+    return found
+
+
+def _kind(run: History) -> str:
+    return str([run.start.get("device"), (run.config.get("engine") or {}).get("precision"), run.start.get("hosts")])
+
+
+def _mfu(run: History, rates: dict[str, float]) -> float:
+    found = run.mfu(rates[_kind(run)] or None)
+    return math.nan if found is None else found
 
 
 def _highest(run: History, name: str) -> float:

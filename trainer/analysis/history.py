@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from trainer.config.recorded import without_foreign
@@ -56,6 +57,30 @@ class History:
     @property
     def attempts(self) -> int:
         return len(self.starts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its costs and its last score are those of the whole run."""
+        return self.status == "finished"
+
+    @property
+    def matrix_tflops(self) -> float | None:
+        """The highest rate that a device reached in matrix products, at the start of an attempt or at the end of one: other processes on
+        the machine lower a measurement, nothing raises it."""
+        found = [line.get("matrix_tflops") for line in [*self.starts, *(point.line for point in self.of("end"))]]
+        return max((rate for rate in found if rate), default=None)
+
+    def mfu(self, rate: float | None = None) -> float | None:
+        """Median MFU of the log lines relative to `rate` (TFLOP/s of a device, default: `matrix_tflops`); each line was written relative to
+        the rate at the start of its attempt. None where the journal lacks it."""
+        at_start = {line.get("attempt", 0): line.get("matrix_tflops") for line in self.starts}
+        best = rate or self.matrix_tflops
+        found = [
+            point["mfu"] * ((at_start.get(point.get("attempt", 0)) or best) / best if best else 1.0)
+            for point in self.of("step")
+            if point.get("mfu") is not None
+        ]
+        return median(found) if found else None
 
     @property
     def config(self) -> dict[str, Any]:

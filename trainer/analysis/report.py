@@ -94,6 +94,7 @@ def summary(run: Path | str | History) -> Summary:
         rows.append(ReportRow("broken images", f"{broken:,}", "listed in the journal"))
     if skipped := len(run.of("skipped")):
         rows.append(ReportRow("skipped steps", f"{skipped:,}", "non-finite loss or gradient; listed in the journal"))
+    rows += [ReportRow("warning", "", text) for text in run.starts[-1].get("warnings", ())] if run.starts else []
     if run.attempts > 1:
         rows.append(ReportRow("attempts", str(run.attempts), "without steps of killed attempts that were repeated"))
     status = run.status + (f": {run.reason}" if run.reason else "")
@@ -143,11 +144,14 @@ def _machine(run: History) -> list[ReportRow]:
     """MFU, phases, goodput, energy; only those that the journal has."""
     lines = [step.line for step in run.of("step")]
     rows = []
-    mfu = [line["mfu"] for line in lines if line.get("mfu") is not None]
-    if mfu:
-        rate = run.start.get("matrix_tflops")
-        of = f"of the {rate:.3g} TFLOP/s that a device reached in large matrix products at the start" if rate else "of a device"
-        rows.append(ReportRow("MFU", f"{100 * median(mfu):.1f} %", of))
+    if (mfu := run.mfu()) is not None:
+        rate = run.matrix_tflops
+        of = (
+            f"of the {rate:.3g} TFLOP/s that a device reached in large matrix products, at the start or the end"
+            if rate
+            else "of a device"
+        )
+        rows.append(ReportRow("MFU", f"{100 * mfu:.1f} %", of))
     phases: dict[str, list[float]] = {}
     for line in lines:
         for phase, spread in (line.get("phases") or {}).items():

@@ -191,13 +191,14 @@ class Recorder:
         """Last line of the attempt; waits a bounded time for the MLflow shipper."""
         self.engine.heartbeat.stop()
         self.trace.close(state.step)
-        return self._close(state, status, reason)
+        rate = matrix_rate(self.engine.device, self.config.engine.precision) if self._log and status != "failed" else None
+        return self._close(state, status, reason, rate)
 
-    def _close(self, state: TrainState, status: str, reason: str) -> RunResult:
+    def _close(self, state: TrainState, status: str, reason: str, rate: float | None = None) -> RunResult:
         recorded = "stopped" if status == "preempted" else status
         reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
         if self._log:
-            self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent())
+            self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
         elif self._journal:  # it failed before `start`
             where = {"step": state.step, "progress": state.progress}
             self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
