@@ -48,7 +48,9 @@ def test_one_line_each_and_an_honest_exit_code(capsys, monkeypatch, tmp_path):
 
 
 def test_failures_are_counted(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "doctor", lambda hosts, ssh_config: [installation.Finding("disk", "fail", "full", "free some")])
+    monkeypatch.setattr(
+        doctor, "doctor", lambda hosts, ssh_config, say: [installation.Finding("disk", "fail", "full", "free some")]
+    )
     assert doctor.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 check(s) failed"
 

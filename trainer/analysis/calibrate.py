@@ -20,6 +20,7 @@ from trainer.data.augment.on_device import normalise
 from trainer.data.keyed_hash import permutation
 from trainer.data.loader.build import clean_images
 from trainer.data.loader.dataset import open_indexes
+from trainer.data.progress import tracked
 from trainer.model import thresholds
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import load_weights, save_weights
@@ -82,7 +83,8 @@ def _masses(config: Config, adaptive: AdaptiveViT, images: int, device: torch.de
     index, _ = open_indexes(config.data)
     ids = np.sort(permutation(len(index), config.seed, SALT)[: min(images, len(index))])
     found = []
-    for batch in clean_images(index, config, 0, 1, 1.0).of(ids):
+    batches = -(-len(ids) // config.evaluate.batch)
+    for batch in tracked(clean_images(index, config, 0, 1, 1.0).of(ids), "calibrate", batches, "batches"):
         pixels = normalise(batch.images.to(device), config.augment)
         found.append(adaptive.ranked(pixels)[1].mass[batch.weights.to(device) > 0].cpu())
     return torch.cat(found)

@@ -20,6 +20,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.loader.build import validation_set
 from trainer.data.loader.dataset import open_indexes
+from trainer.data.progress import tracked
 from trainer.model.build import build_schedule, cost_of
 from trainer.model.evaluate import Scores, evaluate
 
@@ -127,7 +128,9 @@ class Evaluation:
 
     def row(self, passes: Passes) -> DensityResult:
         """The scores, tokens, cost and rate of passes over every image."""
-        batches = passes.watching(validation_set(self.index, self.config, 0, 1))
+        found = validation_set(self.index, self.config, 0, 1)
+        title = f"eval, {passes.selection}, keep tokens {passes.plan.keep_tokens:g}"
+        batches = passes.watching(tracked(found, title, len(found), "batches"))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             scores = evaluate(passes, batches, passes.plan, self.config.model.classes, self.config.augment, self.device)
         plan, counts = passes.plan, passes.counts()

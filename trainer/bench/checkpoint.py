@@ -20,6 +20,7 @@ from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
+from trainer.data.progress import tracked
 from trainer.engine.engine import Engine
 from trainer.model.build import build_examples, build_model
 from trainer.model.ema import Ema
@@ -75,7 +76,8 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
         store = partial(save_load.save_checkpoint, recorder.checkpoints, config=config, fingerprint="bench")
         asynchronous = config.checkpoint.asynchronous
         checkpointer = Checkpointer(store, asynchronous, engine, recorder, Stop(), ema, level)
-        for number in range(saves + 1):  # the first one is the warm-up
+        turns = range(saves + 1)  # the first one is the warm-up
+        for number in tracked(turns, "bench checkpoint", len(turns), "saves", engine.is_main):
             checkpointer.save(TrainState(step=number + 1), selection, last=False)
             while checkpointer.writing:  # without blocking, as in training
                 time.sleep(0.01)

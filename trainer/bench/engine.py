@@ -25,6 +25,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
+from trainer.data.progress import tracked
 from trainer.engine.engine import Engine
 from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.optimizer import build_optimizer
@@ -97,7 +98,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
     found: dict[str, dict[str, Any]] = {}
     engine = Engine(config.engine.model_copy(update={"kind": "ddp", "zero": 0, "deepspeed": None}), BatchSplit(count, 1, count))
     engine.release_accelerate_state()  # used below for rank and world size; it never gets a model
-    for name in names:
+    for name in tracked(names, f"bench engine, {count} images per device, warm-up", len(names), "rows", engine.is_main):
         before = _memory(engine.device, peak=False)
         try:
             steps[name] = _bare(config, count, engine.device) if name == BARE else _engined(config, count, *ENGINES[name])
@@ -113,7 +114,8 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             }
             continue
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
-    own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds)
+    show = f"bench engine, {count} images per device" if engine.is_main else None
+    own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds, show=show)
     gathered = engine.all_gather_objects([own])
     times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in gathered), strict=True)] for name in own}
     for name, seconds in times.items():

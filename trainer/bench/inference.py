@@ -23,7 +23,7 @@ from sparsity.tokens.tome import MergeSettings
 from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
-from trainer.bench.paired import interval, peak
+from trainer.bench.paired import interval, warmed_up
 from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -31,7 +31,6 @@ from trainer.model import weights
 from trainer.model.build import cost_of
 from trainer.telemetry import timing
 
-WARM_UP = 3
 SPREAD = 0.13  # standard deviation of an image's density: 25 of 196 tokens, the middle of what SaiT's mass-based selection gave
 COLUMNS = {
     "ms": "{median:.2f}",
@@ -121,11 +120,9 @@ def _measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, bat
             row.run(images)
 
     passes = {name: _timed(once, row, device) for name, row in rows.items()}
-    for one in passes.values():
-        for _ in range(WARM_UP):
-            one()
-    peaks = {name: peak(one, device) for name, one in passes.items()}
-    times = timing.interleave(passes, rounds, show=f"batch {batch}")
+    show = f"bench inference, batch {batch}"
+    peaks = warmed_up(passes, device, show)
+    times = timing.interleave(passes, rounds, show=show)
     found = {}
     for name, seconds in times.items():
         speedups = [dense / mine for mine, dense in zip(seconds, times["timm"], strict=True)]

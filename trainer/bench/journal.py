@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from rich.progress import track
 
 from sparsity.types import Observation
 from trainer.bench.result import BenchResult, stats
 from trainer.config.schema_run import TrackingConfig
+from trainer.data.progress import tracked
 from trainer.engine.processes import Processes
 from trainer.journal.writer import Journal
 from trainer.run.console import Console
@@ -73,7 +73,7 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
             meters, efficiency = Meters(Processes()), Efficiency(run, 0, 1, 0.0, 1e12)  # pyright: ignore[reportArgumentType]
             efficiency.cost = {"tokens": [197] * 12, "multiply_adds": 4.6e9}
             took, cpu, own, other = [], [], [], []
-            for number in track(range(lines), description=state, transient=True):
+            for number in tracked(range(lines), f"bench journal, server {state}", lines, "lines"):
                 _step(meters)
                 began, busy = time.perf_counter(), time.thread_time()
                 window = meters.reduce()

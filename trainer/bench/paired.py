@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
 from trainer.bench.result import stats
+from trainer.data.progress import tracked
 from trainer.telemetry import timing
 from trainer.telemetry.timing import interleave
 
@@ -55,7 +56,7 @@ def paired(
     base: the row that ratios refer to.
     optimizer: builds the optimizer of a network.
     precision: of autocast on a GPU; a CPU computes in float32.
-    show: title of a progress bar.
+    show: title of the progress, on standard error.
     Returns {row: {median, min, max, unit: "ms", images_per_second, ratio (median over rounds of row / base), ratio_low, ratio_high (95 %
     interval of that median, by order statistics), ratio_min, ratio_max, share, peak_mib; of_timm and of_timm_interval if there is a
     row `timm`}}. peak_mib: peak memory of a step beyond weights and optimizer state.
@@ -70,10 +71,7 @@ def paired(
         if weights not in optimizers:
             optimizers[weights] = optimizer(network)
         steps[name] = _step(network, optimizers[weights], inputs, row.plan, device, autocast)
-    for one in steps.values():
-        for _ in range(WARM_UP):
-            one()
-    peaks = {name: peak(one, device) for name, one in steps.items()}
+    peaks = warmed_up(steps, device, show)
     times = interleave(steps, rounds, show=show)
     found = {}
     for name, seconds in times.items():
@@ -93,6 +91,18 @@ def paired(
             ratios = [mine / its for mine, its in zip(seconds, times["timm"], strict=True)]
             found[name]["of_timm"], found[name]["of_timm_interval"] = median(ratios), interval(ratios)
     return found
+
+
+def warmed_up(rows: Mapping[str, Callable[[], Any]], device: torch.device, show: str | None) -> dict[str, float]:
+    """Call every row a few times; {row: its peak memory, see `peak`}."""
+    peaks: dict[str, float] = {}
+    turns = [(name, number) for name in rows for number in range(WARM_UP + 1)]
+    for name, number in tracked(turns, f"{show}, warm-up", len(turns), "passes", show is not None):
+        if number < WARM_UP:
+            rows[name]()
+        else:
+            peaks[name] = peak(rows[name], device)
+    return peaks
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

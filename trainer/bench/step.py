@@ -60,7 +60,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     found = paired(
         rows, device, config.data.micro_batch, config.model.image_size, pairs, "against",
         precision=None if config.engine.precision == "float32" else torch.bfloat16,
-        optimizer=lambda network: build_optimizer(network, config.optim), show="steps",
+        optimizer=lambda network: build_optimizer(network, config.optim), show=f"bench step {config.name}",
     )  # fmt: skip
     measured = {plan: found[name] | {"bound": rows[name].share} for name, plan in named.items()}
     ends = {"median": "ratio", "min": "ratio_low", "max": "ratio_high", "bound": "bound"}

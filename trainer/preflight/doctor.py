@@ -23,10 +23,21 @@ NETWORKED = frozenset("nfs nfs4 lustre gpfs beegfs ceph fuse.ceph wekafs cifs sm
 TIMEOUT = 3.0  # seconds for a request to another machine
 
 
-def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_config: str | None = None) -> list[Finding]:
-    """Checks of this machine, which take some seconds, and of the hosts of a hostfile."""
-    runs = Path(runs)
-    lines = versions(constraints_file())
+def doctor(
+    hosts: str | Path | None = None,
+    runs: str | Path = "runs",
+    ssh_config: str | None = None,
+    say: Callable[[Finding], None] = lambda finding: None,
+) -> list[Finding]:
+    """Checks of this machine, which take some seconds, and of the hosts of a hostfile. say: called with each finding when it is there."""
+    runs, lines = Path(runs), []
+
+    def add(found: list[Finding]) -> None:
+        lines.extend(found)
+        for one in found:
+            say(one)
+
+    add(versions(constraints_file()))
     checks: dict[str, Callable[[], Finding | list[Finding]]] = {
         "GPUs": devices,
         "collectives": collectives,
@@ -44,19 +55,17 @@ def doctor(hosts: str | Path | None = None, runs: str | Path = "runs", ssh_confi
             found = check()
         except ImportError as error:  # the other checks still run
             found = Finding(name, "fail", f"check failed: {error}", "pip install -c constraints.txt -e .")
-        lines += [found] if isinstance(found, Finding) else found
+        add([found] if isinstance(found, Finding) else found)
     if hosts is not None:
         from trainer.preflight.hosts import check_hosts
 
-        lines += check_hosts(Path(hosts), runs, ssh_config)
+        add(check_hosts(Path(hosts), runs, ssh_config))
     return lines
 
 
 def main(hosts: str | None = None, ssh_config: str | None = None) -> int:
     """Print the findings; returns 1 if one of them is a failure."""
-    lines = doctor(hosts, ssh_config=ssh_config)
-    for line in lines:
-        print(printable(line.text()))
+    lines = doctor(hosts, ssh_config=ssh_config, say=lambda line: print(printable(line.text()), flush=True))
     failed = sum(line.status == "fail" for line in lines)
     print(f"{failed} check(s) failed" if failed else "ready to train")
     return int(bool(failed))

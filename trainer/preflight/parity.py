@@ -28,6 +28,7 @@ from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import opened
+from trainer.data.progress import progress_bar
 from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
@@ -105,6 +106,7 @@ def parity(
     tolerance: float = 0.0,
     rows: int | None = None,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Certificate:
     """Run `steps` optimizer steps of both sides on the first `rows` (default: a micro-batch) of each global batch.
 
@@ -112,6 +114,7 @@ def parity(
     against: configuration of timm's side, if it is not `config`.
     tolerance: largest relative difference that counts as equal; 0: bitwise.
     rows: rows per step.
+    progress: show it on standard error.
     Raises DataError without shards, ConfigError if timm has no such model or option.
     """
     config, against = _plain(config), _plain(against or config)
@@ -126,10 +129,12 @@ def parity(
     found = compared.first(-1, ours.start(), theirs.start())
     presented = itertools.chain.from_iterable(stream.epoch(epoch, None) for epoch in itertools.count())
     step = 0
-    while found is None and step < steps:
-        batch = _whole_pairs(next(presented), rows, device)
-        found = compared.first(step, ours.step(step, batch), theirs.step(step, batch))
-        step += 1
+    with progress_bar(f"parity {config.name}", steps, "steps", progress) as shown:
+        while found is None and step < steps:
+            batch = _whole_pairs(next(presented), rows, device)
+            found = compared.first(step, ours.step(step, batch), theirs.step(step, batch))
+            step += 1
+            shown.advance(shown.task_ids[0])
     ends = (compared.losses[0], compared.losses[-1]) if compared.losses else (float("nan"), float("nan"))
     return Certificate(step, found, tolerance, compared.largest, ends, facts)
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from rich.progress import track
+
+from trainer.data.progress import tracked
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def interleave(
 
     The order of a round is random, that of the next one its reverse: a step is slower if the previous step freed memory in other
     block sizes, so in a fixed order the row after a sparse one would always be slower. The order is the same on all ranks.
-    show: title of a progress bar.
+    show: title of the progress, on standard error.
     """
     turns = [
         (number, name)
@@ -44,7 +45,7 @@ def interleave(
         for name in Random(number // 2).sample(list(rows), len(rows))[:: 1 if number % 2 == 0 else -1]
     ]
     found: dict[str, list[T]] = {name: [] for name in rows}
-    for number, name in track(turns, description=show or "", transient=True, disable=show is None):
+    for number, name in tracked(turns, show or "", len(turns), "passes", show is not None):
         result = rows[name]()
         if number >= 0:
             found[name].append(result)
