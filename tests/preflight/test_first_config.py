@@ -77,6 +77,19 @@ def test_the_choices_follow_the_data_set() -> None:
     assert (tiny.model, tiny.image_size, tiny.patch, tiny.batch, tiny.workers) == ("deit_tiny_patch16_224", 64, 8, 512, 1)
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 4, 30])
+def test_lengths_follow_the_epochs(init: Any, digits: Path, epochs: int) -> None:
+    assert init(digits, "--out", "a.yaml", "--epochs", epochs)[0] == 0
+    config = load("a.yaml")
+    assert check(config, world=1).plateaus[-1].stretch.end == epochs == config.epochs
+    assert config.plan.settings.borders(epochs)[-1] <= epochs
+    if epochs < 4:
+        assert config.examples.settings.left_out == 0
+    else:
+        settings: Any = config.examples.settings
+        assert settings.left_out and settings.window * settings.updates < epochs, "every update acts on an epoch"
+
+
 def test_shards_of_others_with_their_labels(init: Any, tmp_path: Path) -> None:
     for stem in ("theirs-train", "theirs-val"):
         build_index(write_shards(tmp_path / "theirs", [20, 20], stem=stem), progress=False)
@@ -98,4 +111,6 @@ def test_what_is_missing_is_named(init: Any, tmp_path: Path) -> None:
     )
     assert "not a folder" in init("nowhere")[2] and not list(tmp_path.glob("*.yaml"))
     build_index(write_shards(tmp_path / "a", [8], stem="val"), progress=False)
-    assert "must end with .yaml" in init("a", "--out", "x.json")[2]
+    assert (
+        "must end with .yaml" in init("a", "--out", "x.json")[2] and "--epochs 1: must be >= 2" in init("a", "--epochs", 1)[2]
+    )

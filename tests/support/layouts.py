@@ -14,8 +14,8 @@ import numpy as np
 from tests.support.images import jpeg, write_tar
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
-TRAIN = {f"{WNIDS[i % 3]}_{i}": (jpeg(i), WNIDS[i % 3]) for i in range(9)}  # name: (bytes, class)
-VALIDATION = {f"ILSVRC2012_val_{i + 1:08d}": (jpeg(100 + i), WNIDS[(2 * i) % 3]) for i in range(6)}
+TRAIN = {f"{WNIDS[i % 3]}_{i}": (jpeg(i), WNIDS[i % 3]) for i in range(48)}  # name: (bytes, class)
+VALIDATION = {f"ILSVRC2012_val_{i + 1:08d}": (jpeg(100 + i), WNIDS[(2 * i) % 3]) for i in range(24)}
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:

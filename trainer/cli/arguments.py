@@ -95,6 +95,9 @@ def _add_data(commands: Any) -> None:
     c = add("init", "look at packed shards and write a commented configuration for them, and its dense control")
     c.add_argument("folder", metavar="DATA", help="folder of packed or indexed shards, e.g. shards/NAME")
     c.add_argument("--out", metavar="FILE.yaml", help="default: NAME.yaml, with NAME_dense.yaml beside it")
+    c.add_argument(
+        "--epochs", type=int, metavar="N", help="length of the runs; warm-up and schedules follow (default: by images)"
+    )
 
     c = add("index", "index existing webdataset shards, local or remote, in one parallel pass")
     c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s)://, s3://, gs:// or hf:// pattern")

@@ -62,7 +62,7 @@ def _pack(a: argparse.Namespace) -> None:
 def _init(a: argparse.Namespace) -> None:
     from trainer.preflight.first_config import write_configs
 
-    found, (path, dense) = write_configs(a.folder, a.out)
+    found, (path, dense) = write_configs(a.folder, a.out, a.epochs)
     show(found.text())
     show(f"{path}: with the levels; {dense}: the dense control. Next: trilevel train {path} --check")
 

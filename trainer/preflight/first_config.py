@@ -36,8 +36,9 @@ class Choices:
     large: bool
 
 
-def choose(found: Survey, cores: int, devices: int) -> Choices:
-    """Image and patch size by the images' short side, network, batch and epochs by their number, workers by the cores per device."""
+def choose(found: Survey, cores: int, devices: int, epochs: int | None = None) -> Choices:
+    """Image and patch size by the images' short side, network, batch and epochs (where not given) by their number, workers by the cores
+    per device."""
     image_size, patch = next(
         (size, patch)
         for below, size, patch in ((40, 32, 4), (80, 64, 8), (160, 128, 16), (1 << 62, 224, 16))
@@ -57,19 +58,22 @@ def choose(found: Survey, cores: int, devices: int) -> Choices:
         patch=patch,
         batch=batch,
         lanes=max(1, min(16, batch // 16)),
-        epochs=300 if many else 100,
+        epochs=epochs or (300 if many else 100),
         workers=max(1, min(8, cores // max(devices, 2) - 1)),
         large=many,
     )
 
 
-def write_configs(folder: str, out: str | None) -> tuple[Survey, list[Path]]:
-    """Look at the shards of a folder and write OUT.yaml and OUT_dense.yaml; both are loaded again. Raises DataError, ConfigError."""
+def write_configs(folder: str, out: str | None, epochs: int | None = None) -> tuple[Survey, list[Path]]:
+    """Look at the shards of a folder and write OUT.yaml and OUT_dense.yaml; both are loaded again. epochs: of the runs; the lengths in the
+    files follow. Raises DataError, ConfigError."""
     import torch
 
+    if epochs is not None and epochs < 2:
+        raise ConfigError(f"init --epochs {epochs}: must be >= 2, one of them is warm-up")
     found = survey(folder)
     devices = torch.cuda.device_count()
-    chosen = choose(found, len(os.sched_getaffinity(0)), devices)
+    chosen = choose(found, len(os.sched_getaffinity(0)), devices, epochs)
     path = Path(out or f"{_name(Path(folder).resolve().name)}.yaml")
     if path.suffix != ".yaml":
         raise ConfigError(f"init --out {path}: must end with .yaml")
@@ -123,7 +127,7 @@ def _network_and_data(found: Survey, c: Choices, mine: Path) -> str:
     tokens = (c.image_size // c.patch) ** 2
     return f"""\
 name: {_name(mine.stem)}
-epochs: {c.epochs}  # from random weights; with model.init=timm a tenth of it is a good start
+epochs: {c.epochs}  # from random weights; with model.init=timm a tenth of it is a good start. Other lengths: trilevel init --epochs N
 model:
   name: {c.model}  # any VisionTransformer of timm
   classes: {found.classes}
@@ -168,22 +172,23 @@ checkpoint: {{every: 1ep}}  # stop with Ctrl-C at any time; --resume continues i
 """
 
 
+def _examples(found: Survey, epochs: int) -> str:
+    """Level 1: a score needs three presentations, so an update needs a window of three epochs in front of it and an epoch behind it."""
+    window = max(3, epochs // 10)
+    updates = min(5, (epochs - 1) // window)
+    if found.images < _LEAST_FOR_SWAPS or not updates:
+        return f"# examples: all are shown; {found.images} training images in {epochs} epochs are too few to find out which can be left out\n"
+    settings = f"method: forgetting, removed: 0.10, swap: 0.05, window: {window}ep, updates: {updates}"
+    return f"examples: {{{settings}}}  # the least forgotten images\n"
+
+
 def _levels(found: Survey, c: Choices) -> str:
-    window, warmup = max(1, c.epochs // 10), max(1, c.epochs // 30)
-    examples = (
-        f"examples: {{method: forgetting, removed: 0.10, swap: 0.05, window: {window}ep, updates: 5}}  # the least forgotten images\n"
-        if found.images >= _LEAST_FOR_SWAPS
-        else f"# examples: left out, {found.images} training images are too few to leave some out\n"
-    )
-    control = (
-        ""
-        if c.large
-        else "control: 0.05  # share of the time for timing dense steps; .005, the default, is enough for runs of an hour\n"
-    )
+    warmup = max(1, c.epochs // 30)
+    control = "control: 0.05  # share of the time for timing dense steps; .005, the default, is enough for runs of an hour\n"
     return f"""\
 # What training leaves out; --check prints the multiply-adds that remain. Meanings: docs/terms.md
-{control}\
-{examples}\
+{"" if c.large else control}\
+{_examples(found, c.epochs)}\
 tokens: {{method: topk, keep: 0.7, blocks: {c.blocks}}}  # the share of the patches that stays after each of these blocks
 connections: {{method: shared_keys, keep: 0.5}}  # the share of the keys that attention sees from there on
 plan: {{method: cosine, warmup: {warmup}ep, length: {max(1, c.epochs // 3)}ep, plateaus: 4}}  # from everything kept to these shares

@@ -121,7 +121,7 @@ def test_webdataset_tars_with_json_need_the_field(tmp_path: Path) -> None:
 
 def test_a_folder_of_validation_images_names_the_option_for_labels(tmp_path: Path) -> None:
     tiny = layouts.tiny_imagenet(tmp_path / "src") / "tiny-imagenet-200"
-    refused(tiny / "val", r"all 6 images have one class, '(images|ILSVRC2012)'.*--labels FILE")
+    refused(tiny / "val", r"all 24 images have one class, '(images|ILSVRC2012)'.*--labels FILE")
     packed(tiny / "train", tmp_path / "out")
     with pytest.raises(DataError, match=r"is not among the 3 classes of .*classes.txt.*--labels FILE"):
         packed(tiny / "val", tmp_path / "out", name="validation")
@@ -194,7 +194,7 @@ def test_the_command_prints_what_it_recognised_and_what_each_split_holds(tmp_pat
     assert main(["pack", str(src), str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "layout tiny_imagenet: tiny-imagenet-200/val/val_annotations.txt labels the images in" in text
-    assert f"validation: 6 images, 3 classes, 1 shards in {tmp_path}/out\n  images per class: min 2, median 2, max 2\n" in text
+    assert f"validation: 24 images, 3 classes, 1 shards in {tmp_path}/out\n  images per class: min 8, median 8, max 8\n" in text
     examples = [line.split(" -> ") for line in text.splitlines() if " -> " in line]
     assert len(examples) == 10
     for name, label in examples:
