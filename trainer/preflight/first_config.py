@@ -177,7 +177,7 @@ def _examples(found: Survey, epochs: int) -> str:
     window = max(3, epochs // 10)
     updates = min(5, (epochs - 1) // window)
     if found.images < _LEAST_FOR_SWAPS or not updates:
-        return f"# examples: all are shown; {found.images} training images in {epochs} epochs are too few to find out which can be left out\n"
+        return f"# examples: all are shown; {found.images} training images in {epochs} epochs are too few to learn which to leave out\n"
     settings = f"method: forgetting, removed: 0.10, swap: 0.05, window: {window}ep, updates: {updates}"
     return f"examples: {{{settings}}}  # the least forgotten images\n"
 
