@@ -6,6 +6,7 @@ A checkpoint has every weight unsharded, by timm's name, so nothing is converted
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from trainer.config.load import parse_recorded
 from trainer.config.schema import AugmentConfig, ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
-from trainer.model import thresholds
+from trainer.model import pruned_file, thresholds
 from trainer.model.exported import TOKENS
 from trainer.model.weights import save_weights
 
@@ -37,12 +38,15 @@ class Exported(NamedTuple):
         adaptive = ", adaptive=True" if thresholds.HEADER in about else ""
         at = f"\nor at any density: trainer.load_model({str(self.path)!r})(images, density=.5{adaptive})" if sparse else ""
         top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not evaluated"
-        return f"{self.path}: {which} of step {about['step']}{top1}\n{words}{more}, checkpoint_path={str(self.path)!r}){at}"
+        first = f"{self.path}: {which} of step {about['step']}{top1}"
+        if only := pruned_file.described(about):
+            return f"{first}\n{only}; load it with trainer.load_model({str(self.path)!r}), plain timm cannot build it{at}"
+        return f"{first}\n{words}{more}, checkpoint_path={str(self.path)!r}){at}"
 
 
-def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | None = None) -> Exported:
+def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | None = None, form: str = "dense") -> Exported:
     """Write the weights of a run's checkpoint to `out`. which: "latest", "best" or the checkpoint's folder. ema: True: EMA weights;
-    False: raw weights; None: EMA weights if there are any.
+    False: raw weights; None: EMA weights if there are any. form: see `model.pruned_file`: "dense", "compact" or "blocks".
 
     Raises ConfigError or CheckpointError with a remedy; replaces an existing `out` atomically.
     """
@@ -62,6 +66,12 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     found = thresholds.read(Path(run))
     if found is not None and found.weights == thresholds.weights_hash(weights):  # else they were calibrated for other weights
         header[thresholds.HEADER] = found.to_json()
+    form_header, weights = pruned_file.written(form, config, weights, save_load.pruning_of(path), str(run))
+    header |= form_header
+    if pruned_file.changes_importance(header):
+        header.pop(thresholds.HEADER, None)
+    elif form != "dense" and found is not None and thresholds.HEADER in header:
+        header[thresholds.HEADER] = replace(found, weights=thresholds.weights_hash(pruned_file.read(weights, header))).to_json()
     if (top1 := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
         header["top1"] = str(top1)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,14 +46,14 @@ class _AtDensity(nn.Module):
 
 
 def export_onnx(
-    run: Path | str, out: Path | str, density: float, which: str = "latest", ema: bool | None = None
+    run: Path | str, out: Path | str, density: float, which: str = "latest", ema: bool | None = None, form: str = "dense"
 ) -> ExportedOnnx:
-    """Write the network of a run's checkpoint at `density`, 1 = dense; which, ema: as in `export`. Raises ConfigError."""
+    """Write the network of a run's checkpoint at `density`, 1 = all tokens; which, ema, form: as in `export`. Raises ConfigError."""
     onnxruntime = _imported()
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
-        network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema).path)
+        network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema, form).path)
         size = int(network.model.vit.patch_embed.img_size[0])
         whole, written = _AtDensity(network, density).eval(), Path(folder) / "model.onnx"
         _write(whole, torch.zeros(2, 3, size, size), written)

@@ -215,5 +215,10 @@ def _read(path: Path, about: dict[str, Any]) -> Saved:
         examples={k.removeprefix("examples."): arrays[k] for k in arrays.files if k.startswith("examples.")},
         selection=selection,
         path=path,
-        pruning=load_file(path / PRUNING) if (path / PRUNING).is_file() else {},
+        pruning=pruning_of(path),
     )
+
+
+def pruning_of(path: Path) -> dict[str, Tensor]:
+    """The state of level 4 in a checkpoint; {} in a run without it."""
+    return load_file(path / PRUNING) if (path / PRUNING).is_file() else {}

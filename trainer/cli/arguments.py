@@ -223,6 +223,19 @@ def _add_results(commands: Any) -> None:
     chosen = c.add_mutually_exclusive_group()
     chosen.add_argument("--ema", action="store_const", const=True, help="the EMA weights (default if the run has them)")
     chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the raw weights")
+    forms = c.add_mutually_exclusive_group()
+    forms.add_argument(
+        "--compact",
+        dest="form",
+        action="store_const",
+        const="compact",
+        default="dense",
+        help="of a run that pruned units or heads: smaller dense layers (for ONNX too)",
+    )
+    forms.add_argument(
+        "--blocks", dest="form", action="store_const", const="blocks",
+        help="of a run that pruned columns or rows of blocks: those that are left, with their indices",
+    )  # fmt: skip
     c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
     c = add("report", "print the table of a run and draw its plot")
     _add_run(c, overrides=False)

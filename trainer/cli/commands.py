@@ -234,13 +234,13 @@ def _export(a: argparse.Namespace) -> None:
         densities = _densities(a.density, "--density")
         if len(densities) > 1:
             raise ConfigError(f"--density {a.density}: an ONNX file has one density; write one file for each")
-        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema).text())
+        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema, a.form).text())
         return
     if a.density is not None:
         raise ConfigError(f"--density {a.density}: only for an ONNX file; a safetensors file answers at any density")
     from trainer.checkpoint.export import export
 
-    show(export(a.run_directory, a.out, a.checkpoint, a.ema).text())
+    show(export(a.run_directory, a.out, a.checkpoint, a.ema, a.form).text())
 
 
 def _sync(a: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""An exported weights file as a network that answers at any density, from what its header says (`trilevel export`)."""
+"""An exported weights file as a network that answers at any density, from its header (`trilevel export`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
-from trainer.model import thresholds, weights
+from trainer.model import pruned_file, thresholds, weights
 from trainer.model.thresholds import Thresholds, weights_hash
 
 TOKENS = "tokens"  # key of the header: the section of the configuration, as JSON
@@ -68,6 +68,8 @@ def load_exported(path: str | Path) -> AnyDensity:
         )
         tokens = TokensConfig.model_validate(json.loads(about[TOKENS]))
         vit = weights.create(settings)
+        pruned_file.shrink(vit, about)
+        state = pruned_file.read(state, about)
         model = build.build(vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position)
     except ValueError as error:
         raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error

@@ -1,0 +1,146 @@
+"""Exports of pruned weights: smaller layers and stored blocks give the masked network's logits; plain timm loads what it can build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from trainer import load_model
+from trainer.__main__ import main
+from trainer.checkpoint.export import export
+from trainer.checkpoint.export_onnx import export_onnx
+from trainer.checkpoint.save_load import save_checkpoint
+from trainer.checkpoint.state import TrainState
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse
+from trainer.model import weights as networks
+from trainer.model.pruned_file import read
+
+ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
+MODEL = {"name": "deit_tiny_patch16_224", "classes": 5, "image_size": 16, "args": ARGS}
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def run(folder: Path, prune: str = "0ep", tokens: Any = None, **weights: Any) -> dict[str, torch.Tensor]:
+    """A run directory RUN with one checkpoint, pruned before its first step; its weights."""
+    raw = {"name": "x", "model": MODEL, "data": {"train": "a", "validation": "b"}, "tokens": tokens or {}}
+    config = parse(raw | {"weights": {"method": "magnitude", "prune": prune} | weights if weights else {"method": "all"}})
+    vit = networks.create(config.model)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())), alpha=0.2)
+    level = config.weights.settings.build(vit)
+    level.begin_epoch(0, lambda: dict(vit.named_parameters()))
+    state = vit.state_dict()
+    for name, mask in level.masks().items():
+        state[name] = state[name] * mask
+    parts = {"optimizer": {}, "ema": {}, "examples": {}, "selection": None, "pruning": level.state_dict()}
+    save_checkpoint(folder / "checkpoints", TrainState(step=7), config, "shards", weights=state, **parts)
+    return state
+
+
+def masked(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of plain timm with the masked weights."""
+    vit = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=16, **ARGS)
+    vit.load_state_dict(state)
+    with torch.no_grad():
+        return vit.eval()(IMAGES)
+
+
+def test_units_of_equal_number_load_into_plain_timm(tmp_path: Path) -> None:
+    """40 % of 96 units are 39, for which int(24 x mlp_ratio) must hold."""
+    state = run(tmp_path, groups="units", keep=0.4)
+    found = export(tmp_path, tmp_path / "small.safetensors", form="compact")
+    assert "trainer.load_model" not in found.text() and "mlp_ratio=1.625" in found.text()
+    args = json.loads(found.about["args"])
+    vit = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=16, **args, checkpoint_path=str(found.path))
+    assert vit.blocks[0].mlp.fc1.weight.shape == (39, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.eval()(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_model(found.path)(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
+    dense = export(tmp_path, tmp_path / "dense.safetensors")
+    assert found.path.stat().st_size < 0.7 * dense.path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("groups", "keep", "per"), [("units", 0.3, "network"), ("heads", 0.5, "layer"), ("heads", 0.4, "network")]
+)
+def test_layers_of_other_sizes_load_with_our_loader_and_the_text_names_it(
+    tmp_path: Path, groups: str, keep: float, per: str
+) -> None:
+    state = run(tmp_path, groups=groups, keep=keep, per=per)
+    found = export(tmp_path, tmp_path / "small.safetensors", form="compact")
+    assert f"load it with trainer.load_model({str(found.path)!r}), plain timm cannot build it" in found.text()
+    model = load_model(found.path)
+    torch.testing.assert_close(model(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in model.model.vit.parameters()) < sum(value.numel() for value in state.values())
+
+
+@pytest.mark.parametrize(("groups", "per"), [("columns", "block"), ("rows", "layer")])
+def test_blocks_come_back_to_the_bit_in_fewer_bytes(tmp_path: Path, groups: str, per: str) -> None:
+    state = run(tmp_path, groups=groups, keep=0.5, per=per, block=[8, 10])
+    found = export(tmp_path, tmp_path / "blocks.safetensors", form="blocks")
+    assert "12 layers as blocks:" in found.text() and "trainer.load_model" in found.text()
+    loaded = load_model(found.path)
+    assert all(torch.equal(loaded.model.vit.state_dict()[name], value) for name, value in state.items())
+    assert torch.equal(loaded(IMAGES), masked(state))
+    sizes, stored = json.loads(found.about["bytes"]), load_file(found.path)
+    assert sum(value.numel() * value.element_size() for name, value in stored.items() if ".weight." in name) == sizes["block"]
+    assert sizes["block"] < 0.6 * sizes["dense"] < sizes["csr"]
+
+
+def test_a_compact_file_keeps_its_densities(tmp_path: Path) -> None:
+    run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]}, groups="units", keep=0.5)
+    found = export(tmp_path, tmp_path / "small.safetensors", form="compact")
+    dense = export(tmp_path, tmp_path / "dense.safetensors")
+    small, whole = load_model(found.path), load_model(dense.path)
+    torch.testing.assert_close(small(IMAGES, density=0.5), whole(IMAGES, density=0.5), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(small(IMAGES, density=0.5), small(IMAGES))
+
+
+@pytest.mark.slow
+def test_a_compact_onnx_file_is_smaller(tmp_path: Path) -> None:
+    run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]}, groups="heads", keep=0.5)
+    found = [export_onnx(tmp_path, tmp_path / f"{form}.onnx", 0.5, form=form).path for form in ("compact", "dense")]
+    assert found[0].stat().st_size < 0.95 * found[1].stat().st_size
+
+
+def test_damaged_blocks_are_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path, groups="columns", keep=0.5)
+    found = export(tmp_path, tmp_path / "blocks.safetensors", form="blocks")
+    state = load_file(found.path)
+    name = "blocks.0.mlp.fc1.weight.values"
+    for damaged in ({key: value for key, value in state.items() if key != name}, state | {name: state[name][:-1]}):
+        with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+            read(damaged, found.about)
+        networks.save_weights(tmp_path / "damaged.safetensors", damaged, found.about)
+        with pytest.raises(ConfigError, match=r"the header does not describe a network: .*export it again"):
+            load_model(tmp_path / "damaged.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("weights", "form", "words"),
+    [
+        ({}, "--compact", "pruned no weights (weights.method=all); leave --compact out"),
+        ({"groups": "columns", "keep": 0.5}, "--compact", "weights.groups=columns has no such form; use --blocks, or train with"),
+        ({"groups": "units", "keep": 0.5}, "--blocks", "weights.groups=units has no such form; use --compact, or train with"),
+        ({"groups": "units", "keep": 0.5, "prune": "9ep"}, "--compact", "the groups have not left yet in this checkpoint"),
+        ({"groups": "units", "keep": 1.0}, "--compact", "or weights.keep=1; choose a later checkpoint, or leave --compact out"),
+    ],
+)  # fmt: skip
+def test_a_form_that_a_run_does_not_have_is_refused(
+    tmp_path: Path, weights: dict[str, Any], form: str, words: str, capsys: Any
+) -> None:
+    run(tmp_path, **weights)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.safetensors"), form]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert main(["export", str(tmp_path), str(tmp_path / "out.safetensors")]) == 0
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert "blocks" not in file.metadata() and "compact" not in file.metadata()

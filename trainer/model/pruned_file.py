@@ -1,0 +1,122 @@
+"""Pruned weights in an exported file: as they are (`dense`), cut out (`compact`), or as kept groups with their indices (`blocks`).
+
+The header describes what plain timm cannot build: `compact` {module: units or heads}, `blocks` {layer: [O, I, p, q, axis]}, `groups`.
+Compact MLPs that are all of one size need neither: timm's `mlp_ratio` builds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from sparsity.weights import compact, stored
+from sparsity.weights.groups import Block
+from sparsity.weights.pruning import Pruning
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.model import weights as networks
+
+COMPACT, BLOCKS, SIZES = "compact", "blocks", "bytes"  # keys of the header
+_REMEDY = {"compact": "train with weights.groups=units or heads", "blocks": "train with weights.groups=columns or rows"}
+
+
+def written(
+    form: str, config: Config, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], run: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Fields of the header, and the tensors of a file, for the weights of a checkpoint. state: of level 4 in it. Raises ConfigError where a
+    run has no such form."""
+    if form == "dense":
+        return {}, dict(weights)
+    level, vit = _level(form, config, state, run)
+    assert level.kept is not None
+    header = {SIZES: json.dumps(stored.sizes(level))}
+    if form == "blocks":
+        return _in_blocks(level, weights, header)
+    try:
+        smaller = compact.cut(level.sites, weights, level.kept)
+    except ValueError as error:
+        raise _without(form, config) from error
+    sizes = compact.sizes_of(level.sites, level.kept)
+    ratio = compact.uniform_ratio(vit, sizes)
+    if ratio is not None:
+        header["args"] = json.dumps(config.model.args | {"mlp_ratio": ratio})
+    else:
+        header[COMPACT] = json.dumps(sizes)
+    return header, dict(weights) | smaller
+
+
+def read(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of a file by timm's names: blocks are unpacked, 0 where groups have left. Raises ValueError for damaged ones."""
+    found = dict(state)
+    for name, (outputs, inputs, p, q, axis) in json.loads(header.get(BLOCKS, "{}")).items():
+        site = Block(name, outputs, inputs, (p, q), axis)
+        try:
+            parts = {part: found.pop(f"{site.weight}.{part}") for part in stored.PARTS}
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        found[site.weight] = stored.unpacked(site, parts)
+    return found
+
+
+def shrink(vit: VisionTransformer, header: Mapping[str, str]) -> None:
+    """Give a new network the layers of a compact file. Raises ValueError for sizes that it cannot have."""
+    compact.shrink(vit, {name: int(size) for name, size in json.loads(header.get(COMPACT, "{}")).items()})
+
+
+def described(header: Mapping[str, str]) -> str:
+    """What of a file plain timm cannot build; "" for a file that it can."""
+    if BLOCKS in header:
+        sizes = json.loads(header[SIZES])
+        return (
+            f"{len(json.loads(header[BLOCKS]))} layers as blocks: {sizes['block']:,} bytes, {sizes['dense']:,} dense, "
+            f"{sizes['csr']:,} as CSR"
+        )
+    if COMPACT in header:
+        left = json.loads(header[COMPACT])
+        return f"smaller layers: {', '.join(f'{name} {size}' for name, size in left.items())}"
+    return ""
+
+
+def changes_importance(header: Mapping[str, str]) -> bool:
+    """Whether the file lacks heads: the importance of tokens is a mean over heads, in which those that left were flat, so thresholds of its
+    mass are no longer right."""
+    return any(name.endswith(".attn") for name in json.loads(header.get(COMPACT, "{}")))
+
+
+def _level(form: str, config: Config, state: Mapping[str, Tensor], run: str) -> tuple[Pruning, VisionTransformer]:
+    if config.weights.settings.off:
+        raise ConfigError(
+            f"export --{form}: {run} pruned no weights (weights.method={config.weights.method}); leave --{form} out"
+        )
+    vit = networks.create(config.model.model_copy(update={"init": "random"}))
+    level = config.weights.settings.build(vit)
+    level.load_state_dict(state)
+    if level.kept is None:
+        raise ConfigError(
+            f"export --{form}: the groups have not left yet in this checkpoint of {run}, or weights.keep=1; choose a later checkpoint, or "
+            f"leave --{form} out"
+        )
+    if form == "blocks" and not all(isinstance(site, Block) for site in level.sites):
+        raise _without(form, config)
+    return level, vit
+
+
+def _without(form: str, config: Config) -> ConfigError:
+    groups = getattr(config.weights.settings, "groups", "")
+    other = {"compact": "blocks", "blocks": "compact"}[form]
+    return ConfigError(f"export --{form}: weights.groups={groups} has no such form; use --{other}, or {_REMEDY[form]}")
+
+
+def _in_blocks(
+    level: Pruning, weights: Mapping[str, Tensor], header: dict[str, str]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    found, about = dict(weights), {}
+    for site in level.sites:
+        assert isinstance(site, Block) and level.kept is not None
+        parts = stored.packed(site, found.pop(site.weight), level.kept[site.name])
+        found |= {f"{site.weight}.{part}": value for part, value in parts.items()}
+        about[site.name] = [site.outputs, site.inputs, *site.size, site.axis]
+    return header | {BLOCKS: json.dumps(about)}, found
