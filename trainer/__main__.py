@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 
@@ -15,6 +16,9 @@ from trainer.storage.text import printable
 
 
 def main(words: list[str] | None = None) -> int:
+    # Read once, when torch loads OpenMP, which nothing above does. Threads that wait for each other give the core to other processes: on
+    # two cores with three times as many busy processes, two threads trained 1.9 to 3.5 times as fast as with the default, which spins.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     open_standard_streams()
     arguments = parse(words)
     before = sys.stdout, sys.stderr
@@ -37,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
             discard_output()
         if not isinstance(error, TrilevelError):
             raise
-        say(printable(f"trilevel: {error}"), error=True)
+        say(printable("\n  ".join([f"trilevel: {error}", *getattr(error, "__notes__", ())])), error=True)
         if arguments.command == "train":
             write_exit_code(2)
         return 2

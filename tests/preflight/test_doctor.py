@@ -163,6 +163,12 @@ def test_disk_and_shared_memory_limits(tmp_path):
     assert doctor.open_files(want=1).status == "ok" and "ulimit" in doctor.open_files(want=2**40).remedy
 
 
+def test_busy_cores_are_a_note():
+    assert doctor.cores(load=0.9, count=2).status == "ok"
+    busy = doctor.cores(load=5.0, count=2)
+    assert busy.status == "note" and "2 for this process, load average 5.0" in busy.found and "OMP_NUM_THREADS=1" in busy.remedy
+
+
 class Health(http.server.BaseHTTPRequestHandler):
     code = 200
 

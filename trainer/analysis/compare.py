@@ -24,6 +24,7 @@ from trainer.analysis.history import History, Point, history
 from trainer.config.credentials import credential_in
 from trainer.config.errors import TrilevelError
 from trainer.config.run_config import flat
+from trainer.storage.text import listed
 
 COSTS = {  # costs of a score: how to read them from a point
     "time": lambda point: point.elapsed,
@@ -116,7 +117,7 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
     read = [history(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)]
     scored = [run for run in read if evaluations(run)]
     if not scored:
-        names = ", ".join(str(run.directory) for run in read) or "no runs given"
+        names = listed(run.directory for run in read) or "no runs given"
         raise NothingToCompare(f"no evaluation in {names}: wait for the first evaluation of a run (evaluate.every)")
     groups: dict[tuple[str, int], list[History]] = {}
     for run in scored:  # a second run with the same settings and seed is a group of its own: something else must differ
@@ -131,7 +132,7 @@ def compare(runs: Sequence[Path | str], base: str | None = None, missing: Sequen
     else:
         first = next((n for n, members in named if base == n or base in [run.name for run in members]), None)
     if first is None:
-        raise NothingToCompare(f"--base: unknown value {base!r}; valid values: {', '.join(run.name for run in scored)}")
+        raise NothingToCompare(f"--base: unknown value {base!r}; valid values: {listed((run.name for run in scored), 20)}")
     ours = tuple(dict(named)[first])
     found = [Group(first, ours, None)]
     found += [Group(name, tuple(members), against(ours, tuple(members))) for name, members in named if name != first]

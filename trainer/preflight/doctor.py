@@ -48,6 +48,7 @@ def doctor(
         "disk": lambda: free_disk(runs),
         "shared memory": lambda: shared_memory(Path("/dev/shm")),
         "open files": open_files,
+        "cores": cores,
         "MLflow": lambda: tracking(runs),
     }
     for name, check in checks.items():
@@ -131,6 +132,19 @@ def open_files(want: int = 4096) -> Finding:
         remedy = f"ulimit -n {want if hard == resource.RLIM_INFINITY else min(want, hard)}"
         return Finding("open files", "note", f"at most {soft} (hard limit {hard})", remedy)
     return Finding("open files", "ok", f"up to {soft}")
+
+
+def cores(load: float | None = None, count: int | None = None) -> Finding:
+    """The cores that this process may use, and how busy the machine is (load average of a minute)."""
+    count = len(os.sched_getaffinity(0)) if count is None else count
+    load = os.getloadavg()[0] if load is None else load
+    found = f"{count} for this process, load average {load:.1f}"
+    if load > 0.5 * count:
+        remedy = (
+            "stop other work before measuring; on a CPU train with one thread per process: OMP_NUM_THREADS=1, more --processes"
+        )
+        return Finding("cores", "note", f"{found}: other processes take part of them, so times vary", remedy)
+    return Finding("cores", "ok", found)
 
 
 def tracking(runs: Path, timeout: float = TIMEOUT) -> Finding:

@@ -20,6 +20,7 @@ from trainer.data.progress import progress_bar
 from trainer.provenance.hash_chain import digest, extend
 from trainer.provenance.kept_lists import KeptError
 from trainer.provenance.recorded_run import LoggedStep, RecordedRun, Segment
+from trainer.storage.text import listed
 
 LISTED = 20  # differences and broken images that are listed
 
@@ -58,8 +59,8 @@ class Audit:
         return table
 
     def text(self) -> str:
-        worlds = ", ".join(f"{a['first'] + 1}-{a['last']} on {a['world']}" for a in self.attempts)
-        times = ", ".join(f"{count} shown {n} times" for n, count in self.presentations.items())
+        worlds = listed(f"{a['first'] + 1}-{a['last']} on {a['world']}" for a in self.attempts)
+        times = listed(f"{count} shown {n} times" for n, count in self.presentations.items())
         lines = [
             f"{self.steps} steps (processes: {worlds}); {self.marks} chain heads in the journal, {self.differing} differ",
             f"presentations per example: {times}",

@@ -51,6 +51,17 @@ def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool
         ) from error
 
 
+def how_to_continue(directory: Path, world: int, stop_at: object = None) -> str:
+    """What of a run that ended early is saved, and the command that continues it. stop_at: where it stopped by its configuration."""
+    try:
+        saved = f"saved: {directory / 'checkpoints' / (directory / 'checkpoints' / 'latest').read_text().strip()}"
+    except (OSError, UnicodeDecodeError):
+        saved = "no checkpoint was saved"
+    words = f"{directory / 'config.yaml'} --resume{' stop_at=null' if stop_at is not None else ''}"
+    command = f"trilevel train {words}" if world == 1 else f"the same command with --resume, or python -m launch local {words}"
+    return f"{saved}; to continue: {command}"
+
+
 def log_to(path: Path) -> None:
     """Write this rank's library logs and crash tracebacks (segmentation faults too) to `path`; without it where it can't be opened."""
     try:

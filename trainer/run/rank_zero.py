@@ -24,6 +24,7 @@ from trainer.provenance import kept_lists
 from trainer.run import description, nonfinite_steps
 from trainer.run.console import Console
 from trainer.run.dense_baseline import describe
+from trainer.run.directory import how_to_continue
 from trainer.storage.disk import Content
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
@@ -43,6 +44,7 @@ class RankZeroLog:
         self.directory = config.directory()
         self.console = Console(config.name, config.epochs, start=float(state.epoch))
         self.shipper: Shipper | None = None
+        self.world = 1  # processes, from `start` on
 
     def say(self, text: str) -> None:
         """A message to the journal and to the console."""
@@ -51,6 +53,7 @@ class RankZeroLog:
 
     def start(self, state: TrainState, engine: Engine, data: dict[str, Index], model: SparseViT, facts: dict[str, Any]) -> None:
         """The first lines of the attempt, environment.txt and plan.md. Starts the MLflow shipper."""
+        self.world = engine.world
         self.journal.write("start", **description.start_line(self.config, engine, data, model), **facts)
         for text in facts.get("warnings", ()):
             self.console.message(f"warning: {text}")
@@ -181,6 +184,9 @@ class RankZeroLog:
         except Exception as error:  # the report can be made again; it must not fail a run
             say(f"report not written: {error}; make it with `trilevel report {self.directory}`")
         self.console.end(status, state.step, state.progress)
+        if status == "stopped":
+            at = self.config.stop_at if reason.startswith("stop_at") else None
+            self.console.message(f"  {how_to_continue(self.directory, self.world, at)}")
         self.console.close()
         if self.shipper is not None and (message := self.shipper.finish(timeout=SENDING).message):
             say(message)

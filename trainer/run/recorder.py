@@ -227,6 +227,8 @@ class Recorder:
                 )
             with contextlib.suppress(Exception):
                 self.end(self._state, "failed", reason=first if first == own else f"{first}; then {own}")
+            if self.engine.is_main:  # below the traceback, whose last line is the cause
+                error.add_note(run.how_to_continue(self.directory, self.engine.world))
             raise
 
     def _late(self, text: str) -> None:

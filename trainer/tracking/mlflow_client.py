@@ -15,6 +15,7 @@ from typing import Any
 from trainer.config.credentials import REMEDY
 from trainer.config.errors import TrilevelError
 from trainer.storage.memory_limit import memory_limit
+from trainer.storage.text import listed
 from trainer.tracking.metrics import Metric, datasets, param_changes, params, tags
 from trainer.tracking.state import STATE, SyncState
 
@@ -189,7 +190,7 @@ def _journals(client: Any, experiment: str, into: Path) -> tuple[list[Path], lis
 
     place = client.get_experiment_by_name(experiment)
     if place is None:
-        raise LookupError(", ".join(sorted(other.name for other in client.search_experiments())))
+        raise LookupError(listed(sorted(other.name for other in client.search_experiments()), 20))
     found, missing, token = [], [], None
     while True:
         page = client.search_runs([place.experiment_id], order_by=["start_time ASC"], max_results=1000, page_token=token)

@@ -32,7 +32,7 @@ def of(folder: Path, stem: str, labels: Sequence[int | str], classes: Sequence[o
     [
         ("xyz", "xz", ["3 classes in", "('y' only there) and 2 classes in"]),
         ("xy", ["x", "y", "images"], ["2 classes in", "and 3 classes in", "('images' only there)"]),
-        ("abcdefgh", "ab", ["'c', 'd', 'e', 'f', 'g' and 1 more only there"]),
+        ("abcdefghi", "ab", ["'c', 'd', 'e', 'f', 'g', 'h' and 1 more only there"]),
         ("xxx", "xx", ["all 3 training images have the label 'x'", "check data.labels"]),
         ([0, 1, 1, 0], [2, 2], ["no validation image is of a class that has training images", "'2'", "'0', '1'"]),
         ([1, 2, 3, 1], [1, 2], ["labels are the numbers 1 to 3, and none is 0", "classes.txt with the lines 1 to 3"]),
@@ -94,6 +94,15 @@ def test_labels_from_one_are_named_by_index_and_a_file_of_names_repairs_them(
     check_classes(again, again)
     names = of(tmp_path, "names", [0, 2], ["cat", "dog", "owl"])  # numbers are positions where the file has other names
     assert list(names.labels) == [0, 2]
+
+
+def test_an_error_names_a_few_members_of_many(tmp_path: Path):
+    """Keys with dots, img.0001.jpg, are one sample for webdataset: 400 members once stood in one line of 7 kB."""
+    path = write_tar(tmp_path / "x.tar", {f"img.{number:04d}.jpg": jpeg(0) for number in range(400)})
+    with pytest.raises(DataError) as error:
+        build_index(str(path), progress=False)
+    assert "key 'img' has 400 images among its 400 members (.0000.jpg, .0001.jpg, " in str(error.value)
+    assert "and 394 more)" in str(error.value) and len(str(error.value)) < 500
 
 
 def test_check_prints_the_warnings(tmp_path: Path):

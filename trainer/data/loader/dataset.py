@@ -10,8 +10,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index, open_index
-
-LISTED = 5  # classes that a message names
+from trainer.storage.text import listed
 
 
 def cache_of(index: Index, data: DataConfig) -> Cache | None:
@@ -105,22 +104,18 @@ def _difference(train: Index, validation: Index) -> str:
         )
         return f"the same {len(ours)} classes in another order: class {number} is {a!r} in {train.path} and {b!r} in {validation.path}"
     parts = [
-        f"{len(index.classes)} classes in {index.path}" + (f" ({_listed(sorted(more))} only there)" if more else "")
+        f"{len(index.classes)} classes in {index.path}" + (f" ({listed(map(repr, sorted(more)))} only there)" if more else "")
         for index, more in ((train, ours - theirs), (validation, theirs - ours))
     ]
     return " and ".join(parts)
 
 
 def _name(index: Index, label: int) -> str:
-    return repr(index.classes[label]) if label < len(index.classes) else str(label)
+    return repr(index.classes[label] if label < len(index.classes) else str(label))
 
 
 def _names(index: Index, labels: np.ndarray) -> str:
-    return _listed([index.classes[label] if label < len(index.classes) else str(label) for label in labels])
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return listed(_name(index, label) for label in labels)
 
 
 def open_indexes(data: DataConfig, verify: bool = True) -> tuple[Index, Index]:

@@ -14,6 +14,7 @@ from trainer.data.errors import DataError
 from trainer.data.shards.class_names import MOST_CLASSES, check_name
 from trainer.data.shards.samples import Sample
 from trainer.data.shards.tar import read
+from trainer.storage.text import listed
 
 _LONGEST_MEMBER = {"cls": 1 << 14, "json": 1 << 24}  # bytes: a longer member is not a label
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?|[-+]?\d+\.")
@@ -33,7 +34,7 @@ def label_of(labels: str) -> Callable[[Path, Sample], str]:
     def label(path: Path, sample: Sample) -> str:
         member = sample.others.get(extension)
         if member is None:
-            has = ", ".join(f".{e}" for e in sample.others) or "no other member"
+            has = listed(f".{e}" for e in sample.others) or "no other member"
             raise DataError(
                 f"shard {path}: key {sample.key!r} has no .{extension} (besides the image: {has}); check the shard, or "
                 "set data.labels to one of cls, json:FIELD, key, file:PATH"

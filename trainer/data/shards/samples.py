@@ -17,6 +17,7 @@ from webdataset.tariterators import base_plus_ext
 
 from trainer.data.errors import DataError
 from trainer.data.shards.tar import IMAGES, Member, members
+from trainer.storage.text import listed
 
 _SAMPLES, _SAMPLE = 16, 4096  # blocks hashed by the fast fingerprint
 _WHOLE = 1 << 20  # shards up to this size are always hashed whole
@@ -52,9 +53,10 @@ def samples(path: str | Path) -> Iterator[Sample]:
 def _sample(path: str | Path, key: str, group: dict[str, Member]) -> Sample:
     found = [e for e in group if e in IMAGES] or [e for e in group if e.rsplit(".", 1)[-1] in IMAGES]
     if len(found) != 1:
+        there = listed(f".{name}" for name in sorted(found or group))
         raise DataError(
-            f"shard {path}: key {key!r} has {len(found)} images among its members {sorted(group)}, must have 1; a key ends at the "
-            "first dot of a file name, and its members must be adjacent (tar --sort=name)"
+            f"shard {path}: key {key!r} has {len(found)} images among its {len(group)} members ({there}), must have 1; a key ends at "
+            "the first dot of a file name (img.0001.jpg has the key img), and its members must be adjacent (tar --sort=name)"
         )
     return Sample(key, group[found[0]], {e: m for e, m in group.items() if e != found[0]})
 
