@@ -57,6 +57,10 @@ KINDS = (
         "launch/test_elastic_real.py::test_a_node_that_is_lost_leaves_the_other_to_go_on_from_the_checkpoint",
         "launch/test_slurm_real.py::test_a_job_outlives_a_node",
     )),
+    Kind("network cut between hosts", "a cut that heals costs its time; a longer one ends the job by name, and a resume continues", (
+        "faults/test_network_cuts.py::test_a_cut_that_heals_costs_only_its_time",
+        "faults/test_network_cuts.py::test_a_longer_cut_ends_the_job_by_name_and_a_resume_continues",
+    )),
     Kind("slow node", "named in journal and report", (
         "telemetry/test_step_phases.py::test_spreads_over_ranks_name_the_slowest",
         "launch/test_health.py::test_what_makes_a_node_unusable",
@@ -98,6 +102,7 @@ KINDS = (
     )),
     Kind("clock set in mid-run", "no duration changes", (
         "safety/test_foreign_bytes.py::test_a_clock_that_is_set_changes_no_duration",
+        "faults/test_clock_jumps.py::test_a_clock_that_jumps_under_a_job_changes_no_duration_and_loses_nothing",
     )),
     Kind("MLflow stopped, slow or full", "training goes on; nothing is lost or doubled", (
         "tracking/test_tracking_server.py::test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled",
@@ -106,8 +111,7 @@ KINDS = (
 )  # fmt: skip
 
 NOT_DONE = (
-    "cuts of the network that heal, the kernel's OOM killer (a killed process stands for it), a clock that jumps under a whole job, NCCL "
-    "(no GPU), more than 2 processes in the tests of this page"
+    "the kernel's OOM killer (a killed process stands for it), NCCL (no GPU), more than 2 processes in the tests of this page"
 )
 
 
