@@ -14,6 +14,8 @@ from trainer.config.errors import ConfigError
 from trainer.config.field_errors import reason
 from trainer.config.load import load, parse
 from trainer.config.run_config import Config, differences
+from trainer.config.schema import DataConfig
+from trainer.config.schema_run import EngineConfig
 
 PLAIN = {"name": "x", "model": {"name": "deit_tiny_patch16_224"}, "data": {"train": "a", "validation": "b"}}
 
@@ -167,3 +169,9 @@ def test_of_two_overrides_of_a_method_the_last_decides_which_settings_stay() -> 
     last = load("configs/quickstart.yaml", ["tokens.method=all", "tokens.method=tome", "tokens.blocks=[1, 3]"])
     assert last.tokens.method == "tome" and last.tokens.settings.final_keep == 0.7
     assert load("configs/quickstart.yaml", ["tokens.method=tome", "tokens.method=all"]).tokens.method == "all"
+
+
+def test_a_stalled_worker_is_named_before_the_other_ranks_give_up() -> None:
+    assert 360 < DataConfig.model_fields["timeout"].default < EngineConfig.model_fields["timeout"].default, (
+        "360 s: a store's retries"
+    )

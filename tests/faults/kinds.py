@@ -58,6 +58,7 @@ KINDS = (
         "launch/test_slurm_real.py::test_a_job_outlives_a_node",
     )),
     Kind("network cut between hosts", "a cut that heals costs its time; a longer one ends the job by name, and a resume continues", (
+        "faults/test_stopped_rank.py::test_a_stopped_rank_is_named_with_its_place_and_the_run_ends",
         "faults/test_network_cuts.py::test_a_cut_that_heals_costs_only_its_time",
         "faults/test_network_cuts.py::test_a_longer_cut_ends_the_job_by_name_and_a_resume_continues",
     )),

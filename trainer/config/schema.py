@@ -64,9 +64,9 @@ class DataConfig(Section):
     workers: int = Field(default=4, ge=0, le=1024)
     """Decoding processes per rank; 0 decodes in the rank itself. Raise it while `data wait` in the report is above a few
     percent."""
-    timeout: float = Field(default=900.0, ge=0, allow_inf_nan=False)
+    timeout: float = Field(default=540.0, ge=0, allow_inf_nan=False)
     """Seconds to wait for a batch from a worker process before the run ends with its cause; 0 = without limit. Requests to a remote
-    store are repeated for up to six minutes."""
+    store are repeated for up to six minutes. Below `engine.timeout`: else the other ranks end the run first, and no worker is named."""
     lanes: int = Field(default=16, ge=1)
     """Equal ranges of the epoch's sequence; each global batch takes the same number of images from every lane. More lanes mix
     more shards into a batch and read more shards at the same time."""
