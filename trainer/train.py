@@ -18,7 +18,7 @@ from trainer.data.augment.mixup import draw_mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.build import clean_images, training_stream, validation_set
-from trainer.data.loader.dataset import check_classes, class_warnings, open_indexes
+from trainer.data.loader.dataset import check_classes, class_warnings, file_warnings, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
@@ -63,6 +63,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     warnings = [*ineffective(config, len(index)), *class_warnings(index, validation_index, config.model.classes)]
+    warnings += file_warnings(config.data, index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_weights(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)

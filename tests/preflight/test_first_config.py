@@ -42,9 +42,12 @@ def test_both_configurations_pass_the_check_and_differ_in_the_levels_only(init: 
     assert code == 0 and "1438 training and 359 validation images, 10 classes" in out and "8 x 8 pixels (median)" in out
     ours, dense = (yaml.safe_load(Path("mine", name).read_text()) for name in ("digits.yaml", "digits_dense.yaml"))
     assert ours["model"]["classes"] == 10 and ours["model"]["image_size"] == 32 and ours["data"]["batch"] == 64
-    levels = {"examples", "tokens", "connections", "plan", "control"}
-    assert levels <= ours.keys() and not levels & dense.keys()
-    assert {k: v for k, v in ours.items() if k not in levels | {"name"}} == {k: v for k, v in dense.items() if k != "name"}
+    levels = {"examples", "tokens", "connections", "plan"}
+    assert levels <= ours.keys() and not levels & dense.keys() and dense["control"] == 0
+    levels |= {"control"}
+    assert {k: v for k, v in ours.items() if k not in levels | {"name"}} == {
+        k: v for k, v in dense.items() if k not in levels | {"name"}
+    }
     reports = [check(load(Path("mine", name)), world=2) for name in ("digits.yaml", "digits_dense.yaml")]
     assert reports[0].share() < 0.9 and reports[1].share() == 1
     for key in ("batch", "micro_batch", "workers", "lr", "epochs", "image_size"):

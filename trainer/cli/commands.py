@@ -75,6 +75,9 @@ def _index(a: argparse.Namespace) -> None:
 
     cache = cache_at(a.cache, a.cache_size)
     index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)
+    if index.is_files():
+        show(f"{a.shards}: {len(index)} image files, {len(index.classes)} classes; index: {index.path}")
+        return
     show(f"{a.shards}: {len(index)} images, {len(index.classes)} classes, {len(index.names)} shards; index: {index.path}")
     if counts_from_one(index):
         show(f"warning: {renumber(index)}")

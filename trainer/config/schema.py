@@ -52,7 +52,8 @@ class DataConfig(Section):
     """Where the shards are and how a global batch is made of them (see `trainer.data.order`)."""
 
     train: str
-    """Training shards, as webdataset users write them: a path, a glob, a brace pattern or a URL pattern."""
+    """Training shards, as webdataset users write them: a path, a glob, a brace pattern or a URL pattern. Or a folder of class folders,
+    which is read file by file (slower) and needs `trilevel index FOLDER` too."""
     validation: str
     """Validation shards, written like `data.train`."""
     batch: int = Field(default=1024, ge=2)
@@ -79,7 +80,8 @@ class DataConfig(Section):
     repeats: int = Field(default=1, ge=1)
     """Repeated augmentation: copies of an image in one batch. DeiT uses 3; an epoch then shows a third of the images."""
     labels: str = "cls"
-    """Where a label stands: `cls` (the sample's .cls file), `json:FIELD`, `key` (n01440764/x or n01440764_x), or `file:PATH`."""
+    """Where a label stands: `cls` (the sample's .cls file; of class folders the folder), `json:FIELD`, `key` (n01440764/x or
+    n01440764_x), or `file:PATH`."""
     broken_share: Share = 0.001
     """Broken images / images of the data set above which the run stops. Below it they get weight 0 and a line in the journal."""
     verify: Literal["fast", "full"] = "fast"

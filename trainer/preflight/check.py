@@ -12,7 +12,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream
-from trainer.data.loader.dataset import check_classes, check_labels, class_warnings, open_indexes
+from trainer.data.loader.dataset import check_classes, check_labels, class_warnings, file_warnings, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import (
@@ -149,7 +149,11 @@ def check(config: Config, world: int) -> CheckReport:
         quality=shuffle_quality(order, train.labels, batches=16),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
-        warnings=(*ineffective(config, len(train)), *class_warnings(train, validation, config.model.classes)),
+        warnings=(
+            *ineffective(config, len(train)),
+            *class_warnings(train, validation, config.model.classes),
+            *file_warnings(config.data, train, validation),
+        ),
     )
 
 

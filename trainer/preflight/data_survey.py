@@ -12,9 +12,11 @@ import numpy as np
 from trainer.data.augment.decode import BrokenImage, header
 from trainer.data.errors import DataError
 from trainer.data.loader.dataset import check_classes
-from trainer.data.shards.index import Index, open_index
+from trainer.data.shards.index import Index, build_index, open_index
+from trainer.data.shards.layouts import class_folders, recognise
 from trainer.data.shards.layouts.layout import SPLITS
 from trainer.data.shards.reader import Reader
+from trainer.data.shards.source_files import list_files
 
 _SAMPLE = 200  # images whose headers are read
 
@@ -44,8 +46,9 @@ class Survey:
 
 
 def survey(folder: str) -> Survey:
-    """Look at a folder of indexed shards. Raises DataError: no index, no training or no validation split, classes that differ."""
-    found = _indexes(Path(folder))
+    """Look at a folder of indexed shards, or of class folders below train/ and val/, which are indexed now. Raises DataError: no index,
+    no training or no validation split, classes that differ."""
+    found = _indexes(folder)
     train = found.get("train")
     name = "validation" if "validation" in found else "test"
     if train is None or name not in found:
@@ -73,25 +76,41 @@ def survey(folder: str) -> Survey:
 
 
 def _pattern(folder: str, index: Index) -> str:
-    return f"{folder.rstrip('/')}/{index.path.stem}-*.tar"
+    return index.root if index.is_files() else f"{folder.rstrip('/')}/{index.path.stem}-*.tar"
 
 
-def _indexes(folder: Path) -> dict[str, Index]:
-    """{split: index} of the patterns STEM-*.tar in a folder, by a word of the stem."""
-    if not folder.is_dir():
+def _indexes(folder: str) -> dict[str, Index]:
+    """{split: index} of the patterns STEM-*.tar in a folder, by a word of the stem; else of class folders below train/ and val/."""
+    path = Path(folder)
+    if not path.is_dir():
         raise DataError(f"init {folder}: not a folder; give the folder that `trilevel pack` wrote, e.g. shards/NAME")
     found: dict[str, Index] = {}
-    for path in sorted(folder.glob("*.index")):
-        split = next((SPLITS[word] for word in re.findall("[a-z]+", path.stem.lower()) if word in SPLITS), None)
-        if split is None or not any(folder.glob(f"{path.stem}-*.tar")):
+    for one in sorted(path.glob("*.index")):
+        split = next((SPLITS[word] for word in re.findall("[a-z]+", one.stem.lower()) if word in SPLITS), None)
+        if split is None or not any(path.glob(f"{one.stem}-*.tar")):
             continue
         if split in found:
             raise DataError(
-                f"init {folder}: two indexes of {split} shards, {found[split].path.name} and {path.name}; remove one"
+                f"init {folder}: two indexes of {split} shards, {found[split].path.name} and {one.name}; remove one"
             )
-        label_source = Index(path).label_source
-        found[split] = open_index(f"{folder}/{path.stem}-*.tar", label_source, verify=None)
-    return found
+        found[split] = open_index(f"{folder}/{one.stem}-*.tar", Index(one).label_source, verify=None)
+    return found if found or any(path.glob("*.tar")) else _class_folders(folder)
+
+
+def _class_folders(folder: str) -> dict[str, Index]:
+    """{split: index}, made now, of folders named like splits. Raises DataError where the folder has another layout, with the command."""
+    files = list_files(folder, Path())
+    if not files.images and not files.others:
+        return {}
+    layout = recognise(files).layout
+    splits = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name.lower() in SPLITS)
+    if layout not in (class_folders.OUTER, class_folders.INNER) or not splits:
+        name = Path(folder).resolve().name
+        raise DataError(
+            f"init {folder}: not packed, layout {layout.name}; pack it first: trilevel pack {folder} shards/{name}, then: trilevel init "
+            f"shards/{name}"
+        )
+    return {SPLITS[p.name.lower()]: build_index(str(p)) for p in splits}
 
 
 def _size(index: Index) -> tuple[int, int]:

@@ -99,8 +99,7 @@ def text(found: Survey, c: Choices, path: Path, control: Path, *, dense: bool, g
     """The YAML of a run: with the levels, or the dense control, which differs in them and the name only."""
     mine = control if dense else path
     parts = [_head(found, path, control, dense), _network_and_data(found, c, mine), _recipe(c, gpu)]
-    if not dense:
-        parts.append(_levels(found, c))
+    parts.append("control: 0  # this run is the dense one: nothing to time beside it\n" if dense else _levels(found, c))
     return "".join(parts)
 
 

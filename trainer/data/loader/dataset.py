@@ -75,6 +75,17 @@ def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
     return found
 
 
+def file_warnings(data: DataConfig, *indexes: Index) -> list[str]:
+    """A sentence for each data set that is read from image files instead of shards."""
+    patterns = (data.train, data.validation)
+    return [
+        f"{pattern}: {len(index):,} image files are opened one by one, which is slower than shards, most of all on network storage; for "
+        f"many epochs: trilevel pack {pattern} DST"
+        for pattern, index in zip(patterns, indexes, strict=True)
+        if index.is_files()
+    ]
+
+
 def counts_from_one(index: Index) -> bool:
     """Whether the labels are the numbers 1 to n without a gap, so that class 0 would be empty."""
     if not _numbered(index) or len(index) == 0 or index.labels.min() != 1:

@@ -19,6 +19,7 @@ from trainer.data.remote.cache import Cache, Source, cache_at
 from trainer.data.remote.client import stat
 from trainer.data.remote.url import scheme
 from trainer.data.shards import index_file
+from trainer.data.shards.image_folder import scan_images
 from trainer.data.shards.labels import class_numbers, label_of
 from trainer.data.shards.location import ShardSet, hash_of, joined, locate_shards
 from trainer.data.shards.samples import fingerprint
@@ -66,6 +67,10 @@ class Index:
     def is_remote(self) -> bool:
         return bool(scheme(self.root) or scheme(self.names[0]))
 
+    def is_files(self) -> bool:
+        """Whether each example is an image file of its own, in class folders."""
+        return not self.is_remote() and len(self.names) == len(self) and not self.names[0].endswith(".tar")
+
     def source(self, shard: int) -> Source:
         """A shard's URL or path, its size and hash."""
         name = self.names[shard]
@@ -100,9 +105,16 @@ def build_index(
     "file:PATH" (lines `key label`, or one label per line for the keys in sorted order). Integers from .cls, JSON or a file are
     class numbers; other texts are names, and classes are the sorted names, or those of `classes.txt` beside the shards if
     it exists, so that training and validation agree. folder: of the index, see `locate_shards`. Remote shards
-    are downloaded into `cache` (None: the default one), which keeps as many as fit. Raises DataError.
+    are downloaded into `cache` (None: the default one), which keeps as many as fit. A folder of class folders without tars is indexed
+    file by file. Raises DataError.
     """
     shard_set = locate_shards(pattern, folder)
+    if shard_set.files:
+        if labels != "cls":
+            raise DataError(
+                f"{pattern}: labels {labels!r} of a folder of images, whose class is its folder; leave --labels out"
+            )
+        return _write_index(pattern, shard_set, scan_images(pattern, workers, progress), labels, packing)
     source, cache = label_of(labels), cache or cache_at(None, 64)
 
     def scan(name: str) -> Scan:
@@ -120,8 +132,13 @@ def build_index(
         raise DataError(f"shards {pattern!r}: no examples found; check that packing finished")
     if labels.startswith("file:"):
         scans = with_labels(Path(labels.removeprefix("file:")), scans)
+    return _write_index(pattern, shard_set, scans, labels, packing)
+
+
+def _write_index(pattern: str, shard_set: ShardSet, scans: list[Scan], labels: str, packing: str) -> Index:
     texts = {text for scan in scans for text in scan.values}
-    number, classes = class_numbers(texts, labels, _class_names(shard_set, texts, labels), f"shards {pattern!r}")
+    kind = "key" if shard_set.files else labels  # the names of folders are names, also where they are digits
+    number, classes = class_numbers(texts, kind, _class_names(shard_set, texts, kind), f"shards {pattern!r}")
     arrays = {
         "offset": np.concatenate([s.offset for s in scans]),
         "length": np.concatenate([s.length for s in scans]),
@@ -191,6 +208,8 @@ def open_index(
 
         def same(check: tuple[dict[str, Any], str]) -> bool:
             shard, kind = check
+            if shard_set.files and kind == "fast":
+                return True  # size and time stamp are equal; to read all files would take as long as to index them
             url = shard_set.url(shard["name"])
             if shard_set.is_remote():
                 return kind == "fast" or hash_of(url) == shard["whole"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,16 +16,21 @@ from trainer.data.remote.client import RemoteStat, read_all, stream
 from trainer.data.remote.url import scheme
 from trainer.data.shards.class_names import LARGEST_FILE, read_classes
 from trainer.data.shards.pattern import expand
+from trainer.data.shards.source_files import list_files
+
+_MOST_FILES = 300_000  # the header of an index has 250 bytes per file and at most 100 MiB
 
 
 class ShardSet(NamedTuple):
     """The shards of a pattern. root: directory or URL above them ("" for pipes); names: relative to it; index: the
-    file of this pattern only; shared: a name that other patterns may have too, tried if `index` is missing."""
+    file of this pattern only; shared: a name that other patterns may have too, tried if `index` is missing; files: whether the shards
+    are image files of class folders."""
 
     root: str
     names: list[str]
     index: Path
     shared: Path
+    files: bool = False
 
     def is_remote(self) -> bool:
         return self.root == "" or bool(scheme(self.root))
@@ -73,6 +79,9 @@ def locate_shards(pattern: str, folder: str | None = None) -> ShardSet:
     `train-*.tar` has `train.index`; every other pattern (`train-{000..099}.tar`, `train-0*.tar`) has another name, so that
     two patterns with one prefix do not overwrite each other's index.
     """
+    if os.path.isdir(pattern) and (images := _images(pattern)):
+        named = _index_folder(folder) / f"{os.path.basename(os.path.abspath(pattern))}-{_short(os.path.abspath(pattern))}.index"
+        return ShardSet(pattern, images, named, named, files=True)
     root, stem, names = expand(pattern)
     if scheme(pattern):
         written = pattern.removeprefix(root) if root else pattern
@@ -82,10 +91,26 @@ def locate_shards(pattern: str, folder: str | None = None) -> ShardSet:
         shared = Path(root, f"{stem}.index")
         own = shared if written == f"{stem}-*.tar" else Path(root, f"{stem}-{_short(written)}.index")
         return ShardSet(root, names, own, shared)
-    where = Path(os.path.expanduser(os.path.expandvars(folder))) if folder else cache_root() / "index"
+    where = _index_folder(folder)
     about = pattern if not root else root if scheme(root) else os.path.abspath(root)
     named = where / f"{stem}-{_short(f'{about} {written}')}.index"
     return ShardSet(root, names, named, where / f"{stem}-{_short(about)}.index")
+
+
+def _index_folder(folder: str | None) -> Path:
+    return Path(os.path.expanduser(os.path.expandvars(folder))) if folder else cache_root() / "index"
+
+
+def _images(folder: str) -> list[str]:
+    """The image files of a folder without tars, sorted. Raises DataError above 300,000."""
+    if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
+        return []
+    names = sorted(one.name for one in list_files(folder, Path()).images)
+    if len(names) > _MOST_FILES:
+        raise DataError(
+            f"{folder}: {len(names)} image files, at most {_MOST_FILES} can be read without packing: trilevel pack {folder} DST"
+        )
+    return names
 
 
 def _short(text: str) -> str:
