@@ -23,6 +23,7 @@ from trainer.analysis.densities import score
 from trainer.data.loader.build import validation_set
 from trainer.data.shards.index import build_index, open_index
 from trainer.data.shards.reader import Reader
+from trainer.model.build import build_model
 from trainer.model.evaluate import evaluate
 from trainer.model.weights import save_weights
 
@@ -184,3 +185,22 @@ def test_one_set_of_weights_at_many_densities(
     assert main(["eval", "weights.safetensors"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
     assert main(["eval", "timm:vit_tinny_patch16_224", "c.yaml"]) == 2
     assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err
+
+
+def test_a_run_is_scored_under_its_own_plan_too(shards: str, tmp_path: Path) -> None:
+    """With densities alone no row was the run's own number: they keep all connections."""
+    levels: Any = {
+        "tokens": {"method": "topk", "keep": 0.5, "blocks": [1, 2]},
+        "connections": {"method": "shared_keys", "keep": 0.5},
+    }
+    config = small(shards, **levels)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.resolved()))
+    save_weights(tmp_path / "weights.safetensors", build_model(config).vit.state_dict())
+    alone = score(str(tmp_path), None).rows[0]
+    found = score(str(tmp_path), None, [1.0, 0.5]).rows
+    assert [(row.selection, row.density, row.connections) for row in found] == [
+        ("topk", 1.0, 1.0), ("topk", 0.5, 1.0), ("run's own plan", 0.5, 0.5)
+    ]  # fmt: skip
+    assert found[-1].scores.per_class == alone.scores.per_class and found[-1].gmacs == alone.gmacs
+    own = score(str(tmp_path), None, [0.5], ["connections.method=all"]).rows
+    assert len(own) == 1, "the density is the run's own plan"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from tests.support import images
 from trainer.__main__ import main
 from trainer.analysis.forgotten_examples import ranked
-from trainer.analysis.kept_tokens import FADED, Viewer, show
+from trainer.analysis.kept_tokens import FADED, Viewer, draw, show, truth_of
 from trainer.checkpoint.save_load import save_checkpoint
 from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
@@ -61,6 +62,28 @@ def test_the_survivors_are_the_networks_and_the_rest_fades(tmp_path: Path, photo
     third = shown[: shown.shape[0] // 2, : shown.shape[1] // 3]
     near = [float((np.abs(part - FADED).max(-1) < 45).mean()) for part in (quarter, third)]
     assert near[0] > near[1] + 0.3, near
+
+
+def test_classes_have_names_and_the_path_names_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once printed `predicted class 3`: a number, and no truth beside it."""
+    names = ["cat", "dog", "hen", "owl"]
+    run, _ = made(tmp_path / "runs" / "named")
+    (tmp_path / "owl" / "images").mkdir(parents=True)
+    images.picture(3, 32, 32).save(tmp_path / "owl" / "images" / "1.png")
+    assert Viewer(run).look(tmp_path / "owl" / "images" / "1.png").predicted in "0123", "without a journal"
+    (run / "journal.jsonl").write_text(json.dumps({"kind": "start", "time": 1.0, "attempt": 0, "classes": names}) + "\n")
+    looked = Viewer(run).look(tmp_path / "owl" / "images" / "1.png")
+    assert looked.predicted in names and looked.truth == "owl"
+    assert [truth_of(Path(path), names) for path in ("hen/1.png", "dog_7.png", "a/cat/b/c/1.png", "bird.png")] == [
+        "hen",
+        "dog",
+        "",
+        "",
+    ]
+    titles: list[str] = []
+    monkeypatch.setattr("trainer.analysis.kept_tokens._panel", lambda axes, looked, bright, title: titles.append(title))
+    draw(looked, tmp_path / "x.png", "x")
+    assert titles[0] == f"input, predicted {looked.predicted}, is owl"
 
 
 def test_shared_keys_are_the_same_for_all_tokens(tmp_path: Path, photo: Path) -> None:

@@ -1,4 +1,4 @@
-"""The output of a comparison: a table (terminal, CSV, Markdown) and one self-contained HTML page."""
+"""The output of a comparison: sentences, a table (terminal, CSV, Markdown) and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from trainer.analysis.compare import Comparison, MeanInterval, final, seed
 from trainer.analysis.compare_plots import accuracy, per_class, throughput
+from trainer.analysis.compare_verdict import differing, sentences
 from trainer.analysis.history import History, left_of_weights
 from trainer.analysis.units import duration
 from trainer.storage.disk import write_text
@@ -88,7 +89,12 @@ def markdown(comparison: Comparison) -> str:
     found = rows(comparison)
     lines = ["| " + " | ".join(found[0]) + " |", "|---" + "|---:" * (len(found[0]) - 1) + "|"]
     lines += ["| " + " | ".join(markdown_text(value) for value in row.values()) + " |" for row in found]
-    return "\n".join([*lines, "", *(f"- {markdown_text(text)}" for text in warnings(comparison)), ""])
+    parts = [*(f"{markdown_text(text)}\n" for text in sentences(comparison)), *lines]
+    if differ := differing(comparison):
+        names = " | ".join(markdown_text(group.name) for group in comparison.groups)
+        parts += ["", f"| setting that differs | {names} |", "|---" * (1 + len(comparison.groups)) + "|"]
+        parts += [f"| {key} | {' | '.join(map(markdown_text, values))} |" for key, values in differ]
+    return "\n".join([*parts, "", *(f"- {markdown_text(text)}" for text in warnings(comparison)), ""])
 
 
 def comma_separated(comparison: Comparison) -> str:
@@ -129,10 +135,12 @@ def page(comparison: Comparison) -> str:
     wrong = "".join(f"<li>{html.escape(text)}</li>" for text in warnings(comparison))
     parts = [
         f"<h1>{heading}</h1>",
+        *(f"<p><b>{html.escape(text)}</b></p>" for text in sentences(comparison)),
         f'<div class="wrong"><b>Warnings</b><ul>{wrong}</ul></div>' if wrong else "",
         f'<h2>Table</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
         '<p class="note">mean &plusmn; standard deviation over seeds; [ ] 95 % interval of the mean, paired by seed. '
         "x: base / run, above 1 the run needs less. Equal top-1: the highest that both runs of a pair reached.</p>",
+        _settings_table(comparison),
         f"<h2>Accuracy by cost</h2><figure>{accuracy(comparison)}</figure>",
         f"<h2>Throughput</h2><figure>{throughput(comparison)}</figure>",
     ]
@@ -141,6 +149,19 @@ def page(comparison: Comparison) -> str:
         parts.append(f"<h2>Classes that differ most from {base}</h2><figure>{classes}</figure>")
     title = f"<title>{heading}</title>"
     return f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style>{"".join(parts)}</html>\n'
+
+
+def _settings_table(comparison: Comparison) -> str:
+    differ = differing(comparison)
+    if not differ:
+        return ""
+    head = "".join(f"<th>{html.escape(group.name)}</th>" for group in comparison.groups)
+    body = "".join(
+        f"<tr><td>{html.escape(key)}</td>" + "".join(f"<td>{html.escape(value)}</td>" for value in values) + "</tr>"
+        for key, values in differ
+    )
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h2>Settings that differ</h2><div class="scroll">{table}</div>'
 
 
 def write(comparison: Comparison, out: Path | str) -> list[Path]:

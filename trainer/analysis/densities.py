@@ -24,7 +24,7 @@ from trainer.data.progress import tracked
 from trainer.model.build import build_schedule, cost_of
 from trainer.model.evaluate import Scores, evaluate
 
-MASS, RANDOM = "mass", "random"
+MASS, RANDOM, OWN = "mass", "random", "run's own plan"
 COLUMNS = (
     "selection", "keep tokens", "connections", "tokens", "p50", "p95", "GMACs", "top-1", "top-5", "worst", "images", "images/s",
 )  # fmt: skip
@@ -92,8 +92,8 @@ def score(
     """Evaluate `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
     `config` None: the run's own, with `overrides`. densities: keep ratios of tokens, with all connections kept; None: the final plan
-    of the configuration. adaptive: beside each density below 1, mass-based selection by its calibrated threshold. random: beside it, as
-    many random tokens. Raises ConfigError.
+    of the configuration. With densities a run directory has one more row, of its own plan, where no density equals it. adaptive: beside
+    each density below 1, mass-based selection by its calibrated threshold. random: beside it, as many random tokens. Raises ConfigError.
     """
     config, network, source = scored_model(model, config, overrides or [], "eval")
     _refuse(config, densities, adaptive, random)
@@ -104,13 +104,17 @@ def score(
         ranking = adaptive_model(config, network)
         thresholds = calibrated(source, config, ranking)
         ranking.eval()
-    for plan in [Plan(d, 1.0) for d in densities] if densities else [build_schedule(config).last()]:
+    own = build_schedule(config).last()
+    plans = [Plan(d, 1.0) for d in densities] if densities else [own]
+    for plan in plans:
         passes.append(Passes(config.tokens.method, network, plan))
         if plan.keep_tokens < 1.0 and ranking is not None and thresholds is not None:
             passes.append(AdaptivePasses(MASS, ranking, plan, thresholds.mass(plan.keep_tokens)))
         if plan.keep_tokens < 1.0 and random:
             beside = SparseViT(network.vit, reduce=TopK(token_scores.random), blocks=network.blocks, position=network.position)
             passes.append(RandomPasses(RANDOM, beside.eval(), plan))
+    if source is not None and source.is_dir() and own not in plans:
+        passes.append(Passes(OWN, network, own))
     rows = [evaluation.row(one) for one in passes]
     found = [one for one in passes if isinstance(one, AdaptivePasses)]
     return DensityResults(model, rows, config, [str(name) for name in evaluation.index.classes], found[-1] if found else None)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from trainer.analysis.densities import MASS, RANDOM, DensityResults
+from trainer.analysis.densities import MASS, OWN, RANDOM, DensityResults
 from trainer.analysis.density_passes import Extreme
 from trainer.analysis.plotting import BLUE, GREY, ORANGE, plain
 from trainer.config.schema import AugmentConfig
@@ -28,7 +28,7 @@ def plot(found: DensityResults, path: Path) -> Path:
     """Top-1 against images/s of the network, one line per selection, each point with its density."""
     figure = Figure(figsize=(7.0, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    dense = [row for row in found.rows if row.density == 1.0]
+    dense = [row for row in found.rows if row.density == 1.0 and row.selection != OWN]
     for selection, color in {found.rows[0].selection: BLUE, MASS: ORANGE, RANDOM: GREY}.items():
         rows = sorted((r for r in found.rows if r.selection == selection and r.density < 1.0), key=lambda r: -r.density)
         rows = [*dense, *rows] if rows else []

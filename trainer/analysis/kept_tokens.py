@@ -24,6 +24,8 @@ from trainer.config.load import load_run
 from trainer.data.augment.on_device import normalise
 from trainer.data.augment.transform import Transform
 from trainer.data.errors import DataError
+from trainer.journal.file import JournalError
+from trainer.journal.reader import lineage
 from trainer.journal.run_weights import run_weights
 from trainer.model import weights
 from trainer.model.build import build_model, build_schedule
@@ -39,7 +41,7 @@ class TokenView(NamedTuple):
 
     pixels: (S, S, 3) uint8.
     grid: patches down and across.
-    predicted: class.
+    predicted: name of the class, its number where the run has no names; truth: the class that the image's path names, or "".
     kept: {block: (k,) patch ids, ascending}.
     token: id of the chosen patch.
     seen: {block: (j,) ids of the tokens that the chosen one attends to from this block on, -1 for a fused one}; without the blocks
@@ -49,7 +51,8 @@ class TokenView(NamedTuple):
 
     pixels: np.ndarray
     grid: tuple[int, int]
-    predicted: int
+    predicted: str
+    truth: str
     kept: dict[int, np.ndarray]
     token: int
     seen: dict[int, np.ndarray]
@@ -69,7 +72,7 @@ class Viewer:
         file = run_weights(self.run, f"show {self.run}")
         weights.fit(self.model.vit, weights.load_weights(file), str(file))
         self.model.eval()
-        self.plan = build_schedule(self.config).last()
+        self.plan, self.names = build_schedule(self.config).last(), class_names(self.run)
         self.transform = Transform(
             self.config.augment, self.config.model.image_size, train=False, crop_pct=self.config.evaluate.crop_pct
         )
@@ -98,15 +101,31 @@ class Viewer:
                 among = _visible(output.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
                 seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
         kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
-        predicted = int(output.logits[0].argmax())
+        number = int(output.logits[0].argmax())
+        predicted, truth = self.names[number] if number < len(self.names) else str(number), truth_of(Path(image), self.names)
         keys = {block: len(ids) for block, ids in orders.items()}
-        return TokenView(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, kept, token, seen, keys)
+        return TokenView(pixels.permute(1, 2, 0).numpy(), (down, across), predicted, truth, kept, token, seen, keys)
 
     @property
     def faded(self) -> str:
         """Where the patches that fade went, if they were not simply left out."""
         fate = self.config.tokens.settings.dropped_are
         return f"   ·   faded patches are {fate}" if fate else ""
+
+
+def class_names(run: Path) -> list[str]:
+    """The classes of a run in order, from its journal; [] without one."""
+    try:
+        return next(([str(name) for name in line.get("classes") or ()] for line in lineage(run) if line["kind"] == "start"), [])
+    except JournalError:
+        return []
+
+
+def truth_of(image: Path, names: Sequence[str]) -> str:
+    """The class that an image's path names, as in class folders (cat/1.jpg, cat/images/1.jpg) and flat files (cat_1.jpg); "" for none."""
+    known = set(names)
+    texts = [*(parent.name for parent in list(image.parents)[:2]), image.stem.partition("_")[0]]
+    return next((text for text in texts if text in known), "")
 
 
 def show(
@@ -150,7 +169,8 @@ def draw(looked: TokenView, path: Path, title: str) -> Path:
     panels = np.atleast_2d(figure.subplots(1 + connected, 1 + len(blocks)))
     for axes in panels.flat:
         axes.set_axis_off()
-    _panel(panels[0, 0], looked, None, f"input, predicted class {looked.predicted}")
+    truth = f", is {looked.truth}" if looked.truth else ""
+    _panel(panels[0, 0], looked, None, plot_text(f"input, predicted {looked.predicted}{truth}"))
     for axes, block in zip(panels[0, 1:], blocks, strict=True):
         left = looked.kept[block]
         _panel(axes, looked, left, f"after block {block}: {len(left)} of {total} tokens")

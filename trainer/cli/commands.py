@@ -266,6 +266,7 @@ def _report(a: argparse.Namespace) -> None:
 def _compare(a: argparse.Namespace) -> None:
     from trainer.analysis import compare_page
     from trainer.analysis.compare import compare, from_mlflow
+    from trainer.analysis.compare_verdict import sentences
 
     if a.study:
         return _compare_study(a)
@@ -274,6 +275,8 @@ def _compare(a: argparse.Namespace) -> None:
         raise ConfigError("compare: no runs given; name run directories, or an MLflow experiment with --experiment NAME")
     theirs, missing = from_mlflow(a.experiment, out / "runs", a.uri) if a.experiment else ([], [])
     found = compare([*map(Path, a.runs), *theirs], base=a.base, missing=missing)
+    for text in sentences(found):
+        show(text)
     show_table(compare_page.table(found))
     for text in compare_page.warnings(found):
         show(f"warning: {text}")
