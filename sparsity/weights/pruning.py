@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsity.settings import Epochs, Keep, Range, Settings, SettingsError, setting
+from sparsity.settings import ByRun, Epochs, Keep, Range, Settings, SettingsError, setting
 from sparsity.weights.groups import Site, Weights, block_sites, head_sites, matches, unit_sites
 from sparsity.weights.projection import kept_groups, spread
 
@@ -35,6 +35,11 @@ class WeightSettings(Settings):
 
     def refuse_epochs(self, epochs: float) -> None:
         """Raises ValueError if a run of `epochs` would end before the groups leave."""
+
+    @property
+    def without_effect(self) -> str:
+        """Why nothing is pruned though a method is set; "" where something is."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,11 @@ class PruneSettings(WeightSettings):
         ("*",),
         "patterns of module names that are pruned, whole names or their end, e.g. [mlp.fc1, mlp.fc2]; units: e.g. [mlp], heads: [attn]",
     )
-    prune: Epochs = setting(0.0, "epoch from which on the groups have left and the rest is retrained")
+    prune: Epochs = setting(
+        150.0,
+        "epoch from which on the groups have left and the rest is retrained",
+        ByRun("half of the epochs", lambda run, given: float(run.epochs // 2)),
+    )
 
     def build(self, vit: nn.Module) -> Pruning:
         sites = chosen(sites_of(vit, self.groups, self.block), self.layers)
@@ -69,6 +78,10 @@ class PruneSettings(WeightSettings):
 
     def _build(self, sites: Sequence[Site]) -> Pruning:
         raise NotImplementedError
+
+    @property
+    def without_effect(self) -> str:
+        return "weights.keep=1, so all weights are kept; set weights.keep below 1" if self.keep == 1.0 else ""
 
     def refuse_epochs(self, epochs: float) -> None:
         if self.keep < 1.0 and self.prune > epochs - 1:

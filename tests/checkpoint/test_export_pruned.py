@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trainer import load_model
 from trainer.__main__ import main
+from trainer.analysis import kept_weights
 from trainer.checkpoint.export import export
 from trainer.checkpoint.export_onnx import export_onnx
 from trainer.checkpoint.save_load import save_checkpoint
@@ -128,11 +131,11 @@ def test_damaged_blocks_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "form", "words"),
     [
-        ({}, "--compact", "pruned no weights (weights.method=all); leave --compact out"),
+        ({}, "--compact", "pruned no weights (weights.method=all); leave the option out"),
         ({"groups": "columns", "keep": 0.5}, "--compact", "weights.groups=columns has no such form; use --blocks, or train with"),
         ({"groups": "units", "keep": 0.5}, "--blocks", "weights.groups=units has no such form; use --compact, or train with"),
         ({"groups": "units", "keep": 0.5, "prune": "9ep"}, "--compact", "the groups have not left yet in this checkpoint"),
-        ({"groups": "units", "keep": 1.0}, "--compact", "or weights.keep=1; choose a later checkpoint, or leave --compact out"),
+        ({"groups": "units", "keep": 1.0}, "--compact", "or weights.keep=1; choose a later checkpoint, or leave the option out"),
     ],
 )  # fmt: skip
 def test_a_form_that_a_run_does_not_have_is_refused(
@@ -144,3 +147,21 @@ def test_a_form_that_a_run_does_not_have_is_refused(
     assert main(["export", str(tmp_path), str(tmp_path / "out.safetensors")]) == 0
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert "blocks" not in file.metadata() and "compact" not in file.metadata()
+
+
+def test_the_picture_shows_every_layer_and_is_refused_where_nothing_left(tmp_path: Path, capsys: Any) -> None:
+    run(tmp_path, groups="columns", keep=0.5, block=[8, 8])
+    config = {"name": "x", "model": MODEL, "data": {"train": "a", "validation": "b"}}
+    pruned = {"weights": {"method": "magnitude", "keep": 0.5, "block": [8, 8], "prune": "0ep"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | pruned))
+    assert main(["show", str(tmp_path), "--weights"]) == 0
+    with Image.open(capsys.readouterr().out.strip()) as picture:
+        assert picture.size[0] > 900 and picture.size[1] > 600
+    half = torch.zeros(400, 10, dtype=torch.bool)
+    half[:200] = True
+    assert kept_weights.shares(half).shape == (192, 10) and kept_weights.shares(half).mean() == pytest.approx(0.5, abs=1e-3)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["show", str(tmp_path), "--weights"]) == 2
+    assert "--weights: the run pruned no weights (weights.method=all); leave the option out" in capsys.readouterr().err
+    assert main(["show", str(tmp_path), "a.png", "--weights"]) == 2
+    assert "draws the weights of a run, no images" in capsys.readouterr().err

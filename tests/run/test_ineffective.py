@@ -84,6 +84,7 @@ def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
         ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "1ep", "plateaus": 20}}, "the shortest plateau lasts 0.5 steps"),
         ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "6ep"}, "control": 0.01},
          "the longest plateau has 17 steps, timing dense passes needs 25"),
+        ({"weights": {"method": "admm"}}, "weights.method=admm: weights.keep=1, so all weights are kept; set weights.keep below 1"),
         ({"optim": {"ema": 0.999}}, "optim.ema=0.999 over 80 steps: 92% of the average is still the initial weights; set optim.ema<=0.96"),
         ({"evaluate": {"every": "9ep"}},
          "evaluate.every=9ep is longer than the run (8 epochs, about 80 steps): one evaluation, at the end"),

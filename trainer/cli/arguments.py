@@ -204,6 +204,7 @@ def _add_after_a_run(commands: Any) -> None:
     c.add_argument(
         "--token", type=int, metavar="N", help="patch whose connections are drawn (default: the kept one nearest to the middle)"
     )
+    c.add_argument("--weights", action="store_true", help="draw what is left of each layer instead (weights.method)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     c.set_defaults(overrides=[])
     c = add("kept", "write the list of examples that an epoch of a run showed, and the keep ratio of each class")

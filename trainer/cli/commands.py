@@ -185,6 +185,12 @@ def _show(a: argparse.Namespace) -> None:
     from trainer.analysis import kept_tokens
 
     out = Path(a.out or f"{a.run_directory}/show")
+    if a.weights:
+        from trainer.analysis import kept_weights
+
+        if a.images or a.overrides or a.token is not None:
+            raise ConfigError("show --weights: draws the weights of a run, no images; leave images, settings and --token out")
+        return show(kept_weights.show(a.run_directory, out))
     words = [*a.images, *a.overrides]  # overrides: words that followed an option
     settings = [word for word in words if "=" in word and not Path(word).exists()]
     images = [word for word in words if word not in settings]

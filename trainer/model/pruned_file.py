@@ -30,8 +30,10 @@ def written(
     run has no such form."""
     if form == "dense":
         return {}, dict(weights)
-    level, vit = _level(form, config, state, run)
+    level, vit = level_of(config, state, f"export {run} --{form}")
     assert level.kept is not None
+    if form == "blocks" and not all(isinstance(site, Block) for site in level.sites):
+        raise _without(form, config)
     header = {SIZES: json.dumps(stored.sizes(level))}
     if form == "blocks":
         return _in_blocks(level, weights, header)
@@ -86,21 +88,18 @@ def changes_importance(header: Mapping[str, str]) -> bool:
     return any(name.endswith(".attn") for name in json.loads(header.get(COMPACT, "{}")))
 
 
-def _level(form: str, config: Config, state: Mapping[str, Tensor], run: str) -> tuple[Pruning, VisionTransformer]:
+def level_of(config: Config, state: Mapping[str, Tensor], what: str) -> tuple[Pruning, VisionTransformer]:
+    """Level 4 as a checkpoint has it, and a network of its sizes. what: the command, for messages. Raises ConfigError otherwise."""
     if config.weights.settings.off:
-        raise ConfigError(
-            f"export --{form}: {run} pruned no weights (weights.method={config.weights.method}); leave --{form} out"
-        )
+        raise ConfigError(f"{what}: the run pruned no weights (weights.method={config.weights.method}); leave the option out")
     vit = networks.create(config.model.model_copy(update={"init": "random"}))
     level = config.weights.settings.build(vit)
     level.load_state_dict(state)
     if level.kept is None:
         raise ConfigError(
-            f"export --{form}: the groups have not left yet in this checkpoint of {run}, or weights.keep=1; choose a later checkpoint, or "
-            f"leave --{form} out"
+            f"{what}: the groups have not left yet in this checkpoint, or weights.keep=1; choose a later checkpoint, or leave the option "
+            "out"
         )
-    if form == "blocks" and not all(isinstance(site, Block) for site in level.sites):
-        raise _without(form, config)
     return level, vit
 
 

@@ -38,6 +38,7 @@ def ineffective(config: Config, images: int) -> list[str]:
         *config.examples.settings.acts_in_part(length),
         *_shown(length),
         *_plan(config, steps),
+        *_weights(config),
         *_control(config, steps),
         *_average(config, steps),
         *_intervals(config, steps),
@@ -69,6 +70,11 @@ def _plan(config: Config, steps: int) -> Iterator[str]:
     shortest = min((stretch.end - stretch.start) * steps for stretch in stretches)
     if shortest < 1:
         yield f"plan: the shortest plateau lasts {shortest:.2g} steps; an epoch has {steps}; set fewer plateaus or a longer plan"
+
+
+def _weights(config: Config) -> Iterator[str]:
+    if why := config.weights.settings.without_effect:
+        yield f"weights.method={config.weights.method}: {why}"
 
 
 def _control(config: Config, steps: int) -> Iterator[str]:

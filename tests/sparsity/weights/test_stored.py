@@ -41,7 +41,7 @@ def test_wide_blocks_have_wide_indices():
 def test_bytes_are_those_of_the_arrays(groups, index):
     """A third of the heads of the tiny network, half of all others; CSR counted by torch."""
     vit = tiny()
-    settings = MagnitudeSettings(keep=1 / 3 if groups == "heads" else 0.5, groups=groups, block=(4, 6))
+    settings = MagnitudeSettings(keep=1 / 3 if groups == "heads" else 0.5, groups=groups, block=(4, 6), prune=0.0)
     level = settings.build(vit)
     weights = dict(vit.named_parameters())
     assert sizes(level).keys() == {"dense"}
@@ -67,7 +67,7 @@ def test_bytes_are_those_of_the_arrays(groups, index):
 
 def test_shares_are_those_of_the_masks():
     vit = tiny()
-    level = MagnitudeSettings(keep=1 / 3, groups="heads").build(vit)
+    level = MagnitudeSettings(keep=1 / 3, groups="heads", prune=0.0).build(vit)
     assert level.shares() == {}
     level.begin_epoch(0, lambda: dict(vit.named_parameters()))
     shares = level.shares()
