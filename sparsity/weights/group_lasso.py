@@ -25,7 +25,7 @@ from sparsity.weights.pruning import Factor, Magnitude, PenaltySettings, Pruning
 @dataclass(frozen=True)
 class GroupLassoSettings(PenaltySettings):
     strength: Factor = setting(
-        0.05, "lambda, weight of the penalty: a group of the layer's mean square decays as fast as by twice that weight decay"
+        0.5, "lambda, weight of the penalty: a group of the layer's mean square decays as fast as by twice that weight decay"
     )
     eps: Factor = setting(
         0.01, "share of the layer's mean square that is added to a group's: the weakest groups decay 1 / eps times as fast"

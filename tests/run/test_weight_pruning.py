@@ -40,7 +40,7 @@ evaluate: {every: 9ep}
 checkpoint: {every: 5step, keep: 9}
 tracking: {to: journal}
 """
-MODES = ("kind=ddp engine.zero=0", "zero=0", "zero=1", "zero=2", "zero=3", "zero=3 engine.precision=autocast")
+MODES = ("kind=ddp engine.zero=0", "zero=0", "zero=1", "zero=2", "zero=3", "zero=1 engine.precision=autocast")
 FACTS = ("loss", "grad_norm", "chain")
 
 

@@ -63,7 +63,7 @@ def bench(config: Config, density: float, batches: list[int], rounds: int) -> Be
     for batch in batches:
         images = torch.randn(batch, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0)).to(device)
         rows = _rows(config, vit, density, batch)
-        found |= {f"{batch} x {name}": facts for name, facts in _measured(rows, images, rounds, half, batch).items()}
+        found |= {f"{batch} x {name}": facts for name, facts in measured(rows, images, rounds, half, batch).items()}
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32"
     compiled = "torch.compile of all but the adaptive rows, " if config.engine.compile else "eager, "
     title = (
@@ -112,7 +112,7 @@ def _rows(config: Config, vit: Any, density: float, batch: int) -> dict[str, Row
     return rows
 
 
-def _measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, batch: int) -> dict[str, dict[str, Any]]:
+def measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, batch: int) -> dict[str, dict[str, Any]]:
     device = images.device
 
     def once(row: Row) -> None:

@@ -56,6 +56,10 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
     from trainer.bench import engine
 
     if part == "inference":
+        if a.forms:
+            from trainer.bench import pruned
+
+            return pruned.bench(config, a.forms.split(","), engine.batches(a.batches, "1,32,256", "1,8", "--batches"), a.rounds)
         from trainer.bench import inference
 
         return inference.bench(config, a.density, engine.batches(a.batches, "1,32,256", "1,8", "--batches"), a.rounds)

@@ -1,0 +1,44 @@
+"""`bench inference --forms`: a row for each form that the groups have, and the refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support import images as drawn
+from trainer.__main__ import main
+from trainer.bench import pruned
+from trainer.config.errors import ConfigError
+
+MODEL = {"image_size": 32, "args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}}
+
+
+def config(**weights: Any) -> Any:
+    return drawn.config("nowhere", weights={"method": "magnitude", "keep": 0.5, "prune": "0ep"} | weights).changed(model=MODEL)
+
+
+def test_every_form_is_measured_beside_timm() -> None:
+    for form, groups in (("block", "columns"), ("compact", "units")):
+        found = pruned.bench(config(groups=groups), ["dense", form], [2], rounds=2)
+        assert list(found.rows) == ["2 x timm", f"2 x {form}"] and "blocks " in found.notes[1]
+        row = found.rows[f"2 x {form}"]
+        assert row["images_per_second"] > 0 and row["bound"] > 1.2 and row["gmacs"] < found.rows["2 x timm"]["gmacs"]
+
+
+def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(config(groups="heads").resolved()))
+    assert main(["bench", "inference", "c.yaml", "--forms", "compact", "--batches", "2", "--rounds", "2"]) == 0
+    assert "weights.groups=heads" in capsys.readouterr().out
+    for settings, forms, words in (
+        ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block"),
+        ({}, ["compact"], "columns and rows of blocks leave no smaller dense layer"),
+        ({"groups": "units"}, ["block"], "units and heads have no blocks; use the compact form"),
+        ({"keep": 1.0}, ["block"], "--forms with weights.method=magnitude: nothing is pruned; set weights.keep below 1"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            pruned.bench(config(**settings), forms, [1], 1)
+        assert words in str(error.value)
