@@ -137,7 +137,7 @@ def test_its_time_and_memory_are_apart_in_the_journal_and_in_mlflow(folder: Path
     assert 0 < step["phases"]["teacher"]["median"] < 1
     assert abs(sum(phase["median"] for name, phase in step["phases"].items() if name != "communication") - 1) < 0.05
     shipped = {metric.key for metric in metrics(step, step["step"])}
-    assert {"train/loss_labels", "train/loss_logits", "train/loss_tokens", "train/phases/teacher/median"} <= shipped
+    assert {"basic/loss_labels", "basic/loss_logits", "basic/loss_tokens", "debug/phases/teacher/median"} <= shipped
     start = next(line for line in lineage(run) if line["kind"] == "start")
     wanted = {"teacher_hash", "teacher_parameters", "teacher_memory_mib", "teacher_multiply_adds"}
     assert wanted <= tags(start).keys() and start["teacher_multiply_adds"] == start["multiply_adds"]

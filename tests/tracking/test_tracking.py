@@ -28,6 +28,21 @@ from trainer.tracking.state import SyncState
 from trainer.tracking.upload import JournalUploader
 
 
+def test_what_one_looks_at_is_in_the_first_section():
+    """MLflow's page has its sections in alphabetical order: eval/top1 stood behind checkpoint/* and control/*, 28 metrics were phases."""
+    step = {"loss": 1.0, "lr": 1e-3, "images_per_second": 9.0, "data_wait": 0.1, "keep_tokens": 0.7, "grad_norm": 2.0}
+    step |= {"spent": {"save": 1.0}}
+    found = [m.key for m in metrics({"kind": "step", "time": 0, "step": 3} | step, 3)]
+    found += [m.key for m in metrics({"kind": "eval", "time": 0, "top1": 0.5, "top5": 0.9}, 3)]
+    basic = ["loss", "lr", "images_per_second", "data_wait", "keep_tokens"]
+    assert found == [*(f"basic/{name}" for name in basic), "debug/grad_norm", "debug/spent/save", "basic/top1", "eval/top5"]
+    journal = {metric.key for line in lines() for metric in metrics(line, line.get("step", 0))}
+    assert {key for key in journal if key.startswith("basic/")} == {
+        f"basic/{name}" for name in (*basic, "keep_connections", "top1", "top1_ema")
+    }
+    assert sorted({key.partition("/")[0] for key in journal}) == ["basic", "debug", "eval", "eval_ema", "run"]
+
+
 def test_every_number_of_a_line_becomes_a_metric_at_its_step():
     line = {"kind": "plateau", "time": 2.5, "attempt": 3, "step": 7, "epoch": 1, "progress": 1.0}
     line |= {
@@ -39,14 +54,18 @@ def test_every_number_of_a_line_becomes_a_metric_at_its_step():
         "none": None,
     }
     found = {(m.key, m.value) for m in metrics(line, 7)}
-    assert found == {("plan/keep_tokens", 0.7), ("plan/tokens/00", 17), ("plan/tokens/01", 12), ("plan/facts/a b/_", 1)}
+    plan = {("keep_tokens", 0.7), ("tokens/00", 17), ("tokens/01", 12), ("facts/a b/_", 1)}
+    assert found == {(f"debug/plan/{name}", value) for name, value in plan}
     assert {(m.time, m.step) for m in metrics(line, 7)} == {(2500, 7)}
     line = {"kind": "eval", "time": 0, "top1": 0.5, "ema": True, "per_class": [0.5, 0.5]}
-    assert {m.key for m in metrics(line, 1)} == {"eval_ema/top1"}  # the classes are the journal's
-    line = {"kind": "step", "time": 0, "phases": {"forward": {"max": 0.4, "slowest": 3, "slowest_host": "node-b"}}}
-    assert {m.key for m in metrics(line, 1)} == {"train/phases/forward/max", "train/phases/forward/slowest"}
+    assert {m.key for m in metrics(line, 1)} == {"basic/top1_ema"}  # the classes are the journal's
+    spread = {"min": 0.2, "median": 0.3, "max": 0.4, "slowest": 3, "slowest_host": "node-b"}
+    line = {"kind": "step", "time": 0, "phases": {"forward": spread}}
+    assert {m.key for m in metrics(line, 1)} == {"debug/phases/forward/median", "debug/phases/forward/max"}
     assert metrics({"kind": "epoch", "time": 0, "kept": 2, "examples": 4, "batch": 3}, 1) == []  # a resume inside the epoch
-    assert ("epoch/kept_share", 0.5) in {m[:2] for m in metrics({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)}
+    assert ("debug/epoch/kept_share", 0.5) in {
+        m[:2] for m in metrics({"kind": "epoch", "time": 0, "kept": 2, "examples": 4}, 1)
+    }
     assert (
         metrics({"kind": "broken", "time": 0, "id": 4}, 1) == [] and metrics({"kind": "start", "time": 0, "world": 4}, 1) == []
     )

@@ -120,7 +120,7 @@ def test_server_down_then_up_then_away_then_back(server: Server, tmp_path: Path,
         server.start()  # takes seconds: the shipper finds no server at first
         assert np.percentile(training(journal, range(1, 1200)), 99) < patience
         server.wait()
-        until(lambda: "train/m" in SyncState.load(directory).last, 30, directory)
+        until(lambda: "debug/m" in SyncState.load(directory).last, 30, directory)
         server.stop() if how == "killed" else server.hold()
         assert np.percentile(training(journal, range(1200, 1800)), 99) < patience
         journal.write("end", status="finished", step=1799)
@@ -193,7 +193,7 @@ def test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled(server:
         trainer.wait()
     until(lambda: not psutil.pid_exists(shipper), 30, directory)  # it holds the lock until it is gone
     known = SyncState.load(directory)
-    assert known.last.get("train/loss", -1) < 399 and rows(server.uri, directory)[("train/loss", 1)] == [0.5]
+    assert known.last.get("basic/loss", -1) < 399 and rows(server.uri, directory)[("basic/loss", 1)] == [0.5]
     Sick.mood = "well"
     assert sync.sync(directory).done
     found = rows(server.uri, directory)

@@ -32,10 +32,10 @@ def test_sqlite_default_has_everything_once(default_run: Path):
     found = rows(uri, default_run)
     assert found == expected(default_run)
     assert {
-        ("train/loss", 20),
-        ("eval/top1", 30),
-        ("eval_ema/top1", 30),
-        ("plan/tokens/03", 20),
+        ("basic/loss", 20),
+        ("basic/top1", 30),
+        ("basic/top1_ema", 30),
+        ("debug/plan/tokens/03", 20),
         ("run/device_hours", 30),
         ("system/node-a/cpu_utilization_percentage", 30),
         ("system/node-b.cluster/cpu_utilization_percentage", 30),
@@ -52,7 +52,7 @@ def test_sqlite_default_has_everything_once(default_run: Path):
     assert files == {*FIRST, "report.md", "report.png", "journal.jsonl", "traces"}
     assert [file.path for file in mlflow.list_artifacts(state.run_id, "traces")] == ["traces/steps-1-2.rank-0.json.gz"]
     assert (default_run.parent / "mlflow-artifacts").is_dir()
-    (times,) = {m.timestamp for m in mlflow.get_metric_history(state.run_id, "train/loss") if m.step == 30}
+    (times,) = {m.timestamp for m in mlflow.get_metric_history(state.run_id, "basic/loss") if m.step == 30}
     assert times == int([line["time"] for line in read(default_run) if line["kind"] == "step"][-1] * 1000)
 
 
@@ -119,7 +119,7 @@ def test_a_resume_continues_the_same_run_with_nothing_twice(default_run: Path, t
     assert sync.sync(directory).done
     found = rows(uri, directory)
     assert found == expected(directory)
-    assert ("train/loss", 30) in found and {len(values) for values in found.values()} == {1}
+    assert ("basic/loss", 30) in found and {len(values) for values in found.values()} == {1}
     run = client(uri).get_run(state.run_id)
     assert SyncState.load(directory).run_id == state.run_id and run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.001" and run.data.tags["param_drift.optim.lr"] == "attempt 1: 0.001 -> 0.0005"
@@ -157,7 +157,7 @@ def test_a_deleted_run_is_reported_and_a_refused_metric_delays_nothing(
     monkeypatch.setattr("trainer.tracking.metrics._key", lambda name: name.replace("/loss", "/loss!"))
     assert sync.sync(directory).done
     assert SyncState.load(directory).refused == 5 + 2  # train/loss at five log steps, eval/loss of both
-    assert ("train/lr", 10) in rows(uri, directory) and ("train/loss!", 10) not in rows(uri, directory)
+    assert ("basic/lr", 10) in rows(uri, directory) and ("debug/loss!", 10) not in rows(uri, directory)
     client(uri).delete_run(SyncState.load(directory).run_id)
     write(directory, [{"kind": "step", "time": 1.8e9, "attempt": 0, "step": 11, "lr": 1.0}])
     done, message = sync.sync(directory)

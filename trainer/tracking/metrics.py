@@ -1,9 +1,10 @@
 """Converts journal lines to MLflow metrics, parameters, tags and data sets. Pure: knows MLflow's limits, does not import it.
 
-Metrics are named after the kind of the line: `train/loss` (step), `eval/top1`, `eval_ema/top1`, `density/0.5/top1`, `epoch/kept`,
-`plan/keep_tokens`, `plan/tokens/03` (per block), `control/measured`, `probe/seconds`, `weights/kept`, `checkpoint/seconds`,
-`system/HOST/cpu_utilization_percentage` (per node), `run/device_hours` (end). Their step is the global optimizer step, their time
-the journal's. Every number of a line is sent; texts, booleans and ids are not.
+MLflow's page has a section per prefix, in alphabetical order, and metrics without a prefix behind them. So what one looks at is in
+`basic/` (`MAIN`: `basic/top1`, `basic/loss`, `basic/images_per_second`, ...), results have their kind (`eval/top5`, `density/0.5/top1`,
+`weights/kept`, `run/device_hours`), load of the nodes is below `system/HOST`, and all else below `debug/`: `debug/grad_norm`,
+`debug/phases/forward/median`, `debug/plan/tokens/03`, `debug/checkpoint/seconds`. Their step is the global optimizer step, their time
+the journal's. Every number of a line is sent but the least and the slowest rank of a phase; texts, booleans and ids are not.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from trainer.config.credentials import without_credentials
 from trainer.config.run_config import flat
 
 PREFIX = {
-    "step": "train",
+    "step": "debug",
     "system": "system",
-    "epoch": "epoch",
-    "plateau": "plan",
-    "checkpoint": "checkpoint",
-    "control": "control",
-    "probe": "probe",
+    "epoch": "debug/epoch",
+    "plateau": "debug/plan",
+    "checkpoint": "debug/checkpoint",
+    "control": "debug/control",
+    "probe": "debug/probe",
     "weights": "weights",
     "end": "run",
 }
+# fields of a step line, and the two scores, that are in the first section
+MAIN = frozenset(
+    "loss loss_labels loss_logits loss_tokens train_top1 images_per_second lr data_wait keep_examples keep_tokens keep_connections".split()
+)
+SCORES = {"eval/top1": "basic/top1", "eval_ema/top1": "basic/top1_ema"}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 PARAM_LENGTH = 500  # limit of older servers; newer ones accept 6000
 TAG_LENGTH = 5000
@@ -58,7 +64,21 @@ def metrics(line: dict[str, Any], step: int) -> list[Metric]:
     if kind == "epoch" and facts.get("examples"):
         facts["kept_share"] = facts.get("kept", 0) / facts["examples"]
     time = int(line["time"] * 1000)
-    return [Metric(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
+    if kind == "step":
+        facts |= {"phases": {phase: _brief(spread) for phase, spread in (line.get("phases") or {}).items()}}
+    found = [Metric(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
+    return [one._replace(key=_named(one.key)) for one in found]
+
+
+def _named(name: str) -> str:
+    """The name of a metric on MLflow's page."""
+    field = name.removeprefix("debug/")
+    return f"basic/{field}" if field in MAIN else SCORES.get(name, name)
+
+
+def _brief(spread: Any) -> Any:
+    """A phase's median and maximum over ranks; the journal has the rest."""
+    return {name: value for name, value in spread.items() if name in ("median", "max")} if isinstance(spread, dict) else spread
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
