@@ -56,8 +56,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
 
     Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
     """
-    if not resume:
-        refuse_ineffective(config)
+    refuse_ineffective(config, resume)
     torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
     check_limits(config.data.workers, world_size())
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())

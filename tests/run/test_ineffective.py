@@ -105,6 +105,9 @@ def test_check_and_a_new_run_refuse_and_a_resumed_one_goes_on(digits: Path, tmp_
         check(wrong, 1)
     with pytest.raises(ConfigError, match=r"examples\.window=30ep: no update happens"):
         train(wrong)
+    with pytest.raises(ConfigError, match=r"examples\.window=30ep: no update happens"):
+        train(wrong, resume=True)  # as launchers start a new run
+    write(wrong.directory(), [])
     with pytest.raises(ConfigError, match="frozen_by_test"):  # behind the check, which a run of an earlier version passes
         train(wrong.changed(model={"name": "frozen_by_test"}), resume=True)
 

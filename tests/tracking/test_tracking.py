@@ -33,9 +33,17 @@ def test_what_one_looks_at_is_in_the_first_section():
     step = {"loss": 1.0, "lr": 1e-3, "images_per_second": 9.0, "data_wait": 0.1, "keep_tokens": 0.7, "grad_norm": 2.0}
     step |= {"spent": {"save": 1.0}}
     found = [m.key for m in metrics({"kind": "step", "time": 0, "step": 3} | step, 3)]
-    found += [m.key for m in metrics({"kind": "eval", "time": 0, "top1": 0.5, "top5": 0.9}, 3)]
+    found += [m.key for m in metrics({"kind": "eval", "time": 0, "top1": 0.5, "top5": 0.9, "seconds": 2.0}, 3)]
     basic = ["loss", "lr", "images_per_second", "data_wait", "keep_tokens"]
-    assert found == [*(f"basic/{name}" for name in basic), "debug/grad_norm", "debug/spent/save", "basic/top1", "eval/top5"]
+    assert found == [
+        *(f"basic/{name}" for name in basic),
+        "debug/grad_norm",
+        "debug/spent/save",
+        "basic/top1",
+        "eval/top5",
+        "debug/eval/seconds",
+    ]
+    assert metrics({"kind": "end", "time": 0, "spent": {"save": 1.0}}, 3) == []
     journal = {metric.key for line in lines() for metric in metrics(line, line.get("step", 0))}
     assert {key for key in journal if key.startswith("basic/")} == {
         f"basic/{name}" for name in (*basic, "keep_connections", "top1", "top1_ema")

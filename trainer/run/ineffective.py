@@ -10,14 +10,18 @@ from sparsity.types import DENSE
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.config.values import Duration
+from trainer.journal.reader import FILE
 from trainer.model.build import build_schedule
 from trainer.run.dense_baseline import fewest_steps
 
 INITIAL = 0.05  # share of the initial weights in their average above which it is reported
 
 
-def refuse_ineffective(config: Config) -> None:
-    """Raises ConfigError for a mechanism that is on and never acts in this run. For new runs: one of an earlier version continues."""
+def refuse_ineffective(config: Config, resume: bool = False) -> None:
+    """Raises ConfigError for a mechanism that is on and never acts in this run. A run that was started before continues: `resume`, with
+    a journal in its directory (launchers give --resume to new runs too)."""
+    if resume and (config.directory() / FILE).exists():
+        return
     length = RunLength(config.epochs, config.data.repeats)
     if why := config.examples.settings.never_acts(length):
         raise ConfigError(f"{why} (epochs={config.epochs})")

@@ -31,6 +31,7 @@ PREFIX = {
 MAIN = frozenset(
     "loss loss_labels loss_logits loss_tokens train_top1 images_per_second lr data_wait keep_examples keep_tokens keep_connections".split()
 )
+OF_EVALUATION = frozenset("top1 top5 loss worst_class".split())  # its other fields: images, broken, seconds, keep ratios
 SCORES = {"eval/top1": "basic/top1", "eval_ema/top1": "basic/top1_ema"}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 PARAM_LENGTH = 500  # limit of older servers; newer ones accept 6000
@@ -64,6 +65,8 @@ def metrics(line: dict[str, Any], step: int) -> list[Metric]:
     if kind == "epoch" and facts.get("examples"):
         facts["kept_share"] = facts.get("kept", 0) / facts["examples"]
     time = int(line["time"] * 1000)
+    if kind == "end":
+        facts.pop("spent", None)  # the last step line has it, by_cause has the sum over attempts
     if kind == "step":
         facts |= {"phases": {phase: _brief(spread) for phase, spread in (line.get("phases") or {}).items()}}
     found = [Metric(_key(name), float(value), time, step) for name, value in _numbers(facts, prefix)]
@@ -73,7 +76,11 @@ def metrics(line: dict[str, Any], step: int) -> list[Metric]:
 def _named(name: str) -> str:
     """The name of a metric on MLflow's page."""
     field = name.removeprefix("debug/")
-    return f"basic/{field}" if field in MAIN else SCORES.get(name, name)
+    if field in MAIN:
+        return f"basic/{field}"
+    if name.startswith(("eval", "density")) and name.rpartition("/")[2] not in OF_EVALUATION:
+        return f"debug/{name}"
+    return SCORES.get(name, name)
 
 
 def _brief(spread: Any) -> Any:
