@@ -13,6 +13,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+from tests.support import layouts
 from tests.support.images import encoded, jpeg, picture, write_tar
 from trainer.data.errors import DataError
 from trainer.data.shards import pack as module
@@ -50,7 +51,7 @@ def test_links_to_nothing_are_refused_and_others_followed(source: Path, tmp_path
     (source / "d").unlink()
     (source / "b" / "6.jpg").symlink_to(tmp_path / "elsewhere" / "5.jpg")
     assert len(pack(str(source), tmp_path / "out", progress=False, workers=1)["train"]) == 6
-    (source / "a" / "x.jpg").symlink_to("/nonexistent")
+    (source / "a" / "x.jpg").symlink_to(tmp_path / "missing")
     with pytest.raises(DataError, match=r"a/x.jpg: No such file or directory \(broken link\?\)"):
         pack(str(source), tmp_path / "other", progress=False, workers=1)
 
@@ -139,3 +140,37 @@ def test_a_pickle_among_the_batches_of_cifar_runs_nothing(tmp_path: Path) -> Non
     (tmp_path / "src" / "meta").write_bytes(b"\x80\x02}(U\x04")
     with pytest.raises(DataError, match=r"not a batch of CIFAR's python version"):
         pack(str(tmp_path / "src"), tmp_path / "out", progress=False, workers=1)
+
+
+def test_damaged_lists_and_tables_are_named(tmp_path: Path) -> None:
+    def refused(src: Path, match: str) -> None:
+        with pytest.raises(DataError, match=match):
+            pack(str(src), tmp_path / "out", progress=False, workers=1)
+
+    parquet = next((layouts.parquet(tmp_path / "parquet") / "data").glob("train*"))
+    whole = parquet.read_bytes()
+    parquet.write_bytes(whole[:-20])
+    refused(tmp_path / "parquet", r"cannot be read as parquet: .*download it again")
+    parquet.write_bytes(bytes(200) + whole[200:])  # a page, not the footer
+    refused(tmp_path / "parquet", r"cannot be read as parquet|has no bytes")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+    tars = layouts.ilsvrc_tars(tmp_path / "tars")
+    devkit = tars / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit.write_bytes(devkit.read_bytes()[:-100])
+    refused(tars, r"ILSVRC2012_devkit_t12.tar.gz cannot be read|meta.mat cannot be read")
+    folders = layouts.ilsvrc_folders(tmp_path / "folders")
+    meta = folders / "ILSVRC2012_devkit_t12" / "data" / "meta.mat"
+    meta.write_bytes(b"MATLAB 5.0" + bytes(range(256)))
+    refused(folders, r"meta.mat cannot be read")
+
+    files = layouts.metadata_folder(tmp_path / "metadata")
+    (tmp_path / "outside.jpg").write_bytes(jpeg(0))
+    lines = (files / "train" / "metadata.csv").read_text()
+    (files / "train" / "metadata.csv").write_text(f"{lines}../../outside.jpg,n01440764\n")
+    refused(files, r"row 49, '../../outside.jpg': that image does not exist")
+
+
+def test_a_data_set_of_the_hub_is_downloaded_first(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"hf download ORG/NAME --repo-type dataset --local-dir DIR"):
+        pack("hf://datasets/org/name", tmp_path / "out", progress=False)

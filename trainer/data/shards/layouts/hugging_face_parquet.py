@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,12 +46,33 @@ def _files(files: SourceFiles) -> list[Found]:
     return [one for one in files.ending(".parquet") if one.length < 0]
 
 
-def _opened(path: str) -> Any:
+@contextmanager
+def _damage_of(path: str) -> Iterator[Any]:
+    """Errors of pyarrow inside name the file."""
     arrow = _arrow()
     try:
-        return arrow.parquet.ParquetFile(path)
+        yield arrow
     except (OSError, arrow.ArrowException) as error:
         raise DataError(f"pack {path}: cannot be read as parquet: {error}; download it again") from error
+
+
+def _opened(path: str) -> Any:
+    with _damage_of(path) as arrow:
+        return arrow.parquet.ParquetFile(path)
+
+
+def _features(metadata: dict[bytes, bytes] | None, path: str) -> dict[str, list[str]]:
+    """{column: its class names}, from what `datasets` writes into a file."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        labels = {
+            key: about["names"]
+            for key, about in features.items()
+            if isinstance(about, dict) and about.get("_type") == "ClassLabel"
+        }
+        return {key: [str(name) for name in names] for key, names in labels.items()}
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"pack {path}: its metadata of datasets is damaged ({error}); download it again") from error
 
 
 def _image_columns(schema: Any) -> list[str]:
@@ -94,15 +117,12 @@ def _read(files: SourceFiles, options: Options) -> Contents:
 def _labels(table: Any, path: str, options: Options) -> list[str | None]:
     """The class of each row, by name where the file's features have names; None where it is null or -1, as in unlabelled splits."""
     schema = table.schema_arrow
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
-    named = {
-        key: about["names"] for key, about in features.items() if isinstance(about, dict) and about.get("_type") == "ClassLabel"
-    }
+    named = _features(schema.metadata, path)
     types = _arrow().types
     plain = [f.name for f in schema if types.is_integer(f.type) or types.is_string(f.type) or types.is_large_string(f.type)]
     column = label_column(list(named) if named and not options.labels else plain, options.labels, f"pack {path}")
-    values = table.read(columns=[column]).column(column).to_pylist()
+    with _damage_of(path):
+        values = table.read(columns=[column]).column(column).to_pylist()
     names = named.get(column)
     try:
         return [None if value in (None, -1) else str(value if names is None else names[value]) for value in values]
@@ -112,7 +132,7 @@ def _labels(table: Any, path: str, options: Options) -> list[str | None]:
 
 def _copy(path: Path, file: BinaryIO, column: str) -> None:
     """The images of a parquet file as a tar of row numbers."""
-    with TarWriter(file, encoder=False, mtime=0) as tar:
+    with TarWriter(file, encoder=False, mtime=0) as tar, _damage_of(str(path)):
         row = 0
         for batch in _opened(str(path)).iter_batches(batch_size=_ROWS, columns=[column]):
             for image in batch.column(0).to_pylist():
