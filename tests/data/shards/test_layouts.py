@@ -113,6 +113,19 @@ def test_parquet_with_two_label_columns_and_without_labels(tmp_path: Path) -> No
     assert content(single["train"]) == sorted(TRAIN.values())
 
 
+def test_parquet_files_of_which_some_are_missing_or_of_several_configurations(tmp_path: Path) -> None:
+    src = layouts.parquet(tmp_path / "src")
+    part = src / "data" / "train-00000-of-00001.parquet"
+    (src / "other").mkdir()
+    (src / "other" / "train.parquet").write_bytes(part.read_bytes())
+    refused(src, r"train files in 2 folders \(data, other\).*trilevel pack SRC/FOLDER DST")
+    (src / "other" / "train.parquet").unlink()
+    part.rename(src / "data" / "train-00001-of-00002.parquet")
+    refused(src, r"1 of the 2 files data/train-\*-of-00002.parquet; download the others")
+    alone = packed(src / "data" / "train-00001-of-00002.parquet", tmp_path / "alone")
+    assert content(alone["train"]) == sorted(TRAIN.values())
+
+
 def test_webdataset_tars_with_json_need_the_field(tmp_path: Path) -> None:
     src = layouts.webdataset(tmp_path / "src", "json")
     refused(src, r"has no \.cls.*--labels json:FIELD")

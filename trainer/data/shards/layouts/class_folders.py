@@ -24,23 +24,25 @@ def _inner(part: Part) -> str:
     return "/".join(part.parts[:-1])
 
 
-def _folders(files: SourceFiles) -> list[Part]:
-    """Images below a class folder, of all splits."""
-    return [p for parts in by_split(files, _ANY).values() for p in parts if len(p.parts) > 1] if files.images else []
+def _folders(files: SourceFiles) -> tuple[list[Part], str]:
+    """(images below a class folder, of all splits; where the classes lie, in words)."""
+    splits = by_split(files, _ANY) if files.images else {}
+    where = f" below {', '.join(splits)}" if len(splits) > 1 else ""
+    return [p for parts in splits.values() for p in parts if len(p.parts) > 1], where
 
 
 def _recognise_outer(files: SourceFiles) -> str | None:
-    found = _folders(files)
+    found, where = _folders(files)
     if not found:
         return None
     names = {_outer(p) for p in found}
     example = max(found, key=lambda p: len(p.parts))
-    return f"the first folder is the class: {len(names)} classes, e.g. {_outer(example)!r} of {example.name()!r}"
+    return f"the first folder{where} is the class: {len(names)} classes, e.g. {_outer(example)!r} of {example.name()!r}"
 
 
 def _recognise_inner(files: SourceFiles) -> str | None:
     """Only where it would give other classes than the outer folders."""
-    found = _folders(files)
+    found, where = _folders(files)
     inner: dict[str, set[str]] = {}
     for p in found:
         inner.setdefault(_outer(p), set()).add(_inner(p))
@@ -50,7 +52,7 @@ def _recognise_inner(files: SourceFiles) -> str | None:
     if most is None or len(inner[most]) == 1 or (len(inner) > 1 and all(group == names[0] for group in names)):
         return None
     leaves = {_inner(p) for p in found}
-    return f"the folder that holds the image is the class: {len(leaves)} classes, e.g. {max(inner[most])!r}"
+    return f"the folder that holds the image{where} is the class: {len(leaves)} classes, e.g. {max(inner[most])!r}"
 
 
 def _refuse_splits_inside(src: str, parts: list[Part]) -> None:

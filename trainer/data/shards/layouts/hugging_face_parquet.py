@@ -22,6 +22,7 @@ from trainer.data.shards.source_files import Found, SourceFiles, tar_files, unpa
 from trainer.data.shards.source_image import SourceImage
 
 _WORD = re.compile(r"[A-Za-z]+")
+_PART = re.compile(r"(.*)-(\d+)-of-(\d+)\.parquet")  # as `datasets` names the files of a split
 _ROWS = 64  # read at once
 _SIGNS = (
     (b"\xff\xd8", "jpg"),
@@ -89,11 +90,39 @@ def _recognise(files: SourceFiles) -> str | None:
     return f"{len(parquet)} parquet files with the image column {', '.join(columns)!r}" if columns else None
 
 
+def _split_of(one: Found, options: Options) -> str:
+    return next((SPLITS[w.lower()] for w in _WORD.findall(one.name) if w.lower() in SPLITS), options.split())
+
+
+def _refuse_incomplete(files: SourceFiles, options: Options) -> None:
+    """Raise DataError where a part of a split is missing, or where the files of a split lie in several folders."""
+    parts: dict[tuple[str, str], set[int]] = {}
+    folders: dict[str, set[str]] = {}
+    for one in _files(files):
+        folders.setdefault(_split_of(one, options), set()).add(one.name.rpartition("/")[0])
+        if match := _PART.fullmatch(one.name):
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (name, total), found in parts.items():
+        if found != set(range(int(total))):
+            raise DataError(
+                f"pack {files.src}: {len(found)} of the {int(total)} files {name}-*-of-{total}.parquet; download the others"
+            )
+    for split, names in folders.items():
+        if len(names) > 1:
+            listed = ", ".join(sorted(name or "." for name in names))
+            raise DataError(
+                f"pack {files.src}: {split} files in {len(names)} folders ({listed}), as of several configurations of a data set; pack "
+                "one: trilevel pack SRC/FOLDER DST"
+            )
+
+
 def _read(files: SourceFiles, options: Options) -> Contents:
+    if Path(files.src).is_dir():  # a file given alone is what was meant
+        _refuse_incomplete(files, options)
     splits: dict[str, list[SourceImage]] = {}
     notes = []
     for number, one in enumerate(_files(files)):
-        split = next((SPLITS[w.lower()] for w in _WORD.findall(one.name) if w.lower() in SPLITS), options.split())
+        split = _split_of(one, options)
         table = _opened(one.path)
         images = _image_columns(table.schema_arrow)
         if len(images) != 1:
