@@ -41,6 +41,11 @@ class WeightSettings(Settings):
         """Why nothing is pruned though a method is set; "" where something is."""
         return ""
 
+    @property
+    def summary(self) -> str:
+        """What leaves when, for the plan of a run; "" if nothing does."""
+        return ""
+
 
 @dataclass(frozen=True)
 class PruneSettings(WeightSettings):
@@ -80,6 +85,15 @@ class PruneSettings(WeightSettings):
         raise NotImplementedError
 
     @property
+    def summary(self) -> str:
+        blocks = f" of {self.block[0]} x {self.block[1]} blocks" if self.groups in ("columns", "rows") else ""
+        return (
+            f"{self.keep:.3g} of the {self.groups}{blocks} (per {self.per}) from epoch {self.prune:g} on"
+            if self.keep < 1.0
+            else ""
+        )
+
+    @property
     def without_effect(self) -> str:
         return "weights.keep=1, so all weights are kept; set weights.keep below 1" if self.keep == 1.0 else ""
 
@@ -98,6 +112,10 @@ class PenaltySettings(PruneSettings):
     moves_weights: ClassVar[bool] = True
     start: Epochs = setting(0.0, "epoch from which on the penalty moves the weights")
     every: Epochs = setting(1.0, "epochs between two updates of the penalty")
+
+    @property
+    def summary(self) -> str:
+        return f"{super().summary}; a penalty from epoch {self.start:g} on" if self.keep < 1.0 else ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

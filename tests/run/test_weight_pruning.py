@@ -116,7 +116,10 @@ def test_the_journal_has_what_is_left(folder: Path) -> None:
 def test_report_and_comparison_show_what_is_left(folder: Path) -> None:
     run = history(folder / "runs" / "job")
     row = next(row for row in summary(run).rows if row.what == "kept weights")
-    assert row.value == "50.0 %" and " bytes of 37,632 dense" in row.note and "of 2 layers" in row.note
+    assert row.value == "50.0 %" and " bytes of 37,632 dense" in row.note and "; 2 layers" in row.note
+    assert (
+        "Weights: admm keeps 0.5 of the units (per block) from epoch 2 on; a penalty" in (run.directory / "plan.md").read_text()
+    )
     (shown,) = compare_page.rows(compare([folder / "runs" / "job"]))
     assert (shown["kept weights %"], shown["pruned layers MB"]) == ("50", "0.0188") and not dense(run)
 

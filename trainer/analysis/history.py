@@ -211,3 +211,10 @@ def left_of_weights(run: History, name: str) -> float:
         return float("nan")
     value = run.of("weights")[-1][name]
     return float(value.get("block", value["dense"]) if isinstance(value, dict) else value)
+
+
+def stored_bytes(run: History) -> float:
+    """Bytes of all weights of a run in float32, those of pruned layers as blocks; NaN where the journal lacks their number."""
+    dense = 4.0 * run.start.get("parameters", float("nan"))
+    sizes = run.of("weights")[-1]["bytes"] if run.of("weights") else {"dense": 0}
+    return dense - sizes["dense"] + sizes.get("block", sizes["dense"])

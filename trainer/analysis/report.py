@@ -209,7 +209,7 @@ def _weights(run: History) -> list[ReportRow]:
     stored = (
         f"{sizes['block']:,} bytes of {sizes['dense']:,} dense, {sizes['csr']:,} as CSR" if "csr" in sizes else "not pruned yet"
     )
-    shown = f"; {', '.join(layers)}" if len(set(last["layers"].values())) > 1 else f" of {len(layers)} layers"
+    shown = f"; {', '.join(layers)}" if len(set(last["layers"].values())) > 1 else f"; {len(layers)} layers"
     note = f"{stored}; {last['multiply_adds']:.3g} multiply-adds per image with every token{shown}"
     return [ReportRow("kept weights", f"{100 * last['kept']:.1f} %", note)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.analysis.comparability import IGNORED_SETTINGS, caveats
 from trainer.analysis.compare import MeanInterval, evaluations, final, seed
-from trainer.analysis.history import History, Point, history
+from trainer.analysis.history import History, Point, history, stored_bytes
 from trainer.analysis.study_file import StudyFile
 from trainer.analysis.study_statistics import PairedTest, holm
 from trainer.config.errors import ConfigError
@@ -20,7 +20,8 @@ from trainer.config.run_config import flat
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed."""
+    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed. stored: bytes of all
+    weights in float32, pruned layers as blocks; nan in a study that prunes no weights."""
 
     name: str
     runs: dict[int, History]
@@ -32,6 +33,7 @@ class Arm:
     images: float
     multiply_adds: MeanInterval
     time: MeanInterval
+    stored: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
         runs[view] = {number: run for number, run in seen.items() if evaluations(run)}
     base = runs[file.reference]
     arms = [_arm(name, of, base) for name, of in runs.items() if of]
+    if any(run.of("weights") for arm in arms for run in arm.runs.values()):
+        arms = [replace(arm, stored=MeanInterval.of([stored_bytes(run) for run in arm.runs.values()]).mean) for arm in arms]
     asked = [_question(arm, other, runs[arm], runs[other]) for arm, other in file.questions]
     corrected = holm([one.test.p for one in asked])
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]

@@ -30,7 +30,17 @@ equal multiply-adds*, *at equal time*: the same difference where both runs have 
 their curves (the run with the longer schedule is at a disadvantage there). Multiply-adds count forward passes of training; time is that of
 training steps. A result holds for the data set, network and number of epochs of its study.
 """
-ARMS = ("arm", "seeds", "top-1 (%)", "worst class (%)", "kept per class", "images shown", "multiply-adds", "time")
+ARMS = (
+    "arm",
+    "seeds",
+    "top-1 (%)",
+    "worst class (%)",
+    "weights (MB)",
+    "kept per class",
+    "images shown",
+    "multiply-adds",
+    "time",
+)
 QUESTIONS = ("arm", "reference", "pairs", "difference", "p", "Holm", "at equal multiply-adds", "at equal time")
 
 
@@ -93,6 +103,8 @@ def _study(found: StudyResult, picture: str | None) -> str:
     base = next((arm for arm in found.arms if arm.name == file.reference), None)
     own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
     lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{own}{loaded}"]
+    if not all(math.isnan(arm.stored) for arm in found.arms):
+        lines += ["", "Weights: all parameters in float32; pruned layers as the groups that are left with their indices."]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     measured = [question for question in found.questions if question.test.difference.count]
@@ -129,7 +141,8 @@ def _arm(arm: Arm) -> list[str]:
     kept = "" if arm.class_kept is None or arm.class_kept[0] == 1 else f"{arm.class_kept[0]:.2f} to {arm.class_kept[1]:.2f}"
     worst = _spread(arm.worst_class) or "not recorded"
     return [
-        arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst, kept, f"{arm.images:,.0f}",
+        arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst,
+        "" if math.isnan(arm.stored) else f"{arm.stored / 1e6:.2f}", kept, f"{arm.images:,.0f}",
         _share(arm.multiply_adds), _share(arm.time),
     ]  # fmt: skip
 

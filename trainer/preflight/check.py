@@ -99,6 +99,7 @@ class CheckReport:
             f"teacher from {c.teacher.source}: {self.teacher / 1e9:.4g} GMACs per image, {self.teacher_share():.1%} of the multiply-adds "
             "of a step (its forward pass; the model's forward and backward passes count as three)\n"
         )
+        weights = f"{c.weights.method} keeps {c.weights.settings.summary}\n" if c.weights.settings.summary else ""
         removed = f"; {c.examples.method} removes {share:.0%} of the examples" if share else ""
         return (
             f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters{frozen}, {c.model.image_size} px, "
@@ -106,7 +107,7 @@ class CheckReport:
             f"{self.images} training and {self.validation_images} validation images{removed}\n"
             f"{c.epochs} epochs, {self.steps} steps in the first; global batch {c.data.batch} = {self.world} process(es) x "
             f"{self.accumulation} accumulation step(s) x micro-batch {self.micro_batch}{' (last ones padded)' if self.padded() else ''}\n"
-            f"{teacher if self.teacher else ''}"
+            f"{teacher if self.teacher else ''}{weights}"
             f"multiply-adds of the run, without counting removed examples: {self.share():.3f} of dense\n{self.quality.text()}"
             + "".join(f"\nwarning: {text}" for text in self.warnings)
         )

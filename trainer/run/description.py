@@ -88,6 +88,8 @@ def plan_table(config: Config, model: SparseViT) -> str:
             f"Probe: {probe.probe_share:g} of the kept examples after each epoch, at keep ratio {probe.probe_keep:g} of the tokens; "
             f"{cost:.4g} multiply-adds per kept example and epoch."
         ]
+    if kept := config.weights.settings.summary:
+        lines += [f"Weights: {config.weights.method} keeps {kept}. Training computes dense products."]
     lines += ["The keep ratio of tokens applies at each pruning block. Multiply-adds: forward pass of one image."]
     return "\n".join([*lines, ""])
 

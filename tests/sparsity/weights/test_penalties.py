@@ -192,3 +192,9 @@ def test_keep_one_is_the_identity_and_settings_are_refused_by_key():
     ):
         settings(MagnitudeSettings).refuse_epochs(9)
     assert [epoch for epoch in range(12) if due(settings(AdmmSettings, start=1.5, every=3.0), epoch)] == [2, 5, 8, 11]
+    assert (
+        settings(AdmmSettings).summary
+        == "0.5 of the columns of 4 x 4 blocks (per block) from epoch 9 on; a penalty from epoch 0 on"
+    )
+    assert MagnitudeSettings(keep=0.3, groups="heads").summary == "0.3 of the heads (per block) from epoch 150 on"
+    assert AdmmSettings().summary == WEIGHTS["all"]().summary == ""
