@@ -43,7 +43,7 @@ from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
-from trainer.run.ineffective import ineffective, refuse_ineffective
+from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
@@ -64,6 +64,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     warnings = [*ineffective(config, len(index)), *class_warnings(index, validation_index, config.model.classes)]
     warnings += file_warnings(config.data, index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
+    warnings += unused_pixels(model.vit)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_weights(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     cadence = Cadence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from tests.preflight.test_check import config as on_digits
 from tests.support.journals import lines, write
+from tests.support.vits import tiny
 from trainer.analysis.report import summary
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.preflight.check import check
-from trainer.run.ineffective import ineffective, refuse_ineffective
+from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
 from trainer.train import train
 
 DATA = {"train": "a", "validation": "b", "batch": 64, "lanes": 4}
@@ -110,6 +112,16 @@ def test_check_and_a_new_run_refuse_and_a_resumed_one_goes_on(digits: Path, tmp_
     write(wrong.directory(), [])
     with pytest.raises(ConfigError, match="frozen_by_test"):  # behind the check, which a run of an earlier version passes
         train(wrong.changed(model={"name": "frozen_by_test"}), resume=True)
+
+
+def test_pixels_that_no_patch_covers_are_named():
+    """60 pixels in patches of 8: timm drops the last four rows and columns."""
+    size = partial(tiny, patch_size=8)
+    assert unused_pixels(size(img_size=64)) == []
+    assert unused_pixels(size(img_size=60)) == [
+        "model.image_size=60 is not a multiple of the patch size 8: 4 rows and columns of pixels are not used; set 56 or 64"
+    ]
+    assert unused_pixels(size(img_size=60, dynamic_img_pad=True, dynamic_img_size=True)) == []
 
 
 def test_check_and_the_report_show_what_acts_in_part(digits: Path, tmp_path: Path):

@@ -28,7 +28,7 @@ from trainer.model.build import (
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
 from trainer.model.teacher import build_teacher
-from trainer.run.ineffective import ineffective, refuse_ineffective
+from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
 from trainer.telemetry.efficiency import TRAINING
 
 
@@ -152,6 +152,7 @@ def check(config: Config, world: int) -> CheckReport:
         teacher=float(teacher.multiply_adds),
         warnings=(
             *ineffective(config, len(train)),
+            *unused_pixels(model.vit),
             *class_warnings(train, validation, config.model.classes),
             *file_warnings(config.data, train, validation),
         ),

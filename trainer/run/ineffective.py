@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from sparsity.settings import RunLength
 from sparsity.types import DENSE
 from trainer.config.errors import ConfigError
@@ -46,6 +48,19 @@ def ineffective(config: Config, images: int) -> list[str]:
         *_control(config, steps),
         *_average(config, steps),
         *_intervals(config, steps),
+    ]
+
+
+def unused_pixels(vit: nn.Module) -> list[str]:
+    """What of an image no patch of a timm VisionTransformer covers, as a sentence with key, value and remedy; [] for nothing."""
+    embed = getattr(vit, "patch_embed", None)
+    patch, size = (getattr(embed, name, None) for name in ("patch_size", "img_size"))
+    if not patch or not size or getattr(embed, "dynamic_img_pad", False) or not (left := size[0] % patch[0]):
+        return []
+    below = size[0] - left
+    return [
+        f"model.image_size={size[0]} is not a multiple of the patch size {patch[0]}: {left} rows and columns of pixels are not used; set "
+        f"{below} or {below + patch[0]}"
     ]
 
 
