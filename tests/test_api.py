@@ -34,6 +34,8 @@ def readme(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def words(digits: Path, folder: Path) -> list[str]:
     shards = [f"data.train={digits}/train-*.tar", f"data.validation={digits}/validation-*.tar", "data.workers=0"]
     short = ["epochs=2", "optim.warmup=0ep", "plan.warmup=0ep", "plan.length=1ep", "tracking.to=journal"]
+    # forgetting would never update in two epochs, which is refused
+    short += ["examples={method: random_fixed, removed: 0.1}"]
     small = ["model.args.patch_size=8", "model.args.depth=4"]  # a sixth of the quickstart's multiply-adds
     return [*shards, *short, *small, f"runs={folder}"]
 
@@ -42,7 +44,7 @@ def test_the_lines_of_the_readme(readme: dict[str, Any]):
     result, steps, table, model = (readme[name] for name in ("result", "steps", "table", "model"))
     assert (result.status, result.directory.name) == ("finished", "notebook")
     assert steps["loss"].notna().all() and steps["step"].is_monotonic_increasing and "kind" not in steps
-    assert list(table["density"]) == [1.0, 0.7]
+    assert list(table["density"]) == [1.0, 0.7, 0.7] and list(table["selection"])[-1] == "run's own plan"
     assert isinstance(model, timm.models.vision_transformer.VisionTransformer) and not model.training
     size = load_config(result.directory).model.image_size
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 10)
@@ -73,6 +75,11 @@ def test_another_run_in_the_same_process_and_two_seeds_in_one_row(readme: dict[s
     second = run_training(load_config(readme["result"].directory, "seed=1", name="second"))
     table = compare(readme["result"].directory, second.directory)
     assert first.seed == 0 and len(table) == 1 and table["seeds"].iloc[0] == "0, 1"
+
+
+def test_a_run_under_ddp_after_one_under_deepspeed_in_the_same_process(readme: dict[str, Any]):
+    alone = ["engine.kind=ddp", "engine.zero=0", "stop_at=1step"]
+    assert run_training(load_config(readme["result"].directory, *alone, name="ddp")).status == "stopped"
 
 
 def test_names_are_there_and_others_are_not():

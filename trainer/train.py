@@ -90,7 +90,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
     engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
 
     recorder = Recorder(config, engine, resume)
-    with recorder.recording_failures():
+    with engine.released_afterwards(), recorder.recording_failures():
         if saved:
             model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
         engine.prepare(model, build_optimizer(model, config.optim))

@@ -37,8 +37,9 @@ def job(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(capsys: Any, *words: object) -> str:
     assert main([str(word) for word in words]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("trilevel: ") and "Traceback" not in message
+    shown = capsys.readouterr().err
+    _, mark, message = f"\n{shown}".rpartition("\ntrilevel: ")  # behind the lines of progress
+    assert mark and "Traceback" not in shown
     return message
 
 

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -209,6 +210,14 @@ class Engine(Processes):
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
         os.environ |= self._environment
+
+    @contextlib.contextmanager
+    def released_afterwards(self) -> Iterator[None]:
+        """After the block, a run with another engine may start in this process, e.g. in a notebook: DeepSpeed's variables are gone."""
+        try:
+            yield
+        finally:
+            self.release_accelerate_state()
 
     def close(self) -> None:
         self.heartbeat.stop()

@@ -34,9 +34,10 @@ WORK = 60.0  # seconds of each item of a command's work
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
-(folder / "images" / "a").mkdir(parents=True)
 for number in range(4):
-    (folder / "images" / "a" / f"{number}.jpg").write_bytes(jpeg(number))
+    path = folder / "images" / "ab"[number % 2] / f"{number}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jpeg(number))
 shards = write_shards(folder / "shards", [4] * 8)
 build_index(shards, progress=False)
 quickstart = ["configs/quickstart.yaml", f"data.train={shards}", f"data.validation={shards}", "model.classes=4", "name=x"]
