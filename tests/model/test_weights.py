@@ -161,7 +161,14 @@ def test_unknown_models_and_arguments_are_refused_with_what_is_near():
         create(model(act_layer="os.system"))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("Storage size calculation overflowed with sizes=[1, 1000000000000, 192]"),
+        MemoryError(),
+    ],
+)
 def test_a_model_that_does_not_fit_into_memory_names_its_keys(monkeypatch, error):
     def too_large(*_, **__):
         raise error

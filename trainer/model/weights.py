@@ -51,6 +51,9 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
     return model
 
 
+TOO_LARGE = ("allocate memory", "Storage size calculation overflowed")  # torch's words on the CPU
+
+
 def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: str = "model") -> VisionTransformer:
     """`timm.create_model` from `ModelConfig`, with timm's initialisation drawn from `seed`; the global generator is restored.
     section: that of the configuration, for messages."""
@@ -68,7 +71,7 @@ def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: s
             f"{section}.name={settings.name} with {section}.args={settings.args}: rejected by timm: {error}"
         ) from error
     except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's words on the CPU
+        if isinstance(error, MemoryError) or any(text in str(error) for text in TOO_LARGE):
             raise ConfigError(
                 f"{section}.name={settings.name} with model.image_size={settings.image_size}, model.classes={settings.classes} and "
                 f"{section}.args={settings.args} does not fit into memory: {_first_line(error)}; use smaller values"

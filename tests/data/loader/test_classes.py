@@ -70,6 +70,8 @@ def test_classes_without_training_images_are_named(tmp_path: Path):
     assert class_warnings(train, train, 1000)[0].startswith(
         "998 of model.classes=1000 classes have no training image: '1', '3', '4', "
     )
+    huge = class_warnings(train, train, 10**12)[0]  # a typo: no array of that length
+    assert huge.startswith("999999999998 of model.classes=1000000000000") and "more" in huge
     (alone,) = class_warnings(of(tmp_path, "both", [0, 1]), of(tmp_path, "one", [1, 1, 1]), 2)
     assert alone == "all 3 validation images have the label '1'"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index, open_index
-from trainer.storage.text import listed
+from trainer.storage.text import LISTED, listed
 
 
 def cache_of(index: Index, data: DataConfig) -> Cache | None:
@@ -60,11 +61,15 @@ def check_classes(train: Index, validation: Index) -> None:
 def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
     """What the labels of a run's data sets leave out, as sentences. classes: of the model."""
     found = []
-    counts = np.bincount(train.labels, minlength=classes)
-    if len(empty := np.flatnonzero(counts == 0)):
-        asked = int(np.isin(validation.labels, empty).sum())
+    present = {int(label) for label in np.unique(train.labels)}
+    if missing := classes - len(present):  # may be a typo with billions, so no array of that length
+        first = np.array([*islice((label for label in range(classes) if label not in present), LISTED)])
+        asked = int((~np.isin(validation.labels, [*present])).sum())
         tested = f"; {asked:,} validation images are of these classes" if asked else ""
-        found.append(f"{len(empty)} of model.classes={classes} classes have no training image: {_names(train, empty)}{tested}")
+        more = f" and {missing - len(first)} more" if missing > len(first) else ""
+        found.append(
+            f"{missing} of model.classes={classes} classes have no training image: {_names(train, first)}{more}{tested}"
+        )
     if len(asked := np.unique(validation.labels)) == 1:
         found.append(f"all {len(validation):,} validation images have the label {_name(validation, asked[0])}")
     if _numbered(train) != _numbered(validation):
