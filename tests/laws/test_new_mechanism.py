@@ -1,4 +1,4 @@
-"""A new mechanism is one file and one row in a literal dict: this file is the one file of four, one of each level and a schedule.
+"""A new mechanism is one file and one row in a literal dict: this file is the one file of five, one of each level and a schedule.
 
 Each has a setting of its own. They train, resume and are audited through the real command line, and nothing else is registered.
 """
@@ -24,8 +24,11 @@ from sparsity.tokens import TOKENS
 from sparsity.tokens.topk import select
 from sparsity.types import QKV, BlockShape, Plan, Selection, Tokens, VisibleKeys
 from sparsity.weights import WEIGHTS
+from sparsity.weights.groups import Site, Weights
+from sparsity.weights.pruning import Magnitude, PruneSettings, Pruning
 from tests.conftest import ROOT, lines
 from trainer.__main__ import main
+from trainer.model.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,28 @@ class HalfWay(PlanSettings):
         return [self.turn, 2 * self.turn]
 
 
+@dataclass(frozen=True)
+class OddSettings(PruneSettings):
+    first: Count = setting(1, "the first group of each block that leaves; then every second one does")
+
+    def _build(self, sites: Sequence[Site]) -> Pruning:
+        return Odd(self, sites)
+
+
+class Odd(Magnitude):
+    settings: OddSettings
+
+    def _chosen(self, weights: Weights) -> dict[str, torch.Tensor]:
+        there = {site.name: site.counts() > 0 for site in self.sites}
+        return {name: groups & (torch.arange(groups.shape[1]) % 2 != self.settings.first % 2) for name, groups in there.items()}
+
+
 ROWS: tuple[tuple[dict[str, Any], str, type], ...] = (
     (EXAMPLES, "turn", TurnSettings),
     (TOKENS, "last", LastSettings),
     (CONNECTIONS, "first", FirstKeysSettings),
     (PLANS, "half_way", HalfWay),
+    (WEIGHTS, "odd", OddSettings),
 )
 
 RECIPE = """
@@ -135,6 +155,7 @@ examples: {method: turn, parts: 3}
 tokens: {method: last, drop: 2, blocks: [1, 2]}
 connections: {method: first, keep: 0.5, least: 7}
 plan: {method: half_way, turn: 1ep}
+weights: {method: odd, keep: 0.5, block: [8, 8], layers: [mlp.fc1], prune: 1ep, first: 1}
 engine: {kind: ddp, zero: 0, precision: float32}
 evaluate: {every: 9ep}
 tracking: {to: journal}
@@ -150,7 +171,7 @@ def recipe(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     return "new.yaml"
 
 
-def test_four_new_mechanisms_train_resume_and_are_audited(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_five_new_mechanisms_train_resume_and_are_audited(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", recipe, "--check"]) == 0
     assert "turn removes 33% of the examples" in capsys.readouterr().out
     assert main(["train", recipe, "stop_at=5step"]) == 0
@@ -163,6 +184,10 @@ def test_four_new_mechanisms_train_resume_and_are_audited(recipe: str, capsys: p
     plans = [(line["keep_connections"], line["tokens"]) for line in lines(run, "plateau")]
     assert [keep for keep, _ in plans][-1] == 0.5 and {keep for keep, _ in plans} == {1.0, 0.75, 0.5}
     assert plans[-1][1] == [17, 17, 15, 13], "two of 16 patches and [CLS] leave at each of two blocks"
+    left = {(line["epoch"], line["event"]): line for line in lines(run, "weights")}
+    assert [left[key]["kept"] for key in ((0, ""), (1, "pruned"), (2, ""))] == [1.0, 0.5, 0.5]
+    weight = load_weights(run / "weights.safetensors")["blocks.3.mlp.fc1.weight"]
+    assert weight[:, 0::2].ne(0).all() and weight[:, 1::2].eq(0).all()
     assert main(["audit", str(run)]) == 0
 
 
