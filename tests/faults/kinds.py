@@ -18,10 +18,11 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("rank killed", "resumed run equals an undisturbed one; the cause names the rank", (
+    Kind("rank killed, also by the kernel for lack of memory", "resumed run equals an undisturbed one; the cause names the rank", (
         "laws/test_main_job.py::test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved",
         "run/test_failures.py::test_the_cause_on_another_rank_is_in_the_journal_on_the_console_and_in_its_log",
         "launch/test_local_real.py::test_a_rank_that_is_killed_ends_all_with_another_code",
+        "faults/test_out_of_memory.py::test_a_rank_that_the_kernel_kills_for_memory_starts_again",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("rank stopped (SIGSTOP)", "the others end within `engine.timeout` and name it and its place", (
@@ -111,9 +112,7 @@ KINDS = (
     )),
 )  # fmt: skip
 
-NOT_DONE = (
-    "the kernel's OOM killer (a killed process stands for it), NCCL (no GPU), more than 2 processes in the tests of this page"
-)
+NOT_DONE = "NCCL (no GPU), more than 2 processes in the tests of this page"
 
 
 def is_slow(test: str) -> bool:

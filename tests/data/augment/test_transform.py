@@ -225,7 +225,7 @@ def test_posterizing_to_no_bits_is_black_as_timm_means_it() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    for policy in ("randd", "nonsense", "rand-q9"):
+    for policy in ("randd", "nonsense", "rand-q9", "rand-m9-mstd", "rand-m9-zzz"):
         with pytest.raises(ValueError, match=r"augment.policy="):
             Transform(AugmentConfig(policy=policy), 32, train=True)
 

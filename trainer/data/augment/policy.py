@@ -53,7 +53,9 @@ def _built(text: str, augment: AugmentConfig, size: int) -> Any:
         "img_mean": tuple(min(255, round(255 * m)) for m in augment.mean),
         "interpolation": str_to_pil_interp(augment.interpolation),
     }
+    ignored = [part for part in text.split("-")[1:] if part[:1] != "t" and not any(map(str.isdigit, part))]
     try:
+        assert not ignored, f"{', '.join(ignored)}: without a number, timm would ignore it"
         if text.startswith("rand"):
             transform: Any = theirs.rand_augment_transform(text, settings)
             possible = len(transform.ops) if transform.choice_weights is None else np.count_nonzero(transform.choice_weights)
