@@ -110,7 +110,7 @@ def test_a_compact_file_keeps_its_densities(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_compact_onnx_file_is_smaller(tmp_path: Path) -> None:
-    run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]}, groups="heads", keep=0.5)
+    run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]}, groups="heads", keep=0.3)
     found = [export_onnx(tmp_path, tmp_path / f"{form}.onnx", 0.5, form=form).path for form in ("compact", "dense")]
     assert found[0].stat().st_size < 0.95 * found[1].stat().st_size
 
