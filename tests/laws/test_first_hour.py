@@ -7,12 +7,15 @@ import contextlib
 import io
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, lines
+from tests.conftest import ROOT, environment, lines, wait_for
 from tests.support import layouts
 from trainer.__main__ import main
 
@@ -26,6 +29,7 @@ SMALL = [
     "log_every=1step",
     "control=0",
     "evaluate.every=0ep",
+    "checkpoint.every=0ep",
 ]
 PLAIN = ["engine.kind=ddp", "engine.zero=0"]
 
@@ -119,6 +123,31 @@ def test_class_folders_train_and_resume_without_packing(tmp_path: Path, monkeypa
     printed(["pack", "pets", "shards"])
     score = lines(Path("runs/pets"), "eval")[-1]["top1"]
     assert f" {100 * score:.2f} % " in printed(["eval", "runs/pets", "data.validation=shards/validation-*.tar"])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)  # ten starts of Python, 115 s of CPU
+def test_the_commands_as_they_are_typed(tmp_path: Path) -> None:
+    """In a shell, with the launcher's two processes and DeepSpeed, and stopped by Ctrl-C."""
+    src, journal = layouts.image_folder(tmp_path / "src"), tmp_path / "runs" / "cifar10" / "journal.jsonl"
+    for line in commands():
+        words = shlex.split(line.replace("--epochs 10", "--epochs 20"), comments=True)
+        words = [str(src) if word == "cifar10-small" else word for word in words]
+        python = [sys.executable, "-m", "trainer", *words[1:]] if words[0] == "trilevel" else [sys.executable, *words[1:]]
+        more = SMALL if "local" in words or "train" in words else []
+        with subprocess.Popen(
+            [*python, *more], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            if "Ctrl-C" in line:
+                wait_for(lambda: journal.is_file() and journal.read_text().count('"kind":"step"') >= 3)
+                process.send_signal(signal.SIGINT)
+            text = process.communicate(timeout=240)[0]
+        assert process.returncode == (75 if "Ctrl-C" in line else 0), f"{line}\n{text[-4000:]}"
+    for run in ("cifar10", "cifar10_dense"):
+        steps = [line["step"] for line in lines(tmp_path / "runs" / run, "step")]
+        assert steps == list(range(1, len(steps) + 1)) and lines(tmp_path / "runs" / run, "end")[-1]["status"] == "finished"
+    assert (tmp_path / "cifar10.safetensors").is_file() and (tmp_path / "compared" / "compare.html").is_file()
 
 
 def test_the_page_names_every_step() -> None:
