@@ -62,7 +62,8 @@ def test_a_typo_is_refused_before_the_queue_and_a_job_of_two_nodes_trains(digits
         assert "did you mean" in submit(made, "--nodes", "2", "optim.lrr=1", refused=True)
         assert made.ask("squeue", "-h") == ""
 
-        job = submit(made, *settings(digits), "epochs=1", "optim.warmup=0ep", "stop_at=1ep", "--nodes", "2", "--cpus", "1")
+        short = ["epochs=1", "optim.warmup=0ep", "stop_at=1ep", "plan.warmup=0ep", "plan.length=1ep", "examples.method=all"]
+        job = submit(made, *settings(digits), *short, "--nodes", "2", "--cpus", "1")
         wait_for(lambda: made.state(job) in OVER, 600)
         assert made.state(job) == "COMPLETED", output(made, job)
         run = tmp_path / "runs" / "quickstart"

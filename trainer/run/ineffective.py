@@ -18,6 +18,8 @@ from trainer.run.dense_baseline import fewest_steps
 
 INITIAL = 0.05  # share of the initial weights in their average above which it is reported
 
+DRY_RUN = "; for a dry run set stop_at, which leaves the schedules as they are, in place of epochs"
+
 
 def refuse_ineffective(config: Config, resume: bool = False) -> None:
     """Raises ConfigError for a mechanism that is on and never acts in this run. A run that was started before continues: `resume`, with
@@ -26,13 +28,13 @@ def refuse_ineffective(config: Config, resume: bool = False) -> None:
         return
     length = RunLength(config.epochs, config.data.repeats)
     if why := config.examples.settings.never_acts(length):
-        raise ConfigError(f"{why} (epochs={config.epochs})")
+        raise ConfigError(f"{why} (epochs={config.epochs}{DRY_RUN})")
     schedule = build_schedule(config)
     wanted = schedule.end != DENSE or config.plan.settings.draws
     if wanted and all(stretch.plan == DENSE for stretch in schedule.stretches()):
         raise ConfigError(
             f"plan.method={config.plan.method}, {config.plan.settings.timetable}: no keep ratio falls below 1 in epochs={config.epochs}; "
-            "shorten the plan, or set plan.method=constant"
+            f"shorten the plan, or set plan.method=constant{DRY_RUN}"
         )
 
 
