@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.keyed_hash import hashed, permutation
-from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
+from trainer.data.loader.shuffle_quality import Quality, runs_of_class, shuffle_quality
 from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
 
 WORLDS = (1, 2, 3, 4, 8, 16, 24, 64)
@@ -279,3 +280,21 @@ def test_set_up_does_not_grow_with_examples_in_python() -> None:
     for step in range(order.steps // 2, order.steps // 2 + 10):
         order.rows(step, a, b)
     assert time.perf_counter() - begin < 1.0
+
+
+@pytest.mark.parametrize("first", [[0, 2, 4], [0, 0, 2, 4], [0, 2, 2, 4, 4]])
+def test_neighbours_of_one_class_are_counted_inside_shards(first: list[int]) -> None:
+    """Empty shards, at either end too, have no neighbours."""
+    index = build_index_of([0, 0, 1, 1], first)
+    assert runs_of_class(index) == (1.0, pytest.approx(1 / 3))
+    assert runs_of_class(build_index_of([0, 1, 1, 0], first))[0] == 0.0
+
+
+def build_index_of(labels: list[int], first: list[int]) -> Any:
+    class Few:
+        def __len__(self) -> int:
+            return len(labels)
+
+    found: Any = Few()
+    found.labels, found.first = np.array(labels), np.array(first)
+    return found

@@ -23,7 +23,7 @@ from trainer.data.remote import client, retry, sessions, stores
 from trainer.data.remote.cache import Cache, Source
 from trainer.data.shards import location
 from trainer.data.shards.index import build_index
-from trainer.data.shards.pattern import expand
+from trainer.data.shards.pattern import _num_names, expand
 from trainer.data.shards.samples import fingerprint
 
 NAME = "train-0000.tar"
@@ -240,6 +240,7 @@ def test_braces_are_bounded_and_closed(pattern: str, reason: str) -> None:
 def test_braces_below_the_bound_are_expanded() -> None:
     pattern = "http://host/{train,val{a..c}}-{000..499..2}.tar"
     assert len(expand(pattern)[2]) == 1000
+    assert _num_names(pattern) >= 1000 and _num_names("a{b,c}d{0..9}") == 20 and _num_names("a") == 1
 
 
 @pytest.mark.parametrize(
