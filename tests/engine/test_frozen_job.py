@@ -42,11 +42,12 @@ RUNS = {"ddp": "engine.kind=ddp engine.zero=0"} | {f"zero{stage}": f"engine.zero
 MORE = {
     "checkpointing": "engine.checkpointing=true",
     "bf16": "engine.precision=bf16 engine.zero=3",
+    "autocast": "engine.precision=autocast engine.zero=3",
     "patterns": 'optim.freeze=["*.attn.*","norm.*"] engine.zero=3',
 }
 FRONT = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.")
 
-SLOW = ("zero0", "zero1", "zero2", "checkpointing", "bf16")  # runs that `make test` leaves out
+SLOW = ("zero0", "zero1", "zero2", "checkpointing", "bf16", "autocast")  # runs that `make test` leaves out
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in (*RUNS, *MORE)]
 
 

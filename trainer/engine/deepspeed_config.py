@@ -27,6 +27,12 @@ def deepspeed_config(settings: EngineConfig, batch_split: BatchSplit, world: int
             "stage3_gather_16bit_weights_on_model_save": settings.zero == 3,
         },
         "bf16": {"enabled": settings.precision == "bf16"},
-        "torch_autocast": {"enabled": settings.precision == "autocast", "dtype": "bfloat16"},
+        # no module: by default linear and convolutional layers sum their gradients, and under ZeRO 3 gather their weights, in bf16; a
+        # resume then continued from weights that the run had never used
+        "torch_autocast": {
+            "enabled": settings.precision == "autocast",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
     }
     return merged(ours, settings)
