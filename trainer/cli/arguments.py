@@ -1,4 +1,5 @@
-"""The commands of `trilevel` and their options. What a command does is in `commands.py` beside this file."""
+"""The commands of `trilevel` and their options. Those of data sets and of `bench` are in `data_arguments` and
+`bench_arguments`, what a command does is in `commands`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from trainer.cli.bench_arguments import add_benches
-from trainer.cli.shared_arguments import add_config, add_pipe
+from trainer.cli.data_arguments import add_data_commands
+from trainer.cli.shared_arguments import add_command, add_config, add_pipe
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -20,7 +22,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_training(commands)
-    _add_data(commands)
+    add_data_commands(commands)
     _add_before_a_run(commands)
     _add_after_a_run(commands)
     _add_results(commands)
@@ -42,15 +44,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(command=name)
-    return command
-
-
 def _add_training(commands: Any) -> None:
     """Train, and what can be set."""
-    add = partial(_command, commands)
+    add = partial(add_command, commands)
     c = add("train", "train the run described by CONFIG")
     add_config(c)
     c.add_argument(
@@ -65,57 +61,9 @@ def _add_training(commands: Any) -> None:
     c.add_argument("--markdown", action="store_true", help="the whole reference, as docs/configuration.md has it")
 
 
-def _add_data(commands: Any) -> None:
-    """Shards: made, indexed, checked."""
-    add = partial(_command, commands)
-    c = add("pack", "pack images into webdataset shards with an index")
-    c.add_argument(
-        "source",
-        metavar="SRC",
-        help="a folder or tar: class folders, Tiny-ImageNet, CIFAR, ILSVRC, parquet ..., or sklearn:digits",
-    )
-    c.add_argument("destination", metavar="DST")
-    c.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="labels of images without class folders; column:NAME of a table; json:FIELD of webdataset tars",
-    )
-    c.add_argument(
-        "--layout", metavar="NAME", help="the layout of SRC, if several fit; names: docs/data.md (default: recognised)"
-    )
-    c.add_argument("--name", help="name of the split if the source has no splits (default: train)")
-    c.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: 0)")
-    c.add_argument("--shard-size", type=float, default=128, metavar="MIB", help="bytes of images per shard (default: 128 MiB)")
-    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    c.add_argument(
-        "--short-side", type=int, metavar="PX", help="resize images to this short side; changes pixels, which runs record"
-    )
-    c.add_argument("--quality", type=int, help="JPEG quality of resized images (default: 90)")
-
-    c = add("init", "look at packed shards and write a commented configuration for them, and its dense control")
-    c.add_argument("folder", metavar="DATA", help="folder of packed or indexed shards, e.g. shards/NAME")
-    c.add_argument("--out", metavar="FILE.yaml", help="default: NAME.yaml, with NAME_dense.yaml beside it")
-    c.add_argument(
-        "--epochs", type=int, metavar="N", help="length of the runs; warm-up and schedules follow (default: by images)"
-    )
-
-    c = add("index", "index existing webdataset shards, local or remote, in one parallel pass")
-    c.add_argument("shards", metavar="SHARDS", help="path, glob or brace pattern; http(s)://, s3://, gs:// or hf:// pattern")
-    c.add_argument("--labels", default="cls", help="cls, json:FIELD, key or file:PATH (default: cls)")
-    c.add_argument("--workers", type=int, default=8)
-    _add_storage(c)
-
-    c = add("verify", "decode every image of indexed shards and list the broken ones (exit code 1 if there are any)")
-    c.add_argument("shards", metavar="SHARDS")
-    c.add_argument("--labels", default="cls")
-    c.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    c.add_argument("--json", metavar="FILE")
-    _add_storage(c)
-
-
 def _add_before_a_run(commands: Any) -> None:
     """Before the GPU-hours are spent."""
-    add = partial(_command, commands)
+    add = partial(add_command, commands)
     c = add("parity", "train CONFIG's dense recipe beside timm's own components and report the first difference")
     add_config(c)
     c.add_argument("--steps", type=int, default=200)
@@ -155,7 +103,7 @@ def _add_before_a_run(commands: Any) -> None:
 
 def _add_after_a_run(commands: Any) -> None:
     """What looks into a run."""
-    add = partial(_command, commands)
+    add = partial(add_command, commands)
     c = add("eval", "evaluate a run, a weights file or a timm model on the validation shards of CONFIG")
     c.add_argument("model", metavar="RUN|WEIGHTS|timm:NAME")
     add_config(c, optional=True)
@@ -216,7 +164,7 @@ def _add_after_a_run(commands: Any) -> None:
 
 def _add_results(commands: Any) -> None:
     """What hands on or compares results."""
-    add = partial(_command, commands)
+    add = partial(add_command, commands)
     c = add("export", "write a run's weights as safetensors that timm loads, from any ZeRO stage, or as ONNX at one density")
     _add_run(c, overrides=False)
     c.add_argument("out", metavar="OUT.safetensors|OUT.onnx")
@@ -266,15 +214,6 @@ def _add_results(commands: Any) -> None:
         metavar="DIR",
         help="output folder (default: compared); with --study the page (default: FOLDER.md of --journals FOLDER)",
     )
-
-
-def _add_storage(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--index", metavar="DIR", help="folder of the index, same as data.index (default: beside the shards)")
-    command.add_argument(
-        "--cache", metavar="DIR", help="cache of remote shards, same as data.cache (default: ~/.cache/trilevel)"
-    )
-    command.add_argument("--cache-size", type=float, default=64.0, metavar="GIB", help="same as data.cache_size (default: 64)")
-    add_pipe(command)
 
 
 def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:

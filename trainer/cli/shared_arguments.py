@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+
+def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=name)
+    return command
 
 
 def add_pipe(command: argparse.ArgumentParser) -> None:

@@ -1,0 +1,76 @@
+"""Handlers of the commands around trained weights: eval, calibrate, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trainer.cli.output import configuration, show, show_table, write_json
+from trainer.config.errors import ConfigError
+
+
+def evaluate(a: argparse.Namespace) -> None:
+    from trainer.analysis.densities import score
+
+    config, densities = _own_or_given(a), _densities(a.densities, "--densities") if a.densities else None
+    found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
+    show_table(found.table())
+    write_json(a.json, found.facts())
+    if a.teacher:
+        from trainer.analysis.teacher_agreement import agreement
+
+        found_rank = agreement(a.model, a.teacher, config, a.overrides)
+        show(f"rank correlation (Spearman) of the importance of tokens with the attention of {a.teacher}: {found_rank:.3f}")
+    if a.plots:
+        from trainer.analysis.density_plots import write
+
+        for path in write(found, Path(a.plots)):
+            show(str(path))
+
+
+def calibrate(a: argparse.Namespace) -> None:
+    from trainer.analysis.calibrate import calibrate
+
+    if a.images < 1:
+        raise ConfigError(f"--images {a.images}: must be >= 1")
+    found = calibrate(a.model, _own_or_given(a), _densities(a.density, "--density"), a.images, a.overrides)
+    show_table(found.table())
+    write_json(a.json, found.facts())
+
+
+def _own_or_given(a: argparse.Namespace) -> Any:
+    """The CONFIG of the command line, None for the run's own; `eval RUN key=value` changes that."""
+    if a.config and "=" in a.config:
+        a.config, a.overrides = None, [a.config, *a.overrides]
+    return configuration(a) if a.config else None
+
+
+def _densities(text: str, option: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < density <= 1 for density in found):
+        raise ConfigError(f"{option} {text}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5")
+    return found
+
+
+def export(a: argparse.Namespace) -> None:
+    if Path(a.out).suffix == ".onnx":
+        from trainer.checkpoint.export_onnx import export_onnx
+
+        if a.density is None:
+            raise ConfigError(
+                f"export {a.out}: an ONNX file has one density; add --density, e.g. --density .5, or 1 for all tokens"
+            )
+        densities = _densities(a.density, "--density")
+        if len(densities) > 1:
+            raise ConfigError(f"--density {a.density}: an ONNX file has one density; write one file for each")
+        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema, a.form).text())
+        return
+    if a.density is not None:
+        raise ConfigError(f"--density {a.density}: only for an ONNX file; a safetensors file answers at any density")
+    from trainer.checkpoint.export import export
+
+    show(export(a.run_directory, a.out, a.checkpoint, a.ema, a.form).text())
