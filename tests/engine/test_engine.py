@@ -76,6 +76,7 @@ def test_resumed_is_uninterrupted_and_any_world_size_continues(
         assert alone[step] == pytest.approx(whole[step], rel=near), "another world: to rounding"
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_counts_its_steps_in_its_groups_resumes_too(tmp_path: Path) -> None:
     """timm's LAMB, whose bias correction would start again."""
     whole = job(1, "deepspeed", 0, "float32", 1, 0, 5, tmp_path, "lamb")

@@ -47,7 +47,7 @@ MORE = {
 }
 FRONT = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.")
 
-SLOW = ("zero0", "zero1", "zero2", "checkpointing", "bf16", "autocast")  # runs that `make test` leaves out
+SLOW = ("zero0", "zero1", "zero2", "checkpointing", "bf16", "autocast", "patterns")  # runs that `make test` leaves out
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in (*RUNS, *MORE)]
 
 

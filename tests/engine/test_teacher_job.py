@@ -166,6 +166,7 @@ def test_a_resume_with_another_teacher_is_refused_by_name(folder: Path, monkeypa
         continued(folder, "gone", monkeypatch, "teacher.from=gone.safetensors")
 
 
+@pytest.mark.slow
 def test_a_teacher_may_move_between_attempts(folder: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"model": weights.load_weights(folder / "teacher.safetensors")}, folder / "moved.pth")
     continued(folder, "moved", monkeypatch, "teacher.from=moved.pth")

@@ -17,7 +17,7 @@ from trainer.model.ema import Ema
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["ddp", "deepspeed"])  # the second: ZeRO 1
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("deepspeed", marks=pytest.mark.slow)])  # the second: ZeRO 1
 def test_a_flipped_bit_on_one_rank_ends_the_run_before_its_checkpoint(kind: str, digits: Path, tmp_path: Path) -> None:
     """The run used to finish with exit code 0, each rank with weights of its own."""
     (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))

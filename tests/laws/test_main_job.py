@@ -77,7 +77,7 @@ def test_the_job_learns_drops_and_leaves_a_whole_run_directory(whole: Path) -> N
         assert (whole / name).is_file(), name
 
 
-@pytest.fixture(scope="module", params=[1, 3])
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)])
 def other_world(request: pytest.FixtureRequest, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("world")
     words = ["train", str(recipe), "data.workers=0" if request.param == 3 else "data.workers=2"]
@@ -98,6 +98,7 @@ def test_any_world_and_any_workers_see_the_same_and_lose_the_same(whole: Path, o
     np.testing.assert_allclose([theirs[s] for s in first], [ours[s] for s in first], rtol=2e-6)
 
 
+@pytest.mark.slow  # as after a signal, below
 def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run_bit_for_bit(
     whole: Path, recipe: Path, trilevel: Trilevel, tmp_path: Path
 ) -> None:

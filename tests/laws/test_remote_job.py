@@ -80,6 +80,7 @@ def test_two_processes_over_http_with_faults_train_as_over_files(
     same(tmp_path / "runs/job", local)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_whose_server_trickles(digits: Path, tmp_path: Path) -> None:
     with serving(digits) as web:
         path, indexes = recipe(tmp_path, digits, web.url), str(tmp_path / "indexes")

@@ -343,11 +343,12 @@ stop_at: 30step
 
 
 @pytest.mark.dist
-def test_a_run_with_its_control_is_the_run_without_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_with_its_control_is_the_run_without_bit_for_bit(zero: int, digits: Path, tmp_path: Path) -> None:
     """DeepSpeed on two processes, ZeRO 1 and 2, whose hooks sit on the parameters; drop path, dropout and mixing on."""
     path = tmp_path / "job.yaml"
     path.write_text(JOB.replace("DIGITS", str(digits)))
-    runs = [(f"zero-{zero}-{share}", f"engine.zero={zero} control={share}") for zero in (1, 2) for share in (0.0, 0.9)]
+    runs = [(f"zero-{zero}-{share}", f"engine.zero={zero} control={share}") for share in (0.0, 0.9)]
     words = [
         str(ROOT / "tests" / "support" / "jobs" / "runs.py"),
         str(path),
@@ -359,6 +360,6 @@ def test_a_run_with_its_control_is_the_run_without_bit_for_bit(digits: Path, tmp
     found = [tmp_path / "runs" / name for name, _ in runs]
     numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines(run, "step")] for run in found]
     reported = [lines(run, "control") for run in found]
-    assert [len(one) for one in reported] == [0, 1, 0, 1] and len(numbers[0]) == 30
-    assert all(line["step"] < 30 and line["run_speedup"] > 0 for line in reported[1] + reported[3])
-    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]
+    assert [len(one) for one in reported] == [0, 1] and len(numbers[0]) == 30
+    assert all(line["step"] < 30 and line["run_speedup"] > 0 for line in reported[1])
+    assert numbers[0] == numbers[1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsity.types import DENSE, Observation, Plan, single_process
-from tests.conftest import ROOT, environment, lines, torchrun
+from tests.conftest import ROOT, environment, lines, slow_tests_of, torchrun
 from tests.support import images as drawn
 from tests.support.journals import lines as made_up
 from tests.support.journals import write
@@ -207,6 +207,9 @@ tracking: {to: journal}
 """
 
 
+STAGES = ("zero0", "zero2", "zero3", "bf16", "world2")  # of the slow test
+
+
 def launched(folder: Path, digits: Path, processes: int, *scenes: str) -> str:
     (folder / "job.yaml").write_text(JOB.replace("DIGITS", str(digits)))
     words = [str(ROOT / "tests" / "support" / "jobs" / "probes.py"), "job.yaml", *scenes]
@@ -223,10 +226,11 @@ def launched(folder: Path, digits: Path, processes: int, *scenes: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Runs of two processes in one start."""
     folder = tmp_path_factory.mktemp("probes")
-    out = launched(folder, digits, 2, "whole", "clear", "interrupted", "zero0", "zero2", "zero3", "bf16", "world2")
+    slow = STAGES if slow_tests_of(request) else ()
+    out = launched(folder, digits, 2, "whole", "clear", "interrupted", *slow)
     assert "interrupted: preempted" in out and "interrupted: finished" in out
     return folder / "runs"
 
@@ -271,7 +275,7 @@ def test_every_stage_and_any_world_probe_the_same_examples(runs: Path, digits: P
     launched(tmp_path, digits, 3, "world3")
     whole = probes(runs / "whole")
     assert [(step, epoch, count) for step, epoch, count, _ in whole] == [(3, 0, 1150), (6, 1, 1150), (9, 2, 1150)]
-    others = [runs / name for name in ("zero0", "zero2", "zero3", "bf16", "world2")]
+    others = [runs / name for name in STAGES]
     others += [tmp_path / "runs" / name for name in ("world1", "world3")]
     for run in others:
         assert probes(run) == whole, run.name

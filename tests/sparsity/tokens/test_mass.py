@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsity.tokens import mass
@@ -16,11 +16,12 @@ def importances(images: int, patches: int, seed: int = 0, sharpness: float = 3.0
 
 
 @given(seed=st.integers(0, 50), threshold=st.floats(0.01, 0.999))
+@example(seed=26, threshold=0.9751981589717296)  # in float32 it equals a mass, in float64 it is above
 def test_the_count_is_minimal(seed, threshold):
     ranked = mass.rank(importances(16, 49, seed))
     for row, count in zip(ranked.mass, mass.counts(ranked.mass, threshold, least=1).tolist(), strict=True):
-        assert row[count - 1] >= threshold or count == 49  # a sum of 49 shares may stay below 1 by rounding
-        assert count == 1 or row[count - 2] < threshold
+        assert float(row[count - 1]) >= threshold or count == 49  # a sum of 49 shares may stay below 1 by rounding
+        assert count == 1 or float(row[count - 2]) < threshold
 
 
 def test_a_mass_of_one_keeps_all_and_the_least_holds():
