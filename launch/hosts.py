@@ -27,7 +27,7 @@ SLOTS = re.compile(r"[1-9][0-9]{0,4}")  # \d also takes digits of other scripts,
 @dataclass(frozen=True)
 class Host:
     name: str
-    slots: int | None = None  # processes, where the file says so
+    slots: int | None = None  # processes, where the file gives it
 
     @property
     def address(self) -> str:

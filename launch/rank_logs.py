@@ -20,7 +20,7 @@ RANK = re.compile(rb"\x1e(?=\[rank (\d+)\] )")  # `job.PREFIX`, filled in
 
 
 class Forgiving:
-    """A text stream that swallows OSError: lines that a closed terminal or a full disk does not take are left out."""
+    """A text stream that ignores OSError: lines that a closed terminal or a full disk does not take are left out."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -199,7 +199,7 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """As a #SBATCH line wants it; a percent sign is sbatch's."""
+    """Quoted for an #SBATCH line; a percent sign is sbatch's."""
     return value if re.fullmatch(r"[^\s'\"#\\]+", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 

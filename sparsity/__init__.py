@@ -1,4 +1,4 @@
-"""What to leave out: examples, tokens, attention connections.
+"""What to leave out: examples, tokens, attention connections, weights.
 
 In: tensors, arrays and settings.
 Out: the network with its mechanisms, the examples of an epoch, their cost.

@@ -2,7 +2,7 @@
 
     cli/          the command line: arguments, one handler per command, printing
     config/       the YAML: schema, values with units, loading, checks across sections
-    storage/      files that survive a crash (fsync and rename), streamed safetensors, where the source tree lies
+    storage/      files that survive a crash (fsync and rename), private files, streamed safetensors, standard streams, safe texts
     journal/      the run's own record: one JSON line per event; writer and reader
     data/         order of the examples, remote files, shards, augmentation, loading
     engine/       the only importer of accelerate and DeepSpeed: step, collectives, full (unsharded) state
@@ -11,10 +11,10 @@
     checkpoint/   what is saved, crash-safe directories, retention, export
     tracking/     the journal to MLflow, in a process of its own; the only importer of mlflow
     provenance/   which examples a run used: hash chain, kept lists, replay, audit
-    analysis/     results of runs: history, report, compare, densities, pictures
-    run/          one attempt: run directory, recorder, console, checkpointer, dense baseline, signals
-    preflight/    before the GPU-hours: check, estimate, doctor, hosts, parity with timm, shard verification
-    bench/        measurements: input, remote, step, engine, checkpoint, journal, GPU check
+    analysis/     results of runs: history, report, compare, study, densities, calibrate, pictures
+    run/          one attempt: run directory, recorder, console, checkpointer, dense baseline, weight pruning, signals
+    preflight/    before the GPU-hours: init, check, estimate, fault simulation, doctor, hosts, parity with timm, shard verification
+    bench/        measurements: input, remote, step, inference, engine, checkpoint, journal, GPU check
     train.py      the training loop
     api.py        what a notebook imports: `from trainer import load_config, run_training, evaluate, read_run, ...`
 

@@ -1,4 +1,4 @@
-"""Level 4: which weights stay, by method name. A new method is one file and one row in `WEIGHTS`.
+"""Level 4: which weights are kept, by method name. A new method is one file and one row in `WEIGHTS`.
 
 In: a network's layers, whole parameters at the start of an epoch, the learning rate of a step.
 Out: masks, new values after a step, state for a checkpoint.

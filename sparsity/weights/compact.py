@@ -20,13 +20,13 @@ def cut(sites: Sequence[Site], weights: Weights, kept: Mapping[str, Tensor]) -> 
             raise ValueError(f"{site.name}: columns and rows of blocks leave no smaller dense layer")
         for name, mask in site.spread(kept[site.name]).items():
             rows = mask if mask.ndim == 1 else mask.any(1)
-            left = weights[name][rows]
-            found[name] = (left[:, mask.any(0)] if mask.ndim == 2 else left).contiguous()
+            part = weights[name][rows]
+            found[name] = (part[:, mask.any(0)] if mask.ndim == 2 else part).contiguous()
     return found
 
 
 def sizes_of(sites: Sequence[Site], kept: Mapping[str, Tensor]) -> dict[str, int]:
-    """{site: units or heads that are left}"""
+    """{site: kept units or heads}"""
     return {site.name: int(kept[site.name].sum()) for site in sites}
 
 

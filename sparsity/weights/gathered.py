@@ -36,9 +36,9 @@ class GatheredLinear(nn.Module):
         self.outputs, self.rows, self.num = site.outputs, rows, int(counts[0])
         index = by_row.nonzero()[:, 1].view(rows, self.num)  # of input columns
         blocks = site.blocks(weight.detach()).reshape(rows, p, columns * q)
-        left = blocks.gather(2, index[:, None].expand(rows, p, self.num))  # (R, p, K)
+        part = blocks.gather(2, index[:, None].expand(rows, p, self.num))  # (R, p, K)
         self.register_buffer("index", index.flatten())
-        self.register_buffer("weight", left.transpose(1, 2).contiguous())  # (R, K, p)
+        self.register_buffer("weight", part.transpose(1, 2).contiguous())  # (R, K, p)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:

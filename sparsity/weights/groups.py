@@ -1,4 +1,4 @@
-"""What leaves together: columns or rows inside the p x q blocks of a linear layer, hidden units of an MLP, heads of an attention.
+"""What is pruned together: columns or rows inside the p x q blocks of a linear layer, hidden units of an MLP, heads of an attention.
 
 A `Site` maps groups to elements and back. Its groups are an array (blocks, groups in a block); elements that padding adds belong to
 groups of count 0. **Padding rule**: a layer whose size is no multiple of p or q is padded with zero rows and columns, so its last blocks

@@ -1,7 +1,7 @@
 """What the methods of level 4 share: their settings, the phases of a run, the masks.
 
-Phases by epoch: dense until `start`, a penalty moves the weights until `prune`, then the groups with the least energy leave for good and
-the rest is trained on ("masked retraining"). A `Pruning` sees whole tensors only; where they are stored is the trainer's concern.
+Phases by epoch: dense until `start`, a penalty moves the weights until `prune`, then the groups with the least energy are pruned for
+good and the rest is trained on ("masked retraining"). A `Pruning` sees whole tensors only; where they are stored is the trainer's concern.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WeightSettings(Settings):
         raise NotImplementedError
 
     def refuse_epochs(self, epochs: float) -> None:
-        """Raises ValueError if a run of `epochs` would end before the groups leave."""
+        """Raises ValueError if a run of `epochs` would end before groups are pruned."""
 
     @property
     def without_effect(self) -> str:
@@ -43,7 +43,7 @@ class WeightSettings(Settings):
 
     @property
     def summary(self) -> str:
-        """What leaves when, for the plan of a run; "" if nothing does."""
+        """What is pruned when, for the plan of a run; "" if nothing does."""
         return ""
 
 
@@ -51,10 +51,10 @@ class WeightSettings(Settings):
 class PruneSettings(WeightSettings):
     """Base of the methods that remove groups."""
 
-    keep: Keep = setting(1.0, "share of the groups that stays; 1 = all, which leaves training as it is")
+    keep: Keep = setting(1.0, "share of the groups that is kept; 1 = all, so that training is unchanged")
     groups: Literal["columns", "rows", "units", "heads"] = setting(
         "columns",
-        "what leaves together: columns or rows inside the blocks of a linear layer; units, hidden units of an MLP (rows of fc1 with "
+        "what is pruned together: columns or rows inside the blocks of a linear layer; units, hidden units of an MLP (rows of fc1 with "
         "columns of fc2); heads of an attention. units and heads give smaller dense layers",
     )
     block: tuple[Size, Size] = setting(
@@ -73,7 +73,7 @@ class PruneSettings(WeightSettings):
     )
     prune: Epochs = setting(
         150.0,
-        "epoch from which on the groups have left and the rest is retrained",
+        "epoch at which groups are pruned; from then on the kept ones are retrained",
         ByRun("half of the epochs", lambda run, given: float(run.epochs // 2)),
     )
 
@@ -100,7 +100,7 @@ class PruneSettings(WeightSettings):
     def refuse_epochs(self, epochs: float) -> None:
         if self.keep < 1.0 and self.prune > epochs - 1:
             raise ValueError(
-                f"weights.prune={self.prune:g}ep with epochs={epochs:g}: the groups would never leave; set weights.prune <= "
+                f"weights.prune={self.prune:g}ep with epochs={epochs:g}: no group would be pruned; set weights.prune <= "
                 f"{epochs - 1:g}ep"
             )
 
@@ -129,7 +129,7 @@ class PenaltySettings(PruneSettings):
 class Pruning:
     """The state of level 4, and the identity by itself: no layer is pruned.
 
-    parameters: the names that it changes, timm's. kept: which groups stay, {site: (blocks, groups) bool}, from `prune` on, else None.
+    parameters: the names that it changes, timm's. kept: which groups are kept, {site: (blocks, groups) bool}, from `prune` on, else None.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class Pruning:
         return False
 
     def begin_epoch(self, epoch: int, weights: Callable[[], Weights]) -> str:
-        """The event at the start of `epoch`: "updated" (the penalty), "pruned" (the groups leave now), or "". Once per epoch of a run.
+        """The event at the start of `epoch`: "updated" (the penalty), "pruned" (groups are pruned now), or "". Once per epoch of a run.
         weights: reads the parameters whole; called only where something is due."""
         return ""
 
@@ -157,7 +157,7 @@ class Pruning:
         return values
 
     def masks(self) -> dict[str, Tensor]:
-        """True where an element stays, False where it has left, {parameter: its shape}; {} before `prune`."""
+        """True where an element is kept, False where it is pruned, {parameter: its shape}; {} before `prune`."""
         if self.kept is None:
             return {}
         if self._masks is None:
@@ -165,9 +165,9 @@ class Pruning:
         return self._masks
 
     def shares(self) -> dict[str, float]:
-        """What is left of each layer: by name of a linear layer of its weight, by name of an attention of its heads; {} before `prune`."""
+        """Kept share of each layer: by name of a linear layer of its weight, by name of an attention of its heads; {} before `prune`."""
         masks, kept = self.masks(), self.kept or {}
-        left = {
+        groups = {
             site.name: float(
                 (kept[site.name] & (site.counts() > 0).to(kept[site.name].device)).double().sum() / (site.counts() > 0).sum()
             )
@@ -175,7 +175,7 @@ class Pruning:
             if kept
         }
         weights = {name: mask for name, mask in masks.items() if name.endswith(".weight")}
-        return left | {name.removesuffix(".weight"): float(mask.double().mean()) for name, mask in weights.items()}
+        return groups | {name.removesuffix(".weight"): float(mask.double().mean()) for name, mask in weights.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resume needs, whole, on the CPU."""
@@ -201,7 +201,7 @@ class Pruning:
 
 
 class Magnitude(Pruning):
-    """Dense until `prune`; then the groups with the least energy leave. The penalties add what happens before."""
+    """Dense until `prune`; then the groups with the least energy are pruned. The penalties add what happens before."""
 
     def __init__(self, settings: PruneSettings, sites: Sequence[Site]):
         super().__init__()

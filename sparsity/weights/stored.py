@@ -1,8 +1,8 @@
-"""Pruned layers stored small: of every block which groups are left, and their values; bytes beside dense and CSR.
+"""Pruned layers stored small: of every block which groups are kept, and their values; bytes beside dense and CSR.
 
-A layer cut into p x q blocks is three arrays: `counts`, groups left in each block, blocks row by row; `index`, their positions in
+A layer cut into p x q blocks is three arrays: `counts`, groups kept in each block, blocks row by row; `index`, their positions in
 the block; `values`, the groups one after the other, a column its (at most p) values, a row its (at most q). Units and heads need no
-index: what is left of their layers is dense.
+index: the kept part of their layers is dense.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POINTER = 4  # bytes of an index of CSR: int32, as in torch and scipy
 
 
 def packed(site: Block, weight: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """counts, index and values of a weight (O, I); kept: (blocks, groups) bool. What has left is not stored."""
+    """counts, index and values of a weight (O, I); kept: (blocks, groups) bool. Pruned groups are not stored."""
     groups = kept.shape[1]
     return {
         "counts": kept.sum(1).to(_smallest(groups)),
@@ -50,8 +50,8 @@ def unpacked(site: Block, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def sizes(level: Pruning) -> dict[str, int]:
-    """Bytes of the pruned parameters in float32: dense, in this form (`block`), and as CSR with int32 indices. Before the groups have left,
-    dense alone."""
+    """Bytes of the pruned parameters in float32: dense, in this form (`block`), and as CSR with int32 indices. Before groups are
+    pruned, dense alone."""
     dense = sum(4 * prod(shape) for site in level.sites for shape in site.shapes.values())
     masks = level.masks()
     if not masks or level.kept is None:
@@ -63,9 +63,9 @@ def sizes(level: Pruning) -> dict[str, int]:
             groups = kept.shape[1]
             block += len(kept) * _bytes(_smallest(groups)) + int(kept.sum()) * _bytes(_smallest(groups - 1))
         for name, shape in site.shapes.items():
-            left = int(masks[name].sum())
-            block += 4 * left
-            csr += (4 + POINTER) * left + POINTER * (shape[0] + 1) if len(shape) == 2 else 4 * left
+            elements = int(masks[name].sum())
+            block += 4 * elements
+            csr += (4 + POINTER) * elements + POINTER * (shape[0] + 1) if len(shape) == 2 else 4 * elements
     return {"dense": dense, "block": block, "csr": csr}
 
 

@@ -134,7 +134,7 @@ def test_damaged_blocks_are_refused_by_name(tmp_path: Path) -> None:
         ({}, "--compact", "pruned no weights (weights.method=all); leave the option out"),
         ({"groups": "columns", "keep": 0.5}, "--compact", "weights.groups=columns has no such form; use --blocks, or train with"),
         ({"groups": "units", "keep": 0.5}, "--blocks", "weights.groups=units has no such form; use --compact, or train with"),
-        ({"groups": "units", "keep": 0.5, "prune": "9ep"}, "--compact", "the groups have not left yet in this checkpoint"),
+        ({"groups": "units", "keep": 0.5, "prune": "9ep"}, "--compact", "no group is pruned yet in this checkpoint"),
         ({"groups": "units", "keep": 1.0}, "--compact", "or weights.keep=1; choose a later checkpoint, or leave the option out"),
     ],
 )  # fmt: skip

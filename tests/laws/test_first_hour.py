@@ -89,7 +89,7 @@ def journey(make: Callable[[Path], Path], folder: Path, more: list[str]) -> None
     for command in commands():
         words = words_of(command, src, more)
         said[words[0]] = said.get(words[0], "") + printed(words)
-    assert "images per class" in said["pack"] and "dense control" in said["init"]
+    assert "images per class" in said["pack"] and "dense baseline" in said["init"]
     assert "of dense" in said["train"] and "cifar10_dense" in said["compare"]
     for run in ("cifar10", "cifar10_dense"):
         steps = [line["step"] for line in lines(Path("runs", run), "step")]

@@ -31,7 +31,7 @@ def test_the_best_is_the_first_of_the_highest_scores_that_were_saved(top1: float
 
 
 def test_a_broken_training_image_is_journalled_and_printed() -> None:
-    """On the console too: a journal is read after the run, a person beside it wants to know now."""
+    """On the console too: the journal is read after the run, the console during it."""
     written: list[tuple[str, dict[str, Any]]] = []
     printed: list[str] = []
     log: Any = SimpleNamespace(

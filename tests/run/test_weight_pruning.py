@@ -136,7 +136,7 @@ def test_masks_of_another_run_are_refused_by_name(folder: Path, capsys: pytest.C
     [
         (["weights.keep=0"], "weights.keep=0: must be > 0 and <= 1"),
         (["weights.keep=1.1"], "weights.keep=1.1: must be > 0 and <= 1"),
-        (["weights.prune=4ep"], "weights.prune=4ep with epochs=4: the groups would never leave; set weights.prune <= 3ep"),
+        (["weights.prune=4ep"], "weights.prune=4ep with epochs=4: no group would be pruned; set weights.prune <= 3ep"),
         (["weights.start=2ep"], "weights.start='2ep': must be < weights.prune=2ep"),
         (["weights.rho=0"], "weights.rho=0: must be > 0"),
         (["weights.strength=0.1"], "weights.strength=0.1: not a setting of weights.method=admm; set weights.method=group_lasso"),

@@ -12,7 +12,7 @@ from trainer.analysis.history import History
 from trainer.analysis.study_statistics import seeds_for
 from trainer.config.run_config import flat
 
-POINT = 0.01  # the difference in top-1 that one wants to see
+POINT = 0.01  # the difference in top-1 for which seeds are counted
 SECTIONS = ("tracking.", "checkpoint.", "trace.", "runs")  # settings that change neither results nor times noticeably
 
 

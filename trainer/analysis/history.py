@@ -206,7 +206,7 @@ def _share(point: Point, kept: str) -> float | None:
 
 
 def left_of_weights(run: History, name: str) -> float:
-    """A number of the run's last `weights` line; `bytes`: as blocks, dense before the groups have left. NaN in a run without level 4."""
+    """A number of the run's last `weights` line; `bytes`: as blocks, dense before groups are pruned. NaN in a run without level 4."""
     if not run.of("weights"):
         return float("nan")
     value = run.of("weights")[-1][name]

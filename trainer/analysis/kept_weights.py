@@ -1,4 +1,4 @@
-"""`trilevel show RUN --weights`: a picture of what level 4 left, one panel per layer, and the share of each layer."""
+"""`trilevel show RUN --weights`: a picture of the weights that level 4 kept, one panel per layer, and their share of each layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.config.load import load_run
 from trainer.model.pruned_file import level_of
 from trainer.storage.text import plot_text
 
-PIXELS = 192  # of the longer side of a panel: a larger layer is shown as the share that is left around each pixel
+PIXELS = 192  # of the longer side of a panel: a larger layer is shown as the kept share around each pixel
 
 
 def show(run: Path | str, out: Path) -> Path:
@@ -31,11 +31,11 @@ def show(run: Path | str, out: Path) -> Path:
     level, _ = level_of(config, save_load.pruning_of(checkpoint), f"show {run} --weights")
     masks = {name: mask for name, mask in level.masks().items() if mask.ndim == 2}
     out.mkdir(parents=True, exist_ok=True)
-    return draw(masks, f"{config.name}, {checkpoint.name}: what is left of each layer (rows: outputs)", out / "weights.png")
+    return draw(masks, f"{config.name}, {checkpoint.name}: kept weights of each layer (rows: outputs)", out / "weights.png")
 
 
 def draw(masks: dict[str, Tensor], title: str, path: Path) -> Path:
-    """One panel per weight (O, I), a line per transformer block: blue where it is left, white where it has gone."""
+    """One panel per weight (O, I), a line per transformer block: blue where it is kept, white where it is pruned."""
     rows: dict[str, list[str]] = {}
     for name in masks:
         rows.setdefault(".".join(name.split(".")[:2]), []).append(name)
@@ -48,15 +48,15 @@ def draw(masks: dict[str, Tensor], title: str, path: Path) -> Path:
         for axes, name in zip(line, names, strict=False):
             mask = masks[name]
             axes.imshow(_painted(shares(mask)), interpolation="nearest")
-            left = f"{name.removesuffix('.weight')}\n{mask.shape[0]} x {mask.shape[1]}, {float(mask.double().mean()):.0%} left"
-            axes.set_title(plot_text(left), fontsize=7)
+            label = f"{name.removesuffix('.weight')}\n{mask.shape[0]} x {mask.shape[1]}, {float(mask.double().mean()):.0%} kept"
+            axes.set_title(plot_text(label), fontsize=7)
     figure.suptitle(plot_text(title), fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
     return path
 
 
 def shares(mask: Tensor) -> Tensor:
-    """The share of the elements that is left around each pixel, (rows, columns) in [0, 1], at most PIXELS on a side."""
+    """The kept share of the elements around each pixel, (rows, columns) in [0, 1], at most PIXELS on a side."""
     wanted = [min(size, PIXELS) for size in mask.shape]
     return F.adaptive_avg_pool2d(mask[None, None].float(), (wanted[0], wanted[1]))[0, 0]
 

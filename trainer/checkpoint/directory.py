@@ -27,7 +27,7 @@ NAME = re.compile(r"step-([0-9]+)(?:\.([0-9]+))?")
 
 
 class Damaged(TrilevelError, ValueError):
-    """A checkpoint that differs from what was written; the message says how."""
+    """A checkpoint that differs from what was written; the message names the difference."""
 
 
 class Newest(NamedTuple):

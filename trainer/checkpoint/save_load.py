@@ -39,7 +39,7 @@ _STORED_AS = {"pending_evaluation": "owed"}  # fields of TrainState that have an
 
 
 class CheckpointError(TrilevelError, RuntimeError):
-    """A checkpoint that can't be used; the message says what differs and the remedy."""
+    """A checkpoint that can't be used; the message names the difference and the remedy."""
 
 
 def save_checkpoint(

@@ -17,7 +17,7 @@ from trainer.cli.shared_arguments import add_command, add_config, add_pipe
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The parsed arguments, the command's name as `command`. Prints the usage and exits with code 2 where they are invalid."""
     parser = argparse.ArgumentParser(
-        "trilevel", description="Train Vision Transformers on fewer examples, tokens and attention connections."
+        "trilevel", description="Train Vision Transformers on fewer examples, tokens, attention connections and weights."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -29,7 +29,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add_benches(
         commands.add_parser(
             "bench",
-            help="measure: input, remote, step, engine, journal, checkpoint",
+            help="measure: input, remote, step, inference, engine, journal, checkpoint",
             description="Measure one part of a run in isolation.",
         )
     )
@@ -144,7 +144,10 @@ def _add_after_a_run(commands: Any) -> None:
     c = add("audit", "recompute a run's hash chain and count how often each example was shown (exit code 1 on a difference)")
     _add_run(c)
     c.add_argument("--json", metavar="FILE")
-    c = add("show", "draw the tokens and connections that an image keeps, and the most forgotten examples")
+    c = add(
+        "show",
+        "draw the tokens and connections that an image keeps, the most forgotten examples, or (--weights) the kept weights",
+    )
     _add_run(c, overrides=False)
     c.add_argument(
         "images", metavar="IMAGE | key.sub=value", nargs="*", help="image files; settings to change, e.g. data.train=PATTERN"
@@ -152,7 +155,7 @@ def _add_after_a_run(commands: Any) -> None:
     c.add_argument(
         "--token", type=int, metavar="N", help="patch whose connections are drawn (default: the kept one nearest to the middle)"
     )
-    c.add_argument("--weights", action="store_true", help="draw what is left of each layer instead (weights.method)")
+    c.add_argument("--weights", action="store_true", help="draw the kept weights of each layer instead (weights.method)")
     c.add_argument("--out", metavar="DIR", help="default: RUN/show")
     c.set_defaults(overrides=[])
     c = add("kept", "write the list of examples that an epoch of a run showed, and the keep ratio of each class")
@@ -183,7 +186,7 @@ def _add_results(commands: Any) -> None:
     )
     forms.add_argument(
         "--blocks", dest="form", action="store_const", const="blocks",
-        help="of a run that pruned columns or rows of blocks: those that are left, with their indices",
+        help="of a run that pruned columns or rows of blocks: the kept ones, with their indices",
     )  # fmt: skip
     c.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="default: latest")
     c = add("report", "print the table of a run and draw its plot")

@@ -26,7 +26,10 @@ def add_data_commands(commands: Any) -> None:
         help="labels of images without class folders; column:NAME of a table; json:FIELD of webdataset tars",
     )
     c.add_argument(
-        "--layout", metavar="NAME", help="the layout of SRC, if several fit; names: docs/data.md (default: recognised)"
+        "--layout",
+        metavar="NAME",
+        help="the layout of SRC, if several fit (default: recognised): tiny_imagenet, cifar, ilsvrc, kaggle_ilsvrc, "
+        "hugging_face_parquet, hugging_face_folder, webdataset, class_tars, class_folders, inner_folders, flat_files",
     )
     c.add_argument("--name", help="name of the split if the source has no splits (default: train)")
     c.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: 0)")
@@ -37,8 +40,14 @@ def add_data_commands(commands: Any) -> None:
     )
     c.add_argument("--quality", type=int, help="JPEG quality of resized images (default: 90)")
 
-    c = add("init", "look at packed shards and write a commented configuration for them, and its dense control")
-    c.add_argument("folder", metavar="DATA", help="folder of packed or indexed shards, e.g. shards/NAME")
+    c = add(
+        "init", "look at packed shards or class folders and write a commented configuration for them, and its dense baseline"
+    )
+    c.add_argument(
+        "folder",
+        metavar="DATA",
+        help="packed or indexed shards, e.g. shards/NAME, or class folders: DATA/train/CLASS/, DATA/val/CLASS/",
+    )
     c.add_argument("--out", metavar="FILE.yaml", help="default: NAME.yaml, with NAME_dense.yaml beside it")
     c.add_argument(
         "--epochs", type=int, metavar="N", help="length of the runs; warm-up and schedules follow (default: by images)"

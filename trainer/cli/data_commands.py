@@ -21,7 +21,7 @@ def init(a: argparse.Namespace) -> None:
 
     found, (path, dense) = write_configs(a.folder, a.out, a.epochs)
     show(found.text())
-    show(f"{path}: with the levels; {dense}: the dense control. Next: trilevel train {path} --check")
+    show(f"{path}: with the levels; {dense}: the dense baseline. Next: trilevel train {path} --check")
 
 
 def index(a: argparse.Namespace) -> None:

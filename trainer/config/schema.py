@@ -80,7 +80,7 @@ class DataConfig(Section):
     repeats: int = Field(default=1, ge=1)
     """Repeated augmentation: copies of an image in one batch. DeiT uses 3; an epoch then shows a third of the images."""
     labels: str = "cls"
-    """Where a label stands: `cls` (the sample's .cls file; of class folders the folder), `json:FIELD`, `key` (n01440764/x or
+    """Source of the labels: `cls` (the sample's .cls file; of class folders the folder), `json:FIELD`, `key` (n01440764/x or
     n01440764_x), or `file:PATH`."""
     broken_share: Share = 0.001
     """Broken images / images of the data set above which the run stops. Below it they get weight 0 and a line in the journal."""

@@ -1,4 +1,4 @@
-"""YAML as a configuration wants it: a key given twice is an error, and plain words mean what YAML 1.2 says.
+"""YAML of configurations: a key given twice is an error, and plain words are read by the rules of YAML 1.2.
 
 PyYAML follows YAML 1.1, where `1:30` is 90, `017` is 15, `yes` is true, `1e-3` is text and `2024-01-01` is a date.
 """

@@ -47,10 +47,10 @@ name, lists as one metric per position.
 |            |                              | ema (bool: weights of the moving average), per_class (accuracy of every class)   |
 | density    | beside an eval line, for     | as eval, at keep_tokens                                                          |
 |            | each of evaluate.densities   |                                                                                  |
-| weights    | at the start of an epoch, if | epoch, step, progress, event (updated: the penalty; pruned: groups leave; or ""),|
+| weights    | at the start of an epoch, if | epoch, step, progress, event (updated: the penalty; pruned: at `prune`; or ""),  |
 |            | level 4 is on                | kept (share of the pruned layers' elements), layers {layer: kept}, bytes (of     |
 |            |                              | these layers: {dense, block, csr}), multiply_adds (per image, every token, of    |
-|            |                              | what is left), norms {low, median, high: 10, 50, 90 % of the groups, relative to |
+|            |                              | kept ones), norms {low, median, high: 10, 50, 90 % of the groups, relative to  |
 |            |                              | their layer}, weak (share of the groups below .1)                                |
 | checkpoint | after it is on disk, which   | epoch, batch, step, path, bytes, blocking (seconds for which it blocked          |
 |            | may be steps later           | training), seconds (of writing; in background with `checkpoint.asynchronous`)    |

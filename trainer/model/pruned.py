@@ -1,4 +1,4 @@
-"""Level 4 in numbers: what is left of the weights, in shares, bytes and multiply-adds, and how the groups' norms are spread."""
+"""Level 4 in numbers: the kept weights, in shares, bytes and multiply-adds, and how the groups' norms are spread."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ WEAK = 0.1  # of the root mean square of a layer: a group below is nearly empty
 def facts(level: Pruning, weights: Weights, model: SparseViT) -> dict[str, Any]:
     """Fields of a `weights` line. weights: the pruned parameters, whole.
 
-    kept: share of the elements of the pruned layers that is left. bytes: of these layers in float32, see `stored.sizes`. norms: 10, 50 and
+    kept: share of the elements of the pruned layers. bytes: of these layers in float32, see `stored.sizes`. norms: 10, 50 and
     90 % quantiles of the groups' root mean square, relative to their layer's; weak: share of the groups below WEAK. multiply_adds: of an
-    image's forward pass with every token that computes what is left only. layers: kept by layer.
+    image's forward pass with every token that computes the kept weights only. layers: kept by layer.
     """
     masks = level.masks()
     elements = {site.name: sum(weights[name].numel() for name in site.shapes) for site in level.sites}
-    left = {
+    kept = {
         site.name: sum(int(masks[name].sum()) if masks else weights[name].numel() for name in site.shapes)
         for site in level.sites
     }
     norms = relative_norms(level, weights)
     quantiles = torch.quantile(norms[torch.randperm(len(norms), generator=_fixed())[:100_000]], torch.tensor([0.1, 0.5, 0.9]))
     return {
-        "kept": sum(left.values()) / sum(elements.values()),
+        "kept": sum(kept.values()) / sum(elements.values()),
         "bytes": sizes(level),
         "norms": dict(zip(("low", "median", "high"), quantiles.tolist(), strict=True)),
         "weak": float((norms < WEAK).double().mean()),
         "multiply_adds": cost.cost(cost.shape_of(model, level.shares())).total,
-        "layers": {name: left[name] / elements[name] for name in left},
+        "layers": {name: kept[name] / elements[name] for name in kept},
     }
 
 

@@ -51,7 +51,7 @@ def written(
 
 
 def read(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights of a file by timm's names: blocks are unpacked, 0 where groups have left. Raises ValueError for damaged ones."""
+    """The weights of a file by timm's names: blocks are unpacked, 0 where groups are pruned. Raises ValueError for damaged ones."""
     found = dict(state)
     for name, (outputs, inputs, p, q, axis) in json.loads(header.get(BLOCKS, "{}")).items():
         site = Block(name, outputs, inputs, (p, q), axis)
@@ -77,13 +77,13 @@ def described(header: Mapping[str, str]) -> str:
             f"{sizes['csr']:,} as CSR"
         )
     if COMPACT in header:
-        left = json.loads(header[COMPACT])
-        return f"smaller layers: {', '.join(f'{name} {size}' for name, size in left.items())}"
+        smaller = json.loads(header[COMPACT])
+        return f"smaller layers: {', '.join(f'{name} {size}' for name, size in smaller.items())}"
     return ""
 
 
 def changes_importance(header: Mapping[str, str]) -> bool:
-    """Whether the file lacks heads: the importance of tokens is a mean over heads, in which those that left were flat, so thresholds of its
+    """Whether the file lacks heads: the importance of tokens is a mean over heads, in which the pruned ones were flat, so thresholds of its
     mass are no longer right."""
     return any(name.endswith(".attn") for name in json.loads(header.get(COMPACT, "{}")))
 
@@ -97,7 +97,7 @@ def level_of(config: Config, state: Mapping[str, Tensor], what: str) -> tuple[Pr
     level.load_state_dict(state)
     if level.kept is None:
         raise ConfigError(
-            f"{what}: the groups have not left yet in this checkpoint, or weights.keep=1; choose a later checkpoint, or leave the option "
+            f"{what}: no group is pruned yet in this checkpoint, or weights.keep=1; choose a later checkpoint, or leave the option "
             "out"
         )
     return level, vit

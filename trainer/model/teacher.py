@@ -150,7 +150,7 @@ def _refuse_other_tokens(config: Config, teacher: SparseViT, student: SparseViT,
 
 
 def tensors_hash(state: Mapping[str, Tensor], network: str) -> str:
-    """Hash of names, types, shapes and values, whatever the file that holds them, and of a text that says which network they are for:
+    """Hash of names, types, shapes and values, whatever the file that holds them, and of a text that names the network they are for:
     some of its arguments, like the number of heads, show in no shape."""
     digest = hashlib.blake2b(f"{network}\n".encode(), digest_size=16)
     for name in sorted(state):

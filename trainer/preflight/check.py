@@ -63,7 +63,7 @@ class CheckReport:
     quality: Quality  # of the first epoch's order, from a sample of its batches
     frozen: int = 0  # of the parameters, do not train
     teacher: float = 0.0  # multiply-adds of an image's forward pass through the teacher
-    warnings: tuple[str, ...] = ()  # settings that act less than they say, classes without images
+    warnings: tuple[str, ...] = ()  # settings with little or no effect, classes without images
 
     def share(self) -> float:
         """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""

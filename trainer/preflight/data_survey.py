@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def survey(folder: str) -> Survey:
     if len(train.classes) < 2:
         raise DataError(f"init {folder}: {len(train.classes)} class, must be >= 2; pack or index with other labels")
     counts = np.bincount(train.labels, minlength=len(train.classes))
-    width, height = _size(train)
+    width, height = _size(train, _pattern(folder, train))
     return Survey(
         folder, _pattern(folder, train), _pattern(folder, validation), train.label_source, len(train), len(validation),
         (int(counts.min()), float(np.median(counts)), int(counts.max())), len(train.classes), min(width, height), width, height,
@@ -113,8 +114,8 @@ def _class_folders(folder: str) -> dict[str, Index]:
     return {SPLITS[p.name.lower()]: build_index(str(p)) for p in splits}
 
 
-def _size(index: Index) -> tuple[int, int]:
-    """Median width and height of a sample of the images."""
+def _size(index: Index, pattern: str) -> tuple[int, int]:
+    """Median width and height of a sample of the images. Raises DataError where none can be read."""
     ids = np.unique(np.linspace(0, len(index) - 1, _SAMPLE).astype(np.int64))
     sizes = []
     for data in Reader(index).read(ids):
@@ -122,6 +123,8 @@ def _size(index: Index) -> tuple[int, int]:
             if not isinstance(data, DataError):
                 sizes.append(header(data).size)
     if not sizes:
-        raise DataError(f"init: none of {len(ids)} images of {index.path} can be read; list them: trilevel verify SHARDS")
+        words = [pattern, *(["--labels", index.label_source] if index.label_source != "cls" else [])]
+        command = f"trilevel verify {shlex.join(words)}"
+        raise DataError(f"init: none of {len(ids)} images of {index.path} can be read; list them: {command}")
     width, height = np.median(np.array(sizes), axis=0).astype(int).tolist()
     return width, height

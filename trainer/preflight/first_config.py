@@ -1,4 +1,4 @@
-"""`trilevel init DATA`: writes a commented configuration for a data set, with all three levels, and a dense control beside it.
+"""`trilevel init DATA`: writes a commented configuration for a data set, with all three levels, and a dense baseline beside it.
 
 The values are rules of thumb from the recipes in configs/ (small networks: quickstart, cifar10; large ones: DeiT's, arXiv 2012.12877);
 nothing is measured here. The methods of the levels are named in the text of the file and nowhere else.
@@ -95,27 +95,27 @@ def _name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-") or "run"
 
 
-def text(found: Survey, c: Choices, path: Path, control: Path, *, dense: bool, gpu: bool) -> str:
-    """The YAML of a run: with the levels, or the dense control, which differs in them and the name only."""
-    mine = control if dense else path
-    parts = [_head(found, path, control, dense), _network_and_data(found, c, mine), _recipe(c, gpu)]
+def text(found: Survey, c: Choices, path: Path, baseline: Path, *, dense: bool, gpu: bool) -> str:
+    """The YAML of a run: with the levels, or the dense baseline, which differs in them and the name only."""
+    mine = baseline if dense else path
+    parts = [_head(found, path, baseline, dense), _network_and_data(found, c, mine), _recipe(c, gpu)]
     parts.append("control: 0  # this run is the dense one: nothing to time beside it\n" if dense else _levels(found, c))
     return "".join(parts)
 
 
-def _head(found: Survey, path: Path, control: Path, dense: bool) -> str:
+def _head(found: Survey, path: Path, baseline: Path, dense: bool) -> str:
     what = (
-        f"The dense control of {path.name}: the same without the sections examples, tokens, connections and plan."
+        f"The dense baseline of {path.name}: the same without the sections examples, tokens, connections and plan."
         if dense
         else found.text()
     )
-    mine = control if dense else path
+    mine = baseline if dense else path
     lines = [
         what,
         f"Written by `trilevel init {found.source}`: starting values from the recipes of this project, not tuned on these images.",
         f"Check:    trilevel train {mine} --check",
         f"Train:    python -m launch local {mine}      (all GPUs of this machine, or two processes on its CPU)",
-        f"Compare:  python -m launch sweep {path} {control} --seeds 0,1,2",
+        f"Compare:  python -m launch sweep {path} {baseline} --seeds 0,1,2",
     ]
     return "".join(f"# {line}\n" for line in lines)
 

@@ -26,7 +26,7 @@ from trainer.provenance import kept_lists as kept
 
 
 class RecordedRunError(TrilevelError, ValueError):
-    """A batch that can't be rebuilt: a step the run never made, or a journal with missing lines; the message says which."""
+    """A batch that can't be rebuilt: a step the run never made, or a journal with missing lines; the message names it."""
 
 
 class Segment(NamedTuple):

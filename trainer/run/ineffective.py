@@ -39,7 +39,7 @@ def refuse_ineffective(config: Config, resume: bool = False) -> None:
 
 
 def ineffective(config: Config, images: int) -> list[str]:
-    """The settings that act less than they say in a run over `images` training images, as sentences with key, value and effect."""
+    """Settings with little or no effect in a run over `images` training images, as sentences with key, value and effect."""
     steps = max(round(build_schedule(config).shown(0) * images) // config.data.batch, 1)  # of an epoch
     length = RunLength(config.epochs, config.data.repeats)
     return [

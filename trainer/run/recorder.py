@@ -140,7 +140,7 @@ class Recorder:
         return state
 
     def pruned(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """What is left of the weights at the start of an epoch, see `model.pruned`."""
+        """The kept weights at the start of an epoch, see `model.pruned`."""
         if self._log:
             self._log.pruned(state, facts)
 

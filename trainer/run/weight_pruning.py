@@ -1,8 +1,8 @@
 """Level 4 in a run: the loop calls `begin_epoch` between two epochs and `after_step` behind every optimizer step that was taken.
 
 The level itself (`sparsity.weights`) sees whole parameters; here they are read and changed where DDP or ZeRO stores them. When groups
-leave, their weights, moments and averages become 0, and from then on their gradients are: nothing moves them, and the gradient norm is that
-of what is trained. Without a method nothing happens.
+are pruned, their weights, moments and averages become 0, and from then on their gradients are: nothing moves them, and the gradient
+norm is that of what is trained. Without a method nothing happens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WeightPruning:
         return self.level.state_dict()
 
     def _remove(self) -> None:
-        """Weights, moments and averages of the groups that leave become 0."""
+        """Weights, moments and averages of the groups that are pruned become 0."""
         masks = self.level.masks()
         flat = {name: mask.flatten() for name, mask in masks.items()}
 
@@ -80,7 +80,7 @@ class WeightPruning:
         self._mask_gradients()
 
     def _mask_gradients(self) -> None:
-        """From now on the gradients of what has left are 0; a NaN there stays, so that the step is still skipped."""
+        """From now on the gradients of pruned groups are 0; a NaN there stays, so that the step is still skipped."""
         masks = self.level.masks()
         for name, parameter in self._model.vit.named_parameters():
             if name in masks:

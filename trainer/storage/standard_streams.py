@@ -16,7 +16,7 @@ from trainer.config.errors import TrilevelError
 
 
 class Forgiving:
-    """A text stream that swallows OSError: what can't be written is left out. Everything else is the stream's own."""
+    """A text stream that ignores OSError: what can't be written is left out. Everything else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -89,7 +89,7 @@ def _brief(spread: Any) -> Any:
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
-    """Every setting by its dotted key; a value too long for MLflow is cut and says so."""
+    """Every setting by its dotted key; a value too long for MLflow is cut, with a note of its length."""
     return {
         _key(key): _cut(without_credentials(str(value)), PARAM_LENGTH, "config.yaml") for key, value in flat(config).items()
     }

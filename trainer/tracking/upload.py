@@ -138,8 +138,8 @@ class JournalUploader:
 
     def failed(self, error: BaseException) -> None:
         """Note the trouble and say it, once."""
-        said = self.address.redacted(" ".join(str(error).split()))[:300]
-        text = f"{self.uri}: {type(error).__name__}: {said}{hint(error)}"
+        reason = self.address.redacted(" ".join(str(error).split()))[:300]
+        text = f"{self.uri}: {type(error).__name__}: {reason}{hint(error)}"
         if text != self.state.trouble:
             print(time.strftime("%F %T"), text, flush=True)
         self.state.trouble = text

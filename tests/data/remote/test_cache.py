@@ -258,7 +258,7 @@ def test_no_more_is_fetched_ahead_than_fits(web: Web, index: Index, tmp_path: Pa
     assert [web.gets[name] for name in index.names] == [1, 0, 0, 1, 1, 1, 0, 0]
     process = ahead._process
     del ahead
-    assert process is not None and process.poll() is not None, "it ends with who wants"
+    assert process is not None and process.poll() is not None, "the fetcher ends with the object that uses it"
 
 
 def test_too_small_a_cache_is_refused_with_the_number(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

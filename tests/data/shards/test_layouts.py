@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support import layouts
 from tests.support.images import jpeg, write_tar
 from tests.support.layouts import TRAIN, VALIDATION, WNIDS, write_files
 from trainer.__main__ import main
+from trainer.cli.arguments import parse
 from trainer.data.errors import DataError
 from trainer.data.shards.index import Index
 from trainer.data.shards.layouts import LAYOUTS, recognise
@@ -220,3 +222,10 @@ def test_names_of_layouts_are_unique_and_documented() -> None:
     names = [layout.name for layout in LAYOUTS]
     page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
     assert len(set(names)) == len(names) and [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_the_help_of_pack_names_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["pack", "--help"])
+    help_text = capsys.readouterr().out
+    assert [layout.name for layout in LAYOUTS if not re.search(rf"\b{layout.name}\b", help_text)] == []

@@ -26,7 +26,7 @@ def test_gathered_columns_are_the_masked_layer(shape, size, bias):
     layer = GatheredLinear(site, masked, kept["fc"], offset)
     x = drawn(2, 3, shape[1], seed=2)
     torch.testing.assert_close(layer(x), F.linear(x, masked, offset), rtol=1e-12, atol=1e-12)
-    assert layer.weight.numel() <= site.grid[0] * site.grid[1] * layer.num, "only what is left is computed"
+    assert layer.weight.numel() <= site.grid[0] * site.grid[1] * layer.num, "only the kept groups are computed"
 
 
 def test_a_network_in_block_form_is_the_masked_one_and_other_forms_are_refused():

@@ -188,7 +188,7 @@ def test_keep_one_is_the_identity_and_settings_are_refused_by_key():
             AdmmSettings(**given)
         assert words in str(error.value)
     with pytest.raises(
-        ValueError, match=r"weights\.prune=9ep with epochs=9: the groups would never leave; set weights\.prune <= 8ep"
+        ValueError, match=r"weights\.prune=9ep with epochs=9: no group would be pruned; set weights\.prune <= 8ep"
     ):
         settings(MagnitudeSettings).refuse_epochs(9)
     assert [epoch for epoch in range(12) if due(settings(AdmmSettings, start=1.5, every=3.0), epoch)] == [2, 5, 8, 11]

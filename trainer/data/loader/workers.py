@@ -1,4 +1,4 @@
-"""Worker processes: forked before other threads live, deaf to signals from birth, waited for with a limit, killed when the rank ends."""
+"""Worker processes: forked before other threads start, ignoring stop signals, waited for with a limit, killed when the rank ends."""
 
 from __future__ import annotations
 
