@@ -37,6 +37,14 @@ def test_table_of_a_finished_run(tmp_path: Path):
     # 800 x 100 + 400 x 50 of 1,600 x 100
     assert rows["multiply-adds"] == ("1e+05", "forward, 37.5 % less than dense on every example")
     assert rows["device hours"][0] == f"{14 * 2 / 3600:.3g}"
+    assert "goodput" not in rows
+    *before, end = lines()
+    better = [
+        before[0],
+        *({**line, "goodput": 0.874, "time_to_first_step": 10.2} if line["kind"] == "step" else line for line in before[1:]),
+    ]
+    good = cells(write(tmp_path / "good", [*better, end]))["goodput"]
+    assert good[0] == "87.4 %" and good[1].startswith("of the wall time") and good[1].endswith("first step after 10 s")
     out = io.StringIO()
     Terminal(file=out, width=120).print(table.table)
     for text in (out.getvalue(), table.text, table.markdown):

@@ -160,3 +160,14 @@ def test_one_rank_has_no_spread(monkeypatch: pytest.MonkeyPatch):
     (window,) = windows(monkeypatch, ["a"])
     assert window.facts["phases"]["forward"] == {"median": round(3 / 11.75, 4)} and window.ranks == {}
     assert np.isclose(sum(spread["median"] for spread in window.facts["phases"].values()), 1, atol=1e-3)
+
+
+def test_step_times_have_their_median_and_their_95th_percentile(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meters = Meters(Bus(["a"]).engine(0))
+    for number in range(1, 101):  # steps of 1 to 100 ms
+        now[0] += number / 1000
+        meters.end_step(1, [], 0.0)
+    facts = meters.reduce().facts
+    assert (facts["step_ms_p50"], facts["step_ms_p95"]) == (pytest.approx(50.5, abs=0.1), pytest.approx(95.05, abs=0.1))
