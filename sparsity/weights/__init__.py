@@ -14,7 +14,8 @@ from torch import nn
 
 from sparsity.weights.admm import AdmmSettings
 from sparsity.weights.group_lasso import GroupLassoSettings
-from sparsity.weights.pruning import MagnitudeSettings, Pruning, WeightSettings
+from sparsity.weights.magnitude import MagnitudeSettings
+from sparsity.weights.pruning import Pruning, WeightSettings
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sparsity.settings import setting
 from sparsity.weights.groups import Site, Weights
+from sparsity.weights.magnitude import Magnitude
 from sparsity.weights.projection import kept_groups, spread
-from sparsity.weights.pruning import Factor, Magnitude, PenaltySettings, Pruning, due
+from sparsity.weights.pruning import Factor, PenaltySettings, Pruning, due
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from sparsity.settings import ByRun, Epochs, Keep, Range, Settings, SettingsError, setting
 from sparsity.weights.groups import Site, Weights, block_sites, head_sites, matches, unit_sites
-from sparsity.weights.projection import kept_groups, spread
+from sparsity.weights.projection import spread
 
 Size = Annotated[int, Range("count", least=1)]
 Factor = Annotated[float, Range("factor", above=0.0)]
+BLOCK = (16, 64)  # default of `block`
+BLOCKED = ("columns", "rows")  # groups inside blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class WeightSettings(Settings):
         return ""
 
     @property
+    def unused(self) -> str:
+        """A key that these settings do not read, with its value and the remedy; "" for none."""
+        return ""
+
+    @property
     def summary(self) -> str:
         """What is pruned when, for the plan of a run; "" if nothing does."""
         return ""
@@ -58,7 +65,7 @@ class PruneSettings(WeightSettings):
         "columns of fc2); heads of an attention. units and heads give smaller dense layers",
     )
     block: tuple[Size, Size] = setting(
-        (16, 64),
+        BLOCK,
         "rows and columns of a block, for columns and rows. Layers that they do not divide are padded with zeros, so the last blocks are "
         "smaller",
     )
@@ -86,7 +93,7 @@ class PruneSettings(WeightSettings):
 
     @property
     def summary(self) -> str:
-        blocks = f" of {self.block[0]} x {self.block[1]} blocks" if self.groups in ("columns", "rows") else ""
+        blocks = f" of {self.block[0]} x {self.block[1]} blocks" if self.groups in BLOCKED else ""
         return (
             f"{self.keep:.3g} of the {self.groups}{blocks} (per {self.per}) from epoch {self.prune:g} on"
             if self.keep < 1.0
@@ -96,6 +103,15 @@ class PruneSettings(WeightSettings):
     @property
     def without_effect(self) -> str:
         return "weights.keep=1, so all weights are kept; set weights.keep below 1" if self.keep == 1.0 else ""
+
+    @property
+    def unused(self) -> str:
+        if self.groups in BLOCKED or self.block == BLOCK:
+            return ""
+        return (
+            f"weights.block={list(self.block)}: not a setting of weights.groups={self.groups}; set weights.groups={'|'.join(BLOCKED)}, or "
+            "remove weights.block"
+        )
 
     def refuse_epochs(self, epochs: float) -> None:
         if self.keep < 1.0 and self.prune > epochs - 1:
@@ -198,39 +214,6 @@ class Pruning:
                 f"masks of another run: groups of {name} are {was} there, {now} here; resume with the weights.* of that run, or start a "
                 "new run with name=NEW_NAME"
             )
-
-
-class Magnitude(Pruning):
-    """Dense until `prune`; then the groups with the least energy are pruned. The penalties add what happens before."""
-
-    def __init__(self, settings: PruneSettings, sites: Sequence[Site]):
-        super().__init__()
-        self.settings, self.sites = settings, sites
-
-    def begin_epoch(self, epoch: int, weights: Callable[[], Weights]) -> str:
-        if self.kept is not None:
-            return ""
-        if epoch >= self.settings.prune:
-            self.kept = self._chosen(weights())
-            self._release()
-            return "pruned"
-        return self._penalise(epoch, weights)
-
-    def _chosen(self, weights: Weights) -> dict[str, Tensor]:
-        return kept_groups(self.sites, weights, self.settings.keep, self.settings.per)
-
-    def _penalise(self, epoch: int, weights: Callable[[], Weights]) -> str:
-        """Update the penalty if that is due: "updated" or ""."""
-        return ""
-
-    def _release(self) -> None:
-        """Drop the penalty's state."""
-
-
-@dataclass(frozen=True)
-class MagnitudeSettings(PruneSettings):
-    def _build(self, sites: Sequence[Site]) -> Pruning:
-        return Magnitude(self, sites)
 
 
 def due(settings: PenaltySettings, epoch: int) -> bool:

@@ -35,11 +35,18 @@ def unpacked(site: Block, parts: Mapping[str, Tensor]) -> Tensor:
     rows, p, columns, q = site.grid
     groups = q if site.axis == 1 else p
     counts, index, values = (parts[name] for name in PARTS)
+    wrong = ValueError(f"{site.weight}: counts and indices are not those of a layer of {site.outputs} x {site.inputs}")
+    if counts.shape != (rows * columns,) or index.ndim != 1 or values.ndim != 1:
+        raise wrong
+    if any(part.is_floating_point() or not _within(part, most) for part, most in ((counts, groups), (index, groups - 1))):
+        raise wrong
     counts, index = counts.long(), index.long()
-    if len(counts) != rows * columns or int(counts.sum()) != len(index) or (len(index) and int(index.max()) >= groups):
-        raise ValueError(f"{site.weight}: counts and indices are not those of a layer of {site.outputs} x {site.inputs}")
+    if int(counts.sum()) != len(index):
+        raise wrong
     kept = torch.zeros(rows * columns, groups, dtype=torch.bool)
     kept[torch.arange(len(counts)).repeat_interleave(counts), index] = True
+    if not torch.equal(kept.sum(1), counts):  # an index of a block stands twice
+        raise wrong
     there = _elements(site, kept)
     if int(there.sum()) != len(values):
         raise ValueError(f"{site.weight}: {len(values)} values are stored, its groups have {int(there.sum())}")
@@ -80,6 +87,11 @@ def _elements(site: Block, kept: Tensor) -> Tensor:
     rows, _, columns, _ = site.grid
     there = _by_group(site, torch.ones(site.outputs, site.inputs, dtype=torch.bool))
     return there & kept.view(rows, columns, -1, 1).to(there.device)
+
+
+def _within(part: Tensor, most: int) -> bool:
+    """Whether all numbers are 0 to `most`."""
+    return not len(part) or (int(part.min()) >= 0 and int(part.max()) <= most)
 
 
 def _smallest(most: int) -> torch.dtype:

@@ -25,7 +25,8 @@ from sparsity.tokens.topk import select
 from sparsity.types import QKV, BlockShape, Plan, Selection, Tokens, VisibleKeys
 from sparsity.weights import WEIGHTS
 from sparsity.weights.groups import Site, Weights
-from sparsity.weights.pruning import Magnitude, PruneSettings, Pruning
+from sparsity.weights.magnitude import Magnitude
+from sparsity.weights.pruning import PruneSettings, Pruning
 from tests.conftest import ROOT, lines
 from trainer.__main__ import main
 from trainer.model.weights import load_weights

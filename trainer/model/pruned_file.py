@@ -53,7 +53,12 @@ def written(
 def read(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
     """The weights of a file by timm's names: blocks are unpacked, 0 where groups are pruned. Raises ValueError for damaged ones."""
     found = dict(state)
-    for name, (outputs, inputs, p, q, axis) in json.loads(header.get(BLOCKS, "{}")).items():
+    for name, numbers in json.loads(header.get(BLOCKS, "{}")).items():
+        if not (isinstance(numbers, list) and len(numbers) == 5 and all(type(n) is int and n >= 0 for n in numbers)):
+            raise ValueError(f"{BLOCKS} of {name}: {numbers!r:.80} must be [outputs, inputs, rows, columns, axis]")
+        outputs, inputs, p, q, axis = numbers
+        if min(outputs, inputs, p, q) < 1 or axis > 1:
+            raise ValueError(f"{BLOCKS} of {name}: {numbers}: sizes must be >= 1, the axis 0 or 1")
         site = Block(name, outputs, inputs, (p, q), axis)
         try:
             parts = {part: found.pop(f"{site.weight}.{part}") for part in stored.PARTS}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sparsity.vit import SparseViT
 from sparsity.weights.gathered import GatheredLinear, gathered
 from sparsity.weights.groups import Block
+from sparsity.weights.magnitude import MagnitudeSettings
 from sparsity.weights.projection import kept_groups, spread
-from sparsity.weights.pruning import MagnitudeSettings
 from tests.sparsity.weights.test_groups import drawn
 from tests.support.vits import images, tiny
 

@@ -11,7 +11,8 @@ from sparsity.weights import WEIGHTS
 from sparsity.weights.admm import Admm, AdmmSettings, pulled_to
 from sparsity.weights.group_lasso import GroupLasso, GroupLassoSettings, penalty, reweight, shrunk
 from sparsity.weights.groups import Block
-from sparsity.weights.pruning import Magnitude, MagnitudeSettings, PenaltySettings, Pruning, due
+from sparsity.weights.magnitude import Magnitude, MagnitudeSettings
+from sparsity.weights.pruning import PenaltySettings, Pruning, due
 from tests.sparsity.weights.test_groups import drawn, reference
 from tests.support.vits import tiny
 

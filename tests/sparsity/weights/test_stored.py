@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sparsity.weights.groups import Block
+from sparsity.weights.magnitude import MagnitudeSettings
 from sparsity.weights.projection import kept_groups, spread
-from sparsity.weights.pruning import MagnitudeSettings
 from sparsity.weights.stored import packed, sizes, unpacked
 from tests.sparsity.weights.test_groups import SHAPES, drawn
 from tests.support.vits import tiny
@@ -26,6 +28,25 @@ def test_a_pruned_weight_comes_back_to_the_bit(shape, size, axis, per):
     for name, wrong in (("index", parts["index"][:-1]), ("values", parts["values"][:-1]), ("counts", parts["counts"][:-1])):
         with pytest.raises(ValueError, match=r"fc\.weight"):
             unpacked(site, parts | {name: wrong})
+
+
+@pytest.mark.parametrize("forged", [
+    {"index": [-1, 0, 0, 2]}, {"index": [3, 0, 0, 2]}, {"index": [1, 1, 0, 2]}, {"counts": [3, -1, 1, 1]}, {"counts": [4, 0, 0, 0]},
+    {"counts": [2, 1, 1]}, {"counts": [[2, 1], [1, 0]]}, {"index": [[1], [2], [0], [2]]}, {"values": [[1.0]] * 8},
+    {"counts": [2.0, 1.0, 1.0, 0.0]},
+])  # fmt: skip
+def test_forged_counts_and_indices_are_refused_by_name(forged: dict[str, Any]):
+    """Four blocks of 2 x 3; as int16, which has negative numbers, as the files of wide blocks do."""
+    site = Block("fc", 4, 6, (2, 3), 1)
+    honest: dict[str, Any] = {"counts": [2, 1, 1, 0], "index": [1, 2, 0, 2], "values": [float(n) for n in range(1, 9)]}
+
+    def read(parts: dict[str, Any]) -> torch.Tensor:
+        found = {name: torch.tensor(values) for name, values in parts.items()}
+        return unpacked(site, {name: value.short() if value.dtype == torch.int64 else value for name, value in found.items()})
+
+    assert read(honest)[0].tolist() == [0, 1, 3, 5, 0, 0]
+    with pytest.raises(ValueError, match=r"fc\.weight: counts and indices are not those of a layer of 4 x 6"):
+        read(honest | forged)
 
 
 def test_wide_blocks_have_wide_indices():
