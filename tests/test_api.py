@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save
 
 import trainer
 from trainer import compare, evaluate, load_config, load_weights, read_run, run_training
@@ -68,6 +69,10 @@ def test_a_finished_run_is_evaluated_again(readme: dict[str, Any]):
     evals = read_run(run)["eval"]
     assert list(evals["epoch"])[-1] == 2 and evals["images"].eq(359).all()
     assert evaluate(run)["top1"].item() == pytest.approx(evals["top1"].iloc[-1]) == pytest.approx(readme["result"].top1)
+    half = evaluate(run, None, [0.5], "evaluate.batch=64")  # overrides by position, and by keyword
+    assert evaluate(run, densities=[0.5], evaluate={"batch": 64})["top1"].tolist() == half["top1"].tolist()
+    with pytest.raises(ValueError, match=r"evaluate\.batch"):
+        evaluate(run, evaluate={"batch": 0})
 
 
 def test_another_run_in_the_same_process_and_two_seeds_in_one_row(readme: dict[str, Any]):
@@ -91,3 +96,6 @@ def test_names_are_there_and_others_are_not():
 def test_weights_of_no_run(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no weights\.safetensors"):
         load_weights(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(save({"a": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="its header does not describe the network; write the file with trilevel export"):
+        load_weights(tmp_path / "weights.safetensors")

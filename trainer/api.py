@@ -32,8 +32,12 @@ def load_config(path: str | Path, *overrides: str, **settings: Any) -> Config:
     from trainer.config.load import load
 
     path = Path(path)
-    words = [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in settings.items())]  # JSON is YAML
-    return load(path / "config.yaml" if path.is_dir() else path, words)
+    return load(path / "config.yaml" if path.is_dir() else path, _words(overrides, settings))
+
+
+def _words(overrides: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """Overrides as on the command line."""
+    return [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in settings.items())]  # JSON is YAML
 
 
 def run_training(config: Config, resume: bool = False) -> RunResult:
@@ -59,18 +63,19 @@ def run_training(config: Config, resume: bool = False) -> RunResult:
 
 
 def evaluate(
-    model: str | Path, config: Config | None = None, densities: Sequence[float] | None = None, *overrides: str
+    model: str | Path, config: Config | None = None, densities: Sequence[float] | None = None, *overrides: str, **settings: Any
 ) -> pandas.DataFrame:
     """Top-1, top-5 and multiply-adds of a run directory, a weights file or `timm:NAME` on the validation shards of `config`.
 
-    config: needed for a file and for timm, else the run's own with `overrides`. densities: keep ratios of tokens in (0, 1]; None:
-    the final plan of the configuration. One row per density, with the columns of `trilevel eval --json`. Raises ConfigError.
+    config: needed for a file and for timm, else the run's own with `overrides` and `settings`, as in `load_config`:
+    `evaluate(run, evaluate={"batch": 64})`. densities: keep ratios of tokens in (0, 1]; None: the final plan of the configuration.
+    One row per density, with the columns of `trilevel eval --json`. Raises ConfigError.
     """
     import pandas
 
     from trainer.analysis.densities import score
 
-    found = score(str(model), config, list(densities) if densities else None, list(overrides))
+    found = score(str(model), config, list(densities) if densities else None, _words(overrides, settings))
     return pandas.DataFrame(found.facts()["rows"])
 
 
@@ -113,17 +118,21 @@ def load_model(path: str | Path) -> AnyDensity:
 
 
 def load_weights(path: str | Path) -> VisionTransformer:
-    """The plain timm model of a run directory, with its weights, in evaluation mode: dense, nothing of ours around it.
-
-    For a weights file alone use `timm.create_model(name).load_state_dict(safetensors.torch.load_file(path))`: its names are timm's.
+    """The plain timm model of a run directory or of a file of `trilevel export`, with its weights, in evaluation mode: dense, nothing of
+    ours around it. Files of `export --compact` whose layers differ in size, and those of `--blocks`, are refused: see `load_model`.
     Raises ConfigError.
     """
     from trainer.config.errors import ConfigError
     from trainer.model import weights
+    from trainer.model.exported import load_plain
 
     run = Path(path)
+    if run.is_file():
+        return load_plain(run)
     if not (run / "weights.safetensors").is_file():
-        raise ConfigError(f"{run}: no weights.safetensors in it; give a run directory after its first checkpoint")
+        raise ConfigError(
+            f"{run}: no weights.safetensors in it; give a run directory after its first checkpoint or an exported file"
+        )
     config = load_config(run, "model.init=random")
     model = weights.create(config.model, config.seed)
     model.load_state_dict(weights.load_weights(run / "weights.safetensors"))

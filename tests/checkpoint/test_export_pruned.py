@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from trainer import load_model
+from trainer import load_model, load_weights
 from trainer.__main__ import main
 from trainer.analysis import kept_weights
 from trainer.checkpoint.export import export
@@ -68,7 +68,12 @@ def test_units_of_equal_number_load_into_plain_timm(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(vit.eval()(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load_model(found.path)(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(load_weights(found.path)(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
     dense = export(tmp_path, tmp_path / "dense.safetensors")
+    plain = load_weights(dense.path)
+    assert type(plain) is type(vit) and not plain.training
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
     assert found.path.stat().st_size < 0.7 * dense.path.stat().st_size
 
 
@@ -83,6 +88,8 @@ def test_layers_of_other_sizes_load_with_our_loader_and_the_text_names_it(
     assert f"load it with trainer.load_model({str(found.path)!r}), plain timm cannot build it" in found.text()
     model = load_model(found.path)
     torch.testing.assert_close(model(IMAGES), masked(state), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"written by export --compact, .*; load it with trainer\.load_model"):
+        load_weights(found.path)
     assert sum(p.numel() for p in model.model.vit.parameters()) < sum(value.numel() for value in state.values())
 
 
@@ -94,6 +101,8 @@ def test_blocks_come_back_to_the_bit_in_fewer_bytes(tmp_path: Path, groups: str,
     loaded = load_model(found.path)
     assert all(torch.equal(loaded.model.vit.state_dict()[name], value) for name, value in state.items())
     assert torch.equal(loaded(IMAGES), masked(state))
+    with pytest.raises(ConfigError, match=r"written by export --blocks, .*; load it with trainer\.load_model"):
+        load_weights(found.path)
     sizes, stored = json.loads(found.about["bytes"]), load_file(found.path)
     assert sum(value.numel() * value.element_size() for name, value in stored.items() if ".weight." in name) == sizes["block"]
     assert sizes["block"] < 0.6 * sizes["dense"] < sizes["csr"]
@@ -120,12 +129,19 @@ def test_damaged_blocks_are_refused_by_name(tmp_path: Path) -> None:
     found = export(tmp_path, tmp_path / "blocks.safetensors", form="blocks")
     state = load_file(found.path)
     name = "blocks.0.mlp.fc1.weight.values"
-    for damaged in ({key: value for key, value in state.items() if key != name}, state | {name: state[name][:-1]}):
+    counts = name.replace("values", "counts")
+    negative = state[counts].short()
+    negative[0], negative[1] = -1, negative[:2].sum() + 1
+    missing = {key: value for key, value in state.items() if key != name}
+    for damaged in (missing, state | {name: state[name][:-1]}, state | {counts: negative}):
         with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight"):
             read(damaged, found.about)
         networks.save_weights(tmp_path / "damaged.safetensors", damaged, found.about)
         with pytest.raises(ConfigError, match=r"the header does not describe a network: .*export it again"):
             load_model(tmp_path / "damaged.safetensors")
+    about = found.about | {"blocks": found.about["blocks"].replace(", 16, 64, 1]", ", 0, 64, 1]")}
+    with pytest.raises(ValueError, match=r"blocks of blocks\.0\..*sizes must be >= 1"):
+        read(state, about)
 
 
 @pytest.mark.parametrize(

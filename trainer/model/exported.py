@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsity import build
@@ -55,26 +58,53 @@ class AnyDensity(nn.Module):
 def load_exported(path: str | Path) -> AnyDensity:
     """The network of a file of `trilevel export`, in evaluation mode. Raises ConfigError for a file without its header."""
     path = Path(path)
-    state = weights.load_weights(path)
-    about = thresholds.header(path) if path.suffix == ".safetensors" else {}
-    if not {"model", "classes", "image_size", "args", TOKENS} <= about.keys():
-        raise ConfigError(f"{path}: its header does not describe the network; write the file with trilevel export")
-    try:
-        settings = ModelConfig(
-            name=about["model"],
-            classes=int(about["classes"]),
-            image_size=int(about["image_size"]),
-            args=json.loads(about["args"]),
-        )
+    state, about = weights.load_weights(path), _header(path)
+    with _naming(path):
         tokens = TokensConfig.model_validate(json.loads(about[TOKENS]))
-        vit = weights.create(settings)
+        vit = _network(about)
         pruned_file.shrink(vit, about)
         state = pruned_file.read(state, about)
         model = build.build(vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position)
-    except ValueError as error:
-        raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error
     weights.fit(vit, state, str(path), warn=_refuse_change)
     return AnyDensity(model.eval(), tokens, thresholds.read(path)).eval()
+
+
+def load_plain(path: str | Path) -> VisionTransformer:
+    """The plain timm model of a file of `trilevel export`, in evaluation mode. Raises ConfigError for a file without its header and for
+    one that timm cannot build: layers of several sizes, blocks."""
+    path = Path(path)
+    state, about = weights.load_weights(path), _header(path)
+    if form := next((form for form in (pruned_file.COMPACT, pruned_file.BLOCKS) if form in about), ""):
+        raise ConfigError(f"{path}: written by export --{form}, plain timm cannot build it; load it with trainer.load_model")
+    with _naming(path):
+        vit = _network(about)
+    weights.fit(vit, state, str(path), warn=_refuse_change)
+    return vit.eval()
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The header of an exported file. Raises ConfigError where it does not describe the network."""
+    about = thresholds.header(path) if path.suffix == ".safetensors" else {}
+    if not {"model", "classes", "image_size", "args", TOKENS} <= about.keys():
+        raise ConfigError(f"{path}: its header does not describe the network; write the file with trilevel export")
+    return about
+
+
+def _network(about: Mapping[str, str]) -> VisionTransformer:
+    """The network of a header with random weights. Raises ValueError."""
+    settings = ModelConfig(
+        name=about["model"], classes=int(about["classes"]), image_size=int(about["image_size"]), args=json.loads(about["args"])
+    )
+    return weights.create(settings)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A ValueError of a damaged header becomes a ConfigError with the file and the remedy."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error
 
 
 def _refuse_change(text: str) -> None:
