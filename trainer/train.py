@@ -18,7 +18,7 @@ from trainer.data.augment.mixup import draw_mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.data.loader.build import clean_images, training_stream, validation_set
-from trainer.data.loader.dataset import check_classes, class_warnings, file_warnings, open_indexes
+from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.order import micro_batches
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
@@ -29,8 +29,8 @@ from trainer.model.build import (
     build_examples,
     build_model,
     build_objective,
+    build_pruning,
     build_schedule,
-    build_weights,
     cost_of,
 )
 from trainer.model.ema import Ema
@@ -43,7 +43,7 @@ from trainer.run.cadence import Cadence, reached
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
-from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
+from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder, RunResult
 from trainer.run.shutdown import Stop, install_handlers
@@ -61,11 +61,9 @@ def train(config: Config, resume: bool = False) -> RunResult:
     check_limits(config.data.workers, world_size())
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
-    warnings = [*ineffective(config, len(index)), *class_warnings(index, validation_index, config.model.classes)]
-    warnings += file_warnings(config.data, index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    warnings += unused_pixels(model.vit)
-    schedule, distillation, weights = build_schedule(config), build_distillation(config), build_weights(config, model)
+    warnings = warnings_of(config, model.vit, index, validation_index)
+    schedule, distillation, weights = build_schedule(config), build_distillation(config), build_pruning(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     cadence = Cadence(
         config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every

@@ -43,6 +43,8 @@ def config(**changes: Any) -> Config:
         ({"tokens": TOKENS, "plan": {"method": "cosine", "warmup": "8ep"}}, ["plan.method=cosine, plan.warmup=8ep", "shorten the plan"]),
         ({"tokens": TOKENS, "plan": {"method": "staircase", "stairs": [["9ep", 0.5, 1.0]]}}, ["plan.stairs from epochs 9"]),
         ({"tokens": TOKENS, "plan": {"method": "dense_sparse_epochs"}, "epochs": 1}, ["its first epoch is dense"]),
+        ({"weights": {"method": "magnitude", "keep": 0.5, "groups": "heads", "block": [8, 8]}},
+         ["weights.block=[8, 8]: not a setting of weights.groups=heads", "weights.groups=columns|rows, or remove weights.block"]),
     ],
 )  # fmt: skip
 def test_a_mechanism_that_never_acts_is_refused(changes: dict[str, Any], words: list[str]):
@@ -65,6 +67,11 @@ def test_a_mechanism_that_never_acts_is_refused(changes: dict[str, Any], words: 
         {"tokens": TOKENS, "plan": {"method": "dense_sparse"}},
         {"tokens": TOKENS, "plan": {"method": "dense_sparse_epochs"}, "epochs": 2},
         {"evaluate": {"every": "8ep"}, "checkpoint": {"every": "80step"}, "stop_at": "8ep", "log_every": "500step"},
+        {"weights": {"method": "magnitude", "keep": 0.5, "groups": "heads"}},
+        {"weights": {"method": "magnitude", "keep": 0.5, "groups": "rows", "block": [8, 8]}},
+        {"engine": {"kind": "ddp"}, "augment": {"crop": "shift", "shift": 2}, "trace": {"steps": [1, 2], "memory": True}},
+        {"engine": {"zero": 3, "deepspeed": "ds.json"}, "augment": {"scale": [0.5, 1.0]}, "optim": {"betas": [0.9, 0.95]}},
+        {"engine": {"kind": "ddp", "zero": 0}, "optim": {"name": "lookahead_adamw", "betas": [0.9, 0.95]}},
     ],
 )
 def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
@@ -94,6 +101,14 @@ def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
         ({"checkpoint": {"keep_every": "100ep"}}, "checkpoint.keep_every=100ep"),
         ({"stop_at": "20ep"}, "stop_at=20ep is behind the end"),
         ({"trace": {"steps": [100, 105]}}, "trace.steps=[100, 105] begins behind the end"),
+        ({"engine": {"kind": "ddp", "zero": 2}}, "engine.zero=2 has no effect with engine.kind=ddp; set engine.zero=0 or engine.kind="),
+        ({"engine": {"kind": "ddp", "deepspeed": "ds.json"}}, "engine.deepspeed=ds.json has no effect with engine.kind=ddp"),
+        ({"trace": {"memory": True}}, "trace.memory=true has no effect without trace.steps; set it to the first and last step"),
+        ({"trace": {"ranks": [0, 1]}}, "trace.ranks=[0, 1] has no effect without trace.steps"),
+        ({"augment": {"shift": 2}}, "augment.shift=2 has no effect with augment.crop=rrc; set augment.crop=shift"),
+        ({"augment": {"crop": "none", "scale": [0.5, 1.0]}}, "augment.scale=[0.5, 1.0] has no effect with augment.crop=none"),
+        ({"augment": {"crop": "src", "ratio": [0.5, 2.0]}}, "augment.ratio=[0.5, 2.0] has no effect with augment.crop=src"),
+        ({"optim": {"name": "sgd", "betas": [0.9, 0.95]}}, "optim.betas=[0.9, 0.95] has no effect with optim.name=sgd, which has no"),
     ],
 )  # fmt: skip
 def test_what_acts_in_part_is_reported(changes: dict[str, Any], words: str):

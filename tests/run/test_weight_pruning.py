@@ -21,7 +21,7 @@ from trainer.analysis.report import summary
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.data.shards.index import build_index
-from trainer.model.build import build_model, build_weights, refuse_frozen
+from trainer.model.build import build_model, build_pruning, refuse_frozen
 from trainer.model.optimizer import build_optimizer
 
 RECIPE = """
@@ -155,9 +155,9 @@ def test_layers_that_do_not_exist_or_are_frozen_are_refused_by_name(folder: Path
     config = load(folder / "job.yaml", ["weights.layers=[mpl]"])
     model = build_model(config)
     with pytest.raises(ConfigError, match=r"weights\.layers='mpl': fits no layer that can be pruned; did you mean mlp"):
-        build_weights(config, model)
+        build_pruning(config, model)
     config = load(folder / "job.yaml", ["optim.freeze=1"])
-    level = build_weights(config, model)
+    level = build_pruning(config, model)
     build_optimizer(model, config.optim)
     with pytest.raises(ConfigError, match=r"weights\.layers: blocks\.0\.mlp\.fc1\.bias is frozen by optim\.freeze"):
         refuse_frozen(level, model)

@@ -62,7 +62,7 @@ def build_examples(config: Config, index: Index) -> Curriculum:
         raise ConfigError(str(error)) from error
 
 
-def build_weights(config: Config, model: SparseViT) -> Pruning:
+def build_pruning(config: Config, model: SparseViT) -> Pruning:
     """Level 4 over the layers of a network, before the engine partitions them. Raises ConfigError."""
     try:
         return config.weights.settings.build(model.vit)

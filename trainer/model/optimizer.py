@@ -80,10 +80,23 @@ def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+def has_betas(name: str) -> bool:
+    """Whether timm's optimizer of this name takes `optim.betas`; True for one unknown to timm, which is refused elsewhere."""
+    try:
+        return get_optimizer_info(_base(name)).has_betas
+    except ValueError:
+        return True
+
+
+def _base(name: str) -> str:
+    """`lookahead_adamw` -> `adamw`."""
+    return name.lower().split("_")[-1]
+
+
 def refuse_unknown(name: str) -> None:
     """Raise ConfigError, with similar names, for an optimizer unknown to timm."""
     try:
-        get_optimizer_info(name.lower().split("_")[-1])
+        get_optimizer_info(_base(name))
     except ValueError:
         known = [str(known) for known in list_optimizers()]
         hint = did_you_mean(name.lower(), known, number=3) or "timm.optim.list_optimizers() lists them"

@@ -12,7 +12,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream
-from trainer.data.loader.dataset import check_classes, check_labels, class_warnings, file_warnings, open_indexes
+from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import (
@@ -20,15 +20,15 @@ from trainer.model.build import (
     build_examples,
     build_model,
     build_objective,
+    build_pruning,
     build_schedule,
-    build_weights,
     cost_of,
     refuse_frozen,
 )
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
 from trainer.model.teacher import build_teacher
-from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
+from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.telemetry.efficiency import TRAINING
 
 
@@ -132,7 +132,7 @@ def check(config: Config, world: int) -> CheckReport:
         raise ConfigError(str(error)) from error
     deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
     build_objective(config)
-    level4 = build_weights(config, model)
+    level4 = build_pruning(config, model)
     build_optimizer(model, config.optim)
     refuse_frozen(level4, model)
     teacher = build_teacher(config, model, build_distillation(config).teacher_outputs)
@@ -150,12 +150,7 @@ def check(config: Config, world: int) -> CheckReport:
         quality=shuffle_quality(order, train.labels, batches=16),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
-        warnings=(
-            *ineffective(config, len(train)),
-            *unused_pixels(model.vit),
-            *class_warnings(train, validation, config.model.classes),
-            *file_warnings(config.data, train, validation),
-        ),
+        warnings=tuple(warnings_of(config, model.vit, train, validation)),
     )
 
 

@@ -3,8 +3,11 @@ start of the run and in its report."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
+from pydantic import BaseModel
 from torch import nn
 
 from sparsity.settings import RunLength
@@ -12,8 +15,11 @@ from sparsity.types import DENSE
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.config.values import Duration
+from trainer.data.loader.dataset import class_warnings, file_warnings
+from trainer.data.shards.index import Index
 from trainer.journal.reader import FILE
 from trainer.model.build import build_schedule
+from trainer.model.optimizer import has_betas
 from trainer.run.dense_baseline import fewest_steps
 
 INITIAL = 0.05  # share of the initial weights in their average above which it is reported
@@ -22,13 +28,15 @@ DRY_RUN = "; for a dry run set stop_at, which leaves the schedules as they are, 
 
 
 def refuse_ineffective(config: Config, resume: bool = False) -> None:
-    """Raises ConfigError for a mechanism that is on and never acts in this run. A run that was started before continues: `resume`, with
-    a journal in its directory (launchers give --resume to new runs too)."""
+    """Raises ConfigError for a mechanism that is on and never acts in this run, and for a key that its settings do not read. A run that was
+    started before continues: `resume`, with a journal in its directory (launchers give --resume to new runs too)."""
     if resume and (config.directory() / FILE).exists():
         return
     length = RunLength(config.epochs, config.data.repeats)
     if why := config.examples.settings.never_acts(length):
         raise ConfigError(f"{why} (epochs={config.epochs}{DRY_RUN})")
+    if why := config.weights.settings.unused:
+        raise ConfigError(why)
     schedule = build_schedule(config)
     wanted = schedule.end != DENSE or config.plan.settings.draws
     if wanted and all(stretch.plan == DENSE for stretch in schedule.stretches()):
@@ -50,6 +58,17 @@ def ineffective(config: Config, images: int) -> list[str]:
         *_control(config, steps),
         *_average(config, steps),
         *_intervals(config, steps),
+        *_unread(config),
+    ]
+
+
+def warnings_of(config: Config, vit: nn.Module, train: Index, validation: Index) -> list[str]:
+    """Everything that `--check` and the start of a run warn about, as sentences."""
+    return [
+        *ineffective(config, len(train)),
+        *unused_pixels(vit),
+        *class_warnings(train, validation, config.model.classes),
+        *file_warnings(config.data, train, validation),
     ]
 
 
@@ -137,3 +156,33 @@ def _intervals(config: Config, steps: int) -> Iterator[str]:
         yield f"stop_at={config.stop_at} is behind the end of {run}: it has no effect"
     if config.trace.steps is not None and config.trace.steps[0] > total:
         yield f"trace.steps={list(config.trace.steps)} begins behind the end of {run}: no trace"
+
+
+def _unread(config: Config) -> Iterator[str]:
+    """Keys of other choices in their section. A stored configuration has every key, so those with their defaults are not reported."""
+    engine, augment, optim, trace = config.engine, config.augment, config.optim, config.trace
+    if engine.kind == "ddp":
+        if engine.zero > _default(engine, "zero"):
+            yield f"engine.zero={engine.zero} has no effect with engine.kind=ddp; set engine.zero=0 or engine.kind=deepspeed"
+        if engine.deepspeed is not None:
+            yield f"engine.deepspeed={engine.deepspeed} has no effect with engine.kind=ddp; set engine.kind=deepspeed"
+    if trace.steps is None:
+        for key in ("memory", "ranks"):
+            if (value := getattr(trace, key)) != _default(trace, key):
+                yield f"trace.{key}={_plain(value)} has no effect without trace.steps; set it to the first and last step"
+    if augment.crop != "shift" and augment.shift:
+        yield f"augment.shift={augment.shift} has no effect with augment.crop={augment.crop}; set augment.crop=shift"
+    for key in ("scale", "ratio"):
+        if augment.crop != "rrc" and (value := getattr(augment, key)) != _default(augment, key):
+            yield f"augment.{key}={_plain(value)} has no effect with augment.crop={augment.crop}; set augment.crop=rrc"
+    if optim.betas != _default(optim, "betas") and not has_betas(optim.name):
+        yield f"optim.betas={_plain(optim.betas)} has no effect with optim.name={optim.name}, which has no betas"
+
+
+def _default(section: BaseModel, key: str) -> Any:
+    return type(section).model_fields[key].default
+
+
+def _plain(value: Any) -> str:
+    """As in YAML."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
