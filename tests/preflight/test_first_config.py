@@ -86,6 +86,7 @@ def test_lengths_follow_the_epochs(init: Any, digits: Path, epochs: int) -> None
     config = load("a.yaml")
     assert check(config, world=1).plateaus[-1].stretch.end == epochs == config.epochs
     assert config.plan.settings.borders(epochs)[-1] <= epochs
+    assert config.optim.warmup == {2: 0.2, 3: 0.3, 4: 0.4, 30: 3.0}[epochs], "the default of a configuration without the key"
     if epochs < 4:
         assert config.examples.settings.left_out == 0
     else:

@@ -14,6 +14,7 @@ from sparsity.adaptive import AdaptiveViT
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
 from trainer.data.batch import Batch
+from trainer.telemetry.timing import synchronize
 
 EXTREMES = 8  # images with the fewest and the most tokens that are kept for a picture
 
@@ -37,10 +38,10 @@ class Passes:
         self._seconds, self._images, self._batches = 0.0, 0, 0
 
     def __call__(self, images: Tensor, plan: Plan) -> Any:
-        _synchronize(images.device)
+        synchronize(images.device)
         started = time.perf_counter()
         output = self.run(images)
-        _synchronize(images.device)
+        synchronize(images.device)
         self._batches += 1
         if self._batches == 1:  # memory is allocated and kernels are chosen in the first one
             self._first = time.perf_counter() - started, len(images)
@@ -116,8 +117,3 @@ def _ends(counts: np.ndarray, there: np.ndarray) -> list[int]:
     rows = np.flatnonzero(there)
     rows = rows[np.argsort(counts[rows], kind="stable")]
     return list(dict.fromkeys([*rows[:EXTREMES].tolist(), *rows[-EXTREMES:].tolist()]))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ configuration has every key, so it keeps its values; `with_recorded` takes them 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from sparsity.settings import EPOCHS, ByRun, Range, RunLength, Settings
 from trainer.config.method_section import MethodSection
 from trainer.config.strict_yaml import load_yaml
-from trainer.config.values import Duration
+from trainer.config.values import Duration, parse_duration
 
 OF_OPTIM = {"warmup": ByRun("epochs / 10, at most 5", lambda run, given: min(5.0, round(run.epochs / 10, 3)))}
 
@@ -95,9 +96,9 @@ def _numbers(section: Mapping[str, Any]) -> dict[str, float]:
     """The values of a section that are numbers, durations in epochs."""
     found = {}
     for key, value in section.items():
-        text = str(value).strip().removesuffix("ep")
-        try:
-            found[key] = float(text)
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError, OverflowError):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[key] = float(value)
+            elif isinstance(value, str | Duration) and (length := parse_duration(value)).unit == "ep":
+                found[key] = length.count
     return found

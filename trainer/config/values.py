@@ -39,7 +39,8 @@ def _exact(count: float) -> str:
     return f"{count:g}" if float(f"{count:g}") == count else repr(count).removesuffix(".0")
 
 
-def _parse_duration(value: Any) -> Any:
+def parse_duration(value: Any) -> Duration:
+    """A duration from its text. Raises ValueError."""
     if isinstance(value, Duration):
         return value
     text = str(value).strip()
@@ -69,11 +70,11 @@ class Unit:
 
 
 _as_text = PlainSerializer(str, return_type=str)
-Length = Annotated[Duration, BeforeValidator(_parse_duration), _as_text]
+Length = Annotated[Duration, BeforeValidator(parse_duration), _as_text]
 Epochs = Annotated[
     float,
     Unit("epochs"),
-    BeforeValidator(lambda v: _epochs_only(_parse_duration(v))),
+    BeforeValidator(lambda v: _epochs_only(parse_duration(v))),
     PlainSerializer(lambda v: f"{_exact(v)}ep", return_type=str),
 ]
 Keep = Annotated[float, Field(gt=0.0, le=1.0)]  # a share that is kept

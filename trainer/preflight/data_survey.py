@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from trainer.data.errors import DataError
 from trainer.data.loader.dataset import check_classes
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.layouts import class_folders, recognise
-from trainer.data.shards.layouts.layout import SPLITS
+from trainer.data.shards.layouts.layout import SPLITS, split_of
 from trainer.data.shards.reader import Reader
 from trainer.data.shards.source_files import list_files
 
@@ -87,7 +86,7 @@ def _indexes(folder: str) -> dict[str, Index]:
         raise DataError(f"init {folder}: not a folder; give the folder that `trilevel pack` wrote, e.g. shards/NAME")
     found: dict[str, Index] = {}
     for one in sorted(path.glob("*.index")):
-        split = next((SPLITS[word] for word in re.findall("[a-z]+", one.stem.lower()) if word in SPLITS), None)
+        split = split_of(one.stem)
         if split is None or not any(path.glob(f"{one.stem}-*.tar")):
             continue
         if split in found:

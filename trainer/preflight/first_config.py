@@ -11,8 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsity.settings import RunLength
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
+from trainer.config.run_defaults import OF_OPTIM
+from trainer.config.values import Duration
 from trainer.preflight.data_survey import Survey, survey
 from trainer.storage.disk import write_text
 
@@ -163,7 +166,7 @@ augment: {augment}
 optim:
   lr: 1.0e-3  # AdamW; DeiT's 5e-4 x batch / 512 at batch 1024. With model.init: 1.0e-4
   weight_decay: 0.05
-  warmup: {max(1, c.epochs // 20)}ep
+  warmup: {Duration(count=OF_OPTIM["warmup"].value(RunLength(c.epochs), {}), unit="ep")}
   clip: 1.0
 engine: {precision}
 evaluate: {evaluate}

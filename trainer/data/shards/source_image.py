@@ -40,19 +40,24 @@ class Labelled(NamedTuple):
     label: str
 
 
+def extension_of(name: str) -> str:
+    """Of a packed image: what follows the last dot, in small letters; jpg for jpeg, tif for tiff."""
+    extension = name.rpartition(".")[2].lower()
+    return {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension)
+
+
 def with_keys(src: str, labelled: Iterable[Labelled]) -> list[SourceImage]:
     """Images with webdataset keys made of their names. Raises DataError where two would get the same key."""
     result, names = [], {}
     for found, name, label in labelled:
-        stem, _, extension = name.rpartition(".")
+        stem = name.rpartition(".")[0]
         file = stem.rpartition("/")[2]
         key = file if "/" not in name or file.startswith(f"{label}_") else stem.replace("/", "_")
         key = key.replace(".", "_")  # webdataset keys end at the first dot
         if key in names:
             raise DataError(f"pack {src}: {names[key]!r} and {found.name!r} would both get the key {key!r}; rename one")
         names[key] = found.name
-        extension = {"jpeg": "jpg", "tiff": "tif"}.get(extension.lower(), extension.lower())
-        result.append(SourceImage(key, label, extension, found.path, found.offset, found.length, name=found.name))
+        result.append(SourceImage(key, label, extension_of(name), found.path, found.offset, found.length, name=found.name))
     return result
 
 

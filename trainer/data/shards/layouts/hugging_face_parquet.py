@@ -17,11 +17,10 @@ from webdataset.writer import TarWriter
 
 from trainer.data.errors import DataError
 from trainer.data.shards.layouts.hugging_face_folder import label_column
-from trainer.data.shards.layouts.layout import SPLITS, Contents, Layout, Options, without_labels
+from trainer.data.shards.layouts.layout import Contents, Layout, Options, split_of, without_labels
 from trainer.data.shards.source_files import Found, SourceFiles, tar_files, unpacked
 from trainer.data.shards.source_image import SourceImage
 
-_WORD = re.compile(r"[A-Za-z]+")
 _PART = re.compile(r"(.*)-(\d+)-of-(\d+)\.parquet")  # as `datasets` names the files of a split
 _ROWS = 64  # read at once
 _SIGNS = (
@@ -91,7 +90,7 @@ def _recognise(files: SourceFiles) -> str | None:
 
 
 def _split_of(one: Found, options: Options) -> str:
-    return next((SPLITS[w.lower()] for w in _WORD.findall(one.name) if w.lower() in SPLITS), options.split())
+    return split_of(one.name) or options.split()
 
 
 def _refuse_incomplete(files: SourceFiles, options: Options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test",
     "testing": "test",
 }  # fmt: skip
+
+
+def split_of(name: str) -> str | None:
+    """The split that the first fitting word of a name means: theirs-val -> validation; None without one."""
+    return next((SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS), None)
 
 
 class Options(NamedTuple):

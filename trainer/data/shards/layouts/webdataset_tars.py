@@ -11,15 +11,14 @@ from webdataset.tariterators import base_plus_ext
 
 from trainer.data.errors import DataError
 from trainer.data.shards.labels import label_of
-from trainer.data.shards.layouts.layout import SPLITS, Contents, Layout, Options
+from trainer.data.shards.layouts.layout import Contents, Layout, Options, split_of
 from trainer.data.shards.samples import samples
 from trainer.data.shards.source_files import Found, SourceFiles, tar_files
-from trainer.data.shards.source_image import SourceImage
+from trainer.data.shards.source_image import SourceImage, extension_of
 from trainer.data.shards.tar import IMAGES
 
 _PEEK = 50  # members of the first tar
 _LABELS = frozenset({"cls", "json"})
-_WORD = re.compile(r"[A-Za-z]+")
 
 
 def is_webdataset(names: Iterable[str]) -> bool:
@@ -52,7 +51,7 @@ def _read(files: SourceFiles, options: Options) -> Contents:
     paths = [(one.name, one.path) for one in _tars(files)] or [("", files.images[0].path)]
     label, splits = label_of(options.labels or "cls"), dict[str, dict[str, SourceImage]]()
     for name, path in paths:
-        split = next((SPLITS[w.lower()] for w in _WORD.findall(name) if w.lower() in SPLITS), options.split())
+        split = split_of(name) or options.split()
         group = splits.setdefault(split, {})
         for sample in samples(path):
             try:
@@ -62,9 +61,8 @@ def _read(files: SourceFiles, options: Options) -> Contents:
             key = re.sub(r"[/.]", "_", sample.key)
             if key in group:
                 raise DataError(f"pack {files.src}: key {sample.key!r} of {path} exists twice; rename one")
-            extension = sample.image.name.rpartition(".")[2].lower()
             group[key] = SourceImage(
-                key, text, {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension), path, sample.image.offset, sample.image.length,
+                key, text, extension_of(sample.image.name), path, sample.image.offset, sample.image.length,
                 name=f"{name}/{sample.image.name}".removeprefix("/"),
             )  # fmt: skip
     return Contents({split: list(group.values()) for split, group in splits.items()})
