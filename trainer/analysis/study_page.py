@@ -74,6 +74,8 @@ def sentence(question: Question) -> str:
         return f"{arm} and {other}: not measured."
     if off.count == 1:
         return f"{arm} and {other}: one pair, {_points(off.mean)} points; no interval, no conclusion."
+    if math.isnan(off.low):
+        return f"{arm} and {other}: {off.count} pairs with the same difference, {_points(off.mean)} points; no interval, no conclusion."
     interval = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}"
     side = f"{arm} is {abs(100 * off.mean):.1f} points {'above' if off.mean > 0 else 'below'} {other}"
     if test.holm < LEVEL:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.analysis.compare import MeanInterval
 
 LEVEL = 0.05  # a corrected p below it counts
 POWER = 0.8
 MOST_SEEDS = 999
+EQUAL = 1e-9  # standard deviation of differences that are the same but for rounding
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A paired, two-sided t-test of differences. p, and holm (p corrected over the questions of a table): nan for less than 2 pairs."""
+    """A paired, two-sided t-test of differences. p, and holm (p corrected over the questions of a table): nan for less than 2 pairs.
+
+    Pairs with one and the same difference have no interval and no p either: top-1 moves in steps of one image, so few pairs coincide by
+    chance, and a t-test would take that for certainty.
+    """
 
     difference: MeanInterval
     p: float
@@ -24,14 +29,14 @@ class PairedTest:
     @classmethod
     def of(cls, differences: Sequence[float]) -> PairedTest:
         found = MeanInterval.of(list(differences))
+        if found.count >= 2 and found.sd < EQUAL:
+            found = replace(found, low=math.nan, high=math.nan)
         return cls(found, _p(found))
 
 
 def _p(found: MeanInterval) -> float:
-    if found.count < 2:
+    if found.count < 2 or found.sd < EQUAL:
         return math.nan
-    if found.sd == 0:
-        return 1.0 if found.mean == 0 else 0.0
     from scipy.stats import t  # takes a second to import
 
     return float(2 * t.sf(abs(found.mean) / (found.sd / math.sqrt(found.count)), found.count - 1))
