@@ -119,6 +119,7 @@ def test_of_two_elastic_hosts_one_is_lost_and_the_other_continues(digits, alone,
         assert {step: seen[step] for step in alone} == alone and max(seen) == 60
 
 
+@pytest.mark.slow  # its parts are in tests/preflight/test_doctor.py
 def test_doctor_reports_what_each_host_lacks(tmp_path):
     """The second host cannot reach the third, which the first does not notice; then its link is cut and no interface is set: each fault
     is named, with a remedy."""

@@ -121,6 +121,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.stop()
 
 
+@pytest.mark.slow  # reads over S3: tests/data/remote/test_http_and_s3.py
 def test_over_s3_it_trains_as_over_files(
     local: Path, digits: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

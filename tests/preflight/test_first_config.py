@@ -41,7 +41,8 @@ def test_both_configurations_pass_the_check_and_differ_in_the_levels_only(init: 
     code, out, _ = init(digits, "--out", "mine/digits.yaml")
     assert code == 0 and "1438 training and 359 validation images, 10 classes" in out and "8 x 8 pixels (median)" in out
     ours, dense = (yaml.safe_load(Path("mine", name).read_text()) for name in ("digits.yaml", "digits_dense.yaml"))
-    assert ours["model"]["classes"] == 10 and ours["model"]["image_size"] == 32 and ours["data"]["batch"] == 64
+    assert ours["model"]["args"]["embed_dim"] == 96 and ours["model"]["classes"] == 10
+    assert ours["data"]["lanes"] and ours["model"]["image_size"] == 32 and ours["data"]["batch"] == 64
     levels = {"examples", "tokens", "connections", "plan"}
     assert levels <= ours.keys() and not levels & dense.keys() and dense["control"] == 0
     levels |= {"control"}

@@ -20,6 +20,7 @@ from trainer.cli.arguments import parse
 from trainer.data.errors import DataError
 from trainer.data.shards.index import Index
 from trainer.data.shards.layouts import LAYOUTS, recognise
+from trainer.data.shards.layouts.hugging_face_folder import label_column
 from trainer.data.shards.pack import pack
 from trainer.data.shards.reader import Reader
 from trainer.data.shards.source_files import list_files
@@ -229,3 +230,22 @@ def test_the_help_of_pack_names_every_layout(capsys: pytest.CaptureFixture[str])
         parse(["pack", "--help"])
     help_text = capsys.readouterr().out
     assert [layout.name for layout in LAYOUTS if not re.search(rf"\b{layout.name}\b", help_text)] == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "expected"),
+    [
+        (["label", "text"], None, "label"),
+        (["kind"], None, "kind"),
+        (["label", "kind"], "column:kind", "kind"),
+        (["label"], "column:kind", ""),
+        (["a", "b"], None, ""),
+        ([], None, ""),
+    ],
+)
+def test_the_column_of_the_class_is_clear_or_asked_for(columns: list[str], given: str | None, expected: str) -> None:
+    if expected:
+        assert label_column(columns, given, "pack SRC") == expected
+        return
+    with pytest.raises(DataError, match=r"pack SRC: columns .*choose that of the class with --labels column:NAME"):
+        label_column(columns, given, "pack SRC")
