@@ -39,7 +39,7 @@ from trainer.model.build import build_examples, build_model
 from trainer.model.ema import Ema
 from trainer.model.objective import Objective
 from trainer.provenance.hash_chain import HashChain
-from trainer.run import directory
+from trainer.run import assembly, directory
 from trainer.run.recorder import RunResult
 from trainer.run.shutdown import SIGNALS
 
@@ -150,7 +150,7 @@ def in_process() -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate takes all cores
     patch = pytest.MonkeyPatch()
     patch.setattr(directory, "log_to", lambda path: None)
-    for module, name, mine in ((loop, "Engine", Watched), (loop, "Ema", WatchedEma), (build, "Objective", Spoiled)):
+    for module, name, mine in ((assembly, "Engine", Watched), (assembly, "Ema", WatchedEma), (build, "Objective", Spoiled)):
         patch.setattr(module, name, mine)
     yield
     patch.undo()

@@ -7,11 +7,11 @@ import sys
 
 import torch
 
-from trainer import train
 from trainer.__main__ import main
+from trainer.run import assembly
 
 torch.set_num_threads(1)
-reseed = train.Engine.reseed
+reseed = assembly.Engine.reseed
 
 
 def failing(self, seed, step):
@@ -20,5 +20,5 @@ def failing(self, seed, step):
     reseed(self, seed, step)
 
 
-train.Engine.reseed = failing
+assembly.Engine.reseed = failing
 sys.exit(main(sys.argv[1:]))

@@ -7,11 +7,11 @@ import sys
 
 import torch
 
-from trainer import train
 from trainer.__main__ import main
+from trainer.run import assembly
 
 torch.set_num_threads(1)
-step, steps = train.Engine.step, 0
+step, steps = assembly.Engine.step, 0
 
 
 def flipping(self):
@@ -24,5 +24,5 @@ def flipping(self):
     return taken
 
 
-train.Engine.step = flipping
+assembly.Engine.step = flipping
 sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from torch._dynamo.callback import callback_handler
 
 import trainer.checkpoint.save_load
 import trainer.data.loader.build
+import trainer.run.assembly
 import trainer.train
 from trainer.config.load import load
 from trainer.data.batch import Batch
@@ -122,14 +123,14 @@ for scene in sys.argv[2:]:
         trainer.data.loader.build.Validation = Interrupted
     elif scene == "writing":
         trainer.checkpoint.save_load.Disk = Hearing
-        trainer.train.Recorder = Telling
+        trainer.run.assembly.Recorder = Telling
     elif scene == "full":
-        trainer.checkpoint.save_load.Disk, trainer.train.Recorder = Full, Waiting
+        trainer.checkpoint.save_load.Disk, trainer.run.assembly.Recorder = Full, Waiting
     elif scene == "training":
         Engine.reseed = at_step  # pyright: ignore
     elif scene == "compiling":
         callback_handler.register_start_callback(once(hear))
     one(scene, False, *(["checkpoint.every=3step"] if scene == "full" else []))
-    trainer.data.loader.build.Validation, trainer.train.Recorder = Validation, Recorder
+    trainer.data.loader.build.Validation, trainer.run.assembly.Recorder = Validation, Recorder
     trainer.checkpoint.save_load.Disk, Engine.reseed = Disk, reseed
     one(scene, True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from trainer import train
 from trainer.__main__ import main
+from trainer.run import assembly
 
 torch.set_num_threads(1)
-prepare = train.Engine.prepare
+prepare = assembly.Engine.prepare
 
 
 def watched(self, *args):
@@ -25,5 +25,5 @@ def watched(self, *args):
         Path(sys.argv[1]).write_text(json.dumps(reported, default=str))
 
 
-train.Engine.prepare = watched
+assembly.Engine.prepare = watched
 sys.exit(main(sys.argv[2:]))

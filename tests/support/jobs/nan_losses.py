@@ -12,15 +12,15 @@ import sys
 
 import torch
 
-from trainer import train
 from trainer.__main__ import main
 from trainer.model.objective import Objective
+from trainer.run import assembly
 
 torch.set_num_threads(1)
 spoiled = {int(step) for step in sys.argv[1].split(",") if step}
 last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 at = 0
-losses, reseed = Objective.losses, train.Engine.reseed
+losses, reseed = Objective.losses, assembly.Engine.reseed
 
 
 def watched(self, seed, step):
@@ -29,6 +29,6 @@ def watched(self, seed, step):
     reseed(self, seed, step)
 
 
-train.Engine.reseed = watched
+assembly.Engine.reseed = watched
 Objective.losses = lambda self, *args: losses(self, *args) * (math.nan if last and at in spoiled else 1.0)
 sys.exit(main(sys.argv[2:]))

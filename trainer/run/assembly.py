@@ -1,0 +1,180 @@
+"""From a configuration to the parts that the training loop uses, in the order in which they can be built.
+
+Everything that needs no other rank comes first: settings, data, network, loader processes (they are started before the engine has
+threads). Then the engine, the checkpoint to resume from, and the parts that hold state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from sparsity.types import DENSE, Examples, Selection
+from sparsity.vit import SparseViT
+from trainer.checkpoint import save_load
+from trainer.checkpoint.state import TrainState
+from trainer.config.run_config import Config
+from trainer.data.loader.build import clean_images, training_stream, validation_set
+from trainer.data.loader.dataset import check_classes, open_indexes
+from trainer.data.loader.stream import Stream
+from trainer.data.order import micro_batches
+from trainer.data.shards.index import Index
+from trainer.engine.engine import Engine
+from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
+from trainer.model.build import (
+    build_distillation,
+    build_examples,
+    build_model,
+    build_objective,
+    build_pruning,
+    build_schedule,
+    cost_of,
+)
+from trainer.model.distillation import Distillation
+from trainer.model.ema import Ema
+from trainer.model.evaluate import evaluate
+from trainer.model.objective import Objective
+from trainer.model.optimizer import build_optimizer
+from trainer.model.schedule import Schedule
+from trainer.model.teacher import Teacher, build_teacher
+from trainer.provenance.hash_chain import HashChain
+from trainer.run.cadence import Cadence
+from trainer.run.checkpointer import Checkpointer
+from trainer.run.dense_baseline import DenseBaseline
+from trainer.run.example_probe import ExampleProbe
+from trainer.run.ineffective import refuse_ineffective, warnings_of
+from trainer.run.process_limits import check_limits
+from trainer.run.recorder import Recorder
+from trainer.run.scoring import Scoring
+from trainer.run.shutdown import Stop, install_handlers
+from trainer.run.weight_pruning import WeightPruning
+from trainer.telemetry.meters import Meters
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop uses. `state` and `selection` are those to begin with: of the checkpoint, or of a new run."""
+
+    index: Index
+    stream: Stream
+    engine: Engine
+    model: SparseViT  # without the engine's wrapper
+    schedule: Schedule
+    cadence: Cadence
+    stopping: Stop
+    objective: Objective
+    teacher: Teacher
+    distillation: Distillation
+    outputs: frozenset[str]  # of the network, beside its logits
+    examples: Examples
+    probe: ExampleProbe
+    pruning: WeightPruning
+    ema: Ema
+    chain: HashChain
+    meters: Meters
+    recorder: Recorder
+    baseline: DenseBaseline
+    checkpointer: Checkpointer
+    score: Scoring
+    cost: partial[dict[str, object]]  # of a plan, see `cost_of`
+    state: TrainState
+    selection: Selection | None
+
+
+@contextmanager
+def assembled(config: Config, resume: bool) -> Iterator[Run]:
+    """All parts of one attempt of a run, with its directory made and its journal begun; `resume`: from the newest checkpoint.
+
+    A failure inside the context is recorded in the journal; the engine is released at the end.
+    Raises ConfigError, DataError, EngineError or CheckpointError; the message names the key, the value and the remedy.
+    """
+    refuse_ineffective(config, resume)
+    torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
+    check_limits(config.data.workers, world_size())
+    index, validation_index = open_indexes(config.data, verify=is_first_of_node())
+    check_classes(index, validation_index)
+    model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
+    warnings = warnings_of(config, model.vit, index, validation_index)
+    schedule, distillation, weights = build_schedule(config), build_distillation(config), build_pruning(config, model)
+    teacher = build_teacher(config, model, distillation.teacher_outputs)
+    cadence = Cadence(
+        config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
+    )
+    stopping = install_handlers()
+    stream = training_stream(index, config, rank(), world_size())
+    validation = validation_set(validation_index, config, rank(), world_size())
+    probe_settings = config.examples.probe
+    clean = probe_settings and clean_images(index, config, rank(), world_size(), probe_settings.probe_share)
+    use_device_of_rank()
+    for loader in (stream, validation, clean):  # before the threads of the engine exist
+        if loader is not None:
+            loader.fork()
+    engine = Engine(config.engine, micro_batches(config.data.batch, config.data.micro_batch, world_size()), config.optim.clip)
+    found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
+    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
+    engine.assert_same_on_all_ranks(
+        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
+    )
+    engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
+
+    recorder = Recorder(config, engine, resume)
+    with engine.released_afterwards(), recorder.recording_failures():
+        if saved:
+            model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
+        engine.prepare(model, build_optimizer(model, config.optim))
+        teacher.prepare(engine)
+        ema = Ema(model.vit, config.optim.ema)
+        if saved:
+            engine.state.load(saved.weights, saved.optimizer)
+            ema.load_state_dict(saved.ema)
+            examples.load_state_dict(saved.examples)
+        pruning = WeightPruning(weights, engine, model, ema, recorder, saved.pruning if saved else {})
+        state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
+        probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
+        outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
+        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings}
+        recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
+        recorder.report_damaged(found)
+        known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them
+        store = partial(save_load.save_checkpoint, recorder.checkpoints, **known)
+        measure = partial(
+            evaluate,
+            engine.forward,
+            validation,
+            classes=config.model.classes,
+            augment=config.augment,
+            device=engine.device,
+            add_up=engine.all_reduce_sum,
+        )
+        yield Run(
+            index=index,
+            stream=stream,
+            engine=engine,
+            model=model,
+            schedule=schedule,
+            cadence=cadence,
+            stopping=stopping,
+            objective=objective,
+            teacher=teacher,
+            distillation=distillation,
+            outputs=outputs,
+            examples=examples,
+            probe=probe,
+            pruning=pruning,
+            ema=ema,
+            chain=HashChain(state.chain),
+            meters=Meters(engine, distillation.parts),
+            recorder=recorder,
+            baseline=DenseBaseline(config.control, schedule, engine, objective, outputs, teacher),
+            checkpointer=Checkpointer(
+                store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples, pruning.state_dict
+            ),
+            score=Scoring(measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.vit),
+            cost=partial(cost_of, model),
+            state=state,
+            selection=saved.selection if saved else None,
+        )
