@@ -29,15 +29,21 @@ def normal(keys: Tensor, *salts: int, shape: tuple[int, ...] = ()) -> Tensor:
 
 def combine(keys: Tensor, others: Tensor) -> Tensor:
     """One key from two, int64, broadcast: e.g. an image's key and a patch id."""
-    return _mixed(_mixed(keys) + others * _signed(_GAMMA))
+    return _mixed(_mixed(keys) + _spread(others))
 
 
 def _words(keys: Tensor, salts: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     words = _mixed(_mixed(keys) + _signed(_folded(salts)))
     if not shape:
         return words
-    counters = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _signed(_GAMMA)
-    return _mixed(words[..., None] + counters).unflatten(-1, shape)
+    counters = torch.arange(1, math.prod(shape) + 1, device=keys.device)
+    return _mixed(words[..., None] + _spread(counters)).unflatten(-1, shape)
+
+
+def _spread(counters: Tensor) -> Tensor:
+    """Multiples of the golden ratio, the states of splitmix64."""
+    # `| 0` makes them data: inductor computes a multiple of an arange as an index, in int32, and Triton refuses the factor there
+    return (counters | 0) * _signed(_GAMMA)
 
 
 def _mixed(words: Tensor) -> Tensor:

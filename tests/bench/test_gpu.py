@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sparsity import keyed_random
-from trainer.bench import gpu
+from trainer.bench.gpu import check
 
 
 def test_every_device_path_agrees_with_itself_on_the_cpu(capsys: Any) -> None:
-    assert gpu.main() == 0
+    assert check.main() == 0
     message = capsys.readouterr().out
     assert message.count("ok  ") >= 15 and "FAIL" not in message
 
@@ -25,10 +25,10 @@ def test_a_path_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: A
         return true(keys, *salts, **shape) * 0.9 ** len(calls)
 
     monkeypatch.setattr(keyed_random, "uniform", drifting)
-    assert gpu.main() == 1
+    assert check.main() == 1
     assert "FAIL  keyed uniform draws" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 def test_every_device_path_agrees_with_the_cpu() -> None:
-    assert gpu.main() == 0
+    assert check.main() == 0

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import ROOT, environment, torchrun
 from trainer.config import run_config
 from trainer.data.order import BatchSplit
-from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.engine import Engine
 
 pytestmark = pytest.mark.dist
@@ -139,3 +139,18 @@ def test_every_setting_of_deepspeed_is_given_and_none_is_automatic() -> None:
         and not reported["torch_autocast"]["enabled"]
     )
     assert '"auto"' not in json.dumps(reported)
+
+
+def test_deepspeed_neither_waits_for_the_device_nor_holds_buffers_larger_than_the_model() -> None:
+    """Its throughput timer synchronises twice per step; its buffer of gradients has 5e8 numbers by default."""
+    settings, split, model = run_config.EngineConfig(zero=2), BatchSplit(8, 3, 24), torch.nn.Linear(10, 7)
+    rendered = deepspeed_config(settings, split, world=1, clip=0.0)
+    assert rendered["timers"] == {"throughput": {"enabled": False}}
+    fit_buckets(rendered, model)
+    assert rendered["zero_optimization"]["reduce_bucket_size"] == 77
+    rendered["zero_optimization"]["reduce_bucket_size"] = 5  # the user's own
+    fit_buckets(rendered, model)
+    assert rendered["zero_optimization"]["reduce_bucket_size"] == 5
+    replicated = deepspeed_config(settings.model_copy(update={"zero": 0}), split, world=1, clip=0.0)
+    fit_buckets(replicated, model)
+    assert "reduce_bucket_size" not in replicated["zero_optimization"]

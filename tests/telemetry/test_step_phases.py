@@ -140,6 +140,34 @@ def windows(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> list[MeterRead
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("failing", ["__enter__", "__exit__"])
+def test_a_profiler_that_fails_ends_no_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+):
+    """No CUPTI, or another profiler on the GPU: torch raises at the start or at the end of the profile."""
+
+    class Refusing:
+        def __init__(self, **_: Any) -> None: ...
+        def __enter__(self) -> None:
+            self.raise_in("__enter__")
+
+        def __exit__(self, *_: Any) -> None:
+            self.raise_in("__exit__")
+
+        def raise_in(self, where: str) -> None:
+            assert where != failing, "CUPTI is busy"
+
+    monkeypatch.setattr(step_phases, "profile", Refusing)
+    monkeypatch.setattr(step_phases, "WARM", 1)
+    watched = Phases(CPU, alone=False)
+    for _ in range(4):
+        step(watched, lambda seconds: None, waited=0, forward=0)
+        watched.end(0)
+    assert "communication" not in watched.pop_shares()
+    (message,) = (record.message for record in caplog.records)  # once, not in every step
+    assert message.startswith("communication is not measured: torch's profiler failed: CUPTI is busy")
+
+
 def test_spreads_over_ranks_name_the_slowest(monkeypatch: pytest.MonkeyPatch):
     windowed = windows(monkeypatch, ["a", "a", "b"])
     facts = windowed[0].facts

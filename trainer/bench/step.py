@@ -42,6 +42,8 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     of level 1 `bookkeeping`: see there.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # as in `train`; on a CPU the rows are float32
+        torch.set_float32_matmul_precision("highest" if config.engine.precision == "float32" else "high")
     config = config.without_teacher().changed(model={"init": "random"})
     other = config if against is None else against.without_teacher().changed(model={"init": "random"})
     ours = build_model(config)  # one set of weights for all rows, so that memory placement favours none

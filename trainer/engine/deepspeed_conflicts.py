@@ -62,7 +62,12 @@ DECIDES = {  # {key of DeepSpeed: the setting that determines it}
     "zero_allow_untested_optimizer": "optim.name",
 }
 FREE = frozenset(
-    ["steps_per_print", "zero_force_ds_cpu_optimizer", "zero_optimization.stage3_gather_16bit_weights_on_model_save"]
+    [
+        "steps_per_print",
+        "timers.throughput.enabled",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    ]
 )
 # accelerate's variables that are keys of DeepSpeed under another name
 VARIABLES = {

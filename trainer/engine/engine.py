@@ -22,7 +22,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
-from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
@@ -56,22 +56,22 @@ class Engine(Processes):
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         rendered = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: raises on conflicts
-        plugin = None
+        self._plugin: Any = None
         self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         if settings.kind == "deepspeed":
             # with ACCELERATE_USE_CPU accelerate ignores DeepSpeed (state.py: "and not cpu") and wraps in DDP; it detects the CPU itself
             os.environ.pop("ACCELERATE_USE_CPU", None)
             # accelerate raises if its file and a DeepSpeed file set the same key, even to equal values; we compared them above
             os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-            plugin = DeepSpeedPlugin(hf_ds_config=rendered)
-            plugin.deepspeed_config |= {"steps_per_print": rendered["steps_per_print"]}  # accelerate sets its own value
+            self._plugin = DeepSpeedPlugin(hf_ds_config=rendered)
+            self._plugin.deepspeed_config |= {"steps_per_print": rendered["steps_per_print"]}  # accelerate sets its own value
         self.clip, self._behind = clip, 0  # micro-batches of this step
         if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
             start_alone("nccl" if self.on_gpu else "gloo")
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
-            deepspeed_plugin=plugin,
+            deepspeed_plugin=self._plugin,
             kwargs_handlers=[
                 InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=backstop(settings.timeout))
             ],
@@ -103,13 +103,16 @@ class Engine(Processes):
                 raise ConfigError(
                     "engine.compile=true with engine.zero=3 crashes inside DeepSpeed: set engine.zero<=2 or engine.compile=false"
                 )
+            fit_buckets(self._plugin.deepspeed_config, model)
             # both in one call: DeepSpeed builds its own optimizer around the parameters it owns
             self.model, wrapped = self._accelerator.prepare(model, optimizer)
             self.optimizer = wrapped.optimizer
         else:
             model.to(self.device)
             self.optimizer = optimizer
-            self.model = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+            # gradients as views of the buckets: no second copy of them. No broadcast: the buffers of a ViT are constants
+            settings: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+            self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
         set_limits(backstop(self.settings.timeout))
 
     @property
@@ -176,7 +179,7 @@ class Engine(Processes):
             self.model.step()
             return not self.optimizer.overflow
         if self.settings.kind == "deepspeed":  # ZeRO 0 computes no norm, and steps on non-finite gradients
-            self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            self._norm = self._total_norm()
             taken = bool(self._norm.isfinite())
             if not taken:
                 self.model.zero_grad()
@@ -184,12 +187,15 @@ class Engine(Processes):
             self.model.step()  # not at a boundary it only counts the micro-batch
             self.model.set_gradient_accumulation_boundary(None)
             return taken
-        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if self.clip else self._total_norm()
         taken = bool(self._norm.isfinite())
         if taken:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return taken
+
+    def _total_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step before clipping; a host sync, so for logging steps only."""

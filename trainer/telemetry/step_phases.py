@@ -7,6 +7,7 @@ in parallel with computation, and only the exposed part costs time.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from torch.autograd.profiler import profile
 
 from trainer.telemetry.timing import synchronize
 
+log = logging.getLogger(__name__)
 # data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
 # its communication. optimizer: with the EMA. rest: bookkeeping, reductions, logging. A run with a teacher has one more: its forward pass.
 PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
@@ -85,19 +87,29 @@ class Phases:
         synchronize(self._device)
         self._began = time.perf_counter()
         self._profiler = profile(use_cpu=not gpu, use_device="cuda" if gpu else None, use_kineto=True)
-        self._profiler.__enter__()
+        try:
+            self._profiler.__enter__()
+        except Exception as error:  # CUPTI is missing, or another profiler holds it; a measurement must not end the training
+            self._give_up(error)
 
     def _stop_profiler(self) -> None:
         synchronize(self._device)
         seconds = max(time.perf_counter() - self._began, 1e-9)
         profiler, self._profiler = self._profiler, None
-        profiler.__exit__(None, None, None)
         gpu = self._device.type == "cuda"
         where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-        events = [event for event in profiler.kineto_results.events() if event.device_type() == where]
+        try:
+            profiler.__exit__(None, None, None)
+            events = [event for event in profiler.kineto_results.events() if event.device_type() == where]
+        except Exception as error:
+            return self._give_up(error)
         sent = exposed(((event.name(), event.start_ns(), event.end_ns()) for event in events), gpu)
         self.shares["communication"] = sent / 1e9 / seconds
         self._watch_from = self._steps + SELDOM
+
+    def _give_up(self, error: Exception) -> None:
+        self._profiler, self._alone, self._watching = None, True, False
+        log.warning("communication is not measured: torch's profiler failed: %s", error)
 
 
 def exposed(spans: Iterable[tuple[str, int, int]], gpu: bool) -> int:

@@ -4,7 +4,6 @@ network. Without a GPU the CPU is compared with itself (the tests do that).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -169,7 +168,3 @@ def main() -> int:
         print(finding.text(), flush=True)
         bad += not finding.good
     return int(bad > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
