@@ -79,7 +79,10 @@ def test_another_run_in_the_same_process_and_two_seeds_in_one_row(readme: dict[s
     first = load_config(readme["result"].directory)
     second = run_training(load_config(readme["result"].directory, "seed=1", name="second"))
     table = compare(readme["result"].directory, second.directory)
-    assert first.seed == 0 and len(table) == 1 and table["seeds"].iloc[0] == "0, 1"
+    assert first.seed == 0 and len(table) == 1 and table["seeds"].iloc[0] == [0, 1]
+    top1 = [readme["result"].top1, second.top1]
+    assert table["top1"].item() == pytest.approx(sum(top1) / 2) and bool(table["base"].item())
+    assert table["top1_sd"].item() == pytest.approx(abs(top1[0] - top1[1]) / 2**0.5)
 
 
 def test_a_run_under_ddp_after_one_under_deepspeed_in_the_same_process(readme: dict[str, Any]):

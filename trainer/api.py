@@ -73,7 +73,7 @@ def evaluate(
     """
     import pandas
 
-    from trainer.analysis.densities import score
+    from trainer.analysis.evaluation.densities import score
 
     found = score(str(model), config, list(densities) if densities else None, _words(overrides, settings))
     return pandas.DataFrame(found.facts()["rows"])
@@ -96,16 +96,18 @@ def read_run(run: str | Path) -> dict[str, pandas.DataFrame]:
 
 
 def compare(*runs: str | Path, base: str | None = None) -> pandas.DataFrame:
-    """Runs side by side, seeds of one configuration as one row, as `trilevel compare` prints it (text, with intervals).
+    """The numbers of `trilevel compare`, one row per run; runs that differ only in their seed are one row. Index: the name.
 
-    base: the name of the run or group that the others are compared with; default: the dense one. Raises NothingToCompare.
+    base: the name of the run or group that the others are compared with; default: the dense one. Shares and top-1 in [0, 1], seconds of
+    training; `NAME_sd`, and `NAME_low` and `NAME_high` of the 95 % interval where several seeds allow one; `whole_time`, `equal_time`, ...:
+    base / run, above 1 is cheaper. Raises NothingToCompare.
     """
     import pandas
 
-    from trainer.analysis import compare_page
-    from trainer.analysis.compare import compare as compared
+    from trainer.analysis.comparison.figures import facts
+    from trainer.analysis.comparison.groups import compare as compared
 
-    return pandas.DataFrame(compare_page.rows(compared(list(runs), base=base))).set_index("run")
+    return pandas.DataFrame(facts(compared(list(runs), base=base))).set_index("run")
 
 
 def load_model(path: str | Path) -> AnyDensity:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from trainer import load_model, load_weights
 from trainer.__main__ import main
-from trainer.analysis import kept_weights
+from trainer.analysis.pictures import kept_weights
 from trainer.checkpoint.export import export
 from trainer.checkpoint.export_onnx import export_onnx
 from trainer.checkpoint.save_load import save_checkpoint

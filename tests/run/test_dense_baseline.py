@@ -20,8 +20,8 @@ from tests.conftest import ROOT, environment, lines, torchrun
 from tests.support import images as drawn
 from tests.support.journals import lines as made_up
 from tests.support.journals import write
-from trainer.analysis.report import summary
-from trainer.analysis.savings import savings, savings_of
+from trainer.analysis.report.savings import savings, savings_of
+from trainer.analysis.report.summary import summary
 from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
 from trainer.engine.heartbeat import Heartbeat

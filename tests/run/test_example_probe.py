@@ -18,8 +18,8 @@ from tests.support import images as drawn
 from tests.support.journals import lines as made_up
 from tests.support.journals import write
 from trainer.analysis.history import history
-from trainer.analysis.report import summary
-from trainer.analysis.savings import savings
+from trainer.analysis.report.savings import savings
+from trainer.analysis.report.summary import summary
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.augment.on_device import normalise

@@ -11,7 +11,7 @@ import pytest
 from tests.preflight.test_check import config as on_digits
 from tests.support.journals import lines, write
 from tests.support.vits import tiny
-from trainer.analysis.report import summary
+from trainer.analysis.report.summary import summary
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config

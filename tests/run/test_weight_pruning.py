@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, environment, lines, torchrun
 from trainer.__main__ import main
-from trainer.analysis import compare_page
-from trainer.analysis.compare import compare, dense
+from trainer.analysis.comparison import page as compare_page
+from trainer.analysis.comparison.groups import compare, dense
 from trainer.analysis.history import history
-from trainer.analysis.report import summary
+from trainer.analysis.report.summary import summary
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.data.shards.index import build_index

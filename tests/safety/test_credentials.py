@@ -17,8 +17,8 @@ import pytest
 from launch import __main__ as launch
 from tests.conftest import ROOT, environment
 from tests.support.journals import CONFIG, lines, write
-from trainer.analysis.compare import NothingToCompare, from_mlflow
-from trainer.analysis.report import where_to_look
+from trainer.analysis.comparison.groups import NothingToCompare, from_mlflow
+from trainer.analysis.report.summary import where_to_look
 from trainer.config.credentials import credential_in
 from trainer.config.errors import ConfigError
 from trainer.config.load import load

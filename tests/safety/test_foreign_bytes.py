@@ -23,11 +23,11 @@ from launch import hosts, sweep
 from launch.job import Job, LaunchError, Nodes
 from tests.support.journals import CONFIG, lines, write
 from trainer.__main__ import main
-from trainer.analysis.compare import NothingToCompare, compare, from_mlflow
-from trainer.analysis.compare_page import markdown, page
+from trainer.analysis.comparison.groups import NothingToCompare, compare, from_mlflow
+from trainer.analysis.comparison.page import markdown, page
 from trainer.analysis.history import history
-from trainer.analysis.report import summary
-from trainer.analysis.report import write as write_report
+from trainer.analysis.report.summary import summary
+from trainer.analysis.report.summary import write as write_report
 from trainer.checkpoint import directory
 from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import load
@@ -122,7 +122,7 @@ def test_a_configuration_of_odd_bytes_is_refused(content: bytes | None, tmp_path
 
 
 def test_every_error_for_people_has_one_base() -> None:
-    import trainer.analysis.compare
+    import trainer.analysis.comparison.groups
     import trainer.checkpoint.save_load
     import trainer.provenance.recorded_run
     import trainer.tracking.mlflow_client

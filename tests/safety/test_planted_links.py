@@ -17,8 +17,9 @@ from launch.rank_logs import copy_node, copy_ranks
 from sparsity.types import Selection
 from tests.support.journals import lines
 from tests.support.journals import write as write_journal
-from trainer.analysis import compare_page, report
-from trainer.analysis.compare import compare
+from trainer.analysis.comparison import page as compare_page
+from trainer.analysis.comparison.groups import compare
+from trainer.analysis.report import summary as report
 from trainer.config.errors import TrilevelError
 from trainer.config.run_config import Config
 from trainer.journal.writer import Journal

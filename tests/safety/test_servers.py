@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.analysis.compare import NothingToCompare, from_mlflow
+from trainer.analysis.comparison.groups import NothingToCompare, from_mlflow
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.client import RemoteStat

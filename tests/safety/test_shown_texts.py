@@ -11,8 +11,8 @@ from rich.table import Table
 
 from tests.support.journals import lines, write
 from trainer.__main__ import main
-from trainer.analysis.report import summary
-from trainer.analysis.report import write as write_report
+from trainer.analysis.report.summary import summary
+from trainer.analysis.report.summary import write as write_report
 from trainer.cli.output import show_table
 
 EVIL = {

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support.journals import CONFIG, START, lines
-from trainer.analysis.report import write as write_report
+from trainer.analysis.report.summary import write as write_report
 from trainer.config.schema_run import TrackingConfig
 from trainer.journal.reader import read
 from trainer.journal.writer import Journal

@@ -14,9 +14,9 @@ import pytest
 from tests.support.journals import lines, write
 from tests.support.mlflow_runs import client, expected, fields, followed, rows, slow_server, start_line, until
 from tests.support.mlflow_runs import surroundings as surroundings
-from trainer.analysis.compare import NothingToCompare, compare, from_mlflow
-from trainer.analysis.compare_page import warnings
-from trainer.analysis.report import where_to_look
+from trainer.analysis.comparison.groups import NothingToCompare, compare, from_mlflow
+from trainer.analysis.comparison.page import warnings
+from trainer.analysis.report.summary import where_to_look
 from trainer.journal.reader import read
 from trainer.journal.writer import Journal
 from trainer.tracking import sync

@@ -11,26 +11,26 @@ from trainer.config.errors import ConfigError
 
 
 def evaluate(a: argparse.Namespace) -> None:
-    from trainer.analysis.densities import score
+    from trainer.analysis.evaluation.densities import score
 
     config, densities = _own_or_given(a), _densities(a.densities, "--densities") if a.densities else None
     found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
     show_table(found.table())
     write_json(a.json, found.facts())
     if a.teacher:
-        from trainer.analysis.teacher_agreement import agreement
+        from trainer.analysis.evaluation.teacher_agreement import agreement
 
         found_rank = agreement(a.model, a.teacher, config, a.overrides)
         show(f"rank correlation (Spearman) of the importance of tokens with the attention of {a.teacher}: {found_rank:.3f}")
     if a.plots:
-        from trainer.analysis.density_plots import write
+        from trainer.analysis.evaluation.pictures import write
 
         for path in write(found, Path(a.plots)):
             show(str(path))
 
 
 def calibrate(a: argparse.Namespace) -> None:
-    from trainer.analysis.calibrate import calibrate
+    from trainer.analysis.evaluation.calibrate import calibrate
 
     if a.images < 1:
         raise ConfigError(f"--images {a.images}: must be >= 1")

@@ -32,11 +32,11 @@ def audit(a: argparse.Namespace) -> int:
 
 
 def show_run(a: argparse.Namespace) -> None:
-    from trainer.analysis import kept_tokens
+    from trainer.analysis.pictures import kept_tokens
 
     out = Path(a.out or f"{a.run_directory}/show")
     if a.weights:
-        from trainer.analysis import kept_weights
+        from trainer.analysis.pictures import kept_weights
 
         if a.images or a.overrides or a.token is not None:
             raise ConfigError("show --weights: draws the weights of a run, no images; leave images, settings and --token out")
@@ -61,8 +61,8 @@ def kept(a: argparse.Namespace) -> None:
 
 
 def report(a: argparse.Namespace) -> None:
-    from trainer.analysis.report import summary, where_to_look
-    from trainer.analysis.report_plot import picture
+    from trainer.analysis.report.picture import picture
+    from trainer.analysis.report.summary import summary, where_to_look
 
     show_table(summary(a.run_directory).table)
     show(f"plot: {picture(a.run_directory)}")
@@ -78,9 +78,10 @@ def sync(a: argparse.Namespace) -> int:
 
 
 def compare(a: argparse.Namespace) -> None:
-    from trainer.analysis import compare_page
-    from trainer.analysis.compare import compare, from_mlflow
-    from trainer.analysis.compare_verdict import sentences
+    from trainer.analysis.comparison import page as compare_page
+    from trainer.analysis.comparison.figures import facts
+    from trainer.analysis.comparison.groups import compare, from_mlflow
+    from trainer.analysis.comparison.verdict import sentences
 
     if a.study:
         return _compare_study(a)
@@ -96,12 +97,13 @@ def compare(a: argparse.Namespace) -> None:
         show(f"warning: {text}")
     for path in compare_page.write(found, out):
         show(path)
+    write_json(a.json, facts(found))
 
 
 def _compare_study(a: argparse.Namespace) -> None:
-    from trainer.analysis import study_page
+    from trainer.analysis.study import page as study_page
 
-    if wrong := next((name for name in ("runs", "experiment", "base") if getattr(a, name)), None):
+    if wrong := next((name for name in ("runs", "experiment", "base", "json") if getattr(a, name)), None):
         raise ConfigError(f"compare --study with {wrong}: the page is made from kept journals alone; leave {wrong} out")
     for path in study_page.write(a.study, Path(a.journals), Path(a.out or f"{a.journals}.md")):
         show(path)

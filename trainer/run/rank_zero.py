@@ -9,9 +9,9 @@ from typing import Any
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
 from sparsity.vit import SparseViT
-from trainer.analysis import report
-from trainer.analysis.goodput import by_cause
-from trainer.analysis.savings import savings, savings_of
+from trainer.analysis.report import summary as report
+from trainer.analysis.report.goodput import by_cause
+from trainer.analysis.report.savings import savings, savings_of
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
 from trainer.data.order import EpochOrder

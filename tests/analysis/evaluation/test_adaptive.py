@@ -1,0 +1,205 @@
+"""From training images to thresholds, from thresholds to another number of tokens per image, and into an exported file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from sparsity.tokens.mass import Threshold
+from sparsity.types import DENSE, Plan
+from tests.support.sait import ARGS, WEIGHTS, write
+from trainer import load_model
+from trainer.__main__ import main
+from trainer.analysis.evaluation import teacher_agreement
+from trainer.analysis.evaluation.adaptive_model import adaptive_model
+from trainer.analysis.evaluation.calibrate import calibrate
+from trainer.analysis.evaluation.densities import score
+from trainer.analysis.evaluation.scored_model import scored_model
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.augment.on_device import normalise
+from trainer.data.loader.build import clean_images
+from trainer.data.shards.index import open_index
+from trainer.model import thresholds
+from trainer.model.thresholds import Thresholds
+from trainer.model.weights import save_weights
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(tmp_path)
+    return write(tmp_path)
+
+
+def pixels(config: Config, ids: list[int]) -> torch.Tensor:
+    (batch,) = list(clean_images(open_index(config.data.train), config, 0, 1, 1.0).of(np.array(ids)))
+    return normalise(batch.images[: len(ids)], config.augment)
+
+
+def test_thresholds_keep_the_wanted_mean_and_stay_with_the_weights(config: Config, capsys: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in load_file(WEIGHTS).items()}
+    assert main(["calibrate", WEIGHTS, "c.yaml", "--density", ".7,.5", "--json", "out.json"]) == 0
+    assert main(["calibrate", WEIGHTS, "c.yaml", "--density", ".4"]) == 0  # the earlier ones stay
+    found = thresholds.read(Path(WEIGHTS))
+    assert found is not None and sorted(found.by_density) == [0.4, 0.5, 0.7] and (found.block, found.images) == (1, 39)
+    for row in json.loads(Path("out.json").read_text())["rows"]:
+        assert row["mean_density"] == found.by_density[row["density"]].density == pytest.approx(row["density"], abs=0.01)
+    assert thresholds.header(Path(WEIGHTS))["model"] == config.model.name, "the header keeps what it had"
+    assert all(torch.equal(before[name], tensor) for name, tensor in load_file(WEIGHTS).items())
+    assert "mean density kept" in capsys.readouterr().out
+
+
+def test_training_images_are_calibrated_on_and_the_broken_one_is_not(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    monkeypatch.setattr(
+        "trainer.analysis.evaluation.calibrate.clean_images",
+        lambda index, *_: shown.append(len(index)) or clean_images(index, *_),
+    )
+    found = calibrate(WEIGHTS, config, [0.5], images=10)
+    again = calibrate(WEIGHTS, config, [0.5], images=10)
+    assert found.found == again.found and found.found.images in (9, 10) and shown == [40, 40]
+
+
+def test_one_evaluation_has_value_based_mass_based_and_random_tokens(config: Config) -> None:
+    calibrate(WEIGHTS, config, [0.5])
+    assert (
+        main(["eval", WEIGHTS, "c.yaml", "--densities", "1,.5", "--adaptive", "--random", "--json", "o.json", "--plots", "p"])
+        == 0
+    )
+    rows = json.loads(Path("o.json").read_text())["rows"]
+    assert [(row["selection"], row["density"]) for row in rows] == [
+        ("topk", 1.0),
+        ("topk", 0.5),
+        ("mass", 0.5),
+        ("random", 0.5),
+    ]
+    dense, value, mass, random = rows
+    assert dense["tokens"] == 65 and value["tokens"] == value["p50"] == value["p95"] == random["tokens"] == 33
+    assert mass["tokens"] == pytest.approx(33, abs=0.5) and mass["p95"] > mass["p50"], "as many on average, others per image"
+    assert dense["gmacs"] > value["gmacs"] and mass["gmacs"] == pytest.approx(value["gmacs"], rel=0.02)
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert sorted(path.name for path in Path("p").iterdir()) == ["densities.png", "images.png"]
+
+
+def test_the_rows_are_those_of_each_image_alone(config: Config) -> None:
+    """The adaptive row against a loop over single images, counts and predictions."""
+    calibrate(WEIGHTS, config, [0.5])
+    found = score(WEIGHTS, config, [1.0, 0.5], adaptive=True)
+    assert found.extremes is not None
+    _, network, source = scored_model(WEIGHTS, config, [], "eval")
+    adaptive = adaptive_model(config, network.eval(), execution="per_image")
+    limit = thresholds.read(Path(WEIGHTS))
+    assert source is not None and limit is not None
+    index = open_index(config.data.validation)
+    ids = [i for i in range(len(index)) if i != 9]
+    single = [adaptive(pixels(config, [i]), limit.mass(0.5)) for i in ids]
+    counts = [int(one.counts) for one in single]
+    right = [int(one.logits.argmax()) == int(index.labels[i]) for i, one in zip(ids, single, strict=True)]
+    row = found.rows[-1]
+    assert row.tokens == pytest.approx(1 + np.mean(counts)) and row.scores.top1 == pytest.approx(np.mean(right))
+    assert found.extremes.fewest[0].count == min(counts) and found.extremes.most[0].count == max(counts)
+    assert [len(one.kept) for one in found.extremes.most] == [one.count for one in found.extremes.most]
+
+
+def test_an_exported_file_answers_at_any_density(config: Config) -> None:
+    calibrate(WEIGHTS, config, [0.5])
+    model = load_model(WEIGHTS)
+    images = pixels(config, [0, 1, 2])
+    plain = timm.create_model(config.model.name, num_classes=4, img_size=32, **ARGS, checkpoint_path=WEIGHTS).eval()
+    _, network, _ = scored_model(WEIGHTS, config, [], "eval")
+    with torch.no_grad():
+        assert torch.equal(model(images), plain(images)) and torch.equal(model(images), network.eval()(images, DENSE).logits)
+        assert torch.equal(model(images, density=0.5), network(images, Plan(0.5)).logits)
+        mass = model(images, density=0.5, adaptive=True)
+    assert not torch.allclose(mass, model(images, density=0.5)) and torch.allclose(
+        model(images, 1.0, True), plain(images), atol=1e-5
+    )
+    for words, message in (
+        ({"density": 0.0}, r"density=0: must be in \(0, 1\]"),
+        ({"density": 0.6, "adaptive": True}, "density 0.6 has no mass threshold; calibrated: 0.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model(images, **words)
+
+
+def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: Config, capsys: Any) -> None:
+    assert main(["eval", WEIGHTS, "c.yaml", "--densities", ".5", "--adaptive"]) == 2
+    assert "has no mass thresholds; run trilevel calibrate" in capsys.readouterr().err
+    calibrate(WEIGHTS, config, [0.5])
+    for change, name in (("tokens.blocks=[2]", "tokens.blocks 1"), ("tokens.importance=received", "tokens.importance default")):
+        assert main(["eval", WEIGHTS, "c.yaml", change, "--densities", ".5", "--adaptive"]) == 2
+        assert f"calibrated for {name}" in capsys.readouterr().err
+    state = load_file(WEIGHTS)
+    state["head.bias"] = state["head.bias"] + 1
+    save_weights(WEIGHTS, state, thresholds.header(Path(WEIGHTS)))
+    assert main(["eval", WEIGHTS, "c.yaml", "--densities", ".5", "--adaptive"]) == 2
+    assert "calibrated for weights" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="calibrated for weights"):
+        load_model(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["calibrate", WEIGHTS, "c.yaml", "--density", "1.2"], r"--density 1.2: must be keep ratios in (0, 1]"),
+        (["calibrate", WEIGHTS, "c.yaml", "--density", ".1"], "less than the 16 that every image keeps; use at least 0.25"),
+        (["calibrate", WEIGHTS, "c.yaml", "--density", ".5", "--images", "0"], "--images 0: must be >= 1"),
+        (["calibrate", WEIGHTS, "c.yaml", "tokens.blocks=[0, 1]", "--density", ".5"], "exactly one pruning block"),
+        (["calibrate", WEIGHTS, "c.yaml", "tokens.method=random", "--density", ".5"], "set tokens.method=topk"),
+        (
+            ["calibrate", "timm:deit_tiny_patch16_224", "c.yaml", "model.classes=1000", "--density", ".5"],
+            "give a run directory",
+        ),
+        (["eval", WEIGHTS, "c.yaml", "--adaptive"], "--adaptive: needs --densities with a keep ratio below 1"),
+        (["eval", WEIGHTS, "c.yaml", "--densities", "1", "--random"], "--random: needs --densities with a keep ratio below 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    config: Config, words: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", _without_download)
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+_create = timm.create_model
+
+
+def _without_download(*args: Any, pretrained: bool = False, **more: Any) -> Any:
+    return _create(*args, **more)
+
+
+OUTSIDE = Thresholds("hash", 1, "", 1, 1, {2.0: Threshold(1.0, 1.0)}).to_json()  # a density above 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weights": "x"}', OUTSIDE])
+def test_damaged_thresholds_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"RUN/thresholds\.json: no mass thresholds in it"):
+        Thresholds.of_json(text, "RUN/thresholds.json")
+
+
+def test_thresholds_survive_the_file() -> None:
+    ours = Thresholds("hash", 2, "default", 16, 5000, {})
+    assert Thresholds.of_json(ours.to_json(), "x") == ours
+    assert replace(ours, block=3) != ours
+
+
+def test_the_agreement_with_a_teacher_is_spearmans(config: Config, capsys: Any) -> None:
+    from scipy.stats import spearmanr
+
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = torch.rand(3, 20, generator=g), (torch.rand(3, 20, generator=g) * 4).round()  # with ties
+    wanted = [spearmanr(a, b).statistic for a, b in zip(ours.numpy(), theirs.numpy(), strict=True)]
+    assert teacher_agreement.spearman(ours, theirs).tolist() == pytest.approx(wanted)
+    assert teacher_agreement.spearman(ours, ours.exp()).tolist() == pytest.approx([1.0] * 3)
+    assert main(["eval", WEIGHTS, "c.yaml", "--teacher", WEIGHTS]) == 0
+    assert f"with the attention of {WEIGHTS}: " in " ".join(capsys.readouterr().out.split())
+    assert abs(teacher_agreement.agreement(WEIGHTS, WEIGHTS, config)) < 0.9  # block 1 of 4 against the last one

@@ -1,0 +1,264 @@
+"""The page of a study: statistics with known values, tables and sentences from kept journals, and the committed page made again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scipy.stats import false_discovery_control, ttest_rel
+
+from launch import kept_journals
+from tests.conftest import ROOT
+from tests.support.journals import lines, write
+from trainer.__main__ import main
+from trainer.analysis.comparison.statistics import MeanInterval, PairedTest, holm, seeds_for
+from trainer.analysis.history import history
+from trainer.analysis.study import file as study_file
+from trainer.analysis.study.page import page, sentence
+from trainer.analysis.study.picture import _lowest
+from trainer.analysis.study.results import Question, result, top1_at
+from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.journal.file import JournalError
+
+NOTHING = MeanInterval(math.nan, math.nan, math.nan, math.nan, 0)
+STUDY = """
+name: mini
+question: Does <it> count?
+config: base.yaml
+reference: dense
+arms: {dense: {}, sparse: {optim.lr: 2.0e-3}, later: {epochs: 3}}
+"""
+BASE = "name: base\nepochs: 4\nmodel: {name: deit_tiny_patch16_224}\ndata: {train: a.tar, validation: b.tar}\noptim: {warmup: 1ep}\n"
+
+
+def test_holm_on_the_textbook_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, math.nan, 0.7])[0::2] == [1.0, 1.0] and math.isnan(holm([0.6, math.nan, 0.7])[1])
+    assert holm([0.02]) == [0.02] and holm([]) == []
+    ps = [0.011, 0.2, 0.004, 0.03]
+    assert all(ours >= theirs for ours, theirs in zip(holm(ps), false_discovery_control(ps), strict=True))  # stricter than FDR
+
+
+def test_the_paired_test_is_scipys() -> None:
+    ours, theirs = [0.91, 0.95, 0.90, 0.97, 0.92], [0.96, 0.97, 0.97, 0.98, 0.95]
+    expected = ttest_rel(ours, theirs)
+    found = PairedTest.of([a - b for a, b in zip(ours, theirs, strict=True)])
+    interval = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high))
+    for few in ([0.1], [0.0, 0.0], [0.1, 0.1]):
+        assert math.isnan(PairedTest.of(few).p) and math.isnan(PairedTest.of(few).difference.low)
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(1.0, 10), (0.5, 34), (0.8, 15), (0.2, 199)])
+def test_seeds_are_those_of_power_tables(effect: float, pairs: int) -> None:
+    """Cohen's tables for the paired t-test, power .8, two-sided .05 (G*Power gives the same)."""
+    assert seeds_for(0.01, 0.01 / effect) == pairs
+    assert seeds_for(0.01, 0.0) == 2 and seeds_for(0.01, 1.0) is None
+
+
+def question(differences: list[float], corrected: float = math.nan) -> Question:
+    test = PairedTest.of(differences)
+    return Question(
+        "a", "b", PairedTest(test.difference, test.p, test.p if math.isnan(corrected) else corrected), NOTHING, NOTHING
+    )
+
+
+@pytest.mark.parametrize(
+    ("differences", "corrected", "expected"),
+    [
+        ([-0.028, -0.020, -0.036], math.nan, "a is 2.8 points below b (95 % -4.8 to -0.8, n = 3, Holm p .026)."),
+        ([-0.028, -0.020, -0.036], 0.3, "a is 2.8 points below b by its own test (95 % -4.8 to -0.8, n = 3, p .026), not after"),
+        ([-0.01, 0.02, 0.005], math.nan, "+0.5 points (95 % -3.2 to +4.2, n = 3, Holm p .622); 17 more seeds would find 1 point in"),
+        ([0.001, -0.001, 0.0005], math.nan, "the interval excludes differences of 1 point."),
+        ([0.9, -0.9, 0.0], math.nan, "too much spread"),
+        ([0.012], math.nan, "a and b: one pair, +1.2 points; no interval, no conclusion."),
+        ([-0.0139, -0.0139], math.nan, "a and b: 2 pairs with the same difference, -1.4 points; no interval, no conclusion."),
+        ([], math.nan, "a and b: not measured."),
+    ],
+)  # fmt: skip
+def test_sentences(differences: list[float], corrected: float, expected: str) -> None:
+    assert expected in sentence(question(differences, corrected))
+
+
+@pytest.fixture
+def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two arms of three seeds: sparse is .02, .03 and .04 below dense, needs .8 of its multiply-adds and has twice the rate."""
+    monkeypatch.chdir(tmp_path)
+    Path("mini.yaml").write_text(STUDY)
+    Path("base.yaml").write_text(BASE)
+    for number in range(3):
+        keep("dense", number, sparse=False)
+        keep("sparse", number, lower=0.02 + 0.01 * number, rate=200.0)
+    return tmp_path
+
+
+def keep(arm: str, number: int, lower: float = 0.0, **of: Any) -> None:
+    made = [dict(line) for line in lines(seed=number, **of)]
+    made[0]["config"] = load("base.yaml").resolved() | {"name": f"mini-{arm}-seed{number}", "seed": number}
+    for line in made:
+        if line["kind"] == "eval":
+            line["top1"] -= lower
+    folder = write(Path("runs") / f"{arm}{number}", made)
+    kept_journals.keep(folder / "journal.jsonl", kept_journals.path_of("kept", "mini", arm, number))
+
+
+def test_a_row_per_arm_and_a_test_per_question(mini: Path) -> None:
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    dense, sparse = found.arms
+    assert dense.name == "dense" and list(sparse.runs) == [0, 1, 2]
+    assert sparse.multiply_adds.mean == pytest.approx((800 * 100 + 400 * 50) / (1600 * 100))
+    assert sparse.time.mean == pytest.approx(1200 / 200 / (1600 / 100)) and sparse.images == 1200
+    assert sparse.worst_class.mean == pytest.approx(0.2)
+    one, later = found.questions
+    assert one.test.difference.mean == pytest.approx(-0.03) and one.test.holm == one.test.p  # the only one that is measured
+    assert later.test.difference.count == 0 and math.isnan(later.test.holm)
+    # 100,000 multiply-adds: dense is at 1,000 images, half way between epochs 2 (.675 + .01) and 3 (.7875 + .01), sparse at its end
+    assert one.equal_multiply_adds.mean == pytest.approx(0.84375 - (0.675 + 0.7875) / 2 - 0.03)
+    assert found.notes == ["sparse, seed 0, 1, 2: other settings than the study's file: optim.lr=0.001 (file: 0.002)"]
+
+
+def test_bytes_of_weights_are_shown_where_a_run_pruned_them(mini: Path) -> None:
+    """1,000 parameters; sparse keeps a quarter of 2,000 bytes."""
+    assert "weights (MB)" not in page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "", {})
+    for number in range(3):
+        kept = kept_journals.path_of("kept", "mini", "sparse", number)
+        made = list(kept_journals.lines(kept))
+        kept.unlink()
+        line = {"kind": "weights", "time": made[-1]["time"], "attempt": 0, "epoch": 3, "step": 30, "progress": 3.0}
+        made.insert(-1, line | {"kept": 0.25, "bytes": {"dense": 2000, "block": 600, "csr": 1200}})
+        folder = write(Path("runs") / f"pruned{number}", made)
+        kept_journals.keep(folder / "journal.jsonl", kept)
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    assert [arm.stored for arm in found.arms] == [4000.0, 2600.0]
+    text = page([found], Path("kept"), "", {})
+    assert "weights (MB)" in text and "pruned layers as the groups that are left with their indices" in text
+
+
+def test_a_view_is_the_same_runs_at_another_density(mini: Path) -> None:
+    path = Path("mini.yaml")
+    path.write_text(path.read_text() + "views: {half: [sparse, 0.5], none: [sparse, 0.7]}\nquestions: [[half, dense]]\n")
+    for number in range(3):
+        kept = kept_journals.path_of("kept", "mini", "sparse", number)
+        made = list(kept_journals.lines(kept))
+        last = next(line for line in reversed(made) if line["kind"] == "eval")
+        made.append(last | {"kind": "density", "keep_tokens": 0.5, "top1": last["top1"] - 0.1})
+        made.append(last | {"kind": "density", "keep_tokens": 0.35, "top1": 0.0})
+        kept.unlink()
+        folder = write(Path("runs") / f"half{number}", made)
+        kept_journals.keep(folder / "journal.jsonl", kept)
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    assert [arm.name for arm in found.arms] == ["dense", "sparse", "half"]
+    (asked,) = found.questions
+    assert asked.test.difference.mean == pytest.approx(-0.13)
+    path.write_text(path.read_text().replace("[[half,", "[[haf,"))
+    with pytest.raises(ConfigError, match="'haf': unknown arm; valid values: dense, sparse, later, half, none"):
+        study_file.read("mini.yaml")
+
+
+def test_top1_at_a_cost(mini: Path) -> None:
+    run = history(Path("kept/mini/dense-seed0.jsonl.xz"))
+    assert top1_at(run, lambda point: float(point.images), 400) == pytest.approx(0.46)
+    assert top1_at(run, lambda point: float(point.images), 600) == pytest.approx((0.46 + 0.685) / 2)
+    assert top1_at(run, lambda point: float(point.images), 1600) == pytest.approx(0.85375)
+    assert math.isnan(top1_at(run, lambda point: float(point.images), 300))
+    assert math.isnan(top1_at(run, lambda point: float(point.images), 1700))
+
+
+def test_the_page_holds_the_numbers_and_is_the_same_each_time(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--study", "mini.yaml", "--journals", "kept", "--out", "page/study.md"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.split() == ["page/study.md", "page/study/mini.png"]
+    text, picture = Path("page/study.md").read_text(), Path("page/study/mini.png").read_bytes()
+    assert "| sparse | 0, 1, 2 | 82.47 ± 0.90 | 20.00 ± 0.00 | 1,200 | 0.625 | 0.375 |" in text
+    assert "| sparse | dense | 3 | -3.00 [-5.48, -0.52] | .035 | .035 |" in text
+    assert "- sparse is 3.0 points below dense (95 % -5.5 to -0.5, n = 3, Holm p .035)." in text
+    assert "later and dense" not in text and "Not measured: later." in text
+    assert "6 runs on 2 x cpu; torch 2.15.0; started 2023-11-14; commit c0ffee" in text
+    assert "| multiply-adds | time (loaded machine) |" in text and "at equal time (loaded machine) |" in text
+    assert "dense trains for 0:16 per run." in text
+    assert "loaded machine" in text and "Does &lt;it&gt; count?" in text and "](study/mini.png)" in text
+    assert str(mini) not in text and len(picture) < 100_000
+    assert main(words) == 0
+    assert Path("page/study.md").read_text() == text and Path("page/study/mini.png").read_bytes() == picture
+
+
+def test_times_of_a_quiet_study_count(mini: Path) -> None:
+    Path("mini.yaml").write_text(STUDY + "quiet: true\n")
+    text = page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "x", {})
+    assert "loaded machine" not in text and "| multiply-adds | time |" in text
+
+
+def test_a_study_without_journals_is_not_measured(mini: Path) -> None:
+    found = result(study_file.read("mini.yaml"), Path("nowhere"))
+    assert "Not measured: no kept journal." in page([found], Path("nowhere"), "x", {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("reference: dense", "reference: dens", "'dens': unknown arm; valid values: dense, sparse, later"),
+        ("question: Does <it> count?", "", "question: required key is missing"),
+        ("arms:", "questions: [[dense, spars]]\narms:", "'spars': unknown arm"),
+        ("arms:", "arms: [", "not valid YAML"),
+    ],
+)
+def test_files_that_are_refused(mini: Path, old: str, new: str, expected: str) -> None:
+    Path("mini.yaml").write_text(STUDY.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        study_file.read("mini.yaml")
+
+
+def test_what_cannot_be_read_is_named(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--study", "none.yaml"]) != 0
+    assert "--study none.yaml: cannot be read" in capsys.readouterr().err
+    assert main(["compare", "--study", "mini.yaml", "--base", "x"]) != 0
+    assert "compare --study with base" in capsys.readouterr().err
+    path = Path("kept/mini/dense-seed0.jsonl.xz")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(JournalError, match=r"dense-seed0\.jsonl\.xz: not a whole \.xz file"):
+        result(study_file.read("mini.yaml"), Path("kept"))
+
+
+def test_kept_journals_hold_what_the_original_says(mini: Path) -> None:
+    kept, original = history(Path("kept/mini/sparse-seed1.jsonl.xz")), history(Path("runs/sparse1"))
+    assert kept.last.multiply_adds == original.last.multiply_adds and kept.last.elapsed == original.last.elapsed
+    assert json.dumps(kept.of("eval")[-1].line) == json.dumps(original.of("eval")[-1].line)
+
+
+def test_both_readers_of_a_study_agree() -> None:
+    from launch import study_file as launched
+
+    for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            ours, theirs = study_file.read(path), launched.read(str(path))
+        assert (ours.name, ours.config, ours.reference) == (theirs.name, theirs.config, theirs.reference)
+        assert list(ours.arms) == list(theirs.arms) and ours.questions == list(theirs.questions)
+
+
+def test_the_committed_page_is_made_from_the_committed_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = Path("docs/results/study.md").read_text()
+    command = re.search(r"^trilevel (compare --study .*) --out docs/results/study.md$", text, re.M)
+    assert command
+    assert main([*command[1].split(), "--out", str(tmp_path / "study.md")]) == 0
+    assert (tmp_path / "study.md").read_text().replace(str(tmp_path), "docs/results") == text
+    for path in tmp_path.rglob("*.png"):
+        assert (ROOT / "docs" / "results" / "study" / path.name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("scores", "base", "lowest"),
+    [([0.8], 0.9, 70.0), ([0.9, 0.88], None, 86.0), ([0.895, 0.9], None, 87.5), ([0.1], 0.9, 0.0)],
+)
+def test_a_plot_begins_below_its_lowest_arm_by_the_range_of_all(scores: list[float], base: float | None, lowest: float) -> None:
+    arms: Any = [SimpleNamespace(top1=MeanInterval.of([score])) for score in scores]
+    of_base: Any = base and SimpleNamespace(top1=MeanInterval.of([base]))
+    assert _lowest(arms, of_base) == pytest.approx(lowest)

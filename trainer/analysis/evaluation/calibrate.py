@@ -1,0 +1,98 @@
+"""`trilevel calibrate`: the mass thresholds of a set of weights for wanted mean densities, from training images (SaiT)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from sparsity.adaptive import AdaptiveViT
+from sparsity.tokens import mass as by_mass
+from trainer.analysis.evaluation.adaptive_model import adaptive_model, importance_of
+from trainer.analysis.evaluation.scored_model import scored_model
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.augment.on_device import normalise
+from trainer.data.keyed_hash import permutation
+from trainer.data.loader.build import clean_images
+from trainer.data.loader.dataset import open_indexes
+from trainer.data.progress import tracked
+from trainer.model import thresholds
+from trainer.model.thresholds import Thresholds
+from trainer.model.weights import load_weights, save_weights
+
+SALT = 0x63616C6962  # of the draw of calibration images
+
+
+class Calibrated(NamedTuple):
+    """found: all thresholds of the model now. path: where they are kept. densities: those of this call."""
+
+    found: Thresholds
+    path: Path
+    densities: list[float]
+
+    def table(self) -> Table:
+        title = f"{self.path}: mass thresholds from {self.found.images} training images, pruning block {self.found.block}"
+        table = Table(title=title, title_justify="left")
+        for column in ("density", "mass", "mean density kept"):
+            table.add_column(column, justify="right")
+        for density in self.densities:
+            mass, kept = self.found.by_density[density]
+            table.add_row(f"{density:g}", f"{mass:.6f}", f"{kept:.4f}")
+        return table
+
+    def facts(self) -> dict[str, object]:
+        """For --json."""
+        table = self.found.by_density
+        rows = [{"density": one, "mass": table[one].mass, "mean_density": table[one].density} for one in self.densities]
+        return {"path": str(self.path), "images": self.found.images, "block": self.found.block, "rows": rows}
+
+
+def calibrate(
+    model: str, config: Config | None, densities: list[float], images: int = 5000, overrides: list[str] | None = None
+) -> Calibrated:
+    """Find and keep the thresholds of a run directory or a weights file (.safetensors), whose header is rewritten.
+
+    images: training images, drawn by seed, under the evaluation transform; never validation images. Raises ConfigError.
+    """
+    config, network, source = scored_model(model, config, overrides or [], "calibrate")
+    if source is None or not (source.is_dir() or source.suffix == ".safetensors"):
+        raise ConfigError(f"calibrate {model}: give a run directory or a .safetensors file, which keep the thresholds")
+    adaptive = adaptive_model(config, network)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    masses = _masses(config, adaptive.to(device).eval(), images, device)
+    try:
+        found = {density: by_mass.threshold_for(masses, density, adaptive.least) for density in densities}
+    except ValueError as error:
+        raise ConfigError(f"calibrate --density: {error}") from error
+    digest = thresholds.weights_hash(network.vit.state_dict())
+    ours = Thresholds(digest, adaptive.block, importance_of(config), adaptive.least, len(masses), found)
+    before = thresholds.read(source)
+    if before is not None and replace(before, by_density=found) == ours:
+        ours = replace(ours, by_density={**before.by_density, **found})
+    return Calibrated(ours, _keep(source, ours), densities)
+
+
+@torch.no_grad()
+def _masses(config: Config, adaptive: AdaptiveViT, images: int, device: torch.device) -> torch.Tensor:
+    """Cumulated importance of training images, (N, n) float32 on the CPU."""
+    index, _ = open_indexes(config.data)
+    ids = np.sort(permutation(len(index), config.seed, SALT)[: min(images, len(index))])
+    found = []
+    batches = -(-len(ids) // config.evaluate.batch)
+    for batch in tracked(clean_images(index, config, 0, 1, 1.0).of(ids), "calibrate", batches, "batches"):
+        pixels = normalise(batch.images.to(device), config.augment)
+        found.append(adaptive.ranked(pixels)[1].mass[batch.weights.to(device) > 0].cpu())
+    return torch.cat(found)
+
+
+def _keep(source: Path, ours: Thresholds) -> Path:
+    if source.is_dir():
+        return thresholds.write_to_run(source, ours)
+    header = thresholds.header(source) | {thresholds.HEADER: ours.to_json()}
+    save_weights(source, load_weights(source), header)
+    return source

@@ -1,0 +1,50 @@
+"""How well a network's importance of tokens ranks them as a teacher's last block does: what token distillation (SaiT) is to improve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from sparsity.types import DENSE
+from trainer.analysis.evaluation.adaptive_model import adaptive_model
+from trainer.analysis.evaluation.scored_model import scored_model
+from trainer.config.errors import ConfigError
+from trainer.config.run_config import Config
+from trainer.data.augment.on_device import normalise
+from trainer.data.loader.build import validation_set
+from trainer.data.loader.dataset import open_indexes
+
+
+@torch.no_grad()
+def agreement(model: str, teacher: str, config: Config | None, overrides: list[str] | None = None) -> float:
+    """Spearman's rank correlation over the patches of an image, mean over the validation images: importance of `model` at its pruning
+    block, and attention of the [CLS] token in the teacher's last block. teacher: a run directory, or a weights file of the same network.
+    Raises ConfigError."""
+    config, student, _ = scored_model(model, config, overrides or [], "eval")
+    _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
+    if student.vit.patch_embed.grid_size != other.vit.patch_embed.grid_size:
+        raise ConfigError(
+            f"--teacher {teacher}: its patch grid is {other.vit.patch_embed.grid_size}, that of {model} {student.vit.patch_embed.grid_size}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adaptive = adaptive_model(config, student.to(device).eval())
+    other.to(device).eval()
+    found: list[float] = []
+    _, index = open_indexes(config.data)
+    for batch in validation_set(index, config, 0, 1):
+        there = batch.weights > 0
+        images = normalise(batch.images[there].to(device), config.augment)
+        ours = student.until(adaptive.block, images, adaptive.score)[1]
+        theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
+        found += spearman(ours, theirs).tolist()
+    return sum(found) / len(found)
+
+
+def spearman(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Rank correlation of each row, ties shared: two (B, n) -> (B,) float64."""
+    a, b = (torch.from_numpy(rankdata(values.double().cpu().numpy(), axis=1)) for values in (ours, theirs))
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return (a * b).sum(dim=1) / (a.square().sum(dim=1) * b.square().sum(dim=1)).sqrt()

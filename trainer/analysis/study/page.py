@@ -1,0 +1,191 @@
+"""The Markdown page of studies: tables, a sentence per question, and where, when and from which code the runs come.
+
+Made from kept journals alone, so the same journals give the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+
+from trainer.analysis.comparison.statistics import LEVEL, MeanInterval, seeds_for
+from trainer.analysis.study.file import read
+from trainer.analysis.study.results import Arm, Question, StudyResult, result
+from trainer.analysis.units import duration
+from trainer.storage.text import markdown_text, printable
+
+HEAD = """# Studies
+
+Made from the journals of finished runs in `{journals}` by
+```
+{command}
+```
+Top-1 is that of the last evaluation, in % of the validation images; differences are in points, paired by seed (arm minus reference), with
+95 % intervals of Student's t. p: paired t-test, two-sided; Holm: corrected over the questions of the table with at least two pairs. *At
+equal multiply-adds*, *at equal time*: the same difference where both runs have used as much as the smaller total of the two, read from
+their curves (the run with the longer schedule is at a disadvantage there). Multiply-adds count forward passes of training; time is that of
+training steps. A result holds for the data set, network and number of epochs of its study.
+"""
+ARMS = (
+    "arm",
+    "seeds",
+    "top-1 (%)",
+    "worst class (%)",
+    "weights (MB)",
+    "kept per class",
+    "images shown",
+    "multiply-adds",
+    "time",
+)
+QUESTIONS = ("arm", "reference", "pairs", "difference", "p", "Holm", "at equal multiply-adds", "at equal time")
+
+
+def write(files: Sequence[str], journals: Path, out: Path) -> list[Path]:
+    """The page at `out` and a picture per study beside it, in a folder of the page's name. Raises ConfigError, JournalError."""
+    from trainer.analysis.study.picture import picture
+
+    found = [result(read(file), journals) for file in files]
+    pictures = {one.file.name: out.with_suffix("") / f"{one.file.name}.png" for one in found if one.arms}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = f"trilevel compare --study {' '.join(files)} --journals {journals} --out {out}"
+    shown = {name: f"{out.stem}/{path.name}" for name, path in pictures.items()}
+    out.write_text(printable(page(found, journals, command, shown)))
+    for one in found:
+        if one.arms:
+            picture(one, pictures[one.file.name])
+    return [out, *pictures.values()]
+
+
+def page(found: Sequence[StudyResult], journals: Path, command: str, pictures: dict[str, str]) -> str:
+    """The text. pictures: {study: path of its picture from the page}."""
+    parts = [HEAD.format(journals=journals, command=command), *(_study(one, pictures.get(one.file.name)) for one in found)]
+    return "\n".join(parts)
+
+
+def sentence(question: Question) -> str:
+    """One question in plain words."""
+    arm, other, test = question.arm, question.reference, question.test
+    off = test.difference
+    if off.count == 0:
+        return f"{arm} and {other}: not measured."
+    if off.count == 1:
+        return f"{arm} and {other}: one pair, {_points(off.mean)} points; no interval, no conclusion."
+    if math.isnan(off.low):
+        return f"{arm} and {other}: {off.count} pairs with the same difference, {_points(off.mean)} points; no interval, no conclusion."
+    interval = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}"
+    side = f"{arm} is {abs(100 * off.mean):.1f} points {'above' if off.mean > 0 else 'below'} {other}"
+    if test.holm < LEVEL:
+        return f"{side} ({interval}, Holm p {_p(test.holm)})."
+    if test.p < LEVEL:
+        return f"{side} by its own test ({interval}, p {_p(test.p)}), not after Holm's correction ({_p(test.holm)}): open."
+    text = f"{arm} and {other} are not distinguishable: {_points(off.mean)} points ({interval}, Holm p {_p(test.holm)})"
+    if off.low > -0.01 and off.high < 0.01:
+        return f"{text}; the interval excludes differences of 1 point."
+    need = seeds_for(0.01, off.sd)
+    if need is None:
+        return f"{text}; too much spread to find 1 point with any feasible number of seeds."
+    more = need - off.count
+    if more < 1:
+        return f"{text}."
+    return f"{text}; {more} more {'seed' if more == 1 else 'seeds'} would find 1 point in 4 of 5 studies, without correction."
+
+
+def _study(found: StudyResult, picture: str | None) -> str:
+    file = found.file
+    lines = [f"## {file.name}", markdown_text(file.question), "", f"Study: `{file.path.as_posix()}`, recipe `{file.config}`."]
+    if not found.arms:
+        return "\n".join([*lines, "", "Not measured: no kept journal.", ""])
+    missing = [name for name in file.arms if name not in [arm.name for arm in found.arms]]
+    lines += ["", *_origin(found), "", *_table(_timed(ARMS, file.quiet), [_arm(arm) for arm in found.arms])]
+    loaded = "" if file.quiet else " Time: on a loaded machine, with other work beside the runs; no basis for a speedup."
+    base = next((arm for arm in found.arms if arm.name == file.reference), None)
+    own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
+    lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{own}{loaded}"]
+    if not all(math.isnan(arm.stored) for arm in found.arms):
+        lines += ["", "Weights: all parameters in float32; pruned layers as the groups that are left with their indices."]
+    if missing:
+        lines += ["", f"Not measured: {', '.join(missing)}."]
+    measured = [question for question in found.questions if question.test.difference.count]
+    if measured:
+        tested = sum(not math.isnan(question.test.p) for question in measured)
+        lines += ["", f"Questions with at least two pairs, over which Holm corrects: {tested}."]
+        lines += ["", *_table(_timed(QUESTIONS, file.quiet), [_question(question) for question in measured])]
+    if picture:
+        lines += ["", f"![top-1 by multiply-adds and by time: {file.name}]({picture})"]
+    lines += ["", *(f"- {markdown_text(sentence(question))}" for question in measured)]
+    if found.notes:
+        lines += ["", "Notes:", *(f"- {markdown_text(note)}" for note in found.notes)]
+    return "\n".join([*lines, ""])
+
+
+def _origin(found: StudyResult) -> list[str]:
+    """Hardware, dates and commits of the runs."""
+    runs = [run for arm in found.arms if arm.name not in found.file.views for run in arm.runs.values()]
+    starts = [start for run in runs for start in run.starts]
+    devices = sorted({f"{start.get('world', 1)} x {start.get('device') or 'unknown device'}" for start in starts})
+    torch = sorted({str((start.get("versions") or {}).get("torch", "unknown")) for start in starts})
+    days = sorted({datetime.fromtimestamp(start["time"], UTC).date().isoformat() for start in starts})
+    commits = sorted({str(start.get("commit") or "unknown")[:7] for start in starts})
+    between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    data = (runs[0].start.get("data") or {}) if runs else {}
+    sizes = ", ".join(f"{(data.get(split) or {}).get('images', 'unknown')} {split}" for split in ("train", "validation"))
+    return [
+        f"{len(runs)} runs on {', '.join(devices)}; torch {', '.join(torch)}; started {between}; "
+        f"commit {', '.join(commits)}; images: {sizes}."
+    ]
+
+
+def _arm(arm: Arm) -> list[str]:
+    kept = "" if arm.class_kept is None or arm.class_kept[0] == 1 else f"{arm.class_kept[0]:.2f} to {arm.class_kept[1]:.2f}"
+    worst = _spread(arm.worst_class) or "not recorded"
+    return [
+        arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst,
+        "" if math.isnan(arm.stored) else f"{arm.stored / 1e6:.2f}", kept, f"{arm.images:,.0f}",
+        _share(arm.multiply_adds), _share(arm.time),
+    ]  # fmt: skip
+
+
+def _question(question: Question) -> list[str]:
+    test = question.test
+    return [
+        question.arm, question.reference, str(test.difference.count), _difference(test.difference), _p(test.p), _p(test.holm),
+        _difference(question.equal_multiply_adds), _difference(question.equal_time),
+    ]  # fmt: skip
+
+
+def _timed(names: Sequence[str], quiet: bool) -> list[str]:
+    return [name if quiet or not name.endswith("time") else f"{name} (loaded machine)" for name in names]
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns in which every cell is empty are left out."""
+    used = [i for i in range(len(names)) if any(row[i] for row in rows)]
+    head = [" | ".join(names[i] for i in used), "---".join(["", *["|"] * (len(used) - 1), ""])]
+    return [f"| {head[0]} |", f"|{head[1]}|", *(f"| {' | '.join(markdown_text(row[i]) for i in used)} |" for row in rows)]
+
+
+def _spread(found: MeanInterval) -> str:
+    if math.isnan(found.mean):
+        return ""
+    return f"{100 * found.mean:.2f}" + ("" if math.isnan(found.sd) else f" ± {100 * found.sd:.2f}")
+
+
+def _difference(found: MeanInterval) -> str:
+    if math.isnan(found.mean):
+        return ""
+    return f"{100 * found.mean:+.2f}" + ("" if math.isnan(found.low) else f" [{100 * found.low:+.2f}, {100 * found.high:+.2f}]")
+
+
+def _share(found: MeanInterval) -> str:
+    return "" if math.isnan(found.mean) else f"{found.mean:.3f}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")

@@ -1,0 +1,66 @@
+"""The picture of a study: top-1 of every arm by multiply-adds and by training time, and the curve of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trainer.analysis.comparison.groups import evaluations
+from trainer.analysis.comparison.plots import COLORS
+from trainer.analysis.comparison.statistics import MeanInterval
+from trainer.analysis.history import Point
+from trainer.analysis.report.picture import GREY
+from trainer.analysis.study.results import Arm, StudyResult
+from trainer.storage.text import plot_text
+
+MARKERS = ("o", "s", "^", "D")
+COSTS: dict[str, Callable[[Point], float]] = {
+    "multiply-adds": lambda point: point.multiply_adds,
+    "training time": lambda point: point.trained,
+}
+
+
+def picture(found: StudyResult, path: Path) -> Path:
+    """Means over the seeds, bars of one standard deviation; costs relative to the whole run of the reference."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9.5, 4 + 0.12 * len(found.arms)), dpi=100, layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    base = next((arm for arm in found.arms if arm.name == found.file.reference), None)
+    for axes, (name, cost) in zip(panels, COSTS.items(), strict=True):
+        if base:
+            for run in base.runs.values():
+                whole = cost(evaluations(run)[-1])
+                x = [cost(point) / whole for point in evaluations(run)]
+                axes.plot(x, [100 * point["top1"] for point in evaluations(run)], color=GREY, alpha=0.35, linewidth=1)
+        for i, arm in enumerate(found.arms):
+            x = (arm.multiply_adds if cost is COSTS["multiply-adds"] else arm.time).mean
+            if math.isnan(x):
+                continue
+            sd = 0.0 if math.isnan(arm.top1.sd) else 100 * arm.top1.sd
+            axes.errorbar(
+                x, 100 * arm.top1.mean, sd, fmt=MARKERS[i // len(COLORS) % len(MARKERS)], color=COLORS[i % len(COLORS)],
+                markersize=5, capsize=2, label=plot_text(arm.name),
+            )  # fmt: skip
+        loaded = "" if found.file.quiet or cost is COSTS["multiply-adds"] else ", loaded machine"
+        axes.set_xlabel(f"{name} / whole run of {plot_text(found.file.reference)}{loaded}")
+        axes.set_xlim(left=0)
+        axes.grid(color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1 (%)")
+    panels[0].set_ylim(bottom=_lowest(found.arms, base))
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=8)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+    return path
+
+
+def _lowest(arms: list[Arm], base: Arm | None) -> float:
+    """Cuts off the begin of the curve, so that differences between arms are visible."""
+    means: list[MeanInterval] = [arm.top1 for arm in arms]
+    low = min(100 * (one.mean - (0.0 if math.isnan(one.sd) else one.sd)) for one in means)
+    high = max(100 * one.mean for one in [*means, *([base.top1] if base else [])])
+    return max(0.0, low - max(2.0, high - low))
