@@ -217,7 +217,7 @@ def _add_results(commands: Any) -> None:
         metavar="DIR",
         help="output folder (default: compared); with --study the page (default: FOLDER.md of --journals FOLDER)",
     )
-    c.add_argument("--json", metavar="FILE", help="the numbers: means, standard deviations, 95 % intervals")
+    c.add_argument("--json", metavar="FILE", help="the numbers: means, standard deviations, 95 %% intervals")
 
 
 def _add_run(command: argparse.ArgumentParser, overrides: bool = True) -> None:
