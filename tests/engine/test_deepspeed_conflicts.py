@@ -155,6 +155,7 @@ def test_accelerate_reads_its_files_as_they_are_meant(path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_accelerate_launches_with_its_file_and_deepspeed_gets_its_settings(digits: Path, tmp_path: Path) -> None:
     """The file for one node, with two CPU processes in the place of eight GPUs."""
     file = yaml.safe_load((ROOT / "configs" / "accelerate" / "one_node_8_gpus.yaml").read_text())

@@ -115,6 +115,7 @@ def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run_bit_for_bit(
     ]
 
 
+@pytest.mark.slow
 def test_resumed_on_fewer_and_more_processes_and_another_zero_stage(
     whole: Path, recipe: Path, trilevel: Trilevel, tmp_path: Path
 ) -> None:

@@ -140,7 +140,7 @@ class Recorder:
         return state
 
     def pruned(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """The kept weights at the start of an epoch, see `model.pruned`."""
+        """The kept weights at the start of an epoch, see `model.pruning_figures`."""
         if self._log:
             self._log.pruned(state, facts)
 

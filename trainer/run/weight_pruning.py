@@ -20,7 +20,7 @@ from trainer.config.errors import ConfigError
 from trainer.engine.engine import Engine
 from trainer.model.build import refuse_frozen
 from trainer.model.ema import Ema
-from trainer.model.pruned import facts
+from trainer.model.pruning_figures import facts
 from trainer.run.recorder import Recorder
 
 
