@@ -18,7 +18,7 @@ from launch import __main__ as launch
 from tests.conftest import ROOT, environment
 from tests.support.journals import CONFIG, lines, write
 from trainer.analysis.comparison.groups import NothingToCompare, from_mlflow
-from trainer.analysis.report.summary import where_to_look
+from trainer.analysis.mlflow_pages import page_of_run
 from trainer.config.credentials import credential_in
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
@@ -124,7 +124,7 @@ def test_a_password_in_the_environment_is_used_and_not_written(
     assert not holding(run) and SECRET not in "".join(capsys.readouterr())
     assert (run / "mlflow.json").stat().st_mode & 0o077 == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://bob:{SECRET}@{server.address}")
-    assert SECRET not in tracking(tmp_path / "runs").text() and SECRET not in where_to_look(run)
+    assert SECRET not in tracking(tmp_path / "runs").text() and SECRET not in page_of_run(run)
 
 
 def test_a_query_in_the_environment_is_used_and_not_written(

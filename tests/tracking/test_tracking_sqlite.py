@@ -16,7 +16,7 @@ from tests.support.mlflow_runs import client, expected, fields, followed, rows, 
 from tests.support.mlflow_runs import surroundings as surroundings
 from trainer.analysis.comparison.groups import NothingToCompare, compare, from_mlflow
 from trainer.analysis.comparison.page import warnings
-from trainer.analysis.report.summary import where_to_look
+from trainer.analysis.mlflow_pages import page_of_run
 from trainer.journal.reader import read
 from trainer.journal.writer import Journal
 from trainer.tracking import sync
@@ -28,7 +28,7 @@ pytestmark = [slow_server, pytest.mark.dist]
 
 def test_sqlite_default_has_everything_once(default_run: Path):
     uri = f"sqlite:///{default_run.parent}/mlflow.db"
-    assert where_to_look(default_run).startswith(f"mlflow ui --backend-store-uri {uri}")
+    assert page_of_run(default_run).startswith(f"mlflow ui --backend-store-uri {uri}")
     found = rows(uri, default_run)
     assert found == expected(default_run)
     assert {

@@ -61,12 +61,13 @@ def kept(a: argparse.Namespace) -> None:
 
 
 def report(a: argparse.Namespace) -> None:
+    from trainer.analysis.mlflow_pages import page_of_run
     from trainer.analysis.report.picture import picture
-    from trainer.analysis.report.summary import summary, where_to_look
+    from trainer.analysis.report.summary import summary
 
     show_table(summary(a.run_directory).table)
     show(f"plot: {picture(a.run_directory)}")
-    show(where_to_look(a.run_directory))
+    show(page_of_run(a.run_directory))
 
 
 def sync(a: argparse.Namespace) -> int:
@@ -82,6 +83,7 @@ def compare(a: argparse.Namespace) -> None:
     from trainer.analysis.comparison.figures import facts
     from trainer.analysis.comparison.groups import compare, from_mlflow
     from trainer.analysis.comparison.verdict import sentences
+    from trainer.analysis.mlflow_pages import page_of_comparison
 
     if a.study:
         return _compare_study(a)
@@ -97,6 +99,8 @@ def compare(a: argparse.Namespace) -> None:
         show(f"warning: {text}")
     for path in compare_page.write(found, out):
         show(path)
+    if link := page_of_comparison([run.directory for group in found.groups for run in group.runs]):
+        show(f"in MLflow: {link}")
     write_json(a.json, facts(found))
 
 

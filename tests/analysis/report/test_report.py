@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib.image
 import numpy as np
@@ -13,8 +14,9 @@ from rich.console import Console as Terminal
 
 from tests.support.journals import START, lines, write
 from trainer.analysis.history import history
+from trainer.analysis.mlflow_pages import page_of_comparison, page_of_run
 from trainer.analysis.report.picture import picture
-from trainer.analysis.report.summary import summary, where_to_look
+from trainer.analysis.report.summary import summary
 from trainer.journal.file import JournalError
 
 
@@ -129,10 +131,27 @@ def test_the_curves_are_the_evaluations(tmp_path: Path, monkeypatch: pytest.Monk
         assert list(line.get_xdata()) == pytest.approx([point.elapsed for point in run.evals(ema)])  # in seconds: 14 of them
 
 
-def test_where_to_look(tmp_path: Path):
-    assert where_to_look(tmp_path) == f"not in MLflow yet; to upload it: trilevel sync {tmp_path}"
+def test_page_of_run(tmp_path: Path):
+    assert page_of_run(tmp_path) == f"not in MLflow yet; to upload it: trilevel sync {tmp_path}"
     state = {"uri": "sqlite:////x/runs/mlflow.db", "run_id": "abc", "experiment_id": "1"}
     (tmp_path / "mlflow.json").write_text(json.dumps(state))
-    assert where_to_look(tmp_path).startswith("mlflow ui --backend-store-uri sqlite:////x/runs/mlflow.db ")
+    assert page_of_run(tmp_path).startswith("mlflow ui --backend-store-uri sqlite:////x/runs/mlflow.db ")
     (tmp_path / "mlflow.json").write_text(json.dumps(state | {"uri": "http://host:5000/"}))
-    assert where_to_look(tmp_path) == "http://host:5000/#/experiments/1/runs/abc"
+    assert page_of_run(tmp_path) == "http://host:5000/#/experiments/1/runs/abc"
+
+
+def test_page_of_comparison(tmp_path: Path):
+    """MLflow's own route: compare-runs with JSON lists of runs and experiments (static/js of mlflow 3: getCompareRunPageRoute)."""
+    states = {
+        "a": ("http://host:5000", "ra", "1"),
+        "b": ("http://host:5000", "rb", "2"),
+        "other": ("http://elsewhere", "rc", "1"),
+    }
+    for name, (uri, run, experiment) in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mlflow.json").write_text(json.dumps({"uri": uri, "run_id": run, "experiment_id": experiment}))
+    (tmp_path / "not uploaded").mkdir()
+    page = page_of_comparison([tmp_path / "a", tmp_path / "b"])
+    assert unquote(page) == 'http://host:5000/#/compare-runs?runs=["ra","rb"]&experiments=["1","2"]'
+    for others in (["a"], ["a", "other"], ["a", "b", "not uploaded"]):
+        assert page_of_comparison([tmp_path / name for name in others]) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,6 @@ from trainer.analysis.history import History, history
 from trainer.analysis.report.goodput import by_cause
 from trainer.analysis.report.savings import savings_of
 from trainer.analysis.units import duration
-from trainer.config.credentials import without_credentials
 from trainer.journal.reader import read
 from trainer.storage.disk import write_text
 from trainer.storage.text import markdown_text
@@ -110,22 +108,6 @@ def write(directory: Path | str) -> Summary:
 
     picture(run)
     return found
-
-
-def where_to_look(directory: Path | str) -> str:
-    """How to open the run in MLflow, from RUN/mlflow.json, or how to upload it."""
-    directory = Path(directory)
-    try:
-        state = json.loads((directory / "mlflow.json").read_text())
-        uri, run_id = without_credentials(str(state["uri"])), state["run_id"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        state, uri, run_id = {}, "", None
-    if not run_id:
-        return f"not in MLflow yet; to upload it: trilevel sync {directory}"
-    page = f"experiments/{state.get('experiment_id')}/runs/{run_id}"
-    if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/{page}"
-    return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/#/{page}"
 
 
 def _accuracy(run: History) -> list[ReportRow]:
