@@ -28,10 +28,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from trainer.data.progress import progress_bar
 from trainer.journal.file import JournalError
 from trainer.storage.memory_limit import memory_limit
 from trainer.tracking.mlflow_client import ANSWER, RunDeleted, load_library, timeout
@@ -55,7 +57,11 @@ def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
     with _only_shipper(directory, lambda: False) as alone:
         if not alone:
             return SyncResult(False, f"{directory}: another process is uploading this run; try again when it has ended")
-        return _drive(JournalUploader(directory), lambda _: False, every=0.0, patience=patience, by_hand=True)
+        uploader = JournalUploader(directory)
+        with progress_bar("upload", max(0, uploader.size - uploader.state.offset), "bytes of the journal") as progress:
+            return _drive(
+                uploader, lambda _: False, 0.0, patience, by_hand=True, sent=partial(progress.advance, progress.task_ids[0])
+            )
 
 
 class _Late(Exception):
@@ -88,13 +94,19 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 def _drive(
-    shipment: JournalUploader, wait: Callable[[float], bool], every: float, patience: float, by_hand: bool
+    shipment: JournalUploader,
+    wait: Callable[[float], bool],
+    every: float,
+    patience: float,
+    by_hand: bool,
+    sent: Callable[[float], None] = lambda _: None,
 ) -> SyncResult:
     """Upload until `wait` (sleeps; False once the run has ended) and then until all is sent or `patience` seconds have passed.
 
     shipment: the uploader of the run.
     every: seconds between two checks of the journal.
     patience: seconds from the end of the run; with `by_hand` from the last progress.
+    sent: called with the bytes of the journal in each batch.
     """
     directory, alive, limit, ends, failures = shipment.directory, True, math.inf, math.inf, 0
     timeout(TIMEOUTS[0])
@@ -102,7 +114,7 @@ def _drive(
     while True:
         if alive and not wait(0.0):
             alive, limit, ends = False, shipment.size, time.monotonic() + patience
-        began = time.monotonic()
+        began, offset = time.monotonic(), shipment.state.offset
         try:
             with _deadline(patience + GRACE if by_hand else math.inf), memory_limit(ANSWER):
                 busy = shipment.send_batch(limit)
@@ -115,6 +127,7 @@ def _drive(
             if not busy:
                 shipment.upload(first=True)
             failures = 0
+            sent(shipment.state.offset - offset)
             if busy and by_hand:
                 ends = time.monotonic() + patience
         except RunDeleted as error:
