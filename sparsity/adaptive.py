@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsity import attention
+from sparsity.network import SparseNetwork
 from sparsity.tokens import mass as by_mass
 from sparsity.tokens.scores import Score
 from sparsity.types import Tokens, VisibleKeys
@@ -41,10 +42,11 @@ class AdaptiveViT(nn.Module):
     """
 
     def __init__(
-        self, model: SparseViT, score: Score | None = None, execution: str = "packed", least: int = by_mass.LEAST
+        self, model: SparseNetwork, score: Score | None = None, execution: str = "packed", least: int = by_mass.LEAST
     ) -> None:
         super().__init__()
         refuse(model)
+        assert isinstance(model, SparseViT)
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r}: unknown value; valid values: {', '.join(EXECUTIONS)}")
         self.model, self.score, self.execution, self.least = model, score, execution, least
@@ -166,8 +168,12 @@ def positions(chosen: Tensor, num_prefix: int) -> Tensor:
     return torch.cat((prefix, chosen + num_prefix), dim=1)
 
 
-def refuse(model: SparseViT) -> None:
+def refuse(model: SparseNetwork) -> None:
     """Raises ValueError, naming the key, for a model whose tokens cannot differ in number between images."""
+    if not isinstance(model, SparseViT):
+        raise ValueError(
+            f"a {type(model.network).__name__} has the same number of tokens for every image; choose a network of {SparseViT.models}"
+        )
     if len(model.blocks) != 1:
         raise ValueError(
             f"tokens.blocks={sorted(model.blocks)}: mass-based selection needs exactly one pruning block; set e.g. tokens.blocks=[2]"

@@ -1,72 +1,65 @@
-"""Builds the network with the mechanisms of levels 2 and 3, by settings or by name."""
+"""Builds the network with the mechanisms of levels 2 and 3, by settings or by name, in the family that it belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from sparsity import attention
 from sparsity.connections import CONNECTIONS
-from sparsity.settings import ConnectionSettings, Network, TokenSettings, choose
+from sparsity.dense import Dense
+from sparsity.network import Levels, SparseNetwork
+from sparsity.settings import ConnectionSettings, TokenSettings, choose
 from sparsity.tokens import TOKENS
-from sparsity.vit import SparseViT, refuse
+from sparsity.vit import SparseViT
+
+FAMILIES: dict[str, type[SparseNetwork]] = {"vit": SparseViT, "dense": Dense}
+"""By name; the first one that can run a network does. The last takes every network, without levels 2 to 4."""
 
 
 def build(
-    vit: VisionTransformer,
+    network: nn.Module,
     *,
     tokens: TokenSettings | str = "all",
     connections: ConnectionSettings | str = "all",
     blocks: Sequence[int] = (3, 6, 9),
     position: str = "attention",
     compat: str = "none",
-) -> SparseViT:
-    """`vit` with a mechanism of each level in `blocks`; a name stands for its method with default settings.
+    image_size: int | None = None,
+) -> SparseNetwork:
+    """`network` of timm with a mechanism of each level in `blocks`; a name stands for its method with default settings. image_size: side
+    of the images in pixels, for networks that take any size.
 
-    Raises ValueError, with the key to change, for settings that contradict each other.
+    Raises ValueError, with the key to change, for settings that contradict each other or that the family does not support.
     """
-    refuse(vit)
     tokens = choose(TOKENS, tokens)() if isinstance(tokens, str) else tokens
     connections = choose(CONNECTIONS, connections)() if isinstance(connections, str) else connections
-    off = tokens.off and connections.off
-    if not off:
-        _refuse_blocks(blocks, len(vit.blocks))
-    _refuse_compat(vit, tokens, connections, compat)
-    authors = compat == "authors"
-    network = Network(vit.has_class_token, vit.global_pool, carry_qkv=not connections.off, authors=authors)
-    return SparseViT(
-        vit,
-        reduce=tokens.build(network),
-        connect=connections.build(network),
-        blocks=() if off else blocks,
-        position=position,
-        attend=attention.authors if authors else attention.fused,
-    )
-
-
-def _refuse_blocks(blocks: Sequence[int], depth: int) -> None:
-    if not blocks:
-        raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
-    if max(blocks) >= depth:
-        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}; change tokens.blocks")
-
-
-def _refuse_compat(vit: VisionTransformer, tokens: TokenSettings, connections: ConnectionSettings, compat: str) -> None:
     if compat not in ("none", "authors"):
         raise ValueError(f"compat={compat!r}: unknown value; valid values: none, authors")
-    if compat == "none":
-        return
-    if not vit.has_class_token or vit.num_prefix_tokens != 1:
+    levels = Levels(tokens, connections, tuple(blocks), position, compat, image_size)
+    reasons = [family.why_not(network) for family in FAMILIES.values()]
+    family = list(FAMILIES.values())[reasons.index("")]
+    if family is Dense or (levels.off and family.uncounted(network)):  # computed whole, every network can be counted
+        family = Dense
+        _refuse_levels(network, levels, reasons)
+    return family.of(network, levels)
+
+
+def _refuse_levels(network: nn.Module, levels: Levels, reasons: Sequence[str]) -> None:
+    """Raises ValueError for levels 2 and 3, and the form of the reference code, of a network that is computed whole."""
+    wanted = [f"compat={levels.compat}"] if levels.compat != "none" else []
+    for methods, settings in ((TOKENS, levels.tokens), (CONNECTIONS, levels.connections)):
+        if not settings.off:
+            name = next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
+            wanted.append(f"{settings.section}.method={name}")
+    if wanted:
         raise ValueError(
-            "compat=authors: the reference code has no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
+            f"{', '.join(wanted)}: a {type(network).__name__} keeps all tokens and connections ({'; '.join(filter(None, reasons))}); "
+            f"choose a network of {can(lambda family: family is not Dense)}, or leave out examples only: tokens.method=all, "
+            "connections.method=all, compat=none"
         )
-    if not (tokens.in_reference_code and connections.in_reference_code):
-        names = (
-            next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
-            for methods, settings in ((TOKENS, tokens), (CONNECTIONS, connections))
-        )
-        raise ValueError(
-            "compat=authors with tokens.method={}, connections.method={}: the reference code has tokens.method=topk without "
-            "tokens.fuse, and connections.method=exact; choose those, or compat=none".format(*names)
-        )
+
+
+def can(fits: Callable[[type[SparseNetwork]], bool]) -> str:
+    """The families with a property, for messages."""
+    return " or ".join(family.models for family in FAMILIES.values() if fits(family))

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from sparsity.network import Cost
 from sparsity.types import DENSE, BlockShape, Connect, Plan, Reduce
-from sparsity.vit import SparseViT
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,27 @@ class Shape:
     connect: Connect
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of one image: total, and of each block.
+class Selecting(Protocol):
+    """What `SparseViT` has, as far as its cost depends on it."""
 
-    tokens: input tokens (with prefix) of each block's attention. left: tokens after the last block.
-    """
+    blocks: frozenset[int]
+    position: str
+    reduce: Reduce
+    connect: Connect
 
-    total: int
-    per_block: tuple[int, ...]
-    tokens: tuple[int, ...]
-    left: int
+    @property
+    def vit(self) -> VisionTransformer: ...
 
 
-def shape_of(model: SparseViT, left: Mapping[str, float] = MappingProxyType({})) -> Shape:
+def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({})) -> Shape:
     """The shape of a model, at its own image size. Raises ValueError if the patch embedding is not a single convolution.
 
     left: shares of pruned layers that are computed, see `Pruning.shares`: of the weight by name of a linear layer, of the heads by name of
     an attention.
     """
-    vit = model.vit
-    convolution = getattr(vit.patch_embed, "proj", None)
-    if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
-        raise ValueError(
-            f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are implemented for a single convolution only"
-        )
+    vit: Any = model.vit
+    refuse(vit)
+    convolution = vit.patch_embed.proj
     num_patches = vit.patch_embed.num_patches
     heads = [getattr(vit, name) for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
     per_token, per_image = _pooling(vit.attn_pool)
@@ -97,8 +94,18 @@ def shape_of(model: SparseViT, left: Mapping[str, float] = MappingProxyType({}))
     )
 
 
+def refuse(vit: Any) -> None:
+    """Raises ValueError, naming the part, for a VisionTransformer whose multiply-adds are not counted here."""
+    convolution = getattr(vit.patch_embed, "proj", None)
+    if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
+        raise ValueError(
+            f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are implemented for a single convolution only"
+        )
+    _pooling(vit.attn_pool)
+
+
 def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
-    """Count the tokens block by block, as in `SparseViT`."""
+    """Count the tokens block by block, as in `vit`."""
     patches, keys, p = shape.num_patches, shape.num_patches, shape.num_prefix
     per_block, tokens = [], []
     for number, block in enumerate(shape.blocks):

@@ -6,31 +6,37 @@ gradient checkpointing). Letters as in `types`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import torch
-import torch._dynamo
 from timm.layers import Attention, DropPath, PatchDropout
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsity import attention, keyed_random
-from sparsity.tokens import scores
+from sparsity import attention, drop_path, keyed_random
+from sparsity import cost as counted
+from sparsity.connections import CONNECTIONS
+from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
+from sparsity.settings import Network
+from sparsity.tokens import TOKENS, scores
 from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys
 
-PATHS, PATCHES = 0x70617468, 0x70617463  # salts of drop path and patch drop
-NUM_GRAPHS = 128  # plans of a run x training and evaluation x weights and their average
+PATCHES = 0x70617463  # salt of patch drop
 
 
-class SparseViT(nn.Module):
+class SparseViT(SparseNetwork):
     """`vit` with token reduction and connections in `blocks` (counted from 0).
 
     position: where tokens are dropped, "attention" (before the MLP of the block) or "block" (after it). Raises ValueError, naming it,
     for a network whose forward pass it cannot reproduce.
     """
+
+    models = "vit_* and deit* (timm's VisionTransformer)"
+    gives = frozenset({"cls_attention", "importance", "kept", "keys"})
+    prunes_weights = True
 
     def __init__(
         self,
@@ -42,7 +48,7 @@ class SparseViT(nn.Module):
         position: str = "attention",
         attend: attention.Attend = attention.fused,
     ) -> None:
-        super().__init__()
+        super().__init__(vit)
         refuse(vit)
         outside = [b for b in blocks if not 0 <= b < len(vit.blocks)]
         if outside:
@@ -51,24 +57,49 @@ class SparseViT(nn.Module):
             raise ValueError(
                 f"position={position!r}: unknown value; valid values: attention (before the MLP), block (after it)"
             )
-        self.vit = vit
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
-        self.training = vit.training
+
+    @classmethod
+    def why_not(cls, network: nn.Module) -> str:
+        return _text_of(refuse, network)
+
+    @classmethod
+    def uncounted(cls, network: nn.Module) -> str:
+        return _text_of(counted.refuse, network)
+
+    @classmethod
+    def of(cls, network: nn.Module, levels: Levels) -> Self:
+        vit, off, authors = cast(VisionTransformer, network), levels.off, levels.compat == "authors"
+        refuse(vit)
+        if not off:
+            _refuse_blocks(levels.blocks, len(vit.blocks))
+        if authors:
+            _refuse_compat(vit, levels)
+        about = Network(vit.has_class_token, vit.global_pool, carry_qkv=not levels.connections.off, authors=authors)
+        return cls(
+            vit,
+            reduce=levels.tokens.build(about),
+            connect=levels.connections.build(about),
+            blocks=() if off else levels.blocks,
+            position=levels.position,
+            attend=attention.authors if authors else attention.fused,
+        )
+
+    @property
+    def vit(self) -> VisionTransformer:
+        """The timm network."""
+        return self.network
 
     def forward(
         self, images: Tensor, plan: Plan = DENSE, outputs: frozenset[str] = frozenset(), rng_keys: Tensor | None = None
     ) -> ModelOutput:
-        """images (B, 3, height, width) float -> ModelOutput. outputs: "cls_attention", "importance:<block>", "kept", "keys".
-
-        rng_keys: (B,) int64, the key of each image: drop path and patch drop then depend on it alone, not on rank or batch mates. None:
-        timm's modules draw from the global generator, as in timm. Dropout proper (timm's *_drop_rate) always does.
-        """
+        """As `SparseNetwork`. outputs: "cls_attention", "importance:<block>", "kept", "keys". rng_keys: patch drop depends on them too."""
         wanted = Wanted.parse(outputs, len(self.vit.blocks))
         tokens = self._embedded(images, rng_keys)
         paths = None
         if rng_keys is not None and self.vit.training:
-            drawn = keyed_random.uniform(rng_keys, PATHS, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
+            drawn = keyed_random.uniform(rng_keys, drop_path.SALT, shape=(len(self.vit.blocks), 2))  # (B, L, 2)
             paths = drawn.movedim(0, 2)[..., None, None].unbind()  # per block (2, B, 1, 1): views, no kernels in the blocks
         kept, keys, cls_attention, importance = {}, {}, None, None
         for number in range(len(self.vit.blocks)):
@@ -104,14 +135,16 @@ class SparseViT(nn.Module):
         """Whether level 3 is on."""
         return not isinstance(self.connect, ConnectAll)
 
-    def compile(self, *args: Any, **settings: Any) -> None:
-        """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
+    def cost(self, plan: Plan = DENSE, left: Mapping[str, float] = NOTHING_LEFT_OUT) -> Cost:
+        return counted.cost(counted.shape_of(self, left), plan)
 
-        A graph is reused when its plan comes again; up to NUM_GRAPHS are kept (torch's default limit is 8).
-        """
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
-        super().compile(*args, **({"dynamic": False} | settings))
+    def dense(self) -> SparseViT:
+        """Itself, unless its attention is not timm's (`compat: authors`), which is slower."""
+        return self if self.attend is attention.fused else SparseViT(self.vit)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.vit.patch_embed.grid_size
 
     def _embedded(self, images: Tensor, rng_keys: Tensor | None) -> Tokens:
         vit = self.vit
@@ -229,6 +262,14 @@ def refuse(vit: nn.Module) -> None:
         )
 
 
+def _text_of(check: Callable[[nn.Module], None], network: nn.Module) -> str:
+    try:
+        check(network)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def parts_of(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
     """The modules before and after attention and MLP: norm and LayerScale, or identity and norm."""
     if isinstance(block, ResPostBlock):
@@ -241,13 +282,31 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
-    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1).
-
-    As many kernels as timm's own: at small batches a step is bound by kernel launches.
-    """
+    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1)."""
     if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
         return path(x)
-    keep = 1.0 - path.drop_prob
-    stays = drawn[branch] < keep
-    scaled = stays / keep if path.scale_by_keep and keep > 0.0 else stays
-    return x * scaled.to(x.dtype)
+    return drop_path.dropped(path, x, drawn[branch])
+
+
+def _refuse_blocks(blocks: Collection[int], depth: int) -> None:
+    if not blocks:
+        raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
+    if max(blocks) >= depth:
+        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}; change tokens.blocks")
+
+
+def _refuse_compat(vit: VisionTransformer, levels: Levels) -> None:
+    """Raises ValueError where the reference code has no such network or method."""
+    if not vit.has_class_token or vit.num_prefix_tokens != 1:
+        raise ValueError(
+            "compat=authors: the reference code has no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
+        )
+    if not (levels.tokens.in_reference_code and levels.connections.in_reference_code):
+        names = (
+            next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
+            for methods, settings in ((TOKENS, levels.tokens), (CONNECTIONS, levels.connections))
+        )
+        raise ValueError(
+            "compat=authors with tokens.method={}, connections.method={}: the reference code has tokens.method=topk without "
+            "tokens.fuse, and connections.method=exact; choose those, or compat=none".format(*names)
+        )

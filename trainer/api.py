@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
-    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
 
     from trainer.config.run_config import Config
     from trainer.model.exported import AnyDensity
@@ -72,6 +72,7 @@ def evaluate(
     One row per density, with the columns of `trilevel eval --json`. Raises ConfigError.
     """
     import pandas
+    from torch import nn
 
     from trainer.analysis.evaluation.densities import score
 
@@ -86,6 +87,7 @@ def read_run(run: str | Path) -> dict[str, pandas.DataFrame]:
     the line before, `time` in seconds since 1970. Raises JournalError where there is no journal.
     """
     import pandas
+    from torch import nn
 
     from trainer.journal.reader import lineage
 
@@ -103,6 +105,7 @@ def compare(*runs: str | Path, base: str | None = None) -> pandas.DataFrame:
     base / run, above 1 is cheaper. Raises NothingToCompare.
     """
     import pandas
+    from torch import nn
 
     from trainer.analysis.comparison.figures import facts
     from trainer.analysis.comparison.groups import compare as compared
@@ -119,7 +122,7 @@ def load_model(path: str | Path) -> AnyDensity:
     return load_exported(path)
 
 
-def load_weights(path: str | Path) -> VisionTransformer:
+def load_weights(path: str | Path) -> nn.Module:
     """The plain timm model of a run directory or of a file of `trilevel export`, with its weights, in evaluation mode: dense, nothing of
     ours around it. Files of `export --compact` whose layers differ in size, and those of `--blocks`, are refused: see `load_model`.
     Raises ConfigError.

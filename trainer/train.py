@@ -73,7 +73,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 last = _forward_backward(run, config, batch, plans.draw(config.seed, state.step), mix, total)
                 if taken := engine.step():
                     run.pruning.after_step(lr)
-                    run.ema.update(run.model.vit)
+                    run.ema.update(run.model.network)
                 meters.end_phase("optimizer")
 
                 meters.end_step(int((batch.weights > 0).sum()), batch.broken, waited)

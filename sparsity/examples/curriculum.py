@@ -92,6 +92,11 @@ class ExampleSettings(Settings):
         return []
 
     @property
+    def reads_attention(self) -> tuple[str, str]:
+        """The setting that reads the attention of the last block, as key=value, and the remedy for a network without; ("", "") for none."""
+        return "", ""
+
+    @property
     def _anneal(self) -> float:
         return float(getattr(self, "anneal", 0.0))
 

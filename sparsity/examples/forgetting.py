@@ -87,6 +87,11 @@ class ForgettingSettings(ExampleSettings):
             )
         return found
 
+    @property
+    def reads_attention(self) -> tuple[str, str]:
+        swaps = self.removed and self.swap and self.updates
+        return ("examples.ties=spread", "set examples.ties=id") if self.ties == "spread" and swaps else ("", "")
+
     def _updates_in(self, run: RunLength) -> int:
         """The number of updates that a run reaches."""
         return min(self.updates, int(max(self.all_from(*run) - 1, 0) // self.window)) if self.window else self.updates

@@ -21,11 +21,11 @@ from trainer.model.schedule import set_learning_rate
 
 
 class Wrapped(nn.Module):
-    """A timm model inside another, as SparseViT holds it."""
+    """A timm model inside another, as SparseNetwork holds it."""
 
-    def __init__(self, vit):
+    def __init__(self, network):
         super().__init__()
-        self.vit = vit
+        self.network = network
 
 
 def vit(name="deit_tiny_patch16_224", **kwargs):

@@ -127,8 +127,8 @@ def test_the_name_defaults_to_the_model_and_a_name_of_its_own_has_no_arguments_o
         build(config(file, name="deit_tiny_patch16_224"))  # of full size
     with pytest.raises(ConfigError, match=r"teacher.name='deit_tinny_patch16_224': unknown model of timm"):
         build(config(file, name="deit_tinny_patch16_224"))
-    with pytest.raises(ConfigError, match=r"teacher.name=resnet18 with teacher.args={}: rejected by timm"):
-        build(config(file, name="resnet18", args={}))
+    with pytest.raises(ConfigError, match=r"teacher.name=resnet18 with teacher.args={'heads': 3}: rejected by timm"):
+        build(config(file, name="resnet18", args={"heads": 3}))
 
 
 def test_no_teacher_does_nothing():

@@ -110,6 +110,6 @@ def test_what_cannot_be_counted_is_refused():
     vit = tiny()
     vit.patch_embed.proj = torch.nn.Sequential(vit.patch_embed.proj)
     with pytest.raises(ValueError, match="patch_embed is a PatchEmbed"):
-        shape_of(build(vit))
+        shape_of(build(vit, tokens="random", blocks=(0,)))
     with pytest.raises(ValueError, match="attn_pool is a AttentionPoolPrr"):
-        shape_of(build(FAMILIES["prr_pooling"]()))
+        shape_of(build(FAMILIES["prr_pooling"](), tokens="random", blocks=(0,)))

@@ -100,7 +100,7 @@ def test_any_image_size_is_resampled_as_timm_does():
 
 def test_weights_keep_timms_names():
     vit = tiny()
-    assert {"vit." + name for name in vit.state_dict()} == set(levels(vit).state_dict())
+    assert {"network." + name for name in vit.state_dict()} == set(levels(vit).state_dict())
 
 
 def test_ids_survive_patch_drop():

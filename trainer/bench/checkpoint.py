@@ -66,7 +66,7 @@ def bench(config: Config, saves: int = 5, examples: int = EXAMPLES) -> BenchResu
     engine = Engine(config.engine, batch_split, config.optim.clip)
     model = build_model(config)
     engine.prepare(model, build_optimizer(model, config.optim))
-    ema = Ema(model.vit, config.optim.ema)
+    ema = Ema(model.network, config.optim.ema)
     level = build_examples(config, stand_in(examples, config.model.classes))
     selection = level.select(0, engine.all_gather)
     _step(engine, config)

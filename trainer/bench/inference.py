@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsity.adaptive import AdaptiveViT
 from sparsity.build import build
 from sparsity.cost import cost_with, shape_of
+from sparsity.network import SparseNetwork
 from sparsity.tokens.mass import LEAST
 from sparsity.tokens.tome import MergeSettings
 from sparsity.tokens.topk import TopKSettings
@@ -57,7 +58,9 @@ def bench(config: Config, density: float, batches: list[int], rounds: int) -> Be
     if not 0.0 < density < 1.0:
         raise ConfigError(f"--density {density:g}: must be in (0, 1)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit = weights.create(config.model.model_copy(update={"init": "random"}), config.seed).to(device).eval()
+    vit: Any = weights.create(config.model.model_copy(update={"init": "random"}), config.seed).to(device).eval()
+    if why := SparseViT.why_not(vit):
+        raise ConfigError(f"bench inference: model.name={config.model.name}: {why}")
     half = device.type == "cuda" and config.engine.precision != "float32"
     found: dict[str, dict[str, Any]] = {}
     for batch in batches:
@@ -88,6 +91,7 @@ def _rows(config: Config, vit: Any, density: float, batch: int) -> dict[str, Row
     block, plan = _block(config), Plan(density)
     value = build(vit, tokens=TopKSettings(keep=density), blocks=(block,), position="block")
     whole, cost = cost_of(value, DENSE), cost_of(value, plan)
+    assert isinstance(value, SparseViT)
     dense, shape, num = SparseViT(vit), shape_of(value), vit.patch_embed.num_patches
     mean = cost["tokens"][-1] - vit.num_prefix_tokens
     counts = _counts(batch, mean, num).to(next(vit.parameters()).device)
@@ -168,7 +172,7 @@ def _counts(batch: int, mean: int, num: int) -> Tensor:
     return counts[order] + (abs(short) // batch) * (1 if short > 0 else -1)
 
 
-def _evit(vit: Any, wanted: float) -> tuple[SparseViT, Plan]:
+def _evit(vit: Any, wanted: float) -> tuple[SparseNetwork, Plan]:
     """EViT at its three blocks, with the keep ratio (in hundredths) whose multiply-adds are nearest to `wanted`."""
     depth = len(vit.blocks)
     model = build(vit, tokens=TopKSettings(keep=0.5, fuse=True), blocks=sorted({depth // 4, depth // 2, 3 * depth // 4}))
@@ -176,7 +180,7 @@ def _evit(vit: Any, wanted: float) -> tuple[SparseViT, Plan]:
     return model, min(plans, key=lambda plan: abs(cost_of(model, plan)["multiply_adds"] - wanted))
 
 
-def _tome(vit: Any, wanted: float) -> tuple[SparseViT, Plan]:
+def _tome(vit: Any, wanted: float) -> tuple[SparseNetwork, Plan]:
     """ToMe in every block, with the number of merged tokens whose multiply-adds are nearest to `wanted`."""
     every = range(len(vit.blocks))
     most = max(1, vit.patch_embed.num_patches // 2)

@@ -14,8 +14,8 @@ from scipy.stats import quantile_test
 from torch import nn
 from torch.nn import functional as F
 
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Plan
-from sparsity.vit import SparseViT
 from trainer.bench.result import stats
 from trainer.data.progress import tracked
 from trainer.telemetry import timing
@@ -126,7 +126,7 @@ def _step(
 
     def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = network(inputs, plan, frozenset(), rng_keys).logits if isinstance(network, SparseViT) else network(inputs)
+            out = network(inputs, plan, frozenset(), rng_keys).logits if isinstance(network, SparseNetwork) else network(inputs)
         F.cross_entropy(out.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()

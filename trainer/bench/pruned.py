@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from sparsity import cost
 from sparsity.vit import SparseViT
 from sparsity.weights import compact
 from sparsity.weights.gathered import gathered
@@ -31,7 +30,9 @@ def bench(config: Config, forms: Sequence[str], batches: list[int], rounds: int)
     if wrong := next((form for form in forms if form not in FORMS), None):
         raise ConfigError(f"--forms: unknown value {wrong!r}; valid values: {', '.join(FORMS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit = weights.create(config.model.model_copy(update={"init": "random"}), config.seed).eval()
+    vit: Any = weights.create(config.model.model_copy(update={"init": "random"}), config.seed).eval()
+    if why := SparseViT.why_not(vit):
+        raise ConfigError(f"bench inference --forms: model.name={config.model.name}: {why}")
     level = config.weights.settings.build(vit)
     level.begin_epoch(config.epochs, lambda: dict(vit.named_parameters()))
     if level.kept is None:
@@ -65,7 +66,7 @@ def bench(config: Config, forms: Sequence[str], batches: list[int], rounds: int)
 def _rows(vit: Any, level: Pruning, forms: Sequence[str], device: torch.device) -> dict[str, Row]:
     assert level.kept is not None
     model = SparseViT(vit)
-    whole, left = cost.cost(cost.shape_of(model)), cost.cost(cost.shape_of(model, level.shares()))
+    whole, left = model.cost(), model.cost(left=level.shares())
     tokens = float(whole.tokens[-1])
     rows = {"timm": Row(vit.to(device), whole.total, tokens)}
     try:

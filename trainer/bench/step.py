@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from sparsity.types import DENSE
-from sparsity.vit import SparseViT
 from trainer.bench.bookkeeping import bookkeeping
 from trainer.bench.bookkeeping import describe as describe_bookkeeping
 from trainer.bench.paired import TimedPlan, paired
@@ -47,7 +46,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     config = config.without_teacher().changed(model={"init": "random"})
     other = config if against is None else against.without_teacher().changed(model={"init": "random"})
     ours = build_model(config)  # one set of weights for all rows, so that memory placement favours none
-    theirs, timm = SparseViT(ours.vit) if against is None else build_model(other), ours.vit
+    theirs, timm = ours.dense() if against is None else build_model(other), ours.network
     for network, of in ((ours, config), (theirs, other), (timm, config)):
         _compile(network, of)
     schedule = build_schedule(config)

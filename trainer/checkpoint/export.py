@@ -20,7 +20,7 @@ from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
 from trainer.model import pruned_file, thresholds
 from trainer.model.exported import TOKENS
-from trainer.model.weights import save_weights
+from trainer.model.weights import fixes_image_size, save_weights
 
 
 class Exported(NamedTuple):
@@ -31,7 +31,8 @@ class Exported(NamedTuple):
 
     def text(self) -> str:
         about = self.about
-        words = f"timm.create_model({about['model']!r}, num_classes={about['classes']}, img_size={about['image_size']}"
+        size = f", img_size={about['image_size']}" if fixes_image_size(about["model"]) else ""
+        words = f"timm.create_model({about['model']!r}, num_classes={about['classes']}{size}"
         more = "".join(f", {key}={value!r}" for key, value in json.loads(about["args"]).items())
         which = "EMA weights" if about["ema"] == "true" else "weights"
         sparse = json.loads(about[TOKENS])["method"] != "all"

@@ -54,7 +54,7 @@ def export_onnx(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema, form).path)
-        size = int(network.model.vit.patch_embed.img_size[0])
+        size = network.image_size
         whole, written = _AtDensity(network, density).eval(), Path(folder) / "model.onnx"
         _write(whole, torch.zeros(2, 3, size, size), written)
         difference = _difference(whole, onnxruntime.InferenceSession(written), size)

@@ -17,10 +17,10 @@ LOADS = frozenset({"checkpoint_path", "cache_dir", "features_only", "scriptable"
 
 
 class ModelConfig(Section):
-    """Which network. `name` is a timm VisionTransformer; `args` is passed to `timm.create_model`."""
+    """Which network. `name` is a classifier of timm; `args` is passed to `timm.create_model`. What works with which: docs/networks.md."""
 
     name: str
-    """timm name of a VisionTransformer, e.g. deit_small_patch16_224."""
+    """timm name, e.g. deit_small_patch16_224. A plain VisionTransformer has all four levels, others fewer, see docs/networks.md."""
     classes: int = Field(default=1000, ge=2)
     """Number of classes. `trilevel pack` prints it; labels outside are refused."""
     image_size: int = Field(default=224, ge=8)

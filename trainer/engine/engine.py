@@ -235,4 +235,4 @@ class Engine(Processes):
     @property
     def state(self) -> FullState:
         """Weights and optimizer state, unsharded and by timm's names, as in a checkpoint."""
-        return FullState(getattr(self.module, "vit", self.module), self.optimizer, self.rank, self.world, self.device)
+        return FullState(getattr(self.module, "network", self.module), self.optimizer, self.rank, self.world, self.device)

@@ -7,12 +7,12 @@ from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 
-from sparsity import build, cost
+from sparsity import build
 from sparsity.examples.curriculum import Curriculum, TrainingRun
+from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
-from sparsity.vit import SparseViT
 from sparsity.weights.pruning import Pruning
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -23,12 +23,12 @@ from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
 
 
-def build_model(config: Config) -> SparseViT:
-    """The timm VisionTransformer of `config.model`, seeded, with the mechanisms of levels 2 and 3. Raises ConfigError, also for
-    a network whose multiply-adds are unknown, because a run reports its savings."""
+def build_model(config: Config) -> SparseNetwork:
+    """The timm network of `config.model`, seeded, with the mechanisms of levels 2 and 3. Raises ConfigError, also for a network whose
+    multiply-adds are unknown, because a run reports its savings."""
     network = weights.create(config.model, config.seed)
     if config.engine.checkpointing:
-        network.set_grad_checkpointing()
+        _checkpoint(network, config)
     if config.teacher.logits != "none" and isinstance(network, VisionTransformerDistilled):
         network.set_distilled_training(True)  # in training it returns a pair of logits: of [CLS] and of the distillation token
     t = config.tokens
@@ -40,14 +40,40 @@ def build_model(config: Config) -> SparseViT:
             blocks=t.blocks,
             position=t.position,
             compat=config.compat,
+            image_size=config.model.image_size,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"model.name={config.model.name}: {error}") from error
     try:
-        cost.shape_of(model)
+        model.cost()
     except ValueError as error:
-        raise ConfigError(f"model.name={config.model.name}: {error}; choose another vit_* or deit* model") from error
+        raise ConfigError(
+            f"model.name={config.model.name}: {error}; set tokens.method=all and connections.method=all, or choose another network"
+        ) from error
+    _refuse_attention(config, model)
     return model
+
+
+def _checkpoint(network: Any, config: Config) -> None:
+    try:
+        network.set_grad_checkpointing()
+    except (AssertionError, AttributeError) as error:
+        raise ConfigError(
+            f"engine.checkpointing=true: timm has no gradient checkpointing for model.name={config.model.name}; set "
+            "engine.checkpointing=false and lower data.micro_batch"
+        ) from error
+
+
+def _refuse_attention(config: Config, model: SparseNetwork) -> None:
+    """Raises ConfigError for a setting that reads the attention of a network that gives none."""
+    key, remedy = config.examples.settings.reads_attention
+    if key and "cls_attention" not in model.gives:
+        raise ConfigError(f"{key}: model.name={config.model.name} gives no attention, which breaks the ties; {remedy}")
+    if config.teacher.tokens > 0 and "importance" not in model.gives:
+        raise ConfigError(
+            f"teacher.tokens={config.teacher.tokens:g}: model.name={config.model.name} gives no importance of tokens; choose a network of "
+            f"{build.can(lambda family: 'importance' in family.gives)}, or set teacher.tokens=0 and distil logits"
+        )
 
 
 def build_examples(config: Config, index: Index) -> Curriculum:
@@ -62,17 +88,22 @@ def build_examples(config: Config, index: Index) -> Curriculum:
         raise ConfigError(str(error)) from error
 
 
-def build_pruning(config: Config, model: SparseViT) -> Pruning:
+def build_pruning(config: Config, model: SparseNetwork) -> Pruning:
     """Level 4 over the layers of a network, before the engine partitions them. Raises ConfigError."""
+    if not (config.weights.settings.off or model.prunes_weights):
+        raise ConfigError(
+            f"weights.method={config.weights.method}: level 4 does not know the layers of a {type(model.network).__name__}; choose a "
+            f"network of {build.can(lambda family: family.prunes_weights)}, or set weights.method=all"
+        )
     try:
-        return config.weights.settings.build(model.vit)
+        return config.weights.settings.build(model.network)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def refuse_frozen(level: Pruning, model: SparseViT) -> None:
+def refuse_frozen(level: Pruning, model: SparseNetwork) -> None:
     """Raises ConfigError if a parameter that level 4 prunes is frozen; call it after `build_optimizer`."""
-    trained = {name for name, parameter in model.vit.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in model.network.named_parameters() if parameter.requires_grad}
     if frozen := sorted(set(level.parameters) - trained):
         raise ConfigError(
             f"weights.layers: {frozen[0]} is frozen by optim.freeze, so nothing could make up for what is pruned; leave its layer out of "
@@ -100,13 +131,13 @@ def build_distillation(config: Config) -> Distillation:
     return Distillation(logits=t.logits, tau=t.tau, alpha=t.alpha, tokens=t.tokens, block=block)
 
 
-def cost_of(model: SparseViT, plan: Plan | PlanMix) -> dict[str, Any]:
+def cost_of(model: SparseNetwork, plan: Plan | PlanMix) -> dict[str, Any]:
     """Tokens in each block and multiply-adds of one image's forward pass under a plan, for the journal; their expectations where steps
     draw their plan from several."""
-    shape = cost.shape_of(model)
     if isinstance(plan, Plan):
-        found = cost.cost(shape, plan)
+        found = model.cost(plan)
         return {"tokens": list(found.tokens), "multiply_adds": found.total}
-    costs = {part: cost.cost(shape, part) for _, part in plan.parts}
-    tokens = [plan.mean(lambda part, block=block: costs[part].tokens[block]) for block in range(len(shape.blocks))]
+    costs = {part: model.cost(part) for _, part in plan.parts}
+    blocks = range(len(next(iter(costs.values())).tokens))
+    tokens = [plan.mean(lambda part, block=block: costs[part].tokens[block]) for block in blocks]
     return {"tokens": tokens, "multiply_adds": plan.mean(lambda part: costs[part].total)}

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsity import build
 from sparsity.adaptive import AdaptiveViT
+from sparsity.network import SparseNetwork
 from sparsity.tokens.scores import BY_NAME
 from sparsity.types import Plan
-from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
@@ -26,16 +25,16 @@ TOKENS = "tokens"  # key of the header: the section of the configuration, as JSO
 
 
 class AnyDensity(nn.Module):
-    """model: the network with its token reduction. thresholds: of mass-based selection, None without."""
+    """model: the network with its token reduction. thresholds: of mass-based selection, None without. image_size: side in pixels."""
 
-    def __init__(self, model: SparseViT, tokens: TokensConfig, thresholds: Thresholds | None) -> None:
+    def __init__(self, model: SparseNetwork, tokens: TokensConfig, thresholds: Thresholds | None, image_size: int) -> None:
         super().__init__()
-        self.model, self.tokens, self.thresholds = model, tokens, thresholds
+        self.model, self.tokens, self.thresholds, self.image_size = model, tokens, thresholds, image_size
         self._adaptive: AdaptiveViT | None = None
         if thresholds is not None:
             score = BY_NAME.get(thresholds.importance)
             self._adaptive = AdaptiveViT(model, score, least=thresholds.least)
-            digest = weights_hash(model.vit.state_dict())
+            digest = weights_hash(model.network.state_dict())
             thresholds.refuse_other(digest, self._adaptive.block, getattr(tokens.settings, "importance", ""), "the file")
 
     @torch.no_grad()
@@ -64,12 +63,14 @@ def load_exported(path: str | Path) -> AnyDensity:
         vit = _network(about)
         pruned_file.shrink(vit, about)
         state = pruned_file.read(state, about)
-        model = build.build(vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position)
+        model = build.build(
+            vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position, image_size=int(about["image_size"])
+        )
     weights.fit(vit, state, str(path), warn=_refuse_change)
-    return AnyDensity(model.eval(), tokens, thresholds.read(path)).eval()
+    return AnyDensity(model.eval(), tokens, thresholds.read(path), int(about["image_size"])).eval()
 
 
-def load_plain(path: str | Path) -> VisionTransformer:
+def load_plain(path: str | Path) -> nn.Module:
     """The plain timm model of a file of `trilevel export`, in evaluation mode. Raises ConfigError for a file without its header and for
     one that timm cannot build: layers of several sizes, blocks."""
     path = Path(path)
@@ -90,7 +91,7 @@ def _header(path: Path) -> dict[str, str]:
     return about
 
 
-def _network(about: Mapping[str, str]) -> VisionTransformer:
+def _network(about: Mapping[str, str]) -> nn.Module:
     """The network of a header with random weights. Raises ValueError."""
     settings = ModelConfig(
         name=about["model"], classes=int(about["classes"]), image_size=int(about["image_size"]), args=json.loads(about["args"])

@@ -7,9 +7,10 @@ Parameter groups are timm's: no weight decay on biases, norms and the model's `n
 from __future__ import annotations
 
 import fnmatch
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
@@ -20,12 +21,12 @@ EMBEDDING = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed"
 
 
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer by name over all parameters of `model` (a SparseViT, or a timm model).
+    """timm's optimizer by name over all parameters of `model` (a SparseNetwork, or a timm model).
 
     Raises ConfigError for a name unknown to timm, and for trainable parameters outside timm's groups.
     """
     refuse_unknown(settings.name)
-    network = getattr(model, "vit", model)  # it has `no_weight_decay` and the layer groups
+    network = getattr(model, "network", model)  # it has `no_weight_decay` and the layer groups
     freeze(network, settings.freeze)
     mine = {id(parameter) for parameter in network.parameters()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in mine and parameter.requires_grad]
@@ -62,11 +63,7 @@ def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
     """
     names = [name for name, _ in network.named_parameters()]
     if isinstance(what, int):
-        depth = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
-        if what > depth:
-            raise ConfigError(f"optim.freeze={what}: this network has {depth} blocks; freeze at most {depth}")
-        first = (*EMBEDDING, *(f"blocks.{number}." for number in range(what))) if what else ()
-        frozen = {name for name in names if name.startswith(first)}
+        frozen = _first(network, names, what) if what else set()
     else:
         for pattern in what:
             if not fnmatch.filter(names, pattern):
@@ -78,6 +75,33 @@ def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
     for name, parameter in network.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+
+
+def _first(network: nn.Module, names: list[str], number: int) -> set[str]:
+    """The parameters of the first `number` blocks and of what is in front of them. Blocks are those of a transformer, or timm's layer
+    groups, which `layer_decay` counts too."""
+    if any(name.startswith("patch_embed.") for name in names) and any(name.startswith("blocks.") for name in names):
+        depth = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+        first = (*EMBEDDING, *(f"blocks.{one}." for one in range(number)))
+        found = {name for name in names if name.startswith(first)}
+    else:
+        groups = _groups(network)
+        depth = len(groups) - 2  # the first one is the stem, the last one norm and head
+        found = {name for group in groups[: number + 1] for name in group}
+    if number > depth:
+        raise ConfigError(f"optim.freeze={number}: this network has {depth} blocks; freeze at most {depth}")
+    return found
+
+
+def _groups(network: nn.Module) -> list[list[str]]:
+    """timm's layer groups in order. Raises ConfigError for a network without them."""
+    if not hasattr(network, "group_matcher"):
+        raise ConfigError(
+            f"optim.freeze: timm has no layer groups for a {type(network).__name__}; name parameters in place of a number of blocks, e.g. "
+            'optim.freeze=["stem.*"]'
+        )
+    groups = group_parameters(network, cast(Any, network).group_matcher(coarse=False))
+    return [groups[number] for number in sorted(groups)]
 
 
 def has_betas(name: str) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from sparsity.weights import compact, stored
@@ -68,7 +68,7 @@ def read(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Te
     return found
 
 
-def shrink(vit: VisionTransformer, header: Mapping[str, str]) -> None:
+def shrink(vit: Any, header: Mapping[str, str]) -> None:
     """Give a new network the layers of a compact file. Raises ValueError for sizes that it cannot have."""
     compact.shrink(vit, {name: int(size) for name, size in json.loads(header.get(COMPACT, "{}")).items()})
 
@@ -93,7 +93,7 @@ def changes_importance(header: Mapping[str, str]) -> bool:
     return any(name.endswith(".attn") for name in json.loads(header.get(COMPACT, "{}")))
 
 
-def level_of(config: Config, state: Mapping[str, Tensor], what: str) -> tuple[Pruning, VisionTransformer]:
+def level_of(config: Config, state: Mapping[str, Tensor], what: str) -> tuple[Pruning, Any]:
     """Level 4 as a checkpoint has it, and a network of its sizes. what: the command, for messages. Raises ConfigError otherwise."""
     if config.weights.settings.off:
         raise ConfigError(f"{what}: the run pruned no weights (weights.method={config.weights.method}); leave the option out")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity import cost
-from sparsity.vit import SparseViT
+from sparsity.network import SparseNetwork
 from sparsity.weights.groups import Weights
 from sparsity.weights.pruning import Pruning
 from sparsity.weights.stored import sizes
@@ -16,7 +15,7 @@ from sparsity.weights.stored import sizes
 WEAK = 0.1  # of the root mean square of a layer: a group below is nearly empty
 
 
-def facts(level: Pruning, weights: Weights, model: SparseViT) -> dict[str, Any]:
+def facts(level: Pruning, weights: Weights, model: SparseNetwork) -> dict[str, Any]:
     """Fields of a `weights` line. weights: the pruned parameters, whole.
 
     kept: share of the elements of the pruned layers. bytes: of these layers in float32, see `stored.sizes`. norms: 10, 50 and
@@ -36,7 +35,7 @@ def facts(level: Pruning, weights: Weights, model: SparseViT) -> dict[str, Any]:
         "bytes": sizes(level),
         "norms": dict(zip(("low", "median", "high"), quantiles.tolist(), strict=True)),
         "weak": float((norms < WEAK).double().mean()),
-        "multiply_adds": cost.cost(cost.shape_of(model, level.shares())).total,
+        "multiply_adds": model.cost(left=level.shares()).total,
         "layers": {name: kept[name] / elements[name] for name in kept},
     }
 

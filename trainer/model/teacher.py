@@ -16,7 +16,8 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor
 
-from sparsity import cost
+from sparsity.build import build
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, ModelOutput
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
@@ -33,7 +34,7 @@ class Teacher:
     """network: frozen, in evaluation mode; None: no teacher, every method does nothing. hash: of its weights, "" without one.
     outputs: what it returns beside its logits."""
 
-    def __init__(self, network: SparseViT | None = None, digest: str = "", outputs: frozenset[str] = frozenset()):
+    def __init__(self, network: SparseNetwork | None = None, digest: str = "", outputs: frozenset[str] = frozenset()):
         self.network, self.hash, self._outputs = network, digest, outputs
         self._engine: Engine | None = None
 
@@ -61,7 +62,7 @@ class Teacher:
     @property
     def multiply_adds(self) -> int:
         """Of one image; 0 without a teacher."""
-        return cost.cost(cost.shape_of(self.network)).total if self.network is not None else 0
+        return self.network.cost().total if self.network is not None else 0
 
     def facts(self) -> dict[str, Any]:
         """For the first line of an attempt: hash, parameters, memory of the weights on each device, multiply-adds of an image."""
@@ -77,7 +78,7 @@ class Teacher:
 
 
 def build_teacher(
-    config: Config, student: SparseViT, outputs: frozenset[str], warn: Callable[[str], None] = log_warning
+    config: Config, student: SparseNetwork, outputs: frozenset[str], warn: Callable[[str], None] = log_warning
 ) -> Teacher:
     """The teacher of `config.teacher` on the CPU. outputs: see `Distillation.teacher_outputs`.
 
@@ -101,10 +102,9 @@ def build_teacher(
             "set teacher.logits=none"
         )
     try:
-        teacher = SparseViT(network).requires_grad_(False).eval()
-        cost.shape_of(teacher)
+        teacher = build(network, image_size=settings.image_size).requires_grad_(False).eval()
     except ValueError as error:
-        raise ConfigError(f"teacher.name={settings.name}: {error}; choose another vit_* or deit* model") from error
+        raise ConfigError(f"teacher.name={settings.name}: {error}") from error
     if config.teacher.tokens > 0:
         _refuse_other_tokens(config, teacher, student, source)
     return Teacher(teacher, tensors_hash(state, f"{settings.name} {json.dumps(settings.args, sort_keys=True)}"), outputs)
@@ -122,26 +122,31 @@ def _network(config: Config) -> ModelConfig:
     )
 
 
-def _refuse_other_tokens(config: Config, teacher: SparseViT, student: SparseViT, source: str) -> None:
+def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: SparseNetwork, source: str) -> None:
     """Raises ConfigError where the teacher's attention is over other tokens than the student's importance."""
     asked, first = f"teacher.tokens={config.teacher.tokens:g}", config.tokens.blocks[0]
-    if first >= (depth := len(student.vit.blocks)):
+    if "cls_attention" not in teacher.gives:
+        raise ConfigError(
+            f"{source} with {asked}: a {type(teacher.network).__name__} gives no attention of [CLS]; choose a teacher of "
+            f"{SparseViT.models}, or set teacher.tokens=0 and distil logits"
+        )
+    if first >= (depth := len(student.network.blocks)):
         raise ConfigError(
             f"{asked} with tokens.blocks={list(config.tokens.blocks)}: model.name={config.model.name} has blocks 0 to {depth - 1}"
         )
-    theirs, ours = (network.vit.patch_embed.grid_size for network in (teacher, student))
+    theirs, ours = (network.grid for network in (teacher, student))
     if theirs != ours:
         raise ConfigError(
             f"{source} with {asked}: the teacher has a grid of {theirs[0]} x {theirs[1]} patches, the model {ours[0]} x {ours[1]}; choose "
             "a teacher with the same patch size, or set teacher.tokens=0 and distil logits"
         )
-    theirs, ours = (network.vit.num_prefix_tokens for network in (teacher, student))
+    theirs, ours = (network.network.num_prefix_tokens for network in (teacher, student))
     if theirs != ours:
         raise ConfigError(
             f"{source} with {asked}: the teacher has {theirs} prefix tokens, the model {ours}; choose a teacher with the same [CLS], "
             "distillation and register tokens, or set teacher.tokens=0 and distil logits"
         )
-    drop = student.vit.patch_drop
+    drop = student.network.patch_drop
     if isinstance(drop, PatchDropout) and drop.prob > 0:
         raise ConfigError(
             f"{asked} with model.args.patch_drop_rate={drop.prob:g}: the model drops patches at random before its blocks, so its "

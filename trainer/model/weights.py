@@ -1,4 +1,4 @@
-"""A timm VisionTransformer with its weights: timm's initialisation, timm's pretrained weights, or a file.
+"""A classifier of timm with its weights: timm's initialisation, timm's pretrained weights, or a file.
 
 Files use timm's names: our files load into plain timm, and files of timm or of the papers' authors load here. Position embeddings and
 patch kernels of another size are resampled by timm's functions, and every change is logged.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
@@ -24,17 +25,22 @@ from trainer.journal.run_weights import run_weights
 from trainer.storage.disk import atomic_write
 from trainer.storage.safetensors_stream import pieces
 
-PREFIXES = ("module.", "_orig_mod.", "vit.")  # DDP and DeepSpeed, torch.compile, SparseViT
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "network.",
+    "vit.",
+)  # DDP and DeepSpeed, torch.compile, SparseNetwork and its name before 0.2
 AVERAGES = ("state_dict_ema", "model_ema")
 NESTED = (*AVERAGES, "state_dict", "model")  # keys under which training scripts save the weights; averages first, as in timm
 log_warning = logging.getLogger(__name__).warning
 
 
-def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = log_warning) -> VisionTransformer:
+def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = log_warning) -> nn.Module:
     """The network of a run on the CPU, float32; `seed` keys the random initialisation, the only random draw.
 
     `warn` is called with a text for each tensor that was resized or reset. Raises ConfigError for a model or arguments unknown to
-    timm, a network other than a VisionTransformer, and weights that do not fit.
+    timm, and weights that do not fit.
     """
     model = build(settings, seed, pretrained=settings.init == "timm")
     if settings.init == "timm":
@@ -54,18 +60,20 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
 TOO_LARGE = ("allocate memory", "Storage size calculation overflowed")  # torch's words on the CPU
 
 
-def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: str = "model") -> VisionTransformer:
+def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: str = "model") -> nn.Module:
     """`timm.create_model` from `ModelConfig`, with timm's initialisation drawn from `seed`; the global generator is restored.
     section: that of the configuration, for messages."""
     refuse_unknown(settings.name, section)
     named = {"num_classes": settings.classes, "img_size": settings.image_size, "drop_path_rate": settings.drop_path}
+    if not fixes_image_size(settings.name):
+        named.pop("img_size")
     twice = named.keys() & settings.args.keys()
     if twice:
         keys = {"num_classes": "model.classes", "img_size": "model.image_size", "drop_path_rate": "model.drop_path"}
         raise ConfigError("; ".join(f"{section}.args.{key}: set {keys[key]} instead" for key in sorted(twice)))
     try:
         with seeded(seed):
-            model = timm.create_model(settings.name, pretrained=pretrained, **named, **settings.args)
+            model = _created(settings, pretrained, named)
     except (TypeError, AttributeError, AssertionError, KeyError) as error:
         raise ConfigError(
             f"{section}.name={settings.name} with {section}.args={settings.args}: rejected by timm: {error}"
@@ -83,9 +91,27 @@ def build(settings: ModelConfig, seed: int, pretrained: bool = False, section: s
             f"{key}=timm: cannot download weights of {settings.name} ({_first_line(error)}); download them elsewhere and "
             f"set {key}=PATH"
         ) from error
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"{section}.name={settings.name}: must be a timm VisionTransformer, got a {type(model).__name__}")
     return model
+
+
+def fixes_image_size(name: str) -> bool:
+    """Whether timm builds this network for one image size (`img_size`), as transformers; convolutional networks take any."""
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+
+
+def _created(settings: ModelConfig, pretrained: bool, named: dict[str, Any]) -> nn.Module:
+    """`timm.create_model`; networks without drop path do not take its rate."""
+    try:
+        return timm.create_model(settings.name, pretrained=pretrained, **named, **settings.args)
+    except TypeError as error:
+        if "'drop_path_rate'" not in str(error):
+            raise
+        if settings.drop_path > 0:
+            raise ConfigError(
+                f"model.drop_path={settings.drop_path:g}: model.name={settings.name} has no drop path; set model.drop_path=0"
+            ) from error
+    given = {key: value for key, value in named.items() if key != "drop_path_rate"}
+    return timm.create_model(settings.name, pretrained=pretrained, **given, **settings.args)
 
 
 def refuse_unknown(name: str, section: str = "model") -> None:
@@ -103,9 +129,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def fit(
-    model: VisionTransformer, state: Mapping[str, Tensor], source: str, warn: Callable[[str], None] = log_warning
-) -> list[str]:
+def fit(model: nn.Module, state: Mapping[str, Tensor], source: str, warn: Callable[[str], None] = log_warning) -> list[str]:
     """Load `state` (timm's or the authors' names) into `model`, calling `warn` for each tensor that is resized or reset; returns the
     names of those that were reset.
 
@@ -115,7 +139,7 @@ def fit(
     """
     before = to_timm(state)
     try:
-        after = checkpoint_filter_fn(dict(before), model, adapt_layer_scale=True)
+        after = _resized(dict(before), model)
     except Exception as error:  # timm resamples what has the name of a position embedding or a patch kernel, of whatever shape
         raise ConfigError(f"{source} does not fit this model: timm can't resize its tensors ({_first_line(error)})") from error
     wanted = model.state_dict()
@@ -144,12 +168,20 @@ def fit(
     return reset
 
 
-def about(model: VisionTransformer) -> dict[str, Any]:
+def _resized(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's own filter for weights of this kind of network, which resamples what depends on the image size; without one, as they are."""
+    if isinstance(model, VisionTransformer):
+        return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    filtered = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return state if filtered is None else filtered(state, model)
+
+
+def about(model: nn.Module) -> dict[str, Any]:
     """timm's `pretrained_cfg`: classes, input size, pixel statistics and heads of the pretrained weights."""
     return cast(dict[str, Any], model.pretrained_cfg)
 
 
-def _heads(model: VisionTransformer) -> set[str]:
+def _heads(model: nn.Module) -> set[str]:
     names = about(model).get("classifier") or "head"
     return {name.split(".")[0] for name in ([names] if isinstance(names, str) else names)}
 

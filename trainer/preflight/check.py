@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, single_process
-from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
@@ -150,11 +150,11 @@ def check(config: Config, world: int) -> CheckReport:
         quality=shuffle_quality(order, train.labels, batches=16),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
-        warnings=tuple(warnings_of(config, model.vit, train, validation)),
+        warnings=tuple(warnings_of(config, model.network, train, validation)),
     )
 
 
-def _plateaus(config: Config, model: SparseViT) -> list[Plateau]:
+def _plateaus(config: Config, model: SparseNetwork) -> list[Plateau]:
     found = []
     for stretch in build_schedule(config).stretches():
         about = cost_of(model, stretch.plan)

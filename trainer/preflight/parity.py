@@ -1,6 +1,6 @@
 """`trilevel parity CONFIG`: our recipe and timm's own components, step by step on the same batches, until something differs.
 
-Ours: SparseViT at keep ratio 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and EMA.
+Ours: SparseNetwork at keep ratio 1, our flip, normalisation, mixing of neighbours, objective, optimizer, learning rate and EMA.
 timm's: see `timm_recipe`. Both sides train independently from their own initialisation, in float32 without drop path and dropout,
 and every intermediate tensor is compared: bitwise unless a tolerance is given.
 
@@ -203,7 +203,7 @@ class _Ours:
     def __init__(self, config: Config, batches: int, device: torch.device):
         self.config, self.batches, self.schedule = config, batches, build_schedule(config)
         wrapped = build_model(config)
-        self.wrapped, self.model = wrapped.to(device), wrapped.vit
+        self.wrapped, self.model = wrapped.to(device), wrapped.network
         self.objective, self.optimizer = build_objective(config), build_optimizer(wrapped, config.optim)
         self.ema = Ema(self.model, config.optim.ema)
 

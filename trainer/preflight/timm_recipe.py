@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import Mixup, mixup_target
@@ -44,9 +43,9 @@ class Timm:
     def __init__(self, config: Config, batches: int, device: torch.device, state: dict[str, Tensor] | None = None):
         m, o, a = config.model, config.optim, config.augment
         self.config, self.batches = config, batches
-        with weights.seeded(config.seed):
-            sizes = {"num_classes": m.classes, "img_size": m.image_size}
-            self.model: nn.Module = timm.create_model(m.name, **sizes, drop_path_rate=m.drop_path, **m.args).to(device)
+        self.model: nn.Module = weights.build(m, config.seed).to(
+            device
+        )  # `timm.create_model`, with the arguments that it takes
         if state is not None:
             self.model.load_state_dict(state)
         arguments = SimpleNamespace(

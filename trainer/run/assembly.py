@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Examples, Selection
-from sparsity.vit import SparseViT
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
@@ -62,7 +62,7 @@ class Run:
     index: Index
     stream: Stream
     engine: Engine
-    model: SparseViT  # without the engine's wrapper
+    model: SparseNetwork  # without the engine's wrapper
     schedule: Schedule
     cadence: Cadence
     stopping: Stop
@@ -98,7 +98,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    warnings = warnings_of(config, model.vit, index, validation_index)
+    warnings = warnings_of(config, model.network, index, validation_index)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_pruning(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     cadence = Cadence(
@@ -124,10 +124,10 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     recorder = Recorder(config, engine, resume)
     with engine.released_afterwards(), recorder.recording_failures():
         if saved:
-            model.vit.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
+            model.network.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
         engine.prepare(model, build_optimizer(model, config.optim))
         teacher.prepare(engine)
-        ema = Ema(model.vit, config.optim.ema)
+        ema = Ema(model.network, config.optim.ema)
         if saved:
             engine.state.load(saved.weights, saved.optimizer)
             ema.load_state_dict(saved.ema)
@@ -173,7 +173,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             checkpointer=Checkpointer(
                 store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples, pruning.state_dict
             ),
-            score=Scoring(measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.vit),
+            score=Scoring(measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.network),
             cost=partial(cost_of, model),
             state=state,
             selection=saved.selection if saved else None,

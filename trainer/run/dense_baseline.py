@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity import attention
+from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import DENSE, Plan
-from sparsity.vit import SparseViT
 from trainer.engine.engine import Engine
 from trainer.engine.place_clock import CONTROL
 from trainer.model.build import cost_of
@@ -55,7 +54,7 @@ class DenseBaseline:
         self._began = self._from = StepClock(0, 0.0, 0.0)
         self._done, self._reported_short = False, False
         self._spent = 0.0
-        self._dense: SparseViT | None = None
+        self._dense: SparseNetwork | None = None
 
     def measure_if_due(
         self,
@@ -105,7 +104,7 @@ class DenseBaseline:
     def _measured(
         self, progress: float, steps: int, plans: PlanMix, clock: StepClock, at_hand: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Any]:
-        model: SparseViT = self.engine.module
+        model: SparseNetwork = self.engine.module
         if self.engine.settings.kind == "deepspeed" and self.engine.settings.zero == 3:
             return self._not_measured(plans, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
         whole = cost_of(model, DENSE)["multiply_adds"]
@@ -151,20 +150,20 @@ class DenseBaseline:
         times["own"] = [plans.mean(dict(zip(shares, row, strict=True)).__getitem__) for row in zip(*own, strict=True)]
         return journal_fields(plans, bound, times, step, wait, self.engine.batch_split.accumulation)
 
-    def _dense_network(self, model: SparseViT) -> SparseViT:
+    def _dense_network(self, model: SparseNetwork) -> SparseNetwork:
         """The network of the dense passes: the run's own. Under `compat: authors`, whose attention is slower than timm's: a second one
         with the same weights and timm's attention, compiled if the run's is."""
-        if model.attend is attention.fused:
-            return model
         if self._dense is not None:
             return self._dense
-        dense = SparseViT(model.vit)
+        dense = model.dense()
+        if dense is model:
+            return model
         if self.engine.settings.compile:
             dense.compile()
         return dense
 
     def _pass(
-        self, network: SparseViT, plan: Plan, outputs: frozenset[str], images: Tensor, targets: Tensor, rng_keys: Tensor
+        self, network: SparseNetwork, plan: Plan, outputs: frozenset[str], images: Tensor, targets: Tensor, rng_keys: Tensor
     ) -> float:
         """Seconds of one forward and backward pass over a micro-batch."""
         parameters = [p for p in network.parameters() if p.requires_grad]

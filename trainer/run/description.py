@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE
-from sparsity.vit import SparseViT
 from trainer.config.credentials import without_credentials
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
@@ -31,7 +31,7 @@ SECRET = re.compile("TOKEN|SECRET|KEY|PASS|PW|CREDENTIAL", re.IGNORECASE)  # nam
 MANY_CLASSES = 4096  # with more, the start line omits their names
 
 
-def start_line(config: Config, engine: Engine, data: dict[str, Index], model: SparseViT) -> dict[str, Any]:
+def start_line(config: Config, engine: Engine, data: dict[str, Index], model: SparseNetwork) -> dict[str, Any]:
     """Settings, processes, devices, data and code of an attempt; `data`: the indexes by split."""
     return {
         "config": config.resolved(),
@@ -47,7 +47,7 @@ def start_line(config: Config, engine: Engine, data: dict[str, Index], model: Sp
     }
 
 
-def write(directory: Path, config: Config, model: SparseViT) -> None:
+def write(directory: Path, config: Config, model: SparseNetwork) -> None:
     """RUN/environment.txt and RUN/plan.md. Rank 0 only."""
     with open(directory / "environment.txt", "w", opener=private) as file:
         file.write(environment())
@@ -69,7 +69,7 @@ def environment() -> str:
     return "\n".join([*lines, "", "[packages]", *sorted(found, key=str.lower), ""])
 
 
-def plan_table(config: Config, model: SparseViT) -> str:
+def plan_table(config: Config, model: SparseNetwork) -> str:
     """The plateaus of the run as a Markdown table: epochs, keep ratios, tokens per block, multiply-adds."""
     dense = cost_of(model, DENSE)["multiply_adds"]
     lines = [

@@ -6,9 +6,9 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import Any
 
+from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
-from sparsity.vit import SparseViT
 from trainer.analysis.report import summary as report
 from trainer.analysis.report.goodput import by_cause
 from trainer.analysis.report.savings import savings, savings_of
@@ -51,7 +51,9 @@ class RankZeroLog:
         self.journal.write("message", text=text)
         self.console.message(text)
 
-    def start(self, state: TrainState, engine: Engine, data: dict[str, Index], model: SparseViT, facts: dict[str, Any]) -> None:
+    def start(
+        self, state: TrainState, engine: Engine, data: dict[str, Index], model: SparseNetwork, facts: dict[str, Any]
+    ) -> None:
         """The first lines of the attempt, environment.txt and plan.md. Starts the MLflow shipper."""
         self.world = engine.world
         self.journal.write("start", **description.start_line(self.config, engine, data, model), **facts)

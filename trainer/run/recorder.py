@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
-from sparsity.vit import SparseViT
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
@@ -82,7 +82,7 @@ class Recorder:
         self._failing = threading.Lock()  # of the first thread that records the failure
         engine.heartbeat.on_late = self._late
 
-    def start(self, state: TrainState, data: dict[str, Index], model: SparseViT, cost: dict[str, Any]) -> None:
+    def start(self, state: TrainState, data: dict[str, Index], model: SparseNetwork, cost: dict[str, Any]) -> None:
         """First lines of the attempt; collective."""
         self._state, self._examples = state, len(data["train"])
         hosts = sorted(set(self.engine.all_gather_objects([os.uname().nodename])))

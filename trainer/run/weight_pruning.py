@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsity.vit import SparseViT
+from sparsity.network import SparseNetwork
 from sparsity.weights.pruning import Pruning
 from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
@@ -30,7 +30,7 @@ class WeightPruning:
     Raises ConfigError for layers that are frozen, and for the state of other layers or groups."""
 
     def __init__(
-        self, level: Pruning, engine: Engine, model: SparseViT, ema: Ema, recorder: Recorder, saved: Mapping[str, Tensor]
+        self, level: Pruning, engine: Engine, model: SparseNetwork, ema: Ema, recorder: Recorder, saved: Mapping[str, Tensor]
     ):
         self.level, self._engine, self._model, self._ema, self._recorder = level, engine, model, ema, recorder
         refuse_frozen(level, model)
@@ -82,6 +82,6 @@ class WeightPruning:
     def _mask_gradients(self) -> None:
         """From now on the gradients of pruned groups are 0; a NaN there stays, so that the step is still skipped."""
         masks = self.level.masks()
-        for name, parameter in self._model.vit.named_parameters():
+        for name, parameter in self._model.network.named_parameters():
             if name in masks:
                 parameter.register_hook(partial(torch.mul, masks[name]))

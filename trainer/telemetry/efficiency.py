@@ -47,7 +47,8 @@ class Efficiency:
         time_to_first_step (s, from the start of the process, once); and `so_far`."""
         facts, per_second = {"keep_examples": self.kept}, reading.facts["images_per_second"]
         if self.cost:
-            facts["tokens_per_second"] = per_second * sum(self.cost["tokens"]) / len(self.cost["tokens"])
+            if tokens := self.cost["tokens"]:
+                facts["tokens_per_second"] = per_second * sum(tokens) / len(tokens)
             facts["mfu"] = per_second * TRAINING * 2 * self.cost["multiply_adds"] / self._rate
         if not self._first and reading.first_step is not None:
             facts["time_to_first_step"] = reading.first_step - self._began

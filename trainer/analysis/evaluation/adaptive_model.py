@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsity.adaptive import AdaptiveViT
+from sparsity.network import SparseNetwork
 from sparsity.tokens import TOKENS
 from sparsity.tokens.scores import BY_NAME
-from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.model import thresholds
 from trainer.model.thresholds import Thresholds, weights_hash
 
 
-def adaptive_model(config: Config, network: SparseViT, execution: str = "packed") -> AdaptiveViT:
+def adaptive_model(config: Config, network: SparseNetwork, execution: str = "packed") -> AdaptiveViT:
     """`network` with mass-based selection by its own score. Raises ConfigError, naming the key, where it cannot have it."""
     if not config.tokens.settings.ranks_by_importance:
         ranking = "|".join(name for name, kind in TOKENS.items() if kind.ranks_by_importance)
@@ -39,6 +39,6 @@ def calibrated(source: Path | None, config: Config, adaptive: AdaptiveViT) -> Th
         raise ConfigError(
             f"--adaptive: {source or config.model.name} has no mass thresholds; run trilevel calibrate MODEL --density .5"
         )
-    digest = weights_hash(adaptive.model.vit.state_dict())
+    digest = weights_hash(adaptive.model.network.state_dict())
     found.refuse_other(digest, adaptive.block, importance_of(config), str(source))
     return found

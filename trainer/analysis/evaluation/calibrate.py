@@ -69,7 +69,7 @@ def calibrate(
         found = {density: by_mass.threshold_for(masses, density, adaptive.least) for density in densities}
     except ValueError as error:
         raise ConfigError(f"calibrate --density: {error}") from error
-    digest = thresholds.weights_hash(network.vit.state_dict())
+    digest = thresholds.weights_hash(network.network.state_dict())
     ours = Thresholds(digest, adaptive.block, importance_of(config), adaptive.least, len(masses), found)
     before = thresholds.read(source)
     if before is not None and replace(before, by_density=found) == ours:

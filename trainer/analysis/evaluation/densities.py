@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from sparsity.build import build
 from sparsity.cost import cost_with, shape_of
-from sparsity.tokens import scores as token_scores
-from sparsity.tokens.topk import TopK
+from sparsity.network import SparseNetwork
 from sparsity.types import Plan
-from sparsity.vit import SparseViT
 from trainer.analysis.evaluation.adaptive_model import adaptive_model, calibrated
 from trainer.analysis.evaluation.passes import AdaptivePasses, Passes, RandomPasses
 from trainer.analysis.evaluation.scored_model import scored_model
@@ -111,7 +110,7 @@ def score(
         if plan.keep_tokens < 1.0 and ranking is not None and thresholds is not None:
             passes.append(AdaptivePasses(MASS, ranking, plan, thresholds.mass(plan.keep_tokens)))
         if plan.keep_tokens < 1.0 and random:
-            beside = SparseViT(network.vit, reduce=TopK(token_scores.random), blocks=network.blocks, position=network.position)
+            beside = build(network.network, tokens="random", blocks=config.tokens.blocks, position=config.tokens.position)
             passes.append(RandomPasses(RANDOM, beside.eval(), plan))
     if source is not None and source.is_dir() and own not in plans:
         passes.append(Passes(OWN, network, own))
@@ -123,7 +122,7 @@ def score(
 class Evaluation:
     """The validation set of a configuration, and a device that passes run on."""
 
-    def __init__(self, config: Config, network: SparseViT):
+    def __init__(self, config: Config, network: SparseNetwork):
         self.config, self.network = config, network
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network.to(self.device).eval()
@@ -138,11 +137,11 @@ class Evaluation:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             scores = evaluate(passes, batches, passes.plan, self.config.model.classes, self.config.augment, self.device)
         plan, counts = passes.plan, passes.counts()
-        if counts is None:
+        if counts is None or not isinstance(passes, AdaptivePasses):
             cost = cost_of(self.network, plan)
-            tokens, gmacs = np.array([cost["tokens"][-1]], dtype=float), cost["multiply_adds"] / 1e9
+            tokens, gmacs = np.array(cost["tokens"][-1:] or [0], dtype=float), cost["multiply_adds"] / 1e9
         else:
-            shape, (values, images) = shape_of(self.network), np.unique(counts, return_counts=True)
+            shape, (values, images) = shape_of(passes.adaptive.model), np.unique(counts, return_counts=True)
             tokens = counts + float(shape.num_prefix)
             gmacs = float(np.average([cost_with(shape, int(value)).total for value in values], weights=images)) / 1e9
         p50, p95 = (float(np.quantile(tokens, q)) for q in (0.5, 0.95))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsity.adaptive import AdaptiveViT
+from sparsity.network import SparseNetwork
 from sparsity.types import Plan
-from sparsity.vit import SparseViT
 from trainer.data.batch import Batch
 from trainer.telemetry.timing import synchronize
 
@@ -32,7 +32,7 @@ class Extreme(NamedTuple):
 class Passes:
     """`network` under `plan`, callable as `evaluate` calls a network. selection: its name in the table."""
 
-    def __init__(self, selection: str, network: SparseViT, plan: Plan):
+    def __init__(self, selection: str, network: SparseNetwork, plan: Plan):
         self.selection, self.network, self.plan = selection, network, plan
         self.batch: Batch | None = None
         self._seconds, self._images, self._batches = 0.0, 0, 0

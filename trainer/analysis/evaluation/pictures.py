@@ -52,7 +52,7 @@ def sheet(found: DensityResults, path: Path) -> Path:
     assert found.extremes is not None
     augment, names = found.config.augment, found.class_names
     rows = (found.extremes.fewest, found.extremes.most)
-    down, across = found.extremes.network.vit.patch_embed.grid_size
+    down, across = found.extremes.network.grid
     figure = Figure(figsize=(1.5 * max(map(len, rows)), 3.9), dpi=130, layout="constrained")
     panels = figure.subplots(2, max(map(len, rows)), squeeze=False)
     for line, extremes in zip(panels, rows, strict=True):

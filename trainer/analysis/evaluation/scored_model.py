@@ -8,7 +8,7 @@ from typing import NamedTuple
 import timm
 import timm.data
 
-from sparsity.vit import SparseViT
+from sparsity.network import SparseNetwork
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
@@ -21,7 +21,7 @@ class ScoredModel(NamedTuple):
     """config: the run's own or the given one. network: on the CPU, with the weights. source: the run directory or file; None: timm."""
 
     config: Config
-    network: SparseViT
+    network: SparseNetwork
     source: Path | None
 
 
@@ -41,7 +41,7 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
     if not path.is_file():
         raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
     network = build_model(config.changed(model={"init": "random"}))
-    weights.fit(network.vit, weights.load_weights(path), str(path), warn=_refuse_change)
+    weights.fit(network.network, weights.load_weights(path), str(path), warn=_refuse_change)
     return ScoredModel(config, network, source)
 
 

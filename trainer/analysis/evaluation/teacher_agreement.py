@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from sparsity.types import DENSE
+from sparsity.vit import SparseViT
 from trainer.analysis.evaluation.adaptive_model import adaptive_model
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
@@ -25,19 +26,21 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
     Raises ConfigError."""
     config, student, _ = scored_model(model, config, overrides or [], "eval")
     _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
-    if student.vit.patch_embed.grid_size != other.vit.patch_embed.grid_size:
-        raise ConfigError(
-            f"--teacher {teacher}: its patch grid is {other.vit.patch_embed.grid_size}, that of {model} {student.vit.patch_embed.grid_size}"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adaptive = adaptive_model(config, student.to(device).eval())
+    if "cls_attention" not in other.gives:
+        raise ConfigError(
+            f"--teacher {teacher}: a {type(other.network).__name__} gives no attention; choose a network of {SparseViT.models}"
+        )
+    if student.grid != other.grid:
+        raise ConfigError(f"--teacher {teacher}: its patch grid is {other.grid}, that of {model} {student.grid}")
     other.to(device).eval()
     found: list[float] = []
     _, index = open_indexes(config.data)
     for batch in validation_set(index, config, 0, 1):
         there = batch.weights > 0
         images = normalise(batch.images[there].to(device), config.augment)
-        ours = student.until(adaptive.block, images, adaptive.score)[1]
+        ours = adaptive.model.until(adaptive.block, images, adaptive.score)[1]
         theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
         found += spearman(ours, theirs).tolist()
     return sum(found) / len(found)

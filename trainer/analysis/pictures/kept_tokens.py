@@ -70,7 +70,7 @@ class Viewer:
                 f"show {run}: tokens.method=all and connections.method=all, so every token survives; nothing to show"
             )
         file = run_weights(self.run, f"show {self.run}")
-        weights.fit(self.model.vit, weights.load_weights(file), str(file))
+        weights.fit(self.model.network, weights.load_weights(file), str(file))
         self.model.eval()
         self.plan, self.names = build_schedule(self.config).last(), class_names(self.run)
         self.transform = Transform(
@@ -86,7 +86,7 @@ class Viewer:
             raise ConfigError(f"show {image}: can't be read as an image: {error}") from error
         images = normalise(pixels[None], self.config.augment)
         output = self.model(images, self.plan, frozenset({"kept", "keys"}))
-        across, down = self.model.vit.patch_embed.grid_size[::-1]
+        across, down = self.model.grid[::-1]
         if token is not None and not 0 <= token < across * down:
             raise ConfigError(f"--token {token}: must be 0 to {across * down - 1} (patches in reading order)")
         orders = {block: ids[0].numpy() for block, ids in output.kept.items()}  # fused tokens have id -1
@@ -95,10 +95,10 @@ class Viewer:
             survivors = last[last >= 0]
             away = np.hypot(survivors // across - (down - 1) / 2, survivors % across - (across - 1) / 2)
             token = int(survivors[away.argmin()])
-        seen = {}
+        seen, num_prefix = {}, getattr(self.model.network, "num_prefix_tokens", 0)
         for block, ids in orders.items():
             if token in ids:
-                among = _visible(output.keys.get(block), int(np.flatnonzero(ids == token)[0]), self.model.vit.num_prefix_tokens)
+                among = _visible(output.keys.get(block), int(np.flatnonzero(ids == token)[0]), num_prefix)
                 seen[block] = np.sort(ids if among is None else ids[among[among < len(ids)]])
         kept = {block: np.sort(ids[ids >= 0]) for block, ids in orders.items()}
         number = int(output.logits[0].argmax())

@@ -1,0 +1,37 @@
+"""Multiply-adds counted from the operations of a forward pass, for networks of any form (torch's FlopCounterMode). Nothing is computed:
+the pass runs on fake tensors, which have shapes and no values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.no_grad()
+def traced(network: nn.Module, height: int, width: int, channels: int = 3, images: int = 1) -> tuple[int, Any]:
+    """Multiply-adds of one of `images` images of this size, in the mode that the network is in, and what the pass returned.
+
+    Matrix products and convolutions are counted, as in `cost`. Attention is traced as the two products that it is: the counter does not
+    know all fused kernels (torch 2.13: not that of CPUs). Raises what the network raises, e.g. for an image of another size.
+    """
+    device = next((value.device for value in network.parameters()), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
+        state: dict[str, Tensor] = {
+            name: mode.from_tensor(value.detach()) for name, value in (*network.named_parameters(), *network.named_buffers())
+        }
+        pixels = torch.empty(images, channels, height, width, device=device)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            output = functional_call(network, state, (pixels,))
+    return counter.get_total_flops() // (2 * images), output
+
+
+def shape_of_logits(output: Any) -> tuple[int, ...]:
+    """() for what is not one tensor of logits."""
+    return tuple(output.shape) if isinstance(output, Tensor) else ()

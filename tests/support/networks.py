@@ -1,0 +1,49 @@
+"""Small networks of timm that are no plain VisionTransformer, one of each kind that `Dense` and Swin are tested on."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from timm.models.mlp_mixer import MlpMixer
+from torch import Tensor, nn
+
+SIZE = 32  # pixels
+
+CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}
+SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1, 4, 1), "num_heads": (1, 2, 2, 2)}
+NAMES: dict[str, tuple[str, dict]] = {
+    "convnext": ("convnext_atto", CONVNEXT),
+    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
+    "efficientnet": ("efficientnet_lite0", {}),
+    "maxvit": ("maxvit_pico_rw_256", {"embed_dim": (32,) * 4, "depths": (1, 1, 1, 1), "stem_width": 8}),
+    "eva": ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "swin_v2": (
+        "swinv2_tiny_window8_256",
+        {"patch_size": 2, "window_size": 4, **{k: SWIN[k] for k in ("embed_dim", "depths", "num_heads")}},
+    ),
+}
+
+KINDS = (*NAMES, "mixer")
+
+
+def network(kind: str, drop_path: float = 0.0, **args) -> nn.Module:
+    """Seeded, with scales far from 0 and 1, or a branch that is dropped would go unnoticed."""
+    torch.manual_seed(0)
+    if kind == "mixer":
+        made: nn.Module = MlpMixer(5, SIZE, patch_size=8, num_blocks=2, embed_dim=16, drop_path_rate=drop_path, **args)
+    else:
+        name, settings = NAMES[kind]
+        size = {"img_size": SIZE} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        made = timm.create_model(name, num_classes=5, drop_path_rate=drop_path, **size, **settings, **args)
+    for name, parameter in made.named_parameters():
+        if parameter.ndim == 1 and "bias" not in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    for module in made.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.2)
+    return made
+
+
+def pixels(batch: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
