@@ -61,28 +61,18 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 progress = state.epoch + state.batch / order.steps
                 plans, lr = run.schedule.plans(progress), run.schedule.lr(progress)
                 recorder.plan(state, progress, plans, run.cost)
-                set_learning_rate(engine.optimizer, lr)
-                engine.reseed(config.seed, state.step)
-                mix = draw_mix(config.augment, config.seed, state.step, config.model.image_size)
-                run.chain.add(batch.ids, batch.rng_keys, batch.weights)
-                totals = engine.all_reduce_sum(
-                    torch.stack([batch.weights.sum(), torch.tensor(float(run.stopping.requested()))]).to(engine.device)
-                )
-                total, stop = totals[0].clamp(min=1e-12), engine.read_delayed(totals[1])
-
-                last = _forward_backward(run, config, batch, plans.draw(config.seed, state.step), mix, total)
-                if taken := engine.step():
-                    run.pruning.after_step(lr)
-                    run.ema.update(run.model.network)
+                last, taken, stop = _step(run, config, state.step, batch, plans.draw(config.seed, state.step), lr)
                 meters.end_phase("optimizer")
 
                 meters.end_step(int((batch.weights > 0).sum()), batch.broken, waited)
                 before, state = state, state.advanced(order.steps)
-                due = run.cadence.due(before, state, order.steps, stop=stop, skipped=not taken)
+                skipped = run.outcomes.add(taken, before)
+                due = run.cadence.due(before, state, order.steps, stop=stop, skipped=bool(skipped))
                 due = due._replace(
                     log=due.log or run.probe.due(state)
                 )  # a signal in the probe saves, and saves follow a log line
                 if due.log:
+                    skipped += run.outcomes.flush()
                     state = recorder.step(
                         state,
                         meters.reduce(),
@@ -92,8 +82,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         lr=lr,
                         plan=plans,
                     )
-                    if not taken:
-                        state = recorder.skipped(before, state, run.chain.last)
+                    for one in skipped:
+                        state = recorder.skipped(one, state, run.chain.digest_before(state.step - one.step - 1))
                 with meters.paused():
                     if measured := run.baseline.measure_if_due(progress, order.steps, plans, meters.clock, last, due.end):
                         recorder.control(state, progress, measured)
@@ -109,6 +99,29 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 if due.end:
                     return recorder.end(state, due.status)
         return recorder.end(state, "finished")  # resumed a run that had already finished
+
+
+def _step(
+    run: Run, config: Config, step: int, batch: Batch, plan: Plan, lr: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], bool | Tensor, bool]:
+    """One optimizer step, from the batch on the host to the weights and their average; on a GPU the host waits for nothing here.
+
+    Returns the last micro-batch (see `_forward_backward`), whether the step was taken (see `Engine.step`), and whether a stop was requested
+    on some rank.
+    """
+    engine = run.engine
+    set_learning_rate(engine.optimizer, lr)
+    engine.reseed(config.seed, step)
+    mix = draw_mix(config.augment, config.seed, step, config.model.image_size)
+    run.chain.add(batch.ids, batch.rng_keys, batch.weights)
+    own = torch.stack([batch.weights.sum(), torch.tensor(float(run.stopping.requested()))])
+    totals = engine.all_reduce_sum(engine.to_device(own))
+    total, stop = totals[0].clamp(min=1e-12), engine.read_delayed(totals[1])
+    last = _forward_backward(run, config, batch, plan, mix, total)
+    taken = engine.step()
+    run.pruning.after_step(lr, taken)
+    run.ema.update(taken)
+    return last, taken, stop
 
 
 def _forward_backward(

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT, environment, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(660)]  # one start for all, and machines may be busy
-ALL = [f"deepspeed:{zero}:float32:2" for zero in range(4)] + ["ddp:0:float32:2"]
+ALL = [f"deepspeed:{zero}:float32:2" for zero in range(4)] + ["ddp:0:float32:2", "ddp:0:float32:2:device"]
 AVERAGED = ["deepspeed:3:float32:2", "deepspeed:1:float32:2"]
 COMPILED = [f"deepspeed:{zero}:float32:1" for zero in (1, 0, 2)]
 OTHERS = [
@@ -23,6 +23,7 @@ OTHERS = [
     "fusing=ddp:0:float32:1",
 ]
 MORE = ["deepspeed:1:autocast:1", "deepspeed:2:bf16:2", "deepspeed:3:bf16:1", "deepspeed:3:autocast:2", "ddp:0:autocast:1"]
+MORE += ["deepspeed:0:float32:2:device", "ddp:0:autocast:1:device"]
 
 
 def engines(*words: str) -> dict[str, dict[str, Any]]:

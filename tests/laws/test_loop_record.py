@@ -120,11 +120,11 @@ class Watched(Engine):
         self.passes.append((torch.is_grad_enabled(), self.module.training, args[1]))
         return super().forward(*args, **kwargs)
 
-    def step(self) -> bool:
+    def step(self) -> bool | Tensor:
         rates = [(group["lr"], group["lr_scale"]) for group in self.optimizer.param_groups]
         self.averages.append(copied(self.average.state_dict()))
         taken = super().step()
-        self.steps.append((rates, taken, copied(self.module.vit.state_dict())))
+        self.steps.append((rates, bool(taken), copied(self.module.vit.state_dict())))
         return taken
 
 

@@ -169,11 +169,31 @@ def test_average_is_timms_to_the_bit(decay):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model[1].running_mean.add_(1)
             model[1].num_batches_tracked.fill_(step)
-        ours.update(model)
+        ours.update()
         theirs.update(model)
     expected = theirs.module.state_dict()
     assert ours.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+def test_where_only_the_device_knows_the_average_follows_taken_steps_alike():
+    """On a GPU whether a step was taken is a number of the device: the same averages to rounding, and to the bit those of before where it
+    was left out. Buffers too."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    there, here = Ema(model, 0.9), Ema(model, 0.9)
+    for step, taken in enumerate((True, False, True)):
+        before = there.state_dict()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model[1].running_mean.add_(1)
+            model[1].running_var.add_(1)
+            model[1].num_batches_tracked.fill_(step + 1)
+        there.update(torch.tensor(taken))
+        here.update(taken)
+        for name, value in there.state_dict().items():
+            assert torch.equal(value, before[name]) == (not taken), name
+            torch.testing.assert_close(value, here.state_dict()[name], rtol=1e-6, atol=1e-6)
 
 
 def test_average_accumulates_in_float32_where_weights_are_bf16():
@@ -182,7 +202,7 @@ def test_average_accumulates_in_float32_where_weights_are_bf16():
     before = ema.state_dict()["weight"].clone()
     with torch.no_grad():
         model.weight.add_(1)
-    ema.update(model)
+    ema.update()
     moved = ema.state_dict()["weight"] - before
     assert moved.dtype == torch.float32
     torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=2e-2, atol=0)
@@ -193,7 +213,7 @@ def test_applied_swaps_and_gives_back_even_after_an_error():
     ema = Ema(model, 0.5)
     with torch.no_grad():
         model.head.weight.add_(1)
-    ema.update(model)
+    ema.update()
     weights, averages = copy.deepcopy(model.state_dict()), ema.state_dict()
     with pytest.raises(KeyboardInterrupt), ema.applied(model):
         assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
@@ -206,7 +226,7 @@ def test_average_survives_saving_and_refuses_another_models():
     first, second = Ema(model, 0.9), Ema(model, 0.9)
     with torch.no_grad():
         model.head.weight.add_(1)
-    first.update(model)
+    first.update()
     second.load_state_dict(first.state_dict())
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
     with pytest.raises(ConfigError, match="another model"):
@@ -217,7 +237,7 @@ def test_without_a_decay_nothing_is_kept():
     model = vit()
     ema = Ema(model, None)
     before = copy.deepcopy(model.state_dict())
-    ema.update(model)
+    ema.update()
     with ema.applied(model):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert ema.state_dict() == {}

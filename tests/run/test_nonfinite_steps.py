@@ -31,7 +31,7 @@ def test_too_many_are_refused_with_the_key_and_the_batch() -> None:
         refuse_too_many([1, 3, 5, 7], settings, run)
 
 
-def job(folder: Path, world: int, spoiled: str, *words: str, code: int = 0) -> str:
+def job(folder: Path, world: int, spoiled: str, *words: str, code: int = 0, **variables: str) -> str:
     command = [
         sys.executable,
         *torchrun(world),
@@ -40,7 +40,9 @@ def job(folder: Path, world: int, spoiled: str, *words: str, code: int = 0) -> s
         "train",
         str(folder / "job.yaml"),
     ]
-    done = subprocess.run([*command, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, *words], cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -101,3 +103,19 @@ def test_a_run_resumed_across_a_skipped_step_is_the_uninterrupted_one(spoiled: P
     ends = [json.loads((run / "checkpoints/step-00000009/state.json").read_text())["state"]["skipped"]
             for run in (spoiled, tmp_path / "runs" / "job")]  # fmt: skip
     assert ends == [[3, 5], [3, 5]]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_known_two_steps_later_the_journal_names_the_same_steps_and_batches(spoiled: Path, tmp_path: Path) -> None:
+    """As on a GPU: the fused optimizer leaves the step out, and the host learns of it two steps later, at the latest at a log line."""
+    (tmp_path / "job.yaml").write_text((spoiled.parent.parent / "job.yaml").read_text())
+    job(tmp_path, 2, "3,5,9", *WORDS, "stop_at=9step", "engine.kind=ddp", "optim.fused=true", LATE="1")
+    run = tmp_path / "runs" / "job"
+    now, late = ([{k: line[k] for k in ("step", "epoch", "batch", "digest", "skipped", "in_row")} for line in lines(where, "skipped")]
+                 for where in (spoiled, run))  # fmt: skip
+    assert late[:2] == now and [line["step"] for line in late] == [3, 5, 9]
+    assert [line["step"] for line in lines(run, "step")] == [4, 5, 8, 9], "at the next log line or checkpoint, which come first"
+    state = json.loads((run / "checkpoints/step-00000009/state.json").read_text())["state"]
+    assert state["skipped"] == [3, 5, 9]
+    assert replay(RecordedRun(run), 5).confirmed

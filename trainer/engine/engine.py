@@ -89,6 +89,7 @@ class Engine(Processes):
         self.model: Any = None
         self.optimizer: Any = None
         self.compile_cache: str | None = None  # folder of compiled graphs
+        self.decides_on_device = False  # whether a step is left out without the host, see `step`
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class Engine(Processes):
             # gradients as views of the buckets: no second copy of them. No broadcast: the buffers of a ViT are constants
             settings: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
+        replicated = self.settings.kind == "ddp" or self.settings.zero == 0
+        self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
         set_limits(backstop(self.settings.timeout))
 
     @property
@@ -162,34 +165,41 @@ class Engine(Processes):
             loss.backward()
             self._behind = 0 if last else self._behind + 1
 
-    def step(self) -> bool:
+    def step(self) -> bool | Tensor:
         """One optimizer step; False, on all ranks, if the gradient (or a loss) was not finite: then no weight, moment or step count
         has changed.
 
-        Decided by the norm of the reduced gradient, which is equal on all ranks. The host reads it once per step: DeepSpeed's ZeRO
-        reads it in its own step anyway, so DDP and ZeRO 0 do the same.
+        Decided by the norm of the reduced gradient, which is equal on all ranks. Where the optimizer can leave the step out on the device
+        (`decides_on_device`), the result is a 0-dim bool there, and the host waits for nothing. Else it reads the norm; DeepSpeed's ZeRO
+        reads it in its own step.
         """
         self.heartbeat.enter("optimizer step")
         taken = self._step()
         self.heartbeat.clock.complete_step()
         return taken
 
-    def _step(self) -> bool:
+    def _step(self) -> bool | Tensor:
         if self.settings.kind == "deepspeed" and self.settings.zero > 0:
             self.model.step()
             return not self.optimizer.overflow
+        clips = self.clip and self.settings.kind == "ddp"  # DeepSpeed clips in its step
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if clips else self._total_norm()
+        finite = self._norm.isfinite()
+        if self.decides_on_device:
+            self.optimizer.found_inf = (
+                ~finite
+            ).float()  # as torch's GradScaler gives it: at 1 the fused kernels change nothing
+            taken = finite
+        else:
+            taken = bool(finite)
         if self.settings.kind == "deepspeed":  # ZeRO 0 computes no norm, and steps on non-finite gradients
-            self._norm = self._total_norm()
-            taken = bool(self._norm.isfinite())
-            if not taken:
+            if taken is False:
                 self.model.zero_grad()
                 self.model.set_gradient_accumulation_boundary(False)
             self.model.step()  # not at a boundary it only counts the micro-batch
             self.model.set_gradient_accumulation_boundary(None)
             return taken
-        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if self.clip else self._total_norm()
-        taken = bool(self._norm.isfinite())
-        if taken:
+        if taken is not False:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return taken
@@ -236,3 +246,8 @@ class Engine(Processes):
     def state(self) -> FullState:
         """Weights and optimizer state, unsharded and by timm's names, as in a checkpoint."""
         return FullState(getattr(self.module, "network", self.module), self.optimizer, self.rank, self.world, self.device)
+
+
+def leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer takes `found_inf`, a tensor of torch's GradScaler, and at 1 leaves its step out: torch's fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.engine.delayed import Delayed
 from trainer.engine.errors import EngineError
 from trainer.engine.heartbeat import Heartbeat
 
@@ -23,7 +24,7 @@ class Processes:
         self.heartbeat = Heartbeat(rank, world, timeout)
         self.is_main = rank == 0
         self.device = torch.device(device)
-        self._delayed: list[tuple[Tensor, Any]] = []
+        self._delayed = Delayed(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -67,18 +68,13 @@ class Processes:
 
     def read_delayed(self, value: Tensor) -> bool:
         """Whether a number that is equal on all ranks was above 0; on a GPU read two steps late, so that no step waits for it."""
+        return any(number > 0 for number, _ in self._delayed.add(value))
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, through pinned memory on a GPU, so that the host does not wait for the copy."""
         if self.device.type != "cuda":
-            return bool(value > 0)
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._delayed.append((host, event))
-        if len(self._delayed) <= 2:
-            return False
-        host, event = self._delayed.pop(0)
-        event.synchronize()
-        return bool(host > 0)
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def assert_same_on_all_ranks(self, value: str, what: str) -> None:
         """Raises EngineError if the text differs between ranks. what: its name in the message."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,46 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float | None):
         self.decay, self._module = decay, module
         self._averages: dict[str, Tensor] = {}
+        self._objects: list[tuple[str, Tensor]] | None = None
         if decay is None:
             return
         for name, value in local_tensors(module).items():
             self._averages[name] = value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Call after every optimizer step; no host sync, no communication."""
-        if self.decay is None:
+    def update(self, taken: bool | Tensor = True) -> None:
+        """Call after every optimizer step, with whether it was taken (`Engine.step`); no host sync, no communication."""
+        if self.decay is None or taken is False:
             return
         averages, weights = [], []
-        for name, value in local_tensors(module).items():
+        for name, value in self._values():
             if value.is_floating_point():
                 averages.append(self._averages[name])
                 weights.append(value.float())
+            elif isinstance(taken, Tensor):
+                self._averages[name].copy_(torch.where(taken, value, self._averages[name]))
             else:
                 self._averages[name].copy_(value)
-        torch._foreach_lerp_(averages, weights, weight=1.0 - self.decay)
+        if isinstance(taken, Tensor):  # average + 0 * (weight - average) where the step was left out; weights are always finite
+            steps = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(steps, taken * (1.0 - self.decay))
+            torch._foreach_add_(averages, steps)
+        else:
+            torch._foreach_lerp_(averages, weights, weight=1.0 - self.decay)
+
+    def _values(self) -> Iterable[tuple[str, Tensor]]:
+        """`local_tensors`, without the 1 ms that a state_dict() costs in every step: the parameters and buffers stay the same objects,
+        except under ZeRO 3, whose partitions are looked up."""
+        if self._objects is None:
+            names = set(self._averages)
+            found = [
+                *self._module.named_parameters(remove_duplicate=False),
+                *self._module.named_buffers(remove_duplicate=False),
+            ]
+            found = [(name, value) for name, value in found if name in names]
+            whole = {name for name, _ in found} == names and not any(hasattr(value, "ds_id") for _, value in found)
+            self._objects = found if whole else []
+        return self._objects or local_tensors(self._module).items()
 
     @contextlib.contextmanager
     @torch.no_grad()

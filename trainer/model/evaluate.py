@@ -64,32 +64,30 @@ def evaluate(
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # right, right in five, loss, images, broken
     right_of = torch.zeros(2, classes, dtype=torch.float64, device=device)
-    started, reasons = time.perf_counter(), []
+    started, reasons, broken = time.perf_counter(), [], 0
     for batch in batches:
         between()
         reasons += [reason for _, reason in batch.broken]
         images = normalise(batch.images.to(device, non_blocking=True), augment)
-        labels = batch.labels.to(device)
-        counted = batch.weights.to(device) > 0
+        labels = batch.labels.to(device, non_blocking=True)
+        counted = batch.weights.to(device, non_blocking=True) > 0
         logits = forward(images, plan).logits.float()
         ranked = logits.topk(min(5, classes), dim=-1).indices == labels[:, None]
         losses = F.cross_entropy(logits, labels.clamp(0, classes - 1), reduction="none")
         right = ranked[:, 0] & counted
-        sums += torch.stack(
-            [
-                right.sum(),
-                (ranked.any(-1) & counted).sum(),
-                (losses * counted).sum(),
-                counted.sum(),
-                counted.new_tensor(len(batch.broken), dtype=torch.int64),
-            ]
-        ).double()
-        right_of[0].index_add_(0, labels[counted], right[counted].double())
-        right_of[1].index_add_(0, labels[counted], torch.ones_like(right[counted], dtype=torch.float64))
+        scores = [right.sum(), (ranked.any(-1) & counted).sum(), (losses * counted).sum(), counted.sum()]
+        sums[:4] += torch.stack(scores).double()
+        broken += len(batch.broken)
+        places = labels.clamp(0, classes - 1)  # rows that do not count add 0: choosing them by a mask would wait for the device
+        right_of[0].index_add_(0, places, right.double())
+        right_of[1].index_add_(0, places, counted.double())
+    sums[4] += broken
     add_up(sums)
     add_up(right_of)
-    top1, top5, loss, images, broken = sums.tolist()
+    top1, top5, loss, images, all_broken = sums.tolist()
     per_class = (right_of[0] / right_of[1]).tolist()  # 0 / 0 is nan
     worst = min((accuracy for accuracy in per_class if accuracy == accuracy), default=0.0)
     took, many = time.perf_counter() - started, max(images, 1)
-    return Scores(top1 / many, top5 / many, loss / many, worst, int(images), int(broken), took, per_class, tuple(reasons[:3]))
+    return Scores(
+        top1 / many, top5 / many, loss / many, worst, int(images), int(all_broken), took, per_class, tuple(reasons[:3])
+    )

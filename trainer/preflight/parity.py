@@ -235,7 +235,7 @@ class _Ours:
         clip(self.model, config.optim.clip)
         self.optimizer.step()
         yield from parameters("weight", self.model)
-        self.ema.update(self.model)
+        self.ema.update()
         yield from (TracedTensor("average", name, value) for name, value in self.ema.state_dict().items())
 
     def _progress(self, step: int) -> float:

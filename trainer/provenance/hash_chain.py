@@ -7,6 +7,7 @@ digests in step order with BLAKE2b. It detects differences between two runs; it 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
 
+NEWEST = 8  # digests that are remembered
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,7 +40,7 @@ class HashChain:
 
     def __init__(self, head: str = ""):
         self.head = head
-        self.last = ""  # digest of the newest batch in the chain, over all ranks
+        self._newest: deque[int] = deque(maxlen=NEWEST)  # digests of the newest batches in the chain, over all ranks
         self._pending: list[int] = []
 
     def add(self, ids: torch.Tensor, rng_keys: torch.Tensor, weights: torch.Tensor) -> None:
@@ -51,6 +53,10 @@ class HashChain:
             total = engine.all_reduce_sum(torch.tensor(self._pending, dtype=torch.int64).to(engine.device)).cpu().numpy()
             for value in total:
                 self.head = extend(self.head, value)
-            self.last = f"{int(total[-1]) & (1 << 64) - 1:016x}"
+            self._newest.extend(int(value) for value in total)
             self._pending.clear()
         return self.head
+
+    def digest_before(self, batches: int = 0) -> str:
+        """The digest of the newest batch in the chain, or of the one that came `batches` (< NEWEST) before it."""
+        return f"{self._newest[-1 - batches] & (1 << 64) - 1:016x}"

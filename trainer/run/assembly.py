@@ -47,6 +47,7 @@ from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
 from trainer.run.ineffective import refuse_ineffective, warnings_of
+from trainer.run.nonfinite_steps import Outcomes
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder
 from trainer.run.scoring import Scoring
@@ -75,6 +76,7 @@ class Run:
     pruning: WeightPruning
     ema: Ema
     chain: HashChain
+    outcomes: Outcomes
     meters: Meters
     recorder: Recorder
     baseline: DenseBaseline
@@ -167,6 +169,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             pruning=pruning,
             ema=ema,
             chain=HashChain(state.chain),
+            outcomes=Outcomes(engine.device),
             meters=Meters(engine, distillation.parts),
             recorder=recorder,
             baseline=DenseBaseline(config.control, schedule, engine, objective, outputs, teacher),

@@ -107,11 +107,13 @@ class ExampleProbe:
         assert self.settings is not None and self._clean is not None
         engine, device, found = self._engine, self._engine.device, []
         for batch in self._clean.of(ids):
-            asked = torch.tensor(float(self._stop.requested()), device=device)
+            asked = torch.full((), float(self._stop.requested()), device=device)
             if engine.read_delayed(engine.all_reduce_sum(asked)):
                 return None
             images = normalise(batch.images.to(device, non_blocking=True), self._config.augment)
-            output = engine.forward(images, self.settings.plan, self._outputs, batch.rng_keys.to(device))
-            labels, weights = batch.labels.to(device), batch.weights.to(device)
-            found.append((batch.ids.to(device), self._objective.probed(labels, weights, output)))
+            ids, labels, weights, rng_keys = (
+                field.to(device, non_blocking=True) for field in (batch.ids, batch.labels, batch.weights, batch.rng_keys)
+            )
+            output = engine.forward(images, self.settings.plan, self._outputs, rng_keys)
+            found.append((ids, self._objective.probed(labels, weights, output)))
         return found

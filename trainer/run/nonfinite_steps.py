@@ -9,10 +9,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.state import TrainState
 from trainer.config.schema import OptimConfig
+from trainer.engine.delayed import Delayed
 from trainer.engine.errors import EngineError
 
 LISTED = 8  # steps listed in the error message
+
+
+class Outcomes:
+    """Which steps were not taken, for a host that does not wait for them: on a GPU it learns of a step two steps later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._delayed = Delayed(device)
+
+    def add(self, taken: bool | Tensor, before: TrainState) -> list[TrainState]:
+        """The outcome of the step that followed `before` (`Engine.step`). The states before the steps that are now known to have been
+        skipped, oldest first, the same on all ranks."""
+        return _skipped(self._delayed.add(taken, before))
+
+    def flush(self) -> list[TrainState]:
+        """The same of all steps whose outcome is not known yet; waits for the device."""
+        return _skipped(self._delayed.flush())
+
+
+def _skipped(known: list[tuple[float, TrainState]]) -> list[TrainState]:
+    return [before for taken, before in known if not taken]
 
 
 def in_row(steps: list[int]) -> int:

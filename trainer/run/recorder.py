@@ -131,9 +131,9 @@ class Recorder:
         return state
 
     def skipped(self, before: TrainState, state: TrainState, digest: str) -> TrainState:
-        """The step from `before` to `state` was skipped; its batch has this digest. Raises EngineError if too many steps were,
-        see `nonfinite_steps`."""
-        state = self._state = replace(state, skipped=[*state.skipped, state.step])
+        """The step that followed `before` was skipped; its batch has this digest. Raises EngineError if too many steps were, see
+        `nonfinite_steps`. `state`: now, which is that step or one soon after it."""
+        state = self._state = replace(state, skipped=[*state.skipped, before.step + 1])
         if self._log:
             self._log.skipped(nonfinite_steps.journal_line(before.epoch, before.batch, digest, state.skipped))
         nonfinite_steps.refuse_too_many(state.skipped, self.config.optim, self.directory)

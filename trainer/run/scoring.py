@@ -69,6 +69,8 @@ class Scoring:
 
     def _agree(self) -> None:
         """Collective, between two batches: leave together once a stop was requested on any rank."""
-        requested = torch.tensor(float(self.stopping.requested()), device=self.engine.device)
+        requested = torch.full(
+            (), float(self.stopping.requested()), device=self.engine.device
+        )  # filled there: no copy to wait for
         if self.engine.read_delayed(self.engine.all_reduce_sum(requested)):
             raise _Interrupted

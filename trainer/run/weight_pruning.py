@@ -52,12 +52,13 @@ class WeightPruning:
         if self._engine.is_main:
             self._recorder.pruned(state, facts(self.level, weights, self._model) | {"event": event})
 
-    def after_step(self, lr: float) -> None:
-        """The penalty's part of a step that was taken; no communication and no host sync."""
-        if self.level.moves:
+    def after_step(self, lr: float, taken: bool | Tensor = True) -> None:
+        """The penalty's part of a step, if it was `taken` (`Engine.step`); no communication and no host sync."""
+        if self.level.moves and taken is not False:
 
             def pull(name: str, values: Tensor, begin: int) -> Tensor:
-                return self.level.pulled(name, values, begin, lr)
+                pulled = self.level.pulled(name, values, begin, lr)
+                return torch.where(taken, pulled, values) if isinstance(taken, Tensor) else pulled
 
             self._engine.state.change(self.level.parameters, pull)
 

@@ -1,7 +1,8 @@
 """What tests/engine/test_skipped_steps_and_ema.py starts on several processes: many engines one after the other on a small
 network, facts as JSON lines.
 
-many_engines.py TASK=MODE ...; a MODE is KIND:ZERO:PRECISION:ACCUMULATION. Tasks: see the functions at the end.
+many_engines.py TASK=MODE ...; a MODE is KIND:ZERO:PRECISION:ACCUMULATION, or with
+:device to leave steps out as on a GPU, without the host. Tasks: see the functions at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Run:
     """One engine over the network: `states[s]` is everything (rank 0) after s steps, `taken[s]` whether step s was taken."""
 
     def __init__(self, mode: str, saved: State | None = None, **optim: Any):
-        kind, zero, precision, accumulation = mode.split(":")
+        kind, zero, precision, accumulation, *device = mode.split(":")
         rows = BATCH // world_size()
         self.steps = BatchSplit(rows // int(accumulation), int(accumulation), rows)
         settings = run_config.EngineConfig(
@@ -50,7 +51,9 @@ class Run:
         self.model = nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
         if saved is not None:
             self.model.load_state_dict(part(saved, "w:"))
+        optim |= {"fused": True} if device else {}
         self.engine.prepare(self.model, build_optimizer(self.model, run_config.OptimConfig(weight_decay=0.1, **optim)))
+        self.engine.decides_on_device |= bool(device)
         self.ema = Ema(self.model, DECAY)
         if saved is not None:
             self.engine.state.load(part(saved, "w:"), part(saved, "o:"))
@@ -75,9 +78,10 @@ class Run:
                 losses = spoil(losses)
             self.engine.backward(losses.sum() / BATCH, rows.stop >= last)
             total += losses.detach().sum() / BATCH
-        self.taken[step] = self.engine.step()
-        if self.taken[step]:
-            self.ema.update(self.model)
+        taken = self.engine.step()
+        assert isinstance(taken, Tensor) == self.engine.decides_on_device
+        self.ema.update(taken)
+        self.taken[step] = bool(taken)
         state = self.engine.state
         kept = {"w:": state.weights(), "o:": state.optimizer_state(), "e:": self.ema.state_dict()}
         self.states[step + 1] = {prefix + name: value for prefix, of in kept.items() for name, value in of.items()}

@@ -1,7 +1,8 @@
 """What tests/run/test_nonfinite_steps.py starts on several processes: `trilevel train` in which the last
 rank's losses are NaN in some steps.
 
-nan_losses.py STEP,STEP,... WORD ...: the words of `trilevel`; steps as the journal counts.
+nan_losses.py STEP,STEP,... WORD ...: the words of `trilevel`; steps as the journal counts. With LATE=1 outcomes of steps are decided and
+read as on a GPU: by the fused optimizer, two steps later.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 
 from trainer.__main__ import main
+from trainer.engine.delayed import Delayed
+from trainer.engine.engine import leaves_out_on_device
 from trainer.model.objective import Objective
-from trainer.run import assembly
+from trainer.run import assembly, nonfinite_steps
 
 torch.set_num_threads(1)
 spoiled = {int(step) for step in sys.argv[1].split(",") if step}
@@ -29,6 +33,16 @@ def watched(self, seed, step):
     reseed(self, seed, step)
 
 
+if os.environ.get("LATE"):
+    prepare = assembly.Engine.prepare
+
+    def prepared(self, *args):
+        prepare(self, *args)
+        self.decides_on_device = leaves_out_on_device(self.optimizer)
+        assert self.decides_on_device
+
+    assembly.Engine.prepare = prepared
+    nonfinite_steps.Delayed = partial(Delayed, behind=2)
 assembly.Engine.reseed = watched
 Objective.losses = lambda self, *args: losses(self, *args) * (math.nan if last and at in spoiled else 1.0)
 sys.exit(main(sys.argv[2:]))

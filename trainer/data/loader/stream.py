@@ -113,8 +113,9 @@ class Stream:
         self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, order.steps)]
         for batch in self._loader if self._ahead is None else self._fetched(self._ahead, order, first_batch):
             if selection is not None and selection.weight is not None:
-                weight = torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
-                batch = batch._replace(weights=batch.weights * weight)
+                weights = batch.weights * torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
+                pinned = batch.weights.is_pinned()  # a product is not; the copy to the device would make the host wait
+                batch = batch._replace(weights=weights.pin_memory() if pinned else weights)
             yield batch
 
     def _fetched(self, ahead: Prefetcher, order: EpochOrder, first_batch: int) -> Iterator[Batch]:

@@ -1,0 +1,161 @@
+"""A training step and an evaluation make the host wait for nothing: the loop's own code on fake tensors of a CUDA device, under a mode that
+refuses a number read by the host, an indexing by a mask, and a copy that waits. Numbers every `log_every` steps are read outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sparsity.types import DENSE, Plan
+from tests.support import images as drawn
+from tests.support.waiting import CUDA, NoWaits, Waits, fake_cuda, moved
+from trainer import train as loop
+from trainer.bench.bookkeeping import stand_in
+from trainer.data.augment import on_device
+from trainer.data.batch import Batch
+from trainer.data.order import BatchSplit
+from trainer.engine.engine import Engine, leaves_out_on_device
+from trainer.engine.processes import Processes
+from trainer.model.build import build_distillation, build_examples, build_model, build_objective
+from trainer.model.ema import Ema
+from trainer.model.evaluate import evaluate
+from trainer.model.optimizer import build_optimizer
+from trainer.telemetry.meters import Meters
+
+ROWS, SIDE = 8, 32
+ARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+LEVELS = {
+    "topk, shared keys, forgetting": {
+        "tokens": {"method": "topk", "blocks": [1]},
+        "connections": {"method": "shared_keys"},
+        "examples": {"method": "forgetting"},
+    },
+    "topk, exact, infobatch": {
+        "tokens": {"method": "topk", "blocks": [1]},
+        "connections": {"method": "exact"},
+        "examples": {"method": "infobatch"},
+    },
+    "tome, random examples": {"tokens": {"method": "tome", "keep": 0.7, "blocks": [1]}, "examples": {"method": "random_epoch"}},
+    "random": {"tokens": {"method": "random", "blocks": [1]}},
+    "dense": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def without_cached_tensors() -> Iterator[None]:
+    """Tables that are made once per device must not stay fake for other tests."""
+    yield
+    for cached in (on_device._statistics, on_device._table):
+        cached.cache_clear()
+
+
+def config_of(**levels: Any) -> Any:
+    return drawn.config(
+        "none-*.tar",
+        name="waits",
+        control=0,
+        model={"name": "deit_tiny_patch16_224", "classes": 10, "image_size": SIDE, "drop_path": 0.1, "args": ARGS},
+        data={"validation": "none-*.tar", "batch": ROWS, "micro_batch": ROWS // 2},
+        augment={"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+        optim={"ema": 0.999, "clip": 1.0, "fused": True},
+        engine={"kind": "ddp", "precision": "float32"},
+        tracking={"to": "journal"},
+        **levels,
+    )
+
+
+@unset_fake_temporarily()
+def batch_of(rows: int) -> Batch:
+    ids = torch.arange(rows)
+    return Batch(
+        images=torch.zeros(rows, 3, SIDE, SIDE, dtype=torch.uint8), labels=ids % 10, ids=ids, copies=torch.zeros_like(ids),
+        weights=torch.ones(rows), flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), rng_keys=ids * 77, broken=[],
+    )  # fmt: skip
+
+
+def run_of(config: Any) -> Any:
+    """The parts of a run that a step uses, on the fake device."""
+    with unset_fake_temporarily():  # timm reads numbers while it builds
+        model, examples = build_model(config), build_examples(config, stand_in(100, 10))
+    engine: Any = Engine.__new__(Engine)
+    Processes.__init__(engine, 0, 1, CUDA)
+    engine.settings, engine.batch_split, engine.clip, engine._behind = (
+        config.engine, BatchSplit(ROWS // 2, 2, ROWS), config.optim.clip, 0,
+    )  # fmt: skip
+    engine.model = moved(model).train()
+    engine.optimizer = build_optimizer(model, config.optim)
+    engine.decides_on_device = leaves_out_on_device(engine.optimizer)
+    distillation = build_distillation(config)
+    return SimpleNamespace(
+        engine=engine, model=model, objective=build_objective(config), distillation=distillation, examples=examples,
+        teacher=SimpleNamespace(observe=lambda images, end_phase: None), probe=SimpleNamespace(on=False),
+        pruning=SimpleNamespace(after_step=lambda lr, taken: None), ema=Ema(model.network, config.optim.ema),
+        chain=SimpleNamespace(add=lambda *rows: None),  # numpy on the host alone
+        meters=Meters(engine, distillation.parts), stopping=SimpleNamespace(requested=lambda: False),
+        outputs=frozenset({"cls_attention"}) if examples.wants_spread else frozenset(),
+    )  # fmt: skip
+
+
+def graded(model: Any) -> None:
+    """In place of a backward pass, for which autograd looks for a real device; its operations are torch's own."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_step_waits_for_nothing(levels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the batch to the average: two micro-batches, mixed, erased, clipped; whether the step is taken is decided on the device."""
+    config = config_of(**LEVELS[levels])
+    with fake_cuda(monkeypatch):
+        run = run_of(config)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: graded(run.model))
+        assert run.engine.decides_on_device
+        loop._step(run, config, 0, batch_of(ROWS), DENSE, 1e-3)  # tables and the optimizer's state are made once
+        with NoWaits() as counted:
+            _, taken, stop = loop._step(run, config, 1, batch_of(ROWS), Plan(0.7, 0.5), 1e-3)
+    assert isinstance(taken, torch.Tensor) and taken.device == CUDA and not stop
+    assert counted.copies == 2 * 8 + 2, "the fields of two micro-batches, the sum of the weights, and back whether to stop"
+    assert counted.operations > 300
+
+
+def test_an_evaluation_waits_for_nothing_between_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception): ...
+
+    def add_up(sums: torch.Tensor) -> torch.Tensor:
+        raise Ended
+
+    config = config_of()
+    with fake_cuda(monkeypatch):
+        run = run_of(config)
+        evaluate_of = {"plan": DENSE, "classes": 10, "augment": config.augment, "device": CUDA, "add_up": add_up}
+        with pytest.raises(Ended):
+            evaluate(run.engine.forward, [batch_of(4)], **evaluate_of)  # tables are made
+        with NoWaits() as counted, pytest.raises(Ended):
+            evaluate(run.engine.forward, [batch_of(4), batch_of(4)], **evaluate_of)
+    assert counted.copies == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: float(x.sum()), lambda x: bool(x.isfinite().all()), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.cpu(),
+        lambda x: torch.zeros(3).to(CUDA), lambda x: x.index_put_((x > 0,), torch.ones((), device=CUDA)),
+    ],
+)  # fmt: skip
+def test_what_waits_is_found(waits: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_cuda(monkeypatch):
+        x = torch.ones(3, device=CUDA)
+        with NoWaits(), pytest.raises(Waits):
+            waits(x)
+
+
+def test_an_optimizer_without_a_fused_step_is_decided_by_the_host() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    assert leaves_out_on_device(torch.optim.AdamW(parameters, fused=True))
+    assert not leaves_out_on_device(torch.optim.AdamW(parameters)) and not leaves_out_on_device(torch.optim.SGD(parameters))

@@ -1,0 +1,83 @@
+"""Code of a run on a CUDA device that does not exist: fake tensors, and a mode that refuses what makes the host wait for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor,
+}  # fmt: skip
+
+
+class Waits(AssertionError):
+    """The host would wait for the device."""
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises Waits for a number read by the host, an indexing by a mask, and a blocking copy. Counts copies, and operations on the
+    device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.copies = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        there = [one for one in given if one.device.type == "cuda"]
+        if there and operation in READS:
+            raise Waits(f"{operation} of a tensor on the device")
+        indexes = args[1] if operation in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) else ()
+        if any(one.dtype == torch.bool for one in indexes if one is not None and one.device.type == "cuda"):
+            raise Waits(f"{operation} by a mask: the size of its result is read")
+        blocking = not kwargs.get("non_blocking", len(args) > 2 and args[2] is True)
+        found = operation(*args, **kwargs)
+        if operation in (aten._to_copy.default, aten.copy_.default):
+            source = args[1] if operation is aten.copy_.default else args[0]
+            if source.device.type != found.device.type:
+                if blocking:
+                    raise Waits(f"{operation} from {source.device} to {found.device}, shape {tuple(source.shape)}, waits")
+                self.copies += 1
+        self.operations += bool(there) or (isinstance(found, Tensor) and found.device.type == "cuda")
+        return found
+
+
+@contextlib.contextmanager
+def fake_cuda(monkeypatch: Any) -> Iterator[None]:
+    """Tensors on cuda:0 may be made inside the block; pinned memory and events are pretended. Numbers on the device are not known."""
+
+    class Event:
+        def record(self) -> None: ...
+        def synchronize(self) -> None:
+            raise Waits("an event is waited for")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: tensor)
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """The module with its parameters and buffers on the fake device, in place."""
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                there = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
+                one._parameters[name] = nn.Parameter(there, requires_grad=parameter.requires_grad)
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+    return module
