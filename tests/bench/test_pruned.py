@@ -28,13 +28,26 @@ def test_every_form_is_measured_beside_timm() -> None:
         assert row["images_per_second"] > 0 and row["bound"] > 1.2 and row["gmacs"] < found.rows["2 x timm"]["gmacs"]
 
 
+def test_onnx_rows_are_the_smaller_network_where_there_is_one_and_int8_has_fewer_bytes() -> None:
+    of = {
+        groups: pruned.bench(config(groups=groups), ["onnx", "onnx_int8"], [2], rounds=2).rows
+        for groups in ("units", "columns")
+    }
+    for groups, rows in of.items():
+        timm, floats, int8 = (rows[f"2 x {name}"] for name in ("timm", "onnx", "onnx_int8"))
+        assert (floats["gmacs"] < timm["gmacs"]) == (groups == "units") and int8["gmacs"] == floats["gmacs"]
+        assert int8["bytes"] < 0.8 * floats["bytes"], "the graph itself, 100 kB, stays"
+        assert timm["peak_mib"] > 0 and floats["peak_mib"] is None
+    assert of["units"]["2 x onnx"]["bytes"] < of["columns"]["2 x onnx"]["bytes"] - 10_000
+
+
 def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(yaml.safe_dump(config(groups="heads").resolved()))
     assert main(["bench", "inference", "c.yaml", "--forms", "compact", "--batches", "2", "--rounds", "2"]) == 0
     assert "weights.groups=heads" in capsys.readouterr().out
     for settings, forms, words in (
-        ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block"),
+        ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block, onnx, onnx_int8"),
         ({}, ["compact"], "columns and rows of blocks leave no smaller dense layer"),
         ({"groups": "units"}, ["block"], "units and heads have no blocks; use the compact form"),
         ({"keep": 1.0}, ["block"], "--forms with weights.method=magnitude: nothing is pruned; set weights.keep below 1"),

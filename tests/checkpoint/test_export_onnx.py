@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from trainer.__main__ import main
 from trainer.checkpoint import export_onnx as onnx_file
 from trainer.checkpoint.export_onnx import export_onnx
 from trainer.config.errors import ConfigError
+from trainer.config.load import load
 
 
 @pytest.fixture
@@ -22,6 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
     monkeypatch.setattr(onnx_file, "export", lambda *_: SimpleNamespace(path=Path(WEIGHTS)))  # of a checkpoint: tests/laws
+    monkeypatch.setattr(onnx_file, "load_run", lambda _: load("c.yaml"))
     return "run"
 
 
@@ -39,6 +42,30 @@ def test_onnxruntime_gives_torchs_logits_at_any_batch_size(run: str, capsys: Any
     assert [path.name for path in Path().glob("*onnx*")] == ["out.onnx"], "nothing temporary stays"
 
 
+def test_int8_is_calibrated_with_training_images_and_answers_nearly_as_float32(run: str, capsys: Any) -> None:
+    """39 of 40 images set the ranges, one is broken; the message has what was measured on the validation images."""
+    import onnx
+    import onnxruntime
+
+    assert main(["export", run, "float.onnx", "--density", ".5"]) == 0
+    capsys.readouterr()
+    assert main(["export", run, "int8.onnx", "--density", ".5", "--int8"]) == 0
+    text = capsys.readouterr().out
+    size = Path("int8.onnx").stat().st_size
+    assert f"int8, calibrated with 39 training images: {size:,} bytes, {Path('float.onnx').stat().st_size:,} in float32" in text
+    model = onnx.load("int8.onnx")
+    weights = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1]
+    assert len(weights) == 4 * 4 + 2, "four linear layers in each of four blocks, the patch embedding and the head"
+    images = torch.randn(64, 3, 32, 32)
+    theirs, ours = (
+        torch.from_numpy(onnxruntime.InferenceSession(f"{name}.onnx").run(None, {"images": images.numpy()})[0])
+        for name in ("float", "int8")
+    )
+    assert 0 < float((ours - theirs).abs().mean() / theirs.abs().mean()) < 0.25
+    share = float(re.search(r"for ([\d.]+) % of 39 validation images", text)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert share > 50  # of 10 classes, by weights that nothing has trained
+
+
 def test_a_file_that_differs_is_not_written(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "_difference", lambda *_: 0.5)
     with pytest.raises(ConfigError, match=r"differ from torch's by 5\.0e-01 of the largest logit; nothing was written"):
@@ -52,6 +79,9 @@ def test_what_cannot_be_is_refused(run: str, capsys: Any) -> None:
         (["out.safetensors", "--density", ".5"], "only for an ONNX file"),
         (["out.onnx", "--density", "1.5"], "--density 1.5: must be keep ratios in (0, 1]"),
         (["out.onnx", "--density", ".5,.7"], "an ONNX file has one density"),
+        (["out.onnx", "--density", ".5", "--int8", "--calibration", "0"], "--calibration 0: int8 needs training images"),
+        (["out.onnx", "--density", ".5", "--calibration", "8"], "--calibration 8: only with --int8"),
+        (["out.safetensors", "--int8"], "--int8: only for an ONNX file; name it OUT.onnx"),
     ):
         assert main(["export", run, *words]) == 2
         assert message in capsys.readouterr().err

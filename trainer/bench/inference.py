@@ -46,11 +46,16 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """run: a forward pass over images (B, 3, S, S). gmacs: mean over the images. tokens: mean in the last block, with prefix."""
+    """run: a forward pass over images (B, 3, S, S). gmacs: mean over the images. tokens: mean in the last block, with prefix.
+
+    bytes: of the weights, or of the file. by_torch: False where another library allocates, so that peak memory is not known.
+    """
 
     run: Callable[[Tensor], Any]
     gmacs: float
     tokens: float
+    bytes: int | None = None
+    by_torch: bool = True
 
 
 def bench(config: Config, density: float, batches: list[int], rounds: int) -> BenchResult:
@@ -140,7 +145,8 @@ def measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, batc
             "bound": rows["timm"].gmacs / rows[name].gmacs,
             "tokens": rows[name].tokens,
             "gmacs": rows[name].gmacs / 1e9,
-            "peak_mib": peaks[name] / 2**20,
+            "bytes": rows[name].bytes,
+            "peak_mib": peaks[name] / 2**20 if rows[name].by_torch else None,
         }
     return found
 

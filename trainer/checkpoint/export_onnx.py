@@ -1,6 +1,6 @@
 """`trilevel export RUN OUT.onnx --density .5`: the value-based form at one density as an ONNX file with a dynamic batch.
 
-The only importer of onnx, onnxscript and onnxruntime (`pip install trilevel[onnx]`). The file is compared with torch on two batch sizes
+`pip install trilevel[onnx]`. The file is compared with torch on two batch sizes
 before it replaces OUT. Tokens are sorted by ONNX's TopK, which puts the lower position first among equal values, as `scores.ranked` does.
 """
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint.export import export
+from trainer.checkpoint.onnx_int8 import Int8, quantize_for
 from trainer.config.errors import ConfigError
+from trainer.config.load import load_run
 from trainer.model.exported import AnyDensity, load_exported
 
 TOLERANCE = 1e-4  # of the largest logit, float32
@@ -22,17 +24,19 @@ OPSET = 18
 
 
 class ExportedOnnx(NamedTuple):
-    """density: of the file. difference: the largest of a logit against torch, relative to the largest logit."""
+    """density: of the file. difference: the largest of a logit against torch, relative to the largest logit, in float32."""
 
     path: Path
     density: float
     difference: float
     size: int
+    int8: Int8 | None = None
 
     def text(self) -> str:
         return (
             f"{self.path}: input images (batch, 3, {self.size}, {self.size}) float32, normalised; output logits; density {self.density:g}; "
-            f"differs from torch by {self.difference:.1e} of the largest logit"
+            f"differs from torch by {self.difference:.1e} of the largest logit{' in float32' if self.int8 else ''}"
+            + (f"\n{self.int8.text()}" if self.int8 else "")
         )
 
 
@@ -46,28 +50,52 @@ class _AtDensity(nn.Module):
 
 
 def export_onnx(
-    run: Path | str, out: Path | str, density: float, which: str = "latest", ema: bool | None = None, form: str = "dense"
+    run: Path | str,
+    out: Path | str,
+    density: float,
+    which: str = "latest",
+    ema: bool | None = None,
+    form: str = "dense",
+    calibration: int | None = None,
 ) -> ExportedOnnx:
-    """Write the network of a run's checkpoint at `density`, 1 = all tokens; which, ema, form: as in `export`. Raises ConfigError."""
-    onnxruntime = _imported()
+    """Write the network of a run's checkpoint at `density`, 1 = all tokens; which, ema, form: as in `export`.
+
+    calibration: training images of the run with which int8 ranges are found; None: float32. Raises ConfigError, and DataError where
+    the images for int8 cannot be read.
+    """
+    refuse_missing()
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    int8 = None
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema, form).path)
         size = network.image_size
         whole, written = _AtDensity(network, density).eval(), Path(folder) / "model.onnx"
-        _write(whole, torch.zeros(2, 3, size, size), written)
-        difference = _difference(whole, onnxruntime.InferenceSession(written), size)
+        write(whole, torch.zeros(2, 3, size, size), written)
+        difference = _difference(whole, session(written), size)
         if not difference <= TOLERANCE:
             raise ConfigError(
                 f"export {out}: onnxruntime's logits differ from torch's by {difference:.1e} of the largest logit; nothing was written; "
                 "report it"
             )
+        if calibration is not None:
+            floats, written = written, Path(folder) / "int8.onnx"
+            int8 = quantize_for(load_run(Path(run)), floats, written, calibration, whole)
         written.replace(out)
-    return ExportedOnnx(out, density, difference, size)
+    return ExportedOnnx(out, density, difference, size, int8)
 
 
-def _write(network: nn.Module, images: Tensor, path: Path) -> None:
+def session(path: Path) -> Any:
+    """An onnxruntime session on the CPU with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def write(network: nn.Module, images: Tensor, path: Path) -> None:
+    """A network of images (B, 3, S, S) as ONNX, for any B; `images` to trace it with, B >= 2."""
     import onnxscript
 
     op: Any = onnxscript.opset18
@@ -96,10 +124,10 @@ def _difference(network: nn.Module, session: Any, size: int) -> float:
     return worst
 
 
-def _imported() -> Any:
+def refuse_missing() -> None:
+    """Raises ConfigError without the libraries of ONNX."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise ConfigError(f"export OUT.onnx: {error}; install them: pip install 'trilevel[onnx]'") from error
-    return onnxruntime
+        raise ConfigError(f"ONNX: {error}; install the libraries: pip install 'trilevel[onnx]'") from error

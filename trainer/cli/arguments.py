@@ -172,6 +172,10 @@ def _add_results(commands: Any) -> None:
     _add_run(c, overrides=False)
     c.add_argument("out", metavar="OUT.safetensors|OUT.onnx")
     c.add_argument("--density", metavar="SHARE", help="for ONNX: keep ratio of tokens of the file, 1 = all")
+    c.add_argument(
+        "--int8", action="store_true", help="for ONNX: int8 weights and activations, calibrated with training images"
+    )
+    c.add_argument("--calibration", type=int, metavar="N", help="training images for --int8 (default: 256)")
     chosen = c.add_mutually_exclusive_group()
     chosen.add_argument("--ema", action="store_const", const=True, help="the EMA weights (default if the run has them)")
     chosen.add_argument("--raw", dest="ema", action="store_const", const=False, help="the raw weights")

@@ -67,8 +67,13 @@ def export(a: argparse.Namespace) -> None:
         densities = _densities(a.density, "--density")
         if len(densities) > 1:
             raise ConfigError(f"--density {a.density}: an ONNX file has one density; write one file for each")
-        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema, a.form).text())
+        if a.calibration is not None and not a.int8:
+            raise ConfigError(f"--calibration {a.calibration}: only with --int8; float32 has no ranges to find")
+        images = (256 if a.calibration is None else a.calibration) if a.int8 else None
+        show(export_onnx(a.run_directory, a.out, densities[0], a.checkpoint, a.ema, a.form, images).text())
         return
+    if a.int8 or a.calibration is not None:
+        raise ConfigError(f"export {a.out} --int8: only for an ONNX file; name it OUT.onnx")
     if a.density is not None:
         raise ConfigError(f"--density {a.density}: only for an ONNX file; a safetensors file answers at any density")
     from trainer.checkpoint.export import export

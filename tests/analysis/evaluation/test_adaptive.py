@@ -60,7 +60,7 @@ def test_thresholds_keep_the_wanted_mean_and_stay_with_the_weights(config: Confi
 def test_training_images_are_calibrated_on_and_the_broken_one_is_not(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[int] = []
     monkeypatch.setattr(
-        "trainer.analysis.evaluation.calibrate.clean_images",
+        "trainer.data.loader.calibration.clean_images",
         lambda index, *_: shown.append(len(index)) or clean_images(index, *_),
     )
     found = calibrate(WEIGHTS, config, [0.5], images=10)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -16,16 +15,11 @@ from trainer.analysis.evaluation.adaptive_model import adaptive_model, importanc
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
-from trainer.data.augment.on_device import normalise
-from trainer.data.keyed_hash import permutation
-from trainer.data.loader.build import clean_images
+from trainer.data.loader.calibration import calibration_images
 from trainer.data.loader.dataset import open_indexes
-from trainer.data.progress import tracked
 from trainer.model import thresholds
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import load_weights, save_weights
-
-SALT = 0x63616C6962  # of the draw of calibration images
 
 
 class Calibrated(NamedTuple):
@@ -81,13 +75,8 @@ def calibrate(
 def _masses(config: Config, adaptive: AdaptiveViT, images: int, device: torch.device) -> torch.Tensor:
     """Cumulated importance of training images, (N, n) float32 on the CPU."""
     index, _ = open_indexes(config.data)
-    ids = np.sort(permutation(len(index), config.seed, SALT)[: min(images, len(index))])
-    found = []
-    batches = -(-len(ids) // config.evaluate.batch)
-    for batch in tracked(clean_images(index, config, 0, 1, 1.0).of(ids), "calibrate", batches, "batches"):
-        pixels = normalise(batch.images.to(device), config.augment)
-        found.append(adaptive.ranked(pixels)[1].mass[batch.weights.to(device) > 0].cpu())
-    return torch.cat(found)
+    pixels = calibration_images(config, index, images, device, "calibrate")
+    return torch.cat([adaptive.ranked(batch)[1].mass.cpu() for batch in pixels])
 
 
 def _keep(source: Path, ours: Thresholds) -> Path:
