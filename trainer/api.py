@@ -72,7 +72,6 @@ def evaluate(
     One row per density, with the columns of `trilevel eval --json`. Raises ConfigError.
     """
     import pandas
-    from torch import nn
 
     from trainer.analysis.evaluation.densities import score
 
@@ -87,7 +86,6 @@ def read_run(run: str | Path) -> dict[str, pandas.DataFrame]:
     the line before, `time` in seconds since 1970. Raises JournalError where there is no journal.
     """
     import pandas
-    from torch import nn
 
     from trainer.journal.reader import lineage
 
@@ -105,7 +103,6 @@ def compare(*runs: str | Path, base: str | None = None) -> pandas.DataFrame:
     base / run, above 1 is cheaper. Raises NothingToCompare.
     """
     import pandas
-    from torch import nn
 
     from trainer.analysis.comparison.figures import facts
     from trainer.analysis.comparison.groups import compare as compared

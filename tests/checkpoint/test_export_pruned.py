@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparsity.types import DENSE
 from trainer import load_model, load_weights
 from trainer.__main__ import main
+from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.analysis.pictures import kept_weights
 from trainer.checkpoint.export import export
 from trainer.checkpoint.export_onnx import export_onnx
@@ -106,6 +108,21 @@ def test_blocks_come_back_to_the_bit_in_fewer_bytes(tmp_path: Path, groups: str,
     sizes, stored = json.loads(found.about["bytes"]), load_file(found.path)
     assert sum(value.numel() * value.element_size() for name, value in stored.items() if ".weight." in name) == sizes["block"]
     assert sizes["block"] < 0.6 * sizes["dense"] < sizes["csr"]
+
+
+@pytest.mark.parametrize(("groups", "form"), [("units", "compact"), ("heads", "compact"), ("columns", "blocks")])
+def test_eval_takes_a_file_of_each_form(tmp_path: Path, groups: str, form: str) -> None:
+    """What `trilevel eval FILE CONFIG` scores is the masked network; a damaged header is refused by name."""
+    state = run(tmp_path, groups=groups, keep=0.5)
+    found = export(tmp_path, tmp_path / "small.safetensors", form=form)
+    config = parse({"name": "x", "model": MODEL, "data": {"train": "a", "validation": "b"}})
+    network = scored_model(str(found.path), config, [], "eval").network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(IMAGES, DENSE).logits, masked(state), rtol=1e-5, atol=1e-5)
+    damaged = found.about | {"args": "{"}
+    networks.save_weights(tmp_path / "damaged.safetensors", load_file(found.path), damaged)
+    with pytest.raises(ConfigError, match=r"damaged\.safetensors: the header does not describe a network"):
+        scored_model(str(tmp_path / "damaged.safetensors"), config, [], "eval")
 
 
 def test_a_compact_file_keeps_its_densities(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def load_exported(path: str | Path) -> AnyDensity:
     """The network of a file of `trilevel export`, in evaluation mode. Raises ConfigError for a file without its header."""
     path = Path(path)
     state, about = weights.load_weights(path), _header(path)
-    with _naming(path):
+    with naming(path):
         tokens = TokensConfig.model_validate(json.loads(about[TOKENS]))
         vit = _network(about)
         pruned_file.shrink(vit, about)
@@ -77,7 +77,7 @@ def load_plain(path: str | Path) -> nn.Module:
     state, about = weights.load_weights(path), _header(path)
     if form := next((form for form in (pruned_file.COMPACT, pruned_file.BLOCKS) if form in about), ""):
         raise ConfigError(f"{path}: written by export --{form}, plain timm cannot build it; load it with trainer.load_model")
-    with _naming(path):
+    with naming(path):
         vit = _network(about)
     weights.fit(vit, state, str(path), warn=_refuse_change)
     return vit.eval()
@@ -100,7 +100,7 @@ def _network(about: Mapping[str, str]) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """A ValueError of a damaged header becomes a ConfigError with the file and the remedy."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.journal.run_weights import run_weights
-from trainer.model import weights
+from trainer.model import pruned_file, thresholds, weights
 from trainer.model.build import build_model
+from trainer.model.exported import naming
 
 
 class ScoredModel(NamedTuple):
@@ -40,8 +42,13 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
         raise ConfigError(f"{command} {model}: a weights file needs a CONFIG with its model; add one")
     if not path.is_file():
         raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
-    network = build_model(config.changed(model={"init": "random"}))
-    weights.fit(network.network, weights.load_weights(path), str(path), warn=_refuse_change)
+    state, about = weights.load_weights(path), thresholds.header(path) if path.suffix == ".safetensors" else {}
+    with naming(path):  # of `export --compact` and `--blocks`: another mlp_ratio, layers of several sizes, stored blocks
+        args = json.loads(about["args"]) if about.get("model") == config.model.name and "args" in about else config.model.args
+        network = build_model(config.changed(model={"init": "random", "args": args}))
+        pruned_file.shrink(network.network, about)
+        state = pruned_file.read(state, about)
+    weights.fit(network.network, state, str(path), warn=_refuse_change)
     return ScoredModel(config, network, source)
 
 
