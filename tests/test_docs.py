@@ -212,3 +212,19 @@ def test_unplain_words_are_found_and_docstrings_left_alone(tmp_path: Path) -> No
         "messages.py:3: 'mend'",
         "messages.py:4: 'is no '",
     ]
+
+
+def test_laws_name_the_tests_that_only_make_test_all_runs() -> None:
+    """Behind the name of a slow test stands (slow), behind no other; a test of which some cases are slow counts as one that is not."""
+    slow: dict[str, bool] = {}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(file.read_text())
+        whole = any(
+            isinstance(node, ast.Assign) and "pytestmark" in (text := ast.unparse(node)) and "mark.slow" in text
+            for node in tree.body
+        )
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                slow[node.name] = whole or any(ast.unparse(mark).startswith("pytest.mark.slow") for mark in node.decorator_list)
+    named = re.findall(r"`(test_\w+)`( \(slow\))?", (ROOT / "docs" / "laws.md").read_text())
+    assert not [name for name, mark in named if name in slow and slow[name] != bool(mark)]
