@@ -86,6 +86,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
                         state = recorder.skipped(one, state, run.chain.digest_before(state.step - one.step - 1))
                 with meters.paused():
                     if measured := run.baseline.measure_if_due(progress, order.steps, plans, meters.clock, last, due.end):
+                        run.statistics.restore()  # its passes changed them
                         recorder.control(state, progress, measured)
                     if due.evaluate or due.save:
                         assert_replicas_equal(engine, run.ema.replicated(), state.step)
@@ -119,6 +120,7 @@ def _step(
     total, stop = totals[0].clamp(min=1e-12), engine.read_delayed(totals[1])
     last = _forward_backward(run, config, batch, plan, mix, total)
     taken = engine.step()
+    run.statistics.after_step(taken)
     run.pruning.after_step(lr, taken)
     run.ema.update(taken)
     return last, taken, stop

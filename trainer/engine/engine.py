@@ -111,7 +111,7 @@ class Engine(Processes):
         else:
             model.to(self.device)
             self.optimizer = optimizer
-            # gradients as views of the buckets: no second copy of them. No broadcast: the buffers of a ViT are constants
+            # gradients as views of the buckets: no second copy of them. No broadcast: buffers are constants, or `RunningStatistics`
             settings: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
         replicated = self.settings.kind == "ddp" or self.settings.zero == 0

@@ -17,7 +17,7 @@ from sparsity.weights.pruning import Pruning
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
-from trainer.model import weights
+from trainer.model import batch_norm, weights
 from trainer.model.distillation import Distillation
 from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
@@ -27,6 +27,9 @@ def build_model(config: Config) -> SparseNetwork:
     """The timm network of `config.model`, seeded, with the mechanisms of levels 2 and 3. Raises ConfigError, also for a network whose
     multiply-adds are unknown, because a run reports its savings."""
     network = weights.create(config.model, config.seed)
+    batch_norm.refuse_precision(network, config)
+    if config.model.sync_batchnorm:
+        batch_norm.synchronise(network, config)
     if config.engine.checkpointing:
         _checkpoint(network, config)
     if config.teacher.logits != "none" and isinstance(network, VisionTransformerDistilled):

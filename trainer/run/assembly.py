@@ -50,6 +50,7 @@ from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.nonfinite_steps import Outcomes
 from trainer.run.process_limits import check_limits
 from trainer.run.recorder import Recorder
+from trainer.run.running_statistics import RunningStatistics
 from trainer.run.scoring import Scoring
 from trainer.run.shutdown import Stop, install_handlers
 from trainer.run.weight_pruning import WeightPruning
@@ -75,6 +76,7 @@ class Run:
     probe: ExampleProbe
     pruning: WeightPruning
     ema: Ema
+    statistics: RunningStatistics  # of batch norms
     chain: HashChain
     outcomes: Outcomes
     meters: Meters
@@ -168,6 +170,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             probe=probe,
             pruning=pruning,
             ema=ema,
+            statistics=RunningStatistics(model.network, engine, alike=config.model.sync_batchnorm),
             chain=HashChain(state.chain),
             outcomes=Outcomes(engine.device),
             meters=Meters(engine, distillation.parts),

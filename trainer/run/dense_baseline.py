@@ -21,6 +21,7 @@ from sparsity.plan_mix import PlanMix
 from sparsity.types import DENSE, Plan
 from trainer.engine.engine import Engine
 from trainer.engine.place_clock import CONTROL
+from trainer.model.batch_norm import is_synchronised
 from trainer.model.build import cost_of
 from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
@@ -107,6 +108,10 @@ class DenseBaseline:
         model: SparseNetwork = self.engine.module
         if self.engine.settings.kind == "deepspeed" and self.engine.settings.zero == 3:
             return self._not_measured(plans, "engine.zero=3 partitions the parameters, so no process can run a pass alone")
+        if is_synchronised(model):
+            return self._not_measured(
+                plans, "model.sync_batchnorm=true communicates in each pass, so no process can run one alone"
+            )
         whole = cost_of(model, DENSE)["multiply_adds"]
         shares = {plan: cost_of(model, plan)["multiply_adds"] / whole for _, plan in plans.parts}
         bound = plans.mean(shares.__getitem__)

@@ -18,6 +18,7 @@ from trainer.config.values import Duration
 from trainer.data.loader.dataset import class_warnings, file_warnings
 from trainer.data.shards.index import Index
 from trainer.journal.reader import FILE
+from trainer.model.batch_norm import depends_on_world
 from trainer.model.build import build_schedule
 from trainer.model.optimizer import has_betas
 from trainer.run.dense_baseline import fewest_steps
@@ -62,11 +63,12 @@ def ineffective(config: Config, images: int) -> list[str]:
     ]
 
 
-def warnings_of(config: Config, vit: nn.Module, train: Index, validation: Index) -> list[str]:
+def warnings_of(config: Config, network: nn.Module, train: Index, validation: Index) -> list[str]:
     """Everything that `--check` and the start of a run warn about, as sentences."""
     return [
         *ineffective(config, len(train)),
-        *unused_pixels(vit),
+        *unused_pixels(network),
+        *depends_on_world(network, config),
         *class_warnings(train, validation, config.model.classes),
         *file_warnings(config.data, train, validation),
     ]
