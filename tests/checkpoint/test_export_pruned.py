@@ -141,6 +141,17 @@ def test_a_compact_onnx_file_is_smaller(tmp_path: Path) -> None:
     assert found[0].stat().st_size < 0.95 * found[1].stat().st_size
 
 
+@pytest.mark.parametrize(
+    "forged", [{"classes": "1000000000"}, {"args": '{"embed_dim": 3000000}'}, {"args": '{"depth": 1000000000}'}]
+)
+def test_a_header_out_of_proportion_does_not_take_the_memory_of_the_machine(tmp_path: Path, forged: dict[str, str]) -> None:
+    run(tmp_path, groups="columns", keep=0.5)
+    found = export(tmp_path, tmp_path / "blocks.safetensors", form="blocks")
+    networks.save_weights(tmp_path / "forged.safetensors", load_file(found.path), found.about | forged)
+    with pytest.raises(ConfigError, match=r"forged\.safetensors: the .*(does not fit into memory|needs more than 1\.0 GiB)"):
+        load_model(tmp_path / "forged.safetensors")
+
+
 def test_damaged_blocks_are_refused_by_name(tmp_path: Path) -> None:
     run(tmp_path, groups="columns", keep=0.5)
     found = export(tmp_path, tmp_path / "blocks.safetensors", form="blocks")

@@ -20,7 +20,9 @@ from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
 from trainer.model import pruned_file, thresholds, weights
 from trainer.model.thresholds import Thresholds, weights_hash
+from trainer.storage.memory_limit import memory_limit
 
+GROWTH, SPARE = 64, 1 << 30  # memory for a file of n bytes: 64 n (blocks of a 20th, unpacked, and a copy) and 1 GiB
 TOKENS = "tokens"  # key of the header: the section of the configuration, as JSON
 
 
@@ -101,11 +103,21 @@ def _network(about: Mapping[str, str]) -> nn.Module:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A ValueError of a damaged header becomes a ConfigError with the file and the remedy."""
+    """What a damaged or forged header leads to becomes a ConfigError with the file and the remedy: wrong values, and a network that is out
+    of proportion to the weights in the file."""
+    allowed = GROWTH * path.stat().st_size + SPARE
     try:
-        yield
+        with memory_limit(allowed):
+            yield
     except ValueError as error:
         raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"{path}: the network of the header needs more than {allowed / 2**30:.1f} GiB, the file has {path.stat().st_size:,} bytes; "
+            "export it again"
+        ) from error
 
 
 def _refuse_change(text: str) -> None:

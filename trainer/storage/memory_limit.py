@@ -1,4 +1,4 @@
-"""A limit on memory around what a library reads from a server without a limit of its own."""
+"""A limit on memory around what a library makes of an answer or a file from others, without a limit of its own."""
 
 from __future__ import annotations
 
