@@ -1,4 +1,4 @@
-"""`trilevel train CONFIG --check` and `trilevel plan` about teachers and frozen parameters: found before training, shares printed."""
+"""`trilevel train CONFIG --check` and `trilevel estimate` about teachers and frozen parameters: found before training, shares printed."""
 
 from __future__ import annotations
 

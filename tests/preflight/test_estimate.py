@@ -1,4 +1,4 @@
-"""`trilevel plan`: laws of the arithmetic, what it refuses, and (slow) its word against real runs of 1, 2 and 4 processes."""
+"""`trilevel estimate`: laws of the arithmetic, what it refuses, and (slow) its word against real runs of 1, 2 and 4 processes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_paper_against_real_runs_of_one_two_and_four_processes(digits, tmp_path,
     for world in (1, 2, 4):
         words = ["--nodes", "1", "--processes", str(world), "--cores", str(min(world, cores)), "--json", f"plan{world}.json"]
         words += ["--from", "step.json", "--from", "input.json", "--from", "runs/short", "--bandwidth", "0.5"]
-        trilevel(1, "plan", CONFIG, *given, *words, timeout=900)
+        trilevel(1, "estimate", CONFIG, *given, *words, timeout=900)
         trilevel(world, "train", CONFIG, *given, f"name=real{world}", timeout=900)
         steps = lines(tmp_path / "runs" / f"real{world}", "step")
         images, seconds = (sum(line[key] for line in steps[1:]) for key in ("images", "seconds"))

@@ -1,4 +1,4 @@
-"""`trilevel plan --mtbf`: the simulation against Daly's closed form, its sums, its best interval, what it reads and refuses."""
+"""`trilevel estimate --mtbf`: the simulation against Daly's closed form, its sums, its best interval, what it reads and refuses."""
 
 from __future__ import annotations
 

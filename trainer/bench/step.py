@@ -70,7 +70,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
         "" if schedule.shares_known else f"{config.examples.method} decides in the run what it leaves out: counted as nothing"
     )
     beside: dict[str, dict[str, Any]] = {"run": run | {"unit": "of against", "note": note}}
-    beside["run"] |= {"cpu": device.type == "cpu", "threads": torch.get_num_threads()}  # `trilevel plan` reads them
+    beside["run"] |= {"cpu": device.type == "cpu", "threads": torch.get_num_threads()}  # `trilevel estimate` reads them
     notes = [
         "against / timm: {of_timm:.3f} ({of_timm_interval[0]:.3f} - {of_timm_interval[1]:.3f})".format_map(found["against"]),
         "whole run: {median:.3f} of against ({min:.3f} - {max:.3f}), bound {bound:.3f} by multiply-adds; both count removed "

@@ -69,7 +69,11 @@ def _add_before_a_run(commands: Any) -> None:
     c.add_argument("--steps", type=int, default=200)
     c.add_argument("--json", metavar="FILE")
 
-    c = add("plan", "estimate a run on N nodes from measurements: hours, device hours, the bottleneck (simulated, not run)")
+    c = add(
+        "estimate",
+        "hours, device hours and bottleneck of a run on N nodes, from measurements (simulated, not run)",
+        before="plan",
+    )
     add_config(c)
     c.add_argument("--nodes", type=int, required=True, metavar="N")
     c.add_argument("--processes", type=int, default=1, metavar="N", help="devices per node (default: 1)")

@@ -61,7 +61,7 @@ def _parity(a: argparse.Namespace) -> int:
     return 0 if certificate.equal else 1
 
 
-def _plan(a: argparse.Namespace) -> None:
+def _estimate(a: argparse.Namespace) -> None:
     from trainer.preflight import fault_simulation as faults
     from trainer.preflight.estimate import estimate, read
 
@@ -103,7 +103,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "audit": run_commands.audit,
     "show": run_commands.show_run,
     "kept": run_commands.kept,
-    "plan": _plan,
+    "estimate": _estimate,
     "export": model_commands.export,
     "report": run_commands.report,
     "sync": run_commands.sync,

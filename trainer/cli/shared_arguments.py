@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 
-def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
+def add_command(commands: Any, name: str, text: str, before: str = "") -> argparse.ArgumentParser:
+    """A command. before: its name in earlier versions, which is still taken."""
+    command = commands.add_parser(name, help=text, description=text, aliases=[before] if before else [])
     command.set_defaults(command=name)
     return command
 

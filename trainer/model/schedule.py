@@ -36,7 +36,7 @@ class Stretch(NamedTuple):
 
 
 def row_of(segment: Stretch, final: Plan) -> str:
-    """The name of a stretch's row in `trilevel bench step --json`, which `trilevel plan` reads."""
+    """The name of a stretch's row in `trilevel bench step --json`, which `trilevel estimate` reads."""
     if segment.plan == final:
         return "ours"
     return f"ours from epoch {segment.start:g}" if segment.share == 1 else f"ours at keep ratio {segment.plan.keep_tokens:g}"

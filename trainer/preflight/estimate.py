@@ -1,4 +1,4 @@
-"""`trilevel plan CONFIG --nodes N --from BENCH.json`: estimate a run on N nodes without running it.
+"""`trilevel estimate CONFIG --nodes N --from BENCH.json`: estimate a run on N nodes without running it.
 
 Combines measurements on one device (`bench step --json`), of the loader (`bench input --json`) and, if given, of a short run of one
 process (its directory: time of a step outside its passes):

@@ -1,4 +1,4 @@
-"""`trilevel plan ... --mtbf 3h`: simulate a run under faults; goodput by cause, and the checkpoint interval with the highest goodput.
+"""`trilevel estimate ... --mtbf 3h`: simulate a run under faults; goodput by cause, and the checkpoint interval with the highest goodput.
 
 Faults come at random: exponential times, `mtbf` on average, for the whole job. A fault ends every rank; the launcher starts them again at
 once, and they resume from the newest complete checkpoint (`launch --restarts`). A checkpoint blocks training for `blocking` seconds and is
