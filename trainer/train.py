@@ -68,20 +68,11 @@ def train(config: Config, resume: bool = False) -> RunResult:
                 before, state = state, state.advanced(order.steps)
                 skipped = run.outcomes.add(taken, before)
                 due = run.cadence.due(before, state, order.steps, stop=stop, skipped=bool(skipped))
-                due = due._replace(
-                    log=due.log or run.probe.due(state)
-                )  # a signal in the probe saves, and saves follow a log line
+                due = due._replace(log=due.log or run.probe.due(state))  # a signal in it saves; saves follow a log line
                 if due.log:
                     skipped += run.outcomes.flush()
-                    state = recorder.step(
-                        state,
-                        meters.reduce(),
-                        run.chain.close(engine),
-                        engine.grad_norm(),
-                        progress=progress,
-                        lr=lr,
-                        plan=plans,
-                    )
+                    measured, digest = meters.reduce(), run.chain.close(engine)
+                    state = recorder.step(state, measured, digest, engine.grad_norm(), progress=progress, lr=lr, plan=plans)
                     for one in skipped:
                         state = recorder.skipped(one, state, run.chain.digest_before(state.step - one.step - 1))
                 with meters.paused():
