@@ -26,6 +26,7 @@ from trainer.model.build import build_distillation, build_examples, build_model,
 from trainer.model.ema import Ema
 from trainer.model.evaluate import evaluate
 from trainer.model.optimizer import build_optimizer
+from trainer.run.running_statistics import RunningStatistics
 from trainer.telemetry.meters import Meters
 
 ROWS, SIDE = 8, 32
@@ -95,6 +96,7 @@ def run_of(config: Any) -> Any:
     return SimpleNamespace(
         engine=engine, model=model, objective=build_objective(config), distillation=distillation, examples=examples,
         teacher=SimpleNamespace(observe=lambda images, end_phase: None), probe=SimpleNamespace(on=False),
+        statistics=RunningStatistics(model.network, engine, alike=False),
         pruning=SimpleNamespace(after_step=lambda lr, taken: None), ema=Ema(model.network, config.optim.ema),
         chain=SimpleNamespace(add=lambda *rows: None),  # numpy on the host alone
         meters=Meters(engine, distillation.parts), stopping=SimpleNamespace(requested=lambda: False),
