@@ -16,11 +16,13 @@ import torch
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Examples, Selection
 from trainer.checkpoint import save_load
-from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.directory import Newest
+from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.run_config import Config
 from trainer.data.loader.build import clean_images, training_stream, validation_set
 from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.loader.stream import Stream
+from trainer.data.loader.validation import CleanImages, Validation
 from trainer.data.order import micro_batches
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
@@ -105,26 +107,11 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     warnings = warnings_of(config, model.network, index, validation_index)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_pruning(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
-    cadence = Cadence(
-        config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
-    )
     stopping = install_handlers()
-    stream = training_stream(index, config, rank(), world_size())
-    validation = validation_set(validation_index, config, rank(), world_size())
-    probe_settings = config.examples.probe
-    clean = probe_settings and clean_images(index, config, rank(), world_size(), probe_settings.probe_share)
-    use_device_of_rank()
-    for loader in (stream, validation, clean):  # before the threads of the engine exist
-        if loader is not None:
-            loader.fork()
+    stream, validation, clean = _loaders(config, index, validation_index)
     engine = Engine(config.engine, micro_batches(config.data.batch, config.data.micro_batch, world_size()), config.optim.clip)
-    found = save_load.newest(config.directory() / "checkpoints") if resume else save_load.NOTHING
-    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
-    engine.assert_same_on_all_ranks(
-        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
-    )
     engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
-
+    found, saved = _to_resume(config, index, teacher, engine) if resume else (save_load.NOTHING, None)
     recorder = Recorder(config, engine, resume)
     with engine.released_afterwards(), recorder.recording_failures():
         if saved:
@@ -160,7 +147,9 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             engine=engine,
             model=model,
             schedule=schedule,
-            cadence=cadence,
+            cadence=Cadence(
+                config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
+            ),
             stopping=stopping,
             objective=objective,
             teacher=teacher,
@@ -184,3 +173,27 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             state=state,
             selection=saved.selection if saved else None,
         )
+
+
+def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, Validation, CleanImages | None]:
+    """Training batches, validation batches, and images without augmentation where a probe wants them; their workers are started."""
+    loaders = (
+        training_stream(index, config, rank(), world_size()),
+        validation_set(validation, config, rank(), world_size()),
+        clean_images(index, config, rank(), world_size(), probe.probe_share) if (probe := config.examples.probe) else None,
+    )
+    use_device_of_rank()
+    for loader in loaders:
+        if loader is not None:
+            loader.fork()
+    return loaders
+
+
+def _to_resume(config: Config, index: Index, teacher: Teacher, engine: Engine) -> tuple[Newest, Saved | None]:
+    """The newest checkpoint, the same on all ranks, and its content; None if there is none yet."""
+    found = save_load.newest(config.directory() / "checkpoints")
+    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
+    engine.assert_same_on_all_ranks(
+        f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
+    )
+    return found, saved
