@@ -10,10 +10,11 @@ from sparsity.connections import CONNECTIONS
 from sparsity.dense import Dense
 from sparsity.network import Levels, SparseNetwork
 from sparsity.settings import ConnectionSettings, TokenSettings, choose
+from sparsity.swin.network import SparseSwin
 from sparsity.tokens import TOKENS
 from sparsity.vit import SparseViT
 
-FAMILIES: dict[str, type[SparseNetwork]] = {"vit": SparseViT, "dense": Dense}
+FAMILIES: dict[str, type[SparseNetwork]] = {"vit": SparseViT, "swin": SparseSwin, "dense": Dense}
 """By name; the first one that can run a network does. The last takes every network, without levels 2 to 4."""
 
 

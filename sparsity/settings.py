@@ -142,6 +142,11 @@ class TokenSettings(_LevelSettings):
     section: ClassVar[str] = "tokens"
     ranks_by_importance: ClassVar[bool] = False  # whether each image may keep its own number of tokens (`adaptive`)
 
+    @property
+    def windowed(self) -> Literal["received", "random", ""]:
+        """By what it keeps tokens in networks whose attention is in windows (Swin); "" if it needs attention between all tokens."""
+        return ""
+
     def build(self, network: Network) -> Reduce:
         """The mechanism. Raises ValueError, naming key and remedy, for an unsupported network."""
         raise NotImplementedError

@@ -39,6 +39,10 @@ class TopKSettings(TokenSettings):
     def in_reference_code(self) -> bool:
         return not self.fuse and self.importance in ("default", "cls")
 
+    @property
+    def windowed(self) -> Literal["received", ""]:
+        return "received" if self.importance in ("default", "received") and not self.fuse else ""
+
     def score(self, network: Network) -> Score:
         """The score by name. Raises ValueError for one that needs prefix tokens where the network has none."""
         if self.importance == "default":
@@ -65,6 +69,10 @@ class RandomSettings(TokenSettings):
     @property
     def in_reference_code(self) -> bool:
         return False
+
+    @property
+    def windowed(self) -> Literal["random", ""]:
+        return "" if self.fuse else "random"
 
     def build(self, network: Network) -> TopK:
         return TopK(scores.random, self.fuse, network.carry_qkv)

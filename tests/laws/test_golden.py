@@ -1,4 +1,4 @@
-"""What the originals compute, compared with what we compute: Tri-Level E-ViT, EViT, ToMe (see golden/README.md)."""
+"""What the originals compute, compared with what we compute: Tri-Level E-ViT and its Swin, EViT, ToMe (see golden/README.md)."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -110,3 +111,38 @@ def test_tome_matching(r):
     after, _ = tome.merge(tokens, QKV(keys, keys, keys, 1.0), r, carry_qkv=False)
     assert apart(after.x, data[f"match_r{r}/x"]) < 1e-6
     assert apart(after.size, data[f"match_r{r}/size"][..., 0]) < 1e-6
+
+
+def golden_swin() -> SwinTransformer:
+    swin = SwinTransformer(
+        img_size=64, patch_size=2, embed_dim=12, depths=(1, 1, 6, 1), num_heads=(1, 2, 4, 8), window_size=4, num_classes=10
+    )
+    swin.load_state_dict(
+        {key.removeprefix("weight/"): value for key, value in golden("swin").items() if key.startswith("weight/")}
+    )
+    return swin.eval()
+
+
+@pytest.mark.parametrize("r", [1.0, 0.9, 0.8, 0.6])
+@torch.no_grad()
+def test_authors_swin(r):
+    """Selection after blocks 1, 2, 3 of stage 3, which are 3, 4, 5 of all. Their visible tokens are those of the next block."""
+    case = {k.split("/")[1]: v for k, v in golden("swin").items() if k.startswith(f"r{r}/")}
+    model = build(golden_swin(), tokens="topk", blocks=(3, 4, 5), position="block", compat="authors")
+    record = model(golden("swin")["images"], Plan(r), frozenset({"kept"}))
+    assert apart(record.logits, case["logits"]) < 1e-5
+    for block in (3, 4, 5):
+        visible = torch.zeros(3, 65, dtype=torch.bool).scatter(1, record.kept[block] % 65, True)[
+            :, :64
+        ]  # -1 is beyond the grid
+        assert torch.equal(visible, case[f"visible_block{block - 1}"].bool())
+
+
+@torch.no_grad()
+def test_our_swin_keeps_exactly_k_where_theirs_keeps_one_fewer():
+    """At ratio 1 they hide a token and differ from timm by .08; ours is timm."""
+    images, theirs = golden("swin")["images"], golden("swin")["r1.0/visible_block2"].sum(1)
+    model = build(golden_swin(), tokens="topk", blocks=(3, 4, 5), position="block")
+    assert theirs.tolist() == [63, 63, 63]
+    assert apart(model(images).logits, golden("swin")["dense_timm/logits"]) < 1e-6
+    assert [ids.shape[1] for ids in model(images, Plan(0.9), frozenset({"kept"})).kept.values()] == [58, 53, 48]

@@ -73,6 +73,7 @@ def test_two_calls_of_one_drop_path_draw_independently():
 
 def test_it_compiles_whole_with_keyed_drop_path():
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     ours = build(network("mixer", drop_path=0.5).train(), image_size=SIZE)
     x, keys = pixels(), torch.arange(4)
     logits, grads = logits_and_grads(ours.network, lambda: ours(x, rng_keys=keys).logits)

@@ -125,7 +125,7 @@ def _network(config: Config) -> ModelConfig:
 def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: SparseNetwork, source: str) -> None:
     """Raises ConfigError where the teacher's attention is over other tokens than the student's importance."""
     asked, first = f"teacher.tokens={config.teacher.tokens:g}", config.tokens.blocks[0]
-    if "cls_attention" not in teacher.gives:
+    if "importance" not in teacher.gives:
         raise ConfigError(
             f"{source} with {asked}: a {type(teacher.network).__name__} gives no attention of [CLS]; choose a teacher of "
             f"{SparseViT.models}, or set teacher.tokens=0 and distil logits"

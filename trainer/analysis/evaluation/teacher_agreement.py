@@ -28,7 +28,7 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
     _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adaptive = adaptive_model(config, student.to(device).eval())
-    if "cls_attention" not in other.gives:
+    if "importance" not in other.gives:
         raise ConfigError(
             f"--teacher {teacher}: a {type(other.network).__name__} gives no attention; choose a network of {SparseViT.models}"
         )
