@@ -28,10 +28,9 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 # On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network. PYTHONPATH may name more.
-GPU_check := trainer.bench.gpu
-GPU_step := trainer bench step configs/tri_level_deit_small_0.7.yaml connections.method=shared_keys engine.compile=true optim.fused=true
+# make gpu PYTHON=python3 PART="facts check run step engine profile input" OUT=results
 gpu:
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m $(GPU_$(PART))
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m trainer.bench.gpu $(PART) $(if $(OUT),--out $(OUT))
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ...")'

@@ -57,17 +57,19 @@ class SparseNetwork(nn.Module):
     bit for bit.
 
     models: timm names of the family, for messages. gives: its outputs beside logits, see `ModelOutput`. prunes_weights: whether level 4
-    knows its layers.
+    knows its layers. has_residual: whether it keeps its tokens in `residual`.
     """
 
     models: ClassVar[str]
     gives: ClassVar[frozenset[str]] = frozenset()
     prunes_weights: ClassVar[bool] = False
+    has_residual: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
         self.blocks: frozenset[int] = frozenset()
+        self.residual: torch.dtype | None = None  # of the tokens between blocks, under autocast; None: float32, as timm
         self.training = network.training
 
     @classmethod

@@ -37,6 +37,7 @@ class SparseViT(SparseNetwork):
     models = "vit_* and deit* (timm's VisionTransformer)"
     gives = frozenset({"cls_attention", "importance", "kept", "keys"})
     prunes_weights = True
+    has_residual = True
 
     def __init__(
         self,
@@ -161,7 +162,8 @@ class SparseViT(SparseNetwork):
                 index = scores.ranked(keyed_random.uniform(rng_keys, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
                 ids = index.sort(dim=1).values if drop.ordered else index
                 x = torch.cat((x[:, :p], attention.gather_tokens(x[:, p:], ids, 1)), dim=1)
-        return Tokens(vit.norm_pre(x), ids, p, rng_keys=rng_keys)
+        x = vit.norm_pre(x)
+        return Tokens(x if self.residual is None else x.to(self.residual), ids, p, rng_keys=rng_keys)
 
     def _run(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         """One block, under gradient checkpointing if enabled; checkpoint() finds the devices' generators only in flat arguments."""
@@ -191,11 +193,11 @@ class SparseViT(SparseNetwork):
         if wanted.cls_attention and number == len(self.vit.blocks) - 1:
             with torch.no_grad():
                 row = self.look_back(tokens, qkv)
-        tokens = tokens.with_(x=tokens.x + _drop(block.drop_path1, after_attention(attended), path, 0))
+        tokens = tokens.with_(x=_added(tokens.x, _drop(block.drop_path1, after_attention(attended), path, 0)))
         selects = number in self.blocks
         if selects and self.position == "attention":
             tokens, qkv = self.reduce(tokens, qkv, plan)
-        tokens = tokens.with_(x=tokens.x + _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1))
+        tokens = tokens.with_(x=_added(tokens.x, _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1)))
         if selects and self.position == "block":
             tokens, qkv = self.reduce(tokens, qkv, plan)
         if selects:
@@ -279,6 +281,11 @@ def parts_of(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _added(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch in the type of x: under autocast a LayerScale in float32 would widen bf16 tokens."""
+    return (x + branch).to(x.dtype)
 
 
 def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:

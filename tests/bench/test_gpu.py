@@ -1,20 +1,28 @@
-"""`make gpu` in its tiny form on the CPU; on a GPU host the same code is the check."""
+"""`make gpu` in its tiny form on the CPU; on a GPU host the same code measures."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sparsity import keyed_random
-from trainer.bench.gpu import check
+from trainer.bench.gpu import __main__ as gpu
+from trainer.bench.gpu import facts, kernels
+from trainer.bench.gpu.report import Host, run
+
+CPU = torch.device("cpu")
 
 
-def test_every_device_path_agrees_with_itself_on_the_cpu(capsys: Any) -> None:
-    assert check.main() == 0
+def test_every_device_path_agrees_with_itself_on_the_cpu(capsys: Any, tmp_path: Path) -> None:
+    assert gpu.main(["check", "--out", str(tmp_path)]) == 0
     message = capsys.readouterr().out
-    assert message.count("ok  ") >= 15 and "FAIL" not in message
+    assert message.count("ok  ") >= 18 and "FAIL" not in message
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert len(rows) == message.count("ok  ") and all(row["part"] == "check" and row["tiny"] for row in rows)
 
 
 def test_a_path_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -25,10 +33,77 @@ def test_a_path_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: A
         return true(keys, *salts, **shape) * 0.9 ** len(calls)
 
     monkeypatch.setattr(keyed_random, "uniform", drifting)
-    assert check.main() == 1
-    assert "FAIL  keyed uniform draws" in capsys.readouterr().out
+    assert gpu.main(["check"]) == 1
+    assert "FAIL  check   keyed uniform draws" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_is_a_line_and_the_next_one_follows(tmp_path: Path) -> None:
+    def raising() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def part(host: Host) -> Any:
+        yield "first", raising
+        yield "second", lambda: {"ms": 1.23456}
+        raise ValueError("no such network")
+
+    shown: list[str] = []
+    assert (
+        run(
+            {"step": part, "next": lambda host: iter([("third", lambda: {"ok": True})])},
+            Host(CPU, True, tmp_path),
+            shown.append,
+        )
+        == 2
+    )
+    assert [line[:6].strip() for line in shown] == ["FAIL", "", "FAIL", "ok"]
+    assert "OutOfMemoryError: CUDA out of memory" in shown[0] and "second" in shown[1] and "ms 1.235" in shown[1]
+    assert "(part)" in shown[2] and "no such network" in shown[2]
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert "Traceback" in rows[0]["trace"] and rows[1]["ms"] == 1.23456
+
+
+def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
+    assert list(gpu.parts()) == ["facts", "check", "run", "step", "engine", "profile", "input"]
+    with pytest.raises(SystemExit):
+        gpu.main(["steps"])
+    assert "PART=steps: unknown value; valid values: facts, check, run" in capsys.readouterr().err
+
+
+def test_steps_and_profile_in_their_tiny_form(capsys: Any, tmp_path: Path) -> None:
+    assert gpu.main(["step", "profile", "--out", str(tmp_path)]) == 0
+    rows = {(row["part"], row["row"]): row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
+    assert rows["step", "dense"]["images_per_second"] > 0 and rows["step", "tokens 0.7"]["of_dense"] > 0
+    assert rows["profile", "dense"]["ms"] > 0 and len(rows["profile", "dense"]["largest"]) == kernels.LARGEST
+
+
+def test_a_profile_sums_classes_and_idle_time() -> None:
+    spans = [
+        ("ampere_gemm", 0, 4_000_000),
+        ("triton_poi_fused_add", 5_000_000, 7_000_000),
+        ("ampere_gemm", 6_000_000, 10_000_000),
+    ]
+    found = kernels.summary(spans, steps=2)
+    assert (found["ms"], found["launches"], found["product_ms"], found["elementwise_ms"]) == (5, 1.5, 4, 1)
+    assert found["idle"] == pytest.approx(0.1) and found["largest"][0] == ["ampere_gemm", 4.0, 1.0]
+    names = (
+        "triton_per_fused_layer_norm",
+        "void at::native::sort",
+        "pytorch_flash::flash_fwd",
+        "ncclDevKernel_AllReduce",
+        "xyz",
+    )
+    assert [kernels.class_of(name) for name in names] == [
+        "reduction and norm", "sort and gather", "attention", "communication", "other",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_facts_run_engine_and_input_in_their_tiny_form(capsys: Any) -> None:
+    assert gpu.main(["facts", "run", "engine", "input"]) == 0, capsys.readouterr().out
+    message = capsys.readouterr().out
+    assert "attention, math" in message and "same_batches true" in message and "ours" in message
 
 
 @pytest.mark.gpu
 def test_every_device_path_agrees_with_the_cpu() -> None:
-    assert check.main() == 0
+    assert gpu.main(["check"]) == 0 and facts.LENGTHS

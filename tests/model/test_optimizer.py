@@ -1,6 +1,7 @@
 """Optimizer groups, learning rate and weight average against timm's own."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from trainer.config.load import parse
 from trainer.config.schema import OptimConfig
 from trainer.model.build import build_schedule
 from trainer.model.ema import Ema
-from trainer.model.optimizer import build_optimizer
+from trainer.model.optimizer import build_optimizer, has_fused
 from trainer.model.schedule import set_learning_rate
 
 
@@ -194,6 +195,23 @@ def test_where_only_the_device_knows_the_average_follows_taken_steps_alike():
         for name, value in there.state_dict().items():
             assert torch.equal(value, before[name]) == (not taken), name
             torch.testing.assert_close(value, here.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "has"), [("adamw", True), ("sgd", True), ("lamb", False), ("lookahead_adamw", True), ("nothing", False)]
+)
+def test_on_a_gpu_the_fused_step_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch, name: str, has: bool):
+    assert has_fused(name) == has
+    if name == "nothing":
+        return
+
+    def fused(**settings: Any) -> bool:
+        optimizer = build_optimizer(vit(), OptimConfig(name=name, **settings))
+        return bool(optimizer.param_groups[0].get("fused"))
+
+    assert not fused()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fused() == has and not fused(fused=False)
 
 
 def test_average_accumulates_in_float32_where_weights_are_bf16():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from trainer.config.errors import ConfigError
 from trainer.data.errors import StorageUnavailable
 from trainer.data.loader.shared_buffers import BufferPool
-from trainer.run.process_limits import check_limits
+from trainer.run.process_limits import check_limits, check_shared_memory
 
 NEEDED = 128 + 8 * (2 + 1)  # two workers, one rank
 
@@ -68,3 +69,18 @@ def test_a_shared_memory_that_is_too_small_is_refused(monkeypatch: pytest.Monkey
     message = r"shared memory for a batch of 64 images of 224 px \(9.19 MiB\): .*(No space left|Read-only).*data.workers=0"
     with pytest.raises(StorageUnavailable, match=message):
         BufferPool(7, 64, 224)
+
+
+def test_a_shared_memory_smaller_than_the_loaders_buffers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 ranks x 33 buffers x 256 images of 224 px: written past its end, /dev/shm ends a worker by SIGBUS in the middle of an epoch."""
+    images = 256 * 224 * 224 * 3
+    fits = SimpleNamespace(f_bavail=8 * 31 * images, f_frsize=1)
+    monkeypatch.setattr("os.statvfs", lambda path: fits if path == "/dev/shm" else pytest.fail(path))
+    check_shared_memory(workers=14, ranks=8, slots=256, size=224)
+    check_shared_memory(workers=0, ranks=99, slots=256, size=224)  # decodes in the rank
+    with pytest.raises(
+        ConfigError,
+        match=r"/dev/shm: 8\.9 GiB are free; data\.workers=15 on 8 process\(es\) of this node need 9\.47 GiB \(33 buffers of 256 images .*"
+        r"--shm-size=11g\), lower data\.workers",
+    ):
+        check_shared_memory(workers=15, ranks=8, slots=256, size=224)

@@ -11,7 +11,7 @@ from trainer.cli.output import configuration, show, show_table, write_json
 if TYPE_CHECKING:
     from trainer.bench.result import BenchResult
 
-PARTS = ("input", "step", "inference", "checkpoint", "engine", "journal", "remote")
+PARTS = ("input", "step", "inference", "checkpoint", "engine", "journal", "remote", "gpu-counts")
 
 
 def bench(a: argparse.Namespace) -> None:
@@ -44,6 +44,10 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
 
         options = {"latency": a.latency, "workers": a.workers, "batch": a.batch, "passes": a.passes, "limit": a.limit}
         return remote.bench(config, **options)
+    if part == "gpu-counts":
+        from trainer.bench.gpu import counts
+
+        return counts.bench(config, a.rows.split(";") if a.rows else None)
     if part == "step":
         from trainer.bench import step
         from trainer.config.load import load

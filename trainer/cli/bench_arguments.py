@@ -57,6 +57,11 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     c.add_argument("--rounds", type=int, default=20, help="number of rounds over all rows (default: 20)")
     c.add_argument("--rows", metavar="ddp,zero1,...", help="only these rows, besides the bare loop")
     c = add(
+        "gpu-counts",
+        "kernels, bytes and products of a training step as torch.compile would run it on an H200, and the time they predict; needs no GPU",
+    )
+    c.add_argument("--rows", metavar="dense;tokens 0.7;...", help="only these rows, besides dense")
+    c = add(
         "journal",
         "time of a logging step with the MLflow server stopped, unresponsive and running; memory of journal and shipper",
         config=False,

@@ -97,6 +97,11 @@ class Config(Section):
                 f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: requires DeepSpeed's ZeRO; set engine.zero=1, "
                 "or engine.precision=autocast"
             )
+        if e.residual == "bf16" and e.precision != "autocast":
+            raise ValueError(
+                f"engine.residual=bf16 with engine.precision={e.precision}: only autocast has tokens and products in different precisions; "
+                "set engine.precision=autocast, or engine.residual=float32"
+            )
         if e.precision == "bf16" and self.weights.settings.moves_weights:
             raise ValueError(
                 f"engine.precision=bf16 with weights.method={self.weights.method}: its small steps would be lost in bf16 parameters; "
@@ -171,6 +176,7 @@ FREE_TO_CHANGE = (
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "teacher.from",
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed", "engine.timeout",
+    "engine.autotune",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip
 _FREE = tuple(f"{key}." for key in FREE_TO_CHANGE)

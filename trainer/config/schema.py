@@ -196,8 +196,9 @@ class OptimConfig(Section):
     """Learning rate at the end of the run."""
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Decay per step of the exponential moving average of the weights, e.g. .9999. Default: none kept."""
-    fused: bool = False
-    """One kernel per step where the optimizer has one (torch's AdamW, Adam, SGD, Adagrad). Faster; not bitwise timm."""
+    fused: bool | None = None
+    """One kernel per step (torch's AdamW, Adam, SGD, Adagrad). Faster, and on a GPU no step waits for the host; not bitwise timm. Default:
+    on a GPU, where the optimizer has one."""
     max_skipped: int = Field(default=20, ge=0)
     """Steps of a run without a finite gradient that are skipped; one more stops the run."""
     max_skipped_in_row: int = Field(default=4, ge=0)

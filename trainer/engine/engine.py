@@ -98,7 +98,8 @@ class Engine(Processes):
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
             self.compile_cache = use_persistent_compile_cache()
-            model.compile()  # in place, so that parameter names stay timm's
+            # in place, so that parameter names stay timm's
+            model.compile(**({"mode": "max-autotune-no-cudagraphs"} if self.settings.autotune else {}))
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:
                 raise ConfigError(

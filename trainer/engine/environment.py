@@ -17,8 +17,11 @@ LOOPBACK = "lo"
 def use_persistent_compile_cache() -> str:
     """Keep torch.compile's graphs for later processes in TORCHINDUCTOR_CACHE_DIR, else in ~/.cache/trilevel/compiled (torch's own
     default is below /tmp, which the next job of a node may not share). Returns the folder."""
+    import torch._inductor.config as inductor
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each rank would start a compiler per core of the node
+        inductor.compile_threads = max(1, min(inductor.compile_threads or 1, (os.cpu_count() or 1) // ranks_of_node()))
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     if folder == default_cache_dir():  # torch itself sets the variable to its default: not the user's choice
         folder = "~/.cache/trilevel/compiled"
@@ -35,6 +38,11 @@ def use_persistent_compile_cache() -> str:
 def world_size() -> int:
     """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_node() -> int:
+    """Number of processes of this run on this node; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 
 from sparsity import build
@@ -54,6 +55,13 @@ def build_model(config: Config) -> SparseNetwork:
             f"model.name={config.model.name}: {error}; set tokens.method=all and connections.method=all, or choose another network"
         ) from error
     _refuse_attention(config, model)
+    if config.engine.residual == "bf16":
+        if not model.has_residual:
+            raise ConfigError(
+                f"engine.residual=bf16: model.name={config.model.name} keeps its tokens in float32; choose a network of "
+                f"{build.can(lambda family: family.has_residual)}, or set engine.residual=float32"
+            )
+        model.residual = torch.bfloat16
     return model
 
 

@@ -7,11 +7,12 @@ Parameter groups are timm's: no weight decay on biases, norms and the model's `n
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from typing import Any, cast
 
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from torch import nn
 
 from trainer.config.errors import ConfigError, did_you_mean
@@ -34,7 +35,8 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
         raise ConfigError(
             f"{', '.join(outside)}: trainable parameters outside the timm model would not be trained; freeze them or put them in the model"
         )
-    more: dict[str, Any] = {"fused": True} if settings.fused else {}
+    fused = settings.fused if settings.fused is not None else torch.cuda.is_available() and has_fused(settings.name)
+    more: dict[str, Any] = {"fused": True} if fused else {}
     try:
         return create_optimizer_v2(
             network,
@@ -110,6 +112,15 @@ def has_betas(name: str) -> bool:
         return get_optimizer_info(_base(name)).has_betas
     except ValueError:
         return True
+
+
+def has_fused(name: str) -> bool:
+    """Whether timm's optimizer of this name can step in one kernel; its wrappers (`lookahead_...`) too. False for one unknown to timm."""
+    try:
+        kind = get_optimizer_class(_base(name), bind_defaults=False)
+    except ValueError:
+        return False
+    return "fused" in inspect.signature(kind).parameters
 
 
 def _base(name: str) -> str:

@@ -204,7 +204,8 @@ class _Ours:
         self.config, self.batches, self.schedule = config, batches, build_schedule(config)
         wrapped = build_model(config)
         self.wrapped, self.model = wrapped.to(device), wrapped.network
-        self.objective, self.optimizer = build_objective(config), build_optimizer(wrapped, config.optim)
+        optim = config.optim.model_copy(update={"fused": bool(config.optim.fused)})  # by default timm's step, on a GPU too
+        self.objective, self.optimizer = build_objective(config), build_optimizer(wrapped, optim)
         self.ema = Ema(self.model, config.optim.ema)
 
     def start(self) -> Iterator[TracedTensor]:

@@ -26,7 +26,7 @@ from trainer.data.loader.validation import CleanImages, Validation
 from trainer.data.order import micro_batches
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.engine.environment import is_first_of_node, rank, use_device_of_rank, world_size
+from trainer.engine.environment import is_first_of_node, rank, ranks_of_node, use_device_of_rank, world_size
 from trainer.model.build import (
     build_distillation,
     build_examples,
@@ -50,7 +50,7 @@ from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
 from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.nonfinite_steps import Outcomes
-from trainer.run.process_limits import check_limits
+from trainer.run.process_limits import check_limits, check_shared_memory
 from trainer.run.recorder import Recorder
 from trainer.run.running_statistics import RunningStatistics
 from trainer.run.scoring import Scoring
@@ -182,6 +182,8 @@ def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, V
         validation_set(validation, config, rank(), world_size()),
         clean_images(index, config, rank(), world_size(), probe.probe_share) if (probe := config.examples.probe) else None,
     )
+    slots = loaders[0].batch_split.slots
+    check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size)
     use_device_of_rank()
     for loader in loaders:
         if loader is not None:

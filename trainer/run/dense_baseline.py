@@ -140,7 +140,9 @@ class DenseBaseline:
             f"own {number}": partial(self._pass, model, plan, self.outputs, *at_hand) for number, plan in enumerate(shares)
         }
         if compared:
-            passes["dense"] = lambda: self._pass(dense, DENSE, frozenset(), *at_hand)
+            # the run's own outputs: with them its network is compiled already where a plateau keeps everything
+            outputs = self.outputs if dense is model else frozenset[str]()
+            passes["dense"] = lambda: self._pass(dense, DENSE, outputs, *at_hand)
         if self.teacher.network is not None:
             images = at_hand[0]
             passes["teacher"] = lambda: timing.seconds(lambda: self.teacher.observe(images, lambda _: None), self.engine.device)

@@ -168,6 +168,8 @@ def _unread(config: Config) -> Iterator[str]:
             yield f"engine.zero={engine.zero} has no effect with engine.kind=ddp; set engine.zero=0 or engine.kind=deepspeed"
         if engine.deepspeed is not None:
             yield f"engine.deepspeed={engine.deepspeed} has no effect with engine.kind=ddp; set engine.kind=deepspeed"
+    if engine.autotune and not engine.compile:
+        yield "engine.autotune=true has no effect with engine.compile=false; set engine.compile=true"
     if trace.steps is None:
         for key in ("memory", "ranks"):
             if (value := getattr(trace, key)) != _default(trace, key):

@@ -6,9 +6,12 @@ Past them loader workers, gloo, the rendezvous and Python's locks each fail with
 from __future__ import annotations
 
 import multiprocessing
+import os
 
 from trainer.config.errors import ConfigError
+from trainer.data.loader.shared_buffers import buffers_of
 
+SHARED_MEMORY = "/dev/shm"
 OPEN_FILES = 128  # one process without workers has about 50 files open
 OPEN_FILES_EACH = 8  # more for each loader worker (pipes, queues) and for each rank (connections)
 
@@ -23,6 +26,27 @@ def check_limits(workers: int, world: int) -> None:
         raise ConfigError(
             f"shared memory: {error.strerror}; /dev/shm must be a writable file system (docker run --shm-size=16g)"
         ) from error
+
+
+def check_shared_memory(workers: int, ranks: int, slots: int, size: int) -> None:
+    """Raises ConfigError where /dev/shm is smaller than the buffers of the loaders: written past its end, it ends a worker by SIGBUS.
+
+    ranks: on this node, with `workers` each; slots: images of a rank's batch; size: their side in pixels.
+    """
+    if not workers:
+        return
+    try:
+        system = os.statvfs(SHARED_MEMORY)
+    except OSError:  # not on Linux
+        return
+    free = system.f_bavail * system.f_frsize
+    needed = ranks * buffers_of(workers) * slots * size * size * 3
+    if needed > free:
+        raise ConfigError(
+            f"{SHARED_MEMORY}: {free / 2**30:.3g} GiB are free; data.workers={workers} on {ranks} process(es) of this node need "
+            f"{needed / 2**30:.3g} GiB ({buffers_of(workers)} buffers of {slots} images of {size} px each): enlarge it (docker run "
+            f"--shm-size={-(-needed // 2**30) + 1}g), lower data.workers, or use more nodes"
+        )
 
 
 def _allow_open_files(workers: int, world: int) -> None:

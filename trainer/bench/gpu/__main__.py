@@ -1,9 +1,56 @@
-"""`python -m trainer.bench.gpu`: the parts of `make gpu` that need nothing beside torch and timm."""
+"""`python -m trainer.bench.gpu PART ...`, or `make gpu PART="PART ..." OUT=FOLDER`: a line per row as soon as it is known.
+
+The most telling part first: facts, check, run, step, engine, profile, input. Without a GPU the CPU is compared with itself in the smallest
+form, which tests this code and measures nothing.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from trainer.bench.gpu.check import main
+import torch
 
-sys.exit(main())
+from trainer.bench.gpu import check, facts
+from trainer.bench.gpu.report import Host, Part, Row, run
+
+
+def parts() -> dict[str, Part]:
+    """By name, in the order in which they tell most."""
+
+    def later(module: str, function: str = "part") -> Part:
+        """Imported when the part begins: a host without pydantic still runs the others."""
+
+        def part(host: Host) -> Iterator[Row]:
+            import importlib
+
+            return getattr(importlib.import_module(f"trainer.bench.gpu.{module}"), function)(host)
+
+        return part
+
+    return {
+        "facts": facts.part, "check": check.part, "run": later("jobs", "run"), "step": later("step"), "engine": later("jobs", "engine"),
+        "profile": later("kernels"), "input": later("jobs", "images"),
+    }  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> int:
+    """0, or 1 if a row failed."""
+    known = parts()
+    parser = argparse.ArgumentParser(prog="python -m trainer.bench.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)} (default: check)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="append every row to FOLDER/gpu.jsonl")
+    given = parser.parse_args(words)
+    if unknown := [name for name in given.parts if name not in known]:
+        parser.error(f"PART={' '.join(unknown)}: unknown value; valid values: {', '.join(known)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    host = Host(device, device.type != "cuda", given.out)
+    if host.tiny:
+        print("no CUDA device: the CPU in the smallest form, compared with itself; times mean nothing", flush=True)
+    return int(run({name: known[name] for name in given.parts or ["check"]}, host, lambda line: print(line, flush=True)) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ from sparsity.examples.curriculum import TrainingRun
 from sparsity.examples.forgetting import ForgettingSettings
 from sparsity.tokens.tome import MergeSettings
 from sparsity.types import Observation, Plan, single_process
+from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.mixup import Mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
@@ -24,9 +25,8 @@ from trainer.data.batch import Batch
 
 
 class Deviation(NamedTuple):
-    """One comparison: the largest difference and the allowed one."""
+    """The largest difference of a comparison, and the allowed one."""
 
-    what: str
     difference: float
     allowed: float
 
@@ -34,41 +34,46 @@ class Deviation(NamedTuple):
     def good(self) -> bool:
         return self.difference <= self.allowed
 
-    def text(self) -> str:
-        return f"{'ok  ' if self.good else 'FAIL'}  {self.what:<58} {self.difference:.2e} (allowed {self.allowed:.0e})"
+
+Compared = Callable[[torch.device], Tensor]
+MECHANISMS = (("all", "all"), ("topk", "all"), ("topk", "exact"), ("topk", "shared_keys"), ("tome", "all"), ("random", "all"))
 
 
-def check(device: torch.device) -> Iterator[Deviation]:
-    """Compare every computation on the device with the CPU: random numbers, augmentation, forward and backward passes, bookkeeping."""
+def part(host: Host) -> Iterator[Row]:
+    """Every computation of a run on the device, beside the CPU: random numbers, augmentation, passes, optimizer, bookkeeping."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    keys = torch.arange(512) * 7919 - 12345
-    yield _same("keyed uniform draws", lambda d: keyed_random.uniform(keys.to(d), 3, 5), device, 0.0)
-    yield _same("keyed normal draws", lambda d: keyed_random.normal(keys.to(d), 9, shape=(16,)), device, 1e-5)
-    augment = AugmentConfig(erasing=1.0, mixup=0.8)
-    batch = _batch(8, 32)
-    yield _same("normalise, flip, erase", lambda d: augment_on_device(_to(batch, d), augment), device, 1e-5)
-    mix = Mix(0.3, None)
-    yield _same(
-        "mixup", lambda d: mix_images(augment_on_device(_to(batch, d), augment), mix, batch.weights.to(d)), device, 1e-5
-    )
-
-    plan = Plan(0.7, 0.5)
-    for tokens, connections in (("all", "all"), ("topk", "all"), ("topk", "exact"), ("topk", "shared_keys"), ("tome", "all")):
-        for what in ("logits", "gradients"):
-            name = f"{what} with tokens={tokens} connections={connections}"
+    device, keys, plan = host.device, torch.arange(512) * 7919 - 12345, Plan(0.7, 0.5)
+    augment, mix, batch = AugmentConfig(erasing=1.0, mixup=0.8), Mix(0.3, None), _batch(8, 32)
+    simple: dict[str, tuple[Compared, float]] = {
+        "keyed uniform draws": (lambda d: keyed_random.uniform(keys.to(d), 3, 5), 0.0),
+        "keyed normal draws": (lambda d: keyed_random.normal(keys.to(d), 9, shape=(16,)), 1e-5),
+        "normalise, flip, erase": (lambda d: augment_on_device(_to(batch, d), augment), 1e-5),
+        "mixup": (lambda d: mix_images(augment_on_device(_to(batch, d), augment), mix, batch.weights.to(d)), 1e-5),
+    }
+    for name, (compute, allowed) in simple.items():
+        yield name, lambda c=compute, a=allowed: _facts(_same(c, device, a))
+    for compiled in (False, True) if host.on_gpu else (False,):
+        for tokens, connections in MECHANISMS:
             chosen = MergeSettings(merged=2) if tokens == "tome" else tokens
-            settings = {"tokens": chosen, "connections": connections, "blocks": (1, 2)}
-            yield _same(name, lambda d, w=what, s=settings: _passes(d, plan, w, **s), device, 2e-4)
-    yield from _kept_ids(device, plan)
-    yield _bookkeeping(device)
-    if device.type == "cuda":
-        yield from _bfloat16(device)
+            settings = {"tokens": chosen, "connections": connections, "blocks": (1, 2), "compiled": compiled}
+            for what in ("logits", "gradients"):
+                name = f"{'compiled ' * compiled}{what}, {tokens}, {connections}"
+                yield name, lambda w=what, s=settings: _facts(_same(lambda d: _passes(d, plan, w, **s), device, 2e-4))
+    yield "kept patch ids (share that differs)", lambda: _facts(_kept_ids(device, plan))
+    yield "forgetting keeps the same examples", lambda: _facts(_bookkeeping(device))
+    yield "fused AdamW leaves a step out on the device", lambda: _facts(_left_out(device))
+    if host.on_gpu:
+        yield "bf16 error against float64, ours / timm's", lambda: _facts(_bfloat16(device))
 
 
-def _same(what: str, compute: Callable[[torch.device], Tensor], device: torch.device, allowed: float) -> Deviation:
+def _facts(found: Deviation) -> Facts:
+    return {"ok": found.good, "difference": found.difference, "allowed": found.allowed}
+
+
+def _same(compute: Compared, device: torch.device, allowed: float) -> Deviation:
     here, there = compute(torch.device("cpu")).double(), compute(device).cpu().double()
-    return Deviation(what, float((here - there).abs().max() / here.abs().max().clamp(min=1e-12)), allowed)
+    return Deviation(float((here - there).abs().max() / here.abs().max().clamp(min=1e-12)), allowed)
 
 
 def _batch(rows: int, size: int) -> Batch:
@@ -109,8 +114,10 @@ def _network(device: torch.device, **settings: Any) -> Any:
     return build.build(vit, **settings).to(device)
 
 
-def _passes(device: torch.device, plan: Plan, what: str, **settings: Any) -> Tensor:
+def _passes(device: torch.device, plan: Plan, what: str, compiled: bool = False, **settings: Any) -> Tensor:
     network = _network(device, **settings)
+    if compiled and device.type == "cuda":  # beside the eager CPU
+        network.compile()
     images = torch.from_numpy(np.random.default_rng(1).standard_normal((8, 3, 32, 32), dtype=np.float32)).to(device)
     logits = network(images, plan, rng_keys=torch.arange(8, device=device)).logits
     if what == "logits":
@@ -119,15 +126,31 @@ def _passes(device: torch.device, plan: Plan, what: str, **settings: Any) -> Ten
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def _kept_ids(device: torch.device, plan: Plan) -> Iterator[Deviation]:
+def _kept_ids(device: torch.device, plan: Plan) -> Deviation:
     images = torch.from_numpy(np.random.default_rng(2).standard_normal((8, 3, 32, 32), dtype=np.float32))
-    kept = [
+    here, there = (
         _network(d, tokens="topk", blocks=(1, 2)).eval()(images.to(d), plan, frozenset({"kept"})).kept
         for d in (torch.device("cpu"), device)
-    ]
-    for block in kept[0]:
-        differ = (kept[0][block].sort(-1).values != kept[1][block].cpu().sort(-1).values).float().mean()
-        yield Deviation(f"patch ids kept at block {block} (share that differs)", float(differ), 0.01)
+    )
+    shares = [(here[block].sort(-1).values != there[block].cpu().sort(-1).values).float().mean() for block in here]
+    return Deviation(float(max(shares)), 0.01)
+
+
+def _left_out(device: torch.device) -> Deviation:
+    """A step with found_inf at 1 between two that are taken, beside AdamW without a fused kernel, which never made it."""
+    results = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(4)
+        weight = torch.nn.Parameter(torch.randn(64, 33, generator=generator).to(device))
+        optimizer: Any = torch.optim.AdamW([weight], lr=1e-2, fused=fused)
+        for spoiled in (0.0, 1.0, 0.0):
+            weight.grad = torch.randn(64, 33, generator=generator).to(device) * (float("nan") if spoiled else 1.0)
+            if fused:
+                optimizer.found_inf = torch.full((), spoiled, device=device)
+            if fused or not spoiled:
+                optimizer.step()
+        results.append(weight.detach().cpu().double())
+    return Deviation(float((results[0] - results[1]).abs().max()), 1e-6)
 
 
 def _bookkeeping(device: torch.device) -> Deviation:
@@ -145,10 +168,10 @@ def _bookkeeping(device: torch.device) -> Deviation:
                 Observation(right.to(d), torch.ones(200).to(d), torch.rand(200).mul(0).to(d), torch.ones(200).bool().to(d)),
             )
         hashes.append(chosen.facts["hash"])
-    return Deviation("forgetting keeps the same examples", float(hashes[0] != hashes[1]), 0.0)
+    return Deviation(float(hashes[0] != hashes[1]), 0.0)
 
 
-def _bfloat16(device: torch.device) -> Iterator[Deviation]:
+def _bfloat16(device: torch.device) -> Deviation:
     """bf16 autocast: our error against float64 is at most twice timm's own (docs/laws.md, law 1)."""
     images = torch.from_numpy(np.random.default_rng(3).standard_normal((16, 3, 32, 32), dtype=np.float32)).to(device)
     ours = _network(device).eval()
@@ -156,15 +179,4 @@ def _bfloat16(device: torch.device) -> Iterator[Deviation]:
         exact = _network(device).double().eval().vit(images.double())
         with torch.autocast("cuda", torch.bfloat16):
             errors = [float((out.double() - exact).abs().max()) for out in (ours(images).logits, ours.vit(images))]
-    yield Deviation("bf16 error against float64, ours / timm's", errors[0] / max(errors[1], 1e-12), 2.0)
-
-
-def main() -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (no CUDA device: the CPU is compared with itself)"
-    print(f"check on {where}, torch {torch.__version__}, timm {timm.__version__}")
-    bad = 0
-    for finding in check(device):
-        print(finding.text(), flush=True)
-        bad += not finding.good
-    return int(bad > 0)
+    return Deviation(errors[0] / max(errors[1], 1e-12), 2.0)

@@ -22,6 +22,11 @@ _names = itertools.count()
 _known: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()  # of the rank's process
 
 
+def buffers_of(workers: int) -> int:
+    """Buffers of a rank's loader: two tasks per worker, the current batch, the previous one, and a spare."""
+    return 2 * workers + 3 if workers else 0
+
+
 class BufferPool:
     """`count` buffers for the pixels of a batch, created before the workers, which address them by number."""
 

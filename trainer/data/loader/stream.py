@@ -15,7 +15,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import cache_of
 from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
-from trainer.data.loader.shared_buffers import NONE, BufferPool, to_parent
+from trainer.data.loader.shared_buffers import NONE, BufferPool, buffers_of, to_parent
 from trainer.data.loader.workers import Loader
 from trainer.data.order import EpochOrder, Layout, micro_batches, slice_of
 
@@ -88,8 +88,7 @@ class Stream:
             cache.refuse_full_disk()
             self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
-        # two tasks per worker, the current batch, the previous one, and a spare
-        buffers = BufferPool(2 * data.workers + 3, self.batch_split.slots, maker.size) if data.workers else None
+        buffers = BufferPool(buffers_of(data.workers), self.batch_split.slots, maker.size) if data.workers else None
         self._tasks, self._turn = _Tasks(buffers), 0
         self._loader = Loader(
             _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, buffers),

@@ -55,10 +55,10 @@ class CleanImages:
 
 
 class Validation(CleanImages):
-    """Every image of the validation set once over all ranks. batch: images of a batch of one rank."""
+    """Every image of the validation set once over all ranks. batch: images of a batch of one rank. padded: see `CleanImages`."""
 
-    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int) -> None:
-        super().__init__(maker, data, batch, rank, world, padded=False)
+    def __init__(self, maker: BatchMaker, data: DataConfig, batch: int, rank: int, world: int, *, padded: bool = False) -> None:
+        super().__init__(maker, data, batch, rank, world, padded=padded)
         self._all = np.arange(len(maker.index))
 
     def __len__(self) -> int:

@@ -1,0 +1,112 @@
+"""`make gpu PART=facts`: what the device reaches: memory, matrix products at DeiT's shapes, fused attention by backend and token count."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.telemetry.hardware import matrix_rate
+from trainer.telemetry.timing import synchronize
+
+IMAGES, WIDTH, HEADS = 256, 384, 6  # DeiT-S
+LENGTHS = (197, 178, 161, 145, 139, 98, 69)  # tokens with [CLS]: dense, and at keep ratios of the recipes
+SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
+
+
+def part(host: Host) -> Iterator[Row]:
+    yield "host", lambda: _host(host)
+    yield "copy", lambda: _copy(host)
+    yield "product, large", lambda: {"teraflops": matrix_rate(host.device, "autocast") / 1e12}
+    tokens = (8 if host.tiny else IMAGES) * LENGTHS[0]
+    for name, shape in SHAPES.items():
+        yield f"product, {name} of {tokens} tokens", lambda shape=shape: _products(host, tokens, *shape)
+    for length in LENGTHS[-1:] if host.tiny else LENGTHS:
+        for name, backend in BACKENDS.items():
+            if host.on_gpu or name in ("flash", "math"):
+                yield f"attention, {name}, {length} tokens", lambda b=backend, t=length: _attention(host, b, t)
+    if host.on_gpu:
+        yield f"attention with a mask, {LENGTHS[4]} tokens", lambda: _attention(host, None, LENGTHS[4], masked=True)
+
+
+def timed(one: Callable[[], Any], device: torch.device, times: int = 10, blocks: int = 3) -> float:
+    """Seconds of one call: the best of several blocks of `times` calls between two synchronisations, after two calls to warm up."""
+    best = float("inf")
+    for _ in range(2):
+        one()
+    for _ in range(blocks):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(times):
+            one()
+        synchronize(device)
+        best = min(best, (time.perf_counter() - started) / times)
+    return best
+
+
+def _host(host: Host) -> Facts:
+    about: Facts = {
+        "device": torch.cuda.get_device_name(host.device) if host.on_gpu else f"CPU ({platform.machine()})",
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    if host.on_gpu:
+        properties = torch.cuda.get_device_properties(host.device)
+        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "sms": properties.multi_processor_count}
+        about |= {"memory_gib": properties.total_memory / 2**30}
+    return about
+
+
+def _copy(host: Host) -> Facts:
+    source = torch.empty(2**20 if host.tiny else 2**31, dtype=torch.uint8, device=host.device)
+    target = torch.empty_like(source)
+    return {"terabytes_per_second": 2 * source.numel() / timed(lambda: target.copy_(source), host.device) / 1e12}
+
+
+def _products(host: Host, tokens: int, inside: int, outside: int) -> Facts:
+    """The three products of a linear layer: forward, gradient of its input, gradient of its weight."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=host.device).to(torch.bfloat16)
+
+    x, weight, gradient = random(tokens, inside), random(outside, inside), random(tokens, outside)
+    products = {"forward": lambda: x @ weight.T, "input": lambda: gradient @ weight, "weight": lambda: gradient.T @ x}
+    flops = 2.0 * tokens * inside * outside
+    times = 1 if host.tiny else 20
+    return {f"{name}_teraflops": flops / timed(one, host.device, times) / 1e12 for name, one in products.items()}
+
+
+def _attention(host: Host, backend: SDPBackend | None, length: int, masked: bool = False) -> Facts:
+    """Milliseconds of the forward and backward pass of one block's attention."""
+    images = 2 if host.tiny else IMAGES
+    packed = torch.randn(images, length, 3, HEADS, WIDTH // HEADS, device=host.device, dtype=torch.bfloat16)
+    packed.requires_grad_()
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = torch.ones(images, 1, length, length, dtype=torch.bool, device=host.device) if masked else None
+    gradient = torch.randn_like(q)
+
+    def one() -> None:
+        torch.autograd.grad(scaled_dot_product_attention(q, k, v, attn_mask=mask), packed, gradient, retain_graph=True)
+
+    if backend is None:
+        seconds = timed(one, host.device)
+    else:
+        with sdpa_kernel(backend):
+            seconds = timed(one, host.device, 1 if host.tiny else 10)
+    flops = 3.5 * 4.0 * images * length * length * WIDTH
+    return {"ms": 1000 * seconds, "teraflops": flops / seconds / 1e12}

@@ -1,0 +1,139 @@
+"""Parts of `make gpu` that are whole processes: a run, the engines, the input pipeline. Each has a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.storage.source_tree import SOURCE_ROOT, python_path
+
+LIMIT = 230  # seconds of one process
+CONFIG = "configs/tri_level_deit_small_0.7.yaml"
+SETTINGS = [
+    "engine.kind=ddp",
+    "tracking.to=journal",
+    "control=0",
+    "data.workers=0",
+    "epochs=4",
+    "stop_at=30step",
+    "log_every=5step",
+]
+TINY = ["model.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}", "tokens.blocks=[0]", "data.batch=64"]
+
+
+def run(host: Host) -> Iterator[Row]:
+    """The quickstart on digits: on the CPU, on the device, compiled there, and stopped and resumed there."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
+    settings = SETTINGS + (TINY if host.tiny else [])
+    yield "pack digits", lambda: _trilevel(folder, "pack", "sklearn:digits", "shards/digits")
+    yield "on the CPU", lambda: _trained(folder, "cpu", settings, CUDA_VISIBLE_DEVICES="")
+    yield "on the device", lambda: _compared(folder, "device", settings, "cpu")
+    if host.tiny:
+        return
+    yield "compiled", lambda: _compared(folder, "compiled", [*settings, "engine.compile=true"], "cpu")
+    yield "stopped", lambda: _trained(folder, "resumed", [*settings, "stop_at=12step"])
+    yield "resumed", lambda: _compared(folder, "resumed", [*settings, "--resume"], "device", exact=True)
+    yield (
+        "resumed on the CPU",
+        lambda: _trilevel(folder, *_train("resumed", [*settings, "stop_at=35step", "--resume"]), CUDA_VISIBLE_DEVICES=""),
+    )
+
+
+def engine(host: Host) -> Iterator[Row]:
+    """`trilevel bench engine` on one device: every engine beside the bare loop."""
+    words = ["--processes", "1", "--rounds", "2" if host.tiny else "20", "--images-per-device", "2" if host.tiny else "256,32"]
+    small = ["model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}", "tokens.blocks=[1]"]
+    rows = ["--rows", "ddp" if host.tiny else "ddp,zero0,zero1"]
+    yield "engines", lambda: _bench(host, "engine", CONFIG, *(small if host.tiny else []), *words, *rows)
+
+
+def images(host: Host) -> Iterator[Row]:
+    """`trilevel bench input` on made images of ImageNet's size."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-input-"))
+    count, cores = (12 if host.tiny else 1500), len(os.sched_getaffinity(0))
+    yield "made images", lambda: {"images": count, "bytes": _photographs(folder / "images", count)}
+    words = ["--images", str(folder / "images"), "--batch", "4" if host.tiny else "64", "--passes", "1" if host.tiny else "3"]
+    workers = [
+        "--workers",
+        "1" if host.tiny else str(max(1, cores - 1)),
+        "--rows",
+        "ours" if host.tiny else "ours,ours_short_side",
+    ]
+    yield "input", lambda: _bench(host, "input", CONFIG, *words, *workers)
+
+
+def _bench(host: Host, *words: str) -> Facts:
+    """Medians of a benchmark's rows, from its JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "rows.json"
+        facts = _trilevel(SOURCE_ROOT, "bench", *words, "--json", str(found))
+        rows: dict[str, Any] = json.loads(found.read_text()) if found.is_file() else {}
+    keys = ("median", "unit", "ratio", "images_per_second", "memory_mib", "note")
+    return facts | {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
+
+
+def _train(name: str, settings: list[str]) -> list[str]:
+    config = str(SOURCE_ROOT / "configs/quickstart.yaml")
+    return ["train", config, "data.train=shards/digits/train-*.tar", "data.validation=shards/digits/validation-*.tar", f"name={name}",
+            *settings]  # fmt: skip
+
+
+def _trained(folder: Path, name: str, settings: list[str], **environment: str) -> Facts:
+    facts = _trilevel(folder, *_train(name, settings), **environment)
+    steps = _steps(folder, name)
+    return facts | {"steps": max(steps, default=0), "loss": steps[max(steps)]["loss"] if steps else None}
+
+
+def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False) -> Facts:
+    """A run beside another one: the same batches (hash chain) and losses within 2 %, or equal."""
+    facts = _trained(folder, name, settings)
+    mine, theirs = _steps(folder, name), _steps(folder, other)
+    both = sorted(mine.keys() & theirs.keys())
+    same = bool(both) and all(mine[step]["chain"] == theirs[step]["chain"] for step in both)
+    worst = max((abs(mine[step]["loss"] / theirs[step]["loss"] - 1) for step in both), default=float("nan"))
+    return facts | {"same_batches": same, "worst_loss": worst, "ok": facts["ok"] and same and worst <= (0.0 if exact else 0.02)}
+
+
+def _steps(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+    from trainer.journal.reader import lineage
+
+    try:
+        return {line["step"]: line for line in lineage(folder / "runs" / name) if line["kind"] == "step"}
+    except FileNotFoundError:
+        return {}
+
+
+def _trilevel(folder: Path, *words: str, **environment: str) -> Facts:
+    """Run a command; its exit code, and of a failing one the end of its output."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *words], cwd=folder, env=os.environ | {"PYTHONPATH": python_path()} | environment,
+            capture_output=True, text=True, timeout=LIMIT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": f"not finished after {LIMIT} s"}
+    if done.returncode:
+        return {"ok": False, "error": f"exit code {done.returncode}", "trace": (done.stdout + done.stderr)[-3000:]}
+    return {"ok": True}
+
+
+def _photographs(folder: Path, count: int) -> int:
+    """JPEGs of 500 x 375 pixels of smooth noise, in two class folders; their bytes."""
+    import numpy as np
+    from PIL import Image
+
+    rng, total = np.random.default_rng(0), 0
+    for number in range(count):
+        (folder / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+        path = folder / str(number % 2) / f"{number}.jpg"
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=95)
+        total += path.stat().st_size
+    return total

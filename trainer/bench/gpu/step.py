@@ -1,0 +1,93 @@
+"""`make gpu PART=step`: a training step of each row of the counts table, compiled, one row after the other; the prediction beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from trainer.bench.gpu import counts
+from trainer.bench.gpu.facts import timed
+from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.config.load import load
+from trainer.config.run_config import Config
+from trainer.model.optimizer import build_optimizer
+from trainer.storage.source_tree import SOURCE_ROOT
+
+CONFIG = "configs/tri_level_deit_small_0.7.yaml"
+PREDICTED = "docs/results/gpu-counts.json"
+ORDER = ("timm", "dense", "tokens 0.7", "tokens 0.5", "tokens 0.9", "dense, bf16 residual", "tokens 0.7, bf16 residual",
+         "tokens 0.7, exact 0.1", "tokens 0.7, shared_keys 0.1")  # fmt: skip
+PEAK = 989e12  # FLOP/s of an H200 in bf16
+TINY = ("model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}", "tokens.blocks=[1]",
+        "data.micro_batch=4", "data.batch=96")  # fmt: skip
+
+
+def configured(host: Host) -> Config:
+    """The recipe that is measured; tiny: on a network of two blocks."""
+    return load(SOURCE_ROOT / CONFIG, TINY if host.tiny else ())
+
+
+def part(host: Host) -> Iterator[Row]:
+    torch.set_float32_matmul_precision("high")  # as in a run
+    config, predicted = configured(host), _predictions(SOURCE_ROOT / PREDICTED)
+    known: dict[str, float] = {}
+    for name in ORDER[:3] if host.tiny else ORDER:
+        yield name, lambda name=name: _measured(host, config, name, known, predicted)
+    if not host.tiny:
+        few = config.changed(data={"micro_batch": 32})
+        yield "dense, 32 images", lambda: _measured(host, few, "dense", {}, {})
+
+
+def _measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
+    """known: seconds of the rows before, to which this one is added."""
+    one, compiling = step_of(host, config, counts.rows()[name])
+    if host.on_gpu:
+        torch.cuda.reset_peak_memory_stats(host.device)
+    seconds = timed(one, host.device, 1 if host.tiny else 10, 1 if host.tiny else 4)
+    known[name] = seconds
+    images, about = config.data.micro_batch, predicted.get(name, {})
+    facts: Facts = {"ms": 1000 * seconds, "images_per_second": images / seconds}
+    facts |= {f"of_{other}": seconds / known[other] for other in ("timm", "dense") if other in known and other != name}
+    if about:
+        flops = 1e12 * (about["teraflops"] + about["attention_teraflops"])
+        facts |= {"predicted_ms": about["predicted_ms"], "predicted_of_dense": about["of_dense"], "mfu": flops / seconds / PEAK}
+        facts |= {"terabytes_per_second": about["gigabytes"] / 1000 / seconds}
+    if host.on_gpu:
+        facts["peak_mib"] = torch.cuda.max_memory_allocated(host.device) / 2**20
+    torch.compiler.reset()
+    return facts | {"compile_s": compiling}
+
+
+def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], None], float]:
+    """A compiled step (forward, backward, optimizer) of a row's network, and the seconds of its first call. tiny: not compiled."""
+    model = counts.network_of(config, row).to(host.device)
+    optimizer = build_optimizer(model, config.optim)
+    network: Any = model.network if row.timm else model
+    if not host.tiny:
+        network.compile(dynamic=False)
+    images, size = config.data.micro_batch, config.model.image_size
+    pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(host.device)
+    keys, labels = torch.arange(images, device=host.device), torch.arange(images, device=host.device) % 2
+
+    def one() -> None:
+        with torch.autocast(host.device.type, torch.bfloat16):
+            out = network(pixels) if row.timm else network(pixels, row.plan, frozenset(), keys).logits
+        F.cross_entropy(out.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    started = time.perf_counter()
+    one()
+    if host.on_gpu:
+        torch.cuda.synchronize(host.device)
+    return one, time.perf_counter() - started
+
+
+def _predictions(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
