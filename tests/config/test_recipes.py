@@ -22,6 +22,22 @@ ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 IMAGENET = [name for name in ALL if "in1k" in name or name.startswith("tri_level")]
 TRI_LEVEL = [name for name in ALL if name.startswith("tri_level")]
 SMALL = ["model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3}"]
+OTHERS = {
+    "swin_tiny_in1k": [
+        "model.image_size=32",
+        "model.args={patch_size: 2, window_size: 4, embed_dim: 12, num_heads: [1, 2, 2, 2]}",
+    ],
+    "examples_convnext_tiny_in1k": [
+        "model.image_size=32",
+        "model.args={depths: [1, 1, 2, 1], dims: [8, 8, 16, 16]}",
+        "examples={}",
+    ],
+    "examples_resnet50_in1k": [
+        "model.image_size=32",
+        "model.args={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}",
+        "examples={}",
+    ],
+}
 # 1,437 digits in place of ImageNet, in batches a CPU computes
 DIGITS = ["data.batch=48", "data.micro_batch=24", "data.lanes=4", "data.window=64", "data.workers=0", "model.classes=10"]
 
@@ -64,17 +80,26 @@ def test_recipes_pass_the_check_against_given_shards(name, digits):
         ["model.init=random", "teacher={}"] if "sait" in name or "blocks" in name else []
     )  # timm's weights are downloaded
     found = check(load(FOLDER / f"{name}.yaml", [*shards(digits), *overrides]), world=2)
-    size = {"tiny": 5.7, "small": 22.0, "base": 86.6}[re.search("tiny|small|base", name).group()]
+    sizes = {
+        "deit_tiny": 5.7,
+        "deit3?_small": 22.0,
+        "deit_base": 86.6,
+        "swin_tiny": 28.3,
+        "swin_small": 49.6,
+        "convnext_tiny": 28.6,
+        "resnet50": 25.6,
+    }
+    size = next(millions for pattern, millions in sizes.items() if re.search(pattern, name))
     assert found.parameters / 1e6 == pytest.approx(size, rel=0.01)
     assert found.steps > 0 and (found.share() < 0.95) == (name in TRI_LEVEL or "sait" in name)
 
 
 @pytest.mark.parametrize("name", TRI_LEVEL)
-def test_tri_level_differs_from_its_control_in_the_three_levels_only(name):
+def test_tri_level_differs_from_its_control_in_the_levels_only(name):
     ours, control = (
-        yaml.safe_load((FOLDER / f"{stem}.yaml").read_text()) for stem in (name, f"deit_{name.split('_')[3]}_in1k")
+        yaml.safe_load((FOLDER / f"{stem}.yaml").read_text()) for stem in (name, "_".join([*name.split("_")[2:4], "in1k"]))
     )
-    levels = {"examples", "tokens", "connections", "plan"}
+    levels = {"examples", "tokens"} | ({"connections", "plan"} if "deit" in name else set())
     assert {k: v for k, v in ours.items() if k not in levels | {"name"}} == {k: v for k, v in control.items() if k != "name"}
     assert levels <= ours.keys()
     ratio = float(name.split("_")[-1])
@@ -92,10 +117,12 @@ def test_tokens_and_cost_of_the_tri_level_recipes_are_the_published_ones(digits)
         assert 1 - last.multiply_adds / dense == pytest.approx(saved, abs=0.002)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_in1k", "deit3_small_in1k_90ep", "quickstart_dense"])
+@pytest.mark.parametrize("name", ["deit_tiny_in1k", "deit3_small_in1k_90ep", "quickstart_dense", *OTHERS])
 def test_dense_recipes_equal_timm_to_the_bit_on_a_tiny_model_of_the_family(name, digits):
-    small = SMALL if name in IMAGENET else []
+    small = OTHERS.get(name, SMALL if name in IMAGENET else [])
     config: Config = load(FOLDER / f"{name}.yaml", [*shards(digits), *DIGITS, *small])
     certificate = parity(config, steps=12)
     assert certificate.equal, str(certificate)
-    assert Timm(config, 10, "cpu").optimizer.__class__.__name__ == ("Lamb" if "deit3" in name else "AdamW")
+    assert Timm(config, 10, "cpu").optimizer.__class__.__name__ == (
+        "Lamb" if "deit3" in name else "SGD" if "resnet" in name else "AdamW"
+    )

@@ -18,14 +18,17 @@ from trainer.train import train
 RESNET = "model.name=resnet18 model.args={layers:[1,1,1,1],channels:[8,8,16,16]}"
 CONVNEXT = "model.image_size=32 model.name=convnext_atto model.args={depths:[1,1,2,1],dims:[8,8,16,16]} model.drop_path=.2"
 ACCUMULATED = "data.micro_batch=16"  # two micro-batches of each of two processes
+SWIN = (
+    "model.image_size=32 model.name=swin_tiny_patch4_window7_224 model.drop_path=.2 examples.ties=spread tokens.method=topk tokens.keep=.6 "
+    "model.args={patch_size:2,window_size:4,embed_dim:12,depths:[1,1,4,1],num_heads:[1,2,2,2]} tokens.blocks=[2,3] tokens.position=block"
+)
 SYNCED = f"{RESNET} model.sync_batchnorm=true engine.kind=ddp"
-QUICK = {
-    "resnet under DDP": f"{RESNET} {ACCUMULATED} engine.kind=ddp",
-    "resnet, norms over both processes": SYNCED,
-}
+QUICK = {"resnet under DDP": f"{RESNET} {ACCUMULATED} engine.kind=ddp"}
 SLOW = {
+    "resnet, norms over both processes": SYNCED,
     "resnet under ZeRO 3": f"{RESNET} engine.zero=3",
     "convnext under ZeRO 2": f"{CONVNEXT} {ACCUMULATED} engine.zero=2",
+    "swin with tokens left out, under ZeRO 1": f"{SWIN} {ACCUMULATED} engine.zero=1",
 }
 EACH = [*QUICK, *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW)]
 RECIPE = """
@@ -81,6 +84,7 @@ def test_interrupted_is_uninterrupted(trained, row):
         assert any("running_var" in name for name in ours) == ("resnet" in row)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_norms_over_all_processes_make_one_process_two(trained, tmp_path, monkeypatch):
     """The loss of each step and the running statistics agree to rounding; without the setting they do not."""

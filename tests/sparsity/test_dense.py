@@ -71,6 +71,7 @@ def test_two_calls_of_one_drop_path_draw_independently():
     assert 0.35 < (first == second).float().mean() < 0.65 or path.drop_prob == 0
 
 
+@pytest.mark.slow
 def test_it_compiles_whole_with_keyed_drop_path():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

@@ -16,29 +16,11 @@ from sparsity.swin.network import SparseSwin
 from sparsity.tokens.topk import RandomSettings, TopKSettings
 from sparsity.types import DENSE, Plan
 from tests.sparsity.test_cost import counted
+from tests.support.networks import swin
 from tests.support.vits import logits_and_grads
 
 BLOCKS, LESS = (2, 3, 4), Plan(0.6)
 KEPT = frozenset({"kept"})
-
-
-def swin(size: int = 32, **args) -> SwinTransformer:
-    """Windows of 4 x 4; stage 3 has blocks 2 to 7 and 8 x 8 tokens at 64 pixels, 5 x 5 at 40, where windows do not divide it."""
-    settings = {
-        "patch_size": 2,
-        "embed_dim": 12,
-        "depths": (1, 1, 6, 1),
-        "num_heads": (1, 2, 3, 4),
-        "num_classes": 5,
-        "drop_path_rate": 0.3,
-    }
-    torch.manual_seed(0)
-    made = SwinTransformer(img_size=size, window_size=4, **(settings | args))
-    for name, parameter in made.named_parameters():  # far from zero, or a swapped norm or bias would go unnoticed
-        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(
-            parameter, 0.5 if "bias" not in name else 0.1, 0.2
-        )
-    return made
 
 
 def selecting(net: SwinTransformer, tokens="topk", position: str = "block", **levels) -> SparseSwin:
@@ -210,6 +192,7 @@ def test_bfloat16_autocast():
     assert [ids.shape for ids in half.kept.values()] == [ids.shape for ids in exact.kept.values()]
 
 
+@pytest.mark.slow
 def test_it_compiles_whole_with_the_gradients_of_eager():
     torch.compiler.reset()
     net = swin(40, depths=(1, 3), num_heads=(1, 2)).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import timm
 import torch
 from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 SIZE = 32  # pixels
@@ -47,3 +48,22 @@ def network(kind: str, drop_path: float = 0.0, **args) -> nn.Module:
 
 def pixels(batch: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def swin(size: int = 32, **args) -> SwinTransformer:
+    """Windows of 4 x 4; stage 3 has blocks 2 to 7 and 8 x 8 tokens at 64 pixels, 5 x 5 at 40, where windows do not divide it."""
+    settings = {
+        "patch_size": 2,
+        "embed_dim": 12,
+        "depths": (1, 1, 6, 1),
+        "num_heads": (1, 2, 3, 4),
+        "num_classes": 5,
+        "drop_path_rate": 0.3,
+    }
+    torch.manual_seed(0)
+    made = SwinTransformer(img_size=size, window_size=4, **(settings | args))
+    for name, parameter in made.named_parameters():  # far from zero, or a swapped norm or bias would go unnoticed
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(
+            parameter, 0.5 if "bias" not in name else 0.1, 0.2
+        )
+    return made
