@@ -105,6 +105,10 @@ class SparseNetwork(nn.Module):
         """A network with the same weights that keeps everything, in timm's own form: the baseline of timed passes. Itself if it is that."""
         return self
 
+    def attention_shapes(self, plan: Plan = DENSE) -> tuple[tuple[int, int, int], ...]:
+        """(heads, tokens, head width) of each block's attention over all of its tokens; () for a family that has none of that form."""
+        return ()
+
     @property
     def grid(self) -> tuple[int, int]:
         """Tokens down and across that the ids in `kept` count, in reading order. Raises ValueError for a network without them."""

@@ -61,6 +61,10 @@ class SparseViT(SparseNetwork):
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
 
+    def attention_shapes(self, plan: Plan = DENSE) -> tuple[tuple[int, int, int], ...]:
+        attentions = [block.attn for block in self.network.blocks]
+        return tuple((a.num_heads, n, a.head_dim) for a, n in zip(attentions, self.cost(plan).tokens, strict=True))
+
     @classmethod
     def why_not(cls, network: nn.Module) -> str:
         return _text_of(refuse, network)

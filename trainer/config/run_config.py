@@ -176,7 +176,7 @@ FREE_TO_CHANGE = (
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "teacher.from",
     "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed", "engine.timeout",
-    "engine.autotune",
+    "engine.autotune", "engine.attention",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip
 _FREE = tuple(f"{key}." for key in FREE_TO_CHANGE)

@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
+from trainer.engine.attention_backend import Shape, measured, using
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
@@ -37,6 +38,8 @@ class Engine(Processes):
     Raises EngineError if accelerate counts a different number of processes than the launcher started (on CPUs that happens
     silently: every rank trains alone and checkpoints collide).
     """
+
+    attention: str | None = None  # backend of torch's attention; None: torch chooses
 
     def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
@@ -119,6 +122,18 @@ class Engine(Processes):
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
         set_limits(backstop(self.settings.timeout))
 
+    def choose_attention(self, shapes: Iterable[Shape]) -> dict[str, Any]:
+        """Collective. Set the attention backend by `engine.attention`; `auto` on a GPU: the fastest one at these (heads, tokens, head
+        width) of a micro-batch. For the journal: `attention`, and `attention_ms` {backend: ms} if measured."""
+        chosen, times = self.settings.attention, {}
+        if chosen == "auto" and self.on_gpu and self.settings.precision != "float32" and (shapes := list(shapes)):
+            times = measured(self.device, self.batch_split.micro_batch, shapes, torch.bfloat16)
+        self.attention = None if chosen in ("auto", "torch") else chosen
+        if times:  # those of rank 0 on all ranks: one network
+            times = self.broadcast_object(times)
+            self.attention = min(times, key=lambda name: times[name])
+        return {"attention": self.attention or "torch"} | ({"attention_ms": times} if times else {})
+
     @property
     def module(self) -> Any:
         """The model without its wrapper; parameters are unsharded on every rank for ZeRO 0 to 2."""
@@ -137,14 +152,15 @@ class Engine(Processes):
             self.model.require_backward_grad_sync = (
                 self._behind + 1 == self.batch_split.accumulation or not torch.is_grad_enabled()
             )
-        with self._autocast():
+        with self._autocast(), using(self.attention):
             return self.model(*args, **kwargs)
 
     def forward_unwrapped(self, network: nn.Module, images: Tensor, *args: Any) -> Any:
         """The output of a network in this engine's precision without DeepSpeed or DDP: no hooks, no communication."""
         if self.settings.precision == "bf16":
             images = images.to(torch.bfloat16)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast"):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast")
+        with autocast, using(self.attention):
             return network(images, *args)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

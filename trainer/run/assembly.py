@@ -127,7 +127,8 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
-        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings}
+        shapes = [*model.attention_shapes(DENSE), *model.attention_shapes(schedule.last())]
+        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | engine.choose_attention(shapes)
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
         known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them

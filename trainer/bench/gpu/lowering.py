@@ -139,6 +139,7 @@ def lower(
     from torch._inductor.graph import GraphLowering
 
     found: list[Lowered] = []
+    torch.compiler.reset()  # dynamo counts the graphs of a function's code, and refuses the ninth
 
     def stop(lowering: Any) -> None:
         texts, program = {}, ""
