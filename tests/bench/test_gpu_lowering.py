@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._triton import has_triton
 
 from sparsity import keyed_random
 from sparsity.build import build
@@ -66,6 +67,15 @@ def test_a_kernel_that_triton_refuses_is_found(h200: None, monkeypatch: pytest.M
     graphs = lowering.lower(lambda keys: keyed_random.uniform(keys, 1, shape=(3,)), torch.arange(4), backward=False)
     with pytest.raises(AssertionError, match="out of range for type int32"):
         compile_all(graphs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a device for Triton")
+def test_torchs_answer_that_there_is_no_triton_is_not_kept() -> None:
+    """torch asks once per process: a compilation for the CPU before would be remembered in the block, the H200 of the block behind it."""
+    assert not has_triton()
+    with lowering.h200():
+        assert has_triton()
+    assert not has_triton()
 
 
 def test_the_machine_is_as_before() -> None:

@@ -119,12 +119,24 @@ def h200() -> Iterator[None]:
         patches.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
         before = driver._active
         driver.set_active(cast(Any, _Driver()))
+        _forget_triton()
         torch.compiler.reset()
         try:
             yield
         finally:
             driver._active = before
+            _forget_triton()
             torch.compiler.reset()
+
+
+def _forget_triton() -> None:
+    """Of torch's answers to "is there a device for Triton?", which it keeps for the life of the process: one that compiled for a CPU before
+    would be refused here, one that was here would compile for a GPU afterwards."""
+    from torch.utils import _triton
+
+    for answer in vars(_triton).values():
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()
 
 
 def lower(
