@@ -28,7 +28,7 @@ class SparseSwin(SparseNetwork):
     (after the block, as the authors) or "attention" (before its MLP). authors: the form of the reference code, which saves nothing."""
 
     models = "swin_* (timm's SwinTransformer)"
-    gives = frozenset({"cls_attention", "kept"})
+    gives = frozenset({"cls_attention", "kept", "keys"})
 
     def __init__(
         self, swin: SwinTransformer, *, score: str = "received", blocks: Collection[int] = (), position: str = "block",
@@ -79,7 +79,8 @@ class SparseSwin(SparseNetwork):
     def forward(
         self, images: Tensor, plan: Plan = DENSE, outputs: frozenset[str] = frozenset(), rng_keys: Tensor | None = None
     ) -> ModelOutput:
-        """As `SparseNetwork`. outputs: "cls_attention" (the attention that tokens of the last block receive) and "kept"."""
+        """As `SparseNetwork`. outputs: "cls_attention" (the attention that tokens of the last block receive), "kept", and "keys", which is
+        empty: no key is hidden by choice."""
         if unknown := outputs - self.gives:
             raise ValueError(
                 f"outputs={', '.join(sorted(unknown))}: unknown value; valid values: {', '.join(sorted(self.gives))}"
@@ -106,7 +107,8 @@ class SparseSwin(SparseNetwork):
             everything = torch.arange(self._num_tokens, device=images.device).expand(len(images), -1)
             kept = dict.fromkeys(sorted(self.blocks), everything)
         logits = swin.forward_head(swin.norm(x))
-        return ModelOutput(logits, None if ran is None else ran.received, kept=kept if "kept" in outputs else None)
+        received = None if ran is None else ran.received
+        return ModelOutput(logits, received, None, kept if "kept" in outputs else None, {} if "keys" in outputs else None)
 
     def cost(self, plan: Plan = DENSE, left: Mapping[str, float] = NOTHING_LEFT_OUT) -> Cost:
         selection, kept, in_mlp, ranked, now = self._selection(plan), {}, {}, set(), self._num_tokens

@@ -33,8 +33,11 @@ def made(folder: Path, pattern: str = "nowhere", **more: Any) -> tuple[Path, Con
     config = images.config(pattern, **settings | {"connections": {"method": "exact", "keep": 0.5}} | more)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved()))
-    save_weights(folder / "weights.safetensors", build_model(config).vit.state_dict())
+    save_weights(folder / "weights.safetensors", build_model(config).network.state_dict())
     return folder, config
+
+
+SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [1, 1, 3, 1], "num_heads": [1, 2, 2, 2]}
 
 
 @pytest.fixture
@@ -172,4 +175,22 @@ def test_what_cannot_be_shown_is_reported(tmp_path: Path, photo: Path) -> None:
         show(tmp_path, [], tmp_path / "out")
     (run / "weights.safetensors").unlink()
     with pytest.raises(ConfigError, match="no weights at"):
+        Viewer(run)
+
+
+def test_tokens_of_a_swin_stage_are_drawn_on_its_grid(tmp_path: Path, photo: Path) -> None:
+    model = {"name": "swin_tiny_patch4_window7_224", "classes": 4, "image_size": 32, "args": SWIN}
+    tokens = {"method": "topk", "keep": 0.5, "blocks": [2, 3], "position": "block"}
+    run, _ = made(tmp_path / "runs" / "swin", model=model, tokens=tokens, connections={"method": "all"})
+    looked = Viewer(run).look(photo)
+    assert looked.grid == (4, 4) and [len(ids) for ids in looked.kept.values()] == [8, 4]
+    assert set(looked.kept[3]) < set(looked.kept[2]) and all(np.array_equal(looked.seen[b], looked.kept[b]) for b in (2, 3))
+    (path,) = show(run, [str(photo)], tmp_path / "out")
+    assert path.stat().st_size > 1000
+
+
+def test_a_network_without_tokens_has_nothing_to_show(tmp_path: Path) -> None:
+    model = {"name": "resnet18", "classes": 4, "image_size": 32, "args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
+    run, _ = made(tmp_path / "runs" / "resnet", model=model, tokens={"method": "all"}, connections={"method": "all"})
+    with pytest.raises(ConfigError, match="nothing to show"):
         Viewer(run)
