@@ -72,14 +72,20 @@ class ForgettingSettings(ExampleSettings):
         end = self.all_from(*run)
         fits = (end - 1) // run.repeats * run.repeats
         shorter = f"set examples.window<={fits:g}ep, " if fits >= FEWEST_SEEN * run.repeats else "train for more epochs, "
+        unit = "epoch" if end == 1 else "epochs"
         return (
-            f"examples.window={self.window:g}ep: no update happens in the {end} epochs that leave examples out, so the same images would "
+            f"examples.window={self.window:g}ep: no update happens in the {end} {unit} that leave examples out, so the same images would "
             f"be left out for the whole run; {shorter}or examples.method=random_fixed, which does just that"
         )
 
     def acts_in_part(self, run: RunLength) -> list[str]:
         found = super().acts_in_part(run)
         number = self._updates_in(run)
+        if off := next((key for key in ("updates", "swap") if self.removed and not getattr(self, key)), ""):
+            found.append(
+                f"examples.{off}=0: no example is ever exchanged, so the same ones are left out for the whole run and examples.window has "
+                "no effect; examples.method=random_fixed does just that"
+            )
         if self.removed and self.swap and number < self.updates:
             found.append(
                 f"examples.updates={self.updates} with examples.window={self.window:g}ep: {number} of them in the "

@@ -60,7 +60,6 @@ def test_a_mechanism_that_never_acts_is_refused(changes: dict[str, Any], words: 
         {},
         {"examples": FORGETTING | {"window": "7ep", "updates": 1}},
         {"examples": {"method": "forgetting"}},  # counts events only
-        {"examples": FORGETTING | {"updates": 0}},  # no updates wanted
         {"examples": {"method": "infobatch", "removed": 0.3}, "epochs": 2},
         {"tokens": TOKENS, "plan": {"method": "cosine", "warmup": "1ep", "length": "3ep", "plateaus": 2}},
         {"tokens": TOKENS, "plan": {"method": "staircase", "stairs": [["7ep", 0.5, 1.0]]}},
@@ -95,6 +94,8 @@ def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
          "the longest plateau has 17 steps, timing dense passes needs 25"),
         ({"weights": {"method": "admm"}}, "weights.method=admm: weights.keep=1, so all weights are kept; set weights.keep below 1"),
         ({"optim": {"ema": 0.999}}, "optim.ema=0.999 over 80 steps: 92% of the average is still the initial weights; set optim.ema<=0.96"),
+        ({"examples": FORGETTING | {"updates": 0}}, "examples.updates=0: no example is ever exchanged, so the same ones are left out"),
+        ({"examples": FORGETTING | {"swap": 0.0}}, "examples.swap=0: no example is ever exchanged, so the same ones are left out for the"),
         ({"evaluate": {"every": "9ep"}},
          "evaluate.every=9ep is longer than the run (8 epochs, about 80 steps): one evaluation, at the end"),
         ({"checkpoint": {"every": "81step"}}, "checkpoint.every=81step is longer than the run"),

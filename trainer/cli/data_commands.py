@@ -25,10 +25,10 @@ def init(a: argparse.Namespace) -> None:
 
 
 def index(a: argparse.Namespace) -> None:
-    from trainer.data.loader.dataset import counts_from_one, renumber
     from trainer.data.loader.shuffle_quality import runs_of_class
     from trainer.data.remote.cache import cache_at
     from trainer.data.shards.index import build_index
+    from trainer.data.shards.one_based import counts_from_one, renumber
 
     cache = cache_at(a.cache, a.cache_size)
     index = build_index(a.shards, a.labels, workers=a.workers, folder=a.index, cache=cache)

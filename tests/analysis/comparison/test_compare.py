@@ -146,8 +146,8 @@ def test_an_unfinished_run_is_a_group_of_its_own_without_whole_run_numbers(both:
     ]
     _, cut, whole = found.groups
     assert cut.against and whole.against and not cut.finished and whole.finished
-    assert all(math.isnan(spread.mean) for spread in (cut.against.top1, *cut.against.whole.values()))
-    assert cut.against.equal["images"].mean == pytest.approx(1200 / 1000, rel=0.2), "up to what it reached it can be compared"
+    of_cut = (cut.against.top1, *cut.against.whole.values(), *cut.against.equal.values())
+    assert all(math.isnan(spread.mean) for spread in of_cut), "its schedule was made for more epochs"
     assert whole.against.whole["images"].mean == pytest.approx(1600 / 1200)
     row = {row["run"]: row for row in rows(found)}["sparse-s2 (not finished)"]
     assert row["against base"] == row["whole run: time x"] == "" and row["top-1 %"]

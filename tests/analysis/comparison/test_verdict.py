@@ -68,7 +68,7 @@ def test_one_seed_no_common_seed_and_an_unfinished_run_conclude_nothing(tmp_path
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
     found = compare([tmp_path / "one" / "dense-s0", cut.parent])
     assert sentences(found) == [
-        "sparse-s0 (not finished) against dense-s0: open until all are finished (sparse-s0 (not finished))."
+        "sparse-s0 (not finished) against dense-s0: not compared, sparse-s0 is not finished (running at epoch 4 of 4)."
     ]
     assert sentences(compare([tmp_path / "one" / "dense-s0"])) == []
 

@@ -11,8 +11,9 @@ from tests.support.images import config, jpeg, write_tar
 from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
 from trainer.data.errors import DataError
-from trainer.data.loader.dataset import check_classes, check_labels, class_warnings, counts_from_one
+from trainer.data.loader.dataset import check_classes, check_labels, class_warnings
 from trainer.data.shards.index import Index, build_index
+from trainer.data.shards.one_based import counts_from_one
 from trainer.preflight.check import check
 
 
@@ -35,6 +36,7 @@ def of(folder: Path, stem: str, labels: Sequence[int | str], classes: Sequence[o
         ("abcdefghi", "ab", ["'c', 'd', 'e', 'f', 'g', 'h' and 1 more only there"]),
         ("xxx", "xx", ["all 3 training images have the label 'x'", "check data.labels"]),
         ([0, 1, 1, 0], [2, 2], ["no validation image is of a class that has training images", "'2'", "'0', '1'"]),
+        ([0, 1, 2, 1], [1, 2, 3], ["labels are the numbers 1 to 3, and none is 0", "validation", "count from 0, to 2"]),
         ([1, 2, 3, 1], [1, 2], ["labels are the numbers 1 to 3, and none is 0", "classes.txt with the lines 1 to 3"]),
     ],
 )
@@ -43,6 +45,15 @@ def test_classes_that_cannot_be_right_are_refused(tmp_path: Path, train: Sequenc
         check_classes(of(tmp_path, "train", train), of(tmp_path, "validation", validation))
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_training_images_as_validation_images_are_reported(tmp_path: Path):
+    """A small validation set without class 0 is none of labels from one."""
+    train = of(tmp_path, "train", [0, 1, 2, 2])
+    assert class_warnings(train, train, 3) == [
+        "data.validation has the same shards as data.train: the score is that of images it was trained with"
+    ]
+    check_classes(train, of(tmp_path, "validation", [1, 2]))
 
 
 def test_another_order_of_the_same_names_is_refused(tmp_path: Path):
@@ -57,7 +68,8 @@ def test_the_same_names_and_numbers_beside_names_pass(tmp_path: Path):
         check_classes(train, validation)
         (warning,) = class_warnings(train, validation, 3)
         assert warning.startswith(f"labels of {which} are names") and "0 as 'x', 1 as 'y', 2 as 'z'" in warning
-    assert class_warnings(named, named, 3) == [] and class_warnings(numbered, numbered, 3) == []
+    more = of(tmp_path, "more", [0, 1, 2, 1])
+    assert class_warnings(named, of(tmp_path, "again", "xxyz"), 3) == [] and class_warnings(numbered, more, 3) == []
     sparse = of(tmp_path, "sparse", [1, 3])  # a subset: 2 is missing too
     assert not counts_from_one(sparse) and not counts_from_one(numbered) and not counts_from_one(named)
 
@@ -110,4 +122,6 @@ def test_an_error_names_a_few_members_of_many(tmp_path: Path):
 def test_check_prints_the_warnings(tmp_path: Path):
     index = of(tmp_path, "train", [0, 1, 3] * 8)
     found = check(config(str(tmp_path / "train" / "train.tar")), 1)
-    assert len(index) == 24 and "1 of model.classes=4 classes have no training image: '2'" in found.text().splitlines()[-1]
+    missing, same = found.text().splitlines()[-2:]
+    assert len(index) == 24 and "1 of model.classes=4 classes have no training image: '2'" in missing
+    assert "data.validation has the same shards as data.train" in same

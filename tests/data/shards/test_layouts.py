@@ -182,7 +182,11 @@ def test_folders_that_splits_share_with_a_class_stay_classes(tmp_path: Path) -> 
     src = write_files(tmp_path / "src", {f"{name}/1.jpg": jpeg(i) for i, name in enumerate(("train", "bus", "tram"))})
     assert packed(src, tmp_path / "out")["train"].classes == ["bus", "train", "tram"]
     images = {f"{c}/{kind}/{i}.jpg": jpeg(i) for c in "ab" for i, kind in enumerate(("front", "back"))}
-    assert packed(write_files(tmp_path / "deep", images), tmp_path / "deeper")["train"].classes == ["a", "b"]
+    deep = write_files(tmp_path / "deep", images)  # parts of the classes a and b, or folds with the classes back and front
+    refused(deep, "2 layouts fit: class_folders .*2 classes.*inner_folders .*--layout NAME")
+    assert packed(deep, tmp_path / "deeper", layout="class_folders")["train"].classes == ["a", "b"]
+    one = {f"{c}/images/{i}.jpg": jpeg(i) for i, c in enumerate("ab")}
+    assert packed(write_files(tmp_path / "one", one), tmp_path / "flat")["train"].classes == ["a", "b"]
     lone = write_files(tmp_path / "lone", {f"val/{c}/{c}.jpg": jpeg(i) for i, c in enumerate("ab")})
     assert set(packed(lone, tmp_path / "alone")) == {"validation"}
 
@@ -249,3 +253,38 @@ def test_the_column_of_the_class_is_clear_or_asked_for(columns: list[str], given
         return
     with pytest.raises(DataError, match=r"pack SRC: columns .*choose that of the class with --labels column:NAME"):
         label_column(columns, given, "pack SRC")
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [("train_set", "test_set", "test"), ("train_images", "val-images", "validation"), ("train", "dev", "validation")],
+)
+def test_folders_with_a_split_in_their_names_are_splits(tmp_path: Path, train: str, other: str, split: str) -> None:
+    """Their names were classes once: `train_set` and `test_set`, with exit code 0."""
+    images = {
+        f"{folder}/{c}/{folder}{i}.jpg": jpeg(10 * i + k) for k, folder in enumerate((train, other)) for i, c in enumerate("ab")
+    }
+    found = packed(write_files(tmp_path / "src", images), tmp_path / "out")
+    assert set(found) == {"train", split} and all(index.classes == ["a", "b"] for index in found.values())
+
+
+def test_pictures_of_other_formats_are_named_and_a_class_of_them_is_refused(tmp_path: Path, capsys: Any) -> None:
+    images = {
+        f"{c}/{i}.{ending}": jpeg(10 * k + i) for k, c in enumerate("ab") for i, ending in enumerate(("jpg", "jfif", "heic"))
+    }
+    src = write_files(tmp_path / "src", images)
+    assert main(["pack", str(src), str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "2 files are not read (.heic), e.g. 'a/2.heic'" in text and "4 images, 2 classes" in text
+    write_files(tmp_path / "src", {"c/1.avif": jpeg(99)})
+    refused(
+        src, r"no image of 'c' is read: the format of 'c/1\.avif' is one of .*convert them to JPEG or PNG, or remove the folder"
+    )
+
+
+def test_class_numbers_from_one_are_named_when_they_are_packed(tmp_path: Path, capsys: Any) -> None:
+    src = write_files(tmp_path / "src", {f"{i}.jpg": jpeg(i) for i in range(6)})
+    (tmp_path / "labels.txt").write_text("".join(f"{i}.jpg {1 + i % 3}\n" for i in range(6)))
+    assert main(["pack", str(src), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")]) == 0
+    text = capsys.readouterr().out
+    assert "warning: labels are the numbers 1 to 3, and none is 0; if they count from 1, put a classes.txt" in text

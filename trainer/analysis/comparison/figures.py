@@ -17,8 +17,8 @@ UNKNOWN = MeanInterval.of([])
 def figures(comparison: Comparison) -> list[dict[str, MeanInterval]]:
     """Figures by name, one dict per group; nan where unknown.
 
-    Shares, top1 and mfu in [0, 1]; seconds of training; whole_COST and equal_COST: base / run over the whole runs, and up to the top-1
-    that both of a pair reached (equal_top1).
+    Shares, top1 and mfu in [0, 1]; mfu_tflops: what mfu is a share of, per device; seconds of training; whole_COST and equal_COST:
+    base / run over the whole runs, and up to the top-1 that both of a pair reached (equal_top1).
     """
     rates = _rates([run for group in comparison.groups for run in group.runs])
     return [_of_group(group, rates) | _against(group.against) for group in comparison.groups]
@@ -48,6 +48,7 @@ def _of_group(group: Group, rates: dict[str, float]) -> dict[str, MeanInterval]:
         "top1": final,
         "images_per_second": lambda run: run.images_per_second,
         "mfu": lambda run: _mfu(run, rates),
+        "mfu_tflops": lambda run: rates[_kind(run)] or math.nan,
         "memory_peak_mib": lambda run: _highest(run, "memory_peak_mib"),
         "energy_kwh": lambda run: _highest(run, "energy_kwh"),
         "seconds": lambda run: run.last.elapsed,

@@ -42,8 +42,8 @@ class NothingToCompare(TrilevelError, ValueError):
 class Difference:
     """A group compared with the base, paired by seed (`paired` pairs); without common seeds each with each, without intervals.
 
-    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper; both nan if only one
-    of them is finished. equal: the same up to the score that both of a pair reached; at: these scores.
+    top1: difference of the scores, in [-1, 1]. whole: {cost: base / ours} over the whole runs, above 1 is cheaper. All are nan if only one
+    of the two is finished. equal: the same up to the score that both of a pair reached; at: these scores.
     """
 
     paired: int
@@ -147,15 +147,16 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
     pairs = [(seeds[seed(run)], run) for run in ours if seed(run) in seeds]
     paired = len(pairs)
     pairs = pairs or [(theirs, run) for theirs in base for run in ours]
+    pairs = [(a, b) for a, b in pairs if _as_far(a, b)]
     tops = [min(max(float(p["top1"]) for p in evaluations(a)), max(float(p["top1"]) for p in evaluations(b))) for a, b in pairs]
     whole, equal = {}, {}
     for cost, read in COSTS.items():
-        whole[cost] = MeanInterval.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs if _as_far(a, b)])
+        whole[cost] = MeanInterval.of_ratios([_ratio(read(a.last), read(b.last)) for a, b in pairs])
         both = zip(pairs, tops, strict=True)
         equal[cost] = MeanInterval.of_ratios(
             [_ratio(cost_to_reach(a, top, cost), cost_to_reach(b, top, cost)) for (a, b), top in both]
         )
-    top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs if _as_far(a, b)]), MeanInterval.of(tops)
+    top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs]), MeanInterval.of(tops)
     if not paired:  # each with each: the pairs are not independent, so no interval
         top1, at = top1.alone(), at.alone()
         whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))

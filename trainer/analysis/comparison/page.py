@@ -47,6 +47,7 @@ COLUMNS = (
     Column("against base", "top1_difference", 100, "{:+.2f}", interval=True),
     Column("images/s", "images_per_second", form="{:,.0f}"),
     Column("MFU %", "mfu", 100, "{:.1f}"),
+    Column("MFU: of TFLOP/s", "mfu_tflops", form="{:.3g}"),
     Column("peak memory MiB", "memory_peak_mib", form="{:,.0f}"),
     Column("energy kWh", "energy_kwh", form="{:.3g}"),
     Column("time", "seconds", form=DURATION),

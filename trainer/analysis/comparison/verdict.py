@@ -33,9 +33,14 @@ def _sentence(group: Group, base: Group) -> str:
     difference = group.against
     assert difference is not None
     if not (group.finished and base.finished):
-        open_ = " and ".join(one.name for one in (group, base) if not one.finished)
-        return f"{group.name} against {base.name}: open until all are finished ({open_})."
+        run = next(run for one in (group, base) for run in one.runs if not run.finished)
+        return f"{group.name} against {base.name}: not compared, {run.name} is not finished ({_where(run)})."
     return f"{group.name} against {base.name}: {_accuracy(difference)}; {_cost(group, base, difference)}."
+
+
+def _where(run: History) -> str:
+    of = f" of {epochs}" if (epochs := run.config.get("epochs")) else ""
+    return f"{run.status} at epoch {run.last.progress:.3g}{of}"
 
 
 def _accuracy(difference: Difference) -> str:

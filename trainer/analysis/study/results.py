@@ -141,9 +141,11 @@ def _deviation(file: StudyFile, arm: str, seed: int, run: History) -> str:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return {
+    found = {
         key: value for key, value in flat(config).items() if key not in IGNORED_SETTINGS and not key.startswith("tracking.")
     }
+    found["optim.fused"] = bool(found.get("optim.fused"))  # null is false on the CPUs of the kept runs, whose default was false
+    return found
 
 
 def _ratio(ours: float, base: float) -> float:

@@ -11,6 +11,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.errors import DataError
 from trainer.data.remote.cache import Cache, cache_at
 from trainer.data.shards.index import Index, open_index
+from trainer.data.shards.one_based import counts_from_one, numbered, renumber
 from trainer.storage.text import LISTED, listed
 
 
@@ -37,7 +38,7 @@ def check_labels(index: Index, classes: int) -> None:
 def check_classes(train: Index, validation: Index) -> None:
     """Raise DataError if the two have different class names, or cannot be learnt from. Sets with numbers from 0 instead of names are not
     compared by name."""
-    named = [index for index in (train, validation) if not _numbered(index)]
+    named = [index for index in (train, validation) if not numbered(index)]
     if len(named) == 2 and train.classes != validation.classes:
         raise DataError(
             f"{_difference(train, validation)}: class names must be equal; put one classes.txt (a name per line, in order) beside both "
@@ -46,6 +47,8 @@ def check_classes(train: Index, validation: Index) -> None:
     if counts_from_one(train):
         raise DataError(f"{train.path}: {renumber(train)}")
     trained, asked = np.unique(train.labels), np.unique(validation.labels)
+    if counts_from_one(validation) and numbered(train) and trained[0] == 0 and asked[-1] > trained[-1]:
+        raise DataError(f"{validation.path}: {renumber(validation)}. The labels of {train.path} count from 0, to {trained[-1]}")
     if len(trained) == 1:
         raise DataError(
             f"{train.path}: all {len(train):,} training images have the label {_name(train, trained[0])}; check data.labels and the "
@@ -70,13 +73,17 @@ def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
         found.append(
             f"{missing} of model.classes={classes} classes have no training image: {_names(train, first)}{more}{tested}"
         )
+    if train.fingerprint == validation.fingerprint:
+        found.append("data.validation has the same shards as data.train: the score is that of images it was trained with")
     if len(asked := np.unique(validation.labels)) == 1:
         found.append(f"all {len(validation):,} validation images have the label {_name(validation, asked[0])}")
-    if _numbered(train) != _numbered(validation):
-        named, numbered = ("data.validation", "data.train") if _numbered(train) else ("data.train", "data.validation")
-        other = validation if _numbered(train) else train
+    if numbered(train) != numbered(validation):
+        with_names, with_numbers = ("data.validation", "data.train") if numbered(train) else ("data.train", "data.validation")
+        other = validation if numbered(train) else train
         taken = ", ".join(f"{number} as {name!r}" for number, name in enumerate(other.classes[:3]))
-        found.append(f"labels of {named} are names and those of {numbered} numbers, which are taken as positions: {taken}, ...")
+        found.append(
+            f"labels of {with_names} are names and those of {with_numbers} numbers, which are taken as positions: {taken}, ..."
+        )
     return found
 
 
@@ -89,27 +96,6 @@ def file_warnings(data: DataConfig, *indexes: Index) -> list[str]:
         for pattern, index in zip(patterns, indexes, strict=True)
         if index.is_files()
     ]
-
-
-def counts_from_one(index: Index) -> bool:
-    """Whether the labels are the numbers 1 to n without a gap, so that class 0 would be empty."""
-    if not _numbered(index) or len(index) == 0 or index.labels.min() != 1:
-        return False
-    return len(np.unique(index.labels)) == index.labels.max() > 1
-
-
-def renumber(index: Index) -> str:
-    """What to do about labels that `counts_from_one` finds, as text."""
-    most = int(index.labels.max())
-    return (
-        f"labels are the numbers 1 to {most}, and none is 0; if they count from 1, put a classes.txt with the lines 1 to {most} beside "
-        "the shards; if class 0 has no image here, one with the names of all classes, that of class 0 first; then run `trilevel index` "
-        "again"
-    )
-
-
-def _numbered(index: Index) -> bool:
-    return index.classes == [str(i) for i in range(len(index.classes))]
 
 
 def _difference(train: Index, validation: Index) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from trainer.data.errors import DataError
 
-IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
+IMAGES = frozenset({"jpg", "jpeg", "jfif", "jpe", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"})
 _BLOCK = 512
 _LONGEST_NAME = 1 << 20  # bytes of a long name or of pax records
 _BEHIND = 1 << 16  # bytes searched after the end mark for another tar: of tars joined by cat only the first would be read

@@ -13,6 +13,7 @@ from trainer.data.shards.layouts.layout import SPLITS, Contents, Layout, Options
 from trainer.data.shards.source_files import SourceFiles
 from trainer.data.shards.source_image import Labelled, with_keys
 
+NOT_READ = frozenset({"heic", "heif", "avif", "jp2", "j2k", "jxl", "svg", "psd", "tga", "raw", "cr2", "nef", "dng"})
 _ANY = Options()
 
 
@@ -47,9 +48,10 @@ def _recognise_inner(files: SourceFiles) -> str | None:
     for p in found:
         inner.setdefault(_outer(p), set()).add(_inner(p))
     most = max(inner, key=lambda name: (len(inner[name]), name), default=None)
-    # one folder name inside every class (`images`, `boxes` and so on) holds parts of the class, not classes
-    names = [{name.partition("/")[2] for name in group} for group in inner.values()]
-    if most is None or len(inner[most]) == 1 or (len(inner) > 1 and all(group == names[0] for group in names)):
+    # one folder name inside every class (`images`) holds the images of the class; the same several inside each outer folder, as in
+    # fold1/cat, fold1/dog, fold2/cat, fold2/dog, can be the classes
+    names = {p.parts[1].lower() for p in found if len(p.parts) > 2}
+    if most is None or len(inner[most]) == 1 or names <= SPLITS.keys():  # the reader refuses splits inside classes
         return None
     leaves = {_inner(p) for p in found}
     return f"the folder that holds the image{where} is the class: {len(leaves)} classes, e.g. {max(inner[most])!r}"
@@ -63,6 +65,24 @@ def _refuse_splits_inside(src: str, parts: list[Part]) -> None:
             f"pack {src}: the folders {', '.join(sorted(inner))} lie inside the class folders, e.g. in {parts[0].parts[0]!r}; "
             "put the splits above the classes: train/CLASS/*.jpg"
         )
+
+
+def _unread(files: SourceFiles, parts: list[Part]) -> list[str]:
+    """A note about pictures whose format is not read. Raises DataError where a folder beside the class folders holds nothing else."""
+    left = [name for name in files.others if name.rpartition(".")[2].lower() in NOT_READ]
+    if not left:
+        return []
+    beside = {one.found.name.rpartition("/")[0] for one in parts}
+    above = {folder.rpartition("/")[0] for folder in beside}
+    for name in left:
+        folder = name.rpartition("/")[0]
+        if folder not in beside and folder.rpartition("/")[0] in above:
+            raise DataError(
+                f"pack {files.src}: no image of {folder!r} is read: the format of {name!r} is one of {', '.join(sorted(NOT_READ))}; "
+                "convert them to JPEG or PNG, or remove the folder"
+            )
+    endings = ", ".join(f".{ending}" for ending in sorted({name.rpartition(".")[2].lower() for name in left}))
+    return [f"{len(left)} files are not read ({endings}), e.g. {min(left)!r}; convert them to JPEG or PNG to use them"]
 
 
 def _reader(label: Callable[[Part], str]) -> Callable[[SourceFiles, Options], Contents]:
@@ -80,6 +100,7 @@ def _reader(label: Callable[[Part], str]) -> Callable[[SourceFiles, Options], Co
                     "class folder nor `class_name`; move or remove them, or pack this split alone with --labels FILE"
                 )
             splits[split] = with_keys(files.src, [Labelled(p.found, p.name(), label(p)) for p in parts])
+        notes += _unread(files, [p for parts in by_split(files, options).values() for p in parts])
         return Contents(splits, notes)
 
     return read

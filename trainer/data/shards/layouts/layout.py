@@ -13,8 +13,8 @@ from trainer.data.shards.source_files import Found, SourceFiles
 from trainer.data.shards.source_image import SourceImage
 
 SPLITS = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test",
-    "testing": "test",
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "eval": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
 
 
@@ -80,12 +80,16 @@ def below_common_folders(files: SourceFiles, keep_last: bool = True) -> tuple[st
 
 
 def by_split(files: SourceFiles, options: Options, keep_last: bool = True) -> dict[str, list[Part]]:
-    """{split: its images}: folders named train, val, test ... are splits; without them all images are one split.
+    """{split: its images}: folders named train, val, test ... are splits, or with such a word in each name (train_set, test_set); without
+    them all images are one split.
 
     Raises DataError where other folders or images lie beside train and validation folders."""
     shared, parts = below_common_folders(files, keep_last)
     firsts = {p.parts[0] for p in parts if len(p.parts) > 1}
     named = {name: SPLITS[name.lower()] for name in firsts if name.lower() in SPLITS}
+    worded = {name: split for name in firsts if (split := split_of(name))}
+    if worded.keys() == firsts and len(set(worded.values())) > 1:
+        named = worded
     bare = [p.found.name for p in parts if len(p.parts) == 1]
     others = sorted(firsts - named.keys()) + bare[:1]
     if len(named) < 2 or (others and len(set(named.values())) < 2):
