@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import ROOT, environment, lines, slow_tests_of, torchrun
+from tests.conftest import ROOT, environment, lines, torchrun
 from trainer.config.load import load
 from trainer.data.shards.index import build_index
 from trainer.train import train
@@ -23,14 +23,13 @@ SWIN = (
     "model.args={patch_size:2,window_size:4,embed_dim:12,depths:[1,1,4,1],num_heads:[1,2,2,2]} tokens.blocks=[2,3] tokens.position=block"
 )
 SYNCED = f"{RESNET} model.sync_batchnorm=true engine.kind=ddp"
-QUICK = {"resnet under DDP": f"{RESNET} {ACCUMULATED} engine.kind=ddp"}
-SLOW = {
+ROWS = {
+    "resnet under DDP": f"{RESNET} {ACCUMULATED} engine.kind=ddp",
     "resnet, norms over both processes": SYNCED,
     "resnet under ZeRO 3": f"{RESNET} engine.zero=3",
     "convnext under ZeRO 2": f"{CONVNEXT} {ACCUMULATED} engine.zero=2",
     "swin with tokens left out, under ZeRO 1": f"{SWIN} {ACCUMULATED} engine.zero=1",
 }
-EACH = [*QUICK, *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW)]
 RECIPE = """
 name: job
 epochs: 4
@@ -49,26 +48,26 @@ tracking: {to: journal}
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory, request) -> dict[str, tuple[Path, Path]]:
+def trained(digits, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Each row trained whole, and resumed from its fifth step: the two run directories."""
-    rows = QUICK | (SLOW if slow_tests_of(request) else {})
     folder = tmp_path_factory.mktemp("networks")
     config = folder / "job.yaml"
     config.write_text(RECIPE.replace("DIGITS", str(digits)))
     for pattern in ("train-00000[0-1].tar", "validation-000000.tar"):
         build_index(str(digits / pattern), progress=False)
-    runs = [f"run-{number} {words}" for number, words in enumerate(rows.values())]
+    runs = [f"run-{number} {words}" for number, words in enumerate(ROWS.values())]
     job = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), str(config), "5", *runs]
     done = subprocess.run(
         [sys.executable, *torchrun(2), *job], cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {row: (folder / "runs" / f"run-{n}", folder / "runs" / f"run-{n}-resumed") for n, row in enumerate(rows)}
+    return {row: (folder / "runs" / f"run-{n}", folder / "runs" / f"run-{n}-resumed") for n, row in enumerate(ROWS)}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("row", EACH)
+@pytest.mark.parametrize("row", ROWS)
 def test_interrupted_is_uninterrupted(trained, row):
     whole, resumed = trained[row]
     names = ("loss", "grad_norm", "chain", "train_top1")

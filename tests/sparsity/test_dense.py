@@ -14,8 +14,10 @@ from sparsity.vit import SparseViT
 from tests.support.networks import KINDS, SIZE, network, pixels
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
 
+LARGE = ("efficientnet", "maxvit", "swin_v2")  # seconds each
 
-@pytest.fixture(params=KINDS)
+
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow) if kind in LARGE else kind for kind in KINDS])
 def kind(request) -> str:
     return request.param
 
@@ -93,7 +95,7 @@ def test_the_graph_has_the_multiply_adds_that_we_count_for_vits(family):
     assert counted == pytest.approx(build(vit).cost().total, rel=1e-3) and output.shape == (1, 5)
 
 
-@pytest.mark.parametrize(("name", "published"), [("resnet50", 4.09), ("convnext_tiny", 4.46), ("swinv2_cr_tiny_ns_224", 4.66)])
+@pytest.mark.parametrize(("name", "published"), [("resnet50", 4.09), ("convnext_tiny", 4.46)])
 def test_multiply_adds_are_the_published_ones(name, published):
     """GMACs at 224 pixels: timm's results tables (rounded), torchvision for ResNet-50."""
     with torch.device("meta"):
