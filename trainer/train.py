@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sparsity.types import Plan
 from trainer.config.run_config import Config
-from trainer.data.augment.mixup import Mix, draw_mix, mix_images
-from trainer.data.augment.on_device import augment_on_device
+from trainer.data.augment.mixup import Mix, draw_mix
 from trainer.data.batch import Batch
 from trainer.engine.place_clock import DATA, STEP, PlaceClock
 from trainer.engine.replicas import assert_replicas_equal
@@ -126,8 +125,7 @@ def _forward_backward(
     """
     engine, meters, objective = run.engine, run.meters, run.objective
     for part, last in _micro_batches(batch, engine.batch_split.micro_batch, engine.device, meters.end_phase):
-        images = mix_images(augment_on_device(part, config.augment), mix, part.weights)
-        targets = objective.targets(part.labels, mix, part.weights)
+        images, targets = run.prepare(part, mix)
         taught = run.teacher.observe(images, meters.end_phase)
         output = engine.forward(images, plan, run.outputs, part.rng_keys)
         losses, parts = run.distillation(objective.losses(output.logits, targets), output, taught)

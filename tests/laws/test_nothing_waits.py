@@ -18,6 +18,7 @@ from tests.support.waiting import CUDA, NoWaits, Waits, fake_cuda, moved
 from trainer import train as loop
 from trainer.bench.bookkeeping import stand_in
 from trainer.data.augment import on_device
+from trainer.data.augment.prepare import build_prepare
 from trainer.data.batch import Batch
 from trainer.data.order import BatchSplit
 from trainer.engine.engine import Engine, leaves_out_on_device
@@ -80,7 +81,7 @@ def batch_of(rows: int) -> Batch:
     )  # fmt: skip
 
 
-def run_of(config: Any) -> Any:
+def run_of(config: Any, compiled: bool = False) -> Any:
     """The parts of a run that a step uses, on the fake device."""
     with unset_fake_temporarily():  # timm reads numbers while it builds
         model, examples = build_model(config), build_examples(config, stand_in(100, 10))
@@ -94,7 +95,8 @@ def run_of(config: Any) -> Any:
     engine.decides_on_device = leaves_out_on_device(engine.optimizer)
     distillation = build_distillation(config)
     return SimpleNamespace(
-        engine=engine, model=model, objective=build_objective(config), distillation=distillation, examples=examples,
+        engine=engine, model=model, objective=build_objective(config),
+        prepare=build_prepare(config.augment, 10, engine.to_device, compiled=compiled), distillation=distillation, examples=examples,
         teacher=SimpleNamespace(observe=lambda images, end_phase: None), probe=SimpleNamespace(on=False),
         statistics=RunningStatistics(model.network, engine, alike=False),
         pruning=SimpleNamespace(after_step=lambda lr, taken: None), ema=Ema(model.network, config.optim.ema),
@@ -124,6 +126,19 @@ def test_a_step_waits_for_nothing(levels: str, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(taken, torch.Tensor) and taken.device == CUDA and not stop
     assert counted.copies == 2 * 8 + 2, "the fields of two micro-batches, the sum of the weights, and back whether to stop"
     assert counted.operations > 300
+
+
+def test_the_graph_of_images_and_targets_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operations one by one, without inductor: the mix of a step reaches the device through pinned memory."""
+    config = config_of()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with fake_cuda(monkeypatch):
+        run = run_of(config, compiled=True)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: graded(run.model))
+        loop._step(run, config, 0, batch_of(ROWS), DENSE, 1e-3)
+        with NoWaits() as counted:
+            loop._step(run, config, 1, batch_of(ROWS), DENSE, 1e-3)
+    assert counted.copies == 2 * 9 + 2
 
 
 def test_an_evaluation_waits_for_nothing_between_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:

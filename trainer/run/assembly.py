@@ -19,6 +19,7 @@ from trainer.checkpoint import save_load
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.run_config import Config
+from trainer.data.augment.prepare import Prepare, build_prepare
 from trainer.data.loader.build import clean_images, training_stream, validation_set
 from trainer.data.loader.dataset import check_classes, open_indexes
 from trainer.data.loader.stream import Stream
@@ -70,6 +71,7 @@ class Run:
     schedule: Schedule
     cadence: Cadence
     stopping: Stop
+    prepare: Prepare
     objective: Objective
     teacher: Teacher
     distillation: Distillation
@@ -152,6 +154,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
                 config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
             ),
             stopping=stopping,
+            prepare=build_prepare(config.augment, config.model.classes, engine.to_device, compiled=config.engine.compile),
             objective=objective,
             teacher=teacher,
             distillation=distillation,

@@ -21,7 +21,6 @@ SETTINGS = [
     "tracking.to=journal",
     "control=0",
     "data.workers=0",
-    "epochs=4",
     "stop_at=30step",
     "log_every=5step",
 ]
@@ -102,12 +101,11 @@ def _compared(folder: Path, name: str, settings: list[str], other: str, exact: b
 
 
 def _steps(folder: Path, name: str) -> dict[int, dict[str, Any]]:
-    from trainer.journal.reader import lineage
+    from trainer.journal.reader import FILE, lineage
 
-    try:
-        return {line["step"]: line for line in lineage(folder / "runs" / name) if line["kind"] == "step"}
-    except FileNotFoundError:
+    if not (folder / "runs" / name / FILE).exists():
         return {}
+    return {line["step"]: line for line in lineage(folder / "runs" / name) if line["kind"] == "step"}
 
 
 def _trilevel(folder: Path, *words: str, **environment: str) -> Facts:

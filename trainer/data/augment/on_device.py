@@ -35,12 +35,12 @@ def augment_on_device(batch: Batch, augment: AugmentConfig) -> Tensor:
 
 def normalise(images: Tensor, augment: AugmentConfig) -> Tensor:
     """(b, 3, S, S) uint8 -> float32 with the mean and std of `augment`; equals timm's PrefetchLoader bit for bit."""
-    mean, std = _statistics(augment.mean, augment.std, images.device)
+    mean, std = statistics(augment, images.device)
     return images.contiguous().float().sub_(mean).div_(std)  # batches come channels last
 
 
-def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor) -> Tensor:
-    """Fill a box of each image with normal noise.
+def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor, table: Tensor | None = None) -> Tensor:
+    """Fill a box of each image with normal noise, from `table` if given (`noise_table`).
 
     images: (b, 3, S, S) float; boxes: (b, 4) top, left, height, width, height 0 = none; rng_keys: (b,) int64, the keys of
     the noise.
@@ -50,10 +50,10 @@ def erase(images: Tensor, boxes: Tensor, rng_keys: Tensor) -> Tensor:
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (b, S)
     inside_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
     inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]  # (b, 1, S, S)
-    return torch.where(inside, noise(rng_keys, tuple(images.shape[1:])).to(images.dtype), images)
+    return torch.where(inside, noise(rng_keys, tuple(images.shape[1:]), table).to(images.dtype), images)
 
 
-def noise(rng_keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+def noise(rng_keys: Tensor, shape: tuple[int, ...], table: Tensor | None = None) -> Tensor:
     """Standard normal numbers: rng_keys (b,) int64 -> (b, *shape) float32, the same on any device and in any batch.
 
     Every row is a slice of one table, at an offset drawn by its key: hashing each pixel took a hundred times as long (16 images
@@ -61,7 +61,18 @@ def noise(rng_keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     length = torch.Size(shape).numel()
     places = (keyed_random.uniform(rng_keys, SALT) * PLACES).to(torch.int64)
-    return _table(PLACES + length, rng_keys.device).unfold(0, length, 1)[places].unflatten(1, shape)
+    table = noise_table(length, rng_keys.device) if table is None else table
+    return table.unfold(0, length, 1)[places].unflatten(1, shape)
+
+
+def statistics(augment: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels in 0..255, each (1, 3, 1, 1) float32; made once."""
+    return _statistics(augment.mean, augment.std, device)
+
+
+def noise_table(length: int, device: torch.device) -> Tensor:
+    """The table for rows of `length` numbers, float32; made once."""
+    return _table(PLACES + length, device)
 
 
 # Creating a tensor from host numbers is a host sync, so each is cached.
