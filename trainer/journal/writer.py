@@ -9,6 +9,7 @@ name, lists as one metric per position.
 |------------|------------------------------|----------------------------------------------------------------------------------|
 | start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
 |            |                              | compile_cache (folder of torch.compile's graphs, or nothing),                    |
+|            |                              | attention (backend), attention_ms (of each, if measured),                        |
 |            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
