@@ -77,8 +77,9 @@ def test_a_recipe_trains_stops_resumes_and_is_audited(name: str, photographs: li
     assert abs(steps[0]["loss"] - math.log(CLASSES)) < 1.0 or config.teacher.source
     scores = lines(run, "eval")
     assert {line["images"] for line in scores} == {VALIDATION} and {line["step"] for line in scores} >= {4, STEPS}
-    tokens = lines(run, "plateau")[-1]["tokens"]
-    assert (tokens[-1] < tokens[0]) == (config.tokens.method != "all")
+    last = lines(run, "plateau")[-1]
+    whole = lines(run, "start")[0]["multiply_adds"]
+    assert (last["keep_tokens"] < 1) == (last["multiply_adds"] < whole) == (config.tokens.method != "all")
     shown = lines(run, "epoch")[0]["kept"]
     assert shown == round(CLASSES * (1 - getattr(config.examples.settings, "removed", 0.0)))
     assert "equal to the journal" in trilevel(1, "audit", str(run), timeout=900).stdout
