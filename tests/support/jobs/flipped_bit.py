@@ -19,7 +19,7 @@ def flipping(self):
     taken = step(self)
     steps += 1
     if steps == 5 and self.rank == int(os.environ["WORLD_SIZE"]) - 1:
-        weight = dict(self.module.named_parameters())["vit.blocks.1.mlp.fc1.weight"]
+        weight = dict(self.module.named_parameters())["network.blocks.1.mlp.fc1.weight"]
         weight.data.view(torch.int32)[3, 7] ^= 1 << 20  # of the mantissa: the weight changes by up to 12 %
     return taken
 
