@@ -123,8 +123,7 @@ def _onnx(vit: Any, level: Pruning, forms: Sequence[str], dense: Row, left: floa
         onnx_int8.quantize(paths["onnx"], paths["onnx_int8"], [part.numpy() for part in images.split(8)])
     found = {}
     for form in forms:
-        session = export_onnx.session(paths[form])
-        run = partial(_run, session)
+        run = partial(_run, onnx_int8.session(paths[form]))
         found[form] = Row(run, work, dense.tokens, paths[form].stat().st_size, by_torch=False)
     return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint.export import export
-from trainer.checkpoint.onnx_int8 import Int8, quantize_for
+from trainer.checkpoint.onnx_int8 import Int8, quantize_for, session
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.model.exported import AnyDensity, load_exported
@@ -83,15 +83,6 @@ def export_onnx(
             int8 = quantize_for(load_run(Path(run)), floats, written, calibration, whole)
         written.replace(out)
     return ExportedOnnx(out, density, difference, size, int8)
-
-
-def session(path: Path) -> Any:
-    """An onnxruntime session on the CPU with as many threads as torch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def write(network: nn.Module, images: Tensor, path: Path) -> None:

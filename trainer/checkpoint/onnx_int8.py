@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,13 +71,20 @@ def quantize(source: Path, out: Path, batches: Iterable[np.ndarray]) -> None:
         )
 
 
+def session(path: Path) -> Any:
+    """An onnxruntime session on the CPU with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 def quantize_for(config: Config, source: Path, out: Path, images: int, reference: nn.Module) -> Int8:
     """Quantize with `images` training images of the run, and compare top-1 on its validation images with `reference`, float32.
 
     Raises ConfigError without images to calibrate with, DataError where the shards are not there.
     """
-    import onnxruntime
-
     if images < 1:
         raise ConfigError(f"--calibration {images}: int8 needs training images for its ranges; must be >= 1")
     cpu = torch.device("cpu")
@@ -92,12 +99,12 @@ def quantize_for(config: Config, source: Path, out: Path, images: int, reference
                 yield batch.numpy()
 
     quantize(source, out, batches())
-    session = onnxruntime.InferenceSession(out)
+    quantized = session(out)
     same = checked = 0
     for batch in calibration_images(config, validation, CHECKED, cpu, "compare int8 with float32"):
         with torch.no_grad():
             right: Tensor = reference(batch).argmax(1)
-        (ours,) = session.run(None, {"images": batch.numpy()})
+        (ours,) = quantized.run(None, {"images": batch.numpy()})
         same, checked = same + int((torch.from_numpy(ours).argmax(1) == right).sum()), checked + len(batch)
     return Int8(shown, same / max(1, checked), checked, out.stat().st_size, source.stat().st_size)
 

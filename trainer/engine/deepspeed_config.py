@@ -38,9 +38,8 @@ def deepspeed_config(settings: EngineConfig, batch_split: BatchSplit, world: int
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # it synchronises the device twice in each step; the run has meters of its own
+        # it synchronises the device twice in each step; the run has meters of its own
+        "timers": {"throughput": {"enabled": False}},
     }
     return merged(ours, settings)
 

@@ -203,9 +203,8 @@ class Engine(Processes):
         self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if clips else self._total_norm()
         finite = self._norm.isfinite()
         if self.decides_on_device:
-            self.optimizer.found_inf = (
-                ~finite
-            ).float()  # as torch's GradScaler gives it: at 1 the fused kernels change nothing
+            # as torch's GradScaler gives it: at 1 the fused kernels change nothing
+            self.optimizer.found_inf = (~finite).float()
             taken = finite
         else:
             taken = bool(finite)

@@ -28,10 +28,8 @@ def training_stream(index: Index, config: Config, rank: int, world: int) -> Stre
 def validation_set(index: Index, config: Config, rank: int, world: int) -> Validation:
     """The run's validation batches of one rank. Raises DataError for labels outside model.classes."""
     check_labels(index, config.model.classes)
-    maker, padded = (
-        batch_maker(index, config, train=False),
-        config.engine.compile,
-    )  # a shorter batch would be a graph of its own
+    padded = config.engine.compile  # a shorter last batch would be a graph of its own
+    maker = batch_maker(index, config, train=False)
     return Validation(maker, config.data, config.evaluate.batch, rank, world, padded=padded)
 
 
