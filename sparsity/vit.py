@@ -10,21 +10,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-from timm.layers import Attention, DropPath, PatchDropout
-from timm.layers.patch_dropout import patch_dropout_forward
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsity import attention, drop_path, keyed_random
+from sparsity import attention, drop_path, keyed_random, patch_drop, vit_support
 from sparsity import cost as counted
-from sparsity.connections import CONNECTIONS
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.settings import Network
-from sparsity.tokens import TOKENS, scores
+from sparsity.tokens import scores
 from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys
-
-PATCHES = 0x70617463  # salt of patch drop
 
 
 class SparseViT(SparseNetwork):
@@ -50,7 +46,7 @@ class SparseViT(SparseNetwork):
         attend: attention.Attend = attention.fused,
     ) -> None:
         super().__init__(vit)
-        refuse(vit)
+        vit_support.refuse(vit)
         outside = [b for b in blocks if not 0 <= b < len(vit.blocks)]
         if outside:
             raise ValueError(f"blocks={outside}: this network has blocks 0 to {len(vit.blocks) - 1}")
@@ -67,20 +63,20 @@ class SparseViT(SparseNetwork):
 
     @classmethod
     def why_not(cls, network: nn.Module) -> str:
-        return _text_of(refuse, network)
+        return vit_support.text_of(vit_support.refuse, network)
 
     @classmethod
     def uncounted(cls, network: nn.Module) -> str:
-        return _text_of(counted.refuse, network)
+        return vit_support.text_of(counted.refuse, network)
 
     @classmethod
     def of(cls, network: nn.Module, levels: Levels) -> Self:
         vit, off, authors = cast(VisionTransformer, network), levels.off, levels.compat == "authors"
-        refuse(vit)
+        vit_support.refuse(vit)
         if not off:
-            _refuse_blocks(levels.blocks, len(vit.blocks))
+            vit_support.refuse_blocks(levels.blocks, len(vit.blocks))
         if authors:
-            _refuse_compat(vit, levels)
+            vit_support.refuse_compat(vit, levels)
         about = Network(vit.has_class_token, vit.global_pool, carry_qkv=not levels.connections.off, authors=authors)
         return cls(
             vit,
@@ -155,17 +151,7 @@ class SparseViT(SparseNetwork):
         vit = self.vit
         x = vit._pos_embed(vit.patch_embed(images))
         p = vit.num_prefix_tokens
-        ids = torch.arange(x.shape[1] - p, device=x.device).expand(x.shape[0], -1)
-        drop = vit.patch_drop
-        if isinstance(drop, PatchDropout) and drop.training and drop.prob > 0:
-            if rng_keys is None:
-                x, index = patch_dropout_forward(x, drop.prob, p, drop.ordered, True)
-                ids = cast(Tensor, index)
-            else:
-                num_kept = max(1, int(ids.shape[1] * (1.0 - drop.prob)))
-                index = scores.ranked(keyed_random.uniform(rng_keys, PATCHES, shape=(ids.shape[1],)))[:, :num_kept]
-                ids = index.sort(dim=1).values if drop.ordered else index
-                x = torch.cat((x[:, :p], attention.gather_tokens(x[:, p:], ids, 1)), dim=1)
+        x, ids = patch_drop.dropped(vit.patch_drop, x, p, rng_keys)
         x = vit.norm_pre(x)
         return Tokens(x if self.residual is None else x.to(self.residual), ids, p, rng_keys=rng_keys)
 
@@ -239,43 +225,6 @@ class Wanted(NamedTuple):
 NOTHING = Wanted(False, None, False, False)
 
 
-def refuse(vit: nn.Module) -> None:
-    """Raises ValueError, naming the part, for a network whose forward pass `SparseViT` cannot reproduce bit for bit."""
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{type(vit).__name__} is not a timm VisionTransformer; choose a vit_* or deit* model of timm")
-    for method in ("forward", "forward_features"):
-        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
-            raise ValueError(f"{type(vit).__name__} has a {method} of its own, not timm's; choose a plain vit_* or deit* model")
-    for number, block in enumerate(vit.blocks):
-        if type(block) not in (Block, ResPostBlock):
-            raise ValueError(f"block {number} is a {type(block).__name__}; only timm's Block and ResPostBlock are supported")
-        if type(block.attn) is not Attention:
-            raise ValueError(
-                f"the attention of block {number} is a {type(block.attn).__name__}; only timm's Attention is supported"
-            )
-        for path in (block.drop_path1, block.drop_path2):
-            if type(path) not in (DropPath, nn.Identity):
-                raise ValueError(
-                    f"the drop path of block {number} is a {type(path).__name__}; only timm's DropPath is supported"
-                )
-    drop = vit.patch_drop
-    if type(drop) not in (PatchDropout, nn.Identity):
-        raise ValueError(f"patch_drop is a {type(drop).__name__}; only timm's PatchDropout is supported")
-    if isinstance(drop, PatchDropout) and drop.num_prefix_tokens != vit.num_prefix_tokens:
-        raise ValueError(
-            f"{type(vit).__name__} with patch_drop_rate={drop.prob}: timm protects only {drop.num_prefix_tokens} of "
-            f"{vit.num_prefix_tokens} prefix tokens and may drop the distillation token; set patch_drop_rate=0"
-        )
-
-
-def _text_of(check: Callable[[nn.Module], None], network: nn.Module) -> str:
-    try:
-        check(network)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def parts_of(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
     """The modules before and after attention and MLP: norm and LayerScale, or identity and norm."""
     if isinstance(block, ResPostBlock):
@@ -297,27 +246,3 @@ def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tens
     if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
         return path(x)
     return drop_path.dropped(path, x, drawn[branch])
-
-
-def _refuse_blocks(blocks: Collection[int], depth: int) -> None:
-    if not blocks:
-        raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
-    if max(blocks) >= depth:
-        raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}; change tokens.blocks")
-
-
-def _refuse_compat(vit: VisionTransformer, levels: Levels) -> None:
-    """Raises ValueError where the reference code has no such network or method."""
-    if not vit.has_class_token or vit.num_prefix_tokens != 1:
-        raise ValueError(
-            "compat=authors: the reference code has no prefix token but [CLS]; choose a plain deit or vit model, or compat=none"
-        )
-    if not (levels.tokens.in_reference_code and levels.connections.in_reference_code):
-        names = (
-            next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
-            for methods, settings in ((TOKENS, levels.tokens), (CONNECTIONS, levels.connections))
-        )
-        raise ValueError(
-            "compat=authors with tokens.method={}, connections.method={}: the reference code has tokens.method=topk without "
-            "tokens.fuse, and connections.method=exact; choose those, or compat=none".format(*names)
-        )
