@@ -6,6 +6,8 @@ import ast
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.faults.figures import results, section
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -153,6 +155,7 @@ def page() -> str:
             "|---|---|---|---|",
             *rows,
             "",
+            *section(results()),
             f"Not tested: {NOT_DONE}.",
             "",
         ]

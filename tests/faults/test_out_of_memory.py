@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lines, wait_for
-from tests.faults.test_random_moments import started, steps_of_attempt, victims
+from tests.faults.live_job import started, steps_of_attempt, victims
 from tests.laws.test_main_job import RECIPE
 from trainer.__main__ import main
 
