@@ -174,6 +174,10 @@ class Examples(Protocol):
         """Whether observations of `epoch` may change a later selection."""
         ...
 
+    def allocate(self, device: torch.device) -> None:
+        """Make what `observe` writes to; else it does so itself when it is first called."""
+        ...
+
     def observe(self, ids: Tensor, observation: Observation) -> None:
         """Called every step, or after an epoch with the rows of a probe; on the device, without a host sync. ids: (b,) int64, the
         example that each row is credited to."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sparsity.types import Plan
 from trainer.config.run_config import Config
-from trainer.data.augment.mixup import Mix, draw_mix
+from trainer.data.augment.mixup import Mix, draw_mix, numbers
 from trainer.data.batch import Batch
+from trainer.engine.engine import Engine
 from trainer.engine.place_clock import DATA, STEP, PlaceClock
 from trainer.engine.replicas import assert_replicas_equal
 from trainer.model.schedule import set_learning_rate
@@ -107,8 +108,8 @@ def _step(
     run.chain.add(batch.ids, batch.rng_keys, batch.weights)
     own = torch.stack([batch.weights.sum(), torch.tensor(float(run.stopping.requested()))])
     totals = engine.all_reduce_sum(engine.to_device(own))
-    total, stop = totals[0].clamp(min=1e-12), engine.read_delayed(totals[1])
-    last = _forward_backward(run, config, batch, plan, mix, total)
+    stop = engine.read_delayed(totals[1])
+    last = _forward_backward(run, batch, plan, mix, totals[0])
     taken = engine.step()
     run.statistics.after_step(taken)
     run.pruning.after_step(lr, taken)
@@ -116,39 +117,33 @@ def _step(
     return last, taken, stop
 
 
-def _forward_backward(
-    run: Run, config: Config, batch: Batch, plan: Plan, mix: Mix, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_backward(run: Run, batch: Batch, plan: Plan, mix: Mix, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's slice of the batch, summed over its micro-batches; `total`: weights of all examples of all ranks.
 
     Returns the last micro-batch: images (b, 3, H, W), targets (b, C), rng_keys (b,).
     """
-    engine, meters, objective = run.engine, run.meters, run.objective
-    for part, last in _micro_batches(batch, engine.batch_split.micro_batch, engine.device, meters.end_phase):
-        images, targets = run.prepare(part, mix)
+    engine, meters = run.engine, run.meters
+    for part, mixed, last in _micro_batches(batch, mix, engine, meters.end_phase):
+        images, targets = run.prepare(part, mixed)
         taught = run.teacher.observe(images, meters.end_phase)
         output = engine.forward(images, plan, run.outputs, part.rng_keys)
-        losses, parts = run.distillation(objective.losses(output.logits, targets), output, taught)
+        loss = run.results(part, mixed, output, targets, taught, total)
         meters.end_phase("forward")
-        engine.backward((losses * part.weights).sum() / total, last)
+        engine.backward(loss, last, scaled=True)
         meters.end_phase("backward")
-        credited, observation = objective.credit(part, output, losses, mix)
-        if not run.probe.on:
-            run.examples.observe(credited, observation)
-        meters.add(losses, part.weights, observation, parts)
     return images, targets, part.rng_keys
 
 
 def _micro_batches(
-    batch: Batch, size: int, device: torch.device, end_phase: Callable[[str], None]
-) -> Iterator[tuple[Batch, bool]]:
-    """This rank's slice of the batch as micro-batches of `size` rows on the device, each with whether it is the last."""
-    rows = len(batch.labels)
+    batch: Batch, mix: Mix, engine: Engine, end_phase: Callable[[str], None]
+) -> Iterator[tuple[Batch, Mix, bool]]:
+    """This rank's slice of the batch as micro-batches on the device, each with the mix of the step, and whether it is the last."""
+    rows, size = len(batch.labels), engine.batch_split.micro_batch
     for start in range(0, rows, size):
         end_phase("rest")
-        fields = [field[start : start + size].to(device, non_blocking=True) for field in batch[:-1]]
+        *fields, mixed = engine.upload([*(field[start : start + size] for field in batch[:-1]), numbers(mix)])
         end_phase("host_to_device")
-        yield Batch(*fields, broken=batch.broken), start + size >= rows
+        yield Batch(*fields, broken=batch.broken), mix._replace(numbers=mixed), start + size >= rows
 
 
 def _timed(batches: Iterable[Batch], stopping: Stop, clock: PlaceClock) -> Iterator[tuple[Batch, float]]:

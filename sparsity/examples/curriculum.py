@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sparsity.examples.by_class import first_per_group, keep_rates, quotas
@@ -136,6 +137,9 @@ class Curriculum:
     def _start(self) -> None:
         """Check the settings and create the state of epoch 0."""
 
+    def allocate(self, device: torch.device) -> None:
+        """Make what `observe` writes to; nothing in methods without statistics."""
+
     def observe(self, ids: Tensor, observation: Observation) -> None:
         """Called every step; does nothing in methods without statistics."""
 
@@ -215,6 +219,9 @@ class Observer(Curriculum):
     def state_bytes(self) -> int:
         """Bytes of the state on host and device."""
         return super().state_bytes + self._observations.state_bytes
+
+    def allocate(self, device: torch.device) -> None:
+        self._observations.allocate(device)
 
     def observe(self, ids: Tensor, observation: Observation) -> None:
         self._observations.record(ids, observation)

@@ -36,13 +36,19 @@ class Observations:
         self._code: Tensor | None = None  # (N + 1,) uint8: 0 not observed, 1 wrong, 2 right
         self._number: Tensor | None = None  # (N + 1,) float32
 
+    def allocate(self, device: torch.device) -> None:
+        """Make the slots, empty, unless they are there."""
+        if self._code is None:
+            self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=device)
+            if self.value is not None:
+                self._number = torch.zeros(self.num_examples + 1, dtype=torch.float32, device=device)
+
     @torch.no_grad()
     def record(self, ids: Tensor, observation: Observation) -> None:
         """Store a step's rows, ids (b,) int64; no host sync. A loss counts even if `correct` is unclear."""
         if self._code is None:
-            self._code = torch.zeros(self.num_examples + 1, dtype=torch.uint8, device=ids.device)
-            if self.value is not None:
-                self._number = torch.zeros(self.num_examples + 1, dtype=torch.float32, device=ids.device)
+            self.allocate(ids.device)
+        assert self._code is not None
         counts = (
             observation.valid if observation.clear is None or self.value == "loss" else observation.valid & observation.clear
         )

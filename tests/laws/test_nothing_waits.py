@@ -17,16 +17,20 @@ from tests.support import images as drawn
 from tests.support.waiting import CUDA, NoWaits, Waits, fake_cuda, moved
 from trainer import train as loop
 from trainer.bench.bookkeeping import stand_in
+from trainer.checkpoint.state import TrainState
 from trainer.data.augment import on_device
 from trainer.data.augment.prepare import build_prepare
 from trainer.data.batch import Batch
 from trainer.data.order import BatchSplit
+from trainer.engine import upload
 from trainer.engine.engine import Engine, leaves_out_on_device
 from trainer.engine.processes import Processes
 from trainer.model.build import build_distillation, build_examples, build_model, build_objective
 from trainer.model.ema import Ema
 from trainer.model.evaluate import evaluate
 from trainer.model.optimizer import build_optimizer
+from trainer.run.nonfinite_steps import Outcomes
+from trainer.run.row_results import RowResults
 from trainer.run.running_statistics import RunningStatistics
 from trainer.telemetry.meters import Meters
 
@@ -50,8 +54,9 @@ LEVELS = {
 
 
 @pytest.fixture(autouse=True)
-def without_cached_tensors() -> Iterator[None]:
-    """Tables that are made once per device must not stay fake for other tests."""
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Images of this size are copied by themselves, as those of a run are. Tables that are made once per device must not stay fake."""
+    monkeypatch.setattr(upload, "SMALL", 1 << 10)
     yield
     for cached in (on_device._statistics, on_device._table):
         cached.cache_clear()
@@ -94,14 +99,15 @@ def run_of(config: Any, compiled: bool = False) -> Any:
     engine.optimizer = build_optimizer(model, config.optim)
     engine.decides_on_device = leaves_out_on_device(engine.optimizer)
     distillation = build_distillation(config)
+    meters, objective = Meters(engine, distillation.parts), build_objective(config)
     return SimpleNamespace(
-        engine=engine, model=model, objective=build_objective(config),
-        prepare=build_prepare(config.augment, 10, engine.to_device, compiled=compiled), distillation=distillation, examples=examples,
-        teacher=SimpleNamespace(observe=lambda images, end_phase: None), probe=SimpleNamespace(on=False),
+        engine=engine, model=model, prepare=build_prepare(config.augment, 10, compiled=compiled), meters=meters,
+        results=RowResults(objective, distillation, examples, meters, engine.scaled, compiled=compiled, device=CUDA),
+        teacher=SimpleNamespace(observe=lambda images, end_phase: None),
         statistics=RunningStatistics(model.network, engine, alike=False),
         pruning=SimpleNamespace(after_step=lambda lr, taken: None), ema=Ema(model.network, config.optim.ema),
         chain=SimpleNamespace(add=lambda *rows: None),  # numpy on the host alone
-        meters=Meters(engine, distillation.parts), stopping=SimpleNamespace(requested=lambda: False),
+        stopping=SimpleNamespace(requested=lambda: False),
         outputs=frozenset({"cls_attention"}) if examples.wants_spread else frozenset(),
     )  # fmt: skip
 
@@ -124,21 +130,37 @@ def test_a_step_waits_for_nothing(levels: str, monkeypatch: pytest.MonkeyPatch) 
         with NoWaits() as counted:
             _, taken, stop = loop._step(run, config, 1, batch_of(ROWS), Plan(0.7, 0.5), 1e-3)
     assert isinstance(taken, torch.Tensor) and taken.device == CUDA and not stop
-    assert counted.copies == 2 * 8 + 2, "the fields of two micro-batches, the sum of the weights, and back whether to stop"
+    assert counted.copies == 2 * 2 + 2, (
+        "images and fields of two micro-batches, the sum of the weights, and back whether to stop"
+    )
     assert counted.operations > 300
 
 
-def test_the_graph_of_images_and_targets_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its operations one by one, without inductor: the mix of a step reaches the device through pinned memory."""
-    config = config_of()
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+@pytest.mark.parametrize("levels", ["dense", "topk, shared keys, forgetting", "topk, exact, infobatch"])
+def test_a_compiled_step_has_at_most_25_kernels_outside_of_its_graphs(levels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One micro-batch of one process without clipping: 2 copies of the batch, 2 for the sum of the weights and whether to stop, 3 for the
+    norm, 4 for whether it is finite, 1 that copies it, 3 per group of the fused optimizer, 4 for the average, and 1, not counted here, that
+    begins the backward pass. The operations of the graphs go one by one, without inductor: none waits."""
+    config = config_of(**LEVELS[levels]).changed(optim={"clip": 0.0}, data={"micro_batch": ROWS})
+    counted = NoWaits()
+
+    def compile(function: Any, **settings: Any) -> Any:
+        return counted.one_kernel(getattr(function, "__qualname__", "prepare"), function)
+
+    monkeypatch.setattr(torch, "compile", compile)
     with fake_cuda(monkeypatch):
         run = run_of(config, compiled=True)
-        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: graded(run.model))
+        run.engine.batch_split = BatchSplit(ROWS, 1, ROWS)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: counted.one_kernel("backward", graded)(run.model))
+        monkeypatch.setattr(run.model, "forward", counted.one_kernel("network", run.model.forward))
         loop._step(run, config, 0, batch_of(ROWS), DENSE, 1e-3)
-        with NoWaits() as counted:
-            loop._step(run, config, 1, batch_of(ROWS), DENSE, 1e-3)
-    assert counted.copies == 2 * 9 + 2
+        counted.graphs.clear()
+        with counted:
+            _, taken, _ = loop._step(run, config, 1, batch_of(ROWS), DENSE, 1e-3)
+            assert Outcomes(CUDA).add(taken, TrainState()) == []
+    assert counted.graphs == ["prepare", "network", "RowResults._whole", "backward"]
+    assert counted.copies == 2 + 3
+    assert len(counted.kernels) <= 25 - 1, counted.kernels
 
 
 def test_an_evaluation_waits_for_nothing_between_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,12 +25,28 @@ class Waits(AssertionError):
 
 
 class NoWaits(TorchDispatchMode):
-    """Raises Waits for a number read by the host, an indexing by a mask, and a blocking copy. Counts copies, and operations on the
-    device."""
+    """Raises Waits for a number read by the host, an indexing by a mask, and a blocking copy. Counts copies, operations on the device, and
+    those of them that are kernels (no view) outside of `one_kernel`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = self.copies = 0
+        self.kernels: list[str] = []
+        self.graphs: list[str] = []
+        self.inside = 0
+
+    def one_kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as a compiled graph: its operations are checked, but not counted among the kernels; `name` is, once."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.graphs.append(name)
+            self.inside += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside -= 1
+
+        return called
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,21 +65,35 @@ class NoWaits(TorchDispatchMode):
                 if blocking:
                     raise Waits(f"{operation} from {source.device} to {found.device}, shape {tuple(source.shape)}, waits")
                 self.copies += 1
-        self.operations += bool(there) or (isinstance(found, Tensor) and found.device.type == "cuda")
+        on_device = bool(there) or (isinstance(found, Tensor) and found.device.type == "cuda")
+        if on_device and not self.inside and operation.namespace == "aten" and not operation.is_view:
+            self.kernels.append(str(operation))
+        self.operations += on_device
         return found
 
 
 @contextlib.contextmanager
 def fake_cuda(monkeypatch: Any) -> Iterator[None]:
-    """Tensors on cuda:0 may be made inside the block; pinned memory and events are pretended. Numbers on the device are not known."""
+    """Tensors on cuda:0 may be made inside the block, whose numbers are not known; pinned memory, streams and events are pretended."""
 
     class Event:
         def record(self) -> None: ...
         def synchronize(self) -> None:
             raise Waits("an event is waited for")
 
+    class Stream:
+        def __init__(self, device: Any = None) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+
     empty = torch.empty
+    monkeypatch.setattr(
+        "torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True
+    )  # it knows tensors by their exact type
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -168,12 +168,16 @@ class Engine(Processes):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()  # DeepSpeed has its own
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean."""
-        # Times 1, or NaN if the loss is infinite, because its gradient may still be finite: the norm below then covers the loss too.
-        loss = loss * (1.0 + 0.0 * loss.detach())
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What `backward` differentiates: this rank's part of the global mean, times the number of ranks, because both libraries average
+        over ranks, but the parts of a mean must be added. Times NaN if it is infinite, because its gradient may still be finite: the norm
+        in `step` then covers the loss too."""
+        return loss * (1.0 + 0.0 * loss.detach()) * self.world
+
+    def backward(self, loss: Tensor, last: bool, *, scaled: bool = False) -> None:
+        """Gradients of one micro-batch; `last` closes the global batch. `loss` is this rank's part of the global mean, or it `scaled`."""
         self.heartbeat.enter("backward")
-        loss = loss * self.world  # both libraries average over ranks, but the parts of a mean must be added
+        loss = loss if scaled else self.scaled(loss)
         if self.settings.kind == "deepspeed":
             self.model.backward(loss, scale_wrt_gas=False)
             if not last:
@@ -201,13 +205,12 @@ class Engine(Processes):
             return not self.optimizer.overflow
         clips = self.clip and self.settings.kind == "ddp"  # DeepSpeed clips in its step
         self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if clips else self._total_norm()
-        finite = self._norm.isfinite()
         if self.decides_on_device:
+            taken = self._norm * 0 == 0  # finite, in two operations; `isfinite` takes four
             # as torch's GradScaler gives it: at 1 the fused kernels change nothing
-            self.optimizer.found_inf = (~finite).float()
-            taken = finite
+            self.optimizer.found_inf = 1.0 - taken.float()
         else:
-            taken = bool(finite)
+            taken = bool(self._norm.isfinite())
         if self.settings.kind == "deepspeed":  # ZeRO 0 computes no norm, and steps on non-finite gradients
             if taken is False:
                 self.model.zero_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.engine.delayed import Delayed
 from trainer.engine.errors import EngineError
 from trainer.engine.heartbeat import Heartbeat
+from trainer.engine.upload import Upload
 
 
 class Processes:
@@ -25,6 +26,7 @@ class Processes:
         self.is_main = rank == 0
         self.device = torch.device(device)
         self._delayed = Delayed(self.device)
+        self.upload = Upload(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from trainer.data.batch import Batch
 
 
-CLEAR = 0.75  # own share from which a mixed image gives the result of an unmixed one, see docs/results/forgetting-rules.md
+Flags = tuple[bool | Tensor, bool | Tensor, bool | Tensor]
+"""`Mix.flags`, known to the host or 0-dim on the device."""
 
 
 class Objective:
@@ -55,8 +56,14 @@ class Objective:
         present = targets.gt(0.0).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=-1)
 
-    @torch.no_grad()
     def credit(self, batch: Batch, output: ModelOutput, losses: Tensor, mix: Mix) -> tuple[Tensor, Observation]:
+        """See `credited`."""
+        return self.credited(batch, output.logits, losses, mix.flags, spread_of(output))
+
+    @torch.no_grad()
+    def credited(
+        self, batch: Batch, logits: Any, losses: Tensor, mixed: Flags | tuple[Tensor, ...], spread: Tensor | None
+    ) -> tuple[Tensor, Observation]:
         """One observation per image: ids (b,) int64, the example that each row is credited to, and the observation.
 
         In a mixed pair each image dominates exactly one of the two rows, and that row is credited to it (at lam = 1/2, each row
@@ -67,9 +74,10 @@ class Objective:
         Not valid: rows of weight 0, copies of an image but the first (they share one set of weights), and rows whose loss is not
         finite.
         """
-        logits, labels, there = _prediction(output.logits), batch.labels, batch.weights > 0
-        mixed = there & partners(there) & (mix.lam < 1.0)
-        swap = mixed & (mix.lam < 0.5) if self.rule != "authors" else torch.zeros_like(mixed)
+        mixes, lesser_share, unclear = mixed
+        logits, labels, there = _prediction(logits), batch.labels, batch.weights > 0
+        both = there & partners(there) & mixes
+        swap = both & lesser_share if self.rule != "authors" else torch.zeros_like(both)
         ids, label, lesser, copies = (
             torch.where(swap, theirs, own)
             for own, theirs in (
@@ -80,12 +88,13 @@ class Objective:
             )
         )
         if self.rule in ("without_partner", "clear"):
-            out = (mixed & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
+            out = (both & (lesser != label))[:, None] & F.one_hot(lesser.clamp(min=0), logits.shape[1]).bool()
             logits = logits.masked_fill(out, float("-inf"))
         valid = there & (copies == 0) & losses.isfinite()
         right = logits.argmax(dim=-1) == label
-        clear = ~mixed if self.rule == "clear" and max(mix.lam, 1 - mix.lam) < CLEAR else None
-        return ids, Observation(correct=right, loss=losses.detach(), spread=_spread(output, losses), valid=valid, clear=clear)
+        clear = None if self.rule != "clear" or unclear is False else ~(both & unclear)
+        spread = torch.zeros_like(losses) if spread is None else spread
+        return ids, Observation(correct=right, loss=losses.detach(), spread=spread, valid=valid, clear=clear)
 
     @torch.no_grad()
     def probed(self, labels: Tensor, weights: Tensor, output: ModelOutput) -> Observation:
@@ -98,13 +107,17 @@ class Objective:
         logits = output.logits.float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         valid = (weights > 0) & losses.isfinite()
-        return Observation(logits.argmax(dim=-1) == labels, losses, _spread(output, losses), valid)
+        spread = spread_of(output)
+        return Observation(
+            logits.argmax(dim=-1) == labels, losses, torch.zeros_like(losses) if spread is None else spread, valid
+        )
 
 
-def _spread(output: ModelOutput, losses: Tensor) -> Tensor:
-    """(b,) variance of the last block's [CLS] attention times n_last^2, so that it is comparable across token counts; 0 without it."""
+@torch.no_grad()
+def spread_of(output: ModelOutput) -> Tensor | None:
+    """(b,) variance of the last block's [CLS] attention times n_last^2, so that it is comparable across token counts; None without it."""
     if output.cls_attention is None:
-        return torch.zeros_like(losses)
+        return None
     attention = output.cls_attention.float()
     return attention.var(dim=1, correction=0) * attention.shape[1] ** 2
 

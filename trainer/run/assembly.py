@@ -37,10 +37,8 @@ from trainer.model.build import (
     build_schedule,
     cost_of,
 )
-from trainer.model.distillation import Distillation
 from trainer.model.ema import Ema
 from trainer.model.evaluate import evaluate
-from trainer.model.objective import Objective
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Schedule
 from trainer.model.teacher import Teacher, build_teacher
@@ -53,6 +51,7 @@ from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.nonfinite_steps import Outcomes
 from trainer.run.process_limits import check_limits, check_shared_memory
 from trainer.run.recorder import Recorder
+from trainer.run.row_results import RowResults
 from trainer.run.running_statistics import RunningStatistics
 from trainer.run.scoring import Scoring
 from trainer.run.shutdown import Stop, install_handlers
@@ -72,9 +71,8 @@ class Run:
     cadence: Cadence
     stopping: Stop
     prepare: Prepare
-    objective: Objective
     teacher: Teacher
-    distillation: Distillation
+    results: RowResults
     outputs: frozenset[str]  # of the network, beside its logits
     examples: Examples
     probe: ExampleProbe
@@ -144,6 +142,8 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             device=engine.device,
             add_up=engine.all_reduce_sum,
         )
+        compiled, meters = config.engine.compile, Meters(engine, distillation.parts)
+        observing = None if probe.on else examples
         yield Run(
             index=index,
             stream=stream,
@@ -154,10 +154,11 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
                 config.epochs, config.stop_at, config.log_every, evaluate=config.evaluate.every, save=config.checkpoint.every
             ),
             stopping=stopping,
-            prepare=build_prepare(config.augment, config.model.classes, engine.to_device, compiled=config.engine.compile),
-            objective=objective,
+            prepare=build_prepare(config.augment, config.model.classes, compiled=compiled),
             teacher=teacher,
-            distillation=distillation,
+            results=RowResults(
+                objective, distillation, observing, meters, engine.scaled, compiled=compiled, device=engine.device
+            ),
             outputs=outputs,
             examples=examples,
             probe=probe,
@@ -166,7 +167,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             statistics=RunningStatistics(model.network, engine, alike=config.model.sync_batchnorm),
             chain=HashChain(state.chain),
             outcomes=Outcomes(engine.device),
-            meters=Meters(engine, distillation.parts),
+            meters=meters,
             recorder=recorder,
             baseline=DenseBaseline(config.control, schedule, engine, objective, outputs, teacher),
             checkpointer=Checkpointer(

@@ -19,8 +19,9 @@ from torch.autograd.profiler import profile
 from trainer.telemetry.timing import synchronize
 
 log = logging.getLogger(__name__)
-# data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss. backward: with
-# its communication. optimizer: with the EMA. rest: bookkeeping, reductions, logging. A run with a teacher has one more: its forward pass.
+# data_wait: until the loader has a batch. host_to_device: its copy. forward: augmentation on the device, network, loss, bookkeeping of the
+# rows. backward: with its communication. optimizer: with the EMA. rest: reductions, logging. A run with a teacher has one more: its
+# forward pass.
 PHASES: tuple[str, ...] = ("data_wait", "host_to_device", "forward", "backward", "optimizer", "rest")
 TEACHER = "teacher"
 WARM = 20  # steps before communication is first profiled

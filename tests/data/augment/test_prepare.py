@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trainer.config.schema import AugmentConfig
-from trainer.data.augment.mixup import NO_MIX, Mix
-from trainer.data.augment.prepare import _eager, build_prepare, inputs, numbers, whole
+from trainer.data.augment.mixup import NO_MIX, Mix, numbers
+from trainer.data.augment.prepare import _eager, build_prepare, inputs, whole
 from trainer.data.batch import Batch
 
 MIXES = {
@@ -62,7 +62,7 @@ def test_one_graph_serves_every_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     counter, compiler = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **settings: compiler(function, backend=counter, **settings))
     torch.compiler.reset()
-    prepare = build_prepare(AUGMENT, CLASSES, lambda tensor: tensor, compiled=True)
+    prepare = build_prepare(AUGMENT, CLASSES, compiled=True)
     for mix in MIXES.values():
         images, targets = prepare(batch(), mix)
         expected = _eager(AUGMENT, CLASSES, batch(), mix)

@@ -19,13 +19,23 @@ from torch import Tensor
 from trainer.config.schema import AugmentConfig
 
 KEY = 0x6D6978  # separates this random stream from others with the same seed and step
+CLEAR = 0.75  # own share from which a mixed image gives the result of an unmixed one, see docs/results/forgetting-rules.md
 
 
 class Mix(NamedTuple):
-    """The mix of a step: the own share `lam` in [0, 1], and for cutmix the partner's box (top, bottom, left, right)."""
+    """The mix of a step: the own share `lam` in [0, 1], and for cutmix the partner's box (top, bottom, left, right).
+
+    numbers: `numbers(mix)` on the device, for compiled graphs, to which another Python number would be another graph.
+    """
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
+    numbers: Tensor | None = None
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Whether images are mixed, whether the own image has the smaller share, and whether neither has a share >= CLEAR."""
+        return self.lam < 1.0, self.lam < 0.5, max(self.lam, 1 - self.lam) < CLEAR
 
 
 NO_MIX = Mix()
@@ -52,6 +62,16 @@ def sample(augment: AugmentConfig, rng: np.random.Generator, image_size: int) ->
     left, right = max(x - side // 2, 0), min(x + (side + 1) // 2, image_size)
     area = (bottom - top) * (right - left)  # the box clipped at the border gives the shares
     return Mix(1.0 - area / float(image_size * image_size), (top, bottom, left, right))
+
+
+def numbers(mix: Mix) -> Tensor:
+    """The mix as eight numbers, float32: own share; top, bottom, left, right of the partner's box, an empty box for none; its flags."""
+    return torch.tensor([mix.lam, *(mix.box or (0, 0, 0, 0)), *mix.flags], dtype=torch.float32)
+
+
+def flags_of(numbers: Tensor) -> tuple[Tensor, ...]:
+    """`Mix.flags` of `numbers`, each a 0-dim bool on its device."""
+    return (numbers[5:] > 0).unbind()
 
 
 def partners(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment import on_device
-from trainer.data.augment.mixup import Mix, mix_images, mix_targets, partners
+from trainer.data.augment.mixup import Mix, mix_images, mix_targets, numbers, partners
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 
@@ -25,14 +25,15 @@ Prepare = Callable[[Batch, Mix], tuple[Tensor, Tensor]]
 """(micro-batch on the device, mix of the step) -> images (b, 3, S, S) float32, targets (b, C) float32."""
 
 
-def build_prepare(augment: AugmentConfig, classes: int, to_device: Callable[[Tensor], Tensor], *, compiled: bool) -> Prepare:
-    """to_device: copies a tensor of the host without waiting. compiled: as one graph; else by `on_device` and `mixup`."""
+def build_prepare(augment: AugmentConfig, classes: int, *, compiled: bool) -> Prepare:
+    """compiled: as one graph, which takes `Mix.numbers`; else by `on_device` and `mixup`."""
     if not compiled:
         return partial(_eager, augment, classes)
     graph = torch.compile(partial(whole, augment, classes), dynamic=False, fullgraph=True)
 
     def prepare(batch: Batch, mix: Mix) -> tuple[Tensor, Tensor]:
-        return graph(*inputs(batch, augment, to_device(numbers(mix))))
+        mixed = numbers(mix).to(batch.images.device) if mix.numbers is None else mix.numbers
+        return graph(*inputs(batch, augment, mixed))
 
     return prepare
 
@@ -40,11 +41,6 @@ def build_prepare(augment: AugmentConfig, classes: int, to_device: Callable[[Ten
 def _eager(augment: AugmentConfig, classes: int, batch: Batch, mix: Mix) -> tuple[Tensor, Tensor]:
     images = mix_images(augment_on_device(batch, augment), mix, batch.weights)
     return images, mix_targets(batch.labels, mix, batch.weights, classes, augment.smoothing)
-
-
-def numbers(mix: Mix) -> Tensor:
-    """The mix as five numbers, float32: own share, and top, bottom, left, right of the partner's box; an empty box for none."""
-    return torch.tensor([mix.lam, *(mix.box or (0, 0, 0, 0))], dtype=torch.float32)
 
 
 def inputs(batch: Batch, augment: AugmentConfig, mixed: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +67,7 @@ def whole(
     )
     if not (augment.mixup > 0 or augment.cutmix > 0):
         return images, hard
-    lam, top, bottom, left, right = mixed.unbind()
+    lam, top, bottom, left, right = mixed[:5].unbind()
     there = partners(weights) > 0
     own, other = torch.where(there, lam, 1.0), torch.where(there, 1.0 - lam, 0.0)
     targets = hard * own[:, None] + partners(hard) * other[:, None]
