@@ -53,9 +53,10 @@ def _refuse_levels(network: nn.Module, levels: Levels, reasons: Sequence[str]) -
         if not settings.off:
             name = next((name for name, kind in methods.items() if kind is type(settings)), type(settings).__name__)
             wanted.append(f"{settings.section}.method={name}")
+    reason = "; ".join(reason.partition("; choose")[0] for reason in reasons if reason)
     if wanted:
         raise ValueError(
-            f"{', '.join(wanted)}: a {type(network).__name__} keeps all tokens and connections ({'; '.join(filter(None, reasons))}); "
+            f"{', '.join(wanted)}: a {type(network).__name__} keeps all tokens and connections ({reason}); "
             f"choose a network of {can(lambda family: family is not Dense)}, or leave out examples only: tokens.method=all, "
             "connections.method=all, compat=none"
         )

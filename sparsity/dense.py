@@ -59,7 +59,11 @@ class Dense(SparseNetwork):
         try:
             multiply_adds, output = traced(self.network.eval(), size, size, images=TRACED)
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-            raise ValueError(f"{name} does not take images of {size} x {size} pixels: {str(error).splitlines()[0]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{name} with these arguments does not take images of {size} x {size} pixels: {reason}; choose another size or "
+                "arguments"
+            ) from error
         finally:
             self.network.train(was_training)
             for hook in hooks:

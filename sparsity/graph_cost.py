@@ -3,6 +3,9 @@ the pass runs on fake tensors, which have shapes and no values."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,15 +24,27 @@ def traced(network: nn.Module, height: int, width: int, channels: int = 3, image
     know all fused kernels (torch 2.13: not that of CPUs). Raises what the network raises, e.g. for an image of another size.
     """
     device = next((value.device for value in network.parameters()), torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value.detach()) for name, value in (*network.named_parameters(), *network.named_buffers())
         }
         pixels = torch.empty(images, channels, height, width, device=device)
         counter = FlopCounterMode(display=False)
         with counter:
-            output = functional_call(network, state, (pixels,))
+            # by one name each: where blocks share a module, torch 2.13 would put fake weights back under the other name
+            output = functional_call(network, state, (pixels,), tie_weights=False)
     return counter.get_total_flops() // (2 * images), output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of a failed operation, 40 lines on standard error: the exception has what it says."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def shape_of_logits(output: Any) -> tuple[int, ...]:

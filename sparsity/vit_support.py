@@ -21,6 +21,8 @@ def refuse(vit: nn.Module) -> None:
     for method in ("forward", "forward_features"):
         if getattr(type(vit), method) is not getattr(VisionTransformer, method):
             raise ValueError(f"{type(vit).__name__} has a {method} of its own, not timm's; choose a plain vit_* or deit* model")
+    if not vit.global_pool:
+        raise ValueError(f"{type(vit).__name__} with global_pool='' returns tokens, not logits")
     for number, block in enumerate(vit.blocks):
         if type(block) not in (Block, ResPostBlock):
             raise ValueError(f"block {number} is a {type(block).__name__}; only timm's Block and ResPostBlock are supported")

@@ -35,6 +35,10 @@ class SparseSwin(SparseNetwork):
         authors: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(swin)
+        if position not in ("attention", "block"):
+            raise ValueError(
+                f"position={position!r}: unknown value; valid values: attention (before the MLP), block (after it)"
+            )
         self.score, self.position, self.authors = score, position, authors
         self.blocks = frozenset(blocks)
         self._depths = [len(stage.blocks) for stage in self.network.layers]
@@ -44,6 +48,8 @@ class SparseSwin(SparseNetwork):
     def why_not(cls, network: nn.Module) -> str:
         if type(network) is not SwinTransformer:
             return f"{type(network).__name__} is not timm's SwinTransformer"
+        if not network.global_pool:
+            return "a SwinTransformer with global_pool='' returns tokens, not logits"
         if network.dynamic_img_size:
             return "dynamic_img_size changes the windows of a SwinTransformer"
         for name, module in network.named_modules():
@@ -87,7 +93,7 @@ class SparseSwin(SparseNetwork):
             )
         swin, paths, selection = self.network, None, self._selection(plan)
         if rng_keys is not None and swin.training:
-            drawn = drop_path.draw(rng_keys, 2 * sum(self._depths)).view(len(images), -1, 2)
+            drawn = drop_path.draw(rng_keys, 2 * sum(self._depths)).view(images.shape[0], -1, 2)
             paths = drawn.movedim(0, 2)[..., None, None].unbind()  # per block (2, B, 1, 1)
         x, ran, first = swin.patch_embed(images), None, 0
         kept: dict[int, Tensor] = {}
@@ -104,7 +110,7 @@ class SparseSwin(SparseNetwork):
             x, first = ran.x, first + len(stage.blocks)
             kept |= {self._first + block: ids for block, ids in ran.kept.items()}
         if self.blocks and not kept:
-            everything = torch.arange(self._num_tokens, device=images.device).expand(len(images), -1)
+            everything = torch.arange(self._num_tokens, device=images.device).expand(images.shape[0], -1)
             kept = dict.fromkeys(sorted(self.blocks), everything)
         logits = swin.forward_head(swin.norm(x))
         received = None if ran is None else ran.received
@@ -162,13 +168,21 @@ def _refuse_levels(levels: Levels) -> None:
 def _refuse_blocks(blocks: Collection[int], depths: list[int]) -> None:
     if not blocks:
         raise ValueError("tokens.blocks=[]: no block selects tokens; name the blocks")
-    if max(blocks) >= sum(depths):
+    if min(blocks) < 0 or max(blocks) >= sum(depths):
         raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {sum(depths) - 1}; change tokens.blocks")
     stage, first = _stage_of(min(blocks), depths)
-    end = first + depths[stage] - 1
-    if max(blocks) >= end:
-        start = sum(depths[:2]) if len(depths) > 2 else 0
-        raise ValueError(
-            f"tokens.blocks={list(blocks)}: all must be in one stage and before its last block (from {min(blocks)} on: at most {end - 1}), "
-            f"because all tokens come back where the next stage merges patches; the authors select in {[start + n for n in (1, 2, 3)]}"
-        )
+    if max(blocks) < first + depths[stage] - 1:
+        return
+    ends = [sum(depths[: number + 1]) for number in range(len(depths))]
+    able = [
+        f"{end - depth} to {end - 2} (stage {number})"
+        for number, (depth, end) in enumerate(zip(depths, ends, strict=True), 1)
+        if depth > 1
+    ]
+    text = (
+        f"tokens.blocks={list(blocks)}: all must be in one stage and before its last block, because all tokens come back where the next "
+        f"stage merges patches; blocks of this network that can select: {', '.join(able) or 'none'}"
+    )
+    if len(depths) > 2 and depths[2] > 4:
+        text += f"; the authors select in {[ends[1] + number for number in (1, 2, 3)]}"
+    raise ValueError(text)

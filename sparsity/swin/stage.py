@@ -60,7 +60,7 @@ def selecting(
     """Blocks on the kept tokens of x (B, H, W, D). A token that is left out keeps the value that it had then."""
     shape, kept, received = x.shape, {}, None
     tokens = x.flatten(1, 2)
-    ids = torch.arange(tokens.shape[1], device=x.device).expand(len(x), -1)
+    ids = torch.arange(tokens.shape[1], device=x.device).expand(x.shape[0], -1)
     out: list[Tensor] = []
     out_ids: list[Tensor] = []
     for at, block in enumerate(stage.blocks):
@@ -82,7 +82,7 @@ def selecting(
 def as_authors(stage: Any, x: Tensor, selection: Selection, paths: Sequence[Tensor] | None, asked: bool) -> Ran:
     """x (B, H, W, D) in the form of the reference code. kept: the visible tokens of each image, then -1."""
     number, kept, score = x.shape[1] * x.shape[2], {}, None
-    visible = torch.ones(len(x), number, dtype=torch.bool, device=x.device)
+    visible = torch.ones(x.shape[0], number, dtype=torch.bool, device=x.device)
     for at, block in enumerate(stage.blocks):
 
         def one(x: Tensor, visible: Tensor, path: Tensor | None, block: Any = block) -> authors.Step:
@@ -100,7 +100,7 @@ def as_authors(stage: Any, x: Tensor, selection: Selection, paths: Sequence[Tens
 def _timms(block: Any, x: Tensor, path: Tensor | None) -> Tensor:
     """`SwinTransformerBlock.forward` on x (B, H, W, D)."""
     x = x + _drop(block.drop_path1, block._attn(block.norm1(x)), path, 0)
-    flat = x.reshape(len(x), -1, x.shape[3])
+    flat = x.reshape(x.shape[0], -1, x.shape[3])
     return (flat + _drop(block.drop_path2, block.mlp(block.norm2(flat)), path, 1)).reshape(x.shape)
 
 
@@ -138,7 +138,7 @@ def _select(
 @torch.no_grad()
 def _received_of_all(block: Any, x: Tensor) -> Tensor:
     """Attention that each token of x (B, H, W, D) receives in a block, (B, L) float32."""
-    slots = windows.places(block, x.device).expand(len(x), -1)
+    slots = windows.places(block, x.device).expand(x.shape[0], -1)
     return windows.received(block, windows.attend(block, block.norm1(x).flatten(1, 2), slots), slots)
 
 

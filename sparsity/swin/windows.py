@@ -46,7 +46,7 @@ def attend(block: Any, x: Tensor, slots: Tensor) -> Attended:
 
     Padding has the key and value of a zero, as in timm. An empty slot sees itself, so that no row of the softmax is empty.
     """
-    attention, batch = block.attn, len(x)
+    attention, batch = block.attn, x.shape[0]
     area, heads = attention.window_area, attention.num_heads
     size = num_windows(block) * area
     qkv = attention.qkv(x)

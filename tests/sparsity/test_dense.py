@@ -11,7 +11,7 @@ from sparsity.dense import Dense
 from sparsity.graph_cost import traced
 from sparsity.types import Plan
 from sparsity.vit import SparseViT
-from tests.support.networks import KINDS, SIZE, network, pixels
+from tests.support.networks import KINDS, SIZE, network, pixels, swin
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
 
 LARGE = ("efficientnet", "maxvit", "swin_v2")  # seconds each
@@ -113,9 +113,35 @@ def test_counting_leaves_no_trace():
     assert cost == ours.cost() and cost.tokens == () and cost.per_block == (cost.total,)
 
 
+def test_counting_leaves_no_trace_where_blocks_share_a_module(capfd):
+    """CoaT shares position encodings among its blocks: torch's functional_call put tensors without values back into them."""
+    settings = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "num_heads": 8, "mlp_ratios": (1,) * 4}
+    theirs = timm.create_model("coat_tiny", num_classes=5, img_size=SIZE, **settings, parallel_depth=1).eval()
+    expected = theirs(pixels())
+    ours = build(theirs, image_size=SIZE)
+    assert all(type(value.data) is torch.Tensor for value in theirs.state_dict().values())
+    assert torch.equal(ours(pixels()).logits, expected)
+    with pytest.raises(
+        ValueError, match="ResNet with these arguments does not take images of 32 x 32 pixels: .*choose another size"
+    ):
+        build(timm.create_model("resnet18", num_classes=5, global_pool="", layers=(1, 1, 1, 1)), image_size=SIZE)
+    assert capfd.readouterr().err == ""  # torch logs 40 lines for an operation that fails on tensors without values
+
+
+@pytest.mark.parametrize("made", [lambda: tiny(global_pool="", class_token=False), lambda: swin(SIZE, global_pool="")])
+def test_networks_that_return_tokens_are_no_classifiers(made):
+    with pytest.raises(ValueError, match="is not a classifier"):
+        build(made())
+    with pytest.raises(ValueError, match="global_pool='' returns tokens, not logits"):
+        build(made(), tokens="random", blocks=(0,), image_size=SIZE)
+
+
 def test_what_needs_tokens_is_refused_with_what_can():
     for levels, named in (({"tokens": "topk"}, "tokens.method=topk"), ({"connections": "exact"}, "connections.method=exact")):
-        with pytest.raises(ValueError, match=rf"{named}: a ResNet keeps all tokens.*ResNet is not a timm.*vit_\*"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{named}: a ResNet .*\(ResNet is not a timm VisionTransformer; ResNet is not .*\); choose .*vit_\*",
+        ):
             build(network("resnet"), **levels)
     with pytest.raises(ValueError, match=r"compat=authors: a ResNet keeps all tokens"):
         build(network("resnet"), compat="authors")
@@ -131,7 +157,7 @@ def test_what_needs_tokens_is_refused_with_what_can():
 def test_networks_that_are_no_classifiers_or_cannot_be_keyed_are_refused_by_name():
     with pytest.raises(ValueError, match="FeatureListNet is not a classifier"):
         build(timm.create_model("resnet18", features_only=True), image_size=SIZE)
-    with pytest.raises(ValueError, match="Eva does not take images of 24 x 24 pixels"):
+    with pytest.raises(ValueError, match="Eva with these arguments does not take images of 24 x 24 pixels"):
         build(network("eva"), image_size=24)
     with pytest.raises(ValueError, match=r"drop path of a TNT acts on parts of images.*model.drop_path=0"):
         build(timm.create_model("tnt_s_legacy_patch16_224", drop_path_rate=0.1, depth=2, img_size=SIZE), image_size=SIZE)

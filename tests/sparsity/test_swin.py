@@ -215,8 +215,11 @@ def test_it_compiles_whole_with_the_gradients_of_eager():
         ({"connections": "exact"}, "no level 3.*connections.method=all"),
         ({"tokens": "topk", "blocks": ()}, "tokens.blocks=.*name the blocks"),
         ({"tokens": "topk", "blocks": (3, 9)}, "has blocks 0 to 8"),
-        ({"tokens": "topk", "blocks": (3, 6, 7)}, r"at most 6.*the authors select in \[3, 4, 5\]"),
+        ({"tokens": "topk", "blocks": (3, 6, 7)}, r"can select: 2 to 6 \(stage 3\); the authors select in \[3, 4, 5\]"),
         ({"tokens": "topk", "blocks": (0, 3)}, "all must be in one stage"),
+        ({"tokens": "topk", "blocks": (0,)}, r"blocks of this network that can select: 2 to 6 \(stage 3\)"),
+        ({"tokens": "topk", "blocks": (-1,)}, r"blocks=\[-1\]: this network has blocks 0 to 8"),
+        ({"tokens": "topk", "position": "end"}, "position='end': unknown value; valid values: attention"),
         ({"tokens": "topk", "position": "attention", "compat": "authors"}, "tokens.position=block"),
         ({"tokens": "random", "position": "block", "compat": "authors"}, "by received attention"),
     ],
@@ -224,6 +227,30 @@ def test_it_compiles_whole_with_the_gradients_of_eager():
 def test_what_windows_do_not_have_is_refused_by_key(levels, expected):
     with pytest.raises(ValueError, match=expected):
         build(swin(64), **({"blocks": BLOCKS} | levels))
+
+
+def test_a_network_without_third_stage_names_what_can_select():
+    two = swin(64, depths=(2, 3), num_heads=(1, 2))
+    with pytest.raises(ValueError, match=r"can select: 0 to 0 \(stage 1\), 2 to 3 \(stage 2\)$"):
+        build(two, tokens="topk", blocks=(1,))
+    kept = build(two.eval(), tokens="topk", blocks=(2, 3))(pixels(64), Plan(0.01), KEPT).kept
+    assert kept is not None and [ids.shape[1] for ids in kept.values()] == [math.ceil(0.01 * 256), 1]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_batch_size_stays_open_in_an_exported_graph(share):
+    """What ONNX files are made of: `len` of a tensor would fix it."""
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(swin(40, depths=(1, 1, 3), num_heads=(1, 2, 3)).eval(), tokens="topk", blocks=(2, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x, Plan(share)).logits
+
+    graph = torch.export.export(Logits(), (pixels(40, 2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    assert torch.allclose(graph.module()(pixels(40, 5)), Logits()(pixels(40, 5)), atol=1e-5)
 
 
 def test_other_networks_of_the_kind_are_computed_whole():

@@ -115,12 +115,12 @@ class History:
     def shares(self, kept: str) -> list[tuple[Point, float]]:
         """The kept share of "examples", "tokens" or "connections" from each point on; empty if the journal lacks it.
 
-        "examples": kept / all. "tokens": tokens computed in all blocks / tokens of a dense model, if the plateau lines list them,
-        else the keep ratio.
+        "examples": kept / all. "tokens": tokens computed in all blocks / those of the dense network, if the lines list them, else the
+        keep ratio.
         """
         if kept == "examples":
             return [(point, point["kept"] / point["examples"]) for point in self.of("epoch") if point.get("examples")]
-        pairs = ((point, _share(point, kept)) for point in self.of("plateau") or self.of("step"))
+        pairs = ((point, _share(point, kept, self.start.get("tokens"))) for point in self.of("plateau") or self.of("step"))
         return [(point, share) for point, share in pairs if share is not None]
 
     def mean_share(self, kept: str) -> float | None:
@@ -198,10 +198,13 @@ def _stretches(
             done = until
 
 
-def _share(point: Point, kept: str) -> float | None:
+def _share(point: Point, kept: str, dense: Any) -> float | None:
+    """dense: tokens of each block with everything kept, which differ between the stages of a hierarchical network; journals of earlier
+    versions lack them, and have only networks where they do not."""
     tokens = point.get("tokens")
     if kept == "tokens" and isinstance(tokens, list) and tokens:
-        return sum(tokens) / (len(tokens) * max(tokens))
+        known = isinstance(dense, list) and len(dense) == len(tokens)
+        return sum(tokens) / (sum(dense) if known else len(tokens) * max(tokens))
     return point.get(f"keep_{kept}")
 
 

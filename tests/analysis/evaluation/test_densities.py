@@ -19,7 +19,9 @@ import yaml
 from sparsity.types import DENSE, ModelOutput, Plan
 from tests.support import images as drawn
 from trainer.__main__ import main
+from trainer.analysis.evaluation.adaptive_model import adaptive_model
 from trainer.analysis.evaluation.densities import score
+from trainer.config.errors import ConfigError
 from trainer.data.loader.build import validation_set
 from trainer.data.shards.index import build_index, open_index
 from trainer.data.shards.reader import Reader
@@ -204,3 +206,29 @@ def test_a_run_is_scored_under_its_own_plan_too(shards: str, tmp_path: Path) -> 
     assert found[-1].scores.per_class == alone.scores.per_class and found[-1].gmacs == alone.gmacs
     own = score(str(tmp_path), None, [0.5], ["connections.method=all"]).rows
     assert len(own) == 1, "the density is the run's own plan"
+
+
+def test_tokens_of_a_swin_are_those_after_its_last_selection_and_a_resnet_has_none(shards: str, tmp_path: Path) -> None:
+    swin = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [1, 1, 3, 1], "num_heads": [1, 2, 2, 2]}
+    models: Any = {
+        "swin_tiny_patch4_window7_224": (swin, {"tokens": {"method": "topk", "blocks": [2], "position": "block"}}),
+        "resnet18": ({"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, {}),
+    }
+    found = {}
+    for name, (args, levels) in models.items():
+        config = drawn.config(shards, evaluate={"batch": 4}, **levels).changed(model={"name": name, "args": args})
+        save_weights(tmp_path / f"{name}.safetensors", build_model(config).network.state_dict())
+        found[name] = config, str(tmp_path / f"{name}.safetensors")
+    config, path = found["swin_tiny_patch4_window7_224"]
+    assert [row.tokens for row in score(path, config, [1.0, 0.5]).rows] == [16, 8]
+    config, path = found["resnet18"]
+    results = score(path, config)
+    assert results.rows[0].tokens == 0 and [list(results.table().columns[n].cells) for n in (3, 4, 5)] == [["-"]] * 3
+    for settings, expected in (
+        ({}, r"--densities \[0.5\]: ResNet has no tokens to select; evaluate it without --densities"),
+        ({"adaptive": True}, "ResNet has no tokens to select"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            score(path, config, [0.5], **settings)
+    with pytest.raises(ConfigError, match=r"ResNet has no tokens to select by mass; choose a network of vit_\*"):
+        adaptive_model(config, build_model(config))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.journals import lines, write
+from trainer.analysis.comparison.groups import dense as is_dense
 from trainer.analysis.history import history
 from trainer.analysis.report.savings import savings
 
@@ -24,6 +25,22 @@ def test_examples_left_out_count_as_steps_that_a_dense_run_would_have_made() -> 
     )
     assert found.speedup == pytest.approx(1.5 / 0.5) and found.bound == pytest.approx(1 / 0.4 / 0.5)
     assert (found.kept, found.timed) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("dense", "share"), [([256, 64, 16, 16, 16, 4], 1.0), ([256, 64, 16, 32, 32, 4], 372 / 404), (None, 0.2422)]
+)
+def test_kept_tokens_are_a_share_of_those_of_the_dense_network(tmp_path: Path, dense: list[int] | None, share: float) -> None:
+    """Later stages of a Swin have fewer tokens though nothing is left out. Journals of earlier versions, of ViTs, do not list them."""
+    journal = list(lines(sparse=False))
+    for line in journal:
+        if line["kind"] == "start" and dense is not None:
+            line["tokens"] = dense
+        if line["kind"] == "plateau":
+            line["tokens"] = [256, 64, 16, 16, 16, 4]
+    run = history(write(tmp_path / "run", journal))
+    assert run.mean_share("tokens") == pytest.approx(share, rel=1e-3)
+    assert is_dense(run) == (share == 1.0)
 
 
 def test_a_line_with_an_earlier_time_adds_none(tmp_path: Path) -> None:

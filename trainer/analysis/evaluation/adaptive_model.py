@@ -8,6 +8,7 @@ from sparsity.adaptive import AdaptiveViT
 from sparsity.network import SparseNetwork
 from sparsity.tokens import TOKENS
 from sparsity.tokens.scores import BY_NAME
+from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.model import thresholds
@@ -16,6 +17,10 @@ from trainer.model.thresholds import Thresholds, weights_hash
 
 def adaptive_model(config: Config, network: SparseNetwork, execution: str = "packed") -> AdaptiveViT:
     """`network` with mass-based selection by its own score. Raises ConfigError, naming the key, where it cannot have it."""
+    try:
+        _ = network.grid
+    except ValueError as error:
+        raise ConfigError(f"{error} by mass; choose a network of {SparseViT.models}") from error
     if not config.tokens.settings.ranks_by_importance:
         ranking = "|".join(name for name, kind in TOKENS.items() if kind.ranks_by_importance)
         raise ConfigError(

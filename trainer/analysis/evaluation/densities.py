@@ -31,9 +31,9 @@ COLUMNS = (
 
 class DensityResult(NamedTuple):
     """selection: the method of level 2, "mass" or "random". density, connections: keep ratios of tokens (SaiT's densities; for "mass" the
-    mean one of the calibration) and of connections at each pruning block. tokens: mean over the images in the last block, with prefix; p50,
-    p95: their quantiles. gmacs: 1e9 multiply-adds of a forward pass, mean over the images. rate: images/s of the network alone, without
-    the first batch."""
+    mean one of the calibration) and of connections at each pruning block. tokens: mean over the images in the block after the last
+    selection, with prefix, 0 for a network without tokens; p50, p95: their quantiles. gmacs: 1e9 multiply-adds of a forward pass, mean
+    over the images. rate: images/s of the network alone, without the first batch."""
 
     selection: str
     density: float
@@ -62,7 +62,8 @@ class DensityResults(NamedTuple):
         for r in self.rows:
             s = r.scores
             shares = [f"{100 * x:.2f} %" for x in (s.top1, s.top5, s.worst_class)]
-            numbers = [f"{r.density:g}", f"{r.connections:g}", f"{r.tokens:.4g}", f"{r.p50:g}", f"{r.p95:g}", f"{r.gmacs:.4g}"]
+            tokens = [f"{r.tokens:.4g}", f"{r.p50:g}", f"{r.p95:g}"] if r.tokens else ["-"] * 3
+            numbers = [f"{r.density:g}", f"{r.connections:g}", *tokens, f"{r.gmacs:.4g}"]
             table.add_row(r.selection, *numbers, *shares, str(s.images), f"{r.rate:.0f}")
         return table
 
@@ -95,7 +96,7 @@ def score(
     each density below 1, mass-based selection by its calibrated threshold. random: beside it, as many random tokens. Raises ConfigError.
     """
     config, network, source = scored_model(model, config, overrides or [], "eval")
-    _refuse(config, densities, adaptive, random)
+    _refuse(network, config, densities, adaptive, random)
     evaluation = Evaluation(config, network)
     passes: list[Passes] = []
     thresholds = ranking = None
@@ -139,7 +140,7 @@ class Evaluation:
         plan, counts = passes.plan, passes.counts()
         if counts is None or not isinstance(passes, AdaptivePasses):
             cost = cost_of(self.network, plan)
-            tokens, gmacs = np.array(cost["tokens"][-1:] or [0], dtype=float), cost["multiply_adds"] / 1e9
+            tokens, gmacs = np.array([self._tokens_left(cost["tokens"])], dtype=float), cost["multiply_adds"] / 1e9
         else:
             shape, (values, images) = shape_of(passes.adaptive.model), np.unique(counts, return_counts=True)
             tokens = counts + float(shape.num_prefix)
@@ -150,9 +151,18 @@ class Evaluation:
             p50=p50, p95=p95, gmacs=gmacs, rate=passes.rate, scores=scores,
         )  # fmt: skip
 
+    def _tokens_left(self, tokens: list[float]) -> float:
+        """Of the block after the last selection: in a hierarchical network all tokens come back where the next stage begins."""
+        return tokens[min(max(self.network.blocks, default=-2) + 1, len(tokens) - 1)] if tokens else 0
 
-def _refuse(config: Config, densities: list[float] | None, adaptive: bool, random: bool) -> None:
+
+def _refuse(network: SparseNetwork, config: Config, densities: list[float] | None, adaptive: bool, random: bool) -> None:
     tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
+    if sparse:
+        try:
+            _ = network.grid
+        except ValueError as error:
+            raise ConfigError(f"--densities {densities}: {error}; evaluate it without --densities") from error
     if sparse and tokens.off:
         raise ConfigError(f"--densities {densities}: the configuration does not prune tokens; add tokens.method=topk")
     if sparse and tokens.fixed_by:
