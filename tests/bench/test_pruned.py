@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.support import images as drawn
@@ -39,6 +40,21 @@ def test_onnx_rows_are_the_smaller_network_where_there_is_one_and_int8_has_fewer
         assert int8["bytes"] < 0.8 * floats["bytes"], "the graph itself, 100 kB, stays"
         assert timm["peak_mib"] > 0 and floats["peak_mib"] is None
     assert of["units"]["2 x onnx"]["bytes"] < of["columns"]["2 x onnx"]["bytes"] - 10_000
+
+
+def test_what_is_timed_computes_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: dict[str, torch.Tensor] = {}
+
+    def forward(rows: Any, images: torch.Tensor, *others: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            timed.update({name: row.run(images) for name, row in rows.items()})
+        return {}
+
+    monkeypatch.setattr(pruned, "measured", forward)
+    for groups, form in (("units", "compact"), ("heads", "compact"), ("columns", "block")):
+        pruned.bench(config(groups=groups), ["dense", form], [2], rounds=1)
+        assert set(timed) == {"timm", form} and timed["timm"].std() > 0.01
+        torch.testing.assert_close(timed.pop(form), timed.pop("timm"), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

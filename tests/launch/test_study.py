@@ -138,7 +138,8 @@ def finished(folder: Path) -> Path:
     first, *rest = lines(seed=1)
     where = {"host": "node7", "hosts": ["node7"], "config": first["config"] | {
         "runs": "/home/someone/runs", "tracking": {"to": "mlflow", "uri": "http://me:secret@server/", "tags": {"who": "me"}}}}  # fmt: skip
-    return write(folder, [first | where, {"kind": "system", "time": 1.0, "node7": {"cpu": 1}}, *rest])
+    return write(folder, [first | where, {"kind": "system", "time": 1.0, "node7": {"cpu": 1}},
+                          {"kind": "unknown", "time": 1.0, "where": "node7"}, *rest])  # fmt: skip
 
 
 def test_a_kept_journal_counts_as_finished_and_names_no_host_or_user(mini: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,13 @@ def test_facts_state_that_they_are_a_simulation_and_what_was_not_measured(config
     found = estimate(config, MeasuredRates(PASSES), 2)
     facts = found.facts()
     assert facts["simulation"] is True and facts["bottleneck"] == "compute" and facts["bytes_per_second_per_node"] > 0
-    assert "simulated and not measured" in str(found.table().title)
+    table = found.table()
+    assert "simulated and not measured" in str(table.title)
+    assert [column.justify for column in table.columns] == ["left", "right", "left"]
+    assert list(table.columns[0].cells) == [
+        "steps", "hours", "device hours", "multiply-adds", "images/s per node", "MB/s per node", "images/s per core",
+        *(f"{name} alone" for name in found.parts),
+    ]  # fmt: skip
     assert "--bandwidth" in found.text() and "bench input" in found.text() and "short run" in found.text()
 
 

@@ -24,11 +24,12 @@ class Scene:
 
     def __init__(self, *, main: bool = True, asynchronous: bool = True, reported: str | None = None):
         self.calls: list[Any] = []
+        self.value, self.wrote = 1.0, list[float]()
         self.gate, self.error, self.stop = threading.Event(), None, Stop()
         self.exported: dict[str, float] = {}
         state = SimpleNamespace(
-            weights=lambda: {"a": torch.tensor(1.0), "b": torch.tensor(2.0)},
-            optimizer_state=lambda: {"a|exp_avg": torch.zeros(1)},
+            weights=lambda copies: {"a": copies("a", torch.tensor(self.value)), "b": torch.tensor(2.0)},
+            optimizer_state=lambda copies: {"a|exp_avg": torch.zeros(1)},
         )
         engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None, heartbeat=Heartbeat(0, 1, 0.0))
         engine.broadcast_object = lambda value: value if reported is None else reported  # what rank 0 holds
@@ -38,12 +39,13 @@ class Scene:
         recorder.saved = lambda state, path, blocking, seconds, weights: self.calls.append(
             (state.step, path, blocking, seconds)
         )
-        ema: Any = SimpleNamespace(state_dict=lambda: {"a": torch.tensor(5.0)})
+        ema: Any = SimpleNamespace(state_dict=lambda copies: {"a": torch.tensor(5.0)})
         examples: Any = SimpleNamespace(state_dict=lambda gather: {})
         self.it = Checkpointer(self.write, asynchronous, engine, recorder, self.stop, ema, examples)
 
     def write(self, state: TrainState, **tensors: Any) -> Path:
         assert self.gate.wait(30)
+        self.wrote.append(float(tensors["weights"]["a"]))
         self.calls.append("written")
         if self.error:
             raise self.error
@@ -66,6 +68,16 @@ def test_training_continues_while_a_checkpoint_is_written() -> None:
     assert scene.calls[1] == "written" and scene.calls[2][:2] == (3, Path("checkpoints/step-3")) and len(scene.calls) == 3
     assert scene.exported == {"a": 5.0, "b": 2.0}, "weights.safetensors holds the averages where there are some"
     assert not scene.stop.requested()
+
+
+def test_a_save_does_not_change_what_the_one_before_is_still_writing() -> None:
+    scene = Scene()
+    scene.save(3)
+    scene.value = 7.0
+    threading.Timer(0.3, scene.gate.set).start()
+    scene.save(4)
+    scene.it.wait()
+    assert scene.wrote == [1.0, 7.0], "they share host memory"
 
 
 @pytest.mark.parametrize(("last", "asynchronous"), [(True, True), (False, False)])

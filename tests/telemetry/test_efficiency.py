@@ -42,18 +42,20 @@ def test_energy_is_absent_without_a_meter(tmp_path: Path):
     assert Gpu(torch.device("cpu")).load() == {} and Gpu(torch.device("cpu")).joules() != Gpu(torch.device("cpu")).joules()
 
 
-def test_the_readings_of_a_gpu_are_those_of_nvml(monkeypatch: pytest.MonkeyPatch):
-    energy = iter([1000, 6000])
+@pytest.mark.parametrize("uuid", ["1-2", "GPU-1-2"])  # torch gives the first form, NVML wants the second
+def test_the_readings_of_a_gpu_are_those_of_nvml(uuid: str, monkeypatch: pytest.MonkeyPatch):
+    energy, asked = iter([1000, 6000]), list[str]()
     fake: Any = types.ModuleType("pynvml")
     fake.nvmlInit = lambda: None
-    fake.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    fake.nvmlDeviceGetHandleByUUID = asked.append
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(energy)
     fake.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=1, total=4)
     fake.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=90)
     fake.nvmlDeviceGetPowerUsage = lambda handle: 250_000
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: types.SimpleNamespace(uuid=uuid))
     gpu = Gpu(torch.device("cuda"))
+    assert asked == ["GPU-1-2"]
     assert gpu.joules() == 5.0 and gpu.joules() != gpu.joules()  # a driver that stops answering is no failure
     assert gpu.load() == dict(zip(Gpu.FIELDS, (90.0, 25.0, 250.0), strict=True))
     fake.nvmlInit = lambda: 1 / 0

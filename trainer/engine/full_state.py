@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.engine.errors import EngineError
 from trainer.engine.partition import drop_gathered, gathered, is_pieces
+from trainer.storage.host_copies import HostCopies
 
 GROUP_STEP = "group.step"
 Change = Callable[[str, Tensor, int], Tensor]
@@ -28,17 +29,21 @@ class FullState:
         self.module, self.optimizer = module, optimizer
         self.rank, self.world, self.device = rank, world, device
 
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter (float32) and buffer, unsharded; collective."""
+    def weights(self, copies: HostCopies | None = None) -> dict[str, Tensor]:
+        """Every parameter (float32) and buffer, unsharded; collective. copies: memory for them, default new memory."""
+        copies, state = copies or HostCopies(), {}
         saved = self.module.state_dict().keys()  # without non-persistent buffers
-        state = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers() if name in saved}
+        for name, value in self.module.named_buffers():
+            if name in saved and self.rank == 0:
+                state[name] = copies(name, value)
         for name, parameter in self.module.named_parameters():
-            whole = self._whole(parameter).detach()
+            whole = self._whole(parameter)
             if self.rank == 0:  # one copy per run, not one per rank of a node
-                state[name] = whole.float().cpu().clone()
-        return state if self.rank == 0 else {}
+                state[name] = copies(name, whole, torch.float32)
+        copies.wait()
+        return state
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self, copies: HostCopies | None = None) -> dict[str, Tensor]:
         """The optimizer's state by parameter, unsharded and independent of the world size: {"name|key": tensor}; collective.
 
         DeepSpeed keeps it in flat partitions per rank. Naming it by parameter instead makes a checkpoint elastic (any world
@@ -50,6 +55,7 @@ class FullState:
         scalars = {key: value for key, value in first.items() if torch.as_tensor(value).ndim == 0}
         if "step" in base.param_groups[0]:  # timm's LAMB keeps its step count there
             scalars[GROUP_STEP] = base.param_groups[0]["step"]
+        copies = copies or HostCopies()
         state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
         for name, parameter in self.module.named_parameters():
             holder = (
@@ -57,9 +63,10 @@ class FullState:
             )  # whole parameters may differ in what they keep
             keys = sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
             for key in keys if parameter.requires_grad else []:
-                whole = self._whole(parameter, key).detach()
+                whole = self._whole(parameter, key)
                 if self.rank == 0:
-                    state[f"{name}|{key}"] = whole.cpu().clone()
+                    state[f"{name}|{key}"] = copies(f"{name}|{key}", whole)
+        copies.wait()
         return state if self.rank == 0 else {}
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.storage.host_copies import HostCopies
+
 
 def local_tensors(module: nn.Module) -> dict[str, Tensor]:
     """This rank's part of every parameter and persistent buffer, by name: the module's own tensors; under ZeRO 3 the flat, padded
@@ -22,17 +24,17 @@ def replicated_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str
     return {name: value for name, value in values.items() if name in whole}
 
 
-def full_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors from `local_tensors`, unsharded, on the CPU; collective under ZeRO 3, where all ranks but the first get {}."""
-    cut = dict(_cut(module))
-    if not cut:
-        return {name: value.cpu().clone() for name, value in values.items()}
-    first, found = dist.get_rank() == 0, {}
+def full_tensors(module: nn.Module, values: dict[str, Tensor], copies: HostCopies | None = None) -> dict[str, Tensor]:
+    """Tensors from `local_tensors`, unsharded, on the CPU; all ranks but the first get {}. Collective under ZeRO 3. copies: memory for
+    them, default new memory."""
+    cut, copies, found = dict(_cut(module)), copies or HostCopies(), {}
+    first = not dist.is_initialized() or dist.get_rank() == 0
     for name, value in values.items():
         if name in cut:
             value = gathered(cut[name], value)
         if first:
-            found[name] = value.cpu().clone()
+            found[name] = copies(f"average of {name}", value)
+    copies.wait()
     return found
 
 

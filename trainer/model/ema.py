@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.errors import ConfigError
 from trainer.engine.partition import copy_own_part, full_tensors, load_local, local_tensors, replicated_tensors
+from trainer.storage.host_copies import HostCopies
 
 
 class Ema:
@@ -91,9 +92,10 @@ class Ema:
         averages = replicated_tensors(self._module, self._averages)
         return weights | {f"average of {name}": value for name, value in averages.items()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All averages, unpartitioned, on the CPU; {} without a decay. Under ZeRO 3 collective, and {} on all ranks but the first."""
-        return full_tensors(self._module, self._averages)
+    def state_dict(self, copies: HostCopies | None = None) -> dict[str, Tensor]:
+        """All averages, unsharded, on the CPU; {} without a decay, and on all ranks but the first. Collective under ZeRO 3. copies: memory
+        for them, default new memory."""
+        return full_tensors(self._module, self._averages, copies)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ConfigError if the names are not those of this model."""
