@@ -311,3 +311,25 @@ def test_no_ssh_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (line,) = neighbours.check_hosts(tmp_path / "hosts", tmp_path)
     assert line.status == "fail" and "openssh" in line.remedy
+
+
+@pytest.mark.parametrize("count", [1, neighbours.SHOWN, neighbours.SHOWN + 1, neighbours.SHOWN + 5])
+def test_unreachable_ports_are_named_up_to_a_number_and_the_rest_is_counted(count: int) -> None:
+    names = ["a", "b"]
+    found = [{"unreachable": [(f"c{i}", "refused") for i in range(count)]}, {"unreachable": []}]
+    finding = neighbours._connectivity(names, found, dict.fromkeys(names, 1234))
+    assert finding.name == "ports" and finding.status == "fail"
+    assert finding.found.count("a can't reach c") == min(count, neighbours.SHOWN)
+    assert finding.found.endswith(f"(refused) and {count - neighbours.SHOWN} more" if count > neighbours.SHOWN else "(refused)")
+
+
+def test_connections_that_were_tried_are_counted_and_untested_hosts_named() -> None:
+    names = ["a", "b", "c"]
+    reached = [{"unreachable": []} for _ in names]
+    assert (
+        neighbours._connectivity(names, reached, dict.fromkeys(names, 1)).found
+        == "the hosts reach each other (6 connections tested)"
+    )
+    closed = neighbours._connectivity(names, reached, {"a": 1, "b": 0, "c": 1})
+    assert closed.status == "note" and closed.found == "connectivity to b was not tested"
+    assert neighbours._connectivity(["a"], [{"unreachable": []}], {"a": 1}).status == "note", "one host has no other to reach"

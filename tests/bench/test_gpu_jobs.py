@@ -1,0 +1,111 @@
+"""The processes that `make gpu` starts: their words in the tiny form and in the form for a GPU, and what is compared between runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.bench.gpu import jobs
+from trainer.bench.gpu.report import Host
+
+FULL, TINY = (Host(torch.device("cpu"), tiny, Path()) for tiny in (False, True))
+
+
+def started(monkeypatch: pytest.MonkeyPatch, part: Any, host: Host) -> dict[str, Any]:
+    """{row: [words of its commands]}."""
+    words: list[tuple[Any, ...]] = []
+
+    def command(folder: Path, *given: str, **environment: str) -> dict[str, Any]:
+        words.append((*given, *(f"{key}={value}" for key, value in environment.items())))
+        return {"ok": True}
+
+    monkeypatch.setattr(jobs, "_trilevel", command)
+    monkeypatch.setattr(jobs, "_steps", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
+    monkeypatch.setattr(jobs, "_photographs", lambda folder, count: count)
+    found = {}
+    for row, work in part(host):
+        words.clear()
+        facts = work()
+        found[row] = [*words] or facts
+    return found
+
+
+def of(words: tuple[str, ...], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_engines_are_timed_at_full_and_at_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    (full,), (tiny,) = (started(monkeypatch, jobs.engine, host)["engines"] for host in (FULL, TINY))
+    assert full[:3] == tiny[:3] == ("bench", "engine", jobs.CONFIG)
+    assert (of(full, "--images-per-device"), of(full, "--rows"), of(full, "--rounds")) == ("256,32", "ddp,zero0,zero1", "20")
+    assert (of(tiny, "--images-per-device"), of(tiny, "--rows"), of(tiny, "--rounds")) == ("2", "ddp", "2")
+    assert "model.image_size=32" in tiny and "model.image_size=32" not in full
+    assert of(full, "--processes") == of(tiny, "--processes") == "1"
+
+
+def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: range(16))
+    full, tiny = (started(monkeypatch, jobs.images, host) for host in (FULL, TINY))
+    assert full["made images"]["images"] == full["made images"]["bytes"] == 1500 and tiny["made images"]["images"] == 12
+    (words,), (small,) = full["input"], tiny["input"]
+    assert [of(words, option) for option in ("--batch", "--passes", "--workers", "--rows")] == [
+        "64",
+        "3",
+        "15",
+        "ours,ours_short_side",
+    ]
+    assert [of(small, option) for option in ("--batch", "--passes", "--workers", "--rows")] == ["4", "1", "1", "ours"]
+
+
+def test_a_run_is_made_on_both_devices_compiled_stopped_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, tiny = (started(monkeypatch, jobs.run, host) for host in (FULL, TINY))
+    assert list(tiny) == ["pack digits", "on the CPU", "on the device"] == list(full)[:3]
+    assert list(full)[3:] == ["compiled", "stopped", "resumed", "resumed on the CPU"]
+    hidden = {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="}
+    assert hidden == {"on the CPU", "resumed on the CPU"}
+    assert {row for row, (words,) in full.items() if "engine.compile=true" in words} == {"compiled"}
+    assert {row for row, (words,) in full.items() if "--resume" in words} == {"resumed", "resumed on the CPU"}
+    assert "stop_at=12step" in full["stopped"][0] and "stop_at=35step" in full["resumed on the CPU"][0]
+    assert all(set(jobs.TINY) <= set(words) for row, (words,) in tiny.items() if row != "pack digits")
+    assert not any(set(jobs.TINY) & set(words) for (words,) in full.values())
+
+
+@pytest.mark.parametrize(
+    ("mine", "exact", "ok"),
+    [
+        ({1: ("a", 1.0), 2: ("b", 2.0)}, True, True),
+        ({1: ("a", 1.0), 2: ("b", 2.0)}, False, True),
+        ({1: ("a", 1.0), 2: ("b", 2.02)}, False, True),
+        ({1: ("a", 1.0), 2: ("b", 2.02)}, True, False),
+        ({1: ("a", 1.0), 2: ("b", 2.1)}, False, False),
+        ({1: ("a", 1.0), 2: ("c", 2.0)}, False, False),
+        ({3: ("a", 1.0)}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_two_runs_agree_in_batches_and_losses(mine: Any, exact: bool, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {1: ("a", 1.0), 2: ("b", 2.0)}
+    runs = {"mine": mine, "other": theirs}
+    monkeypatch.setattr(jobs, "_trilevel", lambda folder, *words, **environment: {"ok": True})
+    monkeypatch.setattr(
+        jobs,
+        "_steps",
+        lambda folder, name: {step: {"chain": chain, "loss": loss} for step, (chain, loss) in runs[name].items()},
+    )
+    found = jobs._compared(Path(), "mine", [], "other", exact)
+    assert found["ok"] is ok and found["steps"] == max(mine, default=0)
+    monkeypatch.setattr(jobs, "_trilevel", lambda folder, *words, **environment: {"ok": False, "error": "exit code 1"})
+    assert jobs._compared(Path(), "mine", [], "other", exact)["ok"] is False
+
+
+def test_medians_of_a_benchmark_come_from_its_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(folder: Path, *words: str, **environment: str) -> dict[str, Any]:
+        Path(of(words, "--json")).write_text(json.dumps({"ours": {"median": 2.0, "unit": "ms", "min": 1.0, "ratio": 1.1}}))
+        return {"ok": True}
+
+    monkeypatch.setattr(jobs, "_trilevel", command)
+    assert jobs._bench(FULL, "input", jobs.CONFIG) == {"ok": True, "ours": {"median": 2.0, "unit": "ms", "ratio": 1.1}}
