@@ -87,16 +87,16 @@ def _launcher(number: signal.Signals) -> Kind:
     return Kind(inject, by_hand=True)
 
 
-def _damage_and_kill(job: Job, chosen: random.Random) -> bool:
-    """One bit of the newest checkpoint, then a rank: the attempt after it has to take the checkpoint before."""
-    with contextlib.suppress(OSError, ValueError):  # a checkpoint that leaves while it is looked at
-        newest = max((job.run / "checkpoints").glob("step-????????"))
-        file = chosen.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
-        content = bytearray(file.read_bytes())
-        content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
-        file.write_bytes(content)
-        return job.send("rank 1", signal.SIGKILL, chosen)
-    return False
+def _kill_and_damage(job: Job, chosen: random.Random) -> bool:
+    """A rank is killed, and one bit of the newest checkpoint turned over: the next attempt has to take the checkpoint before."""
+    if not job.send("rank 1", signal.SIGKILL, chosen):
+        return False
+    newest = max((job.run / "checkpoints").glob("step-????????"))
+    file = chosen.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
+    content = bytearray(file.read_bytes())
+    content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+    file.write_bytes(content)
+    return True
 
 
 def _filler(job: Job) -> Path:
@@ -140,7 +140,7 @@ KINDS = {
     "loader worker stopped": _signalled("worker", signal.SIGSTOP),
     "launcher killed": _launcher(signal.SIGKILL),
     "SIGTERM to the launcher": _launcher(signal.SIGTERM),
-    "newest checkpoint damaged, rank 1 killed": Kind(_damage_and_kill),
+    "rank 1 killed, newest checkpoint damaged": Kind(_kill_and_damage),
     "disk full for a while": Kind(_fill, heal=lambda job: _filler(job).unlink(), ends=False),
     "store answers 503 for a while": Kind(_refuse, heal=_serve, ends=False),
 }
@@ -170,8 +170,8 @@ def _disturbed(job: Job, kind: str, seed: int, reference: Path) -> Findings:
             if steps and (attempt not in hit or not how.ends) and len(findings.faults) < FAULTS:
                 moment = chosen.uniform(0, LONGEST)
                 time.sleep(moment)
-                hit.add(attempt)
                 if job.process.poll() is None and (fault := _one(job, how, chosen, moment)) is not None:
+                    hit.add(attempt)
                     findings.faults.append(fault)
     finally:
         _end(job.process)
