@@ -122,7 +122,7 @@ def test_counting_leaves_no_trace_where_blocks_share_a_module(capfd):
     assert all(type(value.data) is torch.Tensor for value in theirs.state_dict().values())
     assert torch.equal(ours(pixels()).logits, expected)
     with pytest.raises(
-        ValueError, match="ResNet with these arguments does not take images of 32 x 32 pixels: .*choose another size"
+        ValueError, match=r"ResNet with these arguments does not take images of 32 x 32 pixels: .*choose another size"
     ):
         build(timm.create_model("resnet18", num_classes=5, global_pool="", layers=(1, 1, 1, 1)), image_size=SIZE)
     assert capfd.readouterr().err == ""  # torch logs 40 lines for an operation that fails on tensors without values
