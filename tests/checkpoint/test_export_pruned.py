@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparsity.tokens.mass import Threshold
 from sparsity.types import DENSE
 from trainer import load_model, load_weights
 from trainer.__main__ import main
@@ -27,6 +28,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.model import weights as networks
 from trainer.model.pruned_file import read
+from trainer.model.thresholds import Thresholds, weights_hash, write_to_run
 
 ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
 MODEL = {"name": "deit_tiny_patch16_224", "classes": 5, "image_size": 16, "args": ARGS}
@@ -209,3 +211,20 @@ def test_the_picture_shows_every_layer_and_is_refused_where_nothing_left(tmp_pat
     assert "--weights: the run pruned no weights (weights.method=all); leave the option out" in capsys.readouterr().err
     assert main(["show", str(tmp_path), "a.png", "--weights"]) == 2
     assert "draws the weights of a run, no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("groups", "form", "stay"), [("units", "compact", True), ("columns", "blocks", True), ("heads", "compact", False)]
+)
+def test_thresholds_of_mass_go_with_the_file_unless_heads_are_gone(tmp_path: Path, groups: str, form: Any, stay: bool) -> None:
+    tokens = {"method": "topk", "keep": 0.5, "blocks": [1], "position": "block"}
+    state = run(tmp_path, tokens=tokens, groups=groups, keep=0.5)
+    write_to_run(tmp_path, Thresholds(weights_hash(state), 1, "default", 1, 8, {0.5: Threshold(0.7, 0.5)}))
+    model = load_model(export(tmp_path, tmp_path / "small.safetensors", form=form).path)
+    dense = load_model(export(tmp_path, tmp_path / "dense.safetensors").path)
+    assert dense.thresholds is not None and dense.thresholds.weights == weights_hash(state)
+    if not stay:
+        assert model.thresholds is None
+        return
+    assert model.thresholds is not None and model.thresholds.mass(0.5) == 0.7
+    torch.testing.assert_close(model(IMAGES, 0.5, adaptive=True), dense(IMAGES, 0.5, adaptive=True), rtol=1e-4, atol=1e-5)

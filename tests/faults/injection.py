@@ -89,10 +89,11 @@ def _launcher(number: signal.Signals) -> Kind:
 
 def _kill_and_damage(job: Job, chosen: random.Random) -> bool:
     """A rank is killed, and one bit of the newest checkpoint turned over: the next attempt has to take the checkpoint before."""
-    if not job.send("rank 1", signal.SIGKILL, chosen):
+    there = (job.run / "checkpoints").glob
+    if len(list(there("step-????????"))) < 2 or not job.send("rank 1", signal.SIGKILL, chosen):
         return False
-    newest = max((job.run / "checkpoints").glob("step-????????"))
-    file = chosen.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
+    time.sleep(0.5)  # a write of rank 0 that is in progress, and the deletion of old checkpoints after it
+    file = chosen.choice(sorted(path for path in max(there("step-????????")).iterdir() if path.stat().st_size))
     content = bytearray(file.read_bytes())
     content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
     file.write_bytes(content)
