@@ -1,4 +1,4 @@
-"""timm's SwinTransformer with levels 1 and 2.
+"""timm's SwinTransformer and SwinTransformerV2 with levels 1 and 2.
 
 In: images, the share of tokens that each selection keeps, the key of each image.
 Out: logits, the tokens that are kept, the attention that tokens receive.

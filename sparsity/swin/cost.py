@@ -1,4 +1,5 @@
-"""Multiply-adds of a timm SwinTransformer whose stage keeps some of its tokens, counted from shapes as in `cost`."""
+"""Multiply-adds of a timm SwinTransformer or SwinTransformerV2 whose stage keeps some of its tokens, counted from shapes as in `cost`. The
+position bias of V2, computed once for a batch, is not counted."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def cost(swin: Any, kept: Mapping[int, int], in_mlp: Mapping[int, int], ranked: 
         for block in stage.blocks:
             whole = height * width
             number_kept = kept.get(number, whole)
-            area, windows = block.attn.window_area, num_windows(block)
+            area, windows = block.window_area, num_windows(block)
             products = windows * area * area * block.attn.proj.in_features
             in_attention = number_kept if number in kept else windows * area  # timm's form computes the padding of windows too
             work = in_attention * (_linear(block.attn.qkv) + _linear(block.attn.proj)) + 2 * products

@@ -1,5 +1,5 @@
-"""A timm SwinTransformer with token selection in one stage (level 2): the tokens that are left out of a block are not computed there, and
-have their old value again where the next stage merges patches (docs/methods.md, section Swin).
+"""A timm SwinTransformer or SwinTransformerV2 with token selection in one stage (level 2): the tokens that are left out of a block are not
+computed there, and have their old value again where the next stage merges patches (docs/methods.md, section Swin).
 
 With everything kept it is timm's forward pass bit for bit. Letters as in `windows`; blocks are counted over all stages, from 0.
 """
@@ -11,13 +11,15 @@ from typing import Any, Self, cast
 
 import torch
 from timm.layers import DropPath
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from sparsity import drop_path
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.swin import stage as stages
 from sparsity.swin.cost import cost
+from sparsity.swin.forms import FORMS
 from sparsity.swin.stage import Selection
 from sparsity.tokens import TOKENS
 from sparsity.types import DENSE, ModelOutput, Plan, num_kept
@@ -27,11 +29,11 @@ class SparseSwin(SparseNetwork):
     """`swin` with token selection in `blocks` of one stage. score: "received" or "random", see `TokenSettings.windowed`. position: "block"
     (after the block, as the authors) or "attention" (before its MLP). authors: the form of the reference code, which saves nothing."""
 
-    models = "swin_* (timm's SwinTransformer)"
+    models = "swin_* or swinv2_*, not swinv2_cr_* (timm's SwinTransformer and SwinTransformerV2)"
     gives = frozenset({"cls_attention", "kept", "keys"})
 
     def __init__(
-        self, swin: SwinTransformer, *, score: str = "received", blocks: Collection[int] = (), position: str = "block",
+        self, swin: SwinTransformer | SwinTransformerV2, *, score: str = "received", blocks: Collection[int] = (), position: str = "block",
         authors: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(swin)
@@ -46,19 +48,21 @@ class SparseSwin(SparseNetwork):
 
     @classmethod
     def why_not(cls, network: nn.Module) -> str:
-        if type(network) is not SwinTransformer:
-            return f"{type(network).__name__} is not timm's SwinTransformer"
+        kind = type(network).__name__
+        if type(network) not in FORMS:
+            return f"{kind} is not timm's {' or '.join(known.__name__ for known in FORMS)}"
+        block, attention = FORMS[type(network)]
         if not network.global_pool:
-            return "a SwinTransformer with global_pool='' returns tokens, not logits"
+            return f"a {kind} with global_pool='' returns tokens, not logits"
         if network.dynamic_img_size:
-            return "dynamic_img_size changes the windows of a SwinTransformer"
-        for name, module in network.named_modules():
-            if name.endswith(".drop_path1") and type(module) not in (DropPath, nn.Identity):
-                return f"{name} is a {type(module).__name__}; only timm's DropPath is supported"
-            if ".blocks." in name and name.rpartition(".")[2].isdigit() and type(module) is not SwinTransformerBlock:
-                return f"{name} is a {type(module).__name__}; only timm's SwinTransformerBlock is supported"
-            if name.endswith(".attn") and type(module) is not WindowAttention:
-                return f"{name} is a {type(module).__name__}; only timm's WindowAttention is supported"
+            return f"dynamic_img_size changes the windows of a {kind}"
+        for number, own in enumerate(own for stage in cast(Any, network).layers for own in stage.blocks):
+            wanted = {own: block, own.attn: attention}
+            if wrong := next(((part, kind) for part, kind in wanted.items() if type(part) is not kind), None):
+                return f"block {number} has a {type(wrong[0]).__name__}; only timm's {wrong[1].__name__} is supported"
+            for path in (own.drop_path1, own.drop_path2):
+                if type(path) not in (DropPath, nn.Identity):
+                    return f"the drop path of block {number} is a {type(path).__name__}; only timm's DropPath is supported"
         return ""
 
     @classmethod
@@ -68,6 +72,10 @@ class SparseSwin(SparseNetwork):
         if levels.tokens.off:
             return cls(swin, authors=False)
         _refuse_blocks(levels.blocks, [len(cast(Any, stage).blocks) for stage in swin.layers])
+        if authors and type(swin) is not SwinTransformer:
+            raise ValueError(
+                "compat=authors: the reference code has no SwinTransformerV2; choose a network of swin_*, or set compat=none"
+            )
         if authors and (levels.position != "block" or levels.tokens.windowed != "received"):
             raise ValueError(
                 "compat=authors with a SwinTransformer: the reference code selects after the block by received attention; set "

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsity import drop_path
 from sparsity.attention import gather_tokens
-from sparsity.swin import authors, windows
+from sparsity.swin import authors, forms, windows
 from sparsity.tokens import scores
 from sparsity.types import Tokens, num_kept
 
@@ -98,10 +98,11 @@ def as_authors(stage: Any, x: Tensor, selection: Selection, paths: Sequence[Tens
 
 
 def _timms(block: Any, x: Tensor, path: Tensor | None) -> Tensor:
-    """`SwinTransformerBlock.forward` on x (B, H, W, D)."""
-    x = x + _drop(block.drop_path1, block._attn(block.norm1(x)), path, 0)
+    """timm's `forward` of a block on x (B, H, W, D)."""
+    before_attention, after_attention, before_mlp, after_mlp = forms.parts_of(block)
+    x = x + _drop(block.drop_path1, after_attention(block._attn(before_attention(x))), path, 0)
     flat = x.reshape(x.shape[0], -1, x.shape[3])
-    return (flat + _drop(block.drop_path2, block.mlp(block.norm2(flat)), path, 1)).reshape(x.shape)
+    return (flat + _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(flat))), path, 1)).reshape(x.shape)
 
 
 def _kept(
@@ -109,16 +110,17 @@ def _kept(
 ) -> tuple[Tensor, ...]:
     """A block on the kept tokens x (B, k, D) at `ids` (B, k): those that stay and their ids, those that leave and theirs, and the attention
     that tokens received, empty if it was not computed. row: compute it without a selection too."""
+    before_attention, after_attention, before_mlp, after_mlp = forms.parts_of(block)
     slots = windows.places(block, x.device)[ids]
-    attended = windows.attend(block, block.norm1(x), slots)
+    attended = windows.attend(block, before_attention(x), slots)
     selects = selection.leaves(at, ids.shape[1]) < ids.shape[1]
     needed = row or (selects and selection.score == "received")
     received = windows.received(block, attended, slots) if needed else x.new_empty(0)
-    x = x + _drop(block.drop_path1, attended.out, path, 0)
+    x = x + _drop(block.drop_path1, after_attention(attended.out), path, 0)
     left, left_ids = x[:, :0], ids[:, :0]
     if selects and selection.position == "attention":
         x, ids, left, left_ids = _select(selection, at, x, ids, received, rng_keys)
-    x = x + _drop(block.drop_path2, block.mlp(block.norm2(x)), path, 1)
+    x = x + _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(x))), path, 1)
     if selects and selection.position == "block":
         x, ids, left, left_ids = _select(selection, at, x, ids, received, rng_keys)
     return x, ids, left, left_ids, received
@@ -139,7 +141,7 @@ def _select(
 def _received_of_all(block: Any, x: Tensor) -> Tensor:
     """Attention that each token of x (B, H, W, D) receives in a block, (B, L) float32."""
     slots = windows.places(block, x.device).expand(x.shape[0], -1)
-    return windows.received(block, windows.attend(block, block.norm1(x).flatten(1, 2), slots), slots)
+    return windows.received(block, windows.attend(block, forms.parts_of(block)[0](x).flatten(1, 2), slots), slots)
 
 
 def _checkpointed(stage: Any, one: Any, *given: Any) -> Any:

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsity.attention import gather_tokens
+from sparsity.swin import forms
 
 
 class Attended(NamedTuple):
-    """out: (B, k, D) after the projection. q, k: (B * windows, H, N, d). mask: (B * windows, H, N, N) added to their products; -inf for
-    keys that are not there. there: (B, S) bool, the slots with a kept token."""
+    """out: (B, k, D) after the projection. q, k: (B * windows, H, N, d). scale: of their products. mask: (B * windows, H, N, N) added to
+    them; -inf for keys that are not there. there: (B, S) bool, the slots with a kept token."""
 
     out: Tensor
     q: Tensor
     k: Tensor
+    scale: float
     mask: Tensor
     there: Tensor
 
@@ -42,23 +44,24 @@ def num_windows(block: Any) -> int:
 
 
 def attend(block: Any, x: Tensor, slots: Tensor) -> Attended:
-    """Attention of the tokens x (B, k, D), normalised, which lie in `slots` (B, k) int64: each over the kept tokens of its window.
+    """Attention of the tokens x (B, k, D), which lie in `slots` (B, k) int64: each over the kept tokens of its window.
 
     Padding has the key and value of a zero, as in timm. An empty slot sees itself, so that no row of the softmax is empty.
     """
     attention, batch = block.attn, x.shape[0]
-    area, heads = attention.window_area, attention.num_heads
+    area, heads = block.window_area, attention.num_heads
     size = num_windows(block) * area
-    qkv = attention.qkv(x)
+    qkv = forms.project(attention, x)
     spread = _padding(block, qkv, size).scatter(1, slots[..., None].expand(-1, -1, qkv.shape[2]), qkv)
     there = torch.zeros(batch, size, dtype=torch.bool, device=x.device).scatter(1, slots, True)
     q, k, v = spread.view(-1, area, 3, heads, qkv.shape[2] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, scale = forms.compared(attention, q, k)
     mask = _mask(block, there if _divides(block) else there | _is_padding(block, size, x.device)).to(q.dtype)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=attention.attn_drop.p if attention.training else 0.0, scale=attention.scale
+        q, k, v, attn_mask=mask, dropout_p=attention.attn_drop.p if attention.training else 0.0, scale=scale
     )
     out = gather_tokens(out.transpose(1, 2).reshape(batch, size, -1), slots, 1)
-    return Attended(attention.proj_drop(attention.proj(out)), q, k, mask, there)
+    return Attended(attention.proj_drop(attention.proj(out)), q, k, scale, mask, there)
 
 
 @torch.no_grad()
@@ -66,7 +69,7 @@ def received(block: Any, attended: Attended, slots: Tensor) -> Tensor:
     """Attention that each kept token receives: mean over heads, summed over the kept queries of its window, (B, k) float32
     (docs/methods.md, section Swin)."""
     with torch.autocast(attended.q.device.type, enabled=False):
-        products = attended.q.float() @ attended.k.float().transpose(-2, -1) * block.attn.scale
+        products = attended.q.float() @ attended.k.float().transpose(-2, -1) * attended.scale
         weights = (products + attended.mask.float()).softmax(dim=-1).mean(dim=1)  # (B * windows, N, N)
         queries = attended.there.view(-1, 1, weights.shape[1]).float()
         return (queries @ weights).view(attended.there.shape).gather(1, slots)
@@ -75,8 +78,8 @@ def received(block: Any, attended: Attended, slots: Tensor) -> Tensor:
 def _mask(block: Any, seen: Tensor) -> Tensor:
     """What is added to the products: relative position bias, the mask of shifted windows, and -inf for keys of slots that are not `seen`
     (B, S), except for their own query: (B * windows, H, N, N)."""
-    area, windows = block.attn.window_area, num_windows(block)
-    bias = block.attn._get_rel_pos_bias()[:, None]  # (1, 1, H, N, N)
+    area, windows = block.window_area, num_windows(block)
+    bias = forms.position_bias(block)[:, None]  # (1, 1, H, N, N)
     if block.attn_mask is not None:
         bias = bias + block.attn_mask[None, :, None]
     allowed = seen.view(-1, windows, 1, 1, area) | torch.eye(area, dtype=torch.bool, device=seen.device)
@@ -96,6 +99,7 @@ def _is_padding(block: Any, size: int, device: torch.device) -> Tensor:
 def _padding(block: Any, qkv: Tensor, size: int) -> Tensor:
     """What is in the slots before the tokens are scattered into them, (B, S, 3 H d): 0, and the qkv of a zero in the padding."""
     empty = qkv.new_zeros(qkv.shape[0], size, qkv.shape[2])
-    if block.attn.qkv.bias is None or _divides(block):
+    bias = forms.qkv_bias(block.attn)
+    if bias is None or _divides(block):
         return empty
-    return empty + _is_padding(block, size, qkv.device)[:, None] * block.attn.qkv.bias.to(qkv.dtype)
+    return empty + _is_padding(block, size, qkv.device)[:, None] * bias.to(qkv.dtype)

@@ -14,7 +14,7 @@ from sparsity.vit import SparseViT
 from tests.support.networks import KINDS, SIZE, network, pixels, swin
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
 
-LARGE = ("efficientnet", "maxvit", "swin_v2")  # seconds each
+LARGE = ("efficientnet", "maxvit", "swin_v2_cr")  # seconds each
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow) if kind in LARGE else kind for kind in KINDS])

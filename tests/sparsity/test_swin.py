@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import nn
 
 from sparsity.build import build
@@ -23,7 +23,7 @@ BLOCKS, LESS = (2, 3, 4), Plan(0.6)
 KEPT = frozenset({"kept"})
 
 
-def selecting(net: SwinTransformer, tokens="topk", position: str = "block", **levels) -> SparseSwin:
+def selecting(net: nn.Module, tokens="topk", position: str = "block", **levels) -> SparseSwin:
     model = build(net, tokens=tokens, blocks=BLOCKS, position=position, **levels)
     assert isinstance(model, SparseSwin)
     return model
@@ -33,10 +33,10 @@ def pixels(size: int, batch: int = 3) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("size", [64, 40])
+@pytest.mark.parametrize(("size", "version"), [(64, 1), (40, 1), (40, 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_kept_is_timm_bit_for_bit(size, checkpointing):
-    net = swin(size).train()
+def test_all_kept_is_timm_bit_for_bit(size, version, checkpointing):
+    net = swin(size, version).train()
     net.set_grad_checkpointing(checkpointing)
     ours, x = selecting(net), pixels(size)
     outputs = frozenset({"kept", "cls_attention"})
@@ -48,7 +48,20 @@ def test_all_kept_is_timm_bit_for_bit(size, checkpointing):
     assert torch.equal(ours.eval()(x).logits, net.eval()(x))
 
 
-def masked(block: SwinTransformerBlock, x: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attended(attention, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products of queries and keys with position bias (B * windows, H, N, N), and values, of all tokens (B * windows, N, D)."""
+    first = isinstance(attention, WindowAttention)
+    bias = attention.qkv.bias if first else torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    qkv = F.linear(windows, attention.qkv.weight, bias)
+    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if first:
+        return q @ k.transpose(-2, -1) * attention.scale + attention._get_rel_pos_bias(), v
+    cosine = F.cosine_similarity(q[..., None, :], k[..., None, :, :], dim=-1)
+    table = attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2)[attention.relative_position_index]
+    return cosine * attention.logit_scale.exp().clamp(max=100) + 16 * table.sigmoid().movedim(2, 0), v
+
+
+def masked(block, x: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block on x (B, H, W, D) that computes every token, with the keys of hidden ones off; and the attention that each token receives."""
     batch, height, width = x.shape[:3]
     (high, wide), attention = block.window_size, block.attn
@@ -64,20 +77,20 @@ def masked(block: SwinTransformerBlock, x: torch.Tensor, visible: torch.Tensor) 
         )
         return torch.roll(grid[:, :height, :width], block.shift_size, (1, 2))
 
-    windows = cut(block.norm1(x), 0.0)
-    q, k, v = attention.qkv(windows).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    products = q @ k.transpose(-2, -1) * attention.scale + attention._get_rel_pos_bias()
+    first = isinstance(attention, WindowAttention)
+    products, v = attended(attention, cut(block.norm1(x) if first else x, 0.0))
     if block.attn_mask is not None:
         products = (products.unflatten(0, (batch, -1)) + block.attn_mask[None, :, None]).flatten(0, 1)
     shown = cut(visible.view(batch, height, width, 1).float(), 1.0)[:, None, None, :, 0] > 0
     weights = products.masked_fill(~(shown | torch.eye(high * wide, dtype=torch.bool)), float("-inf")).softmax(-1)
     queries = cut(visible.view(batch, height, width, 1).float(), 0.0)
     received = joined((weights.mean(1) * queries).sum(1)[..., None]).flatten(1)
-    x = x + joined(attention.proj((weights @ v).transpose(1, 2).flatten(2)))
-    return x + block.mlp(block.norm2(x)), received
+    out = joined(attention.proj((weights @ v).transpose(1, 2).flatten(2)))
+    x = x + (out if first else block.norm1(out))
+    return x + (block.mlp(block.norm2(x)) if first else block.norm2(block.mlp(x))), received
 
 
-def full(net: SwinTransformer, x: torch.Tensor, keep: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+def full(net, x: torch.Tensor, keep: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The whole network, every token computed, hidden ones with their old value; selection after the blocks."""
     number, kept, x = 0, {}, net.patch_embed(x)
     for stage in net.layers:
@@ -94,10 +107,10 @@ def full(net: SwinTransformer, x: torch.Tensor, keep: float) -> tuple[torch.Tens
     return net.forward_head(net.norm(x)), kept
 
 
-@pytest.mark.parametrize("size", [64, 40])
-def test_it_computes_what_hidden_keys_give(size):
+@pytest.mark.parametrize(("size", "version"), [(64, 1), (40, 1), (64, 2), (40, 2)])
+def test_it_computes_what_hidden_keys_give(size, version):
     """Logits, gradients and kept tokens, with shifted windows and padding. A token that is left out keeps its value."""
-    net, x = swin(size, drop_path_rate=0.0), pixels(size)
+    net, x = swin(size, version, drop_path_rate=0.0), pixels(size)
     ours = selecting(net)
     logits, grads = logits_and_grads(net, lambda: ours(x, LESS).logits)
     theirs, other_grads = logits_and_grads(net, lambda: full(net, x, LESS.keep_tokens)[0])
@@ -146,21 +159,25 @@ def test_norm_qkv_projection_and_mlp_run_on_the_kept_tokens_only(position):
         assert [found[number, name] for name in ("norm2", "mlp.fc1")] == [in_mlp] * 2
 
 
-@pytest.mark.parametrize("size", [64, 40])
+@pytest.mark.parametrize(("size", "version"), [(64, 1), (40, 1), (40, 2)])
 @pytest.mark.parametrize("tokens", ["topk", "random"])
 @pytest.mark.parametrize("position", ["block", "attention"])
-def test_torch_counts_the_same_multiply_adds(size, tokens, position):
-    ours = selecting(swin(size), tokens, position)
+def test_torch_counts_the_same_multiply_adds(size, version, tokens, position):
+    ours = selecting(swin(size, version), tokens, position)
+    shared = sum(  # the position bias of V2, once for the whole batch: not of an image
+        block.attn.relative_coords_table[..., 0].numel() * sum(part.weight.numel() for part in block.attn.cpb_mlp[::2])
+        for stage in ours.network.layers for block in stage.blocks if version == 2
+    )  # fmt: skip
     for plan in (DENSE, LESS, Plan(0.2)):
         cost = ours.cost(plan)
-        assert counted(ours, plan, pixels(size, 1)) == pytest.approx(cost.total, rel=2e-3)
+        assert counted(ours, plan, pixels(size, 1)) - shared == pytest.approx(cost.total, rel=2e-3)
         assert len(cost.tokens) == len(cost.per_block) == 9 and cost.left == cost.tokens[-1]
     assert ours.cost(LESS).tokens[2:8] == ((64, 39, 24, 15, 15, 15) if size == 64 else (25, 15, 9, 6, 6, 6))
 
 
-@pytest.mark.parametrize("tokens", ["topk", "random"])
-def test_an_image_does_not_depend_on_its_batch(tokens):
-    ours, x, keys = selecting(swin(64, drop_path_rate=0.5).train(), tokens), pixels(64, 5), torch.arange(5) * 977
+@pytest.mark.parametrize(("tokens", "version"), [("topk", 1), ("random", 1), ("topk", 2)])
+def test_an_image_does_not_depend_on_its_batch(tokens, version):
+    ours, x, keys = selecting(swin(64, version, drop_path_rate=0.5).train(), tokens), pixels(64, 5), torch.arange(5) * 977
     state = torch.get_rng_state()
     whole = ours(x, LESS, rng_keys=keys).logits
     assert torch.equal(state, torch.get_rng_state())
@@ -169,9 +186,9 @@ def test_an_image_does_not_depend_on_its_batch(tokens):
     assert not torch.allclose(whole, ours(x, LESS, rng_keys=keys + 1).logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("compat", ["none", "authors"])
-def test_gradients_reach_every_parameter_and_checkpointing_changes_none(compat):
-    net = swin(64).train()
+@pytest.mark.parametrize(("compat", "version"), [("none", 1), ("authors", 1), ("none", 2)])
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(compat, version):
+    net = swin(64, version).train()
     ours, x, keys = selecting(net, compat=compat), pixels(64, 6), torch.arange(6)
     logits, grads = logits_and_grads(net, lambda: ours(x, LESS, rng_keys=keys).logits)
     assert all(grad is not None and grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
@@ -180,8 +197,9 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none(compat):
     assert torch.equal(logits, again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
-def test_bfloat16_autocast():
-    net = swin(64).eval()
+@pytest.mark.parametrize("version", [1, 2])
+def test_bfloat16_autocast(version):
+    net = swin(64, version).eval()
     ours, x = selecting(net), pixels(64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours(x).logits, net(x))
@@ -193,9 +211,10 @@ def test_bfloat16_autocast():
 
 
 @pytest.mark.slow
-def test_it_compiles_whole_with_the_gradients_of_eager():
+@pytest.mark.parametrize("version", [1, 2])
+def test_it_compiles_whole_with_the_gradients_of_eager(version):
     torch.compiler.reset()
-    net = swin(40, depths=(1, 3), num_heads=(1, 2)).train()
+    net = swin(40, version, depths=(1, 3), num_heads=(1, 2)).train()
     ours = build(net, tokens="topk", blocks=(1, 2), position="block")
     x, keys = pixels(40), torch.arange(3)
     logits, grads = logits_and_grads(net, lambda: ours(x, LESS, rng_keys=keys).logits)
@@ -254,10 +273,26 @@ def test_the_batch_size_stays_open_in_an_exported_graph(share):
 
 
 def test_other_networks_of_the_kind_are_computed_whole():
-    assert type(build(swin(64))) is SparseSwin
+    assert type(build(swin(64))) is type(build(swin(64, version=2))) is SparseSwin
+    with pytest.raises(ValueError, match=r"compat=authors: the reference code has no SwinTransformerV2; choose .*swin_\*"):
+        build(swin(64, version=2), tokens="topk", blocks=BLOCKS, position="block", compat="authors")
     assert type(build(swin(64, dynamic_img_size=True), image_size=64)) is Dense
     with pytest.raises(ValueError, match="dynamic_img_size changes the windows"):
         build(swin(64, dynamic_img_size=True), tokens="topk", blocks=BLOCKS)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("", "block 3 has a Other"), ("attn", "block 3 has a Other"), ("drop_path1", "drop path of block 3 is a Other")],
+)
+def test_blocks_of_another_kind_are_refused_by_their_number(version, part, expected):
+    net = swin(64, version)
+    block = net.layers[2].blocks[1]
+    changed = block.get_submodule(part)
+    changed.__class__ = type("Other", (type(changed),), {})
+    with pytest.raises(ValueError, match=f"{expected}.*; only timm's"):
+        build(net, tokens="topk", blocks=BLOCKS)
 
 
 def test_authors_baseline_is_timms_form():

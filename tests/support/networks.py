@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 SIZE = 32  # pixels
@@ -19,8 +20,8 @@ NAMES: dict[str, tuple[str, dict]] = {
     "maxvit": ("maxvit_pico_rw_256", {"embed_dim": (32,) * 4, "depths": (1, 1, 1, 1), "stem_width": 8}),
     "eva": ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
     "hybrid": ("vit_tiny_r_s16_p8_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}),
-    "swin_v2": (
-        "swinv2_tiny_window8_256",
+    "swin_v2_cr": (
+        "swinv2_cr_tiny_ns_224",
         {"patch_size": 2, "window_size": 4, **{k: SWIN[k] for k in ("embed_dim", "depths", "num_heads")}},
     ),
 }
@@ -50,7 +51,7 @@ def pixels(batch: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def swin(size: int = 32, **args) -> SwinTransformer:
+def swin(size: int = 32, version: int = 1, **args) -> SwinTransformer | SwinTransformerV2:
     """Windows of 4 x 4; stage 3 has blocks 2 to 7 and 8 x 8 tokens at 64 pixels, 5 x 5 at 40, where windows do not divide it."""
     settings = {
         "patch_size": 2,
@@ -61,7 +62,8 @@ def swin(size: int = 32, **args) -> SwinTransformer:
         "drop_path_rate": 0.3,
     }
     torch.manual_seed(0)
-    made = SwinTransformer(img_size=size, window_size=4, **(settings | args))
+    kind = SwinTransformer if version == 1 else SwinTransformerV2
+    made = kind(img_size=size, window_size=4, **(settings | args))
     for name, parameter in made.named_parameters():  # far from zero, or a swapped norm or bias would go unnoticed
         nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(
             parameter, 0.5 if "bias" not in name else 0.1, 0.2
