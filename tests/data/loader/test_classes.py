@@ -119,6 +119,12 @@ def test_an_error_names_a_few_members_of_many(tmp_path: Path):
     assert "and 394 more)" in str(error.value) and len(str(error.value)) < 500
 
 
+def test_an_error_names_the_members_of_a_key_without_an_image(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", {"a.txt": b"1", "a.cls": b"0"})
+    with pytest.raises(DataError, match=r"key 'a' has 0 images among its 2 members \(\.cls, \.txt\), must have 1"):
+        build_index(str(path), progress=False)
+
+
 def test_check_prints_the_warnings(tmp_path: Path):
     index = of(tmp_path, "train", [0, 1, 3] * 8)
     found = check(config(str(tmp_path / "train" / "train.tar")), 1)
