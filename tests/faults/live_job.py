@@ -45,7 +45,7 @@ class Job:
         return bool(found)
 
 
-def started(folder: Path, restarts: int = 4) -> subprocess.Popen[bytes]:
+def started(folder: Path, restarts: int = 20) -> subprocess.Popen[bytes]:
     words = ["-m", "launch", "local", "job.yaml", *SETTINGS, "--processes", "2", "--resume", "--restarts", str(restarts)]
     with (folder / "out.txt").open("ab") as out:
         return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment(), stdout=out, stderr=subprocess.STDOUT)

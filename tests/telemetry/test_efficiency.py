@@ -13,7 +13,7 @@ import torch
 from tests.support.journals import START, write
 from trainer.run import description
 from trainer.telemetry.efficiency import Efficiency
-from trainer.telemetry.hardware import Gpu, Node, matrix_rate, since_start
+from trainer.telemetry.hardware import Gpu, Node, matrix_rate
 from trainer.telemetry.meters import MeterReading
 
 
@@ -64,7 +64,7 @@ def test_the_readings_of_a_gpu_are_those_of_nvml(uuid: str, monkeypatch: pytest.
 
 def test_the_machine_reports_its_hardware():
     assert 1e7 < matrix_rate(torch.device("cpu"), "float32") < 1e15 and matrix_rate(torch.device("cpu"), "autocast") > 0
-    assert set(Node().load()) == set(Node.FIELDS) and 0 < since_start() < 1e6
+    assert set(Node().load()) == set(Node.FIELDS)
 
 
 def test_the_environment_is_listed_and_holds_no_secrets(monkeypatch: pytest.MonkeyPatch):

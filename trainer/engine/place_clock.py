@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import psutil
+from trainer.storage.process_age import since_start
 
 START, FIRST_STEP, STEP, DATA = "start", "first step", "step", "waiting for data"
 EVALUATION, CHECKPOINT, PROBE, CONTROL = "evaluation", "checkpoint", "probe of examples", "dense baseline"
@@ -23,7 +23,7 @@ class PlaceClock:
     def __init__(self) -> None:
         self.place, self.step, self.stepped = START, 0, False
         self._seconds = dict.fromkeys(CAUSES, 0.0)
-        self._since = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+        self._since = time.monotonic() - since_start()
 
     def at(self, place: str, step: int) -> None:
         """From now on this rank is in `place`."""

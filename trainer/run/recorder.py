@@ -34,9 +34,10 @@ from trainer.run import directory as run
 from trainer.run.rank_zero import RankZeroLog
 from trainer.run.shutdown import write_exit_code
 from trainer.storage.disk import Content, Disk
+from trainer.storage.process_age import since_start
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
-from trainer.telemetry.hardware import matrix_rate, since_start
+from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.meters import MeterReading
 from trainer.telemetry.profiler import Trace
 

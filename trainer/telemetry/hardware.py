@@ -46,11 +46,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else MIB)
 
 
-def since_start() -> float:
-    """Seconds since this process started."""
-    return max(0.0, time.time() - psutil.Process().create_time())
-
-
 class Gpu:
     """Energy and load of a GPU, from NVML; without a GPU or NVML: nan and {}."""
 
