@@ -108,7 +108,7 @@ def _fill(job: Job, chosen: random.Random) -> bool:
     """The file system of `runs` has no byte left."""
     with _filler(job).open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
-            file.write(b"\0" * 65536)
+            file.write(bytes(1 << 20))
     with _filler(job).open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0")
@@ -184,8 +184,8 @@ def _disturbed(job: Job, kind: str, seed: int, reference: Path) -> Findings:
 
 
 @contextlib.contextmanager
-def _own_disk(folder: Path, size: str = "48m") -> Iterator[None]:
-    """`runs` below `folder` on a small file system in memory."""
+def _own_disk(folder: Path, size: str = "1200m") -> Iterator[None]:
+    """`runs` below `folder` on a file system in memory: the launcher starts nothing below 1 GiB of free space."""
     (folder / "runs").mkdir()
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder / "runs")], check=True, capture_output=True

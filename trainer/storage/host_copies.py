@@ -1,7 +1,8 @@
 """Copies of tensors in host memory that is used again at the next save: a checkpoint is held there while a thread writes it.
 
-New memory costs more than the copy: the kernel clears its pages first, and a copy from a GPU into pages that are not locked goes
-through a small buffer of the driver. So the memory stays, and where the tensors come from a GPU it is page-locked.
+A copy from a GPU into pages that are not locked goes through a small buffer of the driver, and locking pages takes longer than a
+copy: so the memory is page-locked where the tensors come from a GPU, and it stays. From CPU to CPU that saves nothing (ViT-B with AdamW
+and EMA, 1.3 GiB: .17 s, with new memory .20 s; in a second pair .39 and .39).
 """
 
 from __future__ import annotations
