@@ -49,6 +49,8 @@ LEVELS = {
     },
     "tome, random examples": {"tokens": {"method": "tome", "keep": 0.7, "blocks": [1]}, "examples": {"method": "random_epoch"}},
     "random": {"tokens": {"method": "random", "blocks": [1]}},
+    "policy on the device": {"augment": {"policy": "rand-m9-mstd0.5-inc1", "policy_on": "device"}},
+    "3-Augment on the device": {"augment": {"policy": "three_augment", "policy_on": "device", "color_jitter": 0.3}},
     "dense": {},
 }
 
@@ -69,7 +71,7 @@ def config_of(**levels: Any) -> Any:
         control=0,
         model={"name": "deit_tiny_patch16_224", "classes": 10, "image_size": SIDE, "drop_path": 0.1, "args": ARGS},
         data={"validation": "none-*.tar", "batch": ROWS, "micro_batch": ROWS // 2},
-        augment={"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+        augment={"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1} | levels.pop("augment", {}),
         optim={"ema": 0.999, "clip": 1.0, "fused": True},
         engine={"kind": "ddp", "precision": "float32"},
         tracking={"to": "journal"},
@@ -82,7 +84,8 @@ def batch_of(rows: int) -> Batch:
     ids = torch.arange(rows)
     return Batch(
         images=torch.zeros(rows, 3, SIDE, SIDE, dtype=torch.uint8), labels=ids % 10, ids=ids, copies=torch.zeros_like(ids),
-        weights=torch.ones(rows), flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), rng_keys=ids * 77, broken=[],
+        weights=torch.ones(rows), policy=torch.zeros(rows, 4, 2),
+        flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), rng_keys=ids * 77, broken=[],
     )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def batch() -> Batch:
     ids[-1] = labels[-1] = -1
     nothing = torch.zeros(B, dtype=torch.int64)
     return Batch(
-        images=torch.zeros(B, 0), labels=labels, ids=ids, copies=(torch.arange(B) == 5).long(), weights=weights, flip=nothing,
+        images=torch.zeros(B, 0), labels=labels, ids=ids, copies=(torch.arange(B) == 5).long(), weights=weights, policy=nothing,
+        flip=nothing,
         erase=nothing, rng_keys=ids, broken=[(9, "truncated")],
     )  # fmt: skip
 

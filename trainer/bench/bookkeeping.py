@@ -94,7 +94,7 @@ def _batch(rows: int, examples: int, config: Config, device: torch.device) -> Ba
     ids = torch.randperm(examples, generator=torch.Generator().manual_seed(2))[:rows]
     nothing = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(
-        images=torch.zeros(rows, 0), labels=ids % config.model.classes, ids=ids, copies=nothing, weights=torch.ones(rows),
+        images=torch.zeros(rows, 0), labels=ids % config.model.classes, ids=ids, copies=nothing, weights=torch.ones(rows), policy=nothing,
         flip=nothing, erase=nothing, rng_keys=ids, broken=[],
     )  # fmt: skip
     return Batch(*(field.to(device) for field in batch[:-1]), broken=[])

@@ -123,6 +123,9 @@ class AugmentConfig(Section):
     """Strength of brightness, contrast and saturation changes (timm's color_jitter); 0 = none."""
     policy: str = "none"
     """`none`, `three_augment` (DeiT-III), or timm's text form, e.g. rand-m9-mstd0.5-inc1."""
+    policy_on: Literal["workers", "device"] = "workers"
+    """Where policy and colour jitter are computed: `workers`, by PIL; `device`, for a whole batch at once, with the same draws and at most
+    one grey level beside PIL per operation, so that the loader needs fewer cores. AugMix only in the workers."""
     erasing: Chance = 0.0
     """Probability of random erasing, pixel mode."""
     mixup: float = Field(default=0.0, ge=0.0)

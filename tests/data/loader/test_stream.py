@@ -19,6 +19,7 @@ from sparsity.types import Selection
 from tests.conftest import environment
 from tests.support.images import config, jpeg, write_shards, write_tar
 from trainer.data.augment import decode, turbojpeg
+from trainer.data.augment.policy_on_device import apply_policy, codes_of
 from trainer.data.batch import Batch
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream, validation_set
@@ -47,6 +48,18 @@ def joined(batches: list[Batch], field: str) -> torch.Tensor:
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
     return all(torch.equal(joined(a, f), joined(b, f)) for f in Batch._fields if f != "broken")
+
+
+def test_a_policy_on_the_device_gets_the_draws_of_the_workers(index: Index) -> None:
+    """The same batches, with the operations beside the cropped pixels; applied to them, the workers' pixels."""
+    plain, sections = config("x", augment=AUGMENT), config("x", augment=AUGMENT | {"policy_on": "device"})
+    theirs, mine = (list(training_stream(index, one, 0, 1).epoch(0, None)) for one in (plain, sections))
+    for a, b in zip(mine, theirs, strict=True):
+        assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in Batch._fields if f not in ("images", "policy", "broken"))
+        assert b.policy.shape[1] == 0 and a.policy.shape[1:] == (2, 2) and a.policy.dtype == torch.float64
+        assert (a.policy[a.weights > 0, :, 0] > 0).any() and (a.policy[a.weights == 0] == 0).all()
+        found = apply_policy(a.images, a.policy, codes_of(sections.augment), sections.augment)
+        assert ((found.int() - b.images.int()).abs() <= 1).float().mean() > 0.85 and not torch.equal(a.images, b.images)
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 1), (4, 0), (6, 0)])

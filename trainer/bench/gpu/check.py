@@ -85,6 +85,7 @@ def _batch(rows: int, size: int) -> Batch:
         ids=torch.arange(rows) + 1281166,
         copies=torch.zeros(rows, dtype=torch.int64),
         weights=torch.ones(rows),
+        policy=torch.zeros(rows, 0, 2, dtype=torch.float64),
         flip=torch.arange(rows) % 2 == 0,
         erase=erase,
         rng_keys=torch.arange(rows) * 104729,

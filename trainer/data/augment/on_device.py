@@ -1,4 +1,5 @@
-"""The device's part of the augmentation: flip, normalise, erase. The host draws the parameters, keyed by the example.
+"""The device's part of the augmentation: with `augment.policy_on: device` the policy, then flip, normalise, erase. The host draws the
+parameters, keyed by the example.
 
 In timm's order and with timm's numbers: flip, then `PrefetchLoader`'s normalisation of 0..255, then random erasing with normal
 noise per pixel (Zhong et al. 2017, timm's "pixel" mode). No host sync.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sparsity import keyed_random
 from trainer.config.schema import AugmentConfig
+from trainer.data.augment.policy_on_device import apply_policy, codes_of
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
@@ -26,7 +28,7 @@ PLACES = 1 << 20
 
 def augment_on_device(batch: Batch, augment: AugmentConfig) -> Tensor:
     """Augmented images, ready to be mixed: batch on the device -> (b, 3, S, S) float32."""
-    images = batch.images
+    images = apply_policy(batch.images, batch.policy, codes_of(augment), augment)
     if augment.flip > 0:
         images = torch.where(batch.flip[:, None, None, None], images.flip(-1), images)
     images = normalise(images, augment)

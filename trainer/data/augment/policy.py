@@ -33,18 +33,22 @@ _BLUR = (0.1, 2.0)  # radius of 3-Augment's blur
 
 
 def policy_of(augment: AugmentConfig, size: int) -> Policy | None:
-    """The policy of `augment.policy` and `augment.color_jitter`, None if both are off. As in timm, RandAugment, AutoAugment and AugMix
-    switch colour jitter off. Raises ConfigError for a policy unknown to timm."""
-    strength = augment.color_jitter
-    if augment.policy == "none":
+    """The policy of `augment.policy` and `augment.color_jitter`, None if both are off. Raises ConfigError for a policy unknown to timm."""
+    transform, strength = parts_of(augment, size)
+    if transform is None:
         return (lambda image, rng: jittered(image, rng, strength)) if strength else None
-    text = "3a" if augment.policy == "three_augment" else augment.policy  # DeiT-III: grey, solarise or blur
-    transform = _built(text, augment, size)
     if isinstance(transform, theirs.AugMixAugment):
         return lambda image, rng: _mixed(transform, image, rng)
-    if "3a" in text:
-        return lambda image, rng: jittered(_applied(transform, image, rng), rng, strength)
-    return lambda image, rng: _applied(transform, image, rng)
+    return lambda image, rng: jittered(_applied(transform, image, rng), rng, strength)
+
+
+def parts_of(augment: AugmentConfig, size: int) -> tuple[Any, float]:
+    """timm's policy, or None, and the strength of the colour jitter behind it: as in timm, RandAugment, AutoAugment and AugMix switch it
+    off. Raises ConfigError for a policy unknown to timm."""
+    if augment.policy == "none":
+        return None, augment.color_jitter
+    text = "3a" if augment.policy == "three_augment" else augment.policy  # DeiT-III: grey, solarise or blur
+    return _built(text, augment, size), augment.color_jitter if "3a" in text else 0.0
 
 
 def _built(text: str, augment: AugmentConfig, size: int) -> Any:
@@ -87,10 +91,23 @@ def posterized(image: PIL.Image.Image, bits: int, **_: Any) -> PIL.Image.Image:
     return theirs.posterize(image, bits) if bits > 0 else PIL.Image.new(image.mode, image.size)
 
 
-def _applied(transform: Any, image: Pixels, rng: random.Random) -> Pixels:
+def layers_of(transform: Any) -> int:
+    """The most operations that one image gets; 0 without a policy."""
+    if transform is None:
+        return 0
+    return max(map(len, transform.policy)) if isinstance(transform, theirs.AutoAugment) else transform.num_layers
+
+
+def drawn(transform: Any, rng: random.Random) -> Iterator[tuple[Any, tuple[float, ...]]]:
+    """The operations of one image in order, each with its `arguments`."""
     for op in _chosen(transform, rng):
         if op.prob >= 1.0 or rng.random() <= op.prob:
-            image = applied(op, image, *arguments(op, rng))
+            yield op, arguments(op, rng)
+
+
+def _applied(transform: Any, image: Pixels, rng: random.Random) -> Pixels:
+    for op, how in drawn(transform, rng):
+        image = applied(op, image, *how)
     return image
 
 
@@ -190,13 +207,19 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def jittered(image: Pixels, rng: random.Random, strength: float) -> Pixels:
     """torchvision's ColorJitter(s, s, s): brightness, contrast, saturation by 1 - s .. 1 + s, in random order."""
-    if not strength:
-        return image
     steps = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
-    rng.shuffle(steps)
-    for step in steps:
-        image = step(_pil(image), rng.uniform(max(0.0, 1 - strength), 1 + strength))  # pyright: ignore[reportArgumentType]
+    for which, factor in jitter_drawn(rng, strength):
+        image = steps[which](_pil(image), factor)  # pyright: ignore[reportArgumentType]
     return image
+
+
+def jitter_drawn(rng: random.Random, strength: float) -> Iterator[tuple[int, float]]:
+    """The steps of a colour jitter in order, 0 brightness, 1 contrast, 2 saturation, each with its factor; none without strength."""
+    steps = [0, 1, 2]
+    if strength:
+        rng.shuffle(steps)
+        for which in steps:
+            yield which, rng.uniform(max(0.0, 1 - strength), 1 + strength)
 
 
 def _pil(image: Pixels) -> PIL.Image.Image:

@@ -19,6 +19,7 @@ from trainer.config.schema import AugmentConfig
 from trainer.data.augment import on_device
 from trainer.data.augment.mixup import Mix, mix_images, mix_targets, numbers, partners
 from trainer.data.augment.on_device import augment_on_device
+from trainer.data.augment.policy_on_device import Codes, apply_policy, codes_of
 from trainer.data.batch import Batch
 
 Prepare = Callable[[Batch, Mix], tuple[Tensor, Tensor]]
@@ -29,7 +30,7 @@ def build_prepare(augment: AugmentConfig, classes: int, *, compiled: bool) -> Pr
     """compiled: as one graph, which takes `Mix.numbers`; else by `on_device` and `mixup`."""
     if not compiled:
         return partial(_eager, augment, classes)
-    graph = torch.compile(partial(whole, augment, classes), dynamic=False, fullgraph=True)
+    graph = torch.compile(partial(whole, augment, classes, codes_of(augment)), dynamic=False, fullgraph=True)
 
     def prepare(batch: Batch, mix: Mix) -> tuple[Tensor, Tensor]:
         mixed = numbers(mix).to(batch.images.device) if mix.numbers is None else mix.numbers
@@ -48,14 +49,16 @@ def inputs(batch: Batch, augment: AugmentConfig, mixed: Tensor) -> tuple[Tensor,
     device = batch.images.device
     mean, std = on_device.statistics(augment, device)
     table = on_device.noise_table(batch.images.shape[1:].numel(), device)
-    return batch.images, batch.labels, batch.weights, batch.flip, batch.erase, batch.rng_keys, mixed, mean, std, table
+    fields = (batch.images, batch.labels, batch.weights, batch.policy, batch.flip, batch.erase, batch.rng_keys)
+    return *fields, mixed, mean, std, table
 
 
 def whole(
-    augment: AugmentConfig, classes: int, images: Tensor, labels: Tensor, weights: Tensor, flip: Tensor, boxes: Tensor, rng_keys: Tensor,
-    mixed: Tensor, mean: Tensor, std: Tensor, table: Tensor,
+    augment: AugmentConfig, classes: int, codes: Codes, images: Tensor, labels: Tensor, weights: Tensor, policy: Tensor, flip: Tensor,
+    boxes: Tensor, rng_keys: Tensor, mixed: Tensor, mean: Tensor, std: Tensor, table: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Images (b, 3, S, S) and targets (b, C), both float32; see `inputs`."""
+    """Images (b, 3, S, S) and targets (b, C), both float32; see `inputs`. codes: of the policy."""
+    images = apply_policy(images, policy, codes, augment)
     if augment.flip > 0:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     images = images.contiguous().float().sub(mean).div(std)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import PIL.Image
@@ -20,17 +21,20 @@ from torch.nn.functional import interpolate
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.decode import EncodedImage, as_tensor, decode_exact, refuse_long
 from trainer.data.augment.policy import policy_of
+from trainer.data.augment.policy_draws import PolicyDraws
 
 _ERASE_AREA, _ERASE_RATIO, _TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's RandomErasing
 _SRC_PADDING = 4  # DeiT-III's simple random crop
 
 
 class AugmentedImage(NamedTuple):
-    """One transformed image. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none)."""
+    """One transformed image. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none); policy: see `PolicyDraws`,
+    empty where the pixels have it already."""
 
     pixels: Tensor
     flip: bool = False
     erase: tuple[int, int, int, int] = (0, 0, 0, 0)
+    policy: Sequence[tuple[int, float]] = ()
 
 
 class Transform:
@@ -42,7 +46,9 @@ class Transform:
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
         self._short_side = math.floor(image_size / crop_pct)  # timm resizes the short side to it
-        self._policy = policy_of(augment, image_size)
+        draws = PolicyDraws(augment, image_size) if train and augment.policy_on == "device" else None
+        self._draws, self._policy = draws, None if draws else policy_of(augment, image_size)
+        self.layers = draws.layers if draws else 0  # of the policy on the device
 
     def __call__(self, data: memoryview, key: int = 0) -> AugmentedImage:
         """One image; raises BrokenImage with the reason. key: see `row_keys`."""
@@ -64,6 +70,8 @@ class Transform:
             return AugmentedImage(cast(Tensor, self._evaluate(image)))
         rng, flip, erase = self._generator(key)
         pixels = self._crop(image, rng)
+        if self._draws is not None:
+            return AugmentedImage(pixels, flip, erase, self._draws(rng))
         if self._policy is not None:
             done = self._policy(pixels.permute(1, 2, 0).numpy(), rng)
             pixels = as_tensor(done) if isinstance(done, PIL.Image.Image) else torch.from_numpy(done).permute(2, 0, 1)

@@ -32,6 +32,7 @@ class BatchMaker:
         images = new_buffer(slots, self.size) if images is None else images
         pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy writes a row in a tenth of torch's time
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
+        policy = np.zeros((slots, self._transform.layers, 2))
         keys = row_keys(self.seed, epoch, rows.ids, rows.copies)
         broken: dict[int, str] = {}
         distinct, place = np.unique(rows.ids, return_inverse=True)
@@ -59,6 +60,8 @@ class BatchMaker:
                 continue
             pixels[row] = image.pixels.permute(1, 2, 0).numpy()
             weights[row], flip[row], erase[row] = 1.0, image.flip, image.erase
+            if image.policy:
+                policy[row] = image.policy
             if not copies:
                 opened.clear()  # release the decoded image
         pixels[weights == 0] = 0  # padding and broken images are black
@@ -68,6 +71,7 @@ class BatchMaker:
             _filled(rows.ids, slots, PADDING),
             _filled(rows.copies, slots, 0),
             torch.from_numpy(weights),
+            torch.from_numpy(policy),
             torch.from_numpy(flip),
             torch.from_numpy(erase),
             _filled(keys, slots, 0),
