@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -49,8 +48,9 @@ class Shape:
 
 
 class Selecting(Protocol):
-    """What `SparseViT` has, as far as its cost depends on it."""
+    """What `SparseViT` has, as far as its cost depends on it. embed_work: multiply-adds of its patch embedding."""
 
+    embed_work: int
     blocks: frozenset[int]
     position: str
     reduce: Reduce
@@ -61,14 +61,13 @@ class Selecting(Protocol):
 
 
 def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({})) -> Shape:
-    """The shape of a model, at its own image size. Raises ValueError if the patch embedding is not a single convolution.
+    """The shape of a model, at its own image size. Raises ValueError for a pooling whose multiply-adds are not counted.
 
     left: shares of pruned layers that are computed, see `Pruning.shares`: of the weight by name of a linear layer, of the heads by name of
     an attention.
     """
     vit: Any = model.vit
     refuse(vit)
-    convolution = vit.patch_embed.proj
     num_patches = vit.patch_embed.num_patches
     heads = [getattr(vit, name) for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
     per_token, per_image = _pooling(vit.attn_pool)
@@ -77,12 +76,7 @@ def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({}))
         num_prefix=vit.num_prefix_tokens,
         num_patches=num_patches,
         width=vit.embed_dim,
-        # from the layer's settings: under ZeRO 3 its weight is empty here
-        embed=num_patches
-        * convolution.in_channels
-        // convolution.groups
-        * prod(convolution.kernel_size)
-        * convolution.out_channels,
+        embed=model.embed_work,
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
         pools_prefix=vit.pool_include_prefix,
@@ -96,11 +90,6 @@ def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({}))
 
 def refuse(vit: Any) -> None:
     """Raises ValueError, naming the part, for a VisionTransformer whose multiply-adds are not counted here."""
-    convolution = getattr(vit.patch_embed, "proj", None)
-    if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in vit.patch_embed.modules()) != 1:
-        raise ValueError(
-            f"patch_embed is a {type(vit.patch_embed).__name__}: multiply-adds are implemented for a single convolution only"
-        )
     _pooling(vit.attn_pool)
 
 

@@ -1,4 +1,4 @@
-"""Any other classifier of timm, computed whole: ConvNeXt, ResNet, EfficientNet, MaxViT, EVA, hybrid ViTs, ... Level 1 leaves out whole
+"""Any other classifier of timm, computed whole: ConvNeXt, ResNet, EfficientNet, MaxViT, EVA, ... Level 1 leaves out whole
 examples and needs nothing but logits, so it works with all of them."""
 
 from __future__ import annotations

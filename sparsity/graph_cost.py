@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -34,6 +35,15 @@ def traced(network: nn.Module, height: int, width: int, channels: int = 3, image
             # by one name each: where blocks share a module, torch 2.13 would put fake weights back under the other name
             output = functional_call(network, state, (pixels,), tie_weights=False)
     return counter.get_total_flops() // (2 * images), output
+
+
+def embed_work(embed: Any) -> int:
+    """Multiply-adds of a patch embedding, of a hybrid network too. Call it once: under ZeRO 3 its weights are partitioned later."""
+    convolution, height, width = getattr(embed, "proj", None), *embed.img_size
+    if not isinstance(convolution, nn.Conv2d) or sum(isinstance(m, nn.Conv2d) for m in embed.modules()) != 1:
+        return traced(embed, height, width, getattr(embed, "in_chans", 3))[0]
+    inputs = convolution.in_channels // convolution.groups * prod(convolution.kernel_size)
+    return embed.num_patches * inputs * convolution.out_channels
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsity import attention, drop_path, keyed_random, patch_drop, vit_support
 from sparsity import cost as counted
+from sparsity.graph_cost import embed_work
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.settings import Network
 from sparsity.tokens import scores
@@ -54,6 +55,7 @@ class SparseViT(SparseNetwork):
             raise ValueError(
                 f"position={position!r}: unknown value; valid values: attention (before the MLP), block (after it)"
             )
+        self.embed_work = embed_work(vit.patch_embed)
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
 

@@ -35,6 +35,10 @@ def refuse(vit: nn.Module) -> None:
                 raise ValueError(
                     f"the drop path of block {number} is a {type(path).__name__}; only timm's DropPath is supported"
                 )
+    if any(isinstance(part, DropPath) and part.drop_prob for part in vit.patch_embed.modules()):
+        raise ValueError(
+            f"the {type(vit.patch_embed).__name__} of this network has drop path, which is keyed by image in blocks only"
+        )
     drop = vit.patch_drop
     if type(drop) not in (PatchDropout, nn.Identity):
         raise ValueError(f"patch_drop is a {type(drop).__name__}; only timm's PatchDropout is supported")

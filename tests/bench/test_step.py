@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from sparsity.types import DENSE
 from tests.conftest import ROOT
 from trainer.__main__ import main
 from trainer.bench.paired import TimedPlan, interval, paired
-from trainer.config.load import load
+from trainer.bench.step import bench
+from trainer.config.load import load, parse
 from trainer.config.schema_levels import ConnectionsConfig
 from trainer.model.build import build_model, build_schedule, cost_of
 
@@ -48,6 +50,44 @@ def test_rows_ratios_shares_and_the_whole_run(tmp_path: Path, capsys: Any) -> No
     shares = [rows[name]["share"] for name in ("ours from epoch 0", "ours from epoch 2", "ours")]
     assert run["bound"] == pytest.approx((2 * 0.5 * shares[0] + 2 * 0.5 * shares[1] + (4 * 0.5 + 2) * shares[2]) / 10)
     assert run["min"] <= run["median"] <= run["max"] and run["note"] == "", "random_epoch is known before the run"
+
+
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "args": {"patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": [1, 1, 4, 1], "num_heads": [1, 2, 2, 2]},
+}
+CONVNEXT = {"name": "convnext_atto", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}
+
+
+def test_rows_of_a_swin_and_of_a_network_without_tokens(tmp_path: Path) -> None:
+    """The share of the time stands beside that of the multiply-adds, dense with our seams beside timm; level 1 keeps the same books for
+    each network."""
+    (tmp_path / "job.yaml").write_text(RECIPE)
+    levels: Any = {"tokens": {"method": "all"}, "connections": {"method": "all"}, "plan": {"method": "constant"}}
+    examples = {"method": "forgetting", "removed": 0.2, "ties": "id", "window": "3ep", "updates": 2}
+    stage: Any = {"tokens": {"method": "topk", "keep": 0.5, "blocks": [2, 3], "position": "block"}}
+    found: dict[str, Any] = {}
+    for name, model, own in (("deit", {}, {}), ("swin", SWIN, stage), ("convnext", CONVNEXT, {})):
+        config = parse(load(tmp_path / "job.yaml").resolved() | levels | own | {"examples": examples})
+        config = config.changed(model={"args": {}} | model if model else {})
+        found[name] = config, bench(config, pairs=2)
+    for name, (config, result) in found.items():
+        assert {"ours", "against", "timm"} <= set(result.rows), name
+        model = build_model(config)
+        shares = [cost_of(model, plan)["multiply_adds"] for plan in (build_schedule(config).last(), DENSE)]
+        assert result.rows["ours"]["share"] == pytest.approx(shares[0] / shares[1]) and (shares[0] < shares[1]) == (
+            name == "swin"
+        )
+        assert (
+            result.rows["timm"]["share"] == 1
+            and result.rows["against"]["of_timm"] > 0
+            and "against / timm: " in result.notes[0]
+        )
+        assert result.beside["run"]["bound"] == pytest.approx(
+            0.8 * shares[0] / shares[1], abs=0.05
+        )  # and a fifth of the examples
+    books = [result.beside["bookkeeping"] for _, result in found.values()]
+    assert all(book["megabytes"] == books[0]["megabytes"] and 0 < book["median"] < 100 for book in books)
 
 
 @pytest.mark.parametrize(("ratio", "bound"), [("0.9", 0.804), ("0.8", 0.639), ("0.7", 0.575)])

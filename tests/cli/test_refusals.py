@@ -49,7 +49,7 @@ def refused(capsys: Any, *words: object) -> str:
         ("data.train=nowhere/train-*.tar", ["nowhere/train-*.tar", "no "]),
         ("model.name=deit_tny_patch16_224", ["model.name", "deit_tny_patch16_224", "deit_tiny_patch16_224"]),
         ("model.name=resnet50", ["resnet50"]),
-        ("model={name: vit_tiny_r_s16_p8_224, classes: 10, image_size: 32}", ["vit_tiny_r_s16_p8_224", "HybridEmbed"]),
+        ("model={name: eva02_tiny_patch14_224, classes: 10, image_size: 28}", ["eva02_tiny_patch14_224", "Eva"]),
         ("model.classes=5", ["label", "model.classes=5", "model.classes=10"]),
         ("tokens.blocks=[2, 7]", ["tokens.blocks=[2, 7]", "blocks 0 to 3"]),
         ("tokens.method=topp", ["tokens.method='topp'", "topk"]),

@@ -106,10 +106,13 @@ def test_what_the_pooling_leaves_out_is_not_counted(include):
         assert counted(model, plan, images(vit, 1)) == pytest.approx(cost(shape_of(model), plan).total, rel=1e-4)
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_a_patch_embedding_of_another_form_is_counted_from_its_operations():
     vit = tiny()
+    whole = build(vit).cost().total
     vit.patch_embed.proj = torch.nn.Sequential(vit.patch_embed.proj)
-    with pytest.raises(ValueError, match="patch_embed is a PatchEmbed"):
-        shape_of(build(vit, tokens="random", blocks=(0,)))
+    assert build(vit, tokens="random", blocks=(0,)).cost().total == whole
+
+
+def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match="attn_pool is a AttentionPoolPrr"):
         shape_of(build(FAMILIES["prr_pooling"](), tokens="random", blocks=(0,)))

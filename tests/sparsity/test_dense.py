@@ -145,8 +145,6 @@ def test_what_needs_tokens_is_refused_with_what_can():
             build(network("resnet"), **levels)
     with pytest.raises(ValueError, match=r"compat=authors: a ResNet keeps all tokens"):
         build(network("resnet"), compat="authors")
-    with pytest.raises(ValueError, match=r"patch_embed is a HybridEmbed"):
-        build(network("hybrid"), tokens="random", blocks=(0,)).cost()
     ours = build(network("resnet"), image_size=SIZE)
     with pytest.raises(ValueError, match=r"outputs=cls_attention: ResNet gives logits only"):
         ours(pixels(), outputs=frozenset({"cls_attention"}))

@@ -19,7 +19,6 @@ NAMES: dict[str, tuple[str, dict]] = {
     "efficientnet": ("efficientnet_lite0", {}),
     "maxvit": ("maxvit_pico_rw_256", {"embed_dim": (32,) * 4, "depths": (1, 1, 1, 1), "stem_width": 8}),
     "eva": ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
-    "hybrid": ("vit_tiny_r_s16_p8_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}),
     "swin_v2_cr": (
         "swinv2_cr_tiny_ns_224",
         {"patch_size": 2, "window_size": 4, **{k: SWIN[k] for k in ("embed_dim", "depths", "num_heads")}},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from timm.layers import Mlp, SwiGLU
+from timm.layers import HybridEmbed, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ def _gated() -> VisionTransformer:
     return vit
 
 
+def _hybrid() -> VisionTransformer:
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1))
+    return tiny(embed_layer=partial(HybridEmbed, backbone=convolutions), patch_size=1)
+
+
 def _unfused() -> VisionTransformer:
     vit = tiny(attn_drop_rate=0.1)
     for block in vit.blocks:
@@ -63,6 +69,7 @@ FAMILIES: dict[str, Callable[[], VisionTransformer]] = {
     "swiglu": lambda: tiny(mlp_layer=SwiGLU),
     "post_norm": lambda: tiny(block_fn=ResPostBlock, init_values=0.3),
     "gated": _gated,
+    "hybrid": _hybrid,
     "unfused_attention": _unfused,
     "any_image_size": lambda: tiny(dynamic_img_size=True, mlp_layer=Mlp),
 }
