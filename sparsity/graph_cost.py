@@ -32,7 +32,7 @@ def traced(network: nn.Module, height: int, width: int, channels: int = 3, image
         pixels = torch.empty(images, channels, height, width, device=device)
         counter = FlopCounterMode(display=False)
         with counter:
-            # by one name each: where blocks share a module, torch 2.13 would put fake weights back under the other name
+            # by one name each: where blocks share a module, torch 2.15 would put fake weights back under the other name
             output = functional_call(network, state, (pixels,), tie_weights=False)
     return counter.get_total_flops() // (2 * images), output
 
