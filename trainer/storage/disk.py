@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,9 +25,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A file that appears as `path` when the block ends: after a crash it is whole, or what was there before. An error in the block,
     or an OSError here, leaves what was there. Several processes may write the same path, the last one wins."""
     path, disk = Path(path), Disk()
-    partial = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
+    # random: containers on several nodes have the same process ids, and often the same host name
+    partial = path.with_name(f"{WRITING}{path.name}.{secrets.token_hex(8)}")
     try:
-        partial.unlink(missing_ok=True)
         with open(partial, "xb") as file:  # follows no link that someone put there
             yield file
             file.flush()
