@@ -19,6 +19,8 @@ from typing import Any, TextIO
 import yaml
 
 from trainer.config.errors import ConfigError
+from trainer.journal.reader import FILE
+from trainer.journal.writer import Journal
 from trainer.storage.disk import Disk, write_text
 from trainer.storage.private_file import regular
 from trainer.storage.source_tree import SOURCE_ROOT
@@ -29,26 +31,42 @@ LIBRARIES = ("torch", "deepspeed", "accelerate", "timm", "webdataset", "mlflow",
 _stacks: list[TextIO] = []  # this rank's log, once it is open
 
 
-def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Create the run directory, with its config.yaml of `settings`; without `resume`, refuse one that holds a run. Rank 0 only.
-    Raises ConfigError."""
+def create_run_directory(directory: Path, settings: dict[str, Any], resume: bool) -> Journal:
+    """Create the run directory, with its config.yaml of `settings`; without `resume`, refuse one that holds a run. Returns its journal,
+    locked before anything else is written: of two runs that start at once, the second one changes no file of the first. Rank 0 only.
+    Raises ConfigError, and JournalError if another process is writing the journal."""
+    journal = None
     try:
-        left = [directory / "journal.jsonl", directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
-        if any(path.exists() for path in left) and not resume:
-            raise ConfigError(
-                f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never "
-                "overwritten)"
-            )
+        if not resume:
+            _refuse_existing(directory)
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
+        journal = Journal(directory)
+        if not resume:
+            _refuse_existing(directory)  # a run that wrote its first lines and ended since the first look
         write_text(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(directory / "source.txt", source())
         for folder in (directory, directory.parent):  # else a crash could lose the directory with its synced checkpoints
             Disk().sync(folder)
-    except OSError as error:
+        return journal
+    except BaseException as error:
+        if journal is not None:
+            journal.close()
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(
             f"runs={directory.parent}: {error}; free disk space, set runs=DIRECTORY to a writable folder, or choose another name=NAME"
         ) from error
+
+
+def _refuse_existing(directory: Path) -> None:
+    """Raises ConfigError for a directory with lines in its journal, weights or checkpoints. An empty journal is of a start that failed."""
+    journal = directory / FILE
+    left = [directory / "weights.safetensors", *directory.glob("checkpoints/step-*")]
+    if (journal.exists() and Disk().size(journal) != 0) or any(path.exists() for path in left):
+        raise ConfigError(
+            f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never overwritten)"
+        )
 
 
 def how_to_continue(directory: Path, world: int, stop_at: object = None) -> str:

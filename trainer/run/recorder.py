@@ -25,7 +25,6 @@ from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.engine.heartbeat import LATE, REPORTING
-from trainer.journal.reader import FILE
 from trainer.journal.writer import Journal
 from trainer.model.evaluate import Evaluated
 from trainer.model.weights import save_weights
@@ -66,12 +65,7 @@ class Recorder:
         failure: Exception | None = None
         if engine.is_main:
             try:
-                if resume and (self.directory / FILE).exists():
-                    self._journal = Journal(
-                        self.directory
-                    )  # first: refuses a run in progress before config.yaml is overwritten
-                run.create_run_directory(self.directory, config.resolved(), resume)
-                self._journal = self._journal or Journal(self.directory)
+                self._journal = run.create_run_directory(self.directory, config.resolved(), resume)
             except Exception as error:
                 failure = error
         failure = engine.broadcast_object(failure)  # on all ranks, so that none of them waits for rank 0
