@@ -86,8 +86,8 @@ class Engine(Processes):
                 "alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
-        atexit.register(self.close)
         super().__init__(self._accelerator.process_index, expected, self._accelerator.device, settings.timeout)
+        atexit.register(self.close)  # after the heartbeat is there, which it stops
         self.heartbeat.start()
         self.model: Any = None
         self.optimizer: Any = None

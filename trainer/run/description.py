@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def write(directory: Path, config: Config, model: SparseNetwork) -> None:
 
 def environment() -> str:
     """Python, system, devices, environment variables, installed packages; no secrets, no host names."""
-    cores, memory = psutil.cpu_count(logical=True), psutil.virtual_memory().total / 2**30
+    cores, memory = os.cpu_count(), "unknown"
+    with suppress(OSError, psutil.Error):  # /proc is not mounted
+        memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     lines = [f"python {sys.version.split()[0]}", f"system {platform.system()} {platform.release()} {platform.machine()}"]
-    lines += [f"cores {cores}", f"memory {memory:.1f} GiB", f"threads {torch.get_num_threads()}"]
+    lines += [f"cores {cores}", f"memory {memory}", f"threads {torch.get_num_threads()}"]
     lines += [f"cuda {torch.version.cuda or 'absent'}"]
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)

@@ -20,7 +20,7 @@ def memory_limit(extra: int) -> Iterator[None]:
         limit = psutil.Process().memory_info().data + extra
         if before[0] == resource.RLIM_INFINITY or limit < before[0]:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-    except (ImportError, OSError, ValueError, AttributeError):
+    except (ImportError, OSError, ValueError, AttributeError, psutil.Error):  # the last: /proc is not mounted
         yield
         return
     try:

@@ -82,7 +82,8 @@ class Gpu:
 
 
 class Node:
-    """The load of this machine, under MLflow's names of system metrics; network: MB since this object was created."""
+    """The load of this machine, under MLflow's names of system metrics; network: MB since this object was created. Without /proc there
+    is none."""
 
     FIELDS = (
         "cpu_utilization_percentage",
@@ -93,13 +94,18 @@ class Node:
     )
 
     def __init__(self) -> None:
-        psutil.cpu_percent()  # counts from here on
-        self._network = psutil.net_io_counters()
+        self._network = None
+        with contextlib.suppress(OSError, psutil.Error):
+            psutil.cpu_percent()  # counts from here on
+            self._network = psutil.net_io_counters()
 
     def load(self) -> dict[str, float]:
-        memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+        try:
+            memory, network, busy = psutil.virtual_memory(), psutil.net_io_counters(), psutil.cpu_percent()
+        except (OSError, psutil.Error):
+            return {}
         sent = received = 0.0
         if network and self._network:
             received = (network.bytes_recv - self._network.bytes_recv) / 1e6
             sent = (network.bytes_sent - self._network.bytes_sent) / 1e6
-        return dict(zip(self.FIELDS, (psutil.cpu_percent(), memory.used / 1e6, memory.percent, received, sent), strict=True))
+        return dict(zip(self.FIELDS, (busy, memory.used / 1e6, memory.percent, received, sent), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from random import Random
@@ -54,8 +55,12 @@ def interleave(
 
 def cpu_seconds(without: int | None = None) -> float:
     """CPU time of this process and all its children so far, which other work on the machine hardly affects.
-    without: process id of a child that is not counted because it simulates another machine."""
-    process = psutil.Process()
+    without: process id of a child that is not counted because it simulates another machine. Where /proc is not mounted, only children
+    that have ended are counted."""
+    try:
+        process = psutil.Process()
+    except psutil.Error:
+        return sum(os.times()[:4])
     own = process.cpu_times()
     children = [child.cpu_times() for child in process.children(recursive=True) if child.pid != without]
     return sum(t.user + t.system for t in [own, *children]) + own.children_user + own.children_system
