@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from sparsity import keyed_random
 from trainer.bench.gpu import __main__ as gpu
-from trainer.bench.gpu import facts, kernels
+from trainer.bench.gpu import facts, kernels, study
 from trainer.bench.gpu.report import Host, run
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_a_row_that_fails_is_a_line_and_the_next_one_follows(tmp_path: Path) -> 
 
 
 def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
-    assert list(gpu.parts()) == ["facts", "check", "run", "step", "engine", "profile", "input"]
+    assert list(gpu.parts()) == ["facts", "check", "run", "step", "engine", "profile", "input", "study"]
     with pytest.raises(SystemExit):
         gpu.main(["steps"])
     assert "PART=steps: unknown value; valid values: facts, check, run" in capsys.readouterr().err
@@ -107,3 +108,19 @@ def test_facts_run_engine_and_input_in_their_tiny_form(capsys: Any) -> None:
 @pytest.mark.gpu
 def test_every_device_path_agrees_with_the_cpu() -> None:
     assert gpu.main(["check"]) == 0 and facts.LENGTHS
+
+
+def test_a_sitting_asks_the_launcher_to_stop_and_counts_what_is_finished(tmp_path: Path) -> None:
+    kept = tmp_path / "tiny" / "dense-seed0.jsonl.xz"
+    kept.parent.mkdir()
+    stopping = (
+        "import signal, sys, time, pathlib\n"
+        f"def stop(*_): pathlib.Path({str(kept)!r}).touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(60)"
+    )
+    found = study.sitting([sys.executable, "-c", stopping], tmp_path, 3.0)
+    assert found == {"finished_runs": 1, "all": False, "ok": True}
+    done = study.sitting([sys.executable, "-c", "pass"], tmp_path, 60.0)
+    assert done == {"finished_runs": 1, "all": True, "ok": True}
+    failed = study.sitting([sys.executable, "-c", "raise SystemExit('no shards')"], tmp_path, 60.0)
+    assert not failed["ok"] and failed["error"] == "exit code 1" and "no shards" in failed["trace"]

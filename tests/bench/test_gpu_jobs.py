@@ -23,7 +23,7 @@ def started(monkeypatch: pytest.MonkeyPatch, part: Any, host: Host) -> dict[str,
         words.append((*given, *(f"{key}={value}" for key, value in environment.items())))
         return {"ok": True}
 
-    monkeypatch.setattr(jobs, "_trilevel", command)
+    monkeypatch.setattr(jobs, "trilevel", command)
     monkeypatch.setattr(jobs, "_steps", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
     monkeypatch.setattr(jobs, "_photographs", lambda folder, count: count)
     found = {}
@@ -90,7 +90,7 @@ def test_a_run_is_made_on_both_devices_compiled_stopped_and_resumed(monkeypatch:
 def test_two_runs_agree_in_batches_and_losses(mine: Any, exact: bool, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = {1: ("a", 1.0), 2: ("b", 2.0)}
     runs = {"mine": mine, "other": theirs}
-    monkeypatch.setattr(jobs, "_trilevel", lambda folder, *words, **environment: {"ok": True})
+    monkeypatch.setattr(jobs, "trilevel", lambda folder, *words, **environment: {"ok": True})
     monkeypatch.setattr(
         jobs,
         "_steps",
@@ -98,7 +98,7 @@ def test_two_runs_agree_in_batches_and_losses(mine: Any, exact: bool, ok: bool, 
     )
     found = jobs._compared(Path(), "mine", [], "other", exact)
     assert found["ok"] is ok and found["steps"] == max(mine, default=0)
-    monkeypatch.setattr(jobs, "_trilevel", lambda folder, *words, **environment: {"ok": False, "error": "exit code 1"})
+    monkeypatch.setattr(jobs, "trilevel", lambda folder, *words, **environment: {"ok": False, "error": "exit code 1"})
     assert jobs._compared(Path(), "mine", [], "other", exact)["ok"] is False
 
 
@@ -107,5 +107,5 @@ def test_medians_of_a_benchmark_come_from_its_json(monkeypatch: pytest.MonkeyPat
         Path(of(words, "--json")).write_text(json.dumps({"ours": {"median": 2.0, "unit": "ms", "min": 1.0, "ratio": 1.1}}))
         return {"ok": True}
 
-    monkeypatch.setattr(jobs, "_trilevel", command)
+    monkeypatch.setattr(jobs, "trilevel", command)
     assert jobs._bench(FULL, "input", jobs.CONFIG) == {"ok": True, "ours": {"median": 2.0, "unit": "ms", "ratio": 1.1}}

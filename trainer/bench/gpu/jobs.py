@@ -31,7 +31,7 @@ def run(host: Host) -> Iterator[Row]:
     """The quickstart on digits: on the CPU, on the device, compiled there, and stopped and resumed there."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
     settings = SETTINGS + (TINY if host.tiny else [])
-    yield "pack digits", lambda: _trilevel(folder, "pack", "sklearn:digits", "shards/digits")
+    yield "pack digits", lambda: trilevel(folder, "pack", "sklearn:digits", "shards/digits")
     yield "on the CPU", lambda: _trained(folder, "cpu", settings, CUDA_VISIBLE_DEVICES="")
     yield "on the device", lambda: _compared(folder, "device", settings, "cpu")
     if host.tiny:
@@ -41,7 +41,7 @@ def run(host: Host) -> Iterator[Row]:
     yield "resumed", lambda: _compared(folder, "resumed", [*settings, "--resume"], "device", exact=True)
     yield (
         "resumed on the CPU",
-        lambda: _trilevel(folder, *_train("resumed", [*settings, "stop_at=35step", "--resume"]), CUDA_VISIBLE_DEVICES=""),
+        lambda: trilevel(folder, *_train("resumed", [*settings, "stop_at=35step", "--resume"]), CUDA_VISIBLE_DEVICES=""),
     )
 
 
@@ -72,7 +72,7 @@ def _bench(host: Host, *words: str) -> Facts:
     """Medians of a benchmark's rows, from its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rows.json"
-        facts = _trilevel(SOURCE_ROOT, "bench", *words, "--json", str(found))
+        facts = trilevel(SOURCE_ROOT, "bench", *words, "--json", str(found))
         rows: dict[str, Any] = json.loads(found.read_text()) if found.is_file() else {}
     keys = ("median", "unit", "ratio", "images_per_second", "memory_mib", "note")
     return facts | {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
@@ -85,7 +85,7 @@ def _train(name: str, settings: list[str]) -> list[str]:
 
 
 def _trained(folder: Path, name: str, settings: list[str], **environment: str) -> Facts:
-    facts = _trilevel(folder, *_train(name, settings), **environment)
+    facts = trilevel(folder, *_train(name, settings), **environment)
     steps = _steps(folder, name)
     return facts | {"steps": max(steps, default=0), "loss": steps[max(steps)]["loss"] if steps else None}
 
@@ -108,7 +108,7 @@ def _steps(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lineage(folder / "runs" / name) if line["kind"] == "step"}
 
 
-def _trilevel(folder: Path, *words: str, **environment: str) -> Facts:
+def trilevel(folder: Path, *words: str, **environment: str) -> Facts:
     """Run a command; its exit code, and of a failing one the end of its output."""
     try:
         done = subprocess.run(
