@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch import yaml_file
 from launch.job import LATE, STOPPED, Job
 from launch.sweep import about
 
@@ -93,7 +94,7 @@ def repeated(attempt: Callable[[list[int]], int], restarts: Restarts) -> int:
 def run_directory(job: Job) -> Path:
     """RUNS/NAME of a job, by its file and its settings."""
     name, runs = about(job.config, list(job.overrides))
-    given = [text.partition("=")[2] for text in job.overrides if text.startswith("name=")]
+    given = [yaml_file.value_of(text.partition("=")[2]) for text in job.overrides if text.startswith("name=")]
     return runs / (given[-1] if given else name)
 
 
@@ -109,7 +110,7 @@ def cause_of(directory: Path, since: float) -> str:
     with contextlib.suppress(OSError), open(directory / "journal.jsonl", "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         rows = file.read().splitlines()
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             line = json.loads(rows[-1] if rows else b"{}")
             if isinstance(line, dict) and line.get("kind") == "end" and float(line.get("time", 0)) >= since:
                 return str(line.get("reason", ""))

@@ -134,7 +134,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 def about(config: str, overrides: list[str]) -> tuple[str, Path]:
     """A configuration's name and the folder of its runs."""
-    content = yaml_file.read("config", config, "configs/quickstart.yaml")
+    content = yaml_file.read("config", config, "configs/quickstart.yaml", texts=True)
     content = content if isinstance(content, dict) else {}
-    given = [text.partition("=")[2] for text in overrides if text.startswith("runs=")]
+    given = [yaml_file.value_of(text.partition("=")[2]) for text in overrides if text.startswith("runs=")]
     return str(content.get("name") or Path(config).stem), Path(given[-1] if given else str(content.get("runs", "runs")))

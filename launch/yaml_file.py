@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from launch.job import LaunchError, near
 
+_MOST_VALUES = 100_000  # ten aliases of ten aliases ...: nine such lines would be 10^9 values
 
-def read(kind: str, file: str, example: str) -> Any:
-    """The content of a YAML file. kind: "config" or "study"; example: a path that would be valid. Raises LaunchError."""
+
+class _Texts(yaml.SafeLoader):
+    """Scalars are texts, but for null; with merge keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+
+
+_Texts.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Texts.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
+
+
+def read(kind: str, file: str, example: str, texts: bool = False) -> Any:
+    """The content of a YAML file. kind: "config" or "study"; example: a path that would be valid; texts: every value as it stands there
+    (the trainer's rules are those of YAML 1.2, PyYAML's those of 1.1: `yes`, `1:30`). Raises LaunchError."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        if node is not None and (number := _expanded(node, {})) > _MOST_VALUES:
+            raise yaml.YAMLError(f"{number:,} values once its aliases (*name) are expanded, must be <= {_MOST_VALUES:,}")
+        content = yaml.load(text, Loader=_Texts if texts else yaml.SafeLoader)
     except FileNotFoundError as error:
         others = [str(other) for other in path.parent.glob("*.yaml")]
         raise LaunchError(f"{kind} {file}: no such file{near(file, others) if others else ''}") from error
@@ -29,6 +45,27 @@ def read(kind: str, file: str, example: str) -> Any:
     if node is not None:
         _refuse_twice(f"{kind} {file}", node, set())
     return content
+
+
+def value_of(text: str) -> str:
+    """The text that the trainer reads of the value of an override: without quotes and comments. Raises LaunchError."""
+    try:
+        value = yaml.load(text, Loader=_Texts)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise LaunchError(f"{text!r}: not a YAML value: {error}") from error
+    return value if isinstance(value, str) else text
+
+
+def _expanded(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Number of values below a node, with those behind an alias counted at each use. known: {id: number; None while it is counted}."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) in known:
+        return known[id(node)] or 1  # an alias of itself is refused by name later
+    known[id(node)] = None
+    parts = [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
+    known[id(node)] = number = 1 + sum(_expanded(part, known) for part in parts)
+    return number
 
 
 def _refuse_twice(where: str, node: yaml.Node, done: set[int]) -> None:

@@ -77,20 +77,24 @@ def write(
     return folder / name
 
 
-def newest(folder: Path, disk: Disk | None = None) -> Newest:
+def newest(
+    folder: Path, disk: Disk | None = None, check: Callable[[str, dict[str, Any]], None] = lambda name, about: None
+) -> Newest:
     """The checkpoint that `latest` names; if it is damaged, or `latest` is missing, the newest intact one. Reads and verifies all files.
 
+    check: raises Damaged for a name and the content of its `state.json` that the caller cannot use.
     Raises Damaged if there are checkpoints and all of them are damaged.
     """
     disk = disk or Disk()
     names = by_age(disk.names(folder))[::-1]
-    if disk.size(folder / LATEST) > 0:
-        pointed = disk.read(folder / LATEST).decode(errors="replace").strip()
-        names.sort(key=lambda name: name != pointed)  # stable: the others stay newest first
+    with contextlib.suppress(OSError):  # a folder, or a link to itself
+        if disk.size(folder / LATEST) > 0:
+            pointed = disk.read(folder / LATEST).decode(errors="replace").strip()
+            names.sort(key=lambda name: name != pointed)  # stable: the others stay newest first
     damaged = []
     for name in names:
         try:
-            verify(folder / name, disk)
+            check(name, verify(folder / name, disk))
             return Newest(folder / name, damaged)
         except Damaged as reason:
             damaged.append(str(reason))
@@ -107,6 +111,8 @@ def verify(path: Path, disk: Disk | None = None, content: bool = True) -> dict[s
     disk = disk or Disk()
     try:
         about = json.loads(disk.read(path / ABOUT))
+        if type(about["format"]) is not int:
+            raise Damaged(f"{path.name}: {ABOUT} has format {about['format']!r:.40}")
         if about["format"] > FORMAT:
             return about  # written by a newer version
         if about["format"] > 1 and about["seal"] != _seal(about):

@@ -93,19 +93,23 @@ def save_checkpoint(
 
     def same(there: dict[str, Any]) -> bool:
         """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
+        if there["format"] > directory.FORMAT:
+            return False
+        _refuse_incomplete(f"step {state.step}", there)
         known = {
             "config": without_foreign(there["config"]),
             "fingerprint": there["fingerprint"],
             "teacher": there.get("teacher", ""),
         }
         return known == {key: about[key] for key in known} and all(
-            there["state"][key] == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
+            there["state"].get(key) == about["state"][key] for key in ("step", "chain", "owed", "best_step", "skipped")
         )
 
     folder.mkdir(parents=True, exist_ok=True)
     path = directory.write(folder, state.step, files, about, same, disk)
     with suppress(OSError):  # the new checkpoint is complete; old ones are deleted at the next save
-        directory.prune(folder, retained(_on(folder, disk), config.checkpoint, path.name, state.best_step), disk)
+        wanted = retained(_on(folder, disk), config.checkpoint, path.name, state.best_step)
+        directory.prune(folder, wanted | _newer(folder, disk), disk)
     return path
 
 
@@ -138,18 +142,46 @@ def _on(folder: Path, disk: Disk) -> list[OnDisk]:
     found = []
     for name in directory.by_age(disk.names(folder)):
         try:
-            state = directory.verify(folder / name, disk, content=False)["state"]
+            about = directory.verify(folder / name, disk, content=False)
+            if about["format"] <= directory.FORMAT:
+                _refuse_incomplete(name, about)
+                found.append(OnDisk(name, about["state"]["step"], about["state"].get("progress") or about["state"]["epoch"]))
         except directory.Damaged:
             continue
-        found.append(OnDisk(name, state["step"], state.get("progress") or state["epoch"]))
     return found
+
+
+def _newer(folder: Path, disk: Disk) -> set[str]:
+    """Names of the checkpoints that a newer version wrote: they are not ours to delete."""
+    found = set()
+    for name in directory.by_age(disk.names(folder)):
+        with suppress(directory.Damaged):
+            if directory.verify(folder / name, disk, content=False)["format"] > directory.FORMAT:
+                found.add(name)
+    return found
+
+
+def _refuse_incomplete(name: str, about: dict[str, Any]) -> None:
+    """Raises Damaged for a `state.json` of this format without the fields that a resume needs."""
+    if about["format"] > directory.FORMAT:
+        return
+    state = about.get("state")
+    fields: list[tuple[str, Any, type | tuple[type, ...]]] = [
+        ("state", state, dict), ("config", about.get("config"), dict), ("fingerprint", about.get("fingerprint"), str),
+    ]  # fmt: skip
+    if isinstance(state, dict):
+        fields += [("state.step", state.get("step"), int), ("state.epoch", state.get("epoch"), int)]
+        fields += [("state.progress", state.get("progress", 0), (int, float))]
+    for field, value, kind in fields:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise directory.Damaged(f"{name}: {directory.ABOUT} has no usable {field}")
 
 
 def newest(folder: Path) -> Newest:
     """The checkpoint to resume from, with the hash of every file verified. Raises CheckpointError if all checkpoints are damaged: a
     start from scratch must then be explicit."""
     try:
-        return directory.newest(folder)
+        return directory.newest(folder, check=_refuse_incomplete)
     except directory.Damaged as error:
         raise CheckpointError(str(error)) from error
 
@@ -168,6 +200,7 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Sav
     training shards and of the teacher's weights, as they are now."""
     try:
         about = directory.verify(path, content=False)
+        _refuse_incomplete(path.name, about)
     except directory.Damaged as error:
         raise CheckpointError(f"{path.parent}: {error}") from error
     if about["format"] > directory.FORMAT:

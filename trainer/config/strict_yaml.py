@@ -56,21 +56,28 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError, ValueError or RecursionError where it is none."""
-    value = yaml.load(text, Loader=_Loader)
-    if (number := _expanded(value, {})) > _MOST_VALUES:
-        raise yaml.YAMLError(f"{number:,} values once its aliases (*name) are expanded, must be <= {_MOST_VALUES:,}")
-    return value
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # before anything is made of it: a merge (`<<: *name`) copies what its alias holds
+        if (number := _expanded(node, {})) > _MOST_VALUES:
+            raise yaml.YAMLError(f"{number:,} values once its aliases (*name) are expanded, must be <= {_MOST_VALUES:,}")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
-def _expanded(value: Any, known: dict[int, int | None]) -> int:
-    """Number of values, with those behind an alias counted at each use. known: {id: number; None while it is counted}."""
-    if not isinstance(value, dict | list):
+def _expanded(node: Any, known: dict[int, int | None]) -> int:
+    """Number of values below a node, with those behind an alias counted at each use. known: {id: number; None while it is counted}."""
+    if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(value) in known:
-        if (number := known[id(value)]) is None:
+    if id(node) in known:
+        if (number := known[id(node)]) is None:
             raise yaml.YAMLError("an anchor (&name) contains an alias (*name) of itself; write the values out")
         return number
-    known[id(value)] = None
-    parts = list(value) if isinstance(value, list) else [part for pair in value.items() for part in pair]
-    known[id(value)] = number = 1 + sum(_expanded(part, known) for part in parts)
+    known[id(node)] = None
+    parts = [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
+    known[id(node)] = number = 1 + sum(_expanded(part, known) for part in parts)
     return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
+def _finite(value: Any) -> bool:
+    return _number(value) and math.isfinite(value)
+
+
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_number, value))
 
@@ -29,6 +34,16 @@ TIME: _Check = lambda value: _number(value) and abs(value) < 1e11, "seconds sinc
 TEXT: _Check = lambda value: isinstance(value, str), "a text"
 LIST: _Check = lambda value: isinstance(value, list), "a list"
 TEXTS: _Check = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value), "a list of texts"
+FINITE: _Check = _finite, "a finite number"
+SPENT: _Check = lambda value: isinstance(value, dict) and all(map(_finite, value.values())), "{cause: seconds}"
+CONFIG: _Check = (
+    lambda value: (
+        isinstance(value, dict)
+        and isinstance(tracking := value.get("tracking") or {}, dict)
+        and isinstance(tracking.get("tags") or {}, dict)
+    ),
+    "an object, with objects in tracking and tracking.tags",
+)
 TABLE: _Check = lambda value: isinstance(value, dict), "an object"
 MAYBE_TABLE: _Check = lambda value: value is None or isinstance(value, dict), "an object or null"
 TOKENS: _Check = lambda value: _numbers(value) and (not value or max(value) > 0), "a list of numbers above 0"
@@ -43,7 +58,7 @@ _WHERE: dict[str, _Check] = {"step": COUNT, "epoch": COUNT, "batch": COUNT, "pro
 _KEPT: dict[str, _Check] = {"keep_tokens": NUMBER, "keep_connections": NUMBER}
 FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "start": {
-        "config": TABLE, "world": WORLD, "versions": MAYBE_TABLE, "data": MAYBE_TABLE, "classes": LIST, "hosts": LIST, "pixels": LIST,
+        "config": CONFIG, "world": WORLD, "versions": MAYBE_TABLE, "data": MAYBE_TABLE, "classes": LIST, "hosts": LIST, "pixels": LIST,
         "multiply_adds": NUMBER, "matrix_tflops": MAYBE, "starting": NUMBER, "teacher_hash": TEXT, "teacher_parameters": NUMBER,
         "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER, "warnings": TEXTS,
     },
@@ -53,9 +68,9 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "control": _WHERE | _KEPT | {"step_speedup": NUMBER, "measured": NUMBER},
     "step": _WHERE | _KEPT | {
         "loss": LOSS, "loss_labels": LOSS, "loss_logits": LOSS, "loss_tokens": LOSS,
-        "images": NUMBER, "seconds": NUMBER, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
+        "images": FINITE, "seconds": FINITE, "images_per_second": NUMBER, "phases": PHASES, "mfu": MAYBE, "goodput": MAYBE,
         "energy_kwh": MAYBE, "joules": NUMBER, "time_to_first_step": NUMBER, "memory_peak_mib": MAYBE, "chain": TEXT,
-        "spent": TABLE,
+        "spent": SPENT,
     },
     "probe": _WHERE | {"probed": COUNT, "right": COUNT, "share": NUMBER, "multiply_adds": NUMBER, "seconds": NUMBER, "keep_tokens": NUMBER},
     "weights": _WHERE | {
@@ -67,7 +82,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "broken": _WHERE,
     "skipped": _WHERE,
     "message": {"text": TEXT},
-    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": TABLE, "by_cause": TABLE, "matrix_tflops": MAYBE},
+    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": SPENT, "by_cause": SPENT, "matrix_tflops": MAYBE},
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}
 

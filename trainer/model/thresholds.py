@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsity.tokens.mass import Threshold
@@ -60,8 +60,10 @@ class Thresholds:
             numbers = {key: int(raw[key]) for key in ("block", "least", "images")}
             if not all(0 < density <= 1 and 0 < one.mass <= 1 for density, one in table.items()):
                 raise ValueError("a threshold outside (0, 1]")
+            if min(numbers["block"], numbers["least"] - 1, numbers["images"]) < 0:
+                raise ValueError("a negative number")
             return cls(weights=str(raw["weights"]), importance=str(raw["importance"]), by_density=table, **numbers)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{source}: no mass thresholds in it ({error}); run trilevel calibrate again") from error
 
     def refuse_other(self, weights: str, block: int, importance: str, source: str) -> None:
@@ -91,7 +93,7 @@ def read(source: Path) -> Thresholds | None:
     """The thresholds of a run directory or a weights file; None if it has none. Raises ConfigError if they can't be read."""
     path = source / FILE if source.is_dir() else source
     if source.is_dir():
-        return Thresholds.of_json(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+        return Thresholds.of_json(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None
     if path.suffix != ".safetensors":
         return None
     text = header(path).get(HEADER)
@@ -107,5 +109,8 @@ def write_to_run(run: Path, thresholds: Thresholds) -> Path:
 
 def header(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: not a safetensors file ({error}); export it again") from error

@@ -6,18 +6,23 @@ nothing is measured here. The methods of the levels are named in the text of the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from sparsity.settings import RunLength
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.config.run_defaults import OF_OPTIM
+from trainer.config.strict_yaml import load_yaml
 from trainer.config.values import Duration
 from trainer.preflight.data_survey import Survey, survey
 from trainer.storage.disk import write_text
+from trainer.storage.text import printable
 
 _FEW, _MANY = 20_000, 200_000  # training images below which a small network, above which a large one is written
 _LEAST_FOR_SWAPS = 40  # images: of fewer, 5 % is less than two
@@ -90,7 +95,12 @@ def write_configs(folder: str, out: str | None, epochs: int | None = None) -> tu
             write_text(one, text(found, chosen, path, dense, dense=one == dense, gpu=devices > 0))
         except OSError as error:
             raise ConfigError(f"init --out {one}: {error.strerror}; choose another path with --out FILE.yaml") from error
-        load(one)
+        written = load(one).data
+        for key, value in (("train", found.train), ("validation", found.validation), ("labels", found.labels)):
+            if getattr(written, key) != value:
+                raise ConfigError(
+                    f"init: {one} reads data.{key}={getattr(written, key)!r}, wanted {value!r}; write data.{key} by hand"
+                )
     return found, [path, dense]
 
 
@@ -120,11 +130,25 @@ def _head(found: Survey, path: Path, baseline: Path, dense: bool) -> str:
         f"Train:    python -m launch local {mine}      (all GPUs of this machine, or two processes on its CPU)",
         f"Compare:  python -m launch sweep {path} {baseline} --seeds 0,1,2",
     ]
-    return "".join(f"# {line}\n" for line in lines)
+    return "".join(f"# {_one_line(line)}\n" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """For a comment: no character that ends a line in YAML."""
+    return printable(text).replace("\n", " ").replace("\u2028", " ").replace("\u2029", " ")
+
+
+def _value(text: str) -> str:
+    """A text as a value of YAML: as it is where that is read back as this text, else in quotes."""
+    try:
+        plain = load_yaml(f"key: {text}  # comment\n") == {"key": text}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        plain = False
+    return text if plain else json.dumps(text)
 
 
 def _network_and_data(found: Survey, c: Choices, mine: Path) -> str:
-    labels = "" if found.labels == "cls" else f'  labels: "{found.labels}"  # as they were indexed\n'
+    labels = "" if found.labels == "cls" else f"  labels: {_value(found.labels)}  # as they were indexed\n"
     args = f"  args: {c.args}\n" if c.args != "{}" else ""
     tokens = (c.image_size // c.patch) ** 2
     return f"""\
@@ -138,8 +162,8 @@ model:
   # {c.image_size} px in patches of {c.patch}: {tokens} tokens
   # init: timm  # pretrained weights, downloaded; fine-tuning: docs/fine-tuning.md. Remove args then: the weights are of timm's own size
 data:
-  train: {found.train}
-  validation: {found.validation}
+  train: {_value(found.train)}
+  validation: {_value(found.validation)}
 {labels}\
   batch: {c.batch}  # over all processes; results do not depend on their number
   micro_batch: {min(c.batch, 128)}  # images that a device computes at once; lower it when memory runs out

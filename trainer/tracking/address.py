@@ -7,10 +7,14 @@ anything is written, and goes to the variables that MLflow reads.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from trainer.config.credentials import SECRET, without_credentials
+from trainer.journal.file import JournalError
+
+CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "DATABRICKS_TOKEN")
 
 
 class Address(NamedTuple):
@@ -56,6 +60,27 @@ def from_environment() -> Address | None:
     found = address_of(given)
     os.environ["MLFLOW_TRACKING_URI"] = found.opened
     return found
+
+
+def credential() -> str:
+    """The variable of the environment that has a credential for MLflow; "" without one."""
+    inside = "MLFLOW_TRACKING_URI" if "@" in _authority(os.environ.get("MLFLOW_TRACKING_URI", "")) else ""
+    return next((name for name in CREDENTIALS if os.environ.get(name)), inside)
+
+
+def refuse_unnamed(address: Address, run: Path, given: str) -> None:
+    """Credentials of the environment go to a server that the environment names. Raises JournalError for one that only files of the run
+    name: they may be another person's. given: `credential()`, before anything of the run was read."""
+    named = _authority(os.environ.get("MLFLOW_TRACKING_URI", "")).rpartition("@")[2]
+    if given and address.uri.startswith(("http", "databricks")) and _authority(address.uri) != named:
+        raise JournalError(
+            f"{run}: its files name the server {address.uri}, and {given} is set, which MLflow would send there; if it may have it, "
+            f"MLFLOW_TRACKING_URI={address.uri} trilevel sync {run}, else unset {given}"
+        )
+
+
+def _authority(uri: str) -> str:
+    return uri.partition("://")[2].partition("/")[0]
 
 
 def _known(parts: list[str]) -> tuple[str, ...]:

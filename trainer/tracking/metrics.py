@@ -151,7 +151,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, bool):
         return
     if isinstance(value, int | float):
-        yield name, value
+        if not abs(value) > 1e300:  # an integer of any length is valid JSON
+            yield name, value
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key not in _JOURNAL_ONLY:

@@ -36,6 +36,7 @@ import psutil
 from trainer.data.progress import progress_bar
 from trainer.journal.file import JournalError
 from trainer.storage.memory_limit import memory_limit
+from trainer.tracking.address import credential, refuse_unnamed
 from trainer.tracking.mlflow_client import ANSWER, RunDeleted, load_library, timeout
 from trainer.tracking.state import SyncResult
 from trainer.tracking.upload import JournalUploader
@@ -57,7 +58,9 @@ def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
     with _only_shipper(directory, lambda: False) as alone:
         if not alone:
             return SyncResult(False, f"{directory}: another process is uploading this run; try again when it has ended")
+        given = credential()
         uploader = JournalUploader(directory)
+        refuse_unnamed(uploader.address, directory, given)
         with progress_bar("upload", max(0, uploader.size - uploader.state.offset), "bytes of the journal") as progress:
             return _drive(
                 uploader, lambda _: False, 0.0, patience, by_hand=True, sent=partial(progress.advance, progress.task_ids[0])

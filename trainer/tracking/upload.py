@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ class JournalUploader:
         self._store: Store | None = None
         self._steps_known = False  # whether state.last is what MLflow has; not while a request is in progress
         self._when = last["time"]
+        self._left_out: set[str] = set()  # names that were reported
 
     @property
     def size(self) -> int:
@@ -125,11 +127,19 @@ class JournalUploader:
         fresh = []
         for path in self._files(first):
             with contextlib.suppress(OSError):
-                facts, name = path.stat(), str(path.relative_to(self.directory))
+                facts, name = path.lstat(), str(path.relative_to(self.directory))
+                if not stat.S_ISREG(facts.st_mode):  # a link in another person's run would send a file of this user
+                    self._leave_out(name)
+                    continue
                 seen = [facts.st_size, facts.st_mtime_ns]
                 if self.state.uploaded.get(name) != seen:
                     fresh.append((path, name, seen))
         return fresh
+
+    def _leave_out(self, name: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            print(f"{self.directory / name}: not uploaded, because it is a link or no regular file", flush=True)
 
     def mark_killed(self, by_hand: bool) -> None:
         """After all lines are sent: a run without an end line was killed (by hand: only if its last line is old)."""
@@ -153,7 +163,10 @@ class JournalUploader:
     def _files(self, first: bool) -> Iterator[Path]:
         yield from (self.directory / name for name in (FIRST if first else FILES))
         if not first:
-            yield from sorted((self.directory / "traces").glob("*"))
+            if (traces := self.directory / "traces").is_symlink():
+                self._leave_out("traces")
+            else:
+                yield from sorted(traces.glob("*"))
             if self._weights:
                 yield self.directory / "weights.safetensors"
 

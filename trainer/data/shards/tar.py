@@ -27,6 +27,13 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGLINK,
 )  # headers that describe the next member
 _LINKS = {tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link"}
+_WITHOUT_DATA = {
+    **_LINKS,
+    tarfile.DIRTYPE: "a directory",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a FIFO",
+}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -61,6 +68,12 @@ def members(path: str | Path, start: int = 0, stop: int | None = None) -> Iterat
             kind, length = header.type, header.size
             if kind not in _EXTENSIONS and "size" in pax:
                 length = _whole(path, pax["size"], at)
+            # tar programs differ in whether data follow such a header: members would be lost without a word
+            if length and kind in _WITHOUT_DATA:
+                raise DataError(
+                    f"shard {path}: {pax.get('path') or name or header.name!r} at byte {at} is {_WITHOUT_DATA[kind]} with a length of "
+                    f"{length} bytes; make the tar again, of files alone"
+                )
             offset = at + _BLOCK
             if offset + length > stop:
                 raise DataError(
