@@ -110,7 +110,7 @@ def test_local_starts_a_crashing_run_again_only_with_resume(folder: Path) -> Non
 @pytest.mark.dist
 def test_a_signal_ends_a_run_that_would_be_repeated(folder: Path) -> None:
     process = launched(folder, "wait=1", "--processes", "2", "--resume")
-    wait_for((folder / "1.json").exists)
+    wait_for(lambda: all((folder / f"{rank}.json").exists() for rank in (0, 1)))  # a signal before that kills a rank
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 75 and "starts in" not in output
