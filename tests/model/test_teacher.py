@@ -272,3 +272,12 @@ def test_the_teacher_is_in_no_list_of_what_trains(file: Path):
         map(id, teacher.network.parameters())
     )
     assert teacher.network(torch.zeros(1, 3, 16, 16), DENSE).logits.shape == (1, 4)
+
+
+@pytest.mark.parametrize("importance", ["received", "value_norm"])
+def test_an_importance_that_distillation_does_not_teach(file: Path, importance: str):
+    changed = config(file).changed(tokens={"method": "topk", "keep": 0.5, "blocks": [1], "importance": importance})
+    with pytest.raises(
+        ConfigError, match=rf"teacher\.tokens=1 with tokens\.importance={importance}: .*leave out tokens\.importance"
+    ):
+        build(changed)

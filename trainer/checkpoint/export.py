@@ -65,6 +65,12 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     header |= {"run": config.name, "config": config.fingerprint()} | _position(about["state"], use_ema)
     header[TOKENS] = json.dumps(config.resolved()["tokens"])
     found = thresholds.read(Path(run))
+    own = (list(config.tokens.blocks), getattr(config.tokens.settings, "importance", "default"))
+    if found is not None and ([found.block], found.importance) != own:
+        raise ConfigError(
+            f"export {run}: its thresholds were calibrated for tokens.blocks=[{found.block}] tokens.importance={found.importance}, the run "
+            f"has {own[0]} {own[1]}; calibrate it again without tokens.*, or remove {Path(run) / thresholds.FILE}"
+        )
     if found is not None and found.weights == thresholds.weights_hash(weights):  # else they were calibrated for other weights
         header[thresholds.HEADER] = found.to_json()
     form_header, weights = pruned_file.written(form, config, weights, save_load.pruning_of(path), str(run))

@@ -33,11 +33,15 @@ class AnyDensity(nn.Module):
         super().__init__()
         self.model, self.tokens, self.thresholds, self.image_size = model, tokens, thresholds, image_size
         self._adaptive: AdaptiveViT | None = None
+        self._refused = ""  # why the thresholds are not of this network
         if thresholds is not None:
             score = BY_NAME.get(thresholds.importance)
             self._adaptive = AdaptiveViT(model, score, least=thresholds.least)
             digest = weights_hash(model.network.state_dict())
-            thresholds.refuse_other(digest, self._adaptive.block, getattr(tokens.settings, "importance", ""), "the file")
+            try:
+                thresholds.refuse_other(digest, self._adaptive.block, getattr(tokens.settings, "importance", ""), "the file")
+            except ConfigError as error:  # dense and at a fixed density it can be used all the same
+                self._refused = str(error)
 
     @torch.no_grad()
     def forward(self, images: Tensor, density: float = 1.0, adaptive: bool = False) -> Tensor:
@@ -48,6 +52,8 @@ class AnyDensity(nn.Module):
         if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
             raise ConfigError(f"density={density:g}: tokens.method={self.tokens.method} has no density; export a run with topk")
         if adaptive:
+            if self._refused:
+                raise ConfigError(self._refused)
             if self._adaptive is None or self.thresholds is None:
                 raise ConfigError(
                     "adaptive: the file has no mass thresholds; run trilevel calibrate on it, or export again after it"

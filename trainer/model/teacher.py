@@ -125,6 +125,12 @@ def _network(config: Config) -> ModelConfig:
 def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: SparseNetwork, source: str) -> None:
     """Raises ConfigError where the teacher's attention is over other tokens than the student's importance."""
     asked, first = f"teacher.tokens={config.teacher.tokens:g}", config.tokens.blocks[0]
+    importance = getattr(config.tokens.settings, "importance", "default")
+    if importance in ("received", "value_norm"):
+        raise ConfigError(
+            f"{asked} with tokens.importance={importance}: distillation teaches the attention of the prefix tokens, by which no "
+            "token would be selected; leave out tokens.importance, or set teacher.tokens=0"
+        )
     if "importance" not in teacher.gives:
         raise ConfigError(
             f"{source} with {asked}: a {type(teacher.network).__name__} gives no attention of [CLS]; choose a teacher of "

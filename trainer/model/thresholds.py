@@ -40,15 +40,15 @@ class Thresholds:
         if density == 1.0:
             return 1.0
         if density not in self.by_density:
-            known = ", ".join(f"{one:g}" for one in sorted(self.by_density)) or "none"
+            known = ", ".join(map(repr, sorted(self.by_density))) or "none"
             raise ConfigError(
-                f"density {density:g} has no mass threshold; calibrated: {known}. Run trilevel calibrate MODEL --density {density:g}"
+                f"density {density!r} has no mass threshold; calibrated: {known}. Run trilevel calibrate MODEL --density {density!r}"
             )
         return self.by_density[density].mass
 
     def to_json(self) -> str:
         return json.dumps(
-            asdict(self) | {"by_density": {f"{d:g}": list(t) for d, t in sorted(self.by_density.items())}}, indent=1
+            asdict(self) | {"by_density": {repr(d): list(t) for d, t in sorted(self.by_density.items())}}, indent=1
         )
 
     @classmethod

@@ -57,6 +57,26 @@ def test_thresholds_keep_the_wanted_mean_and_stay_with_the_weights(config: Confi
     assert "mean density kept" in capsys.readouterr().out
 
 
+def test_densities_of_another_number_of_images_are_not_lost_without_a_word(config: Config) -> None:
+    calibrate(WEIGHTS, config, [0.7, 0.45678912], images=20)
+    with pytest.raises(
+        ConfigError, match=r"densities 0\.45678912, 0\.7 were calibrated with \d+ images, now \d+; give --images"
+    ):
+        calibrate(WEIGHTS, config, [0.5], images=10)
+    found = thresholds.read(Path(WEIGHTS))
+    assert found is not None and sorted(found.by_density) == [0.45678912, 0.7] and found.mass(0.45678912) < 1
+    calibrate(WEIGHTS, config, [0.7, 0.45678912], images=10)  # all of them again
+
+
+def test_a_file_that_selects_elsewhere_is_not_calibrated_for_here(config: Config) -> None:
+    header = thresholds.header(Path(WEIGHTS)) | {"tokens": json.dumps({"method": "topk", "blocks": [0]})}
+    save_weights(Path(WEIGHTS), load_file(WEIGHTS), header)
+    with pytest.raises(
+        ConfigError, match=r"its header has tokens\.blocks=\[0\], the configuration \[1\]; leave out tokens\.blocks"
+    ):
+        calibrate(WEIGHTS, config, [0.5])
+
+
 def test_training_images_are_calibrated_on_and_the_broken_one_is_not(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[int] = []
     monkeypatch.setattr(
@@ -142,8 +162,10 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
     save_weights(WEIGHTS, state, thresholds.header(Path(WEIGHTS)))
     assert main(["eval", WEIGHTS, "c.yaml", "--densities", ".5", "--adaptive"]) == 2
     assert "calibrated for weights" in capsys.readouterr().err
+    model = load_model(WEIGHTS)
+    assert model(pixels(config, [0])).shape[0] == 1, "dense, it can be used all the same"
     with pytest.raises(ConfigError, match="calibrated for weights"):
-        load_model(WEIGHTS)
+        model(pixels(config, [0]), 0.5, adaptive=True)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +176,10 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
         (["calibrate", WEIGHTS, "c.yaml", "--density", ".5", "--images", "0"], "--images 0: must be >= 1"),
         (["calibrate", WEIGHTS, "c.yaml", "tokens.blocks=[0, 1]", "--density", ".5"], "exactly one pruning block"),
         (["calibrate", WEIGHTS, "c.yaml", "tokens.method=random", "--density", ".5"], "set tokens.method=topk"),
+        (
+            ["calibrate", WEIGHTS, "c.yaml", "tokens.fuse=true", "--density", ".5"],
+            "mass-based selection does not fuse the tokens",
+        ),
         (
             ["calibrate", "timm:deit_tiny_patch16_224", "c.yaml", "model.classes=1000", "--density", ".5"],
             "give a run directory",

@@ -26,6 +26,8 @@ def adaptive_model(config: Config, network: SparseNetwork, execution: str = "pac
         raise ConfigError(
             f"tokens.method={config.tokens.method}: mass-based selection ranks tokens by importance; set tokens.method={ranking}"
         )
+    if getattr(config.tokens.settings, "fuse", False):
+        raise ConfigError("tokens.fuse=true: mass-based selection does not fuse the tokens that leave; set tokens.fuse=false")
     try:
         return AdaptiveViT(network, BY_NAME.get(importance_of(config)), execution)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from trainer.config.run_config import Config
 from trainer.data.loader.calibration import calibration_images
 from trainer.data.loader.dataset import open_indexes
 from trainer.model import thresholds
+from trainer.model.exported import TOKENS
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import load_weights, save_weights
 
@@ -57,6 +59,8 @@ def calibrate(
     if source is None or not (source.is_dir() or source.suffix == ".safetensors"):
         raise ConfigError(f"calibrate {model}: give a run directory or a .safetensors file, which keep the thresholds")
     adaptive = adaptive_model(config, network)
+    before = thresholds.read(source)
+    _refuse_other_tokens(source, adaptive.block, importance_of(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     masses = _masses(config, adaptive.to(device).eval(), images, device)
     try:
@@ -65,10 +69,29 @@ def calibrate(
         raise ConfigError(f"calibrate --density: {error}") from error
     digest = thresholds.weights_hash(network.network.state_dict())
     ours = Thresholds(digest, adaptive.block, importance_of(config), adaptive.least, len(masses), found)
-    before = thresholds.read(source)
-    if before is not None and replace(before, by_density=found) == ours:
+    if before is not None and replace(before, by_density=found, images=ours.images) == ours:  # of the same weights
+        if before.images != ours.images and set(before.by_density) - set(found):
+            there = ", ".join(map(repr, sorted(before.by_density)))
+            raise ConfigError(
+                f"calibrate {model}: densities {there} were calibrated with {before.images} images, now {ours.images}; give --images "
+                f"{before.images}, or these densities again: --density {there.replace(' ', '')}"
+            )
         ours = replace(ours, by_density={**before.by_density, **found})
     return Calibrated(ours, _keep(source, ours), densities)
+
+
+def _refuse_other_tokens(source: Path, block: int, importance: str) -> None:
+    """Raises ConfigError where the file's own header selects at another block or by another score: it would refuse the thresholds."""
+    about = {} if source.is_dir() else thresholds.header(source)
+    tokens = json.loads(about.get(TOKENS, "{}"))
+    for key, own, now in (
+        ("blocks", tokens.get("blocks"), [block]),
+        ("importance", tokens.get("importance", "default") if tokens else None, importance),
+    ):
+        if own is not None and own != now:
+            raise ConfigError(
+                f"calibrate {source}: its header has tokens.{key}={own}, the configuration {now}; leave out tokens.{key}"
+            )
 
 
 @torch.no_grad()
