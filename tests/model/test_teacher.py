@@ -276,7 +276,8 @@ def test_the_teacher_is_in_no_list_of_what_trains(file: Path):
 
 @pytest.mark.parametrize("importance", ["received", "value_norm"])
 def test_an_importance_that_distillation_does_not_teach(file: Path, importance: str):
-    changed = config(file).changed(tokens={"method": "topk", "keep": 0.5, "blocks": [1], "importance": importance})
+    tokens = {"method": "topk", "keep": 0.5, "blocks": [1], "importance": importance}
+    changed = drawn.config("nowhere", model=MODEL, tokens=tokens, teacher={"from": str(file), "tokens": 1.0})
     with pytest.raises(
         ConfigError, match=rf"teacher\.tokens=1 with tokens\.importance={importance}: .*leave out tokens\.importance"
     ):
