@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import inspect
 import io
 import lzma
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -18,6 +20,7 @@ from tests.support.images import encoded, jpeg, picture, write_tar
 from trainer.data.errors import DataError
 from trainer.data.shards import pack as module
 from trainer.data.shards.pack import pack
+from trainer.data.shards.source_files import list_files
 
 
 @pytest.fixture
@@ -40,6 +43,51 @@ def test_a_link_loop_is_refused(source: Path, tmp_path: Path, links: int) -> Non
     for number in range(links):
         (source / "a" / f"loop{number}").symlink_to("..")
     with pytest.raises(DataError, match=r"a/loop0: a link to a folder that contains it"):
+        pack(str(source), tmp_path / "out", progress=False, workers=1)
+
+
+def test_a_folder_with_a_number_of_paths_that_doubles_with_each_link_is_refused(source: Path, tmp_path: Path) -> None:
+    """18 folders with two links each have 2^18 paths, and the listing took hours."""
+    (source / "n18").mkdir()
+    for number in range(18):
+        (source / f"n{number}").mkdir()
+        for name in "xy":
+            (source / f"n{number}" / name).symlink_to(f"../n{number + 1}")
+    with pytest.raises(DataError, match=r"links lead to this folder on more than 16 paths; remove links"):
+        list_files(str(source), tmp_path)
+
+
+def test_folders_nested_deeper_than_python_recurses_are_listed(source: Path, tmp_path: Path) -> None:
+    below = "d/" * 200
+    (source / "a" / below).mkdir(parents=True)
+    (source / "a" / below / "x.jpg").write_bytes(jpeg(5))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 120)
+    try:
+        found = list_files(str(source), tmp_path)
+    finally:
+        sys.setrecursionlimit(before)
+    assert f"a/{below}x.jpg" in [one.name for one in found.images]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"x"', '{"source": 1}', "[" * 100_000, "folder"])
+def test_a_plan_that_no_pack_wrote_is_none(text: str, source: Path, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", tmp_path / "out" / ".train.plan.json"
+    out.mkdir()
+    plan.mkdir() if text == "folder" else plan.write_text(text)
+    if text == "folder":
+        with pytest.raises(DataError, match=r"writing .train.plan.json: Is a directory; move it away"):
+            pack(str(source), out, progress=False, workers=1)
+        return
+    assert len(pack(str(source), out, progress=False, workers=1)["train"]) == 4
+    plan.write_text(text)
+    with pytest.raises(DataError, match=r"train shards of another source or setting exist .*; use another --name or folder"):
+        pack(str(source), out, progress=False, workers=1)
+
+
+def test_a_folder_in_the_place_of_the_classes_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "classes.txt").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"writing classes.txt: Is a directory; move it away"):
         pack(str(source), tmp_path / "out", progress=False, workers=1)
 
 

@@ -8,7 +8,6 @@ by timm's parameter name, so any world size and any ZeRO stage can resume from i
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from trainer.config.run_config import Config, differences
 from trainer.config.schema_run import CheckpointConfig
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
+from trainer.storage.npz import read_npz
 
 NOTHING = Newest(None, [])
 PRUNING = "pruning.safetensors"  # level 4
@@ -227,7 +227,7 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Sav
         )
     try:
         return _read(path, about)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: can't be read ({type(error).__name__}: {error}), though its hashes hold; resume from another checkpoint: write its "
             f"name into {path.parent / directory.LATEST}"
@@ -235,7 +235,7 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Sav
 
 
 def _read(path: Path, about: dict[str, Any]) -> Saved:
-    arrays = np.load(path / "examples.npz", allow_pickle=False)
+    arrays = arrays_of(path)
     selection = None
     if about["selection"] is not None:
         weight = arrays.get("selection.weight")
@@ -245,11 +245,23 @@ def _read(path: Path, about: dict[str, Any]) -> Saved:
         weights=load_file(path / "weights.safetensors"),
         optimizer=load_file(path / "optimizer.safetensors"),
         ema=load_file(path / "ema.safetensors"),
-        examples={k.removeprefix("examples."): arrays[k] for k in arrays.files if k.startswith("examples.")},
+        examples=statistics_of(arrays),
         selection=selection,
         path=path,
         pruning=pruning_of(path),
     )
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint's examples.npz. It is not compressed, so together they have at most the bytes of the file. Raises
+    OSError, ValueError."""
+    file = path / "examples.npz"
+    return read_npz(file, file.stat().st_size)
+
+
+def statistics_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of level 1, by the names that it gave them."""
+    return {name.removeprefix("examples."): array for name, array in arrays.items() if name.startswith("examples.")}
 
 
 def pruning_of(path: Path) -> dict[str, Tensor]:

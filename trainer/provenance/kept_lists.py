@@ -15,6 +15,7 @@ from sparsity.examples.curriculum import selection_hash
 from sparsity.types import Selection
 from trainer.config.errors import TrilevelError
 from trainer.storage.disk import atomic_write
+from trainer.storage.npz import HEADER, read_npz
 
 FOLDER = "kept"
 
@@ -44,12 +45,17 @@ def read(run: Path | str, name: str, num_examples: int) -> Selection:
     path = path_of(run, name)
     if not path.is_file():
         raise KeptError(f"kept list {path} is missing: copy the folder {FOLDER}/ of the run too")
+    most = -(-num_examples // 8) + 8 * num_examples + 2 * HEADER  # bits, and weights of at most 8 bytes
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            keep, weight = arrays["keep"], arrays.get("weight")
-    except Exception as error:  # zip, zlib, numpy: each has its own
+        arrays = read_npz(path, most, ("keep", "weight"))
+        keep, weight = arrays["keep"], arrays.get("weight")
+    except (OSError, ValueError, KeyError) as error:
         raise KeptError(f"kept list {path} can't be read ({error}): restore it from a copy of the run") from error
-    if keep.dtype != np.uint8 or keep.shape != (-(-num_examples // 8),) or (weight is not None and len(weight) != num_examples):
+    if (
+        keep.dtype != np.uint8
+        or keep.shape != (-(-num_examples // 8),)
+        or (weight is not None and weight.shape != (num_examples,))
+    ):
         raise KeptError(f"kept list {path} does not fit {num_examples} examples: set data.train to the shards of the run")
     if selection_hash(keep, weight) != name:
         raise KeptError(f"kept list {path} was changed: its hash differs from its name; restore it from a copy of the run")

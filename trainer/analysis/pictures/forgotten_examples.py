@@ -33,10 +33,8 @@ def contact_sheet(run: Path, path: Path, overrides: Sequence[str] = ()) -> Path:
     if found is None:
         raise ConfigError(f"show {run}: no checkpoint, which has the statistics of examples; wait for the first one")
     index, _ = open_indexes(config.data, verify=False)
-    with np.load(found / "examples.npz", allow_pickle=False) as arrays:
-        state = {key.removeprefix("examples."): arrays[key] for key in arrays.files if key.startswith("examples.")}
     level: Any = build_examples(config, index)
-    level.load_state_dict(state)
+    level.load_state_dict(save_load.statistics_of(save_load.arrays_of(found)))
     rows = ranked(level)
     figure = Figure(figsize=(1.1 * SHEET, 1.55 * max(len(rows), 1) + 0.6), dpi=130, layout="constrained")
     if not rows:

@@ -6,6 +6,7 @@ a shard depends on the source, the seed and the settings only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -156,8 +157,7 @@ def _classes(dst: Path, splits: dict[str, list[SourceImage]], numbers: bool) -> 
         )
     number, classes = class_numbers(texts, "file" if numbers else "key", known, f"pack into {dst}")
     if known is None:
-        with atomic_write(listed) as file:
-            file.write("".join(f"{c}\n" for c in classes).encode())
+        _replace(listed, "".join(f"{c}\n" for c in classes).encode())
     return number
 
 
@@ -168,16 +168,32 @@ def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], setting
         digest.update(f"{image.key}\0{image.label}\0{image.length}\n".encode("utf-8", "surrogateescape"))
     plan, file = {"source": src, "images": len(part), "hash": digest.hexdigest()}, dst / f".{split}.plan.json"
     shards = list(dst.glob(f"{split}-*.tar"))
-    there = json.loads(file.read_text()) if file.is_file() else None
-    if shards and (there is None or there["hash"] != plan["hash"]):
+    there = _recorded(file)
+    if shards and there.get("hash") != plan["hash"]:
         raise DataError(
             f"pack into {dst}: {split} shards of another source or setting exist "
-            f"({there['source'] if there else 'unknown source'}); use another --name or folder, "
+            f"({there.get('source', 'unknown source')}); use another --name or folder, "
             f"or remove {dst}/{split}-*.tar"
         )
     if there != plan:
-        with atomic_write(file) as written:
-            written.write(json.dumps(plan).encode())
+        _replace(file, json.dumps(plan).encode())
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """The plan in this file; {} if there is none, or not one that a pack wrote."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if file.is_file() and isinstance(plan := json.loads(file.read_text()), dict):
+            return plan
+    return {}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    try:
+        with atomic_write(path) as file:
+            file.write(data)
+    except OSError as error:
+        remedy = "move it away" if path.is_dir() else "free disk space or make the folder writable"
+        raise DataError(f"pack into {path.parent}: writing {path.name}: {error.strerror}; {remedy}") from error
 
 
 def _write(path: Path, part: list[SourceImage], number: dict[str, int], short_side: int | None, quality: int | None) -> None:

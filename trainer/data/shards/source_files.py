@@ -8,6 +8,7 @@ import shutil
 import stat
 import zlib
 from bz2 import BZ2File
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from gzip import GzipFile
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainer.storage.disk import atomic_write
 
 _OPENERS = {".xz": lzma.LZMAFile, ".gz": GzipFile, ".tgz": GzipFile, ".bz2": BZ2File}
 _LARGEST = 1 << 30  # bytes of a list of labels or of a pickle
+_PATHS = 16  # on which one folder may be found
 _IGNORED = ".xml"  # half a million annotations in Kaggle's ILSVRC, with boxes
 
 
@@ -114,27 +116,34 @@ def _is_image(name: str) -> bool:
     return name.rpartition("/")[2].rpartition(".")[2].lower() in IMAGES and not _is_hidden(name)
 
 
-def _folder(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[Found]:
-    """Files before folders, each sorted by name. Links are followed, except to a folder that contains this one (`above`)."""
-    here = os.path.join(root, below)
-    try:
-        about = os.stat(here)
-        entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        folders = {entry.name for entry in entries if entry.is_dir()}
-    except OSError as error:
-        raise DataError(f"pack {here}: {error.strerror}; make it readable or remove it") from error
-    if (me := (about.st_dev, about.st_ino)) in above:
-        raise DataError(f"pack {here}: a link to a folder that contains it; remove it")
-    for entry in entries:
-        name = os.path.join(below, entry.name)
-        if entry.name in folders:
-            continue
-        if _is_image(name):
-            yield _image_file(entry, name)
-        elif entry.is_file() and not name.endswith(_IGNORED):
-            yield Found(name, entry.path, 0, -1)
-    for name in sorted(folders):
-        yield from _folder(root, os.path.join(below, name), (*above, me))
+def _folder(root: Path) -> Iterator[Found]:
+    """Files before folders, each sorted by name. Links are followed, except to a folder that contains them, and to one folder at most
+    _PATHS times: with two links to the next folder in each of 18 folders the last one has 2^18 paths."""
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # a folder below the root, and those that contain it
+    paths: Counter[tuple[int, int]] = Counter()
+    while todo:
+        below, above = todo.pop()
+        here = os.path.join(root, below)
+        try:
+            about = os.stat(here)
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+            folders = {entry.name for entry in entries if entry.is_dir()}
+        except OSError as error:
+            raise DataError(f"pack {here}: {error.strerror}; make it readable or remove it") from error
+        if (me := (about.st_dev, about.st_ino)) in above:
+            raise DataError(f"pack {here}: a link to a folder that contains it; remove it")
+        paths[me] += 1
+        if paths[me] > _PATHS:
+            raise DataError(f"pack {here}: links lead to this folder on more than {_PATHS} paths; remove links")
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            if entry.name in folders:
+                continue
+            if _is_image(name):
+                yield _image_file(entry, name)
+            elif entry.is_file() and not name.endswith(_IGNORED):
+                yield Found(name, entry.path, 0, -1)
+        todo += [(os.path.join(below, name), (*above, me)) for name in sorted(folders, reverse=True)]
 
 
 def _image_file(entry: os.DirEntry[str], name: str) -> Found:
