@@ -24,12 +24,12 @@ def traced(network: nn.Module, height: int, width: int, channels: int = 3, image
     Matrix products and convolutions are counted, as in `cost`. Attention is traced as the two products that it is: the counter does not
     know all fused kernels (torch 2.13: not that of CPUs). Raises what the network raises, e.g. for an image of another size.
     """
-    device = next((value.device for value in network.parameters()), torch.device("cpu"))
+    first = next((value for value in network.parameters() if value.is_floating_point()), torch.empty(0))
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value.detach()) for name, value in (*network.named_parameters(), *network.named_buffers())
         }
-        pixels = torch.empty(images, channels, height, width, device=device)
+        pixels = torch.empty(images, channels, height, width, device=first.device, dtype=first.dtype)
         counter = FlopCounterMode(display=False)
         with counter:
             # by one name each: where blocks share a module, torch 2.15 would put fake weights back under the other name

@@ -116,7 +116,7 @@ def test_a_configuration_of_odd_bytes_is_refused(content: bytes | None, tmp_path
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load(path)
-    if content and b"seed" not in content:
+    if content and b"seed" not in content and b"2024" not in content:  # the launcher reads a name as the text that it is
         with pytest.raises(LaunchError, match=r"c\.yaml"):
             sweep.points([str(path)], [], [], "0", "s")
 
