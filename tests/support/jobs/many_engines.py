@@ -249,9 +249,12 @@ def fusing(mode: str) -> dict[str, Any]:
         "fused": [group.get("fused") for group in on.engine.state._base_optimizer().param_groups],
         "names": [sorted(runs[fused].states.get(3, {})) for fused in (False, True)],
         "furthest": max(
-            float((runs[False].states[3][name].float() - other.states[3][name].float()).abs().max())
-            for other in (runs[True], on)
-            for name in other.states[3]
+            [
+                float((runs[False].states[3][name].float() - other.states[3][name].float()).abs().max())
+                for other in (runs[True], on)
+                for name in other.states[3]
+            ],
+            default=None,  # rank 0 alone has states
         ),
     }
 
