@@ -21,7 +21,6 @@ import psutil
 
 from tests.conftest import environment, lines
 from tests.faults.live_job import STEPS, Job, lives, newest_steps, ranks_of, recipe, started, steps_of_attempt
-from tests.support.http_server import serving
 
 FAULTS, LONGEST = 5, 5.0  # faults in a run at most; longest time in s from a step of an attempt to its fault
 HANG = 240.0  # s without a step or an end after a fault
@@ -115,24 +114,6 @@ def _fill(job: Job, chosen: random.Random) -> bool:
     return True
 
 
-def _refuse(job: Job, chosen: random.Random) -> bool:
-    assert job.web is not None
-
-    def unavailable(request: Any) -> bool:
-        request.send_response(503)
-        request.send_header("Content-Length", "0")
-        request.end_headers()
-        return True
-
-    job.web.hook = unavailable
-    return True
-
-
-def _serve(job: Job) -> None:
-    assert job.web is not None
-    job.web.hook = lambda _: False
-
-
 KINDS = {
     "rank 0 killed": _signalled("rank 0", signal.SIGKILL),
     "rank 1 killed": _signalled("rank 1", signal.SIGKILL),
@@ -143,9 +124,8 @@ KINDS = {
     "SIGTERM to the launcher": _launcher(signal.SIGTERM),
     "rank 1 killed, newest checkpoint damaged": Kind(_kill_and_damage),
     "disk full for a while": Kind(_fill, heal=lambda job: _filler(job).unlink(), ends=False),
-    "store answers 503 for a while": Kind(_refuse, heal=_serve, ends=False),
 }
-ON_OWN_DISK, FROM_STORE = "disk full for a while", "store answers 503 for a while"
+ON_OWN_DISK = "disk full for a while"
 
 
 def disturbed(folder: Path, shards: Path, kind: str, seed: int, reference: Path) -> Findings:
@@ -153,9 +133,8 @@ def disturbed(folder: Path, shards: Path, kind: str, seed: int, reference: Path)
     with contextlib.ExitStack() as stack:
         if kind == ON_OWN_DISK:
             stack.enter_context(_own_disk(folder))
-        web = stack.enter_context(serving(shards)) if kind == FROM_STORE else None
-        recipe(folder, shards, web.url if web else "")
-        return _disturbed(Job(folder, started(folder), web), kind, seed, reference)
+        recipe(folder, shards)
+        return _disturbed(Job(folder, started(folder)), kind, seed, reference)
 
 
 def _disturbed(job: Job, kind: str, seed: int, reference: Path) -> Findings:

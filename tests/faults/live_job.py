@@ -15,7 +15,6 @@ import psutil
 
 from tests.conftest import environment
 from tests.laws.test_main_job import RECIPE
-from tests.support.http_server import Web
 
 STEPS = 60  # of a run
 LIMIT = 20  # engine.timeout and data.timeout, s
@@ -26,11 +25,10 @@ SETTINGS = (
 
 @dataclass
 class Job:
-    """A job that trains in `folder`; web: the server of its shards, for faults of a store."""
+    """A job that trains in `folder`."""
 
     folder: Path
     process: subprocess.Popen[bytes]
-    web: Web | None = None
 
     @property
     def run(self) -> Path:
@@ -97,13 +95,9 @@ def newest_steps(run: Path) -> tuple[int, int, int]:
     return newest, sum(row["attempt"] == newest for row in steps), steps[-1]["step"] if steps else 0
 
 
-def recipe(folder: Path, shards: Path, root: str = "") -> None:
-    """job.yaml over a folder of shards, or over the same shards below a URL."""
-    text = RECIPE.replace("DIGITS", root or str(shards))
-    if root:  # a listing is not needed: names in braces
-        for split in ("train", "validation"):
-            text = text.replace(f"{split}-*", f"{split}-{{000000..{len(list(shards.glob(f'{split}-*.tar'))) - 1:06d}}}")
-    (folder / "job.yaml").write_text(text)
+def recipe(folder: Path, shards: Path) -> None:
+    """job.yaml over a folder of shards."""
+    (folder / "job.yaml").write_text(RECIPE.replace("DIGITS", str(shards)))
 
 
 def undisturbed(folder: Path, shards: Path) -> Path:
