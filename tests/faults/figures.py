@@ -74,6 +74,6 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"A save held training for {median(blocking):.2f} s in the median, {max(blocking):.2f} s at most ({len(blocking)} saves).",
         f"Time of these runs: {shares}.",
-        "That is no goodput to expect, at a fault every few seconds: `trilevel estimate CONFIG --mtbf 3h` computes that of a job.",
+        "With a fault every few seconds the goodput is not that of a job of yours: `trilevel estimate CONFIG --mtbf 3h` computes that.",
         "",
     ]
