@@ -20,8 +20,8 @@ def test_the_memory_of_a_name_is_used_again_while_its_shape_stays() -> None:
     copies = HostCopies()
     first = copies("a", torch.zeros(4, 4))
     again, other = copies("a", torch.ones(4, 4)), copies("b", torch.ones(4, 4))
-    assert again.data_ptr() == first.data_ptr() != other.data_ptr() and copies.bytes == 2 * 64
-    assert copies("a", torch.ones(5)).shape == (5,) and copies.bytes == 20 + 64
+    assert again.data_ptr() == first.data_ptr() != other.data_ptr()
+    assert copies("a", torch.ones(5)).shape == (5,)
 
 
 def test_a_copy_takes_the_type_that_is_asked_for() -> None:

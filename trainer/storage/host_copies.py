@@ -33,8 +33,3 @@ class HostCopies:
         """Until all copies are complete."""
         if self._device is not None:
             torch.cuda.current_stream(self._device).synchronize()
-
-    @property
-    def bytes(self) -> int:
-        """Host memory in use."""
-        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
