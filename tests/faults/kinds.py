@@ -46,11 +46,13 @@ KINDS = (
     Kind("launcher killed", "ranks notice, save and end", (
         "laws/test_stop_and_resume.py::test_a_rank_whose_launcher_was_killed_saves_and_ends",
         "laws/test_stop_and_resume.py::test_the_end_of_a_launcher_is_noticed",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("signals: in steps, evaluation, save, start-up", "saved, exit code 75; nothing lost or repeated", (
         "laws/test_stop_and_resume.py::test_interrupted_anywhere_is_uninterrupted",
         "launch/test_local.py::test_a_signal_of_slurm_that_comes_while_ranks_import_is_not_lost",
         "launch/test_slurm_real.py::test_a_job_that_the_administrator_requeues_continues",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("node lost, or unusable before an attempt", "the others continue, or the job starts again without it", (
         "launch/test_health.py::test_what_makes_a_node_unusable",
@@ -64,28 +66,35 @@ KINDS = (
         "faults/test_stopped_rank.py::test_a_stopped_rank_is_named_with_its_place_and_the_run_ends",
         "faults/test_network_cuts.py::test_a_cut_that_heals_costs_only_its_time",
         "faults/test_network_cuts.py::test_a_longer_cut_ends_the_job_by_name_and_a_resume_continues",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("slow node", "named in journal and report", (
         "telemetry/test_step_phases.py::test_spreads_over_ranks_name_the_slowest",
         "launch/test_health.py::test_what_makes_a_node_unusable",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("disk full", "the previous checkpoint stays whole; lines of the journal wait in memory", (
         "checkpoint/test_power_loss.py::test_no_partial_file_is_left_behind_on_a_full_disk",
         "journal/test_journal.py::test_lines_wait_in_memory_while_the_disk_is_full",
         "laws/test_stop_and_resume.py::test_a_write_that_failed_in_the_background_is_raised_on_all_ranks_and_the_one_before_is_there",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("read-only file system or immutable file in mid-run", "ends with the file and the remedy; a usable checkpoint stays", (
         "journal/test_journal.py::test_a_journal_that_can_not_be_written_any_more_ends_the_run_by_its_name",
         "checkpoint/test_power_loss.py::test_an_error_at_any_call_leaves_a_usable_one_and_the_next_save_cleans_up",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("run directory removed, renamed or replaced", "the run ends before its next checkpoint", (
         "journal/test_journal.py::test_a_run_directory_that_is_taken_away_is_noticed_before_the_next_checkpoint",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("power loss at any write", "the previous checkpoint or the new one", (
         "checkpoint/test_power_loss.py::test_a_crash_at_any_point_leaves_the_previous_one_or_the_new_one",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("checkpoint damaged", "noticed; the one before is used", (
         "checkpoint/test_checkpoint.py::test_a_damaged_checkpoint_is_skipped_and_reported",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("bit of a weight flipped on one rank", "the run ends before its next checkpoint and names the rank", (
         "faults/test_flipped_bit.py::test_a_flipped_bit_on_one_rank_ends_the_run_before_its_checkpoint",
@@ -95,6 +104,7 @@ KINDS = (
         "laws/test_remote_job.py::test_two_processes_over_http_with_faults_train_as_over_files",
         "data/remote/test_http_and_s3.py::test_a_server_that_stays_away_ends_the_run_by_its_name",
         "data/remote/test_hostile_servers.py::test_a_trickling_server_is_taken_up_where_it_stopped",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("shard lost, truncated or replaced", "its images are broken and counted, or the run is refused", (
         "data/loader/test_stream.py::test_a_shard_lost_in_the_run_breaks_its_images_only",
@@ -107,6 +117,7 @@ KINDS = (
     Kind("clock set in mid-run", "no duration changes", (
         "safety/test_foreign_bytes.py::test_a_clock_that_is_set_changes_no_duration",
         "faults/test_clock_jumps.py::test_a_clock_that_jumps_under_a_job_changes_no_duration_and_loses_nothing",
+        "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("MLflow stopped, slow or full", "training goes on; nothing is lost or doubled", (
         "tracking/test_tracking_server.py::test_answers_that_fail_or_come_too_late_are_neither_lost_nor_doubled",

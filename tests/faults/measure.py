@@ -1,6 +1,6 @@
-"""`python -m tests.faults.measure SHARDS`: injects faults of each kind until there are ten, and appends what was found to
-docs/results/faults.jsonl, a line per run; the same command goes on where it was ended. SHARDS: a folder that
-`trilevel pack sklearn:digits` made. docs/results/reliability.md is made from that file by `python -m tests.faults.kinds`.
+"""`python -m tests.faults.measure`: injects faults of each kind until there are ten, and appends what was found to
+docs/results/faults.jsonl, a line per run; the same command goes on where it was ended. docs/results/reliability.md is made from
+that file by `python -m tests.faults.kinds`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.figures import RESULTS, ROOT, injected, results
-from tests.faults.injection import KINDS, ON_OWN_DISK, Findings, disturbed
+from tests.faults.injection import Findings, disturbed
 from tests.faults.live_job import undisturbed
+from tests.faults.places import missing
+from tests.faults.random_kinds import KINDS
+from trainer.data.shards.pack import pack
 
 
 def until(count: int, kind: str, seed: int, file: Path, folder: Path, shards: Path, reference: Path) -> Iterator[Findings]:
-    """Runs under faults of one kind until the file has `count` of them. The first seed is `seed`, the next ones follow it."""
+    """Runs under faults of one kind until the file has `count` of them. The first seed is `seed`, the next ones follow it. The
+    last one where a run ended before a fault."""
     while injected(file, kind) < count:
         print(f"{kind}: TRILEVEL_FAULTS={seed}", flush=True)
         findings = disturbed(Path(tempfile.mkdtemp(dir=folder)), shards, kind, seed, reference)
         with file.open("a") as out:
             out.write(json.dumps(findings.row() | about()) + "\n")
         yield findings
+        if not findings.faults:
+            return
         seed += 1
 
 
@@ -47,34 +53,25 @@ def judged(findings: Findings) -> str:
         return "it ended before a fault"
     if findings.lost or findings.repeated:
         return f"{findings.lost} examples lost, {findings.repeated} repeated"
-    return (
-        ""
-        if findings.equal and findings.audit
-        else "it differs from the undisturbed run"
-        if not findings.equal
-        else "the audit fails"
-    )
-
-
-def may_mount() -> bool:
-    """Whether a file system of its own can be mounted."""
-    return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    if not findings.equal:
+        return "it differs from the undisturbed run"
+    return "" if findings.audit else "the audit fails"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("shards", type=Path)
     parser.add_argument("--faults", type=int, default=10, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    shards = a.shards.resolve()
     with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "digits"
+        pack("sklearn:digits", shards, shard_size=8_000, progress=False)  # many shards: the store is asked in every epoch
         reference = undisturbed(Path(tempfile.mkdtemp(dir=folder)), shards)
         for kind in a.kinds:
-            if kind == ON_OWN_DISK and not may_mount():
-                print(f"{kind}: left out, mounting a small file system needs root")
+            if reason := missing(KINDS[kind].place):
+                print(f"{kind}: left out, {reason}")
                 continue
             seed = a.seed + 1000 * list(KINDS).index(kind) + len([row for row in results(a.out) if row["kind"] == kind])
             for findings in until(a.faults, kind, seed, a.out, Path(folder), shards, reference):
@@ -82,7 +79,7 @@ def main() -> None:
                     f"{kind}: {len(findings.faults)} faults, {judged(findings) or 'equal to the undisturbed run'}", flush=True
                 )
                 if judged(findings):
-                    print(findings.output)
+                    print(findings.output, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """The wall clock of a whole job jumps back by a day, or on by a year: no duration changes, nothing is lost, a resume continues.
 
-The ranks run under a small C library (LD_PRELOAD) that adds the jump to the wall clock as soon as a file exists; the monotonic clock is
-untouched, as when an administrator or NTP sets the clock.
+The ranks run under the library of tests/support/wall_clock.py; the monotonic clock is untouched.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,51 +16,18 @@ import pytest
 
 from tests.conftest import environment, lines, torchrun, wait_for
 from tests.laws.test_main_job import RECIPE
+from tests.support.wall_clock import built, jumping
 from trainer.__main__ import main
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
-LIBRARY = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <sys/time.h>
-#include <time.h>
-#include <unistd.h>
-static time_t jump(void) { return access(getenv("JUMP_FILE"), F_OK) ? 0 : atol(getenv("JUMP_SECONDS")); }
-int clock_gettime(clockid_t clock, struct timespec *found) {
-  static int (*real)(clockid_t, struct timespec *);
-  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-  int failed = real(clock, found);
-  if (clock == CLOCK_REALTIME) found->tv_sec += jump();
-  return failed;
-}
-int gettimeofday(struct timeval *found, void *zone) {
-  struct timespec now;
-  (void)zone;
-  clock_gettime(CLOCK_REALTIME, &now);
-  found->tv_sec = now.tv_sec;
-  found->tv_usec = now.tv_nsec / 1000;
-  return 0;
-}
-time_t time(time_t *found) {
-  struct timespec now;
-  clock_gettime(CLOCK_REALTIME, &now);
-  if (found) *found = now.tv_sec;
-  return now.tv_sec;
-}
-"""
 SETTINGS = ("engine.kind=ddp", "engine.zero=0", "control=0", "checkpoint.every=5step", "stop_at=30step", "epochs=8")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clock")
-    if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
+    if (library := built(tmp_path_factory.mktemp("clock"))) is None:
         pytest.skip("no C compiler (Debian: apt-get install gcc)")
-    (folder / "clock.c").write_text(LIBRARY)
-    words = [compiler, "-shared", "-fPIC", "-o", str(folder / "clock.so"), str(folder / "clock.c"), "-ldl"]
-    subprocess.run(words, check=True, capture_output=True)
-    return folder / "clock.so"
+    return library
 
 
 @pytest.mark.parametrize("seconds", [-86_400, 365 * 86_400])
@@ -71,7 +36,7 @@ def test_a_clock_that_jumps_under_a_job_changes_no_duration_and_loses_nothing(
 ) -> None:
     (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
     run, mark = tmp_path / "runs" / "job", tmp_path / "jump"
-    preload = {"LD_PRELOAD": str(library), "JUMP_FILE": str(mark), "JUMP_SECONDS": str(seconds)}
+    preload = jumping(library, mark, seconds)
     words = [sys.executable, *torchrun(2), "-m", "trainer", "train", "job.yaml", *SETTINGS]
     with (tmp_path / "out.txt").open("wb") as out:
         env = environment(**preload)

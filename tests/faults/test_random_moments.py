@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.injection import KINDS, ON_OWN_DISK
 from tests.faults.live_job import undisturbed
-from tests.faults.measure import judged, may_mount, until
+from tests.faults.measure import judged, until
+from tests.faults.places import missing
+from tests.faults.random_kinds import KINDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(3600)]
 OF_EACH = 10
@@ -27,8 +28,8 @@ def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_survives_faults_at_random_moments(kind: str, reference: Path, digits: Path, tmp_path: Path) -> None:
-    if kind == ON_OWN_DISK and not may_mount():
-        pytest.skip("mounting a small file system needs root")
+    if reason := missing(KINDS[kind].place):
+        pytest.skip(reason)
     file = Path(os.environ.get("TRILEVEL_FAULTS_FILE", tmp_path / "faults.jsonl"))
     seed = int(os.environ.get("TRILEVEL_FAULTS", random.randrange(10**6)))
     for findings in until(OF_EACH, kind, seed, file, tmp_path, digits, reference):
