@@ -2,7 +2,8 @@
 
 The newest checkpoint is the file RUN/checkpoints/latest, read from here: the nodes of a job share the run directory. A failure counts
 against `--restarts` while the newest checkpoint is the one of the failure before; a new checkpoint sets the count back to 0. So a run of
-weeks survives any number of lost nodes, and a fault that returns at the same step ends the job after a few attempts.
+weeks survives any number of lost nodes, and a fault that returns at the same step ends the job after a few attempts. Where the
+checkpoints of a run have gone, nothing is started: `--resume` would begin it anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from launch.sweep import about
 RESTARTS = 3  # failures from the same checkpoint after which a job gives up
 REFUSED = 2  # the trainer's exit code for a wrong setting, broken data, a store that is gone
 WAIT = 10.0  # s between a failure and the next attempt: ports close, a lost node is noticed
+GONE = 600.0  # s to wait for a run directory that had checkpoints and has none, e.g. one on a file server that restarts
 TAIL = 1 << 20  # bytes of a journal in which its last line lies
 
 
@@ -44,8 +46,19 @@ class Restarts:
         self._began, self._from = time.time(), newest(self.directory)
 
     def again(self, code: int) -> bool:
-        """Whether to start the next attempt; the one before ended with `code`."""
+        """Whether to start the next attempt; the one before ended with `code`. Waits up to GONE for checkpoints that were there and are
+        not: an attempt without them would begin the run anew."""
         reached = newest(self.directory)
+        if lost := self._from if self.most and not reached else "":
+            reached = self._back(lost)
+            if not reached:
+                print(
+                    f"launch: attempt {self._attempt} ended with {code}{MEANING.get(code, '')}: {self.directory}/checkpoints is gone "
+                    f"since {lost}, and the next attempt would begin the run anew, so it is not repeated. Bring the directory back "
+                    f"(renamed? file system not mounted?), then: {self._again}",
+                    file=sys.stderr,
+                )
+                return False
         refused = code == REFUSED and reached == self._from
         self._failures = self._failures + 1 if self._failures and reached == self._failed_at else 1
         self._failed_at = reached
@@ -72,6 +85,14 @@ class Restarts:
         print(f"{head}\n  newest checkpoint: {place}; {why}. Logs: {logs}. After a repair: {self._again}", file=sys.stderr)
         return False
 
+    def _back(self, lost: str) -> str:
+        """The newest checkpoint as soon as there is one again; "" after GONE s."""
+        print(f"launch: {self.directory}: checkpoint {lost} is gone; waiting {GONE:g} s for it to come back", file=sys.stderr)
+        end = time.monotonic() + GONE
+        while not (found := newest(self.directory)) and time.monotonic() < end:
+            time.sleep(1.0)
+        return found
+
 
 MEANING = {REFUSED: " (refused)", LATE: " (a rank did not arrive)"}
 
@@ -83,9 +104,9 @@ def repeated(attempt: Callable[[list[int]], int], restarts: Restarts) -> int:
         received: list[int] = []
         restarts.begin()
         code = attempt(received)
-        if code in (0, STOPPED) or received or not restarts.again(code):
-            return code
         try:
+            if code in (0, STOPPED) or received or not restarts.again(code):
+                return code
             time.sleep(WAIT)
         except KeyboardInterrupt:
             return 130

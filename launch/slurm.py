@@ -33,12 +33,17 @@ NEWEST = 'newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }'
 REQUEUED = r"""requeued() {
   local ends="$PWD/.ends-$SLURM_JOB_ID" at most=$2 count=1 what
   at=$(newest)
+  if [ -n "$from" ] && [ -z "$at" ] && [ "$1" -ne 0 ]; then
+    echo "launch: $run: checkpoint $from is gone; waiting ${GONE:=600} s for it to come back"
+    for _ in $(seq "$GONE"); do at=$(newest); [ -z "$at" ] || break; sleep 1; done
+  fi
   if [ "$1" -eq 0 ]; then rm -f "$ends"; return; fi
   if [ "$1" -eq 75 ]; then most=$3; fi
   if [ -e "$ends" ] && [ "$(head -n 1 "$ends")" = "$at" ]; then count=$(($(tail -n 1 "$ends") + 1)); fi
   printf '%s\n%s\n' "$at" "$count" > "$ends" || true
   what="launch: attempt $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $1, newest checkpoint: ${at:-none}, $count of $most ends there"
   if [ "$1" -eq 2 ] && [ "$at" = "$from" ]; then what="$what, refused"; most=0; fi
+  if [ -n "$from" ] && [ -z "$at" ]; then what="$what, checkpoint $from is gone, and a requeue would begin the run anew"; most=0; fi
   if [ "$count" -lt "$most" ]; then echo "$what; requeued"; scontrol requeue "$SLURM_JOB_ID"; return; fi
   rm -f "$ends"
   echo "$what; not requeued. Logs: $run/logs. After a repair submit the job again, by the same command with --resume"

@@ -64,6 +64,32 @@ def test_restarts_as_long_as_checkpoints_advance(ends: list[tuple[int, int]], co
     assert attempts(tmp_path, ends) == (code, started)
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(restarts, "GONE", 0.0)
+    started: list[str] = []
+
+    def attempt(received: list[int]) -> int:
+        started.append(restarts.newest(run))
+        saved(run, 5) if len(started) == 1 else run.rename(tmp_path / "elsewhere")
+        return REFUSED if len(started) > 1 else 1
+
+    assert repeated(attempt, Restarts(run, 3, ["local", "c.yaml", "--resume"])) == REFUSED and started == ["", "step-00000005"]
+    output = capsys.readouterr().err
+    assert f"{run}/checkpoints is gone since step-00000005" in output and output.endswith("local c.yaml --resume\n")
+
+
+def test_a_run_directory_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    saved(run, 5)
+    monkeypatch.setattr(restarts.time, "sleep", lambda _: run.exists() or (tmp_path / "elsewhere").rename(run))
+    ends = [lambda: run.rename(tmp_path / "elsewhere") and 1, lambda: 0]
+    assert repeated(lambda _: ends.pop(0)(), Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 0 and not ends
+    assert restarts.newest(run) == "step-00000005"
+
+
 def test_messages_name_cause_attempt_checkpoint_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, 5)
     found = Restarts(tmp_path, 2, ["local", "c.yaml", "name=a b", "--resume"])
@@ -143,3 +169,17 @@ def test_a_failed_slurm_job_is_requeued_as_long_as_checkpoints_advance(tmp_path:
     assert ended(1, 4).endswith("requeue 7\n")
     assert (tmp_path / ".ends-7").is_file()
     assert ended(0, 5) == "" and not (tmp_path / ".ends-7").exists()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew(back: bool, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a b"
+    saved(run, 5)
+    away = f'srun() {{ mv "{run}" "{tmp_path}/elsewhere"; return 1; }}'
+    again = f'sleep() {{ mv "{tmp_path}/elsewhere" "{run}"; }}' if back else "sleep() { :; }"
+    stands_in = ("set -eu", "GONE=3 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", away, again, 'scontrol() { echo "$@"; }')
+    text = slurm.render(Job("c.yaml"), slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), "python", "runs/a b")
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/bin:/usr/bin"})
+    assert "checkpoint step-00000005 is gone; waiting 3 s" in done.stdout, done.stderr
+    assert ("requeue 7" in done.stdout) == back
+    assert ("a requeue would begin the run anew; not requeued" in done.stdout) != back
