@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--while-absent", type=Path, metavar="FILE", help="begin a run only while FILE does not exist")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "digits"
@@ -74,12 +76,20 @@ def main() -> None:
                 print(f"{kind}: left out, {reason}")
                 continue
             seed = a.seed + 1000 * list(KINDS).index(kind) + len([row for row in results(a.out) if row["kind"] == kind])
+            _quiet(a.while_absent)
             for findings in until(a.faults, kind, seed, a.out, Path(folder), shards, reference):
                 print(
                     f"{kind}: {len(findings.faults)} faults, {judged(findings) or 'equal to the undisturbed run'}", flush=True
                 )
                 if judged(findings):
                     print(findings.output, flush=True)
+                _quiet(a.while_absent)
+
+
+def _quiet(file: Path | None) -> None:
+    """Waits while the file exists, e.g. because another job on this machine takes times."""
+    while file is not None and file.exists():
+        time.sleep(1)
 
 
 if __name__ == "__main__":
