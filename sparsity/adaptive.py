@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from sparsity import attention
 from sparsity.network import SparseNetwork
 from sparsity.tokens import mass as by_mass
-from sparsity.tokens.scores import Score
 from sparsity.types import Tokens, VisibleKeys
-from sparsity.vit import SparseViT, parts_of
+from sparsity.vit import SparseViT, added, parts_of
 
 EXECUTIONS = ("packed", "padded", "per_image")
 
@@ -34,22 +33,19 @@ class AdaptiveOutput(NamedTuple):
 
 
 class AdaptiveViT(nn.Module):
-    """`model` with mass-based selection after its only pruning block. score: importance of a patch, None: that of the prefix tokens'
-    attention. least: patches that every image keeps.
+    """`model` with mass-based selection after its only pruning block, by its own score. least: patches that every image keeps.
 
     Raises ValueError, naming the key, for a model with several pruning blocks, without one, or with mechanisms that carry state from
     block to block.
     """
 
-    def __init__(
-        self, model: SparseNetwork, score: Score | None = None, execution: str = "packed", least: int = by_mass.LEAST
-    ) -> None:
+    def __init__(self, model: SparseNetwork, execution: str = "packed", least: int = by_mass.LEAST) -> None:
         super().__init__()
         refuse(model)
         assert isinstance(model, SparseViT)
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r}: unknown value; valid values: {', '.join(EXECUTIONS)}")
-        self.model, self.score, self.execution, self.least = model, score, execution, least
+        self.model, self.execution, self.least = model, execution, least
         self.block = next(iter(model.blocks))
 
     def forward(self, images: Tensor, mass: float) -> AdaptiveOutput:
@@ -60,7 +56,7 @@ class AdaptiveViT(nn.Module):
     @torch.no_grad()
     def ranked(self, images: Tensor) -> tuple[Tokens, by_mass.Ranked]:
         """All tokens after the pruning block, and its patches by importance."""
-        tokens, importance = self.model.until(self.block, images, self.score)
+        tokens, importance = self.model.until(self.block, images)
         return tokens, by_mass.rank(importance)
 
     @torch.no_grad()
@@ -71,6 +67,8 @@ class AdaptiveViT(nn.Module):
             "padded": self._padded,
             "per_image": self._per_image,
         }
+        if not len(counts):  # no image: nothing to group by length
+            return AdaptiveOutput(self._head(tokens.x), counts)
         return AdaptiveOutput(run[self.execution](tokens, order, counts), counts)
 
     @property
@@ -113,8 +111,8 @@ class AdaptiveViT(nn.Module):
         for number in self._later:
             block: Any = self.model.vit.blocks[number]
             before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
-            x = x + after_attention(attend_packed(block.attn, before_attention(x), packing))
-            x = x + after_mlp(block.mlp(before_mlp(x)))
+            x = added(x, after_attention(attend_packed(block.attn, before_attention(x), packing)))
+            x = added(x, after_mlp(block.mlp(before_mlp(x))))
         logits = torch.cat([self._head(x[0, start:end].unflatten(0, (-1, length))) for start, end, length in packing.groups])
         return torch.empty_like(logits).index_copy_(0, rows, logits)
 

@@ -29,6 +29,13 @@ def dropped(path: DropPath, x: Tensor, drawn: Tensor) -> Tensor:
     return x * scaled.to(x.dtype)
 
 
+def of_branch(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
+    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1)."""
+    if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
+        return path(x)
+    return dropped(path, x, drawn[branch])
+
+
 class KeyedDropPath(DropPath):
     """timm's DropPath, which takes the numbers in `drawn` if there are any: one tensor (B,) for each call of a forward pass, in turn.
 

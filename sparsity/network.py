@@ -69,6 +69,7 @@ class SparseNetwork(nn.Module):
         super().__init__()
         self.network: Any = network
         self.blocks: frozenset[int] = frozenset()
+        self.importance = ""  # name of the score of its tokens (`Network.importance`); "" without one
         self.residual: torch.dtype | None = None  # of the tokens between blocks, under autocast; None: float32, as timm
         self.training = network.training
 

@@ -110,14 +110,30 @@ def choose(methods: Mapping[str, type[Kind]], name: str) -> type[Kind]:
 class Network(NamedTuple):
     """The network and run that a mechanism of level 2 or 3 is built for.
 
-    has_class_token, global_pool: of the VisionTransformer. carry_qkv: whether level 3 follows level 2, which then must gather
-    queries, keys and values too. authors: `compat: authors`, the form of the Tri-Level reference code.
+    has_class_token, global_pool, num_prefix (prefix tokens): of the VisionTransformer. carry_qkv: whether level 3 follows level 2, which
+    then must gather queries, keys and values too. authors: `compat: authors`, the form of the Tri-Level reference code. position: of
+    level 2, "attention" or "block".
     """
 
     has_class_token: bool = True
     global_pool: str = "token"
     carry_qkv: bool = True
     authors: bool = False
+    num_prefix: int = 1
+    position: str = "attention"
+
+    def importance(self, name: str = "default") -> str:
+        """The score that `tokens.importance` names here, for selection, mass and distillation alike: never "default", and one name for
+        equal scores (`prefix` is `cls` where [CLS] is the only prefix token)."""
+        if name == "default":
+            name = "received" if not self.has_class_token else "prefix" if self.position == "block" else "cls"
+        return "cls" if name == "prefix" and self.has_class_token and self.num_prefix == 1 else name
+
+    def default_before(self) -> tuple[str, str]:
+        """What "default" meant where that word itself was stored (up to 2026-11): the scores of value-based selection, and of mass and
+        distillation. They differed for networks with several prefix tokens."""
+        value, others = "cls" if self.has_class_token else "received", "prefix" if self.num_prefix else "received"
+        return self.importance(value), self.importance(others)
 
 
 @dataclass(frozen=True)
@@ -150,6 +166,10 @@ class TokenSettings(_LevelSettings):
     def build(self, network: Network) -> Reduce:
         """The mechanism. Raises ValueError, naming key and remedy, for an unsupported network."""
         raise NotImplementedError
+
+    def importance_in(self, network: Network) -> str:
+        """The score of mass and distillation, see `Network.importance`; a method that ranks by one has the same for its selection."""
+        return network.importance(getattr(self, "importance", "default"))
 
     def refuse_keep(self, keep: float) -> None:
         """Raises ValueError if the method has no effect in a run that ends with the keep ratio `keep`."""

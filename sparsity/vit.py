@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +18,6 @@ from sparsity import attention, drop_path, keyed_random, patch_drop, vit_support
 from sparsity import cost as counted
 from sparsity.graph_cost import embed_work
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
-from sparsity.settings import Network
 from sparsity.tokens import scores
 from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys
 
@@ -27,8 +25,8 @@ from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Pla
 class SparseViT(SparseNetwork):
     """`vit` with token reduction and connections in `blocks` (counted from 0).
 
-    position: where tokens are dropped, "attention" (before the MLP of the block) or "block" (after it). Raises ValueError, naming it,
-    for a network whose forward pass it cannot reproduce.
+    position: where tokens are dropped, "attention" (before the MLP of the block) or "block" (after it). importance: name of the score
+    of tokens. Raises ValueError, naming it, for a network whose forward pass it cannot reproduce.
     """
 
     models = "vit_* and deit* (timm's VisionTransformer)"
@@ -45,6 +43,7 @@ class SparseViT(SparseNetwork):
         blocks: Collection[int] = (),
         position: str = "attention",
         attend: attention.Attend = attention.fused,
+        importance: str = "default",
     ) -> None:
         super().__init__(vit)
         vit_support.refuse(vit)
@@ -58,6 +57,8 @@ class SparseViT(SparseNetwork):
         self.embed_work = embed_work(vit.patch_embed)
         self.reduce, self.connect, self.attend = reduce, connect, attend
         self.blocks, self.position = frozenset(blocks), position
+        self.about = vit_support.about(vit, position)
+        self.importance = self.about.importance(importance)
 
     def attention_shapes(self, plan: Plan = DENSE) -> tuple[tuple[int, int, int], ...]:
         attentions = [block.attn for block in self.network.blocks]
@@ -76,10 +77,10 @@ class SparseViT(SparseNetwork):
         vit, off, authors = cast(VisionTransformer, network), levels.off, levels.compat == "authors"
         vit_support.refuse(vit)
         if not off:
-            vit_support.refuse_blocks(levels.blocks, len(vit.blocks))
+            vit_support.refuse_blocks(levels.blocks, len(vit.blocks), levels.position)
         if authors:
             vit_support.refuse_compat(vit, levels)
-        about = Network(vit.has_class_token, vit.global_pool, carry_qkv=not levels.connections.off, authors=authors)
+        about = vit_support.about(vit, levels.position)._replace(carry_qkv=not levels.connections.off, authors=authors)
         return cls(
             vit,
             reduce=levels.tokens.build(about),
@@ -87,6 +88,7 @@ class SparseViT(SparseNetwork):
             blocks=() if off else levels.blocks,
             position=levels.position,
             attend=attention.authors if authors else attention.fused,
+            importance=levels.tokens.importance_in(about),
         )
 
     @property
@@ -116,16 +118,16 @@ class SparseViT(SparseNetwork):
         logits = self.vit.forward_head(self.vit.norm(tokens.x))
         return ModelOutput(logits, cls_attention, importance, kept if wanted.kept else None, keys if wanted.keys else None)
 
-    def until(self, last: int, images: Tensor, score: scores.Score | None = None) -> tuple[Tokens, Tensor]:
-        """All tokens after block `last`, and the importance of its patches, (B, n) float32 by `score` (see `scores.importance`), with
-        nothing dropped. For inference with another number of tokens per image (`adaptive`)."""
+    def until(self, last: int, images: Tensor) -> tuple[Tokens, Tensor]:
+        """All tokens after block `last`, and the importance of its patches, (B, n) float32, with nothing dropped. For inference with
+        another number of tokens per image (`adaptive`)."""
         tokens = self.blocks_from(range(last), self._embedded(images, None))
         block = cast(Block, self.vit.blocks[last])
         before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
         attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
-        importance = scores.importance(tokens, qkv, score)
-        x = tokens.x + block.drop_path1(after_attention(attended))
-        return tokens.with_(x=x + block.drop_path2(after_mlp(block.mlp(before_mlp(x))))), importance
+        importance = scores.importance(tokens, qkv, self.importance)
+        x = added(tokens.x, block.drop_path1(after_attention(attended)))
+        return tokens.with_(x=added(x, block.drop_path2(after_mlp(block.mlp(before_mlp(x)))))), importance
 
     def blocks_from(self, numbers: range, tokens: Tokens) -> Tokens:
         """The blocks `numbers` over tokens, under the plan that keeps everything."""
@@ -155,7 +157,10 @@ class SparseViT(SparseNetwork):
         p = vit.num_prefix_tokens
         x, ids = patch_drop.dropped(vit.patch_drop, x, p, rng_keys)
         x = vit.norm_pre(x)
-        return Tokens(x if self.residual is None else x.to(self.residual), ids, p, rng_keys=rng_keys)
+        narrow = self.residual is not None and torch.is_autocast_enabled(
+            x.device.type
+        )  # else float32 products would meet bf16 tokens
+        return Tokens(x.to(self.residual) if narrow else x, ids, p, rng_keys=rng_keys)
 
     def _run(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         """One block, under gradient checkpointing if enabled; checkpoint() finds the devices' generators only in flat arguments."""
@@ -181,15 +186,17 @@ class SparseViT(SparseNetwork):
         attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
         row = ranks = None
         if wanted.importance == number:
-            ranks = scores.importance(tokens, qkv)
+            ranks = scores.importance(tokens, qkv, self.importance)
         if wanted.cls_attention and number == len(self.vit.blocks) - 1:
             with torch.no_grad():
                 row = self.look_back(tokens, qkv)
-        tokens = tokens.with_(x=_added(tokens.x, _drop(block.drop_path1, after_attention(attended), path, 0)))
+        tokens = tokens.with_(x=added(tokens.x, drop_path.of_branch(block.drop_path1, after_attention(attended), path, 0)))
         selects = number in self.blocks
         if selects and self.position == "attention":
             tokens, qkv = self.reduce(tokens, qkv, plan)
-        tokens = tokens.with_(x=_added(tokens.x, _drop(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1)))
+        tokens = tokens.with_(
+            x=added(tokens.x, drop_path.of_branch(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1))
+        )
         if selects and self.position == "block":
             tokens, qkv = self.reduce(tokens, qkv, plan)
         if selects:
@@ -238,13 +245,6 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _added(x: Tensor, branch: Tensor) -> Tensor:
+def added(x: Tensor, branch: Tensor) -> Tensor:
     """x + branch in the type of x: under autocast a LayerScale in float32 would widen bf16 tokens."""
     return (x + branch).to(x.dtype)
-
-
-def _drop(path: nn.Module, x: Tensor, drawn: Tensor | None, branch: int) -> Tensor:
-    """Stochastic depth of a branch (B, T, D): by timm's module, or by the numbers drawn for each image, (2, B, 1, 1) in [0, 1)."""
-    if drawn is None or not isinstance(path, DropPath) or path.drop_prob == 0.0:
-        return path(x)
-    return drop_path.dropped(path, x, drawn[branch])

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsity.connections import CONNECTIONS
 from sparsity.network import Levels
+from sparsity.settings import Network
 from sparsity.tokens import TOKENS
 
 
@@ -49,6 +50,11 @@ def refuse(vit: nn.Module) -> None:
         )
 
 
+def about(vit: VisionTransformer, position: str) -> Network:
+    """What a mechanism of level 2 at `position` asks of the network."""
+    return Network(vit.has_class_token, vit.global_pool, num_prefix=vit.num_prefix_tokens, position=position)
+
+
 def text_of(check: Callable[[nn.Module], None], network: nn.Module) -> str:
     """The message of the ValueError that `check` raises; "" if it raises none."""
     try:
@@ -58,11 +64,16 @@ def text_of(check: Callable[[nn.Module], None], network: nn.Module) -> str:
     return ""
 
 
-def refuse_blocks(blocks: Collection[int], depth: int) -> None:
+def refuse_blocks(blocks: Collection[int], depth: int, position: str) -> None:
     if not blocks:
         raise ValueError("tokens.blocks=[]: no block selects tokens or connections; name the blocks, e.g. [3, 6, 9]")
     if max(blocks) >= depth:
         raise ValueError(f"tokens.blocks={list(blocks)}: this network has blocks 0 to {depth - 1}; change tokens.blocks")
+    if position == "block" and max(blocks) == depth - 1:
+        raise ValueError(
+            f"tokens.blocks={list(blocks)} with tokens.position=block: tokens would leave after the last block, which saves nothing; "
+            f"name blocks of 0 to {depth - 2}, e.g. tokens.blocks=[{min(2, depth - 2)}], or set tokens.position=attention"
+        )
 
 
 def refuse_compat(vit: VisionTransformer, levels: Levels) -> None:

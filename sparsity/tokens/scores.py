@@ -64,9 +64,9 @@ BY_NAME: dict[str, Score] = {"cls": cls_row, "prefix": prefix_rows, "received": 
 """Scores that a user chooses by name."""
 
 
-def importance(tokens: Tokens, qkv: QKV, score: Score | None = None) -> Tensor:
-    """A score, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832). None: `prefix_rows`, without prefix `received`."""
-    row = (score or (prefix_rows if tokens.num_prefix else received))(tokens, qkv)
+def importance(tokens: Tokens, qkv: QKV, name: str) -> Tensor:
+    """A score by name, renormalised: rows sum to 1 (token importance of SaiT, arXiv 2210.05832)."""
+    row = BY_NAME[name](tokens, qkv)
     return row / row.sum(dim=1, keepdim=True)
 
 

@@ -28,7 +28,7 @@ class TopKSettings(TokenSettings):
     importance: Literal["default", "cls", "prefix", "received", "value_norm"] = setting(
         "default",
         "score of a token: cls, its attention from [CLS]; prefix, from all prefix tokens; received, from all tokens; value_norm, prefix x "
-        "length of its value. default: cls, without [CLS] received",
+        "length of its value. default: prefix with position block, else cls; without [CLS] received",
     )
 
     @property
@@ -45,13 +45,11 @@ class TopKSettings(TokenSettings):
 
     def score(self, network: Network) -> Score:
         """The score by name. Raises ValueError for one that needs prefix tokens where the network has none."""
-        if self.importance == "default":
-            return scores.cls_row if network.has_class_token else scores.received
         if self.importance in ("cls", "prefix") and not network.has_class_token:
             raise ValueError(
                 f"tokens.importance={self.importance}: this network has no class token; set tokens.importance=received"
             )
-        return scores.BY_NAME[self.importance]
+        return scores.BY_NAME[self.importance_in(network)]
 
     def build(self, network: Network) -> TopK:
         return TopK(self.score(network), self.fuse, network.carry_qkv, network.authors)

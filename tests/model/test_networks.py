@@ -128,7 +128,7 @@ def test_any_network_teaches_logits(tmp_path):
     assert found.network is not None and found.multiply_adds == build_model(teaching).cost().total
     with pytest.raises(ConfigError, match=r"a ResNet gives no attention of \[CLS\].*teacher.tokens=0"):
         both = config(
-            VIT, teacher=teacher | {"tokens": 1.0}, tokens={"method": "topk", "keep": 0.5, "blocks": [1], "position": "block"}
+            VIT, teacher=teacher | {"tokens": 1.0}, tokens={"method": "topk", "keep": 0.5, "blocks": [0], "position": "block"}
         )
         build_teacher(both, build_model(both), frozenset({"cls_attention"}))
 

@@ -115,7 +115,7 @@ def test_timms_weights_by_name(monkeypatch: pytest.MonkeyPatch):
     student = build_model(settings)
     monkeypatch.setattr(weights.timm, "create_model", create)
     assert build_teacher(settings, student, frozenset()).hash
-    assert asked == [("deit_small_patch16_224", True, {"num_classes": 4, "img_size": 16, "drop_path_rate": 0.0, **SMALL})]
+    assert asked[0] == (("deit_small_patch16_224", True, {"num_classes": 4, "img_size": 16, "drop_path_rate": 0.0, **SMALL}))
     with pytest.raises(
         ConfigError, match=r"teacher.from=timm with teacher.logits=hard: the teacher has another number of classes"
     ):
@@ -282,3 +282,15 @@ def test_an_importance_that_distillation_does_not_teach(file: Path, importance: 
         ConfigError, match=rf"teacher\.tokens=1 with tokens\.importance={importance}: .*leave out tokens\.importance"
     ):
         build(changed)
+
+
+@pytest.mark.parametrize("method", ["random", "tome"])
+def test_a_selection_that_does_not_read_importance(file: Path, method: str):
+    settings = drawn.config(
+        "nowhere",
+        model=MODEL,
+        tokens={"method": method, "keep": 0.5, "blocks": [1]},
+        teacher={"from": str(file), "tokens": 1.0},
+    )
+    with pytest.raises(ConfigError, match=rf"teacher\.tokens=1 with tokens\.method={method}: .*set tokens\.method=topk"):
+        build(settings)

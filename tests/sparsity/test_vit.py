@@ -11,9 +11,10 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import nn
 
 from sparsity.build import build
+from sparsity.drop_path import of_branch
 from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
-from sparsity.vit import SparseViT, _drop
+from sparsity.vit import SparseViT
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
 
 SPARSE = Plan(0.6, 0.4)
@@ -164,20 +165,29 @@ def test_keyed_drop_path_scales_as_timms_does():
         torch.ones(3, 2, 2),
         torch.tensor([[0.1, 0.79, 0.81], [0.9, 0.1, 0.1]])[..., None, None],
     )
-    assert _drop(path, x, drawn, 0)[:, 0, 0].tolist() == pytest.approx([1.25, 1.25, 0.0])
-    assert _drop(path, x, drawn, 1)[:, 0, 0].tolist() == pytest.approx([0.0, 1.25, 1.25])
+    assert of_branch(path, x, drawn, 0)[:, 0, 0].tolist() == pytest.approx([1.25, 1.25, 0.0])
+    assert of_branch(path, x, drawn, 1)[:, 0, 0].tolist() == pytest.approx([0.0, 1.25, 1.25])
     torch.manual_seed(0)
     assert set(path(x.repeat(9, 1, 1)).unique().tolist()) == {0.0, 1.25}
 
 
 def test_position_block_leaves_the_mlp_whole():
     vit = tiny(depth=2, drop_path_rate=0.0).eval()
-    early, late = (build(vit, tokens="topk", blocks=(1,), position=position) for position in ("attention", "block"))
-    x = images(vit)
-    assert torch.equal(late(x, Plan(0.5)).logits, vit(x))  # the last block's [CLS] never sees that the others leave
-    assert torch.allclose(early(x, Plan(0.5)).logits, vit(x), atol=1e-5)
-    first = build(vit, tokens="topk", blocks=(0,), position="block")
-    assert not torch.allclose(first(x, Plan(0.5)).logits, vit(x), atol=1e-3)
+    early, late = (build(vit, tokens="topk", blocks=(0,), position=position) for position in ("attention", "block"))
+    x, block, wanted = images(vit), vit.blocks[0], []
+    block.mlp.register_forward_pre_hook(lambda _, given: wanted.append(given[0].shape[1]))
+    outputs = [model(x, Plan(0.5)).logits for model in (early, late)]
+    assert wanted == [9, 17] and not torch.allclose(outputs[1], vit(x), atol=1e-3)
+
+
+def test_no_token_leaves_after_the_last_block():
+    vit = tiny(depth=2)
+    with pytest.raises(
+        ValueError, match=r"tokens.blocks=\[0, 1\] with tokens.position=block: tokens would leave after the last block"
+    ):
+        build(vit, tokens="topk", blocks=(0, 1), position="block")
+    assert build(vit, tokens="topk", blocks=(0, 1)).blocks == {0, 1}, "before its MLP they may"
+    assert build(vit, blocks=(0, 1), position="block").blocks == frozenset(), "nothing selects"
 
 
 def test_the_gather_is_skipped_where_all_stay():

@@ -6,19 +6,23 @@ A checkpoint has every weight unsharded, by timm's name, so nothing is converted
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
+from sparsity.vit import SparseViT
 from trainer.checkpoint import directory, save_load
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_recorded
+from trainer.config.run_config import Config
 from trainer.config.schema import AugmentConfig, ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
-from trainer.model import pruned_file, thresholds
+from trainer.model import importance, pruned_file, thresholds
+from trainer.model.build import build_model
 from trainer.model.exported import TOKENS
 from trainer.model.weights import fixes_image_size, save_weights
 
@@ -63,14 +67,17 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
         raise ConfigError(f"export {out}: file name must end with .safetensors, timm needs it")
     header = _network(config.model, config.augment, config.evaluate.crop_pct)
     header |= {"run": config.name, "config": config.fingerprint()} | _position(about["state"], use_ema)
-    header[TOKENS] = json.dumps(config.resolved()["tokens"])
+    score = _score(config, about)
+    header[TOKENS] = json.dumps(config.resolved()["tokens"] | ({importance.KEY: score.selection} if score.selection else {}))
     found = thresholds.read(Path(run))
-    own = (list(config.tokens.blocks), getattr(config.tokens.settings, "importance", "default"))
-    if found is not None and ([found.block], found.importance) != own:
-        raise ConfigError(
-            f"export {run}: its thresholds were calibrated for tokens.blocks=[{found.block}] tokens.importance={found.importance}, the run "
-            f"has {own[0]} {own[1]}; calibrate it again without tokens.*, or remove {Path(run) / thresholds.FILE}"
-        )
+    if found is not None:
+        theirs = score.default_of_mass if found.importance == "default" else found.importance
+        if ([found.block], theirs) != (list(config.tokens.blocks), score.selection):
+            raise ConfigError(
+                f"export {run}: its thresholds were calibrated for tokens.blocks=[{found.block}] tokens.importance={theirs}, the run "
+                f"has {list(config.tokens.blocks)} {score.selection}; calibrate it again without tokens.*, or remove "
+                f"{Path(run) / thresholds.FILE}"
+            )
     if found is not None and found.weights == thresholds.weights_hash(weights):  # else they were calibrated for other weights
         header[thresholds.HEADER] = found.to_json()
     form_header, weights = pruned_file.written(form, config, weights, save_load.pruning_of(path), str(run))
@@ -84,6 +91,27 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(out, weights, header)
     return Exported(out, header)
+
+
+class _Score(NamedTuple):
+    """selection: name of the score of tokens, "" where the run has none. default_of_mass: what thresholds mean by "default"."""
+
+    selection: str
+    default_of_mass: str
+
+
+def _score(config: Config, about: Mapping[str, Any]) -> _Score:
+    """Of a checkpoint."""
+    if not hasattr(config.tokens.settings, importance.KEY):
+        return _Score("", "")
+    network = build_model(config.changed(model={"init": "random"}))
+    if not isinstance(network, SparseViT):  # in windows there is one score
+        return _Score("", "")
+    before = network.about.default_before()
+    if (name := about.get(importance.KEY)) is None:  # of a run that is older than names of scores
+        own = getattr(config.tokens.settings, importance.KEY)
+        name = before[0] if own == "default" else network.importance
+    return _Score(name, before[1])
 
 
 def _chosen(run: Path, which: str) -> tuple[Path, dict[str, Any]]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsity.network import SparseNetwork
 from sparsity.types import Selection
 from trainer.checkpoint import directory
 from trainer.checkpoint.directory import Newest
@@ -29,6 +30,7 @@ from trainer.config.load import parse_recorded
 from trainer.config.recorded import without_foreign
 from trainer.config.run_config import Config, differences
 from trainer.config.schema_run import CheckpointConfig
+from trainer.model import importance as scored
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 from trainer.storage.npz import read_npz
@@ -48,6 +50,7 @@ def save_checkpoint(
     config: Config,
     fingerprint: str,
     teacher: str = "",
+    importance: str | None = None,
     *,
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
@@ -61,6 +64,7 @@ def save_checkpoint(
 
     state: position in the run.
     config, fingerprint, teacher: of the run, its training shards and its teacher (hash of the weights); a resume must match them.
+    importance: name of the score of tokens, see `model.importance.name_of`.
     weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
     examples, selection: statistics of level 1, and the examples of the current epoch.
     pruning: state of level 4, on the CPU; without any there is no file.
@@ -88,6 +92,7 @@ def save_checkpoint(
         "config": config.resolved(),
         "fingerprint": fingerprint,
         "teacher": teacher,
+        scored.KEY: importance,
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
     }
 
@@ -195,9 +200,9 @@ def _state_of(stored: dict[str, Any]) -> TrainState:
     return TrainState(**{fields.get(key, key): value for key, value in stored.items()})
 
 
-def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Saved:
+def load(path: Path, config: Config, fingerprint: str, teacher: str = "", network: SparseNetwork | None = None) -> Saved:
     """Read a checkpoint. Raises CheckpointError, with every difference, if resuming would change the run. fingerprint, teacher: of the
-    training shards and of the teacher's weights, as they are now."""
+    training shards and of the teacher's weights, as they are now. network: of the run."""
     try:
         about = directory.verify(path, content=False)
         _refuse_incomplete(path.name, about)
@@ -213,7 +218,10 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "") -> Sav
         raise CheckpointError(
             f"{path}: this version can't read its configuration; use the version that wrote it:\n{error}"
         ) from error
-    wrong = [f"  {key}: checkpoint {b!r}, now {a!r}" for key, (a, b) in differences(config, theirs).items()]
+    different = differences(config, theirs)
+    if network is not None:
+        different = scored.compared(different, config, theirs, about.get(scored.KEY), network)
+    wrong = [f"  {key}: checkpoint {b!r}, now {a!r}" for key, (a, b) in different.items()]
     if about["fingerprint"] != fingerprint:
         wrong.append(f"  shards: checkpoint was trained on {about['fingerprint']}, data.train now holds {fingerprint}")
     if (before := about.get("teacher", "")) != teacher:

@@ -176,6 +176,7 @@ def _add_results(commands: Any) -> None:
     _add_run(c, overrides=False)
     c.add_argument("out", metavar="OUT.safetensors|OUT.onnx")
     c.add_argument("--density", metavar="SHARE", help="for ONNX: keep ratio of tokens of the file, 1 = all")
+    c.add_argument("--adaptive", action="store_true", help=argparse.SUPPRESS)  # refused, with the remedy
     c.add_argument(
         "--int8", action="store_true", help="for ONNX: int8 weights and activations, calibrated with training images"
     )

@@ -13,7 +13,7 @@ from trainer.config.errors import ConfigError
 def evaluate(a: argparse.Namespace) -> None:
     from trainer.analysis.evaluation.densities import score
 
-    config, densities = _own_or_given(a), _densities(a.densities, "--densities") if a.densities else None
+    config, densities = _own_or_given(a), None if a.densities is None else _densities(a.densities, "--densities")
     found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
     show_table(found.table())
     write_json(a.json, found.facts())
@@ -52,11 +52,22 @@ def _densities(text: str, option: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < density <= 1 for density in found):
-        raise ConfigError(f"{option} {text}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5")
+        raise ConfigError(
+            f"{option} {text or repr(text)}: must be keep ratios in (0, 1], separated by commas, e.g. 1.0,0.7,0.5"
+        )
+    if twice := sorted({one for one in found if found.count(one) > 1}):
+        raise ConfigError(f"{option} {text}: {twice[0]:g} is given twice; name each keep ratio once")
     return found
 
 
 def export(a: argparse.Namespace) -> None:
+    if a.adaptive:
+        onnx = (
+            "ONNX has the same number of tokens for every image of a batch; leave --adaptive out for the value-based form, or export "
+            "OUT.safetensors, which trainer.load_model runs with adaptive=True"
+        )
+        other = "the file has the thresholds of trilevel calibrate in its header without it; leave --adaptive out"
+        raise ConfigError(f"export {a.out} --adaptive: {onnx if Path(a.out).suffix == '.onnx' else other}")
     if Path(a.out).suffix == ".onnx":
         from trainer.checkpoint.export_onnx import export_onnx
 

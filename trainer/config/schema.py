@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.values import Chance, Duration, Epochs, Frozen, Keep, Length, Section, Share
+from trainer.config.values import Chance, Duration, Epochs, Frozen, KeepRatios, Length, Section, Share
 
 # arguments of timm.create_model that load files or wrap the network
 LOADS = frozenset({"checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "out_indices"})
@@ -160,7 +160,7 @@ class AugmentConfig(Section):
 class EvaluateConfig(Section):
     every: Length = Duration(count=1, unit="ep")
     """Distance between evaluations, e.g. 1ep or 500step; 0ep = at the end only."""
-    densities: tuple[Keep, ...] = ()
+    densities: KeepRatios = ()
     """Keep ratios of tokens at which every evaluation scores the weights too, with all connections kept; each costs an evaluation and
     gives a line `density` in the journal and a curve in MLflow."""
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)

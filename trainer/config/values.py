@@ -91,6 +91,15 @@ def _no_duplicates(blocks: tuple[int, ...]) -> tuple[int, ...]:
 Blocks = Annotated[tuple[int, ...], AfterValidator(_no_duplicates)]
 
 
+def _each_once(keeps: tuple[float, ...]) -> tuple[float, ...]:
+    if twice := [keep for at, keep in enumerate(keeps) if keep in keeps[:at]]:
+        raise ValueError(f"{list(keeps)}: {twice[0]:g} is given twice; name each keep ratio once")
+    return keeps
+
+
+KeepRatios = Annotated[tuple[Keep, ...], AfterValidator(_each_once)]
+
+
 def _blocks_or_patterns(value: Any) -> Any:
     blocks = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if blocks or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):

@@ -60,7 +60,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "start": {
         "config": CONFIG, "world": WORLD, "versions": MAYBE_TABLE, "data": MAYBE_TABLE, "classes": LIST, "hosts": LIST, "pixels": LIST,
         "multiply_adds": NUMBER, "matrix_tflops": MAYBE, "starting": NUMBER, "teacher_hash": TEXT, "teacher_parameters": NUMBER,
-        "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER, "warnings": TEXTS,
+        "teacher_memory_mib": NUMBER, "teacher_multiply_adds": NUMBER, "warnings": TEXTS, "importance": TEXT,
     },
     "resume": _WHERE,
     "epoch": _WHERE | {"kept": COUNT, "examples": COUNT, "steps": COUNT, "facts": TABLE},

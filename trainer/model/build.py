@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from torch import nn
 
 from sparsity import build
 from sparsity.examples.curriculum import Curriculum, TrainingRun
@@ -35,19 +36,7 @@ def build_model(config: Config) -> SparseNetwork:
         _checkpoint(network, config)
     if config.teacher.logits != "none" and isinstance(network, VisionTransformerDistilled):
         network.set_distilled_training(True)  # in training it returns a pair of logits: of [CLS] and of the distillation token
-    t = config.tokens
-    try:
-        model = build.build(
-            network,
-            tokens=t.settings,
-            connections=config.connections.settings,
-            blocks=t.blocks,
-            position=t.position,
-            compat=config.compat,
-            image_size=config.model.image_size,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.name={config.model.name}: {error}") from error
+    model = with_levels(config, network)
     try:
         model.cost()
     except ValueError as error:
@@ -63,6 +52,23 @@ def build_model(config: Config) -> SparseNetwork:
             )
         model.residual = torch.bfloat16
     return model
+
+
+def with_levels(config: Config, network: nn.Module) -> SparseNetwork:
+    """A timm network with the mechanisms of levels 2 and 3. Raises ConfigError."""
+    t = config.tokens
+    try:
+        return build.build(
+            network,
+            tokens=t.settings,
+            connections=config.connections.settings,
+            blocks=t.blocks,
+            position=t.position,
+            compat=config.compat,
+            image_size=config.model.image_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.name={config.model.name}: {error}") from error
 
 
 def _checkpoint(network: Any, config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,33 +14,36 @@ from torch import Tensor, nn
 from sparsity import build
 from sparsity.adaptive import AdaptiveViT
 from sparsity.network import SparseNetwork
-from sparsity.tokens.scores import BY_NAME
+from sparsity.settings import TokenSettings
 from sparsity.types import Plan
+from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
 from trainer.model import pruned_file, thresholds, weights
+from trainer.model.importance import TOKENS
 from trainer.model.thresholds import Thresholds, weights_hash
 from trainer.storage.memory_limit import memory_limit
 
 GROWTH, SPARE = 64, 1 << 30  # memory for a file of n bytes: 64 n (blocks of a 20th, unpacked, and a copy) and 1 GiB
-TOKENS = "tokens"  # key of the header: the section of the configuration, as JSON
 
 
 class AnyDensity(nn.Module):
-    """model: the network with its token reduction. thresholds: of mass-based selection, None without. image_size: side in pixels."""
+    """model: the network with its token reduction. thresholds: of mass-based selection, None without. image_size: side in pixels. source:
+    the file, for messages."""
 
-    def __init__(self, model: SparseNetwork, tokens: TokensConfig, thresholds: Thresholds | None, image_size: int) -> None:
+    def __init__(
+        self, model: SparseNetwork, tokens: TokensConfig, thresholds: Thresholds | None, image_size: int, source: str
+    ) -> None:
         super().__init__()
         self.model, self.tokens, self.thresholds, self.image_size = model, tokens, thresholds, image_size
+        self.source = source
         self._adaptive: AdaptiveViT | None = None
         self._refused = ""  # why the thresholds are not of this network
         if thresholds is not None:
-            score = BY_NAME.get(thresholds.importance)
-            self._adaptive = AdaptiveViT(model, score, least=thresholds.least)
-            digest = weights_hash(model.network.state_dict())
+            self._adaptive = AdaptiveViT(model, least=thresholds.least)
             try:
-                thresholds.refuse_other(digest, self._adaptive.block, getattr(tokens.settings, "importance", ""), "the file")
+                thresholds.refuse_other(weights_hash(model.network.state_dict()), self._adaptive, source)
             except ConfigError as error:  # dense and at a fixed density it can be used all the same
                 self._refused = str(error)
 
@@ -50,13 +54,16 @@ class AnyDensity(nn.Module):
         if not 0.0 < density <= 1.0:
             raise ConfigError(f"density={density:g}: must be in (0, 1]")
         if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
-            raise ConfigError(f"density={density:g}: tokens.method={self.tokens.method} has no density; export a run with topk")
+            raise ConfigError(
+                f"{self.source}: density={density:g} with tokens.method={self.tokens.method}, which has no density; export a run with topk"
+            )
         if adaptive:
             if self._refused:
                 raise ConfigError(self._refused)
             if self._adaptive is None or self.thresholds is None:
                 raise ConfigError(
-                    "adaptive: the file has no mass thresholds; run trilevel calibrate on it, or export again after it"
+                    f"adaptive=True: {self.source} has no mass thresholds; run trilevel calibrate on it, or export the run again after "
+                    "its calibration"
                 )
             return self._adaptive(images, self.thresholds.mass(density)).logits
         return self.model(images, Plan(keep_tokens=density)).logits
@@ -71,11 +78,18 @@ def load_exported(path: str | Path) -> AnyDensity:
         vit = _network(about)
         pruned_file.shrink(vit, about)
         state = pruned_file.read(state, about)
-        model = build.build(
-            vit, tokens=tokens.settings, blocks=tokens.blocks, position=tokens.position, image_size=int(about["image_size"])
-        )
+        model = _built(vit, tokens, tokens.settings, about)
+        if isinstance(model, SparseViT) and getattr(tokens.settings, "importance", "") == "default":
+            selection = model.about.default_before()[0]  # the file is older than names of scores in headers
+            model = _built(vit, tokens, replace(tokens.settings, importance=selection), about)
     weights.fit(vit, state, str(path), warn=_refuse_change)
-    return AnyDensity(model.eval(), tokens, thresholds.read(path), int(about["image_size"])).eval()
+    return AnyDensity(model.eval(), tokens, thresholds.read(path), int(about["image_size"]), str(path)).eval()
+
+
+def _built(vit: nn.Module, tokens: TokensConfig, settings: TokenSettings, about: Mapping[str, str]) -> SparseNetwork:
+    return build.build(
+        vit, tokens=settings, blocks=tokens.blocks, position=tokens.position, image_size=int(about["image_size"])
+    )
 
 
 def load_plain(path: str | Path) -> nn.Module:
@@ -127,4 +141,4 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _refuse_change(text: str) -> None:
-    raise ConfigError(f"{text}: the file's weights are not those of its header; export it again")
+    raise ConfigError(f"{text}: these weights are not those of the header; export them again")

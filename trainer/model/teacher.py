@@ -25,7 +25,7 @@ from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.config.schema import ModelConfig
 from trainer.engine.engine import Engine
-from trainer.model import weights
+from trainer.model import heads, weights
 
 log_warning = logging.getLogger(__name__).warning
 
@@ -89,6 +89,7 @@ def build_teacher(
     source, settings = f"teacher.from={config.teacher.source}", _network(config)
     pretrained = settings.init == "timm"
     network = weights.build(settings, 0, pretrained=pretrained, section="teacher")
+    heads.refuse_other(network, settings, settings.init, source)
     if pretrained:
         state = network.state_dict()
         reset = ["head"] if weights.about(network).get("num_classes") != settings.classes else []
@@ -125,16 +126,21 @@ def _network(config: Config) -> ModelConfig:
 def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: SparseNetwork, source: str) -> None:
     """Raises ConfigError where the teacher's attention is over other tokens than the student's importance."""
     asked, first = f"teacher.tokens={config.teacher.tokens:g}", config.tokens.blocks[0]
-    importance = getattr(config.tokens.settings, "importance", "default")
-    if importance in ("received", "value_norm"):
+    tokens = config.tokens.settings
+    if not (tokens.off or tokens.ranks_by_importance):
         raise ConfigError(
-            f"{asked} with tokens.importance={importance}: distillation teaches the attention of the prefix tokens, by which no "
-            "token would be selected; leave out tokens.importance, or set teacher.tokens=0"
+            f"{asked} with tokens.method={config.tokens.method}: distillation trains the importance of tokens, by which this "
+            "method selects none; set tokens.method=topk, or teacher.tokens=0 and distil logits"
         )
     if "importance" not in teacher.gives:
         raise ConfigError(
             f"{source} with {asked}: a {type(teacher.network).__name__} gives no attention of [CLS]; choose a teacher of "
             f"{SparseViT.models}, or set teacher.tokens=0 and distil logits"
+        )
+    if student.importance == "value_norm" or (student.importance == "received" and student.network.has_class_token):
+        raise ConfigError(
+            f"{asked} with tokens.importance={student.importance}: distillation teaches the attention of the prefix tokens, by which no "
+            "token would be selected; leave out tokens.importance, or set teacher.tokens=0"
         )
     if first >= (depth := len(student.network.blocks)):
         raise ConfigError(

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsity.adaptive import AdaptiveViT
 from sparsity.tokens.mass import Threshold
 from trainer.config.errors import ConfigError
 from trainer.storage.disk import atomic_write
@@ -25,8 +26,9 @@ FILE, HEADER = "thresholds.json", "thresholds"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """weights: hash of the weights. block: P. importance: name of the score. least: patches that every image keeps. images: training
-    images of the calibration. by_density: wanted mean density -> Threshold."""
+    """weights: hash of the weights. block: P. importance: name of the score; "default" in thresholds stored before 2026-11-22. least:
+    patches that every image keeps. images: training images of the calibration. by_density: wanted mean density -> Threshold. precision:
+    in which their importance was computed, "" if not recorded; in another precision the mean density differs in its third digit."""
 
     weights: str
     block: int
@@ -34,6 +36,7 @@ class Thresholds:
     least: int
     images: int
     by_density: Mapping[float, Threshold] = field(default_factory=dict)
+    precision: str = ""
 
     def mass(self, density: float) -> float:
         """The threshold for a mean density. Raises ConfigError for one that was not calibrated."""
@@ -62,16 +65,25 @@ class Thresholds:
                 raise ValueError("a threshold outside (0, 1]")
             if min(numbers["block"], numbers["least"] - 1, numbers["images"]) < 0:
                 raise ValueError("a negative number")
-            return cls(weights=str(raw["weights"]), importance=str(raw["importance"]), by_density=table, **numbers)
+            return cls(
+                weights=str(raw["weights"]),
+                importance=str(raw["importance"]),
+                by_density=table,
+                precision=str(raw.get("precision", "")),
+                **numbers,
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{source}: no mass thresholds in it ({error}); run trilevel calibrate again") from error
 
-    def refuse_other(self, weights: str, block: int, importance: str, source: str) -> None:
-        """Raises ConfigError where the thresholds are those of other weights, another pruning block or another score."""
+    def refuse_other(self, weights: str, adaptive: AdaptiveViT, source: str) -> None:
+        """Raises ConfigError where the thresholds are those of other weights, another pruning block or another score. weights: hash of
+        those of `adaptive`."""
+        model = adaptive.model
+        score = model.about.default_before()[1] if self.importance == "default" else self.importance
         for name, ours, theirs in (
             ("weights", weights, self.weights),
-            ("tokens.blocks", block, self.block),
-            ("tokens.importance", importance, self.importance),
+            ("tokens.blocks", adaptive.block, self.block),
+            ("tokens.importance", model.importance, score),
         ):
             if ours != theirs:
                 raise ConfigError(

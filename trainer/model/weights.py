@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
 from trainer.journal.run_weights import run_weights
+from trainer.model import heads
 from trainer.storage.disk import atomic_write
 from trainer.storage.safetensors_stream import pieces
 
@@ -43,6 +44,8 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
     timm, and weights that do not fit.
     """
     model = build(settings, seed, pretrained=settings.init == "timm")
+    if settings.init != "random":
+        heads.refuse_other(model, settings, settings.init, f"model.init={settings.init}")
     if settings.init == "timm":
         own = about(model)
         for what, theirs, ours in (

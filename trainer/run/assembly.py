@@ -28,6 +28,7 @@ from trainer.data.order import micro_batches
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
 from trainer.engine.environment import is_first_of_node, rank, ranks_of_node, use_device_of_rank, world_size
+from trainer.model import importance
 from trainer.model.build import (
     build_distillation,
     build_examples,
@@ -111,7 +112,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     stream, validation, clean = _loaders(config, index, validation_index)
     engine = Engine(config.engine, micro_batches(config.data.batch, config.data.micro_batch, world_size()), config.optim.clip)
     engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
-    found, saved = _to_resume(config, index, teacher, engine) if resume else (save_load.NOTHING, None)
+    found, saved = _to_resume(config, index, teacher, model, engine) if resume else (save_load.NOTHING, None)
     recorder = Recorder(config, engine, resume)
     with engine.released_afterwards(), recorder.recording_failures():
         if saved:
@@ -128,10 +129,15 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         shapes = [*model.attention_shapes(DENSE), *model.attention_shapes(schedule.last())]
-        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | engine.choose_attention(shapes)
+        scored = {importance.KEY: importance.name_of(config, model)}
+        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | engine.choose_attention(shapes)
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
-        known = {"config": config, "fingerprint": index.fingerprint, "teacher": teacher.hash}  # a resume must match them
+        known = {
+            "config": config,
+            "fingerprint": index.fingerprint,
+            "teacher": teacher.hash,
+        } | scored  # a resume must match them
         store = partial(save_load.save_checkpoint, recorder.checkpoints, **known)
         measure = partial(
             evaluate,
@@ -196,10 +202,12 @@ def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, V
     return loaders
 
 
-def _to_resume(config: Config, index: Index, teacher: Teacher, engine: Engine) -> tuple[Newest, Saved | None]:
+def _to_resume(
+    config: Config, index: Index, teacher: Teacher, model: SparseNetwork, engine: Engine
+) -> tuple[Newest, Saved | None]:
     """The newest checkpoint, the same on all ranks, and its content; None if there is none yet."""
     found = save_load.newest(config.directory() / "checkpoints")
-    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash) if found.path else None
+    saved = save_load.load(found.path, config, index.fingerprint, teacher.hash, model) if found.path else None
     engine.assert_same_on_all_ranks(
         f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
@@ -163,7 +164,8 @@ class Recorder:
     def weights(self, weights: dict[str, Tensor]) -> Content:
         """Write RUN/weights.safetensors, with timm's parameter names; its size and hash."""
         path = self.directory / "weights.safetensors"
-        save_weights(path, weights)
+        model = self.config.model  # a number of heads shows in no shape
+        save_weights(path, weights, {"model": model.name, "args": json.dumps(model.args)})
         return Disk().content(path)
 
     def sync(self) -> None:

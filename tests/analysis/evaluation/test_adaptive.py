@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from sparsity.build import build
 from sparsity.tokens.mass import Threshold
+from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
 from tests.support.sait import ARGS, WEIGHTS, write
 from trainer import load_model
@@ -154,7 +157,7 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
     assert main(["eval", WEIGHTS, "c.yaml", "--densities", ".5", "--adaptive"]) == 2
     assert "has no mass thresholds; run trilevel calibrate" in capsys.readouterr().err
     calibrate(WEIGHTS, config, [0.5])
-    for change, name in (("tokens.blocks=[2]", "tokens.blocks 1"), ("tokens.importance=received", "tokens.importance default")):
+    for change, name in (("tokens.blocks=[2]", "tokens.blocks 1"), ("tokens.importance=received", "tokens.importance cls")):
         assert main(["eval", WEIGHTS, "c.yaml", change, "--densities", ".5", "--adaptive"]) == 2
         assert f"calibrated for {name}" in capsys.readouterr().err
     state = load_file(WEIGHTS)
@@ -184,6 +187,12 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
             ["calibrate", "timm:deit_tiny_patch16_224", "c.yaml", "model.classes=1000", "--density", ".5"],
             "give a run directory",
         ),
+        (["eval", WEIGHTS, "c.yaml", "--densities", ""], "--densities '': must be keep ratios in (0, 1]"),
+        (["eval", WEIGHTS, "c.yaml", "--densities", ".5,1,.5"], "--densities .5,1,.5: 0.5 is given twice"),
+        (["calibrate", WEIGHTS, "c.yaml", "tokens.blocks=[3]", "--density", ".5"], "tokens would leave after the last block"),
+        (["export", "run", "o.onnx", "--adaptive", "--density", ".5"], "ONNX has the same number of tokens for every image"),
+        (["export", "run", "o.safetensors", "--adaptive"], "has the thresholds of trilevel calibrate in its header"),
+        (["eval", WEIGHTS, "c.yaml", "evaluate.densities=[.5, .7, .5]"], "[0.5, 0.7, 0.5]: 0.5 is given twice"),
         (["eval", WEIGHTS, "c.yaml", "--adaptive"], "--adaptive: needs --densities with a keep ratio below 1"),
         (["eval", WEIGHTS, "c.yaml", "--densities", "1", "--random"], "--random: needs --densities with a keep ratio below 1"),
     ],
@@ -216,6 +225,86 @@ def test_thresholds_survive_the_file() -> None:
     ours = Thresholds("hash", 2, "default", 16, 5000, {})
     assert Thresholds.of_json(ours.to_json(), "x") == ours
     assert replace(ours, block=3) != ours
+
+
+def test_default_thresholds_of_earlier_versions_are_those_of_one_prefix_token(config: Config) -> None:
+    calibrate(WEIGHTS, config, [0.5])
+    found = thresholds.read(Path(WEIGHTS))
+    assert found is not None and (found.importance, found.precision) == ("cls", "float32")
+    older = json.dumps({k: v for k, v in json.loads(found.to_json()).items() if k != "precision"} | {"importance": "default"})
+    save_weights(Path(WEIGHTS), load_file(WEIGHTS), thresholds.header(Path(WEIGHTS)) | {thresholds.HEADER: older})
+    assert load_model(WEIGHTS)(pixels(config, [0]), 0.5, adaptive=True).shape == (1, 4)
+    assert score(WEIGHTS, config, [0.5], adaptive=True).note is None
+
+
+def test_a_file_of_an_earlier_version_with_several_prefix_tokens_keeps_its_score(config: Config, tmp_path: Path) -> None:
+    """`default` was cls for a density and prefix for mass: the first stays, the second is refused beside it."""
+    name, file = "deit_tiny_distilled_patch16_224", tmp_path / "two.safetensors"
+    torch.manual_seed(2)
+    network = timm.create_model(name, num_classes=4, img_size=32, **ARGS)
+    network.blocks[1].attn.qkv.weight.data *= 12.0
+    section = config.resolved()["tokens"]
+    header = {"model": name, "classes": "4", "image_size": "32", "args": json.dumps(ARGS), "tokens": json.dumps(section)}
+    assert section["importance"] == "default"
+    older = Thresholds(
+        thresholds.weights_hash(network.state_dict()), 1, "default", 16, 39, {0.5: Threshold(0.9, 0.5)}
+    ).to_json()
+    save_weights(file, network.state_dict(), header | {thresholds.HEADER: older})
+    images, model = pixels(config, [0, 1, 2]), load_model(file)
+    by = {
+        one: build(network.eval(), tokens=TopKSettings(importance=one), blocks=(1,), position="block")
+        for one in ("cls", "prefix")
+    }
+    with torch.no_grad():
+        assert torch.equal(model(images, 0.5), by["cls"](images, Plan(0.5)).logits)
+        assert not torch.equal(model(images, 0.5), by["prefix"](images, Plan(0.5)).logits)
+    with pytest.raises(
+        ConfigError, match=rf"{file}: calibrated for tokens.importance prefix, this model has cls; run trilevel"
+    ):
+        model(images, 0.5, adaptive=True)
+    save_weights(
+        file,
+        network.state_dict(),
+        header | {"tokens": json.dumps(section | {"importance": "prefix"}), thresholds.HEADER: older},
+    )
+    assert load_model(file)(images, 0.5, adaptive=True).shape == (3, 4)
+
+
+def test_a_run_with_bf16_between_blocks_is_evaluated_on_a_cpu(config: Config) -> None:
+    narrow = config.changed(engine={"residual": "bf16", "precision": "autocast"})
+    assert calibrate(WEIGHTS, narrow, [0.5]).found.precision == "float32"
+    rows = score(WEIGHTS, narrow, [1.0, 0.5], adaptive=True, random=True).rows
+    assert [row.scores.top1 for row in rows] == [
+        row.scores.top1 for row in score(WEIGHTS, config, [1.0, 0.5], adaptive=True, random=True).rows
+    ]
+
+
+def test_thresholds_of_another_precision_are_named_below_the_table(config: Config, capsys: Any) -> None:
+    calibrate(WEIGHTS, config, [0.5])
+    found = thresholds.read(Path(WEIGHTS))
+    assert found is not None
+    text = replace(found, precision="bf16 autocast").to_json()
+    save_weights(Path(WEIGHTS), load_file(WEIGHTS), thresholds.header(Path(WEIGHTS)) | {thresholds.HEADER: text})
+    assert main(["eval", WEIGHTS, "c.yaml", "--densities", ".5", "--adaptive"]) == 0
+    assert "thresholds were found in bf16 autocast, these passes are float32" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_teacher_with_other_prefix_tokens_or_patches_is_refused(config: Config) -> None:
+    for name, args, message in (
+        ("deit_tiny_distilled_patch16_224", ARGS, "it has 2 prefix tokens, weights.safetensors 1; give"),
+        (
+            config.model.name,
+            ARGS | {"patch_size": 8},
+            r"its patch grid is \(4, 4\), that of weights.safetensors \(8, 8\); give",
+        ),
+    ):
+        Path("other").mkdir(exist_ok=True)
+        network = timm.create_model(name, num_classes=4, img_size=32, **args)
+        save_weights(Path("other/weights.safetensors"), network.state_dict())
+        theirs = config.changed(model={"name": name, "args": args})
+        Path("other/config.yaml").write_text(yaml.safe_dump(theirs.resolved()))
+        with pytest.raises(ConfigError, match=f"--teacher other: {message}"):
+            teacher_agreement.agreement(WEIGHTS, "other", config)
 
 
 def test_the_agreement_with_a_teacher_is_spearmans(config: Config, capsys: Any) -> None:

@@ -32,8 +32,9 @@ def test_a_mass_of_one_keeps_all_and_the_least_holds():
     assert mass.counts(ranked.mass, 0.5).tolist() == [32, 16]
     assert mass.counts(ranked.mass, 0.5, least=1).tolist() == [32, 1]
     assert mass.counts(mass.rank(torch.full((1, 9), 1 / 9)).mass, 0.01).tolist() == [9]  # fewer patches than the least
-    with pytest.raises(ValueError, match="mass=0: must be > 0"):
-        mass.counts(ranked.mass, 0.0)
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"mass={wrong:g}: must be in \(0, 1\]"):
+            mass.counts(ranked.mass, wrong)
 
 
 def test_ties_go_to_the_lower_position():
@@ -48,6 +49,24 @@ def test_a_threshold_keeps_the_wanted_mean_density(density):
     found = mass.threshold_for(ranked.mass, density)
     kept = float(mass.counts(ranked.mass, found.mass).double().mean()) / 196
     assert found.density == kept == pytest.approx(density, abs=1e-3)  # 500 x 196 patches: a step of the mean is 1e-5 to 1e-3
+
+
+@pytest.mark.parametrize("density", [0.35, 0.5, 0.7, 0.9])
+def test_a_sharp_importance_has_thresholds_too(density):
+    """Each patch a share of .5 to .25 of the one before: sums in float32 reach 1 at the 12th to 24th of them."""
+    rows = mass.rank((torch.linspace(-0.7, -1.4, 400)[:, None] * torch.arange(24.0)).softmax(dim=1))
+    found = mass.threshold_for(rows.mass, density, least=1)
+    assert found.density == pytest.approx(density, abs=mass.TOLERANCE)
+    assert 24 * found.density == pytest.approx(float(mass.counts(rows.mass, found.mass, least=1).double().mean()))
+
+
+def test_a_density_that_no_threshold_reaches_is_refused():
+    zeros = torch.zeros(10, 64)
+    zeros[:, 3] = 1.0  # all importance on one patch: 16 tokens, or all
+    with pytest.raises(
+        ValueError, match=r"density=0.5: no mass keeps it within 0.02, the nearest keep 0.25 and 1 of the tokens"
+    ):
+        mass.threshold_for(mass.rank(zeros).mass, 0.5)
 
 
 def test_a_jump_of_the_mean_takes_the_nearer_side():

@@ -97,7 +97,23 @@ def test_cls_row_is_the_softmax_of_the_cls_query():
     assert torch.allclose(scores.cls_row(tokens, qkv), attention[:, :, 0, 2:].mean(1))
     assert torch.allclose(scores.received(tokens, qkv), attention[:, :, :, 2:].mean((1, 2)))
     both = attention[:, :, :2, 2:].mean((1, 2))
-    assert torch.allclose(scores.importance(tokens, qkv), both / both.sum(1, keepdim=True))
+    assert torch.allclose(scores.importance(tokens, qkv, "prefix"), both / both.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (Network(), {"default": "cls", "prefix": "cls", "cls": "cls", "received": "received", "value_norm": "value_norm"}),
+        (Network(num_prefix=2, position="block"), {"default": "prefix", "prefix": "prefix", "cls": "cls"}),
+        (Network(num_prefix=2), {"default": "cls", "prefix": "prefix"}),
+        (Network(has_class_token=False, num_prefix=3, position="block"), {"default": "received"}),
+        (Network(has_class_token=False, num_prefix=0), {"default": "received"}),
+    ],
+)
+def test_default_names_one_score_and_equal_scores_have_one_name(network, named):
+    assert {name: network.importance(name) for name in named} == named
+    for name, score in named.items():
+        assert TopKSettings(importance=name).build(network).score is scores.BY_NAME[score]
 
 
 def test_scores_are_float32_under_autocast_and_count_merged_patches():

@@ -7,7 +7,6 @@ from pathlib import Path
 from sparsity.adaptive import AdaptiveViT
 from sparsity.network import SparseNetwork
 from sparsity.tokens import TOKENS
-from sparsity.tokens.scores import BY_NAME
 from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -29,14 +28,9 @@ def adaptive_model(config: Config, network: SparseNetwork, execution: str = "pac
     if getattr(config.tokens.settings, "fuse", False):
         raise ConfigError("tokens.fuse=true: mass-based selection does not fuse the tokens that leave; set tokens.fuse=false")
     try:
-        return AdaptiveViT(network, BY_NAME.get(importance_of(config)), execution)
+        return AdaptiveViT(network, execution)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def importance_of(config: Config) -> str:
-    """The name of the score; "default" is SaiT's: the attention of all prefix tokens, without them that which patches receive."""
-    return getattr(config.tokens.settings, "importance", "default")
 
 
 def calibrated(source: Path | None, config: Config, adaptive: AdaptiveViT) -> Thresholds:
@@ -46,6 +40,5 @@ def calibrated(source: Path | None, config: Config, adaptive: AdaptiveViT) -> Th
         raise ConfigError(
             f"--adaptive: {source or config.model.name} has no mass thresholds; run trilevel calibrate MODEL --density .5"
         )
-    digest = weights_hash(adaptive.model.network.state_dict())
-    found.refuse_other(digest, adaptive.block, importance_of(config), str(source))
+    found.refuse_other(weights_hash(adaptive.model.network.state_dict()), adaptive, str(source))
     return found

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from sparsity.adaptive import AdaptiveViT
 from sparsity.tokens import mass as by_mass
-from trainer.analysis.evaluation.adaptive_model import adaptive_model, importance_of
+from trainer.analysis.evaluation.adaptive_model import adaptive_model
+from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -32,20 +33,24 @@ class Calibrated(NamedTuple):
     densities: list[float]
 
     def table(self) -> Table:
-        title = f"{self.path}: mass thresholds from {self.found.images} training images, pruning block {self.found.block}"
+        title = (
+            f"{self.path}: mass thresholds from {self.found.images} training images, pruning block {self.found.block}, importance "
+            f"{self.found.importance}, {self.found.precision}"
+        )
         table = Table(title=title, title_justify="left")
         for column in ("density", "mass", "mean density kept"):
             table.add_column(column, justify="right")
         for density in self.densities:
             mass, kept = self.found.by_density[density]
-            table.add_row(f"{density:g}", f"{mass:.6f}", f"{kept:.4f}")
+            table.add_row(f"{density:g}", f"{mass:.9g}", f"{kept:.4f}")
         return table
 
     def facts(self) -> dict[str, object]:
         """For --json."""
         table = self.found.by_density
         rows = [{"density": one, "mass": table[one].mass, "mean_density": table[one].density} for one in self.densities]
-        return {"path": str(self.path), "images": self.found.images, "block": self.found.block, "rows": rows}
+        about = {"images": self.found.images, "block": self.found.block, "importance": self.found.importance}
+        return {"path": str(self.path), **about, "precision": self.found.precision, "rows": rows}
 
 
 def calibrate(
@@ -60,15 +65,17 @@ def calibrate(
         raise ConfigError(f"calibrate {model}: give a run directory or a .safetensors file, which keep the thresholds")
     adaptive = adaptive_model(config, network)
     before = thresholds.read(source)
-    _refuse_other_tokens(source, adaptive.block, importance_of(config))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    masses = _masses(config, adaptive.to(device).eval(), images, device)
+    _refuse_other_tokens(source, adaptive)
+    computed = Computed.of(config)
+    computed.place(adaptive)
+    masses = _masses(config, adaptive, images, computed)
     try:
         found = {density: by_mass.threshold_for(masses, density, adaptive.least) for density in densities}
     except ValueError as error:
         raise ConfigError(f"calibrate --density: {error}") from error
     digest = thresholds.weights_hash(network.network.state_dict())
-    ours = Thresholds(digest, adaptive.block, importance_of(config), adaptive.least, len(masses), found)
+    score = adaptive.model.importance
+    ours = Thresholds(digest, adaptive.block, score, adaptive.least, len(masses), found, computed.name)
     if before is not None and replace(before, by_density=found, images=ours.images) == ours:  # of the same weights
         if before.images != ours.images and set(before.by_density) - set(found):
             there = ", ".join(map(repr, sorted(before.by_density)))
@@ -80,13 +87,16 @@ def calibrate(
     return Calibrated(ours, _keep(source, ours), densities)
 
 
-def _refuse_other_tokens(source: Path, block: int, importance: str) -> None:
+def _refuse_other_tokens(source: Path, adaptive: AdaptiveViT) -> None:
     """Raises ConfigError where the file's own header selects at another block or by another score: it would refuse the thresholds."""
     about = {} if source.is_dir() else thresholds.header(source)
     tokens = json.loads(about.get(TOKENS, "{}"))
+    score = tokens.get("importance", "default") if tokens else None
+    if score == "default":
+        score = adaptive.model.about.default_before()[0]
     for key, own, now in (
-        ("blocks", tokens.get("blocks"), [block]),
-        ("importance", tokens.get("importance", "default") if tokens else None, importance),
+        ("blocks", tokens.get("blocks"), [adaptive.block]),
+        ("importance", score, adaptive.model.importance),
     ):
         if own is not None and own != now:
             raise ConfigError(
@@ -95,11 +105,12 @@ def _refuse_other_tokens(source: Path, block: int, importance: str) -> None:
 
 
 @torch.no_grad()
-def _masses(config: Config, adaptive: AdaptiveViT, images: int, device: torch.device) -> torch.Tensor:
-    """Cumulated importance of training images, (N, n) float32 on the CPU."""
+def _masses(config: Config, adaptive: AdaptiveViT, images: int, computed: Computed) -> torch.Tensor:
+    """Cumulated importance of training images, (N, n) float64 on the CPU."""
     index, _ = open_indexes(config.data)
-    pixels = calibration_images(config, index, images, device, "calibrate")
-    return torch.cat([adaptive.ranked(batch)[1].mass.cpu() for batch in pixels])
+    pixels = calibration_images(config, index, images, computed.device, "calibrate")
+    with computed.autocast():
+        return torch.cat([adaptive.ranked(batch)[1].mass.cpu() for batch in pixels])
 
 
 def _keep(source: Path, ours: Thresholds) -> Path:

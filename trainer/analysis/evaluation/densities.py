@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from sparsity.build import build
@@ -14,6 +13,7 @@ from sparsity.network import SparseNetwork
 from sparsity.types import Plan
 from trainer.analysis.evaluation.adaptive_model import adaptive_model, calibrated
 from trainer.analysis.evaluation.passes import AdaptivePasses, Passes, RandomPasses
+from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -47,16 +47,17 @@ class DensityResult(NamedTuple):
 
 
 class DensityResults(NamedTuple):
-    """extremes: the images with the fewest and the most tokens of the last adaptive row."""
+    """extremes: the images with the fewest and the most tokens of the last adaptive row. note: below the table."""
 
     model: str
     rows: list[DensityResult]
     config: Config
     class_names: list[str]
     extremes: AdaptivePasses | None = None
+    note: str | None = None
 
     def table(self) -> Table:
-        table = Table(title=self.model, title_justify="left")
+        table = Table(title=self.model, title_justify="left", caption=self.note, caption_justify="left")
         for number, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if number else "left")
         for r in self.rows:
@@ -99,11 +100,13 @@ def score(
     _refuse(network, config, densities, adaptive, random)
     evaluation = Evaluation(config, network)
     passes: list[Passes] = []
-    thresholds = ranking = None
+    thresholds = ranking = note = None
     if adaptive:
         ranking = adaptive_model(config, network)
         thresholds = calibrated(source, config, ranking)
-        ranking.eval()
+        evaluation.computed.place(ranking)
+        if thresholds.precision not in ("", evaluation.computed.name):
+            note = f"mass: thresholds were found in {thresholds.precision}, these passes are {evaluation.computed.name}"
     own = build_schedule(config).last()
     plans = [Plan(d, 1.0) for d in densities] if densities else [own]
     for plan in plans:
@@ -112,12 +115,14 @@ def score(
             passes.append(AdaptivePasses(MASS, ranking, plan, thresholds.mass(plan.keep_tokens)))
         if plan.keep_tokens < 1.0 and random:
             beside = build(network.network, tokens="random", blocks=config.tokens.blocks, position=config.tokens.position)
+            beside.residual = network.residual
             passes.append(RandomPasses(RANDOM, beside.eval(), plan))
     if source is not None and source.is_dir() and own not in plans:
         passes.append(Passes(OWN, network, own))
     rows = [evaluation.row(one) for one in passes]
     found = [one for one in passes if isinstance(one, AdaptivePasses)]
-    return DensityResults(model, rows, config, [str(name) for name in evaluation.index.classes], found[-1] if found else None)
+    classes = [str(name) for name in evaluation.index.classes]
+    return DensityResults(model, rows, config, classes, found[-1] if found else None, note)
 
 
 class Evaluation:
@@ -125,18 +130,19 @@ class Evaluation:
 
     def __init__(self, config: Config, network: SparseNetwork):
         self.config, self.network = config, network
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network.to(self.device).eval()
+        self.computed = Computed.of(config)
+        self.computed.place(network)
         _, self.index = open_indexes(config.data)
-        self.half = config.engine.precision != "float32" and self.device.type == "cuda"
 
     def row(self, passes: Passes) -> DensityResult:
         """The scores, tokens, cost and rate of passes over every image."""
         found = validation_set(self.index, self.config, 0, 1)
         title = f"eval, {passes.selection}, keep tokens {passes.plan.keep_tokens:g}"
         batches = passes.watching(tracked(found, title, len(found), "batches"))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            scores = evaluate(passes, batches, passes.plan, self.config.model.classes, self.config.augment, self.device)
+        with self.computed.autocast():
+            scores = evaluate(
+                passes, batches, passes.plan, self.config.model.classes, self.config.augment, self.computed.device
+            )
         plan, counts = passes.plan, passes.counts()
         if counts is None or not isinstance(passes, AdaptivePasses):
             cost = cost_of(self.network, plan)

@@ -14,7 +14,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.journal.run_weights import run_weights
-from trainer.model import pruned_file, thresholds, weights
+from trainer.model import heads, importance, pruned_file, thresholds, weights
 from trainer.model.build import build_model
 from trainer.model.exported import naming
 
@@ -48,7 +48,9 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
         network = build_model(config.changed(model={"init": "random", "args": args}))
         pruned_file.shrink(network.network, about)
         state = pruned_file.read(state, about)
+    heads.refuse_other(network.network, config.model.model_copy(update={"args": args}), str(path), f"{command} {model}")
     weights.fit(network.network, state, str(path), warn=_refuse_change)
+    config, network = importance.pinned(config, network, importance.stored_with(source, about))
     return ScoredModel(config, network, source)
 
 

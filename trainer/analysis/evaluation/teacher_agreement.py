@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
 from trainer.analysis.evaluation.adaptive_model import adaptive_model
+from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -26,22 +27,30 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
     Raises ConfigError."""
     config, student, _ = scored_model(model, config, overrides or [], "eval")
     _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adaptive = adaptive_model(config, student.to(device).eval())
+    adaptive, computed = adaptive_model(config, student), Computed.of(config)
     if "importance" not in other.gives:
         raise ConfigError(
             f"--teacher {teacher}: a {type(other.network).__name__} gives no attention; choose a network of {SparseViT.models}"
         )
     if student.grid != other.grid:
-        raise ConfigError(f"--teacher {teacher}: its patch grid is {other.grid}, that of {model} {student.grid}")
-    other.to(device).eval()
+        raise ConfigError(
+            f"--teacher {teacher}: its patch grid is {other.grid}, that of {model} {student.grid}; give weights of the same patch size"
+        )
+    theirs, ours = (network.network.num_prefix_tokens for network in (other, student))
+    if theirs != ours:
+        raise ConfigError(
+            f"--teacher {teacher}: it has {theirs} prefix tokens, {model} {ours}; give weights with the same [CLS], distillation and "
+            "register tokens"
+        )
+    computed.place(adaptive, other)
     found: list[float] = []
     _, index = open_indexes(config.data)
     for batch in validation_set(index, config, 0, 1):
         there = batch.weights > 0
-        images = normalise(batch.images[there].to(device), config.augment)
-        ours = adaptive.model.until(adaptive.block, images, adaptive.score)[1]
-        theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
+        images = normalise(batch.images[there].to(computed.device), config.augment)
+        with computed.autocast():
+            ours = adaptive.model.until(adaptive.block, images)[1]
+            theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
         found += spearman(ours, theirs).tolist()
     return sum(found) / len(found)
 
