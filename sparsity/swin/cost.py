@@ -13,9 +13,9 @@ from sparsity.network import Cost
 from sparsity.swin.windows import num_windows
 
 
-def cost(swin: Any, kept: Mapping[int, int], in_mlp: Mapping[int, int], ranked: frozenset[int]) -> Cost:
+def cost(swin: Any, kept: Mapping[int, int], in_mlp: Mapping[int, int]) -> Cost:
     """kept: tokens in the attention of a block, by its number over all stages; the others are computed in timm's form. in_mlp: in its
-    MLP, as many as in its attention if absent. ranked: blocks that compute their attention once more, for the scores."""
+    MLP, as many as in its attention if absent. Scores come from the products of the attention itself."""
     convolution = swin.patch_embed.proj
     height, width = swin.patch_embed.grid_size
     inputs = convolution.in_channels // convolution.groups * prod(convolution.kernel_size)
@@ -31,7 +31,7 @@ def cost(swin: Any, kept: Mapping[int, int], in_mlp: Mapping[int, int], ranked: 
             products = windows * area * area * block.attn.proj.in_features
             in_attention = number_kept if number in kept else windows * area  # timm's form computes the padding of windows too
             work = in_attention * (_linear(block.attn.qkv) + _linear(block.attn.proj)) + 2 * products
-            work += in_mlp.get(number, number_kept) * _linear(block.mlp) + (products if number in ranked else 0)
+            work += in_mlp.get(number, number_kept) * _linear(block.mlp)
             per_block.append(work)
             tokens.append(number_kept)
             number += 1

@@ -125,15 +125,13 @@ class SparseSwin(SparseNetwork):
         return ModelOutput(logits, received, None, kept if "kept" in outputs else None, {} if "keys" in outputs else None)
 
     def cost(self, plan: Plan = DENSE, left: Mapping[str, float] = NOTHING_LEFT_OUT) -> Cost:
-        selection, kept, in_mlp, ranked, now = self._selection(plan), {}, {}, set(), self._num_tokens
+        selection, kept, in_mlp, now = self._selection(plan), {}, {}, self._num_tokens
         if selection is not None and not self.authors:
             for at in range(min(selection.blocks), self._depths[self._stage]):
                 number, after = self._first + at, selection.leaves(at, now)
                 kept[number], in_mlp[number] = now, after if self.position == "attention" else now
-                if after < now and self.score == "received":
-                    ranked.add(number)
                 now = after
-        return cost(self.network, kept, in_mlp, frozenset(ranked))
+        return cost(self.network, kept, in_mlp)
 
     @property
     def _num_tokens(self) -> int:

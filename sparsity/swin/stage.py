@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsity import drop_path
-from sparsity.attention import gather_tokens
 from sparsity.swin import authors, forms, windows
 from sparsity.tokens import scores
 from sparsity.types import Tokens, num_kept
@@ -75,7 +74,7 @@ def selecting(
         if at in selection.blocks:
             kept[at] = ids
     tokens, ids = torch.cat((tokens, *out), dim=1), torch.cat((ids, *out_ids), dim=1)
-    x = torch.empty_like(tokens).scatter(1, ids[..., None].expand_as(tokens), tokens)
+    x = windows.put(tokens, ids)
     return Ran(x.view(shape), kept, received if asked else None)
 
 
@@ -112,10 +111,10 @@ def _kept(
     that tokens received, empty if it was not computed. row: compute it without a selection too."""
     before_attention, after_attention, before_mlp, after_mlp = forms.parts_of(block)
     slots = windows.places(block, x.device)[ids]
-    attended = windows.attend(block, before_attention(x), slots)
     selects = selection.leaves(at, ids.shape[1]) < ids.shape[1]
-    needed = row or (selects and selection.score == "received")
-    received = windows.received(block, attended, slots) if needed else x.new_empty(0)
+    scored = row or (selects and selection.score == "received")
+    attended = windows.attend(block, before_attention(x), slots, scored)
+    received = x.new_empty(0) if attended.received is None else attended.received
     x = x + _drop(block.drop_path1, after_attention(attended.out), path, 0)
     left, left_ids = x[:, :0], ids[:, :0]
     if selects and selection.position == "attention":
@@ -134,14 +133,16 @@ def _select(
         received = scores.random(Tokens(x, ids, 0, rng_keys=rng_keys), cast(Any, None))
     order, number = scores.ranked(received.detach()), selection.leaves(at, ids.shape[1])
     stay, leave = (part.sort(dim=1).values for part in (order[:, :number], order[:, number:]))
-    return gather_tokens(x, stay, 1), ids.gather(1, stay), gather_tokens(x, leave, 1), ids.gather(1, leave)
+    return windows.take(x, stay), ids.gather(1, stay), windows.take(x, leave), ids.gather(1, leave)
 
 
 @torch.no_grad()
 def _received_of_all(block: Any, x: Tensor) -> Tensor:
     """Attention that each token of x (B, H, W, D) receives in a block, (B, L) float32."""
     slots = windows.places(block, x.device).expand(x.shape[0], -1)
-    return windows.received(block, windows.attend(block, forms.parts_of(block)[0](x).flatten(1, 2), slots), slots)
+    received = windows.attend(block, forms.parts_of(block)[0](x).flatten(1, 2), slots, scored=True).received
+    assert received is not None
+    return received
 
 
 def _checkpointed(stage: Any, one: Any, *given: Any) -> Any:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from sparsity.build import build
+from sparsity.types import Plan
 from tests.support.sait import WEIGHTS, write
 from trainer import load_model
 from trainer.__main__ import main
 from trainer.checkpoint import export_onnx as onnx_file
 from trainer.checkpoint.export_onnx import export_onnx
+from trainer.checkpoint.onnx_int8 import session
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 
@@ -64,6 +67,27 @@ def test_int8_is_calibrated_with_training_images_and_answers_nearly_as_float32(r
     assert 0 < float((ours - theirs).abs().mean() / theirs.abs().mean()) < 0.25
     share = float(re.search(r"for ([\d.]+) % of 39 validation images", text)[1])  # pyright: ignore[reportOptionalSubscript]
     assert share > 50  # of 10 classes, by weights that nothing has trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_a_swin_as_onnx_gives_torchs_logits_dense_and_at_a_reduced_density(name: str, share: float, tmp_path: Path) -> None:
+    """40 pixels: windows of 4 x 4 do not divide the grid of 10 x 10, so there is padding too."""
+    import timm
+
+    net = timm.create_model(name, img_size=40, window_size=4, embed_dim=8, depths=(3, 1), num_heads=(1, 2), num_classes=5)
+    swin = build(net, tokens="topk", blocks=(0, 1), position="block").eval()
+
+    class AtShare(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return swin(images, Plan(share)).logits
+
+    whole, file = AtShare(), tmp_path / "swin.onnx"
+    whole.swin = swin
+    onnx_file.write(whole, torch.zeros(2, 3, 40, 40), file)
+    with torch.no_grad():
+        assert onnx_file._difference(whole, session(file), 40) < 2e-5
 
 
 def test_a_file_that_differs_is_not_written(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
