@@ -3,6 +3,7 @@ which weights load, which parameters freeze."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,7 +71,10 @@ def test_batch_norms_are_warned_about_and_synchronised_in_place(synced):
     settings = config(RESNET | {"sync_batchnorm": synced})
     model = build_model(settings)
     (text,) = batch_norm.depends_on_world(model.network, settings)
-    assert "13 batch norms" in text and ("set model.sync_batchnorm=true" in text) != synced
+    assert "13 batch norms" in text and ("with several processes set model.sync_batchnorm=true" in text) != synced
+    accumulated = settings.changed(data={"batch": 64, "micro_batch": 16})
+    (text,) = batch_norm.depends_on_world(model.network, accumulated)
+    assert ("(data.batch=64) only a larger data.micro_batch helps" in text) != synced  # what the key cannot do
     assert batch_norm.is_synchronised(model) == synced
     plain = build_model(config(RESNET))
     assert list(model.network.state_dict()) == list(plain.network.state_dict())
@@ -102,6 +106,28 @@ def test_a_number_in_freeze_counts_timms_layer_groups():
         build_optimizer(build_model(config(RESNET)).network, OptimConfig(freeze=9))
     with pytest.raises(ConfigError, match="timm has no layer groups for a MetaFormer"):
         build_optimizer(weights.build(ModelConfig(name="poolformer_s12", classes=4), 0), OptimConfig(freeze=1))
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_frozen_batch_norm_stays_in_evaluation_mode(synced):
+    """It normalises by its running statistics and keeps them, in a copy of the network too; the others follow the batches."""
+    settings = config(RESNET | {"sync_batchnorm": synced})
+    model = build_model(settings)
+    build_optimizer(model, OptimConfig(freeze=2))
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    for trained in (model, copy.deepcopy(model)):
+        trained.eval()
+        trained.train()
+        x = torch.randn(4, 3, 32, 32)
+        trained(x)
+        after = trained.network.state_dict()
+        changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert changed == {"layer3", "layer4"}
+        stem = trained.network.get_submodule("bn1")
+        assert not stem.training and trained.network.get_submodule("layer3.0.bn1").training
+        assert torch.equal(stem(y := torch.randn(4, 64, 5, 5)), copy.deepcopy(stem).eval()(y))
+    (text,) = batch_norm.depends_on_world(model.network, settings)
+    assert f"has {len(batch_norm.following(model.network))} batch norms" in text
 
 
 def test_layer_decay_follows_timms_layer_groups():

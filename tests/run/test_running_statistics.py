@@ -9,6 +9,7 @@ import torch
 
 from sparsity.build import build
 from tests.support.networks import SIZE, network, pixels
+from trainer.model.optimizer import freeze
 from trainer.run.running_statistics import RunningStatistics
 
 
@@ -67,3 +68,14 @@ def test_networks_without_batch_norms_have_none():
     level = RunningStatistics(build(network("convnext"), image_size=SIZE), ranks(3))
     level.after_step(False), level.after_step(True), level.restore()
     assert not level._buffers
+
+
+def test_frozen_norms_are_not_averaged_over_the_ranks():
+    """The mean of three equal numbers can differ from them in the last bit."""
+    net = network("resnet").train()
+    freeze(net, ("bn1.*",))
+    level, before = RunningStatistics(net, ranks(3, others=1.0)), state(net)
+    net(pixels())
+    level.after_step(True)
+    same = {name.split(".")[0] for name, value in net.named_buffers() if torch.equal(value, before[name])}
+    assert same == {"bn1"}

@@ -31,8 +31,8 @@ class ModelConfig(Section):
     drop_path: Chance = 0.0
     """Stochastic depth rate of the last block; earlier blocks rise linearly from 0. Larger models want more (DeiT-B .1)."""
     sync_batchnorm: bool = False
-    """Compute batch norms over the micro-batches of all processes, so that results do not depend on how many there are. For networks with
-    batch norms (ResNet, EfficientNet, ...); each costs two all-reduces per forward and backward pass."""
+    """Compute batch norms over the micro-batches of all processes, so that without gradient accumulation results do not depend on how many
+    there are. For networks with batch norms (ResNet, EfficientNet, ...); each costs two all-reduces per forward and backward pass."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model` that build the network, e.g. {patch_size: 4, embed_dim: 96}."""
 

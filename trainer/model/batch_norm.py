@@ -1,4 +1,4 @@
-"""Batch norm over the micro-batches of all processes (`model.sync_batchnorm`), and what a run with batch norms depends on.
+"""Batch norm over the micro-batches of all processes (`model.sync_batchnorm`), frozen ones, and what a run with batch norms depends on.
 
 torch's SyncBatchNorm computes on GPUs only (torch 2.13 refuses CPU tensors); this one does on any device and backend, from plain
 operations, so the law that it is for can be tested on CPUs.
@@ -6,6 +6,7 @@ operations, so the law that it is for can be tested on CPUs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ from trainer.config.run_config import Config
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:
     return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def freeze(network: nn.Module) -> None:
+    """Keep the batch norms whose weight and bias do not train in evaluation mode, also after `network.train()`: they normalise by their
+    running mean and variance and leave them as they are, as fine-tuning of a part of a network expects (timm's freeze)."""
+    for norm in batch_norms(network):
+        own = list(norm.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            norm.eval()
+            norm.train = partial(_stays, norm)
+
+
+def _stays(norm: nn.Module, mode: bool = True) -> nn.Module:
+    return norm
+
+
+def following(network: nn.Module) -> list[nn.Module]:
+    """The batch norms that are not frozen: their running statistics follow the batches."""
+    return [norm for norm in batch_norms(network) if "train" not in vars(norm)]
 
 
 class AllReduce(torch.autograd.Function):
@@ -129,7 +149,7 @@ def refuse_precision(network: nn.Module, config: Config) -> None:
 
 def depends_on_world(network: nn.Module, config: Config) -> list[str]:
     """What a run with batch norms depends on beside its configuration, as a sentence with key, value and remedy; [] for nothing."""
-    if not (number := len(batch_norms(network))):
+    if not (number := len(following(network))):
         return []
     text = f"model.name={config.model.name} has {number} batch norms, so images of a batch change each other's results"
     if config.model.sync_batchnorm:
@@ -137,7 +157,10 @@ def depends_on_world(network: nn.Module, config: Config) -> list[str]:
             f"{text}: each norm is over the micro-batches of all processes together, data.batch={config.data.batch} images where no "
             "gradients are accumulated; with accumulation results depend on data.micro_batch and the number of processes"
         ]
-    return [
-        f"{text}: each norm is over the micro-batch of one process (at most data.micro_batch={config.data.micro_batch}), so results "
-        "depend on it and on the number of processes; set model.sync_batchnorm=true to compute it over all processes"
-    ]
+    text += (
+        f": each norm is over the micro-batch of one process (at most data.micro_batch={config.data.micro_batch}), so results depend on "
+        "it and on the number of processes; with several processes set model.sync_batchnorm=true to compute it over all of them"
+    )
+    if config.data.batch > config.data.micro_batch:
+        text += f"; where gradients are accumulated (data.batch={config.data.batch}) only a larger data.micro_batch helps"
+    return [text]

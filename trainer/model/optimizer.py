@@ -17,6 +17,7 @@ from torch import nn
 
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import OptimConfig
+from trainer.model import batch_norm
 
 EMBEDDING = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")  # in front of the first block
 
@@ -59,7 +60,8 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
 
 def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
     """Take the gradient from the parameters that `optim.freeze` names: the first blocks with the embedding in front of them, or patterns of
-    names. Call it before the engine wraps the network: that decides what is reduced, sharded and updated.
+    names; a batch norm without trained parameters stays in evaluation mode. Call it before the engine wraps the network: that decides
+    what is reduced, sharded and updated.
 
     Raises ConfigError for more blocks than the network has, for a pattern that fits no name, and where nothing would train.
     """
@@ -77,6 +79,7 @@ def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
     for name, parameter in network.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+    batch_norm.freeze(network)
 
 
 def _first(network: nn.Module, names: list[str], number: int) -> set[str]:

@@ -105,7 +105,6 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     index, validation_index = open_indexes(config.data, verify=is_first_of_node())
     check_classes(index, validation_index)
     model, examples, objective = build_model(config), build_examples(config, index), build_objective(config)
-    warnings = warnings_of(config, model.network, index, validation_index)
     schedule, distillation, weights = build_schedule(config), build_distillation(config), build_pruning(config, model)
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     stopping = install_handlers()
@@ -129,6 +128,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         shapes = [*model.attention_shapes(DENSE), *model.attention_shapes(schedule.last())]
+        warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
         scored = {importance.KEY: importance.name_of(config, model)}
         facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | engine.choose_attention(shapes)
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)

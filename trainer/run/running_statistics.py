@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.engine.processes import Processes
+from trainer.model.batch_norm import following
 
 
 class RunningStatistics:
@@ -20,8 +21,7 @@ class RunningStatistics:
 
     def __init__(self, network: nn.Module, ranks: Processes, alike: bool = False):
         self._ranks, self._alike = ranks, alike
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._buffers = [buffer for norm in following(network) for buffer in norm.buffers(recurse=False)]
         self._means = [buffer for buffer in self._buffers if buffer.is_floating_point()]
         self._taken = [buffer.clone() for buffer in self._buffers]
 
