@@ -13,8 +13,9 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch import yaml_file
@@ -24,6 +25,7 @@ from launch.sweep import about
 RESTARTS = 3  # failures from the same checkpoint after which a job gives up
 REFUSED = 2  # the trainer's exit code for a wrong setting, broken data, a store that is gone
 WAIT = 10.0  # s between a failure and the next attempt: ports close, a lost node is noticed
+LOOK = 5.0  # s between two looks at the newest checkpoint
 GONE = 600.0  # s to wait for a run directory that had checkpoints and has none, e.g. one on a file server that restarts
 TAIL = 1 << 20  # bytes of a journal in which its last line lies
 
@@ -38,18 +40,34 @@ class Restarts:
         self.directory, self.most = directory, most
         self._again = shlex.join(["python", "-m", "launch", *words, *([] if "--resume" in words else ["--resume"])])
         self._attempt, self._failures, self._failed_at = 0, 0, ""
-        self._began, self._from = 0.0, ""
+        self._began, self._from, self._last = 0.0, "", ""
 
     def begin(self) -> None:
         """An attempt begins."""
         self._attempt += 1
         self._began, self._from = time.time(), newest(self.directory)
+        self._last = self._from or self._last
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Reads the newest checkpoint every LOOK s, so that one that was made and is gone at the end of the attempt is known."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK):
+                self._last = newest(self.directory) or self._last
+
+        threading.Thread(target=look, daemon=True).start()  # a file server that does not answer must not hold up the exit
+        try:
+            yield
+        finally:
+            over.set()
 
     def again(self, code: int) -> bool:
         """Whether to start the next attempt; the one before ended with `code`. Waits up to GONE for checkpoints that were there and are
         not: an attempt without them would begin the run anew."""
         reached = newest(self.directory)
-        if lost := self._from if self.most and not reached else "":
+        if lost := self._last if self.most and not reached else "":
             reached = self._back(lost)
             if not reached:
                 print(
@@ -103,7 +121,8 @@ def repeated(attempt: Callable[[list[int]], int], restarts: Restarts) -> int:
     while True:
         received: list[int] = []
         restarts.begin()
-        code = attempt(received)
+        with restarts.watching():
+            code = attempt(received)
         try:
             if code in (0, STOPPED) or received or not restarts.again(code):
                 return code

@@ -30,11 +30,19 @@ NOTED = 'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -ne ' + str(STOPP
 # Requeued as long as the newest checkpoint changes between two ends: $2 ends at one checkpoint are the most, $3 for a job that was
 # stopped. Counted in a file, because the script starts anew; Slurm's own counter knows no checkpoints.
 NEWEST = 'newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }'
+# Where checkpoints were and are gone (directory renamed, file system not mounted), `--resume` would begin the run anew: the last one that
+# was there is read every 5 s during the attempt.
+WATCHED = r"""watched() {
+  local at
+  while sleep 5; do at=$(newest); [ -z "$at" ] || printf '%s\n' "$at" > "$PWD/.newest-$SLURM_JOB_ID"; done
+}"""
 REQUEUED = r"""requeued() {
-  local ends="$PWD/.ends-$SLURM_JOB_ID" at most=$2 count=1 what
+  local ends="$PWD/.ends-$SLURM_JOB_ID" at known most=$2 count=1 what
   at=$(newest)
-  if [ -n "$from" ] && [ -z "$at" ] && [ "$1" -ne 0 ]; then
-    echo "launch: $run: checkpoint $from is gone; waiting ${GONE:=600} s for it to come back"
+  known=$(cat "$PWD/.newest-$SLURM_JOB_ID" 2> /dev/null || echo "$from")
+  rm -f "$PWD/.newest-$SLURM_JOB_ID"
+  if [ -n "$known" ] && [ -z "$at" ] && [ "$1" -ne 0 ]; then
+    echo "launch: $run: checkpoint $known is gone; waiting ${GONE:=600} s for it to come back"
     for _ in $(seq "$GONE"); do at=$(newest); [ -z "$at" ] || break; sleep 1; done
   fi
   if [ "$1" -eq 0 ]; then rm -f "$ends"; return; fi
@@ -43,7 +51,7 @@ REQUEUED = r"""requeued() {
   printf '%s\n%s\n' "$at" "$count" > "$ends" || true
   what="launch: attempt $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $1, newest checkpoint: ${at:-none}, $count of $most ends there"
   if [ "$1" -eq 2 ] && [ "$at" = "$from" ]; then what="$what, refused"; most=0; fi
-  if [ -n "$from" ] && [ -z "$at" ]; then what="$what, checkpoint $from is gone, and a requeue would begin the run anew"; most=0; fi
+  if [ -n "$known" ] && [ -z "$at" ]; then what="$what, checkpoint $known is gone, and a requeue would begin the run anew"; most=0; fi
   if [ "$count" -lt "$most" ]; then echo "$what; requeued"; scontrol requeue "$SLURM_JOB_ID"; return; fi
   rm -f "$ends"
   echo "$what; not requeued. Logs: $run/logs. After a repair submit the job again, by the same command with --resume"
@@ -196,8 +204,9 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
-        begin = [NEWEST, *REQUEUED.splitlines(), "from=$(newest)"]
+        begin = [NEWEST, *WATCHED.splitlines(), *REQUEUED.splitlines(), "from=$(newest)", "watched & watcher=$!"]
         lines = [*begin, 'export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
+        lines += ['kill "$watcher" 2> /dev/null || true']
         lines += [f'if [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; fi']
         lines += [f'requeued "$code" {r.restarts} {max(r.restarts, RESTARTS)}']
     return [*lines, 'exit "$code"']

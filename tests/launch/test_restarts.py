@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,19 +65,27 @@ def test_restarts_as_long_as_checkpoints_advance(ends: list[tuple[int, int]], co
     assert attempts(tmp_path, ends) == (code, started)
 
 
+@pytest.mark.parametrize("in_the_attempt", [False, True])
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    in_the_attempt: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(restarts, "GONE", 0.0)
+    monkeypatch.setattr(restarts, "LOOK", 0.01)
     started: list[str] = []
 
     def attempt(received: list[int]) -> int:
         started.append(restarts.newest(run))
-        saved(run, 5) if len(started) == 1 else run.rename(tmp_path / "elsewhere")
-        return REFUSED if len(started) > 1 else 1
+        if not in_the_attempt and len(started) == 1:
+            saved(run, 5)
+            return 1
+        saved(run, 5)
+        time.sleep(0.5)  # looked at meanwhile
+        run.rename(tmp_path / "elsewhere")
+        return 1
 
-    assert repeated(attempt, Restarts(run, 3, ["local", "c.yaml", "--resume"])) == REFUSED and started == ["", "step-00000005"]
+    assert repeated(attempt, Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 1
+    assert started == ([""] if in_the_attempt else ["", "step-00000005"])
     output = capsys.readouterr().err
     assert f"{run}/checkpoints is gone since step-00000005" in output and output.endswith("local c.yaml --resume\n")
 
@@ -84,7 +93,9 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
 def test_a_run_directory_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     saved(run, 5)
-    monkeypatch.setattr(restarts.time, "sleep", lambda _: run.exists() or (tmp_path / "elsewhere").rename(run))
+    monkeypatch.setattr(restarts, "time", SimpleNamespace(
+        time=time.time, monotonic=time.monotonic, sleep=lambda _: run.exists() or (tmp_path / "elsewhere").rename(run)
+    ))  # fmt: skip
     ends = [lambda: run.rename(tmp_path / "elsewhere") and 1, lambda: 0]
     assert repeated(lambda _: ends.pop(0)(), Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 0 and not ends
     assert restarts.newest(run) == "step-00000005"
@@ -171,15 +182,19 @@ def test_a_failed_slurm_job_is_requeued_as_long_as_checkpoints_advance(tmp_path:
     assert ended(0, 5) == "" and not (tmp_path / ".ends-7").exists()
 
 
-@pytest.mark.parametrize("back", [False, True])
-def test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew(back: bool, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "a b"
-    saved(run, 5)
-    away = f'srun() {{ mv "{run}" "{tmp_path}/elsewhere"; return 1; }}'
-    again = f'sleep() {{ mv "{tmp_path}/elsewhere" "{run}"; }}' if back else "sleep() { :; }"
-    stands_in = ("set -eu", "GONE=3 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", away, again, 'scontrol() { echo "$@"; }')
+@pytest.mark.parametrize("there", ["before", "made in the attempt", "brought back"])
+def test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew(there: str, tmp_path: Path) -> None:
+    run, back = tmp_path / "runs" / "a b", there == "brought back"
+    save = f'mkdir -p "{run}/checkpoints"; echo step-00000005 > "{run}/checkpoints/latest"'
+    leave = f'mv "{run}" "{tmp_path}/elsewhere"' + (f'; (command sleep 1; mv "{tmp_path}/elsewhere" "{run}") &' if back else "")
+    srun = f"srun() {{ {save}; command sleep 1; {leave}\nreturn 1; }}"
+    if there == "before":
+        saved(run, 5)
+    quick = 'sleep() { command sleep "0.$1"; }'  # 5 s between two looks are .5 s here
+    stands_in = ("set -eu", "GONE=20 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=a", quick, srun, 'scontrol() { echo "$@"; }')
     text = slurm.render(Job("c.yaml"), slurm.SlurmRequest(Nodes(1, 1), 1, setup=stands_in), "python", "runs/a b")
     done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/bin:/usr/bin"})
-    assert "checkpoint step-00000005 is gone; waiting 3 s" in done.stdout, done.stderr
+    assert "checkpoint step-00000005 is gone; waiting 20 s" in done.stdout, done.stderr
     assert ("requeue 7" in done.stdout) == back
     assert ("a requeue would begin the run anew; not requeued" in done.stdout) != back
+    assert not list(tmp_path.glob(".newest-*"))
