@@ -60,7 +60,9 @@ def test_a_run_records_where_its_time_is_spent(trilevel: Callable, settings: str
 
     (start,), (end,) = lines(run, "start"), lines(run, "end")
     assert start["classes"] == [str(i) for i in range(10)] and start["matrix_tflops"] > 0 and start["starting"] > 0
-    assert end["goodput"] <= 1 and end["device_hours"] >= steps[-1]["device_hours"]
+    assert end["goodput"] == pytest.approx(end["by_cause"]["training"] / sum(end["by_cause"].values())) and end["paused"] == 0
+    assert steps[-1]["goodput"] == pytest.approx(steps[-1]["spent"]["training"] / sum(steps[-1]["spent"].values()), rel=0.01)
+    assert end["device_hours"] >= steps[-1]["device_hours"]
     score = lines(run, "eval")[-1]
     assert len(score["per_class"]) == 10 and min(score["per_class"]) == pytest.approx(score["worst_class"], abs=1e-4)
 

@@ -17,28 +17,28 @@ from trainer.telemetry.hardware import Gpu, Node, matrix_rate
 from trainer.telemetry.meters import MeterReading
 
 
-def test_killed_attempts_are_paid_for_and_gaps_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_device_hours_of_killed_attempts_count_and_gaps_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """100 s on 2 processes, of them 10 before the start line; an hour of nothing; then 50 s on 4."""
     first = [{"kind": "start", "time": 1010.0, "attempt": 0, "starting": 10.0} | START]
     first += [{"kind": "step", "time": 1000.0 + t, "attempt": 0, "step": t, "joules": 1000.0 * t} for t in (50, 100)]
     write(tmp_path, first)
     monkeypatch.setattr("time.monotonic", lambda: 4700.0)
-    efficiency = Efficiency(tmp_path, attempt=1, world=4, living=20.0, rate=1e12)
+    efficiency = Efficiency(tmp_path, attempt=1, world=4, living=20.0, rate=1e12, before=(60.0, 130.0))
     monkeypatch.setattr("time.monotonic", lambda: 4730.0)
     efficiency.kept, efficiency.cost = 0.5, {"tokens": [10, 5], "multiply_adds": 1e9}
     window = MeterReading({"images_per_second": 40.0, "joules": 5e4}, {}, {}, {}, first_step=4705.0)
-    found = efficiency.of(window, useful=90.0)
-    assert found["goodput"] == pytest.approx(90 / 150) and found["device_hours"] == pytest.approx((200 + 200) / 3600)
+    found = efficiency.of(window, {"start": 20.0, "training": 30.0})
+    assert found["goodput"] == pytest.approx(90 / 180) and found["device_hours"] == pytest.approx((200 + 200) / 3600)
     assert found["energy_kwh"] == pytest.approx(1.5e5 / 3.6e6) and found["keep_examples"] == 0.5
     assert found["tokens_per_second"] == 40 * 7.5 and found["mfu"] == pytest.approx(40 * 6e9 / 1e12)
     assert found["time_to_first_step"] == pytest.approx(25)
-    assert "time_to_first_step" not in efficiency.of(window, 90.0)
-    assert efficiency.so_far(90.0).keys() == {"goodput", "device_hours", "energy_kwh"}
+    assert "time_to_first_step" not in efficiency.of(window, {"training": 50.0})
+    assert efficiency.so_far({"training": 50.0}).keys() == {"goodput", "device_hours", "energy_kwh"}
 
 
 def test_energy_is_absent_without_a_meter(tmp_path: Path):
     efficiency = Efficiency(tmp_path, attempt=0, world=1, living=1.0, rate=1e12)
-    assert "energy_kwh" not in efficiency.of(MeterReading({"images_per_second": 1.0}, {}, {}, {}), 0.5)
+    assert "energy_kwh" not in efficiency.of(MeterReading({"images_per_second": 1.0}, {}, {}, {}), {"training": 0.5})
     assert Gpu(torch.device("cpu")).load() == {} and Gpu(torch.device("cpu")).joules() != Gpu(torch.device("cpu")).joules()
 
 

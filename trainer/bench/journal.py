@@ -77,7 +77,11 @@ def _measured(state: str, lines: int, pause: float) -> dict[str, Any]:
                 _step(meters)
                 began, busy = time.perf_counter(), time.thread_time()
                 window = meters.reduce()
-                line = {"step": number + 1, "progress": float(number), "lr": 1e-3} | window.facts | efficiency.of(window, 1.0)
+                line = (
+                    {"step": number + 1, "progress": float(number), "lr": 1e-3}
+                    | window.facts
+                    | efficiency.of(window, {"training": 1.0})
+                )
                 journal.write("step", **line)
                 console.step(**line)
                 cpu.append(1000 * (time.thread_time() - busy))

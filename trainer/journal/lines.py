@@ -82,7 +82,10 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "broken": _WHERE,
     "skipped": _WHERE,
     "message": {"text": TEXT},
-    "end": {"step": COUNT, "progress": NUMBER, "status": TEXT, "spent": SPENT, "by_cause": SPENT, "matrix_tflops": MAYBE},
+    "end": {
+        "step": COUNT, "progress": NUMBER, "status": TEXT, "spent": SPENT, "by_cause": SPENT, "matrix_tflops": MAYBE,
+        "paused": NUMBER, "starting": NUMBER, "goodput": MAYBE,
+    },
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}
 

@@ -63,6 +63,8 @@ name, lists as one metric per position.
 |            | ends by itself               | "failed"), reason, step, progress, seconds, images (of the run), device_hours    |
 |            |                              | (of all attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in     |
 |            |                              | `control`), spent, by_cause {cause: seconds over all attempts, see `goodput`},   |
+|            |                              | paused (seconds between attempts after a stop, outside by_cause), starting (of   |
+|            |                              | an attempt that failed before its start line),                                   |
 |            |                              | matrix_tflops (of rank 0's device, measured again)                               |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.

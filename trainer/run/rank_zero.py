@@ -10,7 +10,7 @@ from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
 from trainer.analysis.report import summary as report
-from trainer.analysis.report.goodput import by_cause
+from trainer.analysis.report.goodput import time_account
 from trainer.analysis.report.savings import savings, savings_of
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
@@ -119,7 +119,7 @@ class RankZeroLog:
         for number, reason in reading.broken.items():
             self.journal.write("broken", **where, id=number, reason=reason)
             self.console.message(f"broken image {number}: {reason}; excluded from the loss, training continues")
-        line = where | facts | reading.facts | self.efficiency.of(reading, state.seconds)
+        line = where | facts | reading.facts | self.efficiency.of(reading, facts["spent"])
         line |= {"chain": state.chain, "seconds_total": state.seconds, "images_total": state.images}
         self.journal.write("step", **line)
         self.console.step(**line)
@@ -173,14 +173,16 @@ class RankZeroLog:
         """The last line and the report; waits up to SENDING seconds for MLflow to receive the rest. spent: seconds of this attempt by
         cause, see `engine.place_clock`. rate: FLOP/s of this device in matrix products now, where it was measured."""
         saved = savings_of(self.directory)
-        facts = self.efficiency.so_far(state.seconds)
+        facts = self.efficiency.so_far(spent)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
         line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
         if rate is not None:
             line["matrix_tflops"] = rate / 1e12
         now = {"kind": "end", "attempt": self.journal.attempt, "time": self.journal.now(), **line}
-        self.journal.write("end", **line, by_cause=by_cause(joined(read(self.directory), [now])))
+        account = time_account(joined(read(self.directory), [now]))
+        line |= {"goodput": account.goodput, "paused": account.paused}
+        self.journal.write("end", **line, by_cause=account.seconds)
         try:
             report.write(self.directory)
         except Exception as error:  # the report can be made again; it must not fail a run

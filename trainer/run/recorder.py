@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
+from trainer.analysis.report.goodput import before_attempt
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import TrainState
 from trainer.config.run_config import Config
@@ -87,7 +88,8 @@ class Recorder:
         if self._journal is None:
             return
         living = since_start()
-        efficiency = Efficiency(self.directory, self.attempt, self.engine.world, living, rate)
+        before = before_attempt(self.directory, self.attempt, self._journal.now(), living, state.step)
+        efficiency = Efficiency(self.directory, self.attempt, self.engine.world, living, rate, before)
         self._log = RankZeroLog(self.config, self._journal, efficiency, state)
         facts = {"hosts": hosts, "matrix_tflops": rate / self.engine.world / 1e12, "starting": living, **cost}
         self._log.start(state, self.engine, data, model, facts)
@@ -197,7 +199,7 @@ class Recorder:
         if self._log:
             self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
         elif self._journal:  # it failed before `start`
-            where = {"step": state.step, "progress": state.progress}
+            where = {"step": state.step, "progress": state.progress, "starting": since_start()}
             self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
         if self._journal:
             self._journal.close()

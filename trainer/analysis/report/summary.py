@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from trainer.analysis.history import History, history
-from trainer.analysis.report.goodput import by_cause
+from trainer.analysis.report.goodput import TimeAccount, time_account
 from trainer.analysis.report.savings import savings_of
 from trainer.analysis.units import duration
 from trainer.journal.reader import read
@@ -144,28 +144,33 @@ def _machine(run: History) -> list[ReportRow]:
         rest = ", ".join(f"{_named(phase)} {100 * share:.0f}" for phase, share in found.items() if phase != most)
         rows.append(ReportRow(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
     last = lines[-1] if lines else {}
-    if last.get("goodput") is not None:
+    account = time_account(read(run.directory))
+    share = account.goodput if account.seconds else last.get("goodput")  # journals of earlier versions have the share alone
+    if share is not None:
         first = next((line["time_to_first_step"] for line in lines if "time_to_first_step" in line), None)
-        note = "of the wall time of all attempts was spent on steps whose weights survive"
-        rows.append(
-            ReportRow(
-                "goodput", f"{100 * last['goodput']:.1f} %", note + (f"; first step after {first:.0f} s" if first else "")
-            )
-        )
-    rows += _causes(run)
+        time = "time of all attempts and restarts" if account.seconds else "wall time of all attempts"
+        note = f"of the {time} was spent on steps whose weights survive"
+        rows.append(ReportRow("goodput", f"{100 * share:.1f} %", note + (f"; first step after {first:.0f} s" if first else "")))
+    rows += _causes(account)
     if last.get("energy_kwh") is not None:
         rows.append(ReportRow("energy", f"{last['energy_kwh']:.3g} kWh", "of all devices, measured by NVML"))
     return rows
 
 
-def _causes(run: History) -> list[ReportRow]:
-    """Where the wall time of all attempts went; nothing for journals that did not record it."""
-    seconds = by_cause(read(run.directory))
-    total = max(sum(seconds.values()), 1e-9)
+def _causes(account: TimeAccount) -> list[ReportRow]:
+    """Where the time of all attempts and restarts went; nothing for journals that did not record it."""
+    if not account.seconds:
+        return []
+    total = max(account.total, 1e-9)
     parts = [
-        f"{name.replace('_', ' ')} {100 * value / total:.1f}" for name, value in seconds.items() if value >= 0.0005 * total
+        f"{name.replace('_', ' ')} {100 * value / total:.1f}"
+        for name, value in account.seconds.items()
+        if value >= 0.0005 * total
     ]
-    return [ReportRow("time by cause", duration(total), f"of all attempts, in %: {', '.join(parts)}")] if seconds else []
+    note = f"of all attempts and restarts, in %: {', '.join(parts)}"
+    if account.paused >= 0.5:
+        note += f"; not in it: {duration(account.paused)} between attempts after a stop"
+    return [ReportRow("time by cause", duration(total), "; ".join([note, *account.notes]))]
 
 
 def _named(phase: str) -> str:
