@@ -126,6 +126,7 @@ class SparseViT(SparseNetwork):
         before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
         attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
         importance = scores.importance(tokens, qkv, self.importance)
+        del qkv
         x = added(tokens.x, block.drop_path1(after_attention(attended)))
         return tokens.with_(x=added(x, block.drop_path2(after_mlp(block.mlp(before_mlp(x)))))), importance
 
@@ -184,23 +185,21 @@ class SparseViT(SparseNetwork):
         block = cast(Block, self.vit.blocks[number])
         before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
         attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
-        row = ranks = None
-        if wanted.importance == number:
-            ranks = scores.importance(tokens, qkv, self.importance)
+        row, ranks = None, scores.importance(tokens, qkv, self.importance) if wanted.importance == number else None
         if wanted.cls_attention and number == len(self.vit.blocks) - 1:
             with torch.no_grad():
                 row = self.look_back(tokens, qkv)
         tokens = tokens.with_(x=added(tokens.x, drop_path.of_branch(block.drop_path1, after_attention(attended), path, 0)))
-        selects = number in self.blocks
-        if selects and self.position == "attention":
-            tokens, qkv = self.reduce(tokens, qkv, plan)
-        tokens = tokens.with_(
-            x=added(tokens.x, drop_path.of_branch(block.drop_path2, after_mlp(block.mlp(before_mlp(tokens.x))), path, 1))
-        )
-        if selects and self.position == "block":
-            tokens, qkv = self.reduce(tokens, qkv, plan)
-        if selects:
-            tokens = self.connect(tokens, qkv, plan)
+        carried = qkv if number in self.blocks else None
+        del attended, qkv  # a quarter of the memory of a pass, which the MLP would hold else
+        if carried is not None and self.position == "attention":
+            tokens, carried = self.reduce(tokens, carried, plan)
+        branch = after_mlp(block.mlp(before_mlp(tokens.x)))
+        tokens = tokens.with_(x=added(tokens.x, drop_path.of_branch(block.drop_path2, branch, path, 1)))
+        if carried is not None and self.position == "block":
+            tokens, carried = self.reduce(tokens, carried, plan)
+        if carried is not None:
+            tokens = self.connect(tokens, carried, plan)
         return tokens, row, ranks
 
     @property

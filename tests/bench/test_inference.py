@@ -28,6 +28,7 @@ def test_every_row_is_measured_and_peers_have_the_multiply_adds_of_topk() -> Non
     assert list(found) == [f"{batch} x {name}" for batch in (1, 4) for name in names]
     for batch in (1, 4):
         topk = found[f"{batch} x topk 0.45"]
+        assert found[f"{batch} x ours dense"]["peak_mib"] <= found[f"{batch} x timm"]["peak_mib"], "nothing is held longer"
         assert topk["tokens"] == 30 and found[f"{batch} x timm"]["bound"] == 1.0
         for name in ("EViT", "ToMe", "mass 0.45, packed"):
             assert found[f"{batch} x {name}"]["gmacs"] == pytest.approx(topk["gmacs"], rel=0.05)

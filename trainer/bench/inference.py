@@ -110,13 +110,15 @@ def _rows(config: Config, vit: Any, density: float, batch: int) -> dict[str, Row
     for execution in ("packed", "padded"):
         adaptive = AdaptiveViT(value, execution=execution)
         rows[f"mass {density:g}, {execution}"] = Row(_adaptive(adaptive, counts), work, tokens)
+    peers: list[SparseNetwork] = []
     for name, (model, its) in {"EViT": _evit(vit, cost["multiply_adds"]), "ToMe": _tome(vit, cost["multiply_adds"])}.items():
         about = cost_of(model, its)
         rows[name] = Row(_under(model, its), about["multiply_adds"], about["tokens"][-1])
+        peers.append(model)
     if config.engine.compile:
         compiled = torch.compile(vit, dynamic=False)
         rows["timm"] = Row(compiled, whole["multiply_adds"], whole["tokens"][-1])
-        for model in (dense, value):
+        for model in (dense, value, *peers):
             model.compile()
     return rows
 

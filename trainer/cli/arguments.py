@@ -122,10 +122,12 @@ def _add_after_a_run(commands: Any) -> None:
         help="beside each density: another number of tokens per image, by the thresholds of `trilevel calibrate`",
     )
     c.add_argument("--random", action="store_true", help="beside each density: as many random tokens")
+    c.add_argument("--least", action="store_true", help="beside each density: as many tokens of the lowest importance")
     c.add_argument(
         "--teacher",
         metavar="RUN|WEIGHTS",
-        help="also print how well the importance of tokens ranks them as the last block of this network does (Spearman)",
+        help="also print how well the importance of tokens ranks them as the last block of this network does (Spearman); beside each "
+        "density: as many tokens by that ranking",
     )
     c.add_argument(
         "--plots",

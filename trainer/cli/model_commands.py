@@ -14,7 +14,9 @@ def evaluate(a: argparse.Namespace) -> None:
     from trainer.analysis.evaluation.densities import score
 
     config, densities = _own_or_given(a), None if a.densities is None else _densities(a.densities, "--densities")
-    found = score(a.model, config, densities, a.overrides, adaptive=a.adaptive, random=a.random)
+    sparse = any(density < 1 for density in densities or ())  # beside those, a teacher's own choice
+    flags = {"adaptive": a.adaptive, "random": a.random, "least": a.least, "teacher": a.teacher if sparse else None}
+    found = score(a.model, config, densities, a.overrides, **flags)
     show_table(found.table())
     write_json(a.json, found.facts())
     if a.teacher:

@@ -25,6 +25,7 @@ from trainer.analysis.evaluation import teacher_agreement
 from trainer.analysis.evaluation.adaptive_model import adaptive_model
 from trainer.analysis.evaluation.calibrate import calibrate
 from trainer.analysis.evaluation.densities import score
+from trainer.analysis.evaluation.passes import ChosenPasses
 from trainer.analysis.evaluation.scored_model import scored_model
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
@@ -305,6 +306,20 @@ def test_a_teacher_with_other_prefix_tokens_or_patches_is_refused(config: Config
         Path("other/config.yaml").write_text(yaml.safe_dump(theirs.resolved()))
         with pytest.raises(ConfigError, match=f"--teacher other: {message}"):
             teacher_agreement.agreement(WEIGHTS, "other", config)
+
+
+def test_other_orders_of_the_same_tokens_are_rows_for_comparison(config: Config) -> None:
+    names = lambda found: [(row.selection, row.density) for row in found.rows]  # noqa: E731
+    found = score(WEIGHTS, config, [1.0, 0.5], least=True, teacher=WEIGHTS)
+    assert names(found) == [("topk", 1.0), ("topk", 0.5), ("least", 0.5), ("teacher", 0.5)]
+    assert {row.tokens for row in found.rows[1:]} == {33.0} and len({row.gmacs for row in found.rows[1:]}) == 1
+    _, network, _ = scored_model(WEIGHTS, config, [], "eval")
+    adaptive, images = adaptive_model(config, network.eval()), pixels(config, [0, 1, 2])
+    plan, order = Plan(0.5), adaptive.ranked(images)[1].order
+    own, least = (ChosenPasses("x", adaptive, plan, by).run(images).logits for by in (lambda _, o: o, lambda _, o: o.flip(1)))
+    assert torch.allclose(own, network(images, plan).logits, atol=1e-5)
+    kept_last = torch.full((3,), 32)
+    assert torch.equal(least, adaptive.finish(adaptive.ranked(images)[0], order.flip(1), kept_last).logits)
 
 
 def test_the_agreement_with_a_teacher_is_spearmans(config: Config, capsys: Any) -> None:

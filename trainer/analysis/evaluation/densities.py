@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from torch import Tensor
 
 from sparsity.build import build
 from sparsity.cost import cost_with, shape_of
 from sparsity.network import SparseNetwork
-from sparsity.types import Plan
+from sparsity.tokens.scores import ranked
+from sparsity.types import DENSE, Plan
 from trainer.analysis.evaluation.adaptive_model import adaptive_model, calibrated
-from trainer.analysis.evaluation.passes import AdaptivePasses, Passes, RandomPasses
+from trainer.analysis.evaluation.passes import AdaptivePasses, ChosenPasses, Passes, RandomPasses
 from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
+from trainer.analysis.evaluation.teacher_agreement import teacher_of
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.loader.build import validation_set
@@ -23,7 +27,7 @@ from trainer.data.progress import tracked
 from trainer.model.build import build_schedule, cost_of
 from trainer.model.evaluate import Scores, evaluate
 
-MASS, RANDOM, OWN = "mass", "random", "run's own plan"
+MASS, RANDOM, LEAST, TEACHER, OWN = "mass", "random", "least", "teacher", "run's own plan"
 COLUMNS = (
     "selection", "keep tokens", "connections", "tokens", "p50", "p95", "GMACs", "top-1", "top-5", "worst", "images", "images/s",
 )  # fmt: skip
@@ -89,20 +93,26 @@ def score(
     *,
     adaptive: bool = False,
     random: bool = False,
+    least: bool = False,
+    teacher: str | None = None,
 ) -> DensityResults:
     """Evaluate `model` (a run directory, a weights file, or timm:NAME) on `config`'s validation shards, on one device.
 
     `config` None: the run's own, with `overrides`. densities: keep ratios of tokens, with all connections kept; None: the final plan
     of the configuration. With densities a run directory has one more row, of its own plan, where no density equals it. adaptive: beside
-    each density below 1, mass-based selection by its calibrated threshold. random: beside it, as many random tokens. Raises ConfigError.
+    each density below 1, mass-based selection by its calibrated threshold. random: beside it, as many random tokens. least: as many of
+    the lowest importance. teacher: as many by the attention of this network's last block. Raises ConfigError.
     """
     config, network, source = scored_model(model, config, overrides or [], "eval")
-    _refuse(network, config, densities, adaptive, random)
+    _refuse(network, config, densities, {"--adaptive": adaptive, "--random": random, "--least": least})
     evaluation = Evaluation(config, network)
     passes: list[Passes] = []
     thresholds = ranking = note = None
-    if adaptive:
+    orders: dict[str, Order] = {}
+    if adaptive or least or teacher:
         ranking = adaptive_model(config, network)
+        orders = _orders(least, teacher_of(teacher, config, network, model) if teacher else None, evaluation.computed)
+    if adaptive and ranking is not None:
         thresholds = calibrated(source, config, ranking)
         evaluation.computed.place(ranking)
         if thresholds.precision not in ("", evaluation.computed.name):
@@ -117,12 +127,34 @@ def score(
             beside = build(network.network, tokens="random", blocks=config.tokens.blocks, position=config.tokens.position)
             beside.residual = network.residual
             passes.append(RandomPasses(RANDOM, beside.eval(), plan))
+        if plan.keep_tokens < 1.0 and ranking is not None:
+            passes += [ChosenPasses(name, ranking, plan, order) for name, order in orders.items()]
     if source is not None and source.is_dir() and own not in plans:
         passes.append(Passes(OWN, network, own))
     rows = [evaluation.row(one) for one in passes]
     found = [one for one in passes if isinstance(one, AdaptivePasses)]
     classes = [str(name) for name in evaluation.index.classes]
     return DensityResults(model, rows, config, classes, found[-1] if found else None, note)
+
+
+Order = Callable[[Tensor, Tensor], Tensor]
+
+
+def _orders(least: bool, teacher: SparseNetwork | None, computed: Computed) -> dict[str, Order]:
+    """Other orders of patches than that of importance, for comparison: see `ChosenPasses`."""
+    orders: dict[str, Order] = {}
+    if least:
+        orders[LEAST] = lambda _, order: order.flip(1)
+    if teacher is not None:
+        computed.place(teacher)
+        orders[TEACHER] = lambda images, _: ranked(_attention(teacher, images))
+    return orders
+
+
+def _attention(teacher: SparseNetwork, images: Tensor) -> Tensor:
+    found = teacher(images, DENSE, frozenset({"cls_attention"})).cls_attention
+    assert found is not None
+    return found
 
 
 class Evaluation:
@@ -162,7 +194,7 @@ class Evaluation:
         return tokens[min(max(self.network.blocks, default=-2) + 1, len(tokens) - 1)] if tokens else 0
 
 
-def _refuse(network: SparseNetwork, config: Config, densities: list[float] | None, adaptive: bool, random: bool) -> None:
+def _refuse(network: SparseNetwork, config: Config, densities: list[float] | None, flags: dict[str, bool]) -> None:
     tokens, sparse = config.tokens.settings, any(d < 1 for d in densities or ())
     if sparse:
         try:
@@ -176,6 +208,6 @@ def _refuse(network: SparseNetwork, config: Config, densities: list[float] | Non
         raise ConfigError(
             f"--densities {densities}: {tokens.fixed_by} removes the same number of tokens at every density; add {key}=0"
         )
-    for flag, on in (("--adaptive", adaptive), ("--random", random)):
+    for flag, on in flags.items():
         if on and not sparse:
             raise ConfigError(f"{flag}: needs --densities with a keep ratio below 1, e.g. --densities 1,.7,.5")

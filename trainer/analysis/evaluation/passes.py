@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsity.adaptive import AdaptiveViT
 from sparsity.network import SparseNetwork
-from sparsity.types import Plan
+from sparsity.types import Plan, num_kept
 from trainer.data.batch import Batch
 from trainer.telemetry.timing import synchronize
 
@@ -74,6 +74,21 @@ class RandomPasses(Passes):
 
     def run(self, images: Tensor) -> Any:
         return self.network(images, self.plan, rng_keys=images.double().sum(dim=(1, 2, 3)).view(torch.int64))
+
+
+class ChosenPasses(Passes):
+    """As many tokens as `plan` keeps, in another order than that of importance. order: (images, patches by importance (B, n)) -> positions
+    of the patches (B, n), those that stay first."""
+
+    def __init__(self, selection: str, adaptive: AdaptiveViT, plan: Plan, order: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(selection, adaptive.model, plan)
+        self.adaptive, self.order = adaptive, order
+
+    def run(self, images: Tensor) -> Any:
+        tokens, ranked = self.adaptive.ranked(images)
+        order = self.order(images, ranked.order)
+        count = num_kept(order.shape[1], self.plan.keep_tokens)
+        return self.adaptive.finish(tokens, order, torch.full((len(order),), count, device=order.device))
 
 
 class AdaptivePasses(Passes):

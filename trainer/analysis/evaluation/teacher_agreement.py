@@ -8,6 +8,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from sparsity.network import SparseNetwork
 from sparsity.types import DENSE
 from sparsity.vit import SparseViT
 from trainer.analysis.evaluation.adaptive_model import adaptive_model
@@ -26,8 +27,25 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
     block, and attention of the [CLS] token in the teacher's last block. teacher: a run directory, or a weights file of the same network.
     Raises ConfigError."""
     config, student, _ = scored_model(model, config, overrides or [], "eval")
-    _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
     adaptive, computed = adaptive_model(config, student), Computed.of(config)
+    other = teacher_of(teacher, config, student, model)
+    computed.place(adaptive, other)
+    found: list[float] = []
+    _, index = open_indexes(config.data)
+    for batch in validation_set(index, config, 0, 1):
+        there = batch.weights > 0
+        images = normalise(batch.images[there].to(computed.device), config.augment)
+        with computed.autocast():
+            ours = adaptive.model.until(adaptive.block, images)[1]
+            theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
+        found += spearman(ours, theirs).tolist()
+    return sum(found) / len(found)
+
+
+def teacher_of(teacher: str, config: Config, student: SparseNetwork, model: str) -> SparseNetwork:
+    """The network of `--teacher`, a run directory or a weights file of the network of `config`. Raises ConfigError where its attention is
+    over other tokens than those of `student`, which is of `model`."""
+    _, other, _ = scored_model(teacher, None if Path(teacher).is_dir() else config, [], "eval --teacher")
     if "importance" not in other.gives:
         raise ConfigError(
             f"--teacher {teacher}: a {type(other.network).__name__} gives no attention; choose a network of {SparseViT.models}"
@@ -42,17 +60,7 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
             f"--teacher {teacher}: it has {theirs} prefix tokens, {model} {ours}; give weights with the same [CLS], distillation and "
             "register tokens"
         )
-    computed.place(adaptive, other)
-    found: list[float] = []
-    _, index = open_indexes(config.data)
-    for batch in validation_set(index, config, 0, 1):
-        there = batch.weights > 0
-        images = normalise(batch.images[there].to(computed.device), config.augment)
-        with computed.autocast():
-            ours = adaptive.model.until(adaptive.block, images)[1]
-            theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
-        found += spearman(ours, theirs).tolist()
-    return sum(found) / len(found)
+    return other
 
 
 def spearman(ours: Tensor, theirs: Tensor) -> Tensor:
