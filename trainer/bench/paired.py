@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,7 @@ from trainer.telemetry import timing
 from trainer.telemetry.timing import interleave
 
 WARM_UP = 3
+LONG = 2.0  # seconds of a row that is warm after one call
 CONFIDENCE = 0.95
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -94,12 +96,17 @@ def paired(
 
 
 def warmed_up(rows: Mapping[str, Callable[[], Any]], device: torch.device, show: str | None) -> dict[str, float]:
-    """Call every row a few times; {row: its peak memory, see `peak`}."""
+    """Call every row a few times, a long one once; {row: its peak memory, see `peak`}."""
     peaks: dict[str, float] = {}
+    long: set[str] = set()
     turns = [(name, number) for name in rows for number in range(WARM_UP + 1)]
     for name, number in tracked(turns, f"{show}, warm-up", len(turns), "passes", show is not None):
         if number < WARM_UP:
-            rows[name]()
+            if name not in long:
+                started = time.perf_counter()
+                rows[name]()
+                if time.perf_counter() - started > LONG:
+                    long.add(name)
         else:
             peaks[name] = peak(rows[name], device)
     return peaks
