@@ -18,7 +18,7 @@ from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launche
 from launch.machine import free_port, random_port, this_machine
 from launch.processes import run_on_hosts, start, submit
 from launch.rank_logs import ensure_folder, forgive_standard_streams, open_standard_streams
-from launch.restarts import Restarts, repeated, run_directory
+from launch.restarts import Attempt, NotReadyError, Restarts, repeated, run_directory
 
 
 def main(words: list[str] | None = None) -> int:
@@ -48,21 +48,19 @@ def _local(job: Job, a: argparse.Namespace) -> int:
     if refused := start(first):
         return refused
 
-    def attempt(received: list[int]) -> int:
-        if not a.no_health and _unhealthy(job, ""):
-            return 1
-        return start(local.render(job, replace(node, port=free_port()), sys.executable), received=received)
+    def prepare() -> Attempt:
+        if not a.no_health and (why := _unhealthy(job, node.processes if node.gpus else 0)):
+            raise NotReadyError(why)
+        return lambda received: start(local.render(job, replace(node, port=free_port()), sys.executable), received=received)
 
-    return repeated(attempt, _restarts(job, a, job.resume))
+    return repeated(prepare, _restarts(job, a, job.resume))
 
 
-def _unhealthy(job: Job, remedy: str) -> bool:
-    """Whether the check of this node fails, which is reported with the remedy."""
+def _unhealthy(job: Job, gpus: int) -> str:
+    """Why this node can't be used, "" if it can. gpus: that it needs."""
     here = os.uname().nodename
-    wrong = health.judge({here: health.probe(run_directory(job), rates=False)}, 0)
-    if wrong:
-        print(f"launch: {here}: {wrong[here]}{remedy}", file=sys.stderr)
-    return bool(wrong)
+    wrong = health.judge({here: health.probe(run_directory(job), rates=gpus > 0)}, gpus, gpus > 0)
+    return f"{here}: {wrong[here]}" if wrong else ""
 
 
 def _restarts(job: Job, a: argparse.Namespace, resumed: bool) -> Restarts:
@@ -84,7 +82,8 @@ def _node(job: Job, a: argparse.Namespace) -> int:
         if a.dry_run:
             print(command.text())
             return 0
-        if "SLURM_JOB_ID" in os.environ and _unhealthy(job, "; to leave it out: launch slurm --sbatch=--exclude=NODE"):
+        if "SLURM_JOB_ID" in os.environ and (why := _unhealthy(job, place.processes if place.gpus else 0)):
+            print(f"launch: {why}; to leave it out: launch slurm --sbatch=--exclude=NODE", file=sys.stderr)
             return 1
         return start(command, _folder(job, a) if place.world > 1 else None, last=True)
 
@@ -127,12 +126,16 @@ def _hosts(job: Job, a: argparse.Namespace) -> int:
         probes = hosts.health_checks(some, runs, sys.executable, directory, env, a.ssh_config)
         return health.judge(health.ask(probes), processes)
 
-    def attempt(received: list[int]) -> int:
+    def prepare() -> Attempt:
         taken = first if a.no_health else hosts.healthy(found, nodes, ask)
+        if not taken:
+            raise NotReadyError(
+                f"at least {nodes.least} usable host(s) needed: repair those, list others, or skip the check: --no-health"
+            )
         names = [host.name for host in taken]
-        return run_on_hosts(commands(taken), names, folder, len(taken) - nodes.least, received) if taken else 1
+        return lambda received: run_on_hosts(commands(taken), names, folder, len(taken) - nodes.least, received)
 
-    return repeated(attempt, _restarts(job, a, job.resume or nodes.elastic))
+    return repeated(prepare, _restarts(job, a, job.resume or nodes.elastic))
 
 
 def _folder(job: Job, a: argparse.Namespace) -> Path:

@@ -94,13 +94,7 @@ def healthy(hosts: list[Host], nodes: Nodes, ask: Callable[[list[Host]], dict[st
         taken += [host for host in some if host.name not in wrong]
         for name, why in wrong.items():
             print(f"launch: {name} is left out: {why}", file=sys.stderr)
-    if len(taken) >= nodes.least:
-        return taken
-    print(
-        f"launch: {len(taken)} host(s) can be used, at least {nodes.least} are needed: repair those, or list others",
-        file=sys.stderr,
-    )
-    return []
+    return taken if len(taken) >= nodes.least else []
 
 
 def holds_credential(name: str, value: str) -> bool:

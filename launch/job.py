@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 
 STOPPED = 75  # the trainer's exit code for "stopped with a checkpoint"
 LATE = 76  # and for "a rank did not arrive within engine.timeout"
+BUSY = 73  # for "another process writes the journal of this run"
+REFUSED = 2  # for a wrong setting, broken data, a store that is gone
 RESTARTS = 3  # of an elastic job, by failing ranks; nodes that come or go don't count
 LAST_CALL = 15  # seconds that an elastic job waits for more nodes once it has enough
 LOGS = "logs"  # the folder of all output, where no other is named

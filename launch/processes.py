@@ -154,6 +154,17 @@ class _Nodes:
         for node in self.processes:
             stop_hard(node.pid)
 
+    def kill_ranks(self) -> None:
+        """Three Ctrl-C at every node, at which its launcher kills what it started. A rank that waits in a collective handles no signal, and
+        would hold GPUs and journal until engine.timeout after its ssh is gone."""
+        for _ in range(3):
+            for node in self.processes:
+                if node.poll() is None and node.stdin is not None:
+                    with contextlib.suppress(OSError):
+                        node.stdin.write(b"\x03")
+                        node.stdin.flush()
+            time.sleep(0.5)  # signals that come at once are delivered as one
+
     def running(self, spare: int) -> bool:
         """Whether a node still runs; adds those that failed since the last call, and reports the ones the job continues without."""
         running = None in [node.poll() for node in self.processes]
@@ -208,6 +219,10 @@ def _ended(nodes: _Nodes, logs: Path, spare: int, code: int) -> int:
                 print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
                 nodes.stop()
         if time.monotonic() > deadline:
+            nodes.kill_ranks()
+            end = time.monotonic() + LINGER
+            while nodes.running(spare) and time.monotonic() < end:
+                time.sleep(0.1)
             nodes.kill()
         time.sleep(0.1)
     return code

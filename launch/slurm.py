@@ -28,32 +28,35 @@ SURVIVOR = (
 # returns the highest. So a node leaves a file, in the folder that containers see too. Slurm signals this shell as well: trap.
 NOTED = 'trap : INT TERM HUP USR1 USR2; {}; code=$?; [ "$code" -ne ' + str(STOPPED) + ' ] || : > "$stopped"'
 # Requeued as long as the newest checkpoint changes between two ends: $2 ends at one checkpoint are the most, $3 for a job that was
-# stopped. Counted in a file, because the script starts anew; Slurm's own counter knows no checkpoints.
-NEWEST = 'newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }'
-# Where checkpoints were and are gone (directory renamed, file system not mounted), `--resume` would begin the run anew: the last one that
-# was there is read every 5 s during the attempt.
-WATCHED = r"""watched() {
-  local at
-  while sleep 5; do at=$(newest); [ -z "$at" ] || printf '%s\n' "$at" > "$PWD/.newest-$SLURM_JOB_ID"; done
-}"""
-REQUEUED = r"""requeued() {
-  local ends="$PWD/.ends-$SLURM_JOB_ID" at known most=$2 count=1 what
+# stopped. Counted in a file, because the script starts anew; Slurm's own counter knows no checkpoints. Where checkpoints were and are gone
+# (directory renamed, file system not mounted), `--resume` would begin the run anew: the last one is read every 5 s during the attempt, and
+# nothing starts without it. Codes: 2 before the first line in the journal is a wrong setting; 73 another process that trains this run.
+REQUEUED = r"""newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
+lines() { if [ -e "$run/journal.jsonl" ]; then wc -l < "$run/journal.jsonl"; else echo 0; fi; }
+began() { tail -n +$(($1 + 1)) "$run/journal.jsonl" 2> /dev/null | head -n 9 | grep -q '"kind":"start"'; }
+known() { cat "$PWD/.newest-$SLURM_JOB_ID" 2> /dev/null || head -n 1 "$PWD/.ends-$SLURM_JOB_ID" 2> /dev/null || true; }
+note() { if [ -n "$1" ]; then printf '%s\n' "$1" > "$PWD/.newest-$SLURM_JOB_ID" || true; fi; }
+watched() { while sleep 5; do note "$(newest)"; done; }
+gone() {
+  if [ -z "$(known)" ] || [ -n "$(newest)" ]; then return 1; fi
+  echo "launch: $run: checkpoint $(known) is gone; waiting ${GONE:=600} s for it to come back"
+  for _ in $(seq "$GONE"); do sleep 1; if [ -n "$(newest)" ]; then return 1; fi; done
+  echo "launch: $run: an attempt would begin the run anew; not requeued. Bring the directory back, then submit the job again"
+}
+requeued() {
+  local ends="$PWD/.ends-$SLURM_JOB_ID" at most=$2 count=1 what
+  if [ "$1" -eq 0 ]; then rm -f "$ends" "$PWD/.newest-$SLURM_JOB_ID"; return; fi
+  if gone; then return; fi
   at=$(newest)
-  known=$(cat "$PWD/.newest-$SLURM_JOB_ID" 2> /dev/null || echo "$from")
-  rm -f "$PWD/.newest-$SLURM_JOB_ID"
-  if [ -n "$known" ] && [ -z "$at" ] && [ "$1" -ne 0 ]; then
-    echo "launch: $run: checkpoint $known is gone; waiting ${GONE:=600} s for it to come back"
-    for _ in $(seq "$GONE"); do at=$(newest); [ -z "$at" ] || break; sleep 1; done
-  fi
-  if [ "$1" -eq 0 ]; then rm -f "$ends"; return; fi
+  note "$at"
   if [ "$1" -eq 75 ]; then most=$3; fi
   if [ -e "$ends" ] && [ "$(head -n 1 "$ends")" = "$at" ]; then count=$(($(tail -n 1 "$ends") + 1)); fi
   printf '%s\n%s\n' "$at" "$count" > "$ends" || true
   what="launch: attempt $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $1, newest checkpoint: ${at:-none}, $count of $most ends there"
-  if [ "$1" -eq 2 ] && [ "$at" = "$from" ]; then what="$what, refused"; most=0; fi
-  if [ -n "$known" ] && [ -z "$at" ]; then what="$what, checkpoint $known is gone, and a requeue would begin the run anew"; most=0; fi
+  if [ "$1" -eq 2 ] && ! began "$from"; then what="$what, refused"; most=0; fi
+  if [ "$1" -eq 73 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then what="$what, another process trains this run"; most=0; fi
   if [ "$count" -lt "$most" ]; then echo "$what; requeued"; scontrol requeue "$SLURM_JOB_ID"; return; fi
-  rm -f "$ends"
+  rm -f "$ends" "$PWD/.newest-$SLURM_JOB_ID"
   echo "$what; not requeued. Logs: $run/logs. After a repair submit the job again, by the same command with --resume"
 }"""
 HERE = '"$(echo $addresses | cut -d " " -f $((SLURM_NODEID + 1)))"'
@@ -204,7 +207,7 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
-        begin = [NEWEST, *WATCHED.splitlines(), *REQUEUED.splitlines(), "from=$(newest)", "watched & watcher=$!"]
+        begin = [*REQUEUED.splitlines(), "if gone; then exit 1; fi", "from=$(lines)", "watched & watcher=$!"]
         lines = [*begin, 'export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
         lines += ['kill "$watcher" 2> /dev/null || true']
         lines += [f'if [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; fi']

@@ -43,8 +43,8 @@ def main(words: list[str] | None = None) -> int:
             raise
         say(printable("\n  ".join([f"trilevel: {error}", *getattr(error, "__notes__", ())])), error=True)
         if arguments.command == "train":
-            write_exit_code(2)
-        return 2
+            write_exit_code(error.exit_code)
+        return error.exit_code
     finally:
         if words is not None:  # a caller's streams are its own
             sys.stdout, sys.stderr = before

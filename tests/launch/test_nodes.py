@@ -146,6 +146,16 @@ def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, 
     assert ("alone" if spare else "fed") in (tmp_path / "b.txt").read_text()
 
 
+def test_ranks_that_handle_no_signal_are_killed_before_their_ssh_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that waits in a collective outlives its ssh: the node's launcher kills it at the third Ctrl-C."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    wait = "import sys; n = 0\nwhile n < 4: n += sys.stdin.buffer.read(1) == b'\\x03'; open('got', 'w').write(str(n))"
+    stuck = Command((sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {wait}"))
+    fails = Command(("sh", "-c", "sleep 1; exit 9"))
+    assert processes.run_on_hosts([fails, stuck], ["a", "b"], tmp_path) == 9
+    assert (tmp_path / "got").read_text() == "4", "one when the other node failed, three after PATIENCE"
+
+
 @pytest.mark.parametrize("least", [None, 1])
 def test_torchrun_marks_the_lines_of_each_rank(least):
     from accelerate.commands.launch import launch_command_parser
@@ -399,7 +409,7 @@ def test_a_host_that_can_not_be_reached_ends_all(folder, over_ssh):
     process = over_ssh()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "127.0.0.1 is left out: exit code 255: Permission denied (publickey)." in output
-    assert "0 host(s) can be used, at least 2 are needed" in output
+    assert "launch: at least 2 usable host(s) needed" in output and "--no-health" in output
     process = over_ssh("--no-health")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 255 and "[127.0.0.1] Permission denied" in output

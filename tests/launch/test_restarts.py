@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launch import restarts, slurm
-from launch.job import STOPPED, Job, Nodes
-from launch.restarts import REFUSED, Restarts, repeated, run_directory
+from launch.job import BUSY, REFUSED, STOPPED, Job, Nodes
+from launch.restarts import NotReadyError, Restarts, repeated, run_directory
+from launch.run_files import newest, written_since, written_until_now
 from tests.conftest import wait_for
 from tests.support import fake_trainer
 from tests.support.fake_trainer import launched
@@ -24,7 +27,7 @@ STOPPED_BY_A_PERSON = -1
 
 @pytest.fixture(autouse=True)
 def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "WAIT", 0.0)
+    monkeypatch.setattr(restarts, "WAITS", (0.0,))
 
 
 def saved(run: Path, step: int) -> None:
@@ -32,19 +35,29 @@ def saved(run: Path, step: int) -> None:
     (run / "checkpoints" / "latest").write_text(f"step-{step:08}")
 
 
+def begun(run: Path) -> None:
+    """The first line of an attempt."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "journal.jsonl").open("a") as file:
+        file.write('{"kind":"start","time":1.0}\n')
+
+
 def attempts(run: Path, ends: list[tuple[int, int]], most: int = 3) -> tuple[int, int]:
-    """Runs with these ends, (exit code, step of the newest checkpoint); the exit code of all, and how many were started."""
+    """Runs with these ends, (exit code, step of the newest checkpoint); the exit code of all, and how many were started. An attempt with a
+    checkpoint has begun."""
     left = list(ends)
 
     def attempt(received: list[int]) -> int:
         code, step = left.pop(0)
+        if step:
+            begun(run)
         if step:
             saved(run, step)
         if code == STOPPED_BY_A_PERSON:
             received.append(signal.SIGINT)
         return 1 if code == STOPPED_BY_A_PERSON else code
 
-    return repeated(attempt, Restarts(run, most, ["local", "c.yaml", "--resume"])), len(ends) - len(left)
+    return repeated(lambda: attempt, Restarts(run, most, ["local", "c.yaml", "--resume"])), len(ends) - len(left)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +68,13 @@ def attempts(run: Path, ends: list[tuple[int, int]], most: int = 3) -> tuple[int
         ([(1, 5), (1, 5), (1, 5), (0, 9)], 1, 3),  # three failures from one checkpoint
         ([(1, 0), (1, 0), (1, 0), (0, 9)], 1, 3),  # none was ever saved
         ([(1, 5), (1, 5), (1, 6), (1, 6), (0, 9)], 0, 5),  # progress sets the count back
-        ([(STOPPED, 5), (0, 9)], STOPPED, 1),
+        ([(STOPPED, 5), (0, 9)], 0, 2),  # a rank or a node got SIGTERM, this launcher none
         ([(STOPPED_BY_A_PERSON, 5), (0, 9)], 1, 1),
         ([(REFUSED, 0), (0, 9)], REFUSED, 1),  # a wrong setting is wrong the next time too
         ([(REFUSED, 5), (0, 9)], 0, 2),  # a store that was gone for a while
+        ([(1, 5), (REFUSED, 5), (0, 9)], 0, 3),  # a stuck worker before the first new checkpoint of an attempt
+        ([(BUSY, 5), (0, 9)], BUSY, 1),  # another launcher's run, whose checkpoints advance
+        ([(1, 5), (BUSY, 0), (0, 9)], 0, 3),  # a rank of the attempt before, on a node that did not answer
     ],
 )
 def test_restarts_as_long_as_checkpoints_advance(ends: list[tuple[int, int]], code: int, started: int, tmp_path: Path) -> None:
@@ -75,7 +91,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
     started: list[str] = []
 
     def attempt(received: list[int]) -> int:
-        started.append(restarts.newest(run))
+        started.append(newest(run))
         if not in_the_attempt and len(started) == 1:
             saved(run, 5)
             return 1
@@ -84,7 +100,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
         run.rename(tmp_path / "elsewhere")
         return 1
 
-    assert repeated(attempt, Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 1
+    assert repeated(lambda: attempt, Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 1
     assert started == ([""] if in_the_attempt else ["", "step-00000005"])
     output = capsys.readouterr().err
     assert f"{run}/checkpoints is gone since step-00000005" in output and output.endswith("local c.yaml --resume\n")
@@ -93,27 +109,86 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
 def test_a_run_directory_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     saved(run, 5)
-    monkeypatch.setattr(restarts, "time", SimpleNamespace(
-        time=time.time, monotonic=time.monotonic, sleep=lambda _: run.exists() or (tmp_path / "elsewhere").rename(run)
-    ))  # fmt: skip
+    monkeypatch.setattr(restarts, "pause", lambda _: run.exists() or (tmp_path / "elsewhere").rename(run))
     ends = [lambda: run.rename(tmp_path / "elsewhere") and 1, lambda: 0]
-    assert repeated(lambda _: ends.pop(0)(), Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 0 and not ends
-    assert restarts.newest(run) == "step-00000005"
+    assert repeated(lambda: lambda _: ends.pop(0)(), Restarts(run, 3, ["local", "c.yaml", "--resume"])) == 0 and not ends
+    assert newest(run) == "step-00000005"
+
+
+def test_nodes_that_fail_their_check_are_waited_for_and_count_as_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(restarts, "pause", waited.append)
+    answers: list[str] = ["", *["node1: no answer"] * 20, "", ""]
+    ends = [1, 0]
+
+    def prepare() -> Any:
+        if why := answers.pop(0):
+            raise NotReadyError(why)
+        return lambda received: ends.pop(0)
+
+    saved(tmp_path, 5)
+    assert repeated(prepare, Restarts(tmp_path, 2, ["hosts", "c.yaml", "--resume"])) == 0
+    assert (
+        waited == [0.0, *[restarts.ASK] * 20] and capsys.readouterr().err.count("node1: no answer; asked again every 60 s") == 1
+    )
+    answers[:] = ["node1: no answer"]
+    assert repeated(prepare, Restarts(tmp_path, 2, ["hosts", "c.yaml", "--resume"])) == 1, (
+        "the first attempt ends at once: a person is there"
+    )
+    assert capsys.readouterr().err == "launch: node1: no answer. After a repair: python -m launch hosts c.yaml --resume\n"
+
+
+def test_waits_grow_with_the_failures_from_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of no_wait
+    found = Restarts(tmp_path, 9, ["local"])
+    seconds = []
+    for step in (1, 1, 1, 1, 1, 2, 2):
+        saved(tmp_path, step)
+        found.begin()
+        seconds.append(found.again(1))
+    assert seconds == [10, 60, 300, 900, 900, 10, 60]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, STOPPED), (signal.SIGTERM, STOPPED), (signal.SIGINT, 130)])
+def test_a_signal_between_two_attempts_ends_the_launcher_by_its_code(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "WAITS", (60.0,))
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    before = signal.getsignal(number)
+    assert repeated(lambda: lambda _: 1, Restarts(tmp_path, 3, ["local"])) == code and signal.getsignal(number) == before
+
+
+def test_only_lines_of_the_attempt_count_whatever_the_clocks_are(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"kind":"end","time":9e9,"reason":"of the attempt before"}\n{"kind":"st')
+    offset = written_until_now(tmp_path)
+    assert written_since(tmp_path, offset) == (False, "")
+    (tmp_path / "journal.jsonl").write_bytes((tmp_path / "journal.jsonl").read_bytes()[:offset])  # the torn line is removed
+    begun(tmp_path)
+    assert written_since(tmp_path, offset) == (True, "")
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"kind":"end","time":1.0,"reason":"this one"}\n')
+    assert written_since(tmp_path, offset) == (True, "this one") and written_until_now(tmp_path / "nowhere") == 0
 
 
 def test_messages_name_cause_attempt_checkpoint_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, 5)
     found = Restarts(tmp_path, 2, ["local", "c.yaml", "name=a b", "--resume"])
+    begun(tmp_path)
     found.begin()
     end = {"kind": "end", "time": time.time(), "status": "failed", "reason": "rank 1: OSError: the disk of this node is gone"}
-    (tmp_path / "journal.jsonl").write_text(json.dumps({"kind": "start", "time": 1.0}) + "\n" + json.dumps(end) + "\n")
-    assert found.again(76)
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write(json.dumps(end) + "\n")
+    assert found.again(76) == 0.0
     first = capsys.readouterr().err
     assert "launch: attempt 1 ended with 76 (a rank did not arrive): rank 1: OSError: the disk of this node is gone\n" in first
     assert "newest checkpoint: step-00000005, failure 1 of 2 from there; attempt 2 starts in" in first
-    time.sleep(0.01)
     found.begin()
-    assert not found.again(1)
+    assert found.again(1) is None
     last = capsys.readouterr().err
     assert "attempt 2 ended with 1: its journal has no last line: killed, or node lost" in last, "not the cause of attempt 1"
     assert "2 failures from there, so it is not repeated (--restarts 2)" in last
@@ -125,6 +200,7 @@ def test_without_resume_nothing_is_repeated_and_the_command_is_shown(
 ) -> None:
     saved(tmp_path, 5)
     assert attempts(tmp_path, [(1, 6), (0, 9)], most=0) == (1, 1)
+    assert attempts(tmp_path, [(STOPPED, 6), (0, 9)], most=0) == (STOPPED, 1)
     shown = capsys.readouterr().err
     assert shown.endswith(f"not repeated. Logs: {tmp_path}/logs. After a repair: python -m launch local c.yaml --resume\n")
 
@@ -161,12 +237,11 @@ def slurm_script(tmp_path: Path) -> str:
 def test_a_failed_slurm_job_is_requeued_as_long_as_checkpoints_advance(tmp_path: Path) -> None:
     text = slurm_script(tmp_path)
 
-    def ended(code: int, step: int) -> str:
+    def ended(code: int, step: int, number: int = 1) -> str:
         if step:
             saved(tmp_path / "runs" / "a b", step)
-        done = subprocess.run(
-            ["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env={"CODE": str(code), "PATH": "/bin:/usr/bin"}
-        )
+        env = {"CODE": str(code), "PATH": "/bin:/usr/bin", "SLURM_RESTART_COUNT": str(number)}
+        done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env=env)
         assert done.returncode == code, done.stderr
         return done.stdout
 
@@ -177,9 +252,18 @@ def test_a_failed_slurm_job_is_requeued_as_long_as_checkpoints_advance(tmp_path:
     assert "by the same command with --resume" in last
     assert [ended(75, 3).endswith("requeue 7\n") for _ in range(3)] == [True, True, False], "stopped before its first step"
     assert "refused; not requeued" in ended(2, 0)
+    begins = text.replace(
+        'srun() { return "$CODE"; }', 'srun() { echo \'{"kind":"start"}\' >> "$run/journal.jsonl"; return "$CODE"; }'
+    )
+    done = subprocess.run(
+        ["bash"], input=begins, capture_output=True, text=True, cwd=tmp_path, env={"CODE": "2", "PATH": "/bin:/usr/bin"}
+    )
+    assert done.stdout.endswith("requeue 7\n"), "a stuck worker before the first new checkpoint"
+    assert "another process trains this run; not requeued" in ended(73, 0, number=0)
+    assert ended(73, 4).endswith("requeue 7\n"), "a rank of the attempt before"
     assert ended(1, 4).endswith("requeue 7\n")
     assert (tmp_path / ".ends-7").is_file()
-    assert ended(0, 5) == "" and not (tmp_path / ".ends-7").exists()
+    assert ended(0, 5) == "" and not (tmp_path / ".ends-7").exists() and not (tmp_path / ".newest-7").exists()
 
 
 @pytest.mark.parametrize("there", ["before", "made in the attempt", "brought back"])
@@ -196,5 +280,10 @@ def test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew(there: str, tm
     done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/bin:/usr/bin"})
     assert "checkpoint step-00000005 is gone; waiting 20 s" in done.stdout, done.stderr
     assert ("requeue 7" in done.stdout) == back
-    assert ("a requeue would begin the run anew; not requeued" in done.stdout) != back
-    assert not list(tmp_path.glob(".newest-*"))
+    assert ("an attempt would begin the run anew; not requeued" in done.stdout) != back
+    if not back:  # requeued by a person, or by a node that outlived the script
+        again = text.replace("srun() {", "srun() { echo trains; ")
+        done = subprocess.run(
+            ["bash"], input=again, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/bin:/usr/bin"}
+        )
+        assert done.returncode == 1 and "trains" not in done.stdout and "would begin the run anew" in done.stdout, done.stdout

@@ -110,6 +110,7 @@ def test_the_next_save_waits_for_the_one_before() -> None:
             OSError(28, "No space left on device"),
             r"step 3 could not be written: .*No space left.*previous checkpoint is intact",
         ),
+        (FileNotFoundError(2, "No such file"), r"step 3 could not be written: .*run directory removed or renamed"),
         (RuntimeError("a bug"), r"step 3 could not be written: RuntimeError: a bug"),
     ],
 )

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from launch.job import Job, LaunchError
-from launch.restarts import cause_of, run_directory
+from launch.restarts import run_directory
+from launch.run_files import written_since
 from launch.sweep import about
 from tests.support import journals
 from trainer.checkpoint import directory, save_load
@@ -81,10 +82,10 @@ def test_the_launcher_reads_the_name_of_a_run_as_the_trainer_does(name: str, tmp
     assert run_directory(Job(path, (f"name={name}",), resume=True)) == load(path, [f"name={name}"]).directory()
 
 
-@pytest.mark.parametrize("last", ['{"kind": "end", "time": null}', "[1]", '{"kind": "end", "time": {}}', "1e999", "{"])
+@pytest.mark.parametrize("last", ['{"kind": "End"}', "[1]", '{"end": {}}', "1e999", "{"])
 def test_an_odd_last_line_of_a_journal_is_no_cause(last: str, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(last + "\n")
-    assert cause_of(tmp_path, 0.0) == ""
+    assert written_since(tmp_path, 0) == (False, "")
 
 
 def journal(folder: Path, **tracking: Any) -> Path:

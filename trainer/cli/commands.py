@@ -26,8 +26,10 @@ def _train(a: argparse.Namespace) -> int:
             show_table(checked.table())
             show(checked.text())
         return 0
+    from trainer.run.shutdown import forget_exit_code
     from trainer.train import train
 
+    forget_exit_code()
     ended = train(config, resume=a.resume)
     code = STOPPED if ended.status == "preempted" else 0
     if exit_file := os.environ.get("TRILEVEL_EXIT_FILE"):  # read by `launch`: torchrun treats any other exit code as a crash

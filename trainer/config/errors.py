@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 class TrilevelError(Exception):
     """An error of the user's input: the text names the file or key, the value and the remedy. The command line prints it without a
-    traceback and exits with 2; other exceptions get a traceback."""
+    traceback and exits with `exit_code`; other exceptions get a traceback."""
+
+    exit_code = 2
 
 
 class ConfigError(TrilevelError, ValueError):

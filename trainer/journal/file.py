@@ -17,11 +17,18 @@ class JournalError(TrilevelError, RuntimeError):
     """The journal can't be written or read; the message names the file and the remedy."""
 
 
+class JournalInUseError(JournalError):
+    """Another process writes the journal. A launcher that reads this code does not start the run beside that one again and again."""
+
+    exit_code = 73
+
+
 def lock(file: int, path: Path) -> None:
+    """Raises JournalInUseError."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise JournalError(
+        raise JournalInUseError(
             f"{path}: another process is writing it; wait until it ends, or start another run with name=NEW_NAME"
         ) from None
     except OSError:

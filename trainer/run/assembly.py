@@ -44,6 +44,7 @@ from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Schedule
 from trainer.model.teacher import Teacher, build_teacher
 from trainer.provenance.hash_chain import HashChain
+from trainer.run import known_checkpoint
 from trainer.run.cadence import Cadence
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
@@ -208,6 +209,10 @@ def _to_resume(
     """The newest checkpoint, the same on all ranks, and its content; None if there is none yet."""
     found = save_load.newest(config.directory() / "checkpoints")
     saved = save_load.load(found.path, config, index.fingerprint, teacher.hash, model) if found.path else None
+    if found.path:
+        known_checkpoint.note(found.path)
+    else:
+        known_checkpoint.refuse_to_begin_anew(config.directory() / "checkpoints")
     engine.assert_same_on_all_ranks(
         f"step {saved.state.step}, {saved.state.chain}" if saved else "none", "the checkpoint to resume from"
     )

@@ -21,6 +21,7 @@ from trainer.checkpoint.state import TrainState
 from trainer.engine.engine import Engine
 from trainer.engine.place_clock import CHECKPOINT
 from trainer.model.ema import Ema
+from trainer.run import known_checkpoint
 from trainer.run.shutdown import Stop
 from trainer.storage.disk import Content
 from trainer.storage.host_copies import HostCopies
@@ -114,6 +115,7 @@ class Checkpointer:
 
     def _report(self, write: AsyncWrite) -> None:
         assert write.path is not None
+        known_checkpoint.note(write.path)
         self.recorder.saved(write.state, write.path, write.blocking, write.seconds, write.weights)
         self._write = None
 
@@ -145,6 +147,11 @@ class AsyncWrite:
         started = time.perf_counter()
         try:
             self.path, self.weights = write()
+        except FileNotFoundError as error:
+            self.failure = (
+                f"checkpoint at step {self.state.step} could not be written: {error}: was the run directory removed or renamed, or its "
+                "file system unmounted? Bring it back, then continue with --resume"
+            )
         except OSError as error:
             self.failure = (
                 f"checkpoint at step {self.state.step} could not be written: {error}; the previous checkpoint is intact: "

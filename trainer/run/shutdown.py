@@ -103,6 +103,13 @@ def write_exit_code(code: int) -> None:
             Path(path).write_text(str(code))
 
 
+def forget_exit_code() -> None:
+    """At the start of a rank: the code of an attempt before, which torchrun's agent has started again, is not this one's."""
+    if (path := os.environ.get("TRILEVEL_EXIT_FILE")) and os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):
+            Path(path).unlink()
+
+
 def launchers() -> list[int]:
     """Process ids of the ancestors whose exit must end this run, nearest first: torchrun or accelerate, then `python -m launch`.
     Empty if the rank was started without a launcher: a run under nohup or setsid then outlives its terminal."""
