@@ -59,6 +59,7 @@ KINDS = (
         "launch/test_health.py::test_failing_hosts_are_replaced_or_left_out",
         "launch/test_nodes.py::test_a_lost_node_ends_the_job_or_not_as_it_may",
         "launch/test_hosts_real.py::test_of_two_elastic_hosts_one_is_lost_and_the_other_continues",
+        "launch/test_hosts_real.py::test_a_host_that_loses_its_power_is_replaced_by_the_spare_without_a_person",
         "launch/test_elastic_real.py::test_a_node_that_is_lost_leaves_the_other_to_go_on_from_the_checkpoint",
         "launch/test_slurm_real.py::test_a_job_outlives_a_node",
     )),
@@ -84,7 +85,9 @@ KINDS = (
         "checkpoint/test_power_loss.py::test_an_error_at_any_call_leaves_a_usable_one_and_the_next_save_cleans_up",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
-    Kind("run directory removed, renamed or replaced", "the run ends before its next checkpoint", (
+    Kind("run directory removed, renamed or replaced", "the run ends before its next checkpoint and is not begun anew", (
+        "launch/test_restarts.py::test_a_run_whose_checkpoints_are_gone_is_not_begun_anew",
+        "launch/test_restarts.py::test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew",
         "journal/test_journal.py::test_a_run_directory_that_is_taken_away_is_noticed_before_the_next_checkpoint",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),

@@ -47,7 +47,7 @@ def launch(made: Hosts, *words: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], made: Hosts) -> str:
     """Its output, once it has ended; nothing of the job may be left on any host."""
-    process.wait(400)
+    process.wait(560)
     for host in range(len(made.names)):
         wait_for(lambda host=host: not made.running(host, "trainer") and not made.running(host, "launch"), 60)
     return (made.folder / "out.txt").read_text()
@@ -117,6 +117,25 @@ def test_of_two_elastic_hosts_one_is_lost_and_the_other_continues(digits, alone,
         seen = chains(run)
         assert [line["world"] for line in lines(run, "start")] == [2, 1] and lines(run, "resume")[0]["step"] >= 4
         assert {step: seen[step] for step in alone} == alone and max(seen) == 60
+
+
+@pytest.mark.slow
+def test_a_host_that_loses_its_power_is_replaced_by_the_spare_without_a_person(digits, alone, tmp_path):
+    """The rank of the other host waits in a collective for it, and `engine.timeout` is far away."""
+    with hosts(3, tmp_path) as made:
+        words = [*settings(digits, "checkpoint.every=2step", "stop_at=12step"), "--nodes", "2", "--resume"]
+        process = launch(made, *words)
+        wait_for(lambda: steps(process, made, "quickstart") >= 5, 400)
+        subprocess.run(["ip", "-n", made.login, "link", "set", "port1", "down"], check=True)
+        for one in made.running(1):
+            one.kill()
+        output = ended(process, made)
+        assert process.returncode == 0, output
+        assert "10.77.13.2 is left out" in output and "attempt 2 starts in 10 s" in output, output
+        run = tmp_path / "runs" / "quickstart"
+        assert [line["world"] for line in lines(run, "start")] == [2, 2] and lines(run, "resume")[0]["step"] >= 4
+        seen = chains(run)
+        assert {step: seen[step] for step in alone} == alone and max(seen) == 12
 
 
 @pytest.mark.slow  # its parts are in tests/preflight/test_doctor.py
