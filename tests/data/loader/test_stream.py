@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.data.augment.policy_on_device import apply_policy, codes_of
 from trainer.data.batch import Batch
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream, validation_set
+from trainer.data.loader.stream import Stream, _Task
 from trainer.data.shards.index import Index, build_index
 from trainer.preflight.verify_shards import verify
 
@@ -240,3 +242,39 @@ fail()
         [sys.executable, "-c", script], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and "on purpose" in done.stderr and "DataLoader worker" not in done.stderr
+
+
+AUGMENTS: list[dict[str, Any]] = [
+    {},
+    {"color_jitter": 0.3},
+    {"policy": "three_augment", "color_jitter": 0.3, "crop": "src"},
+    {"policy": "rand-m9-mstd0.5-inc1", "erasing": 0.5},
+    {"policy": "rand-m9-mstd101-inc1-tweights"},
+    {"policy": "originalr-mstd0.5"},
+    {"policy": "augmix-m3-w3"},
+    {"policy": "rand-m9-mstd0.5-inc1", "policy_on": "device"},
+    {"crop": "shift", "shift": 2},
+]
+
+
+@pytest.mark.parametrize("augment", AUGMENTS, ids=str)
+def test_data_sets_can_be_sent_to_workers_that_are_not_forked(index: Index, augment: dict[str, Any]) -> None:
+    """Under the start methods spawn and forkserver: "Can't pickle local object 'policy_of.<locals>.<lambda>'"."""
+    settings = config("x", augment=augment, data={"workers": 1})
+    for built in (training_stream(index, settings, 0, 1), validation_set(index, settings, 0, 1)):
+        own: Any = built._loader.dataset
+        sent = pickle.loads(pickle.dumps(own))
+        task: Any = _Task(1, 0, 0, False) if isinstance(built, Stream) else (np.arange(4), 4)
+        for ours, theirs in zip(own[task], sent[task], strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_give_the_same_batches(index: Index, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(workers: int) -> list[Batch]:
+        made = training_stream(index, config("x", augment=AUGMENT, data={"workers": workers}), 0, 1)
+        made._loader.multiprocessing_context = method if workers else None
+        return list(made.epoch(0, selection(len(index), [3, 17])))
+
+    assert equal(batches(0), batches(2))

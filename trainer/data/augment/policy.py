@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,10 @@ def policy_of(augment: AugmentConfig, size: int) -> Policy | None:
     """The policy of `augment.policy` and `augment.color_jitter`, None if both are off. Raises ConfigError for a policy unknown to timm."""
     transform, strength = parts_of(augment, size)
     if transform is None:
-        return (lambda image, rng: jittered(image, rng, strength)) if strength else None
+        return partial(jittered, strength=strength) if strength else None
     if isinstance(transform, theirs.AugMixAugment):
-        return lambda image, rng: _mixed(transform, image, rng)
-    return lambda image, rng: jittered(_applied(transform, image, rng), rng, strength)
+        return partial(_mixed, transform)
+    return partial(_applied_and_jittered, transform, strength)  # no lambda: worker processes may get it pickled
 
 
 def parts_of(augment: AugmentConfig, size: int) -> tuple[Any, float]:
@@ -103,6 +104,10 @@ def drawn(transform: Any, rng: random.Random) -> Iterator[tuple[Any, tuple[float
     for op in _chosen(transform, rng):
         if op.prob >= 1.0 or rng.random() <= op.prob:
             yield op, arguments(op, rng)
+
+
+def _applied_and_jittered(transform: Any, strength: float, image: Pixels, rng: random.Random) -> Pixels:
+    return jittered(_applied(transform, image, rng), rng, strength)
 
 
 def _applied(transform: Any, image: Pixels, rng: random.Random) -> Pixels:
