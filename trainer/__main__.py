@@ -10,7 +10,8 @@ from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
 from trainer.config.errors import TrilevelError
 from trainer.config.pipes import pipes_granted
-from trainer.run.shutdown import ignore_signals, write_exit_code
+from trainer.run.shutdown import ignore_signals
+from trainer.storage.exit_code import write_exit_code
 from trainer.storage.standard_streams import OutputError, discard_output, guard_standard_streams, open_standard_streams, say
 from trainer.storage.text import printable
 

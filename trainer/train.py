@@ -79,9 +79,8 @@ def train(config: Config, resume: bool = False) -> RunResult:
                     if measured := run.baseline.measure_if_due(progress, order.steps, plans, meters.clock, last, due.end):
                         run.statistics.restore()  # its passes changed them
                         recorder.control(state, progress, measured)
-                    if due.evaluate or due.save:
-                        assert_replicas_equal(engine, run.ema.replicated(), state.step)
                     if due.evaluate:
+                        assert_replicas_equal(engine, run.ema.replicated(), state.step)
                         state = run.score(state, progress, kept=due.save)
                         if state.pending_evaluation:  # a signal interrupted it: save; the resume evaluates
                             due = due._replace(save=True, end=True, status="preempted")

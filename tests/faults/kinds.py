@@ -23,6 +23,7 @@ KINDS = (
     Kind("rank killed, also by the kernel for lack of memory", "resumed run equals an undisturbed one; the cause names the rank", (
         "laws/test_main_job.py::test_a_signal_saves_and_a_kill_loses_only_what_was_not_saved",
         "run/test_failures.py::test_the_cause_on_another_rank_is_in_the_journal_on_the_console_and_in_its_log",
+        "run/test_failures.py::test_a_killed_rank_is_named_by_the_rank_whose_connection_it_closed",
         "launch/test_local_real.py::test_a_rank_that_is_killed_ends_all_with_another_code",
         "faults/test_out_of_memory.py::test_a_rank_that_the_kernel_kills_for_memory_starts_again",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
@@ -30,9 +31,12 @@ KINDS = (
     Kind("rank stopped (SIGSTOP)", "the others end within `engine.timeout` and name it and its place", (
         "faults/test_stopped_rank.py::test_a_stopped_rank_is_named_with_its_place_and_the_run_ends",
         "faults/test_stopped_rank.py::test_a_stopped_rank_0_that_holds_the_store_ends_the_others_too",
+        "engine/test_heartbeat.py::test_a_rank_that_never_comes_is_named_at_the_limit_of_the_start",
+        "faults/test_stopped_rank.py::test_a_rank_that_stops_while_it_imports_is_named_before_the_process_group_exists",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
-    Kind("loader worker stopped, killed while it starts, or hung in fork()", "`data.timeout` names it; no fork beside a process group", (
+    Kind("loader worker stopped, killed, or hung in fork()", "named, with the signal; no fork beside a process group", (
+        "data/loader/test_workers.py::test_a_killed_worker_is_named_with_its_signal_and_a_remedy",
         "data/loader/test_workers.py::test_a_worker_that_stands_still_ends_the_wait_by_name",
         "data/loader/test_workers.py::test_a_sigterm_to_a_worker_that_is_being_born_does_not_end_it",
         "data/loader/test_workers.py::test_nothing_forks_once_the_process_group_exists",

@@ -80,3 +80,12 @@ def test_parameters_that_zero_3_partitions_are_not_compared() -> None:
     assert set(Ema(network, None).replicated()) == {"weight", "bias"}
     network.weight.ds_id, network.weight.ds_tensor = 0, torch.zeros(2)  # pyright: ignore[reportAttributeAccessIssue]
     assert set(Ema(network, 0.9).replicated()) == {"bias", "average of bias"}
+
+
+def test_buffers_of_batch_norms_are_compared() -> None:
+    network = nn.BatchNorm2d(2)
+    found = Ema(network, None).replicated()
+    assert set(found) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    before = int(digest(digests(found)))
+    network.running_var.view(torch.int32)[1] ^= 1 << 20  # pyright: ignore[reportOptionalMemberAccess]
+    assert int(digest(digests(Ema(network, None).replicated()))) != before

@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import environment, free_port, lines, wait_for
 from tests.laws.test_main_job import RECIPE
-from trainer.engine.heartbeat import LATE, Beat, describe
+from trainer.engine.errors import LATE
+from trainer.engine.late_ranks import Beat, describe
 
 LIMIT = 6  # s
 SETTINGS = ("epochs=400", f"engine.timeout={LIMIT}", "evaluate.every=0ep", "control=0")
@@ -75,6 +76,20 @@ def test_a_stopped_rank_0_that_holds_the_store_ends_the_others_too(digits: Path,
     code, seconds, output = stopped(digits, tmp_path, 0)
     assert code == LATE and seconds < LIMIT + 60, output
     assert "the store of the process group does not answer" in output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_stops_while_it_imports_is_named_before_the_process_group_exists(digits: Path, tmp_path: Path) -> None:
+    """It used to take half an hour and end with torch's "wait timeout after 1800000ms, keys: /default_pg/0//cpu//0/1"."""
+    (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
+    with two_ranks(tmp_path, "engine.kind=ddp", "engine.start_timeout=15") as ranks:
+        time.sleep(0.5)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        assert ranks[0].wait(120) == LATE
+    output = (tmp_path / "rank-0.txt").read_text()
+    assert "rank 1 (no heartbeat ever: not started, still importing, stopped, or its node lost) did not arrive" in output
+    assert "engine.start_timeout=15 s have passed" in output and (tmp_path / "exit-0").read_text() == str(LATE)
 
 
 def beat(count: int, entered: int, place: str = "step, step 12", host: str = "a") -> Beat:

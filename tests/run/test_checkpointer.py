@@ -14,7 +14,9 @@ import torch
 from tests.conftest import wait_for
 from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
+from trainer.engine.errors import EngineError
 from trainer.engine.heartbeat import Heartbeat
+from trainer.engine.late_ranks import NOTHING
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.shutdown import Stop
 
@@ -31,7 +33,7 @@ class Scene:
             weights=lambda copies: {"a": copies("a", torch.tensor(self.value)), "b": torch.tensor(2.0)},
             optimizer_state=lambda copies: {"a|exp_avg": torch.zeros(1)},
         )
-        engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None, heartbeat=Heartbeat(0, 1, 0.0))
+        engine: Any = SimpleNamespace(state=state, is_main=main, all_gather=None, world=1, heartbeat=Heartbeat(0, 1, 0.0))
         engine.broadcast_object = lambda value: value if reported is None else reported  # what rank 0 holds
         recorder: Any = SimpleNamespace(checkpoints=Path("checkpoints"))
         recorder.sync = lambda: self.calls.append("journal synced")
@@ -39,7 +41,7 @@ class Scene:
         recorder.saved = lambda state, path, blocking, seconds, weights: self.calls.append(
             (state.step, path, blocking, seconds)
         )
-        ema: Any = SimpleNamespace(state_dict=lambda copies: {"a": torch.tensor(5.0)})
+        ema: Any = SimpleNamespace(state_dict=lambda copies: {"a": torch.tensor(5.0)}, replicated=dict)
         examples: Any = SimpleNamespace(state_dict=lambda gather: {})
         self.it = Checkpointer(self.write, asynchronous, engine, recorder, self.stop, ema, examples)
 
@@ -135,3 +137,29 @@ def test_other_ranks_write_nothing_and_raise_the_error_of_rank_0() -> None:
     failed = Scene(main=False, reported="the disk of rank 0 is full")
     with pytest.raises(save_load.CheckpointError, match="the disk of rank 0 is full"):
         failed.it.wait()
+
+
+def test_every_save_compares_the_replicas_before_it_writes() -> None:
+    """Also the one after an interrupted probe or evaluation: with different weights nothing is written."""
+    scene = Scene()
+    engine: Any = scene.it.engine
+    engine.world, engine.all_gather = 2, lambda one: torch.cat([one, one + 1])
+    engine.all_gather_objects = lambda items: [*items, "other"]
+    scene.it.ema.replicated = lambda: {"a": torch.ones(2)}  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(EngineError, match="replicas differ at step 3"):
+        scene.save(3)
+    assert scene.calls == [] and not scene.it.writing
+
+
+def test_a_wait_for_the_own_write_is_work_that_heartbeats_state() -> None:
+    scene, found = Scene(), []
+    scene.save(3)
+    beat: Any = scene.it.engine.heartbeat
+
+    def look() -> None:
+        found.append(beat._position()[3])
+        scene.gate.set()
+
+    threading.Timer(0.3, look).start()
+    scene.it.wait()
+    assert found[0] >= 0 and beat._position()[3] == NOTHING

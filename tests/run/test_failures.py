@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,24 @@ def test_the_cause_on_another_rank_is_in_the_journal_on_the_console_and_in_its_l
     assert (
         "trilevel ERROR failed at step" in log and "failing_rank.py" in log and "OSError: the disk of this node is gone" in log
     )
+
+
+@pytest.mark.dist
+def test_a_killed_rank_is_named_by_the_rank_whose_connection_it_closed(digits: Path, tmp_path: Path) -> None:
+    """The journal's cause was "rank 0: RuntimeError: [...gloo...] Connection reset by peer", which names no rank."""
+    (tmp_path / "job.yaml").write_text(RECIPE.replace("DIGITS", str(digits)))
+    script = str(ROOT / "tests" / "support" / "jobs" / "failing_rank.py")
+    command = [
+        sys.executable,
+        *torchrun(2),
+        script,
+        "train",
+        str(tmp_path / "job.yaml"),
+        "tracking.to=journal",
+        "engine.kind=ddp",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(KILLED="1"), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    (end,) = lines(tmp_path / "runs" / "job", "end")
+    assert re.match(r"rank 1 on \S+: its process \d+ (was killed by SIGKILL|has ended)", end["reason"]), end
+    assert "; then rank 0: RuntimeError" in end["reason"] and "trilevel: rank 1 on" in done.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.checkpoint.save_load import CheckpointError
 from trainer.run import known_checkpoint
-from trainer.run.shutdown import forget_exit_code, write_exit_code
+from trainer.storage.exit_code import forget_exit_code, write_exit_code
 
 
 @pytest.fixture

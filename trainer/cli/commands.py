@@ -26,7 +26,7 @@ def _train(a: argparse.Namespace) -> int:
             show_table(checked.table())
             show(checked.text())
         return 0
-    from trainer.run.shutdown import forget_exit_code
+    from trainer.storage.exit_code import forget_exit_code
     from trainer.train import train
 
     forget_exit_code()

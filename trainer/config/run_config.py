@@ -175,7 +175,7 @@ FREE_TO_CHANGE = (
     "evaluate.every", "evaluate.batch", "evaluate.densities",
     "data.train", "data.validation", "data.workers", "data.timeout", "data.micro_batch", "data.broken_share", "data.verify",
     "data.index", "data.cache", "data.cache_size", "teacher.from",
-    "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed", "engine.timeout",
+    "engine.zero", "engine.kind", "engine.checkpointing", "engine.deepspeed", "engine.timeout", "engine.start_timeout",
     "engine.autotune", "engine.attention",
     "optim.fused", "optim.max_skipped", "optim.max_skipped_in_row",
 )  # fmt: skip

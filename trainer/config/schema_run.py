@@ -35,8 +35,10 @@ class EngineConfig(Section):
     deepspeed: str | None = None
     """Path of a ds_config.json. Keys that we do not set go to DeepSpeed as they are; conflicts are refused with both values."""
     timeout: float = Field(default=600.0, ge=0, allow_inf_nan=False)
-    """Seconds that a rank waits for the others before the run ends, with the late ranks and their places; 1800 at least until the first
-    step is complete; 0 = without limit."""
+    """Seconds that a rank waits for the others before the run ends, with the late ranks and their places; 0 = without limit."""
+    start_timeout: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
+    """The same until the first step is complete: the other ranks still import, hash shards, make the process group or compile; 0 = without
+    limit."""
 
 
 class CheckpointConfig(Section):

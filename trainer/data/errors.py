@@ -13,6 +13,12 @@ class StorageUnavailable(DataError):
     """Storage is unreachable or the cache's disk fails. Ends the run; a single unreadable shard is only counted as broken images."""
 
 
+class WorkerDied(DataError):
+    """A worker process of a loader ended in mid-run."""
+
+    exit_code = 1  # as any crash: a launcher may start the run again
+
+
 class NotFound(DataError):
     """The server answered 404 or 410: the file does not exist."""
 

@@ -25,11 +25,12 @@ from trainer.data.order import BatchSplit
 from trainer.engine.attention_backend import Shape, measured, using
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
-from trainer.engine.environment import set_single_process_env, start_alone, use_persistent_compile_cache, world_size
+from trainer.engine.environment import rank, set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
-from trainer.engine.heartbeat import backstop, set_limits
+from trainer.engine.heartbeat import Heartbeat, backstop, set_limits
 from trainer.engine.processes import Processes
+from trainer.engine.store import meeting
 
 
 class Engine(Processes):
@@ -43,8 +44,13 @@ class Engine(Processes):
 
     def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
+        self._backstop = backstop(settings.timeout, settings.start_timeout)
         self.on_gpu = torch.cuda.is_available()
         set_single_process_env()
+        heartbeat = Heartbeat(rank(), world_size(), settings.timeout, settings.start_timeout)
+        if heartbeat.wanted:
+            heartbeat.start(meeting(rank(), settings.start_timeout))
+            atexit.register(heartbeat.stop)
         if not self.on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         if settings.kind == "deepspeed":
@@ -71,13 +77,12 @@ class Engine(Processes):
         self.clip, self._behind = clip, 0  # micro-batches of this step
         if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
             start_alone("nccl" if self.on_gpu else "gloo")
+        heartbeat.enter("the start of the process group")
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
             deepspeed_plugin=self._plugin,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=backstop(settings.timeout))
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=self._backstop)],
         )
         expected = world_size()
         if self._accelerator.num_processes != expected:
@@ -86,9 +91,8 @@ class Engine(Processes):
                 "alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
                 "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
             )
-        super().__init__(self._accelerator.process_index, expected, self._accelerator.device, settings.timeout)
-        atexit.register(self.close)  # after the heartbeat is there, which it stops
-        self.heartbeat.start()
+        super().__init__(self._accelerator.process_index, expected, self._accelerator.device, heartbeat)
+        atexit.register(self.close)
         self.model: Any = None
         self.optimizer: Any = None
         self.compile_cache: str | None = None  # folder of compiled graphs
@@ -120,7 +124,7 @@ class Engine(Processes):
             self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
         replicated = self.settings.kind == "ddp" or self.settings.zero == 0
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
-        set_limits(backstop(self.settings.timeout))
+        set_limits(self._backstop)
 
     def choose_attention(self, shapes: Iterable[Shape]) -> dict[str, Any]:
         """Collective. Set the attention backend by `engine.attention`; `auto` on a GPU: the fastest one at these (heads, tokens, head

@@ -19,9 +19,9 @@ def local_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def replicated_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `values`, from `local_tensors`, those of parameters of which every rank has a whole copy: none under ZeRO 3."""
-    whole = {name for name, parameter in module.named_parameters() if not hasattr(parameter, "ds_id")}
-    return {name: value for name, value in values.items() if name in whole}
+    """Of `values`, from `local_tensors`, those of which every rank has a whole copy: buffers, and parameters except under ZeRO 3."""
+    cut = dict(_cut(module))
+    return {name: value for name, value in values.items() if name not in cut}
 
 
 def full_tensors(module: nn.Module, values: dict[str, Tensor], copies: HostCopies | None = None) -> dict[str, Tensor]:

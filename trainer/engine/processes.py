@@ -17,12 +17,12 @@ from trainer.engine.upload import Upload
 
 
 class Processes:
-    """rank: of this process; world: number of ranks; device: of communicated tensors; timeout: seconds, see `heartbeat`, 0 = none. The
-    process group must exist if world > 1."""
+    """rank: of this process; world: number of ranks; device: of communicated tensors; heartbeat: of this rank. The process group must exist
+    if world > 1."""
 
-    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu", timeout: float = 0.0):
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu", heartbeat: Heartbeat | None = None):
         self.rank, self.world = rank, world
-        self.heartbeat = Heartbeat(rank, world, timeout)
+        self.heartbeat = heartbeat or Heartbeat(rank, world, 0.0)
         self.is_main = rank == 0
         self.device = torch.device(device)
         self._delayed = Delayed(self.device)
@@ -87,8 +87,8 @@ class Processes:
             raise EngineError(f"{what} differs between ranks: {dict(enumerate(values))}")
 
     def first_failure(self, text: str, attempt: int) -> str:
-        """The text of the rank that called this first in the attempt; not collective. This rank's own where the store does not answer
-        within 5 s: its process may be gone."""
+        """The text of the rank that called this first in the attempt with one that is not empty; not collective. This rank's own where the
+        store does not answer within 5 s: its process may be gone."""
         found = [text]
 
         def ask() -> None:

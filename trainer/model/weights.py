@@ -23,7 +23,7 @@ from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
 from trainer.journal.run_weights import run_weights
 from trainer.model import heads
-from trainer.storage.disk import atomic_write
+from trainer.storage.disk import atomic_write, counted
 from trainer.storage.safetensors_stream import pieces
 
 PREFIXES = (
@@ -200,7 +200,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors under timm's names, with `metadata` in the header; after a crash the file is complete, or the previous one."""
     with atomic_write(path) as file:
-        file.writelines(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {}))
+        file.writelines(counted(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {})))
 
 
 def weights_at(path: str | Path, key: str) -> dict[str, Tensor]:

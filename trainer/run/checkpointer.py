@@ -20,10 +20,11 @@ from trainer.checkpoint import save_load
 from trainer.checkpoint.state import TrainState
 from trainer.engine.engine import Engine
 from trainer.engine.place_clock import CHECKPOINT
+from trainer.engine.replicas import assert_replicas_equal
 from trainer.model.ema import Ema
 from trainer.run import known_checkpoint
 from trainer.run.shutdown import Stop
-from trainer.storage.disk import Content
+from trainer.storage.disk import Content, written_bytes
 from trainer.storage.host_copies import HostCopies
 
 
@@ -62,7 +63,8 @@ class Checkpointer:
         self._write: AsyncWrite | None = None
 
     def save(self, state: TrainState, selection: Selection | None, last: bool) -> None:
-        """Collective. Returns once the state is copied; with `last`, or without `checkpoint.asynchronous`, once it is on disk."""
+        """Collective. Returns once the state is copied; with `last`, or without `checkpoint.asynchronous`, once it is on disk. Raises
+        EngineError where the ranks have different weights: then nothing is written."""
         with self.engine.heartbeat.clock.within(CHECKPOINT, state.step):
             self._save(state, selection)
             if last or not self.asynchronous:
@@ -70,6 +72,7 @@ class Checkpointer:
 
     def _save(self, state: TrainState, selection: Selection | None) -> None:
         self.wait()
+        assert_replicas_equal(self.engine, self.ema.replicated(), state.step)
         began = time.perf_counter()
         copies = self._copies  # no write is in progress that reads them
         weights, optimizer = self.engine.state.weights(copies), self.engine.state.optimizer_state(copies)
@@ -106,8 +109,9 @@ class Checkpointer:
         return self._write is not None and not self._write.ended
 
     def wait(self) -> None:
-        """Collective. Waits for the write in progress. Raises CheckpointError on all ranks if it failed."""
-        failure = self._write.wait() if self._write is not None else ""
+        """Collective. Waits for the write in progress, as long as bytes are written. Raises CheckpointError on all ranks if it failed."""
+        with self.engine.heartbeat.working(written_bytes):
+            failure = self._write.wait() if self._write is not None else ""
         if failure := self.engine.broadcast_object(failure):
             raise save_load.CheckpointError(failure)
         if self._write is not None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,21 +27,27 @@ from trainer.config.run_config import Config
 from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.engine.heartbeat import LATE, REPORTING
+from trainer.engine.errors import LATE
+from trainer.engine.heartbeat import REPORTING
 from trainer.journal.writer import Journal
 from trainer.model.evaluate import Evaluated
 from trainer.model.weights import save_weights
 from trainer.run import broken_images, nonfinite_steps
 from trainer.run import directory as run
 from trainer.run.rank_zero import RankZeroLog
-from trainer.run.shutdown import write_exit_code
 from trainer.storage.disk import Content, Disk
+from trainer.storage.exit_code import write_exit_code
 from trainer.storage.process_age import since_start
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.meters import MeterReading
 from trainer.telemetry.profiler import Trace
+
+# the words of gloo and NCCL where another process has ended
+_PEER_GONE = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|remote process (has )?(exited|terminated)|Application timeout", re.I
+)
 
 
 class RunResult(NamedTuple):
@@ -214,11 +221,11 @@ class Recorder:
         except BaseException as error:
             if not self._failing.acquire(blocking=False):
                 time.sleep(REPORTING)  # the watch of collectives is reporting, then it ends this process
-            self.engine.heartbeat.stop()
             logging.getLogger("trilevel").error("failed at step %d", self._state.step, exc_info=error)
             own = f"{type(error).__name__}: {error}"
             own = f"rank {self.engine.rank}: {own}" if self.engine.world > 1 else own
-            first = self.engine.first_failure(own, self.attempt)
+            first = self._first_failure(error, own)
+            self.engine.heartbeat.stop()
             if self._journal and first != own:
                 say(
                     f"trilevel: {first}\n  The run failed there first; the logs of all ranks: {self.directory / 'logs'}",
@@ -229,6 +236,13 @@ class Recorder:
             if self.engine.is_main:  # below the traceback, whose last line is the cause
                 error.add_note(run.how_to_continue(self.directory, self.engine.world))
             raise
+
+    def _first_failure(self, error: BaseException, own: str) -> str:
+        """The cause of the rank that failed first. A rank that was killed has left none: then those whose connections it closed name it."""
+        gone = ""
+        if _PEER_GONE.search(str(error)) and not self.engine.first_failure("", self.attempt):
+            gone = self.engine.heartbeat.gone()
+        return self.engine.first_failure(gone or own, self.attempt)
 
     def _late(self, text: str) -> None:
         """A collective does not complete, see `heartbeat`: writes the stacks to this rank's log and the last line of the attempt. In the

@@ -11,8 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -94,20 +93,6 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-def write_exit_code(code: int) -> None:
-    """Pass this process's exit code to `launch`: torchrun turns every code above 0 into 1."""
-    if path := os.environ.get("TRILEVEL_EXIT_FILE"):
-        with suppress(OSError):
-            Path(path).write_text(str(code))
-
-
-def forget_exit_code() -> None:
-    """At the start of a rank: the code of an attempt before, which torchrun's agent has started again, is not this one's."""
-    if (path := os.environ.get("TRILEVEL_EXIT_FILE")) and os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):
-            Path(path).unlink()
 
 
 def launchers() -> list[int]:

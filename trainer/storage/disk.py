@@ -17,7 +17,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 CHUNK = 16 << 20  # bytes per system call
+SYNC = 256 << 20  # bytes after which a file is synced: the sync at its end is short then, on a slow disk too
 WRITING = ".writing-"  # how the name of a file begins that `atomic_write` has not finished
+
+
+class _Progress:
+    bytes = 0
+
+
+def written_bytes() -> int:
+    """Bytes that this process has written to disk, or read to hash them, so far: whether a write gets on."""
+    return _Progress.bytes
+
+
+def counted(pieces: Iterable[Any]) -> Iterator[Any]:
+    """The pieces of a file, each counted as written once the next one is asked for."""
+    for piece in pieces:
+        yield piece
+        _Progress.bytes += len(piece)
 
 
 @contextlib.contextmanager
@@ -63,7 +80,7 @@ class Disk:
 
     def write(self, path: Path, pieces: Iterable[Any]) -> Content:
         """Write a file from `pieces` (bytes or buffers), on disk when this returns; its name is durable after `sync` of the folder."""
-        size, hashed = 0, hashlib.blake2b(digest_size=16)
+        size, unsynced, hashed = 0, 0, hashlib.blake2b(digest_size=16)
         handle = self._os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             for piece in pieces:
@@ -73,7 +90,12 @@ class Disk:
                     size += len(part)
                     hashed.update(part)
                     while len(part):
-                        part = part[self._os.write(handle, part) :]
+                        count = self._os.write(handle, part)
+                        part, unsynced = part[count:], unsynced + count
+                        _Progress.bytes += count
+                    if unsynced >= SYNC:
+                        self._os.fsync(handle)
+                        _Progress.bytes, unsynced = _Progress.bytes + 1, 0
             self._os.fsync(handle)
         finally:
             self._os.close(handle)
@@ -133,6 +155,7 @@ class Disk:
         handle = self._os.open(path, os.O_RDONLY | os.O_NONBLOCK, 0)
         try:
             while chunk := self._os.read(handle, CHUNK):
+                _Progress.bytes += len(chunk)
                 yield chunk
         finally:
             self._os.close(handle)

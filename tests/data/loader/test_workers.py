@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from tests.conftest import ROOT, environment, lines, torchrun
 from tests.laws.test_main_job import RECIPE
-from trainer.data.errors import DataError
+from trainer.data.errors import DataError, WorkerDied
 from trainer.data.loader.workers import Loader
 
 
@@ -66,6 +66,21 @@ def test_a_worker_that_stands_still_ends_the_wait_by_name() -> None:
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(DataError, match=rf"no batch .* for 2 s \(data.timeout\): process {worker.pid} stopped; .*--resume"):
         list(loader)
+
+
+def test_a_killed_worker_is_named_with_its_signal_and_a_remedy() -> None:
+    """It was a raw stack: "DataLoader worker (pid 4321) is killed by signal: Killed"."""
+    loader = Loader(_Some(), 1, timeout=60)
+    assert len(list(loader)) == 4
+    (worker,) = loader._iterator._workers  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    expected = rf"worker process {worker.pid} of the loader killed by SIGKILL: .* Lower data.workers or data.window, .*--resume"
+    with pytest.raises(WorkerDied, match=expected) as caught:
+        os.kill(
+            worker.pid, signal.SIGKILL
+        )  # torch's handler of SIGCHLD raises here, in mid-step, or else the wait for a batch does
+        time.sleep(1)
+        list(loader)
+    assert caught.value.exit_code == 1, "a launcher starts such a run again"
 
 
 def test_workers_start_without_a_task_and_serve_every_iteration() -> None:

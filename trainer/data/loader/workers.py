@@ -7,13 +7,14 @@ import contextlib
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.errors import DataError
+from trainer.data.errors import DataError, WorkerDied
+from trainer.storage.process_end import name_of
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -70,6 +71,7 @@ class Loader(DataLoader[Any]):
         for worker in getattr(iterator, "_workers", ()):
             worker.terminate = worker.kill  # a dropped iterator terminates busy workers by SIGTERM, which they ignore
         _live.add(iterator)
+        _name_dead_workers()
         return iterator
 
     def _raised(self, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -81,10 +83,12 @@ class Loader(DataLoader[Any]):
 
     @contextlib.contextmanager
     def _naming_workers(self) -> Iterator[None]:
-        """Turns torch's time-out into a DataError with the state of each worker."""
+        """Turns torch's time-out into a DataError with the state of each worker, and its error for a dead worker into `WorkerDied`."""
         try:
             yield
         except RuntimeError as error:
+            if "DataLoader worker" in str(error) and (text := dead_workers()):
+                raise WorkerDied(text) from None
             if "timed out after" not in str(error):  # torch's words, in 2.11 as in 2.15
                 raise
             workers = ", ".join(_state(worker.pid) for worker in getattr(self._iterator, "_workers", ()))
@@ -108,6 +112,48 @@ class _ErrorsAsItems(Dataset[Any]):
             return self._dataset[task]
         except DataError as error:
             return error
+
+
+def dead_workers() -> str:
+    """Which workers of this process ended in mid-run, how, and what to do; "" for none."""
+    there = [worker for iterator in list(_live) for worker in getattr(iterator, "_workers", ())]
+    codes = {worker.pid: worker.exitcode for worker in there if worker.exitcode}
+    if not codes:
+        return ""
+    number = next(iter(codes.values()))
+    how = f"killed by {name_of(-number)}" if number < 0 else f"ended with exit code {number}"
+    remedy = _REMEDIES.get(-number, "a crash of a library, e.g. of an image decoder: data.workers=0 shows its place")
+    more = f" and {len(codes) - 1} more" if len(codes) > 1 else ""
+    return f"worker process {next(iter(codes))} of the loader{more} {how}: {remedy}. Continue with --resume"
+
+
+_REMEDIES = {
+    signal.SIGKILL: "by the kernel for lack of memory (dmesg)? Lower data.workers or data.window, or give the container more memory",
+    signal.SIGBUS: "shared memory is full: enlarge /dev/shm (docker run --shm-size=16g) or lower data.workers",
+}
+
+
+def _name_dead_workers() -> None:
+    """torch notices a dead worker by SIGCHLD and raises RuntimeError wherever the main thread is: there raise `WorkerDied` instead."""
+    theirs = signal.getsignal(signal.SIGCHLD)
+    if not callable(theirs) or isinstance(theirs, _Naming) or threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGCHLD, _Naming(theirs))
+
+
+class _Naming:
+    """A signal handler around torch's."""
+
+    def __init__(self, theirs: Callable[..., Any]) -> None:
+        self._theirs = theirs
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self._theirs(number, frame)
+        except RuntimeError:
+            if text := dead_workers():
+                raise WorkerDied(text) from None
+            raise
 
 
 def _state(pid: int) -> str:
