@@ -94,6 +94,10 @@ def _add_before_a_run(commands: Any) -> None:
         "--start-seconds", type=float, metavar="S", help="with --mtbf: start of the job to its first step (default: from RUN)"
     )
     c.add_argument(
+        "--restart-seconds", type=float, metavar="S",
+        help="with --mtbf: from a fault to the start of the next processes (default: from RUN if it was restarted, else 30)",
+    )  # fmt: skip
+    c.add_argument(
         "--save-seconds", type=float, metavar="S", help="with --mtbf: a checkpoint, all of it blocking (default: from RUN)"
     )
     c.add_argument("--json", metavar="FILE")

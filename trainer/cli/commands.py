@@ -66,16 +66,18 @@ def _parity(a: argparse.Namespace) -> int:
 def _estimate(a: argparse.Namespace) -> None:
     from trainer.preflight import fault_simulation as faults
     from trainer.preflight.estimate import estimate, read
+    from trainer.preflight.fault_costs import measured_costs
 
-    if not a.mtbf and (a.start_seconds is not None or a.save_seconds is not None):
-        raise ConfigError("--start-seconds, --save-seconds: only with --mtbf, e.g. --mtbf 3h")
+    given = (a.start_seconds, a.save_seconds, a.restart_seconds)
+    if not a.mtbf and given != (None, None, None):
+        raise ConfigError("--start-seconds, --save-seconds, --restart-seconds: only with --mtbf, e.g. --mtbf 3h")
     config, mtbf = configuration(a), [faults.parse_mtbf(text) for text in a.mtbf]
     found = estimate(config, read(a.measured), a.nodes, a.processes, a.bandwidth, a.cores)
     facts = found.facts()
     show_table(found.table())
     show(found.text())
     if mtbf:
-        costs = faults.measured_costs(filter(os.path.isdir, a.measured), a.start_seconds, a.save_seconds)
+        costs = measured_costs(filter(os.path.isdir, a.measured), *given)
         under = faults.forecast(
             found.hours, found.steps, config.epochs, config.checkpoint.every, config.engine.timeout, mtbf, costs
         )

@@ -1,43 +1,32 @@
 """`trilevel estimate ... --mtbf 3h`: simulate a run under faults; goodput by cause, and the checkpoint interval with the highest goodput.
 
-Faults come at random: exponential times, `mtbf` on average, for the whole job. A fault ends every rank; the launcher starts them again at
-once, and they resume from the newest complete checkpoint (`launch --restarts`). A checkpoint blocks training for `blocking` seconds and is
-complete `write` seconds after it began, in the background. Seconds of a start and of a save come from the journals of real runs.
+Faults come at random: exponential times, `mtbf` on average, for the whole job. A fault ends every rank; `restart` seconds later the
+launcher has noticed it, waited, checked the nodes and started the processes again, and they resume from the newest complete checkpoint
+(`launch --restarts`). A checkpoint blocks training for `blocking` seconds and is complete `write` seconds after it began, in the
+background. These seconds come from the journals of real runs, see `fault_costs`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from random import Random
-from statistics import mean, median, quantiles
+from statistics import mean, quantiles
 from typing import Any
 
 from rich.table import Table
 
 from trainer.config.errors import ConfigError
 from trainer.config.values import Duration
-from trainer.journal.reader import lineage
+from trainer.preflight.fault_costs import FaultCosts
 
-CAUSES: tuple[str, ...] = ("training", "save", "start", "repeated", "detection")
+CAUSES: tuple[str, ...] = ("training", "save", "start", "repeated", "detection", "restart")
 RUNS = 40  # simulated runs per row
 MOST_FAULTS = 100_000  # of one simulated run, after which it counts as one that does not end
+MOST_IN_VAIN = 5_000  # faults without a new checkpoint in between, after which too
 _MTBF = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(s|min|h|d)")
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-@dataclass(frozen=True)
-class FaultCosts:
-    """Seconds. start: from the start of the processes to the end of the first step. blocking: a checkpoint stops training. write: from
-    the beginning of a checkpoint until it is complete. detection: from a fault to the end of all processes."""
-
-    start: float
-    blocking: float
-    write: float
-    detection: float = 0.0
 
 
 def parse_mtbf(text: str) -> float:
@@ -48,45 +37,13 @@ def parse_mtbf(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def measured_costs(runs: Iterable[str | Path], start: float | None = None, save: float | None = None) -> FaultCosts:
-    """Medians over the attempts and checkpoints of runs. Raises ConfigError where their journals have none.
-
-    start, save: seconds that replace the measured ones; `save` blocks training until the checkpoint is complete.
-    """
-    starts: list[float] = []
-    blocking: list[float] = []
-    write: list[float] = []
-    for run in runs:
-        first: dict[int, float] = {}
-        for line in lineage(run):
-            if line["kind"] == "checkpoint" and "blocking" in line:
-                blocking.append(line["blocking"])
-                write.append(max(line["blocking"], line["seconds"]))
-            elif "first_step" in (spent := line.get("spent") or {}):
-                first[line.get("attempt", 0)] = spent["start"] + spent["first_step"]
-        starts += first.values()
-    for name, value, found in (("start", start, starts), ("save", save, blocking)):
-        if value is None and not found:
-            raise ConfigError(
-                f"--mtbf: seconds of a {name} not measured; set --{name}-seconds, or add --from RUN, the directory of a short run with a "
-                "checkpoint: trilevel train CONFIG name=short stop_at=200step"
-            )
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"--{name}-seconds {value:g}: must be >= 0")
-    return FaultCosts(
-        median(starts) if start is None else start,
-        median(blocking) if save is None else save,
-        median(write) if save is None else save,
-    )
-
-
 def simulate(work: float, interval: float, mtbf: float, costs: FaultCosts, seed: int) -> dict[str, float]:
     """Seconds by cause (CAUSES) of one run.
 
     work: seconds of training without faults. interval: seconds of training between checkpoints. mtbf: mean seconds between faults.
     seed: of the moments of the faults, which are the same for every `interval`. All values are infinite for a run that does not end.
     """
-    draw, left = Random(seed), work
+    draw, left, in_vain = Random(seed), work, 0
     spent = dict.fromkeys(CAUSES, 0.0)
     period = interval + costs.blocking
     for _ in range(MOST_FAULTS):
@@ -105,7 +62,11 @@ def simulate(work: float, interval: float, mtbf: float, costs: FaultCosts, seed:
         spent["save"] += done * costs.blocking
         spent["repeated"] += max(0.0, trained - done * period)
         spent["detection"] += costs.detection
+        spent["restart"] += costs.restart
         left -= done * interval
+        in_vain = 0 if done else in_vain + 1
+        if in_vain == MOST_IN_VAIN:
+            break
     return dict.fromkeys(CAUSES, math.inf)
 
 
@@ -125,9 +86,11 @@ class Goodput:
 
 def goodput(work: float, interval: float, mtbf: float, costs: FaultCosts, runs: int = RUNS) -> Goodput:
     """Simulate `runs` runs. A run that does not end has goodput 0 and infinite hours."""
-    found = [simulate(work, interval, mtbf, costs, seed) for seed in range(runs)]
-    if any(math.isinf(spent["training"]) for spent in found):
-        return Goodput(mtbf, interval, 0.0, 0.0, 0.0, math.inf, dict.fromkeys(CAUSES, math.nan))
+    found: list[dict[str, float]] = []
+    for seed in range(runs):
+        found.append(simulate(work, interval, mtbf, costs, seed))
+        if math.isinf(found[-1]["training"]):
+            return Goodput(mtbf, interval, 0.0, 0.0, 0.0, math.inf, dict.fromkeys(CAUSES, math.nan))
     walls = [sum(spent.values()) for spent in found]
     each = [work / wall for wall in walls]
     edges = quantiles(each, n=20, method="inclusive") if runs > 1 else [each[0]] * 2
@@ -161,14 +124,25 @@ class FaultForecast:
             {
                 "mtbf_seconds": now.mtbf, "interval_seconds": now.interval, "goodput": now.goodput, "goodput_5": now.low,
                 "goodput_95": now.high, "hours": now.hours, "shares": now.shares, "goodput_hangs": hang.goodput if hang else None,
-                "best_interval_steps": max(1, round(best.interval / self.step)), "best_goodput": best.goodput,
+                "restart_seconds": self.costs.restart, "best_interval_steps": max(1, round(best.interval / self.step)),
+                "best_goodput": best.goodput,
             }
             for now, hang, best in self.rows
         ]  # fmt: skip
 
     def table(self) -> Table:
         table = Table(title="under faults: simulated and not measured", title_justify="left")
-        for name in ("a fault every", "checkpoint.every", "goodput", "5 to 95 % of runs", "hours", "save", "start", "repeated"):
+        for name in (
+            "a fault every",
+            "checkpoint.every",
+            "goodput",
+            "5 to 95 % of runs",
+            "hours",
+            "save",
+            "start",
+            "restart",
+            "repeated",
+        ):
             table.add_column(name, justify="right")
         table.add_column("if all hang", justify="right")
         table.add_column("best checkpoint.every", justify="right")
@@ -177,22 +151,24 @@ class FaultForecast:
             table.add_row(
                 _time(now.mtbf), f"{max(1, round(now.interval / self.step)):,}step", f"{now.goodput:.1%}",
                 f"{now.low:.1%} to {now.high:.1%}", f"{now.hours:.4g}",
-                *(f"{now.shares[name]:.1%}" for name in ("save", "start", "repeated")),
+                *(f"{now.shares[name]:.1%}" for name in ("save", "start", "restart", "repeated")),
                 f"{hang.goodput:.1%}" if hang else "", f"{steps}step: {best.goodput:.1%}",
             )  # fmt: skip
         return table
 
     def text(self) -> str:
         costs = self.costs
-        hang = f"'if all hang': each fault is noticed after engine.timeout={self.timeout:g} s" if self.timeout else (
+        hang = f"'if all hang': each fault is noticed engine.timeout={self.timeout:g} s later" if self.timeout else (
             "engine.timeout=0: a rank that hangs is waited for without limit and not simulated"
         )  # fmt: skip
         return (
             f"note: per attempt {costs.start:.3g} s from the start of the processes to the end of the first step; per checkpoint: "
             f"{costs.blocking:.3g} s blocked, complete after {costs.write:.3g} s\n"
-            "note: where measured, on the ranks of that run; more ranks start more slowly: set --start-seconds and --save-seconds to what "
-            "a job of this size took\n"
-            f"note: {RUNS} simulated runs per row, exponential times between faults, every fault restarts all ranks at once; {hang}"
+            f"note: per fault {costs.restart:.3g} s until the next processes start ({costs.source}): all ranks end, the launcher "
+            "waits 10 s and checks the nodes\n"
+            "note: where measured, on the ranks of that run; more ranks start more slowly: set --start-seconds, --restart-seconds and "
+            "--save-seconds to what a job of this size took\n"
+            f"note: {RUNS} simulated runs per row, exponential times between faults, every fault restarts all ranks; {hang}"
         )
 
 
@@ -208,7 +184,7 @@ def forecast(
     step = work / max(1, steps)
     interval = work if every.count == 0 else every.count * (step if every.unit == "step" else work / epochs)
     interval = min(work, max(step, interval))
-    hang = FaultCosts(costs.start, costs.blocking, costs.write, timeout)
+    hang = replace(costs, detection=timeout)
     rows = tuple(
         (
             goodput(work, interval, rate, costs),
