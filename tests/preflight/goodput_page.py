@@ -64,7 +64,7 @@ def page(file: Path = FAULTS, hours: float = HOURS) -> list[str]:
         "# Goodput of 1,024 ranks under faults: simulated",
         "",
         f"`python -m tests.preflight.goodput_page > docs/results/goodput.md`, {datetime.date.today()}, {_commit()}. Measured are only",
-        "the inputs marked so; no job of more than 4 processes was run by us. The simulation is that of",
+        "the inputs marked so; no job of that size was run by us. The simulation is that of",
         "`trilevel estimate CONFIG --nodes 128 --processes 8 --from step.json --from RUN --mtbf 3h --mtbf 10min`; the number of",
         "ranks enters only by the mean time between two faults of the whole job and the seconds below",
         "([launching](../launching.md#before-a-run)).",
