@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from launch.restarts import WAIT
+from launch.restarts import WAITS
 from trainer.preflight.fault_costs import FaultCosts
 from trainer.preflight.fault_simulation import RUNS, Goodput, best_interval, goodput
 
@@ -20,6 +20,7 @@ KIND = "rank 0 killed"  # the fault after which no rank writes a last line
 RATES = {"3 h": 10_800.0, "10 min": 600.0}
 HOURS, STEPS = 24, 300 * (1_281_167 // 2016)  # assumed; of configs/deit_small_in1k.yaml
 TARGET, TIMEOUT = 0.95, 600.0  # TIMEOUT: the default of engine.timeout
+WAIT = WAITS[0]  # after a first failure; more after failures from the same checkpoint
 # `trilevel bench checkpoint configs/deit_small_in1k.yaml optim.ema=0.9999`
 BLOCKING, WRITING = 0.236, 5.453
 SAVED_AT = "2026-11-22, cf60ad1"

@@ -13,7 +13,7 @@ from trainer.analysis.report.goodput import gaps
 from trainer.config.errors import ConfigError
 from trainer.journal.reader import read
 
-# s without a measured restart: 18 until all ranks have ended (median of 10, docs/results/faults.jsonl), launch.restarts.WAIT of 10, 2 for
+# s without a measured restart: 18 until all ranks have ended (median of 10, docs/results/faults.jsonl), 10 of launch.restarts.WAITS, 2 for
 # the check of the nodes
 RESTART = 30.0
 
