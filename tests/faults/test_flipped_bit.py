@@ -83,7 +83,11 @@ def test_parameters_that_zero_3_partitions_are_not_compared() -> None:
 
 
 def test_buffers_of_batch_norms_are_compared() -> None:
+    """Not those of norms whose statistics follow each rank's own images."""
+    own = nn.InstanceNorm2d(2, track_running_stats=True)
+    assert not Ema(nn.Sequential(own), None).replicated()
     network = nn.BatchNorm2d(2)
+    assert "0.running_var" in Ema(nn.Sequential(network, own), None).replicated()
     found = Ema(network, None).replicated()
     assert set(found) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     before = int(digest(digests(found)))

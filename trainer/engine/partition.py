@@ -19,9 +19,13 @@ def local_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def replicated_tensors(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `values`, from `local_tensors`, those of which every rank has a whole copy: buffers, and parameters except under ZeRO 3."""
-    cut = dict(_cut(module))
-    return {name: value for name, value in values.items() if name not in cut}
+    """Of `values`, from `local_tensors`, those that are equal on all ranks: parameters of which every rank has a whole copy, so none under
+    ZeRO 3, and the statistics of batch norms. Those of other norms (timm's EvoNorm) follow the images of each rank."""
+    whole = {name for name, parameter in module.named_parameters() if not hasattr(parameter, "ds_id")}
+    for path, norm in module.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            whole |= {f"{path}.{name}".lstrip(".") for name, _ in norm.named_buffers(recurse=False)}
+    return {name: value for name, value in values.items() if name in whole}
 
 
 def full_tensors(module: nn.Module, values: dict[str, Tensor], copies: HostCopies | None = None) -> dict[str, Tensor]:
