@@ -40,7 +40,7 @@ def test_a_broken_training_image_is_journalled_and_printed() -> None:
         efficiency=SimpleNamespace(of=lambda *_: {}),
     )
     reading: Any = SimpleNamespace(broken={7: "a.tar: not a JPEG"}, facts={"loss": 1.0}, ranks={}, nodes={})
-    RankZeroLog.step(log, TrainState(epoch=1, batch=2, step=9), reading)
+    RankZeroLog.step(log, TrainState(epoch=1, batch=2, step=9), reading, {"training": 1.0})
     where = {"epoch": 1, "batch": 2, "step": 9}
     assert written[0] == ("broken", where | {"id": 7, "reason": "a.tar: not a JPEG"}) and [kind for kind, _ in written] == [
         "broken",

@@ -113,14 +113,14 @@ class RankZeroLog:
         self.journal.write("control", **line)
         self.console.message(describe(line))
 
-    def step(self, state: TrainState, reading: MeterReading, **facts: Any) -> None:
-        """A log line, preceded by the broken images of its interval, followed by the readings of ranks and nodes."""
+    def step(self, state: TrainState, reading: MeterReading, spent: dict[str, float], **facts: Any) -> None:
+        """A log line, preceded by the broken images of its interval, followed by the readings of ranks and nodes. spent: as in `end`."""
         where = {"epoch": state.epoch, "batch": state.batch, "step": state.step}
         for number, reason in reading.broken.items():
             self.journal.write("broken", **where, id=number, reason=reason)
             self.console.message(f"broken image {number}: {reason}; excluded from the loss, training continues")
-        line = where | facts | reading.facts | self.efficiency.of(reading, facts["spent"])
-        line |= {"chain": state.chain, "seconds_total": state.seconds, "images_total": state.images}
+        line = where | facts | reading.facts | self.efficiency.of(reading, spent)
+        line |= {"spent": spent, "chain": state.chain, "seconds_total": state.seconds, "images_total": state.images}
         self.journal.write("step", **line)
         self.console.step(**line)
         if reading.ranks:

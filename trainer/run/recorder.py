@@ -131,7 +131,7 @@ class Recorder:
             broken=state.broken | {str(k): v for k, v in broken.items()},
         )
         if self._log:
-            self._log.step(state, reading, grad_norm=norm, spent=self.engine.heartbeat.clock.spent(), **facts)
+            self._log.step(state, reading, self.engine.heartbeat.clock.spent(), grad_norm=norm, **facts)
         broken_images.refuse_training(state.broken, self._examples, self.config.data.broken_share)
         return state
 
