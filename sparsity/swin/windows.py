@@ -95,7 +95,8 @@ def _products(q: Tensor, k: Tensor, scale: float, scored: bool) -> Tensor:
 @torch.no_grad()
 def _received(weights: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     """See `Attended`; weights (B * windows, H, N, N)."""
-    queries = weights.new_zeros(weights.shape[0] * weights.shape[2]).index_fill(0, rows, 1.0).view(-1, 1, weights.shape[2])
+    batch, area = slots.shape[0], weights.shape[2]
+    queries = weights.new_zeros(batch, weights.shape[0] // batch * area).scatter(1, slots, 1.0).view(-1, 1, area)
     with torch.autocast(weights.device.type, enabled=False):
         return (queries @ weights.float().mean(dim=1)).flatten().index_select(0, rows).view(slots.shape)
 
@@ -106,9 +107,9 @@ def _added(block: Any, slots: Tensor, size: int) -> Tensor:
     bias = forms.position_bias(block)  # (1, H, N, N)
     if block.attn_mask is not None:
         bias = bias + block.attn_mask[:, None]
-    keys = (
-        torch.full((slots.shape[0] * size,), HIDDEN, device=slots.device).index_fill(0, _rows(slots, size), 0.0).view(-1, size)
-    )
+    keys = torch.full((slots.shape[0], size), HIDDEN, device=slots.device).scatter(
+        1, slots, 0.0
+    )  # index_fill fails in inductor
     if not _divides(block):
         keys = keys * ~_is_padding(block, size, slots.device)
     return bias + keys.view(-1, num_windows(block), 1, 1, block.window_area)
