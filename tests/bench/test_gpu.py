@@ -124,3 +124,19 @@ def test_a_sitting_asks_the_launcher_to_stop_and_counts_what_is_finished(tmp_pat
     assert done == {"finished_runs": 1, "all": True, "ok": True}
     failed = study.sitting([sys.executable, "-c", "raise SystemExit('no shards')"], tmp_path, 60.0)
     assert not failed["ok"] and failed["error"] == "exit code 1" and "no shards" in failed["trace"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_tiny_study_runs_whole_and_the_next_sitting_adds_nothing(capsys: Any, tmp_path: Path) -> None:
+    """`make gpu PART=study OUT=...` on digits: both arms are trained and in the table, and the second call finds them finished."""
+    for _ in range(2):
+        assert gpu.main(["study", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["pack digits", *2 * ["sitting", "dense", "random_epoch"]]
+    sittings = [row for row in rows if row["row"] == "sitting"]
+    assert all(row["finished_runs"] == 2 and row["all"] and row["ok"] for row in sittings)
+    assert sittings[1]["seconds"] < sittings[0]["seconds"], "nothing is trained again"
+    dense, fewer = (next(row for row in rows if row["row"] == name) for name in ("dense", "random_epoch"))
+    assert dense["seeds"] == fewer["seeds"] == 1 and dense["multiply_adds"] == 1.0
+    assert fewer["multiply_adds"] == pytest.approx(17 / 22)  # whole batches of .8 x 1,438 images

@@ -23,6 +23,7 @@ from sparsity.tokens import TOKENS
 from sparsity.tokens.topk import RandomSettings, TopKSettings
 from sparsity.types import Plan
 from tests.conftest import ROOT, environment
+from tests.support.networks import swin
 from tests.support.triton_interpreter import ROWS
 from tests.support.vits import images, tiny
 from trainer.bench.gpu import lowering
@@ -98,6 +99,22 @@ def test_every_mechanism_compiles_for_a_gpu_forward_and_backward(name: str, h200
         return network(pixels, Plan(0.6, 0.5), OUTPUTS, keys).logits
 
     graphs = lowering.lower(step, images(vit, 4), keys)
+    assert [graph.backward for graph in graphs] == [False, True]
+    assert compile_all(graphs) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("version", "tokens"), [(1, "topk")])
+def test_a_swin_that_leaves_tokens_out_compiles_for_a_gpu_forward_and_backward(version: int, tokens: str, h200: None) -> None:
+    """As above. 20 pixels: windows of 4 x 4 do not divide the grid of 10 x 10, so there is padding too."""
+    net = swin(20, version, depths=(3,), num_heads=(2,), drop_path_rate=0.5).train()
+    network, keys = build(net, tokens=tokens, blocks=(0, 1), position="block"), torch.arange(4)
+
+    def step(pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return network(pixels, Plan(0.6), OUTPUTS, keys).logits
+
+    graphs = lowering.lower(step, torch.randn(4, 3, 20, 20), keys)
     assert [graph.backward for graph in graphs] == [False, True]
     assert compile_all(graphs) > 20
 
