@@ -105,7 +105,7 @@ def test_every_mechanism_compiles_for_a_gpu_forward_and_backward(name: str, h200
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("version", "tokens"), [(1, "topk")])
+@pytest.mark.parametrize(("version", "tokens"), [(1, "topk"), (2, "topk")])
 def test_a_swin_that_leaves_tokens_out_compiles_for_a_gpu_forward_and_backward(version: int, tokens: str, h200: None) -> None:
     """As above. 20 pixels: windows of 4 x 4 do not divide the grid of 10 x 10, so there is padding too."""
     net = swin(20, version, depths=(3,), num_heads=(2,), drop_path_rate=0.5).train()
