@@ -44,7 +44,6 @@ class Engine(Processes):
 
     def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
-        self._backstop = backstop(settings.timeout, settings.start_timeout)
         self.on_gpu = torch.cuda.is_available()
         set_single_process_env()
         heartbeat = Heartbeat(rank(), world_size(), settings.timeout, settings.start_timeout)
@@ -78,11 +77,12 @@ class Engine(Processes):
         if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
             start_alone("nccl" if self.on_gpu else "gloo")
         heartbeat.enter("the start of the process group")
+        limit = backstop(settings.timeout, settings.start_timeout)
         self._accelerator = Accelerator(
             cpu=not self.on_gpu and settings.kind == "ddp",
             mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
             deepspeed_plugin=self._plugin,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=self._backstop)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=limit)],
         )
         expected = world_size()
         if self._accelerator.num_processes != expected:
@@ -124,7 +124,7 @@ class Engine(Processes):
             self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
         replicated = self.settings.kind == "ddp" or self.settings.zero == 0
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
-        set_limits(self._backstop)
+        set_limits(backstop(self.settings.timeout, self.settings.start_timeout))
 
     def choose_attention(self, shapes: Iterable[Shape]) -> dict[str, Any]:
         """Collective. Set the attention backend by `engine.attention`; `auto` on a GPU: the fastest one at these (heads, tokens, head
