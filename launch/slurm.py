@@ -207,7 +207,7 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here
     if r.requeue:
-        begin = [*REQUEUED.splitlines(), "if gone; then exit 1; fi", "from=$(lines)", "watched & watcher=$!"]
+        begin = [*REQUEUED.splitlines(), "if gone; then exit 1; fi", "from=$(lines)", "watched > /dev/null 2>&1 & watcher=$!"]
         lines = [*begin, 'export stopped="$PWD/.stopped-$SLURM_JOB_ID"', 'rm -f "$stopped"', *lines]
         lines += ['kill "$watcher" 2> /dev/null || true']
         lines += [f'if [ -e "$stopped" ]; then code={STOPPED}; rm -f "$stopped"; fi']

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -113,13 +114,15 @@ def batch(folder: Path) -> Iterator[Batch]:
     while len(ports) < 3:
         ports = list(dict.fromkeys([*ports, free_port()]))
     host = os.uname().nodename.partition(".")[0]
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=ports, nodes=NODES))
     (folder / "plugstack.conf").touch()
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
     with ExitStack() as daemons:
+        # slurmstepd makes sockets there, whose paths may have 107 bytes: below pytest's folder jobs stay in the queue for ever
+        spool = Path(daemons.enter_context(tempfile.TemporaryDirectory(prefix="slurmd-", ignore_cleanup_errors=True)))
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, spool=spool, host=host, ports=ports, nodes=NODES))
         munged = ["munged", "--foreground", "--force", "--socket", f"{folder}/munge.socket", "--key-file", str(key)]
         munged += ["--log-file", f"{folder}/munged.log", "--pid-file", f"{folder}/munged.pid", "--seed-file", f"{folder}/seed"]
         try:
@@ -127,7 +130,7 @@ def batch(folder: Path) -> Iterator[Batch]:
             wait_for(lambda: (folder / "munge.socket").exists(), 60)
             daemons.enter_context(_daemon(made, "slurmctld", "-D", "-f", f"{folder}/slurm.conf"))
             for node in NODES:
-                (folder / f"spool-{node}").mkdir()
+                (spool / node).mkdir()
                 daemons.enter_context(_daemon(made, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf"))
             wait_for(lambda: made.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 120)
         except AssertionError:  # nothing of ours is in it yet

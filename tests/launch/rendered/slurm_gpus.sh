@@ -54,7 +54,7 @@ requeued() {
 }
 if gone; then exit 1; fi
 from=$(lines)
-watched & watcher=$!
+watched > /dev/null 2>&1 & watcher=$!
 export stopped="$PWD/.stopped-$SLURM_JOB_ID"
 rm -f "$stopped"
 code=0
