@@ -271,7 +271,8 @@ def test_a_slurm_job_whose_checkpoints_are_gone_is_not_begun_anew(there: str, tm
     run, back = tmp_path / "runs" / "a b", there == "brought back"
     save = f'mkdir -p "{run}/checkpoints"; echo step-00000005 > "{run}/checkpoints/latest"'
     leave = f'mv "{run}" "{tmp_path}/elsewhere"' + (f'; (command sleep 1; mv "{tmp_path}/elsewhere" "{run}") &' if back else "")
-    srun = f"srun() {{ {save}; command sleep 1; {leave}\nreturn 1; }}"
+    looked = "for _ in $(seq 300); do [ ! -e .newest-7 ] || break; command sleep 0.1; done"
+    srun = f"srun() {{ {save}; {looked}; {leave}\nreturn 1; }}"
     if there == "before":
         saved(run, 5)
     quick = 'sleep() { command sleep "0.$1"; }'  # 5 s between two looks are .5 s here

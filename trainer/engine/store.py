@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trainer.engine.errors import RankLate
 
 ANSWER = 10.0  # s to wait for an answer of the store
-CONNECTING = 0.8  # s for a further connection; torch tries twice
+CONNECTING = 30.0  # s for a further connection; torch tries twice. On a busy machine .8 s ended healthy starts
 _engines = itertools.count()  # of this process; all ranks make theirs in the same order
 
 
