@@ -49,7 +49,7 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    made = sorted({(row["date"], row["commit"], row["hardware"]) for row in rows})
+    hardware, dates, commits = (", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("hardware", "date", "commit"))
     blocking = [value for row in rows for value in row["blocking"]]
     spent: dict[str, float] = {}
     for row in rows:
@@ -59,10 +59,9 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
     shares = ", ".join(
         f"{cause.replace('_', ' ')} {seconds / whole:.1%}" for cause, seconds in spent.items() if seconds / whole > 0.0005
     )
-    where = "; ".join(f"{hardware}, {date}, {commit}" for date, commit, hardware in made)
     return [
         "## At random moments",
-        f"`python -m tests.faults.measure` (rows: [faults.jsonl](faults.jsonl)), on {where}. A DeiT of .1 M",
+        f"`python -m tests.faults.measure` (rows: [faults.jsonl](faults.jsonl)), {hardware}, {dates}, at {commits}. A DeiT of .1 M",
         "parameters on digits, two ranks, 60 steps, a checkpoint every 2 steps, `engine.timeout` and `data.timeout` 20 s; up to five",
         "faults in a run, each 0 to 5 s after a step of an attempt; faults that heal do so after 1 to 5 s, a cut beyond the limit after",
         "25 to 35 s. Survived: the run finished (where the fault ends the launcher: after the same command was typed again), its chains,",
