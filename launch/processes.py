@@ -145,10 +145,8 @@ class _Nodes:
         for node in self.processes:
             if self.signals > 2:
                 stop_hard(node.pid)
-            elif node.poll() is None and node.stdin is not None:
-                with contextlib.suppress(OSError):
-                    node.stdin.write(b"\x03")
-                    node.stdin.flush()
+            else:
+                _interrupt(node)
 
     def kill(self) -> None:
         for node in self.processes:
@@ -159,10 +157,7 @@ class _Nodes:
         would hold GPUs and journal until engine.timeout after its ssh is gone."""
         for _ in range(3):
             for node in self.processes:
-                if node.poll() is None and node.stdin is not None:
-                    with contextlib.suppress(OSError):
-                        node.stdin.write(b"\x03")
-                        node.stdin.flush()
+                _interrupt(node)
             time.sleep(0.5)  # signals that come at once are delivered as one
 
     def running(self, spare: int) -> bool:
@@ -174,6 +169,14 @@ class _Nodes:
                 if len(self.failed) <= spare and not self.signals:
                     print(f"launch: {name} ended with {node.returncode}; the other nodes continue without it", file=sys.stderr)
         return running
+
+
+def _interrupt(node: subprocess.Popen[bytes]) -> None:
+    """A Ctrl-C at the terminal of a node that still runs."""
+    if node.poll() is None and node.stdin is not None:
+        with contextlib.suppress(OSError):
+            node.stdin.write(b"\x03")
+            node.stdin.flush()
 
 
 def run_on_hosts(
