@@ -16,7 +16,8 @@ from launch import health, hosts, local, slurm, study, sweep
 from launch.arguments import given_for_slurm, parse
 from launch.job import STOPPED, Command, Job, LaunchError, Nodes, check, launcher, name_of
 from launch.machine import free_port, random_port, this_machine
-from launch.processes import run_on_hosts, start, submit
+from launch.nodes import run_on_hosts
+from launch.processes import start, submit
 from launch.rank_logs import ensure_folder, forgive_standard_streams, open_standard_streams
 from launch.restarts import Attempt, NotReadyError, Restarts, repeated, run_directory
 

@@ -1,8 +1,9 @@
-"""The one place that starts processes and passes signals on to them: a launcher here, one ssh per node, or sbatch."""
+"""Starts a launcher of ranks on this machine, or sbatch, passes signals on to the ranks and returns the exit code. Over ssh: `nodes`."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,13 +16,14 @@ from typing import Any
 
 import psutil
 
-from launch.job import STOPPED, Command
-from launch.rank_logs import copy_node, copy_ranks
+from launch.job import Command
+from launch.rank_logs import copy_ranks
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN = 5.0  # seconds between repetitions of a Slurm signal: a rank that still imports its libraries ignores it
 LINGER = 10.0  # seconds a launcher may outlive its ranks
-PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
+LOOK = 2.0  # seconds between two looks at the ranks
+LAST = 60.0  # seconds a rank may outlive another of its node. They exit together, and torchrun kills the others of a failed one in 30 s
 
 
 def start(command: Command, logs: Path | None = None, last: bool = False, received: list[int] | None = None) -> int:
@@ -94,11 +96,22 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
     failed, so after a signal it gets LINGER seconds. Ranks that an elastic launcher starts after the signal get it as well."""
     gone = float("inf")  # since when no rank is there
     again = float("inf")
+    left, look = _Left(), 0.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(0.2)
+        if not received and time.monotonic() < look:  # a look costs 4 ms of a core
+            continue
+        ranks, look = _ranks(process.pid), time.monotonic() + LOOK
+        if late := left.behind(ranks):
+            print(
+                f"launch: {len(late)} rank(s), processes {', '.join(map(str, late))}, still run {LAST:g} s after another rank of this "
+                "machine has ended, e.g. stopped (SIGSTOP): killed; a run that is complete ends at once when it is started again",
+                file=sys.stderr,
+            )
+            for pid in late:
+                _send(pid, signal.SIGKILL)
         if received:
-            ranks = _ranks(process.pid)
             again = min(again, time.monotonic() + AGAIN)
             if time.monotonic() >= again and received[-1] in (signal.SIGUSR1, signal.SIGUSR2):  # a second one changes nothing
                 signalled.difference_update(ranks)  # until they end: imports take minutes on the file system of a cluster
@@ -113,122 +126,22 @@ def _wait(process: subprocess.Popen[bytes], received: list[int], signalled: set[
                 return 0
 
 
-class _Nodes:
-    """One ssh per node. `stop` handles a signal to us: a Ctrl-C at every node, the third one kills."""
+class _Left:
+    """Ranks that are left behind: torchrun waits without limit for a rank that is stopped while it exits."""
 
-    def __init__(self, names: list[str], received: list[int]) -> None:
-        self.names, self.received = names, received
-        self._own = 0
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.failed: dict[str, int] = {}  # exit codes, in the order in which they ended
+    def __init__(self) -> None:
+        self._most: set[int] = set()
+        self._since = math.inf
 
-    def start(self, commands: list[Command]) -> bool:
-        """Whether all were started. After a signal, those that were are killed: nothing is trained yet."""
-        pipe = subprocess.PIPE
-        for c in commands:
-            if self.signals:
-                self.kill()
-                return False
-            self.processes.append(
-                subprocess.Popen(c.argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True)
-            )
-        return True
-
-    @property
-    def signals(self) -> int:
-        return len(self.received) + self._own
-
-    def stop(self, number: int = 0, _frame: Any = None) -> None:
-        """number: of the signal; 0 where a node failed."""
-        self._own += not number
-        self.received += [number] if number else []
-        for node in self.processes:
-            if self.signals > 2:
-                stop_hard(node.pid)
-            else:
-                _interrupt(node)
-
-    def kill(self) -> None:
-        for node in self.processes:
-            stop_hard(node.pid)
-
-    def kill_ranks(self) -> None:
-        """Three Ctrl-C at every node, at which its launcher kills what it started. A rank that waits in a collective handles no signal, and
-        would hold GPUs and journal until engine.timeout after its ssh is gone."""
-        for _ in range(3):
-            for node in self.processes:
-                _interrupt(node)
-            time.sleep(0.5)  # signals that come at once are delivered as one
-
-    def running(self, spare: int) -> bool:
-        """Whether a node still runs; adds those that failed since the last call, and reports the ones the job continues without."""
-        running = None in [node.poll() for node in self.processes]
-        for node, name in zip(self.processes, self.names, strict=False):
-            if node.returncode and name not in self.failed:
-                self.failed[name] = node.returncode
-                if len(self.failed) <= spare and not self.signals:
-                    print(f"launch: {name} ended with {node.returncode}; the other nodes continue without it", file=sys.stderr)
-        return running
-
-
-def _interrupt(node: subprocess.Popen[bytes]) -> None:
-    """A Ctrl-C at the terminal of a node that still runs."""
-    if node.poll() is None and node.stdin is not None:
-        with contextlib.suppress(OSError):
-            node.stdin.write(b"\x03")
-            node.stdin.flush()
-
-
-def run_on_hosts(
-    commands: list[Command], names: list[str], logs: Path, spare: int = 0, received: list[int] | None = None
-) -> int:
-    """Run one ssh per node until all have ended; the first that fails ends the others, of an elastic job the first after `spare`
-    lost ones. Returns that one's exit code, or 0.
-
-    Output goes to one file per node in `logs`, and here with the node's name before each line. A signal to us becomes a Ctrl-C at
-    every node; the third one kills. received: gets those signals.
-    """
-    nodes = _Nodes(names, [] if received is None else received)
-    before = {number: signal.signal(number, nodes.stop) for number in STOP}
-    code = 0 if nodes.start(commands) else 128 + signal.SIGINT
-    readers = [
-        threading.Thread(target=copy_node, args=(node.stdout, name, logs), daemon=True)
-        for node, name in zip(nodes.processes, names, strict=False)
-    ]
-    for reader in readers:
-        reader.start()
-    try:
-        code = _ended(nodes, logs, spare, code)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for reader in readers:
-            reader.join(5)
-    # a stopped job reports it on the node of rank 0
-    code = code or next((one for one in nodes.failed.values() if nodes.signals or one == STOPPED), 0)
-    return 128 - code if code < 0 else code
-
-
-def _ended(nodes: _Nodes, logs: Path, spare: int, code: int) -> int:
-    """Waits until all nodes have ended; the exit code of the first failed one after `spare`, else `code`. The others have PATIENCE
-    seconds from then on."""
-    deadline, running = float("inf"), True
-    while running:
-        running = nodes.running(spare)
-        if len(nodes.failed) > spare and not code:
-            name, code = list(nodes.failed.items())[spare]
-            deadline = time.monotonic() + PATIENCE
-            if not nodes.signals:  # no signal was sent yet; a second one would kill at once
-                print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
-                nodes.stop()
-        if time.monotonic() > deadline:
-            nodes.kill_ranks()
-            end = time.monotonic() + LINGER
-            while nodes.running(spare) and time.monotonic() < end:
-                time.sleep(0.1)
-            nodes.kill()
-        time.sleep(0.1)
-    return code
+    def behind(self, ranks: list[int]) -> list[int]:
+        """ranks: process ids of those that run now. The ones to kill: others of the same start have ended LAST seconds ago."""
+        if not self._most & set(ranks) or set(ranks) - self._most:  # none before, or an elastic launcher has started others
+            self._most, self._since = set(ranks), math.inf
+        elif len(ranks) < len(self._most):
+            self._since = min(self._since, time.monotonic())
+        late = time.monotonic() > self._since + LAST
+        self._since = math.inf if late else self._since
+        return ranks if late else []
 
 
 def submit(script: str) -> int:
@@ -237,8 +150,10 @@ def submit(script: str) -> int:
 
 
 def _ranks(pid: int) -> list[int]:
-    """The trainer's processes right below a launcher; they pass the signal on to their children (loader workers)."""
-    return [child for child in _below(pid) if "trainer" in _words(child)]
+    """The trainer's processes right below a launcher; they pass the signal on to their children (loader workers, which have the words of
+    their parent: where that is the process itself it has no ranks)."""
+    own = _words(pid)
+    return [child for child in _below(pid) if "trainer" in (words := _words(child)) and words != own]
 
 
 def _below(pid: int, recursive: bool = False) -> list[int]:

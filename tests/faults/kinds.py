@@ -33,6 +33,9 @@ KINDS = (
         "faults/test_stopped_rank.py::test_a_stopped_rank_0_that_holds_the_store_ends_the_others_too",
         "engine/test_heartbeat.py::test_a_rank_that_never_comes_is_named_at_the_limit_of_the_start",
         "faults/test_stopped_rank.py::test_a_rank_that_stops_while_it_imports_is_named_before_the_process_group_exists",
+        "faults/test_stopped_rank.py::test_no_rank_leaves_before_all_have_come_to_the_end_of_the_run",
+        "launch/test_local.py::test_a_rank_that_is_stopped_while_the_others_exit_is_killed",
+        "faults/test_stopped_rank.py::test_a_job_whose_rank_0_is_stopped_after_the_last_line_ends_well",
         "faults/test_random_moments.py::test_a_run_survives_faults_at_random_moments",
     )),
     Kind("loader worker stopped, killed, or hung in fork()", "named, with the signal; no fork beside a process group", (

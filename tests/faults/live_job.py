@@ -69,9 +69,9 @@ class Job:
         self.process.wait()
 
 
-def started(folder: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """`launch local` in `folder`; its output goes to out.txt."""
-    words = ["-m", "launch", "local", "job.yaml", *SETTINGS, "--processes", "2", "--resume", "--restarts", "20"]
+def started(folder: Path, env: dict[str, str] | None = None, settings: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    """`launch local` in `folder`; its output goes to out.txt. settings: after SETTINGS."""
+    words = ["-m", "launch", "local", "job.yaml", *SETTINGS, *settings, "--processes", "2", "--resume", "--restarts", "20"]
     with (folder / "out.txt").open("ab") as out:
         return subprocess.Popen(
             [sys.executable, *words], cwd=folder, env=environment(**(env or {})), stdout=out, stderr=subprocess.STDOUT
@@ -98,7 +98,8 @@ def ranks_among(processes: Iterable[psutil.Process]) -> dict[str | None, psutil.
 def victims_among(ranks: dict[str | None, psutil.Process], which: str) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         if which == "worker":
-            return [child for rank in ranks.values() for child in rank.children() if "trainer" in child.cmdline()]
+            parents = [one for rank, one in ranks.items() if rank is not None]  # the children of the agent are the ranks
+            return [child for one in parents for child in one.children() if "trainer" in child.cmdline()]
         return [one for rank, one in ranks.items() if which == f"rank {rank}"]
     return []
 

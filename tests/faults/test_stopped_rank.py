@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import environment, free_port, lines, wait_for
+from tests.faults import live_job
 from tests.laws.test_main_job import RECIPE
 from trainer.engine.errors import LATE
 from trainer.engine.late_ranks import Beat, describe
@@ -25,13 +26,21 @@ SETTINGS = ("epochs=400", f"engine.timeout={LIMIT}", "evaluate.every=0ep", "cont
 @contextlib.contextmanager
 def two_ranks(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Two ranks without an agent, which would kill the stopped one only after 30 s. Their output: rank-N.txt in the folder."""
+    with processes(folder, "-m", "trainer", "train", str(folder / "job.yaml"), *SETTINGS, *words) as ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def processes(folder: Path, *command: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes of this Python with the environment of ranks."""
     port, ranks = str(free_port()), []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env = environment(**place, MASTER_PORT=port, TRILEVEL_EXIT_FILE=str(folder / f"exit-{rank}"))
         with (folder / f"rank-{rank}.txt").open("wb") as out:
-            command = [sys.executable, "-m", "trainer", "train", str(folder / "job.yaml"), *SETTINGS, *words]
-            ranks.append(subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT))
+            ranks.append(
+                subprocess.Popen([sys.executable, *command], cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+            )
     try:
         yield ranks
     finally:
@@ -90,6 +99,47 @@ def test_a_rank_that_stops_while_it_imports_is_named_before_the_process_group_ex
     output = (tmp_path / "rank-0.txt").read_text()
     assert "rank 1 (no heartbeat ever: not started, still importing, stopped, or its node lost) did not arrive" in output
     assert "engine.start_timeout=15 s have passed" in output and (tmp_path / "exit-0").read_text() == str(LATE)
+
+
+AT_END = """
+import os, signal
+from trainer.config.run_config import EngineConfig
+from trainer.data.order import BatchSplit
+from trainer.engine.engine import Engine
+engine = Engine(EngineConfig(kind="ddp", timeout=3), BatchSplit(2, 1, 2))
+engine.heartbeat.clock.stepped = True
+if engine.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+engine.meet_at_end()
+print("left")
+"""
+
+
+@pytest.mark.dist
+def test_no_rank_leaves_before_all_have_come_to_the_end_of_the_run(tmp_path: Path) -> None:
+    """A rank was stopped between its last step and its exit: the others left, and torchrun waited for it without limit."""
+    with processes(tmp_path, "-c", AT_END) as ranks:
+        assert ranks[0].wait(100) == LATE
+        output = (tmp_path / "rank-0.txt").read_text()
+        assert (
+            "rank 1 on " in output and "did not arrive; rank 0 waits in the end of the run" in output and "left" not in output
+        )
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_job_whose_rank_0_is_stopped_after_the_last_line_ends_well(digits: Path, tmp_path: Path) -> None:
+    live_job.recipe(tmp_path, digits)
+    job = live_job.Job(tmp_path, lambda: live_job.started(tmp_path, settings=("stop_at=4step",)), live_job.children)
+    try:
+        journal = job.run / "journal.jsonl"
+        wait_for(lambda: journal.is_file() and '"kind":"end"' in journal.read_text(), 200)
+        job.ranks()["0"].send_signal(signal.SIGSTOP)
+        assert job.process.wait(200) == 0, (tmp_path / "out.txt").read_text()
+    finally:
+        job.end()
+    assert [line["step"] for line in lines(job.run, "step")] == [1, 2, 3, 4]
+    assert {line["status"] for line in lines(job.run, "end")} == {"stopped"}
 
 
 def beat(count: int, entered: int, place: str = "step, step 12", host: str = "a") -> Beat:

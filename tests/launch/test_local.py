@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import launch.__main__ as program
-from launch import arguments, local, machine
+from launch import arguments, local, machine, processes
 from launch.job import Command, Job, LaunchError, check, name_of
 from launch.machine import Machine
 from launch.processes import start
-from tests.conftest import wait_for
+from tests.conftest import environment, free_port, wait_for
 from tests.support import fake_trainer
 from tests.support.fake_trainer import TRAINER, launched, read
 
@@ -167,6 +168,28 @@ def test_a_third_ctrl_c_kills_everything(folder):
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - started < 20
     assert not (folder / "0.heard").exists()
+
+
+@pytest.mark.dist
+def test_a_rank_that_is_stopped_while_the_others_exit_is_killed(folder, monkeypatch, capfd):
+    """torchrun waits without limit for a rank that got SIGSTOP once the others have ended well."""
+    (folder / "trainer" / "__main__.py").write_text(TRAINER + "\nif rank == '1':\n    os.kill(os.getpid(), signal.SIGSTOP)\n")
+    monkeypatch.chdir(folder)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ['PYTHONPATH']}")
+    monkeypatch.setattr(processes, "LAST", 1.0)
+    node = local.place(Machine(gpus=0, cores=2), 2, free_port())
+    assert start(local.render(Job("c.yaml"), node, sys.executable)) == 1, "started again with --resume, it would end at once"
+    message = capfd.readouterr().err
+    assert "launch: 1 rank(s), processes " in message and "still run 1 s after another rank" in message
+
+
+def test_ranks_are_left_behind_once_others_of_their_start_have_ended(monkeypatch):
+    monkeypatch.setattr(processes, "LAST", 0.0)
+    left = processes._Left()
+    found = [left.behind(ranks) for ranks in ([], [1, 2], [1, 2], [2], [2], [2, 3], [2, 3], [3], [4, 5], [])]
+    assert found == [[], [], [], [2], [2], [], [], [3], [], []]
 
 
 @pytest.mark.dist

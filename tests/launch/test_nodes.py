@@ -18,6 +18,7 @@ import pytest
 
 import launch.__main__ as program
 from launch import hosts, processes, slurm
+from launch import nodes as ssh_nodes
 from launch import rank_logs as output
 from launch.job import Command, Job, LaunchError, Node, Nodes, launcher
 from tests.conftest import environment, free_port, wait_for
@@ -140,7 +141,7 @@ def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, 
     waits = "import sys, select; print('fed' if select.select([sys.stdin], [], [], {})[0] else 'alone')"
     ends = Command((sys.executable, "-c", "import sys; sys.exit(3)"))
     stays = Command((sys.executable, "-c", waits.format(3 if spare else 60)))
-    assert processes.run_on_hosts([ends, stays], ["a", "b"], tmp_path, spare) == code
+    assert ssh_nodes.run_on_hosts([ends, stays], ["a", "b"], tmp_path, spare) == code
     message = capsys.readouterr()
     assert f"a ended with 3; {took}" in message.err
     assert ("alone" if spare else "fed") in (tmp_path / "b.txt").read_text()
@@ -148,11 +149,11 @@ def test_a_lost_node_ends_the_job_or_not_as_it_may(spare, code, took, tmp_path, 
 
 def test_ranks_that_handle_no_signal_are_killed_before_their_ssh_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that waits in a collective outlives its ssh: the node's launcher kills it at the third Ctrl-C."""
-    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    monkeypatch.setattr(ssh_nodes, "PATIENCE", 0.5)
     wait = "import sys; n = 0\nwhile n < 4: n += sys.stdin.buffer.read(1) == b'\\x03'; open('got', 'w').write(str(n))"
     stuck = Command((sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {wait}"))
     fails = Command(("sh", "-c", "sleep 1; exit 9"))
-    assert processes.run_on_hosts([fails, stuck], ["a", "b"], tmp_path) == 9
+    assert ssh_nodes.run_on_hosts([fails, stuck], ["a", "b"], tmp_path) == 9
     assert (tmp_path / "got").read_text() == "4", "one when the other node failed, three after PATIENCE"
 
 
@@ -207,7 +208,7 @@ def test_a_ctrl_c_before_all_nodes_are_started_leaves_none_behind(tmp_path, monk
     real = subprocess.Popen
     monkeypatch.setattr(processes.subprocess, "Popen", popen)
     waits = Command((sys.executable, "-c", "import time; time.sleep(60)"))
-    assert processes.run_on_hosts([waits] * 3, ["a", "b", "c"], tmp_path) == 128 + signal.SIGINT
+    assert ssh_nodes.run_on_hosts([waits] * 3, ["a", "b", "c"], tmp_path) == 128 + signal.SIGINT
     assert len(started) == 1 and started[0].poll() is not None
 
 

@@ -106,3 +106,11 @@ class Processes:
         if self.world > 1:
             self.heartbeat.enter("barrier")
             dist.barrier()
+
+    def meet_at_end(self) -> None:
+        """No rank exits before all have written what they had to write: torchrun would wait without limit for one that stops after the
+        last step of a run, once the others are gone. Here the watch of the heartbeats names it."""
+        if self.world > 1:
+            self.heartbeat.enter("the end of the run")
+            dist.barrier()
+        self.heartbeat.stop()

@@ -185,6 +185,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             state=state,
             selection=saved.selection if saved else None,
         )
+    engine.meet_at_end()
 
 
 def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, Validation, CleanImages | None]:

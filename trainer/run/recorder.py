@@ -34,7 +34,7 @@ from trainer.model.evaluate import Evaluated
 from trainer.model.weights import save_weights
 from trainer.run import broken_images, nonfinite_steps
 from trainer.run import directory as run
-from trainer.run.rank_zero import RankZeroLog
+from trainer.run.rank_zero import SENDING, RankZeroLog
 from trainer.storage.disk import Content, Disk
 from trainer.storage.exit_code import write_exit_code
 from trainer.storage.process_age import since_start
@@ -83,6 +83,7 @@ class Recorder:
         run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.broadcast_object(self._journal.attempt if self._journal else 0))
         self.trace = Trace(config.trace, self.directory, engine.rank, engine.on_gpu, self._say)
+        self._ended = False  # its last line is written
         self._failing = threading.Lock()  # of the first thread that records the failure
         engine.heartbeat.on_late = self._late
 
@@ -194,8 +195,11 @@ class Recorder:
                 self._log.say(f"checkpoint {reason}: damaged, not used; the run resumes from {found.path.name}")
 
     def end(self, state: TrainState, status: str, reason: str = "") -> RunResult:
-        """Last line of the attempt; waits a bounded time for the MLflow shipper."""
-        self.engine.heartbeat.stop()
+        """Last line of the attempt; waits a bounded time for the MLflow shipper. Heartbeats go on until all ranks have come so far, see
+        `Processes.meet_at_end`, except after a failure."""
+        if status == "failed":
+            self.engine.heartbeat.stop()
+        self._ended = True
         self.trace.close(state.step)
         rate = matrix_rate(self.engine.device, self.config.engine.precision) if self._log and status != "failed" else None
         return self._close(state, status, reason, rate)
@@ -204,7 +208,11 @@ class Recorder:
         recorded = "stopped" if status == "preempted" else status
         reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
         if self._log:
-            self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
+            began = time.monotonic()
+            with self.engine.heartbeat.working(
+                lambda: min(int(time.monotonic() - began), 2 * SENDING)
+            ):  # the others wait meanwhile
+                self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
         elif self._journal:  # it failed before `start`
             where = {"step": state.step, "progress": state.progress, "starting": since_start()}
             self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
@@ -257,8 +265,9 @@ class Recorder:
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join(REPORTING / 2)  # let the checkpoint in progress reach the disk
-        with contextlib.suppress(Exception):
-            self._close(self._state, "failed", first)
+        if not self._ended:  # else the last line is written; a resume ends at once
+            with contextlib.suppress(Exception):
+                self._close(self._state, "failed", first)
         return write_exit_code(LATE)
 
     def _say(self, text: str) -> None:
