@@ -88,8 +88,48 @@ def project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
 
 
 def gather_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Entries `index` (B, K) of dimension `dim` of (B, ..., T, ...), for each image its own."""
-    shape = [1] * tensor.ndim
-    shape[0], shape[dim] = index.shape
+    """Entries `index` (B, K) of dimension `dim` of (B, ..., T, ...), for each image its own. For a gradient they are distinct."""
+    in_graph = torch.compiler.is_compiling() and index.shape[1] > 0
+    return _gathered_in_graph(tensor, index, dim) if in_graph else _gathered(tensor, index, dim)
+
+
+def _gathered(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     expanded = [-1 if d in (0, dim) else tensor.shape[d] for d in range(tensor.ndim)]
-    return tensor.gather(dim, index.view(shape).expand(expanded))
+    return tensor.gather(dim, _along(index, dim, tensor.ndim).expand(expanded))
+
+
+def _along(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """(B, K) with K as dimension `dim` of `ndim`."""
+    shape = [1] * ndim
+    shape[0], shape[dim] = values.shape
+    return values.view(shape)
+
+
+class _Gathered(torch.autograd.Function):
+    """`_gathered`, with `spread_back` as its gradient. torch's own writes zeros and adds to them by atomics, which torch.compile fuses with
+    nothing: two more passes over the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.length = dim, tensor.shape[dim]
+        return _gathered(tensor, index, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (index,) = gradients, ctx.saved_tensors
+        return spread_back(gradient, index, ctx.dim, ctx.length), None, None
+
+
+def spread_back(gradient: Tensor, index: Tensor, dim: int, length: int) -> Tensor:
+    """The gradient of `gather_tokens`, `index` distinct: each of the `length` entries reads its own, or is 0. To the bit torch's."""
+    rows, kept = index.shape
+    numbers = torch.arange(kept, device=index.device).expand(rows, -1)
+    place = index.new_full((rows, length), kept).scatter(1, index, numbers)  # kept: the entry was dropped
+    found = _gathered(gradient, place.clamp(max=kept - 1), dim)
+    return torch.where(_along(place < kept, dim, gradient.ndim), found, 0.0)
+
+
+@torch._dynamo.allow_in_graph  # else dynamo makes a higher-order operation of it, with its own graph inside
+def _gathered_in_graph(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    return _Gathered.apply(tensor, index, dim)  # pyright: ignore[reportReturnType]

@@ -74,10 +74,19 @@ def attention_rows(tokens: Tokens, qkv: QKV, num_queries: int | None) -> Tensor:
     """Softmaxed attention of the first `num_queries` queries (None: all) over all T keys: (B, H, queries, T) float32."""
     with torch.autocast(qkv.q.device.type, enabled=False):
         q = qkv.q[:, :, :num_queries].float()
-        logits = (q @ qkv.k.float().transpose(-2, -1)) * qkv.scale
+        logits = _products(q, qkv.k.float()) * qkv.scale
         if tokens.size is not None:
             logits = logits + tokens.size.log()[:, None, None, :]
         return logits.softmax(dim=-1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T: (B, H, queries, d), (B, H, T, d) -> (B, H, queries, T)."""
+    if (
+        torch.compiler.is_compiling() and q.shape[2] == 1
+    ):  # one kernel that reads k as it is; a product would need k stored in float32
+        return (q * k).sum(dim=-1)[:, :, None]
+    return q @ k.transpose(-2, -1)
 
 
 def ranked(scores: Tensor) -> Tensor:

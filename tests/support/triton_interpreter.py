@@ -75,6 +75,11 @@ def _chosen(tokens: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return index, attention.gather_tokens(tokens, index, 1)
 
 
+def _gradient_of_chosen(keys: Tensor, gradient: Tensor) -> Tensor:
+    index = scores.ranked(keyed_random.uniform(keys, 11, shape=(17,)))[:, :9]
+    return attention.spread_back(gradient, index, 1, 17)
+
+
 def _ties(values: Tensor) -> Tensor:
     return scores.ranked(values)
 
@@ -84,6 +89,7 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "keyed draws": (_draws, (KEYS,)),
     "keys of pairs": (_pairs, (KEYS,)),
     "random tokens: sort and gather": (_chosen, (torch.arange(6 * 17 * 4).view(6, 17, 4).float(), KEYS)),
+    "gradient of the gather": (_gradient_of_chosen, (KEYS, torch.arange(6 * 9 * 4).view(6, 9, 4).float() + 1)),
     "sort with ties": (_ties, (torch.arange(6 * 17).view(6, 17).float() % 3,)),
 }
 
