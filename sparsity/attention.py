@@ -15,21 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsity.attention_kernel import TORCHS_CHOICE, Kernels, using
 from sparsity.types import QKV, Tokens
 
-Attend = Callable[[Any, Tensor, Tokens], tuple[Tensor, QKV]]
-"""(timm Attention, normed x (B, T, D), the tokens it belongs to) -> (B, T, D) before LayerScale, and its QKV."""
+Attend = Callable[[Any, Tensor, Tokens, Kernels], tuple[Tensor, QKV]]
+"""(timm Attention, normed x (B, T, D), the tokens it belongs to, kernels) -> (B, T, D) before LayerScale, and its QKV."""
 
 EPS = 1e-6  # of the authors' softmax
 
 
-def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
+def fused(attention: Any, x: Tensor, tokens: Tokens, kernels: Kernels = TORCHS_CHOICE) -> tuple[Tensor, QKV]:
     """timm's attention over the visible keys. `tokens.size` weights a key by its number of patches (ToMe, eq. 1)."""
     qkv = project_qkv(attention, x)
     k, v, bias = visible(qkv, tokens)
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
-        out = F.scaled_dot_product_attention(qkv.q, k, v, attn_mask=bias, dropout_p=dropped)
+        with using(kernels.get((x.shape[1], bias is not None))):  # no layer inside: DDP may split a compiled graph at layers
+            out = F.scaled_dot_product_attention(qkv.q, k, v, attn_mask=bias, dropout_p=dropped)
     else:
         scores = (qkv.q * attention.scale) @ k.transpose(-2, -1)
         if bias is not None:
@@ -38,7 +40,7 @@ def fused(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
     return project(attention, out, x), qkv
 
 
-def authors(attention: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, QKV]:
+def authors(attention: Any, x: Tensor, tokens: Tokens, _: Kernels = TORCHS_CHOICE) -> tuple[Tensor, QKV]:
     """(A + eps/T) / (sum A + eps) with A = exp(S - max S) * mask, the max over hidden keys too (Tri-Level's code;
     docs/methods.md, section Compat).
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch._dynamo
 from torch import Tensor, nn
 
+from sparsity.attention_kernel import TORCHS_CHOICE, AttentionShape, Kernels
 from sparsity.settings import ConnectionSettings, TokenSettings
 from sparsity.types import DENSE, ModelOutput, Plan
 
@@ -71,6 +72,7 @@ class SparseNetwork(nn.Module):
         self.blocks: frozenset[int] = frozenset()
         self.importance = ""  # name of the score of its tokens (`Network.importance`); "" without one
         self.residual: torch.dtype | None = None  # of the tokens between blocks, under autocast; None: float32, as timm
+        self.kernels: Kernels = TORCHS_CHOICE  # of its attention
         self.training = network.training
 
     @classmethod
@@ -106,8 +108,8 @@ class SparseNetwork(nn.Module):
         """A network with the same weights that keeps everything, in timm's own form: the baseline of timed passes. Itself if it is that."""
         return self
 
-    def attention_shapes(self, plan: Plan = DENSE) -> tuple[tuple[int, int, int], ...]:
-        """(heads, tokens, head width) of each block's attention over all of its tokens; () for a family that has none of that form."""
+    def attention_shapes(self, plan: Plan = DENSE) -> tuple[AttentionShape, ...]:
+        """Each block's attention over all of its tokens; () for a family that has none of that form."""
         return ()
 
     @property

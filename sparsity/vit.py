@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsity import attention, drop_path, keyed_random, patch_drop, vit_support
 from sparsity import cost as counted
+from sparsity.attention_kernel import AttentionShape
 from sparsity.graph_cost import embed_work
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.tokens import scores
@@ -60,9 +61,19 @@ class SparseViT(SparseNetwork):
         self.about = vit_support.about(vit, position)
         self.importance = self.about.importance(importance)
 
-    def attention_shapes(self, plan: Plan = DENSE) -> tuple[tuple[int, int, int], ...]:
-        attentions = [block.attn for block in self.network.blocks]
-        return tuple((a.num_heads, n, a.head_dim) for a, n in zip(attentions, self.cost(plan).tokens, strict=True))
+    def attention_shapes(self, plan: Plan = DENSE) -> tuple[AttentionShape, ...]:
+        attentions, tokens = [block.attn for block in self.network.blocks], self.cost(plan).tokens
+        hides = getattr(self.connect, "masks", False) and plan.keep_connections < 1.0
+        after = min(self.blocks, default=len(attentions))  # the first block that merges or hides
+        return tuple(
+            AttentionShape(
+                a.num_heads,
+                n,
+                a.head_dim,
+                number > after and (hides or (n < tokens[0] and getattr(self.reduce, "weighs", False))),
+            )
+            for number, (a, n) in enumerate(zip(attentions, tokens, strict=True))
+        )
 
     @classmethod
     def why_not(cls, network: nn.Module) -> str:
@@ -124,7 +135,7 @@ class SparseViT(SparseNetwork):
         tokens = self.blocks_from(range(last), self._embedded(images, None))
         block = cast(Block, self.vit.blocks[last])
         before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
-        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
+        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens, self.kernels)
         importance = scores.importance(tokens, qkv, self.importance)
         del qkv
         x = added(tokens.x, block.drop_path1(after_attention(attended)))
@@ -146,7 +157,11 @@ class SparseViT(SparseNetwork):
 
     def dense(self) -> SparseViT:
         """Itself, unless its attention is not timm's (`compat: authors`), which is slower."""
-        return self if self.attend is attention.fused else SparseViT(self.vit)
+        if self.attend is attention.fused:
+            return self
+        found = SparseViT(self.vit)
+        found.kernels = self.kernels
+        return found
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -184,7 +199,7 @@ class SparseViT(SparseNetwork):
     def _block(self, number: int, tokens: Tokens, plan: Plan, wanted: Wanted, path: Tensor | None) -> tuple[Tokens, Any, Any]:
         block = cast(Block, self.vit.blocks[number])
         before_attention, after_attention, before_mlp, after_mlp = parts_of(block)
-        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens)
+        attended, qkv = self.attend(block.attn, before_attention(tokens.x), tokens, self.kernels)
         row, ranks = None, scores.importance(tokens, qkv, self.importance) if wanted.importance == number else None
         if wanted.cls_attention and number == len(self.vit.blocks) - 1:
             with torch.no_grad():

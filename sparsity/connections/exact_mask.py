@@ -10,6 +10,7 @@ In both, prefix tokens attend to all tokens, and all tokens to them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class ExactMask:
     authors: all keys with P >= the m-th largest, as in Tri-Level's code, so a row of ties at epsilon becomes dense.
     """
 
+    masks: ClassVar[bool] = True
     authors: bool = False
 
     @torch.no_grad()

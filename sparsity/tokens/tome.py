@@ -8,6 +8,7 @@ token by its number of patches (`attention.fused`). The prefix is never merged, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,7 @@ class Merge:
     At most half of the patches of a block can be merged. carry_qkv as in `topk`.
     """
 
+    weighs: ClassVar[bool] = True  # its keys
     merged: int = 0
     carry_qkv: bool = True
 

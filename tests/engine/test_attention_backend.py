@@ -1,4 +1,5 @@
-"""Which attention kernel a run uses: the fastest that was measured, a fixed one, or torch's choice; on a CPU nothing is measured."""
+"""Which attention kernel a run uses: for each of its token counts the fastest that was measured, a fixed one, or torch's choice; on a CPU
+nothing is measured."""
 
 from __future__ import annotations
 
@@ -6,20 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.nn.functional import scaled_dot_product_attention
 
+from sparsity.attention_kernel import BACKENDS, AttentionShape, using
 from sparsity.build import build
-from sparsity.types import Plan
-from tests.support.vits import tiny
+from sparsity.tokens.tome import MergeSettings
+from sparsity.types import DENSE, Plan
+from tests.support.vits import images, tiny
 from trainer.config.run_config import EngineConfig
 from trainer.data.order import BatchSplit
+from trainer.engine import attention_backend
 from trainer.engine import engine as module
-from trainer.engine.attention_backend import BACKENDS, measured, using
+from trainer.engine.attention_backend import facts, fastest, measured
 from trainer.engine.engine import Engine
 from trainer.engine.processes import Processes
 
 CPU = torch.device("cpu")
+DENSE_SHAPE, FEWER, HIDDEN = AttentionShape(6, 197, 64), AttentionShape(6, 139, 64), AttentionShape(6, 139, 64, masked=True)
 
 
 def engine_of(on_gpu: bool, **settings: Any) -> Any:
@@ -30,13 +35,39 @@ def engine_of(on_gpu: bool, **settings: Any) -> Any:
     return engine
 
 
-def test_auto_takes_the_fastest_of_those_that_run_and_names_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_at_each_count_and_names_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    times = {"flash": 2.0, "cudnn": 1.0}  # the memory-efficient kernel did not take the input
+    times = {
+        DENSE_SHAPE: {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0},
+        FEWER: {"flash": 1.0, "cudnn": 1.5},
+        HIDDEN: {"cudnn": 2.0, "efficient": 1.75},  # flash attention did not take the mask
+    }
     monkeypatch.setattr(module, "measured", lambda *given: asked.append(given) or times)
     engine = engine_of(on_gpu=True)
-    assert engine.choose_attention([(6, 197, 64)]) == {"attention": "cudnn", "attention_ms": times}
-    assert engine.attention == "cudnn" and asked == [(CPU, 4, [(6, 197, 64)], torch.bfloat16)]
+    kernels, fields = engine.choose_attention(iter([DENSE_SHAPE, FEWER, HIDDEN]))
+    assert asked == [(CPU, 4, [DENSE_SHAPE, FEWER, HIDDEN], torch.bfloat16)] and engine.attention is None
+    assert kernels == {(197, False): "cudnn", (139, False): "flash", (139, True): "efficient"}
+    assert fields == {
+        "attention": {"139": "flash", "139 masked": "efficient", "197": "cudnn"},
+        "attention_ms": {"139": times[FEWER], "139 masked": times[HIDDEN], "197": times[DENSE_SHAPE]},
+    }
+
+
+def test_a_count_that_was_not_timed_takes_the_backend_of_the_nearest() -> None:
+    times = {DENSE_SHAPE: {"flash": 2.0, "cudnn": 1.0}, AttentionShape(6, 69, 64): {"flash": 1.0, "cudnn": 2.0}}
+    near, masked = AttentionShape(6, 98, 64), AttentionShape(6, 98, 64, masked=True)
+    kernels = fastest(times, [*times, near, AttentionShape(6, 161, 64), masked])
+    assert kernels == {(197, False): "cudnn", (69, False): "flash", (98, False): "flash", (161, False): "cudnn"}
+    one = fastest({DENSE_SHAPE: {"flash": 1.0}}, [DENSE_SHAPE, near])
+    assert facts({DENSE_SHAPE: {"flash": 1.0}}, one) == {"attention": "flash", "attention_ms": {"197": {"flash": 1.0}}}
+
+
+def test_of_many_counts_some_are_timed_the_smallest_and_the_largest_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backend, "MOST", 3)
+    monkeypatch.setattr(attention_backend, "_milliseconds", lambda *given: 1.0)
+    shapes = [AttentionShape(2, tokens, 8, masked) for tokens in range(10, 30) for masked in (False, True)]
+    timed = [(shape.tokens, shape.masked) for shape in measured(CPU, 2, shapes[::-1] * 2, torch.float32)]
+    assert timed == [(10, False), (20, False), (29, False), (10, True), (20, True), (29, True)]
 
 
 @pytest.mark.parametrize(
@@ -54,17 +85,20 @@ def test_nothing_is_measured_where_the_setting_or_a_cpu_decides(
 ) -> None:
     monkeypatch.setattr(module, "measured", lambda *given: pytest.fail("measured"))
     engine = engine_of(on_gpu, **settings)
-    assert engine.choose_attention([(6, 197, 64)]) == {"attention": chosen or "torch"} and engine.attention == chosen
+    assert engine.choose_attention([DENSE_SHAPE]) == ({}, {"attention": chosen or "torch"}) and engine.attention == chosen
 
 
 def test_a_network_without_such_attention_is_left_to_torch() -> None:
-    assert engine_of(on_gpu=True).choose_attention([]) == {"attention": "torch"}
+    assert engine_of(on_gpu=True).choose_attention([]) == ({}, {"attention": "torch"})
 
 
 def test_measuring_runs_forward_and_backward_and_leaves_the_random_numbers() -> None:
     before = torch.get_rng_state()
-    found = measured(CPU, 2, [(2, 5, 8), (2, 5, 8), (2, 3, 8)], torch.float32)
-    assert set(found) <= {"flash", "math"} and "math" in found and min(found.values()) > 0
+    shapes = [AttentionShape(2, 5, 8), AttentionShape(2, 3, 8), AttentionShape(2, 3, 8, masked=True)]
+    found = measured(CPU, 2, [*shapes, shapes[0]], torch.float32)
+    assert set(found) == set(shapes)
+    for times in found.values():
+        assert "math" in times and set(times) <= {"flash", "math"} and min(times.values()) > 0
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -76,13 +110,79 @@ def test_a_backend_comes_first_and_what_it_does_not_take_goes_to_the_next() -> N
         with using(name):
             torch.testing.assert_close(scaled_dot_product_attention(x, x, x), plain)
             assert scaled_dot_product_attention(x, x, x, attn_mask=mask).isfinite().all()
-    from torch.nn.attention import _cur_sdpa_kernel_backends
 
     with using("efficient"):
         assert _cur_sdpa_kernel_backends(with_priority=True)[0] == SDPBackend.EFFICIENT_ATTENTION
 
 
-def test_shapes_follow_the_plan() -> None:
-    model = build(tiny(), tokens="topk", blocks=(1,))
-    assert model.attention_shapes() == ((3, 17, 8),) * 3
-    assert model.attention_shapes(Plan(0.5)) == ((3, 17, 8), (3, 17, 8), (3, 9, 8))
+def test_shapes_follow_the_plan_and_name_masks() -> None:
+    whole, half = AttentionShape(3, 17, 8), AttentionShape(3, 9, 8)
+    hidden = half._replace(masked=True)
+    topk, keys, exact = (
+        build(tiny(), tokens="topk", connections=name, blocks=(1,)) for name in ("all", "shared_keys", "exact")
+    )
+    merging = build(tiny(), tokens=MergeSettings(merged=2), blocks=(0, 1))
+    assert topk.attention_shapes() == exact.attention_shapes() == merging.attention_shapes() == (whole,) * 3
+    assert topk.attention_shapes(Plan(0.5)) == keys.attention_shapes(Plan(0.5, 0.5)) == (whole, whole, half)
+    assert exact.attention_shapes(Plan(0.5)) == (whole, whole, half) and exact.attention_shapes(Plan(0.5, 0.5)) == (
+        whole,
+        whole,
+        hidden,
+    )
+    assert [(one.tokens, one.masked) for one in merging.attention_shapes(Plan(0.5))] == [(17, False), (15, True), (13, True)]
+
+
+def test_shapes_are_those_that_the_network_asks_kernels_for() -> None:
+    """Every attention of a pass finds its choice: none has another count or mask than `attention_shapes` says."""
+
+    class Asked(dict[tuple[int, bool], str]):
+        def get(self, kind: Any, default: Any = None) -> Any:
+            asked.append(kind)
+            return default
+
+    every: list[dict[str, Any]] = [
+        {"tokens": "topk", "connections": "exact"}, {"tokens": MergeSettings(merged=2)}, {"tokens": "topk", "connections": "shared_keys"},
+    ]  # fmt: skip
+    for settings in every:
+        asked: list[Any] = []
+        model = build(tiny(), blocks=(0, 1), **settings)
+        model.kernels = Asked()
+        for plan in (DENSE, Plan(0.6, 0.4), Plan(0.6)):
+            asked.clear()
+            model(images(model.network, 2), plan)
+            assert asked == [shape.kind for shape in model.attention_shapes(plan)], (settings, plan)
+
+
+class FirstChoice(torch.fx.Interpreter):
+    """Runs a graph and notes the backend that comes first at each attention, as a compiler does that traces the graph."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is scaled_dot_product_attention:
+            firsts.append((args[0].shape[2], _cur_sdpa_kernel_backends(with_priority=True)[0]))
+        return super().call_function(target, args, kwargs)
+
+
+firsts: list[tuple[int, SDPBackend]] = []
+
+
+def test_each_attention_of_a_compiled_graph_has_the_kernel_of_its_count() -> None:
+    """17 tokens in blocks 0 and 1, 9 in block 2; after the graph torch's own order is there again."""
+    torch.compiler.reset()
+    vit = tiny(drop_path_rate=0.0).train()
+    model, x, graphs = build(vit, tokens="topk", blocks=(1,)), images(vit, 4), []
+    plain, before = model(x, Plan(0.5)).logits, _cur_sdpa_kernel_backends(with_priority=True)
+    model.kernels = {(17, False): "math", (9, False): "cudnn"}
+    assert torch.allclose(model(x, Plan(0.5)).logits, plain, atol=1e-5)
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        firsts.clear()
+        return FirstChoice(graph).run
+
+    model.compile(backend=noted)
+    found = model(x, Plan(0.5)).logits
+    found.sum().backward()
+    torch.compiler.reset()
+    assert torch.allclose(found, plain, atol=1e-5) and len(graphs) == 1
+    assert firsts == [(17, SDPBackend.MATH), (17, SDPBackend.MATH), (9, SDPBackend.CUDNN_ATTENTION)]
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before

@@ -77,6 +77,8 @@ def test_a_file_teaches_as_the_network_that_it_is_of_does(file: Path):
     teacher, pixels = build(config(file, tokens=1.0, logits="soft")), torch.randn(2, 3, 16, 16)
     plain = weights.create(drawn.config("nowhere", model=MODEL).model, 1).eval()
     teacher.prepare(alone())
+    teacher.use_kernels(kernels := {(17, False): "math"})
+    assert teacher.network is not None and teacher.network.kernels is kernels
     phases: list[str] = []
     taught = teacher.observe(pixels.requires_grad_(), phases.append)
     assert taught is not None and torch.equal(taught.logits, plain(pixels))

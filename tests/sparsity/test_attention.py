@@ -89,6 +89,7 @@ def test_ddp_splits_a_compiled_graph_with_a_gather(monkeypatch: pytest.MonkeyPat
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         graphs: list[Any] = []
+        model.kernels = {(17, False): "math"}
         model.compile(backend=watched(graphs))
         wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.005)
         wrapped(x, Plan(0.6, 0.5)).logits.square().sum().backward()

@@ -20,7 +20,7 @@ class EngineConfig(Section):
     precision: Literal["autocast", "bf16", "float32"] = "autocast"
     """`autocast`: bf16 compute, float32 parameters; `bf16`: bf16 parameters with float32 master weights; `float32`."""
     attention: Literal["auto", "torch", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Kernel of the attention. `auto`: on a GPU the fastest at the run's token counts, measured at the start and written to the journal;
+    """Kernel of the attention. `auto`: on a GPU the fastest at each token count, measured at the start and written to the journal;
     `torch`: torch's own choice; else this one wherever it takes the input."""
     residual: Literal["float32", "bf16"] = "float32"
     """With precision autocast, the tokens between blocks in `bf16`: about a tenth fewer bytes in a step, and up to 1.5 times the rounding

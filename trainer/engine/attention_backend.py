@@ -1,58 +1,92 @@
-"""Which of torch's attention kernels a run uses: the fastest at its token counts, measured at the start on a GPU.
+"""Which of torch's attention kernels a run uses: the fastest for each of its token counts, measured at the start on a GPU.
 
 On Hopper cuDNN's kernel is public knowledge to be about twice as fast as flash-attention 2 at training shapes, and slower at some others,
-so it is timed. Where the chosen kernel does not take an input (a mask, another type), torch uses the next one.
+so each count is timed, with a mask where the network has one. Where the chosen kernel does not take an input, torch uses the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+from sparsity.attention_kernel import BACKENDS, AttentionShape, Kernels
+
 WARM_UP, TIMES = 2, 5
-Shape = tuple[int, int, int]
+MOST = 16  # token counts that are timed, with and without a mask each; cuDNN prepares each for about a second. The others take the nearest
+Times = dict[AttentionShape, dict[str, float]]
 
 
-def using(name: str | None) -> contextlib.AbstractContextManager[Any]:
-    """Inside the context torch's attention uses this backend where it can, else the others in the order of BACKENDS. None: torch's choice.
-    A graph that torch.compile makes inside keeps it."""
-    if name is None:
-        return contextlib.nullcontext()
-    return sdpa_kernel([BACKENDS[name], *(backend for other, backend in BACKENDS.items() if other != name)], set_priority=True)
+def measured(device: torch.device, images: int, shapes: Iterable[AttentionShape], kind: torch.dtype) -> Times:
+    """Milliseconds of the forward and backward pass of one attention over `images` images, by shape and backend, without those that do not
+    take it. The global random generator is left as it is."""
+    found: Times = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says why a backend does not take the input
+        for shape in _few(shapes):
+            found[shape] = {}
+            for name in ("flash", "cudnn", "efficient") if device.type == "cuda" else ("flash", "math"):
+                with contextlib.suppress(RuntimeError):
+                    found[shape][name] = _milliseconds(device, images, shape, kind, name)
+    return {shape: times for shape, times in found.items() if times}
 
 
-def measured(device: torch.device, images: int, shapes: Iterable[Shape], kind: torch.dtype) -> dict[str, float]:
-    """{backend: ms of the forward and backward passes of all these attentions}, (heads, tokens, head width) each, for `images` images;
-    without those that do not take them. The global random generator is left as it is."""
-    counts, found = Counter(shapes), {}
-    for name in ("flash", "cudnn", "efficient") if device.type == "cuda" else ("flash", "math"):
-        with contextlib.suppress(RuntimeError):
-            found[name] = sum(count * _milliseconds(device, images, shape, kind, name) for shape, count in counts.items())
+def fastest(times: Times, shapes: Iterable[AttentionShape]) -> Kernels:
+    """For each of the shapes the backend that was fastest at the nearest timed count, with a mask or without as it is."""
+    found: dict[tuple[int, bool], str] = {}
+    for shape in shapes:
+        alike = [timed for timed in times if timed.masked == shape.masked]
+        if alike:
+            nearest = times[min(alike, key=lambda timed: abs(timed.tokens - shape.tokens))]
+            found[shape.kind] = min(nearest, key=lambda name: nearest[name])
     return found
 
 
-def _milliseconds(device: torch.device, images: int, shape: Shape, kind: torch.dtype, name: str) -> float:
-    heads, tokens, width = shape
+def facts(times: Times, kernels: Kernels) -> dict[str, Any]:
+    """For the journal: `attention` {tokens: backend}, or the one of all; `attention_ms` {tokens: {backend: ms}}."""
+    by_name = {_named(*kind): name for kind, name in sorted(kernels.items())}
+    same = set(by_name.values())
+    return {
+        "attention": same.pop() if len(same) == 1 else by_name,
+        "attention_ms": {_named(*shape.kind): times[shape] for shape in sorted(times)},
+    }
+
+
+def _named(tokens: int, masked: bool) -> str:
+    return f"{tokens} masked" if masked else str(tokens)
+
+
+def _few(shapes: Iterable[AttentionShape]) -> list[AttentionShape]:
+    """At most MOST with a mask and MOST without, from the fewest tokens to the most."""
+    kinds: Mapping[tuple[int, bool], AttentionShape] = {shape.kind: shape for shape in shapes}
+    found = []
+    for masked in (False, True):
+        one = [kinds[kind] for kind in sorted(kinds) if kind[1] == masked]
+        many = min(MOST, len(one))
+        found += [one[round(at * (len(one) - 1) / max(many - 1, 1))] for at in range(many)]
+    return found
+
+
+def _milliseconds(device: torch.device, images: int, shape: AttentionShape, kind: torch.dtype, name: str) -> float:
     generator = torch.Generator(device).manual_seed(0)
+    heads, tokens, width, masked = shape
     packed = torch.randn(images, tokens, 3, heads, width, generator=generator, device=device).to(kind).requires_grad_()
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # as timm's projection gives them
+    mask: Tensor | None = None
+    if masked:
+        mask = torch.rand(images, 1, tokens, tokens, generator=generator, device=device) < 0.5
+        mask |= torch.eye(tokens, dtype=torch.bool, device=device)
 
     def one() -> None:
         with sdpa_kernel(BACKENDS[name]):
-            torch.autograd.grad(scaled_dot_product_attention(q, k, v).sum(), packed)
+            torch.autograd.grad(scaled_dot_product_attention(q, k, v, attn_mask=mask).sum(), packed)
 
     best = float("inf")
     for turn in range(WARM_UP + TIMES):

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsity.attention_kernel import TORCHS_CHOICE, AttentionShape, Kernels, using
 from trainer.config.errors import ConfigError
 from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
-from trainer.engine.attention_backend import Shape, measured, using
+from trainer.engine.attention_backend import facts, fastest, measured
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import rank, set_single_process_env, start_alone, use_persistent_compile_cache, world_size
@@ -40,7 +41,9 @@ class Engine(Processes):
     silently: every rank trains alone and checkpoints collide).
     """
 
-    attention: str | None = None  # backend of torch's attention; None: torch chooses
+    attention: str | None = (
+        None  # backend of torch's attention, in every network; None: of each network, see `choose_attention`
+    )
 
     def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
@@ -126,17 +129,17 @@ class Engine(Processes):
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
         set_limits(backstop(self.settings.timeout, self.settings.start_timeout))
 
-    def choose_attention(self, shapes: Iterable[Shape]) -> dict[str, Any]:
-        """Collective. Set the attention backend by `engine.attention`; `auto` on a GPU: the fastest one at these (heads, tokens, head
-        width) of a micro-batch. For the journal: `attention`, and `attention_ms` {backend: ms} if measured."""
-        chosen, times = self.settings.attention, {}
-        if chosen == "auto" and self.on_gpu and self.settings.precision != "float32" and (shapes := list(shapes)):
-            times = measured(self.device, self.batch_split.micro_batch, shapes, torch.bfloat16)
+    def choose_attention(self, shapes: Iterable[AttentionShape]) -> tuple[Kernels, dict[str, Any]]:
+        """Collective. Attention backends by `engine.attention`; `auto` on a GPU: for each of these attentions of a micro-batch the fastest.
+        Returns what the network uses, and the fields of the journal (see `attention_backend.facts`)."""
+        chosen, shapes = self.settings.attention, list(shapes)
         self.attention = None if chosen in ("auto", "torch") else chosen
-        if times:  # those of rank 0 on all ranks: one network
-            times = self.broadcast_object(times)
-            self.attention = min(times, key=lambda name: times[name])
-        return {"attention": self.attention or "torch"} | ({"attention_ms": times} if times else {})
+        if chosen != "auto" or not self.on_gpu or self.settings.precision == "float32" or not shapes:
+            return TORCHS_CHOICE, {"attention": self.attention or "torch"}
+        # the times of rank 0 on all ranks: one network
+        times = self.broadcast_object(measured(self.device, self.batch_split.micro_batch, shapes, torch.bfloat16))
+        kernels = fastest(times, shapes)
+        return kernels, facts(times, kernels)
 
     @property
     def module(self) -> Any:

@@ -9,7 +9,8 @@ name, lists as one metric per position.
 |------------|------------------------------|----------------------------------------------------------------------------------|
 | start      | first line of every attempt  | config (resolved), world (processes), hosts (list), device (name), launcher,     |
 |            |                              | compile_cache (folder of torch.compile's graphs, or nothing),                    |
-|            |                              | attention (backend), attention_ms (of each, if measured),                        |
+|            |                              | attention (backend, or {tokens: backend}), attention_ms ({tokens: {backend: ms of|
+|            |                              | an attention, forward and backward}}, if measured),                              |
 |            |                              | commit, dirty, python, versions {library: version}, parameters (count), pixels   |
 |            |                              | (list of the options that change pixels), data {train, validation: {pattern,     |
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |

@@ -16,6 +16,7 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor
 
+from sparsity.attention_kernel import Kernels
 from sparsity.build import build
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, ModelOutput
@@ -45,6 +46,11 @@ class Teacher:
             self.network.to(engine.device, torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32)
             if engine.settings.compile:
                 self.network.compile()
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Those of the network that it teaches: its images have as many tokens."""
+        if self.network is not None:
+            self.network.kernels = kernels
 
     @torch.no_grad()
     def observe(self, images: Tensor, end_phase: Callable[[str], None]) -> ModelOutput | None:

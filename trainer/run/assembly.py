@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from sparsity.network import SparseNetwork
-from sparsity.types import DENSE, Examples, Selection
+from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer.checkpoint import save_load
 from trainer.checkpoint.directory import Newest
 from trainer.checkpoint.state import Saved, TrainState
@@ -128,10 +128,12 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
-        shapes = [*model.attention_shapes(DENSE), *model.attention_shapes(schedule.last())]
+        plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
+        model.kernels, attention = engine.choose_attention(shape for plan in plans for shape in model.attention_shapes(plan))
+        teacher.use_kernels(model.kernels)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
         scored = {importance.KEY: importance.name_of(config, model)}
-        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | engine.choose_attention(shapes)
+        facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | attention
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
         known = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from sparsity.attention_kernel import BACKENDS
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.timing import synchronize
@@ -21,10 +22,6 @@ from trainer.telemetry.timing import synchronize
 IMAGES, WIDTH, HEADS = 256, 384, 6  # DeiT-S
 LENGTHS = (197, 178, 161, 145, 139, 98, 69)  # tokens with [CLS]: dense, and at keep ratios of the recipes
 SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
 
 
 def part(host: Host) -> Iterator[Row]:
