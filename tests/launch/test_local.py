@@ -179,6 +179,7 @@ def test_a_rank_that_is_stopped_while_the_others_exit_is_killed(folder, monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ['PYTHONPATH']}")
     monkeypatch.setattr(processes, "LAST", 1.0)
+    monkeypatch.setattr(processes, "LOOK", 0.1)  # these ranks live for .5 s
     node = local.place(Machine(gpus=0, cores=2), 2, free_port())
     assert start(local.render(Job("c.yaml"), node, sys.executable)) == 1, "started again with --resume, it would end at once"
     message = capfd.readouterr().err
