@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,13 +25,14 @@ from sparsity.tokens.tome import MergeSettings
 from sparsity.tokens.topk import TopKSettings
 from sparsity.types import DENSE, Plan
 from sparsity.vit import SparseViT
-from trainer.bench.paired import interval, warmed_up
+from trainer.bench.paired import interval, resident_peak, warmed_up
 from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.model import weights
 from trainer.model.build import cost_of
 from trainer.telemetry import timing
+from trainer.telemetry.energy import EnergyMeter
 
 SPREAD = 0.13  # standard deviation of an image's density: 25 of 196 tokens, the middle of what SaiT's mass-based selection gave
 COLUMNS = {
@@ -41,6 +43,7 @@ COLUMNS = {
     "bound": "{bound:.3f}",
     "tokens": "{tokens:.4g}",
     "peak MiB": "{peak_mib:.1f}",
+    "J/image": "{joules:.3g}",
 }
 
 
@@ -48,14 +51,15 @@ COLUMNS = {
 class Row:
     """run: a forward pass over images (B, 3, S, S). gmacs: mean over the images. tokens: mean in the last block, with prefix.
 
-    bytes: of the weights, or of the file. by_torch: False where another library allocates, so that peak memory is not known.
+    bytes: of the weights, or of the file. lean: where another library than torch allocates, the same pass with a library that returns
+    its memory after it; its peak is that of the process.
     """
 
     run: Callable[[Tensor], Any]
     gmacs: float
     tokens: float
     bytes: int | None = None
-    by_torch: bool = True
+    lean: Callable[[Tensor], Any] | None = None
 
 
 def bench(config: Config, density: float, batches: list[int], rounds: int) -> BenchResult:
@@ -130,7 +134,9 @@ def measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, batc
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             row.run(images)
 
-    passes = {name: _timed(once, row, device) for name, row in rows.items()}
+    meter = EnergyMeter(device)
+    joules: dict[str, list[float]] = {name: [] for name in rows}
+    passes = {name: _timed(once, row, device, meter, joules[name]) for name, row in rows.items()}
     show = f"bench inference, batch {batch}"
     peaks = warmed_up(passes, device, show)
     times = timing.interleave(passes, rounds, show=show)
@@ -148,13 +154,28 @@ def measured(rows: dict[str, Row], images: Tensor, rounds: int, half: bool, batc
             "tokens": rows[name].tokens,
             "gmacs": rows[name].gmacs / 1e9,
             "bytes": rows[name].bytes,
-            "peak_mib": peaks[name] / 2**20 if rows[name].by_torch else None,
+            "peak_mib": _mib(resident_peak(partial(lean, images)) if (lean := rows[name].lean) else peaks[name]),
+            "joules": median(joules[name][-rounds:]) / batch if meter.source else None,
         }
     return found
 
 
-def _timed(once: Callable[[Row], None], row: Row, device: torch.device) -> Callable[[], float]:
-    return lambda: timing.seconds(lambda: once(row), device)
+def _timed(
+    once: Callable[[Row], None], row: Row, device: torch.device, meter: EnergyMeter, joules: list[float]
+) -> Callable[[], float]:
+    """A pass that returns its seconds and appends its energy to `joules`."""
+
+    def run() -> float:
+        before = meter.joules()
+        seconds = timing.seconds(lambda: once(row), device)
+        joules.append(meter.joules() - before)
+        return seconds
+
+    return run
+
+
+def _mib(found: float | None) -> float | None:
+    return None if found is None else found / 2**20
 
 
 def _under(model: nn.Module, plan: Plan) -> Callable[[Tensor], Any]:

@@ -1,136 +1,143 @@
-"""`trilevel bench inference CONFIG --forms compact,block`: images/s of pruned networks in the forms they have, beside timm's dense model.
+"""`trilevel bench inference CONFIG|RUN --forms compact,block`: images/s of a pruned network in the forms it has, beside a timm network.
 
-The groups are chosen by magnitude from random weights: times depend on how many are left, not on which. Every token is kept. The ONNX
-rows are those of onnxruntime on a CPU, of the smaller network where the groups leave one, else of the dense network with its zeros.
+A run's newest checkpoint has accuracies too: top-1 of each form on its validation images, how often its answer is that of torch's dense
+network with zeros, and how far its logits are from it. A configuration has random weights. Every token is kept.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.vit import SparseViT
-from sparsity.weights import compact
-from sparsity.weights.gathered import gathered
-from sparsity.weights.pruning import Pruning
 from sparsity.weights.stored import sizes
+from trainer.bench.forms import ONNX, Pruned, of_config, of_run, reference, refuse, rows
 from trainer.bench.inference import COLUMNS, Row, measured
 from trainer.bench.result import BenchResult
-from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
-from trainer.model import weights
+from trainer.data.augment.on_device import normalise
+from trainer.data.loader.build import clean_images
+from trainer.data.loader.calibration import calibration_images
+from trainer.data.loader.dataset import open_indexes
+from trainer.data.progress import tracked
 
-FORMS = ("dense", "compact", "block", "onnx", "onnx_int8")
-ONNX = FORMS[3:]
-CALIBRATED = 32  # random images for the ranges of int8: times do not depend on them
-FORM_COLUMNS = COLUMNS | {"bytes": "{bytes:,}"}
+RANDOM = 32  # images for the ranges of int8 where the weights are random: times do not depend on them
+CALIBRATED = 256  # training images for the ranges of int8 of a run, as in `trilevel export --int8`
+WITHOUT_TOP1 = ("bsr",)  # other groups than those of the run are zero
+LEFT_OUT = ("images/s", "tokens")  # the table would be too wide; both are in --json
+FORM_COLUMNS = {name: text for name, text in COLUMNS.items() if name not in LEFT_OUT} | {"bytes": "{bytes:,}"}
+ANSWERS = {"top-1 %": "{top1:.2f}", "same answer %": "{agreement:.2f}", "logits differ": "{difference:.1e}"}
 
 
-def bench(config: Config, forms: Sequence[str], batches: list[int], rounds: int) -> BenchResult:
-    """Measure on this machine's GPU, or else its CPU (float32). Raises ConfigError for a form that the groups of `config` do not have."""
-    if wrong := next((form for form in forms if form not in FORMS), None):
-        raise ConfigError(f"--forms: unknown value {wrong!r}; valid values: {', '.join(FORMS)}")
+def bench(
+    source: Config | Path,
+    forms: Sequence[str],
+    batches: list[int],
+    rounds: int,
+    against: str | None = None,
+    overrides: Sequence[str] = (),
+) -> BenchResult:
+    """Measure on this machine's GPU, or else its CPU (float32). source: a configuration, or the directory of a run, with `overrides`.
+
+    against: `timm:NAME`, the network that speedups refer to; None: the dense network of `source` itself. Raises ConfigError for a form that
+    the groups do not have, DataError where the images of a run cannot be read.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (given := [form for form in forms if form in ONNX]) and device.type == "cuda":
-        raise ConfigError(f"--forms {','.join(given)}: onnxruntime is timed on a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
-    vit: Any = weights.create(config.model.model_copy(update={"init": "random"}), config.seed).eval()
-    if why := SparseViT.why_not(vit):
-        raise ConfigError(f"bench inference --forms: model.name={config.model.name}: {why}")
-    level = config.weights.settings.build(vit)
-    level.begin_epoch(config.epochs, lambda: dict(vit.named_parameters()))
-    if level.kept is None:
-        raise ConfigError(
-            f"--forms with weights.method={config.weights.method}: nothing is pruned; set weights.keep below 1, e.g. "
-            "weights.method=magnitude weights.keep=.5"
-        )
-    with torch.no_grad():
-        for name, mask in level.masks().items():
-            vit.get_parameter(name).mul_(mask)
+    refuse(forms, device)
+    pruned = of_config(source) if isinstance(source, Config) else of_run(source, overrides)
+    config, answers = pruned.config, {}
+    other = None if against is None else reference(against, config)
     half = device.type == "cuda" and config.engine.precision != "float32"
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="trilevel-forms-") as folder:
-        rows = _rows(vit, level, forms, device, Path(folder))
+        table = rows(pruned, forms, device, Path(folder), other, _calibration(pruned, forms))
+        if pruned.run is not None:
+            answers = _answers(config, pruned.vit.to(device), _answering(table, against), device)
         for batch in batches:
-            images = torch.randn(batch, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0)).to(device)
-            found |= {f"{batch} x {name}": facts for name, facts in measured(rows, images, rounds, half, batch).items()}
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32"
-    left = sizes(level)
-    s: Any = config.weights.settings
-    title = (
-        f"{config.model.name}, {config.model.image_size} px, weights.groups={s.groups}, block={list(s.block)}, keep={s.keep:g}, eager, "
+            images = torch.randn(batch, 3, *pruned.vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0)).to(
+                device
+            )
+            timed = measured(table, images, rounds, half, batch)
+            found |= {f"{batch} x {name}": facts | answers.get(name, {}) for name, facts in timed.items()}
+    columns = FORM_COLUMNS | (ANSWERS if answers else {})
+    if all(facts["joules"] is None for facts in found.values()):
+        columns.pop("J/image")
+    return BenchResult(_title(pruned, half, rounds, device), found, columns, _notes(pruned, found, against))
+
+
+def _title(pruned: Pruned, half: bool, rounds: int, device: torch.device) -> str:
+    s: Any = pruned.config.weights.settings
+    model = pruned.config.model
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads, float32"
+    block = f", block={list(s.block)}" if s.groups in ("columns", "rows") else ""
+    return (
+        f"{pruned.run or model.name}, {model.image_size} px, weights.groups={s.groups}{block}, keep={s.keep:g}, eager, "
         f"{'bf16 autocast, ' if half else ''}{rounds} rounds, {kind}"
     )
+
+
+def _notes(pruned: Pruned, found: Mapping[str, Mapping[str, Any]], against: str | None) -> list[str]:
+    left = sizes(pruned.level)
     notes = [
-        "row: batch size x network. bound: speedup if time followed multiply-adds.",
+        f"row: batch size x network; timm: {against or 'the dense network'}. bound: speedup if time followed multiply-adds.",
         f"bytes of the pruned layers, float32: dense {left['dense']:,}, blocks {left['block']:,}, CSR {left['csr']:,}.",
     ]
-    return BenchResult(title, found, FORM_COLUMNS, notes)
+    if any(name.endswith(ONNX) for name in found):
+        notes.append("peak of onnxruntime: growth of the process; of torch: its allocations.")
+    if all(facts["joules"] is None for facts in found.values()):
+        notes.append("energy: not measured; neither NVML nor RAPL (/sys/class/powercap) can be read here.")
+    return notes
 
 
-def _rows(vit: Any, level: Pruning, forms: Sequence[str], device: torch.device, folder: Path) -> dict[str, Row]:
-    assert level.kept is not None
-    model = SparseViT(vit)
-    whole, left = model.cost(), model.cost(left=level.shares())
-    tokens, dense = float(whole.tokens[-1]), _bytes(vit)
-    rows = {"timm": Row(vit.to(device), whole.total, tokens, dense)}
-    try:
-        if "compact" in forms:
-            small = _compact(vit, level)
-            rows["compact"] = Row(small.to(device), left.total, tokens, _bytes(small))
-        if "block" in forms:
-            stored = sizes(level)
-            rows["block"] = Row(
-                gathered(vit, level).to(device).eval(), left.total, tokens, dense - stored["dense"] + stored["block"]
-            )
-    except ValueError as error:
-        raise ConfigError(f"--forms {','.join(forms)}: {error}") from error
-    if wanted := [form for form in forms if form in ONNX]:
-        rows |= _onnx(vit, level, wanted, Row(vit, whole.total, tokens), left.total, folder)
-    return rows
+def _calibration(pruned: Pruned, forms: Sequence[str]) -> Iterable[np.ndarray]:
+    """Normalised batches for the ranges of int8."""
+    if ONNX[1] not in forms:
+        return []
+    if pruned.run is None:
+        size = pruned.vit.patch_embed.img_size
+        images = torch.randn(RANDOM, 3, *size, generator=torch.Generator().manual_seed(1))
+        return [part.numpy() for part in images.split(8)]
+    index, _ = open_indexes(pruned.config.data)
+    drawn = calibration_images(pruned.config, index, CALIBRATED, torch.device("cpu"), "calibrate int8")
+    return [batch.numpy() for batch in drawn if len(batch)]
 
 
-def _compact(vit: Any, level: Pruning) -> Any:
-    """A smaller dense copy. Raises ValueError for groups that leave none."""
-    assert level.kept is not None
-    parts = compact.cut(level.sites, dict(vit.named_parameters()), level.kept)
-    small = copy.deepcopy(vit)
-    compact.shrink(small, compact.sizes_of(level.sites, level.kept))
-    small.load_state_dict(vit.state_dict() | parts)
-    return small.eval()
+def _answering(table: Mapping[str, Row], against: str | None) -> dict[str, Row]:
+    """The rows that have the weights of the run."""
+    return {name: row for name, row in table.items() if name not in WITHOUT_TOP1 and (name != "timm" or against is None)}
 
 
-def _onnx(vit: Any, level: Pruning, forms: Sequence[str], dense: Row, left: float, folder: Path) -> dict[str, Row]:
-    """Rows of onnxruntime; dense: of the network with its zeros; left: multiply-adds of the smaller one."""
-    from trainer.checkpoint import export_onnx, onnx_int8
-
-    export_onnx.refuse_missing()
-    try:
-        network, work = _compact(vit, level), left
-    except ValueError:
-        network, work = vit, dense.gmacs
-    size = vit.patch_embed.img_size
-    paths = {form: folder / f"{form}.onnx" for form in ONNX}
-    export_onnx.write(network, torch.zeros(2, 3, *size), paths["onnx"])
-    if "onnx_int8" in forms:
-        images = torch.randn(CALIBRATED, 3, *size, generator=torch.Generator().manual_seed(1))
-        onnx_int8.quantize(paths["onnx"], paths["onnx_int8"], [part.numpy() for part in images.split(8)])
-    found = {}
-    for form in forms:
-        run = partial(_run, onnx_int8.session(paths[form]))
-        found[form] = Row(run, work, dense.tokens, paths[form].stat().st_size, by_torch=False)
-    return found
+@torch.inference_mode()
+def _answers(config: Config, dense: Any, table: Mapping[str, Row], device: torch.device) -> dict[str, dict[str, float]]:
+    """{row: top1 and agreement with the dense network in %, and the largest difference of a logit, relative to the largest logit}, over
+    the validation images."""
+    right, same, apart = (dict.fromkeys(table, 0.0) for _ in range(3))
+    largest = images = 0.0
+    for pixels, labels in _labelled(config, device):
+        reference = dense(pixels)
+        largest, images = max(largest, float(reference.abs().max())), images + len(labels)
+        for name, row in table.items():
+            logits = row.run(pixels)
+            right[name] += int((logits.argmax(1) == labels).sum())
+            same[name] += int((logits.argmax(1) == reference.argmax(1)).sum())
+            apart[name] = max(apart[name], float((logits - reference).abs().max()))
+    return {
+        name: {"top1": 100 * right[name] / images, "agreement": 100 * same[name] / images, "difference": apart[name] / largest}
+        for name in table
+    }
 
 
-def _run(session: Any, images: Tensor) -> Any:
-    return session.run(None, {"images": images.numpy()})
-
-
-def _bytes(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+def _labelled(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Validation images, normalised, and their labels, broken ones left out."""
+    _, index = open_indexes(config.data)
+    ids = np.arange(len(index))
+    batches = -(-len(ids) // config.evaluate.batch)
+    loader = clean_images(index, config, 0, 1, 1.0)
+    for batch in tracked(loader.of(ids), "answers of the forms", batches, "batches"):
+        counted = batch.weights.to(device) > 0
+        yield normalise(batch.images.to(device), config.augment)[counted], batch.labels.to(device)[counted]

@@ -71,11 +71,12 @@ def quantize(source: Path, out: Path, batches: Iterable[np.ndarray]) -> None:
         )
 
 
-def session(path: Path) -> Any:
-    """An onnxruntime session on the CPU with as many threads as torch has."""
+def session(path: Path, arena: bool = True) -> Any:
+    """An onnxruntime session on the CPU with as many threads as torch has. arena: it keeps its memory between two calls, as by default."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.cli.output import configuration, show, show_table, write_json
@@ -29,6 +30,8 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
         from trainer.bench import journal
 
         return journal.bench(a.lines, a.pause)
+    if part == "inference" and (a.forms or a.against):
+        return _forms(a)
     config = configuration(a)
     if part == "input" and a.order_only:
         from trainer.bench import order
@@ -60,13 +63,22 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
     from trainer.bench import engine
 
     if part == "inference":
-        if a.forms:
-            from trainer.bench import pruned
-
-            return pruned.bench(config, a.forms.split(","), engine.batches(a.batches, "1,32,256", "1,8", "--batches"), a.rounds)
         from trainer.bench import inference
 
         return inference.bench(config, a.density, engine.batches(a.batches, "1,32,256", "1,8", "--batches"), a.rounds)
     images = engine.batches(a.images_per_device)
     engine.on_every_device(a.processes)
     return engine.bench(config, images, a.rounds, a.rows.split(",") if a.rows else None)
+
+
+def _forms(a: argparse.Namespace) -> BenchResult:
+    """`bench inference --forms`, of a configuration or the directory of a run."""
+    from trainer.bench import engine, pruned
+    from trainer.config.errors import ConfigError
+
+    if not a.forms:
+        raise ConfigError(f"--against {a.against}: compares forms of pruned weights; add --forms, e.g. --forms compact,block")
+    batches = engine.batches(a.batches, "1,32,256", "1,8", "--batches")
+    run = Path(a.config)
+    source = run if run.is_dir() else configuration(a)
+    return pruned.bench(source, a.forms.split(","), batches, a.rounds, a.against, a.overrides)

@@ -43,8 +43,11 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     c.add_argument("--density", type=float, default=0.45, help="share of the tokens that stays (default: .45)")
     c.add_argument(
         "--forms",
-        metavar="compact,block,onnx,onnx_int8",
-        help="instead: pruned weights of CONFIG in these forms, with every token kept",
+        metavar="compact,block,bsr,onnx,onnx_int8",
+        help="instead: pruned weights of CONFIG, or of the run directory in its place with its top-1, in these forms; every token kept",
+    )
+    c.add_argument(
+        "--against", metavar="timm:NAME", help="with --forms: the network that speedups refer to (default: the dense one)"
     )
     c.add_argument("--batches", metavar="1,32,256", help="batch sizes (default: 1,32,256; on a CPU 1,8)")
     c.add_argument("--rounds", type=int, default=20, help="number of rounds over all rows (default: 20)")

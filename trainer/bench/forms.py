@@ -1,0 +1,229 @@
+"""The networks that `trilevel bench inference --forms` times: what is pruned, and a row for each form that the groups have.
+
+`bsr`, torch's block-sparse rows, exists for the benchmark alone: it keeps as many whole p x q blocks as `weights.keep` says, which no
+method here prunes, so that it has no top-1.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparsity.vit import SparseViT
+from sparsity.weights import compact
+from sparsity.weights.gathered import gathered
+from sparsity.weights.groups import Block
+from sparsity.weights.pruning import Pruning
+from sparsity.weights.stored import sizes
+from trainer.bench.inference import Row
+from trainer.checkpoint import save_load
+from trainer.config.errors import ConfigError
+from trainer.config.load import load_run
+from trainer.config.run_config import Config
+from trainer.model import pruned_file, weights
+
+FORMS = ("dense", "compact", "block", "bsr", "onnx", "onnx_int8")
+ONNX = FORMS[4:]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """vit: timm's network on the CPU, with zeros where groups are pruned. level: with its masks. run: whose checkpoint it is; None: the
+    weights are random."""
+
+    config: Config
+    vit: Any
+    level: Pruning
+    run: Path | None = None
+
+
+def of_config(config: Config) -> Pruned:
+    """Random weights, pruned by magnitude: times depend on how many groups are left, not on which. Raises ConfigError."""
+    vit = _vit(config, weights.create(config.model.model_copy(update={"init": "random"}), config.seed).eval())
+    level = config.weights.settings.build(vit)
+    level.begin_epoch(config.epochs, lambda: dict(vit.named_parameters()))
+    if level.kept is None:
+        raise ConfigError(
+            f"--forms with weights.method={config.weights.method}: nothing is pruned; set weights.keep below 1, e.g. "
+            "weights.method=magnitude weights.keep=.5"
+        )
+    return _masked(config, vit, level, None)
+
+
+def of_run(run: Path, overrides: Sequence[str] = ()) -> Pruned:
+    """The newest checkpoint of a run, its EMA weights if it has any. Raises ConfigError for a run without one or without pruned weights."""
+    config, what = load_run(run, list(overrides)), f"bench inference {run} --forms"
+    found = save_load.latest(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{what}: no checkpoint in it; give the directory of a run with one")
+    level, vit = pruned_file.level_of(config, save_load.pruning_of(found), what)
+    state = load_file(found / "ema.safetensors") or load_file(found / "weights.safetensors")
+    vit.load_state_dict(state)
+    return _masked(config, _vit(config, vit.eval()), level, run)
+
+
+def reference(name: str, config: Config) -> Any:
+    """The network of `--against timm:NAME`, with random weights and the image size and classes of `config`. Raises ConfigError."""
+    if not name.startswith("timm:"):
+        raise ConfigError(f"--against {name}: must be timm:NAME, e.g. timm:deit_small_patch16_224")
+    weights.refuse_unknown(name.removeprefix("timm:"))
+    model = {"name": name.removeprefix("timm:"), "init": "random", "args": {}}
+    return _vit(config, weights.create(config.model.model_copy(update=model), config.seed).eval(), f"--against {name}")
+
+
+def rows(
+    found: Pruned, forms: Sequence[str], device: torch.device, folder: Path, against: Any, images: Iterable[np.ndarray]
+) -> dict[str, Row]:
+    """A row for the reference, named timm, and for each form; against: the reference, None: the dense network itself. images: normalised
+    batches for the ranges of int8. folder: for files of ONNX. Raises ConfigError for a form that the groups do not have."""
+    refuse(forms, device)
+    model = SparseViT(found.vit)
+    whole, left, bytes_ = model.cost(), model.cost(left=found.level.shares()), _bytes(found.vit)
+    tokens = float(whole.tokens[-1])
+    dense = Row(copy.deepcopy(found.vit).to(device), whole.total, tokens, bytes_)
+    table = {"timm": dense}
+    if against is not None:
+        cost = SparseViT(against).cost()
+        table = {"timm": Row(against.to(device), cost.total, float(cost.tokens[-1]), _bytes(against))}
+    if "dense" in forms and against is not None:
+        table["dense"] = dense
+    build: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+        "compact": lambda: _sized(small(found)),
+        "block": lambda: (gathered(found.vit, found.level), bytes_ - sizes(found.level)["dense"] + sizes(found.level)["block"]),
+        "bsr": lambda: _bsr(found),
+    }
+    for form in build:
+        if form in forms:
+            try:
+                network, size = build[form]()
+            except ValueError as error:
+                raise ConfigError(f"--forms {','.join(forms)}: {error}") from error
+            table[form] = Row(network.to(device).eval(), left.total, tokens, size)
+    if wanted := [form for form in forms if form in ONNX]:
+        table |= _onnx(found, wanted, dense, left.total, folder, images)
+    return table
+
+
+def refuse(forms: Sequence[str], device: torch.device) -> None:
+    """Raises ConfigError for unknown forms and for those that this device does not compute."""
+    if wrong := next((form for form in forms if form not in FORMS), None):
+        raise ConfigError(f"--forms: unknown value {wrong!r}; valid values: {', '.join(FORMS)}")
+    if (given := [form for form in forms if form in ONNX]) and device.type == "cuda":
+        raise ConfigError(f"--forms {','.join(given)}: onnxruntime is timed on a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
+
+
+def small(found: Pruned) -> Any:
+    """A smaller dense copy. Raises ValueError for groups that leave none."""
+    level, vit = found.level, found.vit
+    assert level.kept is not None
+    parts = compact.cut(level.sites, dict(vit.named_parameters()), level.kept)
+    smaller = copy.deepcopy(vit)
+    compact.shrink(smaller, compact.sizes_of(level.sites, level.kept))
+    smaller.load_state_dict(vit.state_dict() | parts)
+    return smaller.eval()
+
+
+def whole_blocks(weight: Tensor, block: tuple[int, int], keep: float) -> Tensor:
+    """Which blocks of a weight (O, I) the BSR form keeps, (R, C) bool: the share `keep` with the largest sums of squares. Raises ValueError
+    where the blocks do not divide the layer, which torch refuses."""
+    (p, q), (outputs, inputs) = block, weight.shape
+    if outputs % p or inputs % q:
+        raise ValueError(f"bsr: blocks of {p} x {q} do not divide a layer of {outputs} x {inputs}; set weights.block")
+    energy = weight.square().unflatten(0, (-1, p)).unflatten(2, (-1, q)).sum((1, 3))
+    most = max(1, round(keep * energy.numel()))
+    return torch.zeros(energy.numel(), dtype=torch.bool).scatter_(0, energy.flatten().topk(most).indices, True).view_as(energy)
+
+
+class BsrLinear(nn.Module):
+    """A linear layer whose weight is torch's BSR tensor (O, I). Outside autograd: its product is W x^T, as `F.linear` refuses inference
+    tensors with it."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = (self.weight @ x.reshape(-1, x.shape[-1]).t()).t()
+        return (found if self.bias is None else found + self.bias).reshape(*x.shape[:-1], -1)
+
+
+def _bsr(found: Pruned) -> tuple[nn.Module, int]:
+    """A copy whose pruned layers are BSR tensors, and its bytes. Raises ValueError for units and heads."""
+    settings: Any = found.config.weights.settings
+    vit, (p, q) = copy.deepcopy(found.vit), settings.block
+    modules, size = dict(vit.named_modules()), _bytes(vit)
+    for site in found.level.sites:
+        if not isinstance(site, Block):
+            raise ValueError(f"{site.name}: units and heads have no blocks; use the compact form")
+        layer = cast(nn.Linear, modules[site.name])
+        weight = layer.weight.detach()
+        stays = whole_blocks(weight, (p, q), settings.keep).repeat_interleave(p, 0).repeat_interleave(q, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # BSR is in beta state
+            sparse = (weight * stays).to_sparse_bsr((p, q))
+        parts = (sparse.values(), sparse.crow_indices(), sparse.col_indices())
+        size += sum(part.numel() * part.element_size() for part in parts) - weight.numel() * weight.element_size()
+        parent, _, name = site.name.rpartition(".")
+        setattr(modules[parent], name, BsrLinear(sparse, layer.bias))
+    return vit, size
+
+
+def _onnx(
+    found: Pruned, forms: Sequence[str], dense: Row, left: float, folder: Path, images: Iterable[np.ndarray]
+) -> dict[str, Row]:
+    """Rows of onnxruntime, of the smaller network where the groups leave one, else of the network with its zeros."""
+    from trainer.checkpoint import export_onnx, onnx_int8
+
+    export_onnx.refuse_missing()
+    try:
+        network, work = small(found), left
+    except ValueError:
+        network, work = found.vit, dense.gmacs
+    paths = {form: folder / f"{form}.onnx" for form in ONNX}
+    export_onnx.write(network, torch.zeros(2, 3, *found.vit.patch_embed.img_size), paths["onnx"])
+    if "onnx_int8" in forms:
+        onnx_int8.quantize(paths["onnx"], paths["onnx_int8"], images)
+    table = {}
+    for form in forms:
+        run, lean = (partial(_run, onnx_int8.session(paths[form], arena=arena)) for arena in (True, False))
+        table[form] = Row(run, work, dense.tokens, paths[form].stat().st_size, lean=lean)
+    return table
+
+
+def _run(session: Any, images: Tensor) -> Tensor:
+    (logits,) = session.run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits)
+
+
+def _vit(config: Config, vit: Any, what: str = "") -> Any:
+    if why := SparseViT.why_not(vit):
+        raise ConfigError(f"{what or f'bench inference --forms: model.name={config.model.name}'}: {why}")
+    return vit
+
+
+def _masked(config: Config, vit: Any, level: Pruning, run: Path | None) -> Pruned:
+    with torch.no_grad():
+        for name, mask in level.masks().items():
+            vit.get_parameter(name).mul_(mask)
+    return Pruned(config, vit, level, run)
+
+
+def _sized(network: nn.Module) -> tuple[nn.Module, int]:
+    return network, _bytes(network)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
