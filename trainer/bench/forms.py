@@ -1,6 +1,6 @@
 """The networks that `trilevel bench inference --forms` times: what is pruned, and a row for each form that the groups have.
 
-`bsr`, torch's block-sparse rows, exists for the benchmark alone: it keeps as many whole p x q blocks as `weights.keep` says, which no
+`bsr`, torch's block-sparse rows, exists for the benchmark alone: it keeps the share `weights.keep` of whole p x q blocks, which no
 method here prunes, so that it has no top-1.
 """
 
