@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import re
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,27 +24,20 @@ from trainer.config.run_config import Config
 from trainer.data.order import EpochOrder
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.engine.errors import LATE
-from trainer.engine.heartbeat import REPORTING
 from trainer.journal.writer import Journal
 from trainer.model.evaluate import Evaluated
 from trainer.model.weights import save_weights
 from trainer.run import broken_images, nonfinite_steps
 from trainer.run import directory as run
+from trainer.run.failures import Failures
 from trainer.run.rank_zero import SENDING, RankZeroLog
 from trainer.storage.disk import Content, Disk
-from trainer.storage.exit_code import write_exit_code
 from trainer.storage.process_age import since_start
 from trainer.storage.standard_streams import say
 from trainer.telemetry.efficiency import Efficiency
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.meters import MeterReading
 from trainer.telemetry.profiler import Trace
-
-# the words of gloo and NCCL where another process has ended
-_PEER_GONE = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|remote process (has )?(exited|terminated)|Application timeout", re.I
-)
 
 
 class RunResult(NamedTuple):
@@ -84,8 +74,7 @@ class Recorder:
         self.attempt = int(engine.broadcast_object(self._journal.attempt if self._journal else 0))
         self.trace = Trace(config.trace, self.directory, engine.rank, engine.on_gpu, self._say)
         self._ended = False  # its last line is written
-        self._failing = threading.Lock()  # of the first thread that records the failure
-        engine.heartbeat.on_late = self._late
+        self._failures = Failures(engine, self.directory, self.attempt, self._failed, self._failed_late)
 
     def start(self, state: TrainState, data: dict[str, Index], model: SparseNetwork, cost: dict[str, Any]) -> None:
         """First lines of the attempt; collective."""
@@ -208,10 +197,8 @@ class Recorder:
         recorded = "stopped" if status == "preempted" else status
         reason = reason or {"stopped": f"stop_at={self.config.stop_at}", "preempted": "preempted"}.get(status, "")
         if self._log:
-            began = time.monotonic()
-            with self.engine.heartbeat.working(
-                lambda: min(int(time.monotonic() - began), 2 * SENDING)
-            ):  # the others wait meanwhile
+            end = time.monotonic() + 2 * SENDING
+            with self.engine.heartbeat.working(lambda: int(min(time.monotonic(), end))):  # the others wait meanwhile
                 self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
         elif self._journal:  # it failed before `start`
             where = {"step": state.step, "progress": state.progress, "starting": since_start()}
@@ -220,55 +207,16 @@ class Recorder:
             self._journal.close()
         return RunResult(status, self._top1, self.directory)
 
-    @contextlib.contextmanager
-    def recording_failures(self) -> Iterator[None]:
-        """Around the loop: writes an exception to this rank's log and as the attempt's last line, then re-raises it. The line begins with
-        the cause of the rank that failed first: the others fail because its connections close."""
-        try:
-            yield
-        except BaseException as error:
-            if not self._failing.acquire(blocking=False):
-                time.sleep(REPORTING)  # the watch of collectives is reporting, then it ends this process
-            logging.getLogger("trilevel").error("failed at step %d", self._state.step, exc_info=error)
-            own = f"{type(error).__name__}: {error}"
-            own = f"rank {self.engine.rank}: {own}" if self.engine.world > 1 else own
-            first = self._first_failure(error, own)
-            self.engine.heartbeat.stop()
-            if self._journal and first != own:
-                say(
-                    f"trilevel: {first}\n  The run failed there first; the logs of all ranks: {self.directory / 'logs'}",
-                    error=True,
-                )
-            with contextlib.suppress(Exception):
-                self.end(self._state, "failed", reason=first if first == own else f"{first}; then {own}")
-            if self.engine.is_main:  # below the traceback, whose last line is the cause
-                error.add_note(run.how_to_continue(self.directory, self.engine.world))
-            raise
+    def recording_failures(self) -> contextlib.AbstractContextManager[None]:
+        """Around the loop, see `Failures.recorded`."""
+        return self._failures.recorded(lambda: self._state.step)
 
-    def _first_failure(self, error: BaseException, own: str) -> str:
-        """The cause of the rank that failed first. A rank that was killed has left none: then those whose connections it closed name it."""
-        gone = ""
-        if _PEER_GONE.search(str(error)) and not self.engine.first_failure("", self.attempt):
-            gone = self.engine.heartbeat.gone()
-        return self.engine.first_failure(gone or own, self.attempt)
+    def _failed(self, reason: str) -> None:
+        self.end(self._state, "failed", reason)
 
-    def _late(self, text: str) -> None:
-        """A collective does not complete, see `heartbeat`: writes the stacks to this rank's log and the last line of the attempt. In the
-        thread of the watch; the main thread is blocked, and the process ends after this."""
-        if not self._failing.acquire(blocking=False):
-            return time.sleep(REPORTING)  # the main thread has raised and ends this process
-        run.log_stacks(text)
-        own = f"rank {self.engine.rank}: {text}"
-        first = self.engine.first_failure(own, self.attempt)
-        if first == own or self.engine.is_main:
-            say(f"trilevel: {first}", error=True)
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":
-                thread.join(REPORTING / 2)  # let the checkpoint in progress reach the disk
+    def _failed_late(self, reason: str) -> None:
         if not self._ended:  # else the last line is written; a resume ends at once
-            with contextlib.suppress(Exception):
-                self._close(self._state, "failed", first)
-        return write_exit_code(LATE)
+            self._close(self._state, "failed", reason)
 
     def _say(self, text: str) -> None:
         """A message of this rank: rank 0 to journal and console, the others to standard output."""
