@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import ROOT, environment, torchrun
 from trainer.config import run_config
 from trainer.data.order import BatchSplit
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.engine import Engine
-from trainer.engine.processes import Processes
+from trainer.engine.processes import Processes, ddp_settings
 
 pytestmark = pytest.mark.dist
 
@@ -176,3 +178,13 @@ def test_autotune_is_torchs_mode_and_each_rank_compiles_with_its_share_of_the_co
         assert torch._inductor.config.compile_threads == 8
     assert compiled == [given]
     assert engine.compile_cache == str(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ddp_takes_its_settings_without_a_warning_and_broadcasts_no_buffers() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(torch.nn.Linear(2, 2), **ddp_settings())
+        assert wrapped.gradient_as_bucket_view and not wrapped.broadcast_buffers
+    finally:
+        dist.destroy_process_group()

@@ -30,7 +30,7 @@ from trainer.engine.environment import rank, set_single_process_env, start_alone
 from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
 from trainer.engine.heartbeat import Heartbeat, backstop, set_limits
-from trainer.engine.processes import Processes
+from trainer.engine.processes import Processes, ddp_settings
 from trainer.engine.store import meeting
 
 
@@ -122,9 +122,7 @@ class Engine(Processes):
         else:
             model.to(self.device)
             self.optimizer = optimizer
-            # gradients as views of the buckets: no second copy of them. No broadcast: buffers are constants, or `RunningStatistics`
-            settings: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-            self.model = nn.parallel.DistributedDataParallel(model, **settings) if self.world > 1 else model
+            self.model = nn.parallel.DistributedDataParallel(model, **ddp_settings()) if self.world > 1 else model
         replicated = self.settings.kind == "ddp" or self.settings.zero == 0
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
         set_limits(backstop(self.settings.timeout, self.settings.start_timeout))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.engine.delayed import Delayed
 from trainer.engine.errors import EngineError
@@ -114,3 +115,11 @@ class Processes:
             self.heartbeat.enter("the end of the run")
             dist.barrier()
         self.heartbeat.stop()
+
+
+def ddp_settings() -> dict[str, Any]:
+    """Gradients as views of the buckets: no second copy of them. No broadcast in a forward pass: buffers are constants, or
+    `RunningStatistics`; torch 2.15 gave that setting another name, and warns of the old one."""
+    names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, no_broadcast: False}
