@@ -73,6 +73,7 @@ class SparseNetwork(nn.Module):
         self.importance = ""  # name of the score of its tokens (`Network.importance`); "" without one
         self.residual: torch.dtype | None = None  # of the tokens between blocks, under autocast; None: float32, as timm
         self.kernels: Kernels = TORCHS_CHOICE  # of its attention
+        self._plans: dict[Any, Plan] = {}  # by `counts`, the first with each
         self.training = network.training
 
     @classmethod
@@ -112,13 +113,23 @@ class SparseNetwork(nn.Module):
         """Each block's attention over all of its tokens; () for a family that has none of that form."""
         return ()
 
+    def counts(self, plan: Plan) -> Any:
+        """What of `plan` a forward pass depends on: the numbers of tokens and keys. The plan itself where it may depend on more."""
+        return plan
+
+    def __call__(self, images: Tensor, plan: Plan = DENSE, *args: Any, **named: Any) -> ModelOutput:
+        """Compiled, under the first plan with the same `counts`: its shares are constants of a graph, and others would be another graph."""
+        if self._compiled_call_impl is not None and not torch.compiler.is_compiling():
+            plan = self._plans.setdefault(self.counts(plan), plan)
+        return super().__call__(images, plan, *args, **named)
+
     @property
     def grid(self) -> tuple[int, int]:
         """Tokens down and across that the ids in `kept` count, in reading order. Raises ValueError for a network without them."""
         raise ValueError(f"{type(self.network).__name__} has no tokens to select")
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per plan, never one with symbolic counts.
+        """`nn.Module.compile`, in place, with shapes fixed in each graph: one graph per `counts` of a plan, never one with symbolic counts.
 
         A graph is reused when its plan comes again; up to NUM_GRAPHS are kept (torch's default limit is 8).
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -90,7 +90,11 @@ class BlockShape(NamedTuple):
 
 
 class Reduce(Protocol):
-    """Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP)."""
+    """Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP).
+
+    May say two more things, False where it does not. by_counts: it depends on a plan only by the numbers of patches that it leaves, so
+    plans with the same numbers share a compiled graph. weighs: it weights the keys of later blocks.
+    """
 
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]: ...
 
@@ -104,7 +108,11 @@ class Reduce(Protocol):
 
 
 class Connect(Protocol):
-    """Level 3: sets `Tokens.keys`, the visible keys of the following blocks until the next selection."""
+    """Level 3: sets `Tokens.keys`, the visible keys of the following blocks until the next selection.
+
+    May say two more things, False where it does not. by_counts: it depends on a plan only by `num_kept` of the patches. masks: it hides
+    keys by a mask.
+    """
 
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens: ...
 
@@ -201,6 +209,8 @@ def single_process(tensor: torch.Tensor) -> torch.Tensor:
 class ConnectAll:
     """The identity: all keys visible."""
 
+    by_counts: ClassVar[bool] = True
+
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> Tokens:
         return tokens
 
@@ -219,6 +229,8 @@ def num_kept(num: int, share: float) -> int:
 @dataclass(frozen=True)
 class KeepAll:
     """The identity."""
+
+    by_counts: ClassVar[bool] = True
 
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]:
         return tokens, qkv

@@ -20,7 +20,7 @@ from sparsity.attention_kernel import AttentionShape
 from sparsity.graph_cost import embed_work
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.tokens import scores
-from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys
+from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys, num_kept
 
 
 class SparseViT(SparseNetwork):
@@ -74,6 +74,21 @@ class SparseViT(SparseNetwork):
             )
             for number, (a, n) in enumerate(zip(attentions, tokens, strict=True))
         )
+
+    def counts(self, plan: Plan) -> Any:
+        varies = (
+            not isinstance(self.vit.patch_drop, nn.Identity) or self.vit.dynamic_img_size
+        )  # then there are not always `cost`'s patches
+        if varies or not (getattr(self.reduce, "by_counts", False) and getattr(self.connect, "by_counts", False)):
+            return plan
+        cost, prefix = self.cost(plan), self.vit.num_prefix_tokens
+        tokens = (*cost.tokens, cost.left)
+        connect = (
+            ()
+            if not self.connects
+            else tuple(num_kept(tokens[b + 1] - prefix, plan.keep_connections) for b in sorted(self.blocks))
+        )
+        return tokens, connect
 
     @classmethod
     def why_not(cls, network: nn.Module) -> str:

@@ -40,6 +40,7 @@ class ExactMask:
     authors: all keys with P >= the m-th largest, as in Tri-Level's code, so a row of ties at epsilon becomes dense.
     """
 
+    by_counts: ClassVar[bool] = True
     masks: ClassVar[bool] = True
     authors: bool = False
 

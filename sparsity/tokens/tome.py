@@ -55,7 +55,8 @@ class Merge:
     At most half of the patches of a block can be merged. carry_qkv as in `topk`.
     """
 
-    weighs: ClassVar[bool] = True  # its keys
+    by_counts: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     merged: int = 0
     carry_qkv: bool = True
 

@@ -90,6 +90,10 @@ class TopK:
     carry_qkv: bool = True
     authors: bool = False
 
+    @property
+    def by_counts(self) -> bool:
+        return not self.fuse  # 16 patches, or 15 and a fused one, are as many
+
     def __call__(self, tokens: Tokens, qkv: QKV, plan: Plan) -> tuple[Tokens, QKV]:
         num = tokens.ids.shape[1]
         num_left = num_kept(num, plan.keep_tokens)

@@ -99,6 +99,7 @@ def test_a_profile_sums_classes_and_idle_time() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_facts_run_engine_and_input_in_their_tiny_form(capsys: Any) -> None:
     assert gpu.main(["facts", "run", "engine", "input"]) == 0, capsys.readouterr().out
     message = capsys.readouterr().out

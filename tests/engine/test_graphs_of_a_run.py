@@ -1,4 +1,5 @@
-"""How many graphs torch.compile makes in a whole run: one for training and one for evaluation under each plan, none for anything else."""
+"""How many graphs torch.compile makes in a whole run: one for training and one for evaluation for each set of token and key counts that a
+plan gives, and two small ones; none for anything else."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from sparsity.types import Plan
 from tests.conftest import ROOT, environment, lines
+from trainer.config.load import load
+from trainer.model.build import build_model, build_schedule
 
+RECIPE = ROOT / "configs/tri_level_deit_small_0.7.yaml"
 WORDS = [
     "model.image_size=32", "model.args={embed_dim: 24, depth: 4, num_heads: 3, patch_size: 8}", "model.classes=10",
     "tokens.blocks=[1, 2, 3]",
@@ -20,25 +25,35 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("words", "counts"), [((), 10), (("connections.method=all",), 9)])
+def test_the_recipe_at_07_has_ten_plans_of_other_counts_and_nine_without_connections(
+    words: tuple[str, ...], counts: int
+) -> None:
+    """At its own size: so it compiles 2 x 10 + 2 graphs. Its first plateau keeps all 196 patches, but hides a key of each query."""
+    config = load(RECIPE, ["model.args={embed_dim: 24, num_heads: 3}", *words])
+    model, plans = build_model(config), [stretch.plan for stretch in build_schedule(config).stretches()]
+    assert len(set(plans)) == 10
+    assert len({model.counts(plan) for plan in plans}) == counts
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_recipe_at_07_compiles_22_graphs(digits: Path, tmp_path: Path) -> None:
-    """Its plan, 8 plateaus between dense and the last one, over 11 epochs of digits: a graph for training and one for evaluation each.
-    Neither the last batch of an evaluation, which is shorter, nor the dense baseline has graphs of its own."""
+def test_a_run_compiles_two_graphs_for_each_set_of_counts_and_two_more(digits: Path, tmp_path: Path) -> None:
+    """The recipe's plan, 8 plateaus between dense and the last one, over 11 epochs of digits with 16 patches: a graph for training and one
+    for evaluation each. Neither the last batch of an evaluation, which is shorter, nor the dense baseline has graphs of its own."""
     shards = [f"data.train={digits}/train-*.tar", f"data.validation={digits}/validation-*.tar"]
-    job = [
-        sys.executable,
-        str(ROOT / "tests/support/jobs/graphs.py"),
-        "train",
-        str(ROOT / "configs/tri_level_deit_small_0.7.yaml"),
-    ]
+    job = [sys.executable, str(ROOT / "tests/support/jobs/graphs.py"), "train", str(RECIPE)]
     done = subprocess.run(
         [*job, *shards, *WORDS], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     run = tmp_path / "runs" / "graphs"
     plans = {(line["keep_tokens"], line["keep_connections"]) for line in lines(run, "plateau")}
-    assert len(plans) == 10
+    model = build_model(load(RECIPE, [*shards, *WORDS]))
+    counts = {model.counts(Plan(*plan)) for plan in plans}
+    assert (len(plans), len(counts)) == (10, 8), (
+        "of so few patches the first plateau keeps all, and the last one what the end keeps"
+    )
     assert any("measured" in line for line in lines(run, "control")), "the dense baseline ran"
     graphs, breaks = json.loads(done.stdout.splitlines()[-1])
-    assert (graphs, breaks) == (2 * len(plans) + 2, 0), "and one of images and targets, one of loss and bookkeeping"
+    assert (graphs, breaks) == (2 * len(counts) + 2, 0), "and one of images and targets, one of loss and bookkeeping"

@@ -4,6 +4,7 @@ A C++ compiler works for several seconds on each graph, so the networks are the 
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._inductor import config as inductor
 from sparsity.build import build
 from sparsity.connections import CONNECTIONS
 from sparsity.tokens import TOKENS
+from sparsity.tokens.tome import MergeSettings
 from sparsity.tokens.topk import RandomSettings, TopKSettings
 from sparsity.types import Plan
 from tests.support.vits import FAMILIES, images, logits_and_grads, tiny
@@ -86,18 +88,65 @@ def test_every_family_at_one(family):
     assert torch.allclose(logits, eager, atol=1e-5 * max(1.0, eager.abs().max().item()))
 
 
-def test_one_graph_per_plan_and_none_for_a_plan_that_was_compiled_before():
-    """Shapes are fixed numbers in each graph: a second plan must not turn the counts into symbols."""
+def test_one_graph_per_counts_and_none_for_counts_that_were_compiled_before():
+    """Shapes are fixed numbers in each graph: a second plan must not turn the counts into symbols. Of 16 patches .95 and 1 keep all."""
     vit = tiny(depth=2).train()
     counter = CompileCounter()
-    model = build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
+    model: Any = build(vit, tokens="topk", connections="shared_keys", blocks=(0,))
     model.compile(backend=counter, fullgraph=True)
     x, rng_keys = images(vit), torch.arange(4)
     graphs = []
-    for keep in (1.0, 0.95, 0.9, 0.8, 0.75, 0.7, 0.6, 0.55, 0.5, 0.4, 0.7, 1.0):  # more than the 8 that torch allows by itself
-        assert model(x, Plan(keep, keep), WANT, rng_keys).kept[0].shape == (4, math.ceil(16 * keep))
+    more_than_8 = (1.0, 0.9, 0.8, 0.75, 0.65, 0.6, 0.55, 0.5, 0.4, 0.37, 0.76, 0.72, 0.95)
+    for keep in more_than_8:  # which torch allows by itself
+        assert model(x, Plan(keep, 0.5), WANT, rng_keys).kept[0].shape == (4, math.ceil(16 * keep))
         graphs.append(counter.frame_count)
-    assert graphs == [*range(1, 11), 10, 10]
+    assert graphs == [*range(1, 11), 10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "plans", "graphs"),
+    [
+        ({"tokens": "topk"}, [Plan(), Plan(0.95), Plan(0.5), Plan(0.48), Plan(0.5, 0.3)], 2),
+        ({"tokens": "topk", "connections": "exact"}, [Plan(0.5), Plan(0.48, 0.9), Plan(0.48, 0.85), Plan(0.5, 0.88)], 2),
+        ({"tokens": TopKSettings(fuse=True)}, [Plan(), Plan(0.9), Plan(0.89)], 3),
+        ({"tokens": MergeSettings(merged=2)}, [Plan(), Plan(0.95), Plan(0.6)], 2),
+        ({"tokens": "topk", "drops": True}, [Plan(0.5), Plan(0.48)], 2),
+    ],
+)
+def test_plans_with_the_same_counts_share_a_graph_and_its_numbers(settings, plans, graphs):
+    """8 of 16 patches at .5 and at .48, all 8 keys at .9, 7 at .85. With patch drop there are not always 16: nothing is shared."""
+    drops = settings.pop("drops", False)
+    vit = tiny(depth=2, drop_path_rate=0.0, patch_drop_rate=0.25 if drops else 0.0).train()
+    model: Any = build(vit, blocks=(0,), **settings)
+    counter, x, rng_keys = CompileCounter(), images(vit), torch.arange(4)
+    eager = [model(x, plan, WANT, rng_keys) for plan in plans]
+    model.compile(backend=counter, fullgraph=True)
+    for plan, plain in zip(plans, eager, strict=True):
+        found = model(x, plan, WANT, rng_keys)
+        assert torch.equal(found.logits, plain.logits) and torch.equal(found.kept[0], plain.kept[0])
+    assert counter.frame_count == graphs
+
+
+def test_a_mechanism_that_says_nothing_about_counts_has_a_graph_per_plan():
+    vit, counter = tiny(depth=2).train(), CompileCounter()
+    model: Any = build(vit, tokens="topk", blocks=(0,))
+    reduce = model.reduce
+
+    class Foreign:
+        def __call__(self, tokens, qkv, plan):
+            return reduce(tokens, qkv, plan)
+
+        def count(self, num_patches, plan):
+            return reduce.count(num_patches, plan)
+
+        def work(self, shape, plan):
+            return 0
+
+    model.reduce = Foreign()
+    model.compile(backend=counter, fullgraph=True)
+    for plan in (Plan(0.5), Plan(0.48), Plan(0.5)):
+        model(images(vit), plan)
+    assert counter.frame_count == 2
 
 
 def test_gradient_checkpointing_compiles():

@@ -28,7 +28,7 @@ class EngineConfig(Section):
     checkpointing: bool = False
     """Gradient checkpointing: activations are computed again in the backward pass. Less memory, about a third slower."""
     compile: bool = False
-    """torch.compile; one graph per distinct plan. Not with ZeRO 3."""
+    """torch.compile; one graph per plan, shared by plans that keep as many tokens and keys. Not with ZeRO 3."""
     autotune: bool = False
     """With engine.compile: measure several kernels for each matrix product and keep the fastest (torch's max-autotune without CUDA graphs).
     Compiling takes minutes longer per graph."""
