@@ -21,7 +21,8 @@ from tests.conftest import ROOT, rewritten
 from tests.support.recorded_configs import recorded
 from trainer.checkpoint import directory
 from trainer.checkpoint.directory import by_age
-from trainer.checkpoint.save_load import CheckpointError, OnDisk, latest, load, newest, retained, save_checkpoint
+from trainer.checkpoint.retention import OnDisk, retained
+from trainer.checkpoint.save_load import CheckpointError, latest, load, newest, save_checkpoint
 from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.crashing_disk import System
 from trainer.checkpoint import directory
-from trainer.checkpoint.save_load import OnDisk, retained
+from trainer.checkpoint.retention import OnDisk, retained
 from trainer.config.schema_run import CheckpointConfig
 from trainer.storage.disk import Disk
 

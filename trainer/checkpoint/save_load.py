@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -24,12 +24,12 @@ from sparsity.network import SparseNetwork
 from sparsity.types import Selection
 from trainer.checkpoint import directory
 from trainer.checkpoint.directory import Newest
+from trainer.checkpoint.retention import delete_old, refuse_incomplete
 from trainer.checkpoint.state import Saved, TrainState
 from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.load import parse_recorded
 from trainer.config.recorded import without_foreign
 from trainer.config.run_config import Config, differences
-from trainer.config.schema_run import CheckpointConfig
 from trainer.model import importance as scored
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
@@ -97,10 +97,10 @@ def save_checkpoint(
     }
 
     def same(there: dict[str, Any]) -> bool:
-        """Seen the same, by the same settings, on the same shards: this very state, saved again after a resume."""
+        """After the same images, by the same settings, on the same shards: this very state, saved again after a resume."""
         if there["format"] > directory.FORMAT:
             return False
-        _refuse_incomplete(f"step {state.step}", there)
+        refuse_incomplete(f"step {state.step}", there)
         known = {
             "config": without_foreign(there["config"]),
             "fingerprint": there["fingerprint"],
@@ -113,80 +113,15 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     path = directory.write(folder, state.step, files, about, same, disk)
     with suppress(OSError):  # the new checkpoint is complete; old ones are deleted at the next save
-        wanted = retained(_on(folder, disk), config.checkpoint, path.name, state.best_step)
-        directory.prune(folder, wanted | _newer(folder, disk), disk)
+        delete_old(folder, config.checkpoint, path.name, state, disk)
     return path
-
-
-class OnDisk(NamedTuple):
-    """A usable checkpoint: its folder's name and its position."""
-
-    name: str
-    step: int
-    progress: float  # in epochs
-
-
-def retained(there: list[OnDisk], settings: CheckpointConfig, current: str, best_step: int) -> set[str]:
-    """The names to keep, of checkpoints by age: the newest `keep`, the best, the first at or after each multiple of `keep_every`,
-    and the current one. Of several of one step the last counts."""
-    last = {one.step: one for one in there if one.step <= directory.step_of(current)}  # later steps are of an abandoned attempt
-    wanted = {one.name for one in list(last.values())[-settings.keep :]} | {current}
-    if settings.best and best_step in last:
-        wanted.add(last[best_step].name)
-    if (every := settings.keep_every).count > 0:
-        reached = 0
-        for one in last.values():
-            multiple = int((one.step if every.unit == "step" else one.progress) // every.count)
-            if multiple > reached:
-                wanted.add(one.name)
-            reached = max(multiple, reached)
-    return wanted
-
-
-def _on(folder: Path, disk: Disk) -> list[OnDisk]:
-    found = []
-    for name in directory.by_age(disk.names(folder)):
-        try:
-            about = directory.verify(folder / name, disk, content=False)
-            if about["format"] <= directory.FORMAT:
-                _refuse_incomplete(name, about)
-                found.append(OnDisk(name, about["state"]["step"], about["state"].get("progress") or about["state"]["epoch"]))
-        except directory.Damaged:
-            continue
-    return found
-
-
-def _newer(folder: Path, disk: Disk) -> set[str]:
-    """Names of the checkpoints that a newer version wrote: they are not ours to delete."""
-    found = set()
-    for name in directory.by_age(disk.names(folder)):
-        with suppress(directory.Damaged):
-            if directory.verify(folder / name, disk, content=False)["format"] > directory.FORMAT:
-                found.add(name)
-    return found
-
-
-def _refuse_incomplete(name: str, about: dict[str, Any]) -> None:
-    """Raises Damaged for a `state.json` of this format without the fields that a resume needs."""
-    if about["format"] > directory.FORMAT:
-        return
-    state = about.get("state")
-    fields: list[tuple[str, Any, type | tuple[type, ...]]] = [
-        ("state", state, dict), ("config", about.get("config"), dict), ("fingerprint", about.get("fingerprint"), str),
-    ]  # fmt: skip
-    if isinstance(state, dict):
-        fields += [("state.step", state.get("step"), int), ("state.epoch", state.get("epoch"), int)]
-        fields += [("state.progress", state.get("progress", 0), (int, float))]
-    for field, value, kind in fields:
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise directory.Damaged(f"{name}: {directory.ABOUT} has no usable {field}")
 
 
 def newest(folder: Path) -> Newest:
     """The checkpoint to resume from, with the hash of every file verified. Raises CheckpointError if all checkpoints are damaged: a
     start from scratch must then be explicit."""
     try:
-        return directory.newest(folder, check=_refuse_incomplete)
+        return directory.newest(folder, check=refuse_incomplete)
     except directory.Damaged as error:
         raise CheckpointError(str(error)) from error
 
@@ -205,7 +140,7 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "", networ
     training shards and of the teacher's weights, as they are now. network: of the run."""
     try:
         about = directory.verify(path, content=False)
-        _refuse_incomplete(path.name, about)
+        refuse_incomplete(path.name, about)
     except directory.Damaged as error:
         raise CheckpointError(f"{path.parent}: {error}") from error
     if about["format"] > directory.FORMAT:
