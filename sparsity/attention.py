@@ -132,6 +132,6 @@ def spread_back(gradient: Tensor, index: Tensor, dim: int, length: int) -> Tenso
     return torch.where(_along(place < kept, dim, gradient.ndim), found, 0.0)
 
 
-@torch._dynamo.allow_in_graph  # else dynamo makes a higher-order operation of it, with its own graph inside
+@torch.compiler.allow_in_graph  # else dynamo makes a higher-order operation of it, with its own graph inside
 def _gathered_in_graph(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return _Gathered.apply(tensor, index, dim)  # pyright: ignore[reportReturnType]

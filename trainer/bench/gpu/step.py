@@ -16,6 +16,7 @@ from trainer.bench.gpu.facts import timed
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.load import load
 from trainer.config.run_config import Config
+from trainer.engine import attention_backend
 from trainer.model.optimizer import build_optimizer
 from trainer.storage.source_tree import SOURCE_ROOT
 
@@ -46,7 +47,7 @@ def part(host: Host) -> Iterator[Row]:
 
 def _measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
     """known: seconds of the rows before, to which this one is added."""
-    one, compiling = step_of(host, config, counts.rows()[name])
+    one, compiling, attention = step_of(host, config, counts.rows()[name])
     if host.on_gpu:
         torch.cuda.reset_peak_memory_stats(host.device)
     seconds = timed(one, host.device, 1 if host.tiny else 10, 1 if host.tiny else 4)
@@ -61,12 +62,19 @@ def _measured(host: Host, config: Config, name: str, known: dict[str, float], pr
     if host.on_gpu:
         facts["peak_mib"] = torch.cuda.max_memory_allocated(host.device) / 2**20
     torch.compiler.reset()
-    return facts | {"compile_s": compiling}
+    return facts | {"compile_s": compiling, "attention": attention}
 
 
-def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], None], float]:
-    """A compiled step (forward, backward, optimizer) of a row's network, and the seconds of its first call. tiny: not compiled."""
+def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], None], float, Any]:
+    """A compiled step (forward, backward, optimizer) of a row's network, seconds of its first call, and its attention kernels, chosen as
+    in a run (timm's: torch's choice). tiny: not compiled."""
     model = counts.network_of(config, row).to(host.device)
+    chosen: Any = "torch"
+    if not row.timm:
+        shapes = model.attention_shapes(row.plan)
+        times = attention_backend.measured(host.device, config.data.micro_batch, shapes, torch.bfloat16)
+        model.kernels = attention_backend.fastest(times, shapes)
+        chosen = attention_backend.facts(times, model.kernels)["attention"]
     optimizer = build_optimizer(model, config.optim)
     network: Any = model.network if row.timm else model
     if not host.tiny:
@@ -86,7 +94,7 @@ def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], N
     one()
     if host.on_gpu:
         torch.cuda.synchronize(host.device)
-    return one, time.perf_counter() - started
+    return one, time.perf_counter() - started, chosen
 
 
 def _predictions(path: Path) -> dict[str, Any]:
