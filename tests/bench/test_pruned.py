@@ -74,7 +74,12 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.Mon
         ({}, ["compact"], "columns and rows of blocks leave no smaller dense layer"),
         ({"groups": "units"}, ["block"], "units and heads have no blocks; use the compact form"),
         ({"groups": "units"}, ["bsr"], "units and heads have no blocks; use the compact form"),
-        ({"block": [32, 48]}, ["bsr"], "bsr: blocks of 32 x 48 do not divide a layer of 144 x 48; set weights.block"),
+        ({"block": [32, 32]}, ["bsr"], "bsr: blocks of 32 x 32 do not divide a layer of 144 x 48; set weights.block"),
+        (
+            {"block": [16, 48]},
+            ["bsr"],
+            "bsr: blocks of 16 x 48 are not square, which torch needs on a CPU; set weights.block=[16, 16]",
+        ),
         ({"keep": 1.0}, ["block"], "--forms with weights.method=magnitude: nothing is pruned; set weights.keep below 1"),
     ):
         with pytest.raises(ConfigError) as error:

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, environment, lines, torchrun
+from trainer import load_model
 from trainer.__main__ import main
 from trainer.analysis.comparison import page as compare_page
 from trainer.analysis.comparison.groups import compare, dense
 from trainer.analysis.history import history
 from trainer.analysis.report.summary import summary
+from trainer.checkpoint.export import export
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.data.shards.index import build_index
@@ -161,6 +163,29 @@ def test_layers_that_do_not_exist_or_are_frozen_are_refused_by_name(folder: Path
     build_optimizer(model, config.optim)
     with pytest.raises(ConfigError, match=r"weights\.layers: blocks\.0\.mlp\.fc1\.bias is frozen by optim\.freeze"):
         refuse_frozen(level, model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pruned_weights_compose_with_densities_drawn_per_step(folder: Path, tmp_path: Path) -> None:
+    """SaiT's plan on top of level 4: a resumed run is the uninterrupted one, and the compact file answers at every density."""
+    tokens = [
+        "tokens={method: topk, keep: 0.5, blocks: [0], position: block}",
+        "plan={method: dense_sparse, densities: [0.5, 0.7]}",
+    ]
+    words = ["train", str(folder / "job.yaml"), f"runs={tmp_path}", "engine.kind=deepspeed", *tokens]
+    assert main([*words, "name=whole"]) == 0
+    whole = tmp_path / "whole"
+    continued(whole, 5, "again")
+    assert main([*words, "name=again", "--resume"]) == 0
+    assert seen(tmp_path / "again") == {step: facts for step, facts in seen(whole).items() if step > 5}
+    assert min(line["keep_tokens"] for line in lines(whole, "step")) < 0.9
+    file = export(whole, tmp_path / "small.safetensors", form="compact").path
+    masked, small = load_model(export(whole, tmp_path / "masked.safetensors").path), load_model(file)
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for density in (1.0, 0.5):
+        torch.testing.assert_close(small(images, density), masked(images, density), rtol=1e-4, atol=1e-5)
+    assert file.stat().st_size < 0.8 * (tmp_path / "masked.safetensors").stat().st_size
 
 
 @pytest.mark.slow

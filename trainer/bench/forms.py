@@ -135,8 +135,10 @@ def small(found: Pruned) -> Any:
 
 def whole_blocks(weight: Tensor, block: tuple[int, int], keep: float) -> Tensor:
     """Which blocks of a weight (O, I) the BSR form keeps, (R, C) bool: the share `keep` with the largest sums of squares. Raises ValueError
-    where the blocks do not divide the layer, which torch refuses."""
+    where torch has no such form: blocks that do not divide the layer, and on a CPU (MKL) blocks that are not square."""
     (p, q), (outputs, inputs) = block, weight.shape
+    if p != q:
+        raise ValueError(f"bsr: blocks of {p} x {q} are not square, which torch needs on a CPU; set weights.block=[{p}, {p}]")
     if outputs % p or inputs % q:
         raise ValueError(f"bsr: blocks of {p} x {q} do not divide a layer of {outputs} x {inputs}; set weights.block")
     energy = weight.square().unflatten(0, (-1, p)).unflatten(2, (-1, q)).sum((1, 3))
