@@ -92,7 +92,7 @@ class BlockShape(NamedTuple):
 class Reduce(Protocol):
     """Level 2, at a stated position: "attention" (between the attention residual and the MLP) or "block" (after the MLP).
 
-    May say two more things, False where it does not. by_counts: it depends on a plan only by the numbers of patches that it leaves, so
+    Optional attributes, False by default. by_counts: it depends on a plan only by the numbers of patches that it leaves, so
     plans with the same numbers share a compiled graph. weighs: it weights the keys of later blocks.
     """
 
@@ -110,7 +110,7 @@ class Reduce(Protocol):
 class Connect(Protocol):
     """Level 3: sets `Tokens.keys`, the visible keys of the following blocks until the next selection.
 
-    May say two more things, False where it does not. by_counts: it depends on a plan only by `num_kept` of the patches. masks: it hides
+    Optional attributes, False by default. by_counts: it depends on a plan only by `num_kept` of the patches. masks: it hides
     keys by a mask.
     """
 

@@ -133,7 +133,7 @@ def test_shapes_follow_the_plan_and_name_masks() -> None:
 
 
 def test_shapes_are_those_that_the_network_asks_kernels_for() -> None:
-    """Every attention of a pass finds its choice: none has another count or mask than `attention_shapes` says."""
+    """Every attention of a pass finds its choice: none has another count or mask than in `attention_shapes`."""
 
     class Asked(dict[tuple[int, bool], str]):
         def get(self, kind: Any, default: Any = None) -> Any:

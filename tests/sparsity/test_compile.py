@@ -127,7 +127,26 @@ def test_plans_with_the_same_counts_share_a_graph_and_its_numbers(settings, plan
     assert counter.frame_count == graphs
 
 
-def test_a_mechanism_that_says_nothing_about_counts_has_a_graph_per_plan():
+@pytest.mark.parametrize("connections", CONNECTIONS)
+@pytest.mark.parametrize("tokens", [*TOKENS, TopKSettings(fuse=True), RandomSettings(fuse=True), MergeSettings(merged=2)])
+def test_plans_with_the_same_counts_give_the_same_numbers(tokens, connections):
+    """Eager, in the network of every pair: a plan may then run in the graph of another one with its counts."""
+    vit = tiny(depth=3).eval()
+    model: Any = build(vit, tokens=tokens, connections=connections, blocks=(0, 1))
+    x, first, shared = images(vit), {}, 0
+    with torch.no_grad():
+        for keep in (1.0, 0.97, 0.92, 0.91, 0.6, 0.58):
+            for visible in (1.0, 0.97, 0.5, 0.47):
+                plan = Plan(keep, visible)
+                found, counts = model(x, plan, WANT), model.counts(plan)
+                other = first.setdefault(counts, found)
+                shared += other is not found
+                assert torch.equal(found.logits, other.logits) and torch.equal(found.cls_attention, other.cls_attention), plan
+                assert all(torch.equal(found.kept[block], other.kept[block]) for block in found.kept)
+    assert (shared > 0) == (model.counts(Plan(0.5)) != Plan(0.5)), "with fused tokens each plan is its own"
+
+
+def test_a_mechanism_without_by_counts_has_a_graph_per_plan():
     vit, counter = tiny(depth=2).train(), CompileCounter()
     model: Any = build(vit, tokens="topk", blocks=(0,))
     reduce = model.reduce

@@ -29,7 +29,7 @@ def measured(device: torch.device, images: int, shapes: Iterable[AttentionShape]
     take it. The global random generator is left as it is."""
     found: Times = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says why a backend does not take the input
+        warnings.simplefilter("ignore")  # torch warns why a backend does not take the input
         for shape in _few(shapes):
             found[shape] = {}
             for name in ("flash", "cudnn", "efficient") if device.type == "cuda" else ("flash", "math"):
