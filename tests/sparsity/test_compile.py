@@ -146,6 +146,19 @@ def test_plans_with_the_same_counts_give_the_same_numbers(tokens, connections):
     assert (shared > 0) == (model.counts(Plan(0.5)) != Plan(0.5)), "with fused tokens each plan is its own"
 
 
+def test_counts_are_computed_once_per_plan(monkeypatch):
+    vit, asked = tiny(depth=2).eval(), []
+    model: Any = build(vit, tokens="topk", blocks=(0,))
+    counts = model.counts
+    monkeypatch.setattr(model, "counts", lambda plan: asked.append(plan) or counts(plan))
+    model(images(vit), Plan(0.5))
+    assert not asked, "eager a plan is used as it is"
+    model.compile(backend=CompileCounter())
+    for keep in (0.5, 0.48, 0.5, 0.48):
+        model(images(vit), Plan(keep))
+    assert asked == [Plan(0.5), Plan(0.48)]
+
+
 def test_a_mechanism_without_by_counts_has_a_graph_per_plan():
     vit, counter = tiny(depth=2).train(), CompileCounter()
     model: Any = build(vit, tokens="topk", blocks=(0,))
