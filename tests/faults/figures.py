@@ -76,7 +76,7 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
         f"Time of these runs: {shares}.",
         "With a fault every few seconds the goodput is not that of a job of yours: `trilevel estimate CONFIG --mtbf 3h` computes that.",
         "",
-        "Found here and corrected: at 97cdc44 `loader worker stopped` also stopped ranks, and a run hung whose rank 0 was stopped after the",
-        "last step (at b8bd974 ranks exit together; that row was taken again); a run directory renamed for a while was begun anew.",
+        "Found here and corrected: at 97cdc44 `loader worker stopped` also stopped ranks, and a run hung whose rank 0 was stopped after",
+        "the last step (at b8bd974 ranks exit together; that row was taken again); a run directory renamed for a while was begun anew.",
         "",
     ]
