@@ -16,6 +16,7 @@ from launch.processes import LINGER, STOP, stop_hard
 from launch.rank_logs import copy_node
 
 PATIENCE = 120.0  # seconds that the other nodes have to end once one has failed
+LEFT = 600.0  # the same once one has ended well: torchrun's agents wait up to 300 s for each other
 
 
 class _Nodes:
@@ -116,7 +117,7 @@ def run_on_hosts(
 
 def _ended(nodes: _Nodes, logs: Path, spare: int, code: int) -> int:
     """Waits until all nodes have ended; the exit code of the first failed one after `spare`, else `code`. The others have PATIENCE
-    seconds from then on."""
+    seconds from then on, LEFT from the end of one that ended well."""
     deadline, running = float("inf"), True
     while running:
         running = nodes.running(spare)
@@ -126,7 +127,14 @@ def _ended(nodes: _Nodes, logs: Path, spare: int, code: int) -> int:
             if not nodes.signals:  # no signal was sent yet; a second one would kill at once
                 print(f"launch: {name} ended with {code}; stopping the other nodes; output in {logs}", file=sys.stderr)
                 nodes.stop()
-        if time.monotonic() > deadline:
+        if deadline == float("inf") and not spare and any(node.poll() == 0 for node in nodes.processes):
+            deadline = time.monotonic() + LEFT  # all end together, unless one is frozen; those of an elastic job may leave
+        if running and time.monotonic() > deadline:
+            late = [name for node, name in zip(nodes.processes, nodes.names, strict=False) if node.poll() is None]
+            print(
+                f"launch: killed on {', '.join(late)}, which still ran after another node had ended; output in {logs}",
+                file=sys.stderr,
+            )
             nodes.kill_ranks()
             end = time.monotonic() + LINGER
             while nodes.running(spare) and time.monotonic() < end:

@@ -137,8 +137,8 @@ class _Left:
         """ranks: process ids of those that run now. The ones to kill: others of the same start have ended LAST seconds ago."""
         if not self._most & set(ranks) or set(ranks) - self._most:  # none before, or an elastic launcher has started others
             self._most, self._since = set(ranks), math.inf
-        elif len(ranks) < len(self._most):
-            self._since = min(self._since, time.monotonic())
+        else:
+            self._since = min(self._since, time.monotonic()) if len(ranks) < len(self._most) else math.inf
         late = time.monotonic() > self._since + LAST
         self._since = math.inf if late else self._since
         return ranks if late else []

@@ -98,11 +98,23 @@ class Restarts:
         finally:
             over.set()
 
+    def settled(self, code: int) -> int:
+        """The exit code of the attempt that ended with `code`. What happens to a process after the last line loses nothing."""
+        ended = written_since(self.directory, self._offset).ended
+        if code in (0, ended) or ended is None:
+            return code
+        print(
+            f"launch: attempt {self._attempt} had saved all when a process failed, was stopped or killed ({code}{MEANING.get(code, '')}); "
+            f"exit code {ended}",
+            file=sys.stderr,
+        )
+        return ended
+
     def again(self, code: int) -> float | None:
         """Seconds until the next attempt, None for no more; the one before ended with `code`. Waits up to GONE for checkpoints that were
         there and are not."""
         reached = newest(self.directory)
-        began, cause = written_since(self.directory, self._offset)
+        began, cause, _ = written_since(self.directory, self._offset)
         head = f"launch: attempt {self._attempt} ended with {code}{MEANING.get(code, '')}: "
         if lost := self._last if self.most and not reached else "":
             print(
@@ -162,7 +174,7 @@ def repeated(prepare: Callable[[], Attempt], restarts: Restarts) -> int:
             received: list[int] = []
             restarts.begin()
             with restarts.watching():
-                code = attempt(received)
+                code = restarts.settled(attempt(received))
             if code == 0 or received or (code == STOPPED and not restarts.most):
                 return code
             if (seconds := restarts.again(code)) is None:

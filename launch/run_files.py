@@ -8,15 +8,19 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from launch.job import STOPPED
+
 TAIL = 1 << 20  # bytes of a journal in which its last line lies
 BEGUN = b'"kind":"start"'  # of an attempt that has its settings, its shards and its checkpoint
 
 
 class Written(NamedTuple):
-    """began: whether an attempt wrote its first line. cause: the reason in its last line, "" without one."""
+    """began: whether an attempt wrote its first line. cause: the reason in its last line, "" without one. ended: exit code of an attempt
+    whose last line says that all of it is saved: 0, or 75 after a signal; None for any other."""
 
     began: bool
     cause: str
+    ended: int | None = None
 
 
 def newest(directory: Path) -> str:
@@ -37,7 +41,7 @@ def written_until_now(directory: Path) -> int:
 
 def written_since(directory: Path, offset: int) -> Written:
     """What the journal has behind its first `offset` bytes. No clock is compared: those of nodes differ."""
-    began, cause = False, ""
+    began, cause, ended = False, "", None
     with contextlib.suppress(OSError), open(directory / "journal.jsonl", "rb") as file:
         file.seek(offset)
         began = BEGUN in file.read(TAIL)  # among the first lines of an attempt
@@ -47,4 +51,6 @@ def written_since(directory: Path, offset: int) -> Written:
             line = json.loads(rows[-1] if rows else b"{}")
             if isinstance(line, dict) and line.get("kind") == "end":
                 cause = str(line.get("reason", ""))
-    return Written(began, cause)
+                if line.get("status") in ("finished", "stopped"):
+                    ended = STOPPED if cause == "preempted" else 0
+    return Written(began, cause, ended)

@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass, replace
 
 from launch.job import LOGS, STOPPED, Job, LaunchError, Nodes, name_of, node_words, safe_name
+from launch.nodes import LEFT
 from launch.restarts import RESTARTS
 
 # by Slurm's own address: a node's name may resolve nowhere
@@ -202,7 +203,9 @@ def _srun(r: SlurmRequest, python: str, job: Job | None) -> list[str]:
         inner = NOTED.format(inner)
         inner = f'{SURVIVOR.format(inner) if r.nodes.elastic else inner}; exit "$code"'
     cpus = [f"--cpus-per-task={r.cpus * r.processes}"] if r.cpus else []  # srun no longer takes it from the job
-    together = "--no-kill --kill-on-bad-exit=0 --ntasks-per-node=1" if r.nodes.elastic else "--kill-on-bad-exit=1"
+    together = (
+        "--no-kill --kill-on-bad-exit=0 --ntasks-per-node=1" if r.nodes.elastic else f"--kill-on-bad-exit=1 --wait={LEFT:g}"
+    )
     words = [] if job else ["launch", '"$@"']
     lines = [" ".join(["srun", together, *cpus, *container, "bash", "-c", shlex.quote(inner), *words])]
     lines = ["code=0", f"{lines[0]} || code=$?"]  # `set -e` among the user's lines must not end this here

@@ -191,6 +191,14 @@ def test_ranks_are_left_behind_once_others_of_their_start_have_ended(monkeypatch
     left = processes._Left()
     found = [left.behind(ranks) for ranks in ([], [1, 2], [1, 2], [2], [2], [2, 3], [2, 3], [3], [4, 5], [])]
     assert found == [[], [], [], [2], [2], [], [], [3], [], []]
+    monkeypatch.setattr(processes, "LAST", 0.2)  # a look that misses a rank once kills none
+    assert [left.behind([6, 7]), left.behind([6]), left.behind([6, 7]), time.sleep(0.3), left.behind([6, 7])] == [
+        [],
+        [],
+        [],
+        None,
+        [],
+    ]
 
 
 @pytest.mark.dist

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,19 @@ def test_ranks_that_handle_no_signal_are_killed_before_their_ssh_is(tmp_path: Pa
     fails = Command(("sh", "-c", "sleep 1; exit 9"))
     assert ssh_nodes.run_on_hosts([fails, stuck], ["a", "b"], tmp_path) == 9
     assert (tmp_path / "got").read_text() == "4", "one when the other node failed, three after PATIENCE"
+
+
+def test_a_node_that_still_runs_after_another_has_ended_well_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A frozen host never fails, and its ssh waited without limit."""
+    monkeypatch.setattr(ssh_nodes, "LEFT", 0.5)
+    monkeypatch.setattr(ssh_nodes, "LINGER", 0.5)
+    frozen = Command((sys.executable, "-c", "import time; time.sleep(60)"))
+    began = time.monotonic()
+    assert ssh_nodes.run_on_hosts([Command(("true",)), frozen], ["a", "b"], tmp_path) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err.startswith("launch: killed on b, which still ran after another node had ended")
 
 
 @pytest.mark.parametrize("least", [None, 1])

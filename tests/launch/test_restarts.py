@@ -166,13 +166,13 @@ def test_only_lines_of_the_attempt_count_whatever_the_clocks_are(tmp_path: Path)
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind":"end","time":9e9,"reason":"of the attempt before"}\n{"kind":"st')
     offset = written_until_now(tmp_path)
-    assert written_since(tmp_path, offset) == (False, "")
+    assert written_since(tmp_path, offset) == (False, "", None)
     (tmp_path / "journal.jsonl").write_bytes((tmp_path / "journal.jsonl").read_bytes()[:offset])  # the torn line is removed
     begun(tmp_path)
-    assert written_since(tmp_path, offset) == (True, "")
+    assert written_since(tmp_path, offset) == (True, "", None)
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind":"end","time":1.0,"reason":"this one"}\n')
-    assert written_since(tmp_path, offset) == (True, "this one") and written_until_now(tmp_path / "nowhere") == 0
+    assert written_since(tmp_path, offset) == (True, "this one", None) and written_until_now(tmp_path / "nowhere") == 0
 
 
 def test_messages_name_cause_attempt_checkpoint_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +193,29 @@ def test_messages_name_cause_attempt_checkpoint_and_command(tmp_path: Path, caps
     assert "attempt 2 ended with 1: its journal has no last line: killed, or node lost" in last, "not the cause of attempt 1"
     assert "2 failures from there, so it is not repeated (--restarts 2)" in last
     assert last.endswith("After a repair: python -m launch local c.yaml 'name=a b' --resume\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "code"),
+    [("finished", "", 0), ("stopped", "stop_at=3step", 0), ("stopped", "preempted", 75), ("failed", "", 76)],
+)
+def test_an_attempt_that_had_saved_all_is_not_failed_by_a_process_that_ends_badly(
+    status: str, reason: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank stopped after the last line gave 76, and the reason of the good end as the cause."""
+
+    def attempt(_received: list[int]) -> int:
+        begun(tmp_path)
+        with (tmp_path / "journal.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "end", "time": time.time(), "status": status, "reason": reason}) + "\n")
+        return 76
+
+    assert repeated(lambda: attempt, Restarts(tmp_path, 0, ["local"])) == code
+    message = capsys.readouterr().err
+    assert (
+        f"attempt 1 had saved all when a process failed, was stopped or killed (76 (a rank did not arrive)); exit code {code}"
+        in message
+    ) == (code != 76)
 
 
 def test_without_resume_nothing_is_repeated_and_the_command_is_shown(

@@ -15,6 +15,7 @@ from trainer.engine.delayed import Delayed
 from trainer.engine.errors import EngineError
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.upload import Upload
+from trainer.storage.standard_streams import say
 
 
 class Processes:
@@ -113,7 +114,10 @@ class Processes:
         last step of a run, once the others are gone. Here the watch of the heartbeats names it."""
         if self.world > 1:
             self.heartbeat.enter("the end of the run")
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:  # gloo's and NCCL's: a rank has ended already
+                say(f"trilevel: rank {self.rank}: another rank failed after all was saved ({error})", error=True)
         self.heartbeat.stop()
 
 

@@ -48,7 +48,7 @@ watched > /dev/null 2>&1 & watcher=$!
 export stopped="$PWD/.stopped-$SLURM_JOB_ID"
 rm -f "$stopped"
 code=0
-srun --kill-on-bad-exit=1 bash -c 'trap : INT TERM HUP USR1 USR2; apptainer exec --nv --bind "$PWD" --pwd "$PWD" '"'"'/images/tri level.sif'"'"' /env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 1 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' || code=$?
+srun --kill-on-bad-exit=1 --wait=600 bash -c 'trap : INT TERM HUP USR1 USR2; apptainer exec --nv --bind "$PWD" --pwd "$PWD" '"'"'/images/tri level.sif'"'"' /env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --resume --processes 4 --nodes 1 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' || code=$?
 kill "$watcher" 2> /dev/null || true
 if [ -e "$stopped" ]; then code=75; rm -f "$stopped"; fi
 requeued "$code" 3 3

@@ -11,5 +11,5 @@ address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 
 port=$((20000 + SLURM_JOB_ID % 10000))
 export address port
 code=0
-srun --kill-on-bad-exit=1 bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --processes 2 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' || code=$?
+srun --kill-on-bad-exit=1 --wait=600 bash -c '/env/bin/python -m launch node configs/quickstart.yaml optim.lr=1e-3 '"'"'name=a b'"'"' --processes 2 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"' || code=$?
 exit "$code"

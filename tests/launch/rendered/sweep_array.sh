@@ -54,7 +54,7 @@ watched > /dev/null 2>&1 & watcher=$!
 export stopped="$PWD/.stopped-$SLURM_JOB_ID"
 rm -f "$stopped"
 code=0
-srun --kill-on-bad-exit=1 bash -c 'trap : INT TERM HUP USR1 USR2; /env/bin/python -m launch node "$@" --processes 8 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' launch "$@" || code=$?
+srun --kill-on-bad-exit=1 --wait=600 bash -c 'trap : INT TERM HUP USR1 USR2; /env/bin/python -m launch node "$@" --processes 8 --nodes 2 --number "$SLURM_NODEID" --address "$address" --port "$port"; code=$?; [ "$code" -ne 75 ] || : > "$stopped"; exit "$code"' launch "$@" || code=$?
 kill "$watcher" 2> /dev/null || true
 if [ -e "$stopped" ]; then code=75; rm -f "$stopped"; fi
 requeued "$code" 3 3
