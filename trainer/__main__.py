@@ -8,6 +8,7 @@ import sys
 
 from trainer.cli.arguments import parse
 from trainer.cli.commands import COMMANDS
+from trainer.cli.output import refuse_outputs
 from trainer.config.errors import TrilevelError
 from trainer.config.pipes import pipes_granted
 from trainer.run.shutdown import ignore_signals
@@ -26,6 +27,7 @@ def main(words: list[str] | None = None) -> int:
     guard_standard_streams(forgive=arguments.command == "train")
     try:
         with pipes_granted(getattr(arguments, "allow_pipe", False)):
+            refuse_outputs(arguments)
             code = int(COMMANDS[arguments.command](arguments) or 0)
         sys.stdout.flush()
         if words is None and arguments.command == "train":  # the process exits; a caller with `words` does not

@@ -36,12 +36,13 @@ def test_every_row_is_measured_and_peers_have_the_multiply_adds_of_topk() -> Non
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32, 256])
-@pytest.mark.parametrize("mean", [20, 88, 190])
+@pytest.mark.parametrize("mean", [10, 20, 88, 177, 190, 196])
 def test_drawn_counts_have_the_wanted_mean(batch: int, mean: int) -> None:
     counts = inference._counts(batch, mean, 196)
     assert float(counts.double().mean()) == mean
-    assert batch < 32 or len(counts.unique()) > 5
+    assert batch < 32 or mean in (10, 196) or len(counts.unique()) > 5
     assert torch.equal(counts, inference._counts(batch, mean, 196))
+    assert counts.max() <= 196 and counts.min() >= min(16, mean), "an image has no more tokens than patches"
 
 
 def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -55,6 +56,9 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert main(["bench", "inference", "c.yaml", "--batches", "0"]) == 2
     assert "--batches 0: must be integers >= 1" in capsys.readouterr().err
+    for part, option in (("inference", "--rounds"), ("step", "--pairs"), ("checkpoint", "--saves")):
+        assert main(["bench", part, "c.yaml", option, "0"]) == 2
+        assert f"bench {part}: {option} 0: must be >= 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"--density 1: must be in \(0, 1\)"):
         inference.bench(config(), 1.0, [1], 1)
     with pytest.raises(ConfigError, match=r"tokens.blocks=\[1, 2\]: give one early block"):

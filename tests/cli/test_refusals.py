@@ -155,3 +155,25 @@ def test_broken_images_keep_their_slot_and_count_for_nothing(
 
 def lineage_end(run: str) -> str:
     return [line["status"] for line in lineage(run) if line["kind"] == "end"][-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "run", "--json", "nowhere/x.json"], "--json nowhere/x.json: no such folder: {here}/nowhere; make it first"),
+        (["calibrate", "run", "--density", ".5", "--json", "/proc/x.json"], "--json /proc/x.json: cannot write to /proc ("),
+        (["bench", "step", "c.yaml", "--json", "there"], "--json there: is a folder; name a file in it"),
+        (["eval", "run", "--plots", "file"], "--plots file: {here}/file is a file, not a folder; name another path"),
+        (["eval", "run", "--plots", "file/below"], "--plots file/below: {here}/file is a file, not a folder"),
+        (["export", "run", "/proc/x.safetensors"], "export /proc/x.safetensors: cannot write to /proc ("),
+        (["export", "run", "file/x.onnx", "--density", "1"], "export file/x.onnx: {here}/file is a file, not a folder"),
+    ],
+)
+def test_where_no_result_can_be_written_the_work_does_not_begin(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("file").write_text("x")
+    assert message.format(here=tmp_path) in refused(capsys, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"] and Path("file").read_text() == "x"

@@ -191,14 +191,18 @@ def _adaptive(model: AdaptiveViT, counts: Tensor) -> Callable[[Tensor], Any]:
 
 
 def _counts(batch: int, mean: int, num: int) -> Tensor:
-    """Tokens of each image, (batch,) int64, with that mean exactly: normal quantiles, shuffled."""
+    """Tokens of each image, (batch,) int64, with that mean exactly, none above `num`: normal quantiles, shuffled."""
     levels = (torch.arange(batch, dtype=torch.float64) + 0.5) / batch
     spread = torch.special.ndtri(levels) * SPREAD * num
-    counts = (mean + spread).round().clamp(min(LEAST, num), num).long()
-    order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
-    short = mean * batch - int(counts.sum())  # from the clamp: even it out, one token per image
-    counts[order[: abs(short) % batch]] += 1 if short > 0 else -1
-    return counts[order] + (abs(short) // batch) * (1 if short > 0 else -1)
+    least = min(LEAST, mean)
+    counts = (mean + spread).round().clamp(least, num).long()
+    counts = counts[torch.randperm(batch, generator=torch.Generator().manual_seed(1))]
+    while short := mean * batch - int(
+        counts.sum()
+    ):  # from the clamp: even it out, one token per image that is not at its bound
+        free = (counts < num if short > 0 else counts > least).nonzero().flatten()[: abs(short)]
+        counts[free] += 1 if short > 0 else -1
+    return counts
 
 
 def _evit(vit: Any, wanted: float) -> tuple[SparseNetwork, Plan]:

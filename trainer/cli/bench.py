@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.cli.output import configuration, show, show_table, write_json
+from trainer.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.bench.result import BenchResult
 
 PARTS = ("input", "step", "inference", "checkpoint", "engine", "journal", "remote", "gpu-counts")
+COUNTS = ("rounds", "pairs", "passes", "saves", "lines", "batch", "limit", "processes", "shards", "world")  # options, all >= 1
 
 
 def bench(a: argparse.Namespace) -> None:
-    """Measure; on rank 0 print title, table and notes, and write the JSON file."""
-    result = _measured(a.command.removeprefix("bench "), a)
+    """Measure; on rank 0 print title, table and notes, and write the JSON file. Raises ConfigError."""
+    part = a.command.removeprefix("bench ")
+    for name in COUNTS:
+        if (number := getattr(a, name, None)) is not None and number < 1:
+            raise ConfigError(f"bench {part}: --{name} {number}: must be >= 1")
+    result = _measured(part, a)
     if result is not None and os.environ.get("RANK", "0") == "0":
         show(result.title)
         show_table(result.table())
@@ -74,7 +80,6 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
 def _forms(a: argparse.Namespace) -> BenchResult:
     """`bench inference --forms`, of a configuration or the directory of a run."""
     from trainer.bench import engine, pruned
-    from trainer.config.errors import ConfigError
 
     if not a.forms:
         raise ConfigError(f"--against {a.against}: compares forms of pruned weights; add --forms, e.g. --forms compact,block")

@@ -1,13 +1,16 @@
-"""Shared by the commands: load the configuration, print tables and lines, write results as JSON."""
+"""Shared by the commands: load the configuration, print tables and lines, write results as JSON, refuse paths of results."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.storage.text import printable
 
@@ -36,5 +39,51 @@ def show_table(table: Any) -> None:
 
 
 def write_json(path: str | None, facts: Any) -> None:
+    """Raises ConfigError where it cannot be written."""
     if path:
-        Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+        try:
+            Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise _cannot_write(f"--json {path}", path, error) from error
+
+
+def refuse_outputs(a: argparse.Namespace) -> None:
+    """Before the work of a command: raises ConfigError, naming the option and its path, where a result could not be written."""
+    if os.environ.get("RANK", "0") != "0":  # rank 0 writes
+        return
+    if file := getattr(a, "json", None):
+        _refuse_file(f"--json {file}", Path(file), Path(file).absolute().parent)
+    if folder := getattr(a, "plots", None):
+        _refuse_folder(f"--plots {folder}", _first_there(Path(folder)))
+    if a.command == "export":
+        _refuse_file(f"export {a.out}", Path(a.out), _first_there(Path(a.out).absolute().parent))
+
+
+def _first_there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists, in which it would be made."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(one))
+
+
+def _refuse_file(what: str, file: Path, folder: Path) -> None:
+    if file.is_dir():
+        raise ConfigError(f"{what}: is a folder; name a file in it")
+    if not os.path.exists(file):
+        _refuse_folder(what, folder)
+    elif not os.access(file, os.W_OK):
+        raise ConfigError(f"{what}: cannot be written; name another path, or change its permissions")
+
+
+def _refuse_folder(what: str, folder: Path) -> None:
+    """By a file that is made there and removed: whether a folder takes files, its permissions alone don't tell."""
+    if not folder.exists():
+        raise ConfigError(f"{what}: no such folder: {folder}; make it first, or name another path")
+    if not folder.is_dir():
+        raise ConfigError(f"{what}: {folder} is a file, not a folder; name another path")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _cannot_write(what, folder, error) from error
+
+
+def _cannot_write(what: str, place: object, error: OSError) -> ConfigError:
+    return ConfigError(f"{what}: cannot write to {place} ({error.strerror}); name another path")
