@@ -53,6 +53,16 @@ def counts(mass: Tensor, threshold: float, least: int = LEAST) -> Tensor:
     return ((mass.double() < threshold).sum(dim=1) + 1).clamp(min(least, num), num)
 
 
+def refuse_density(density: float, num: int, least: int = LEAST) -> None:
+    """Raises ValueError for a mean density of `num` patches outside (0, 1] or below the share of `least`."""
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density={density:g}: must be in (0, 1]")
+    if density * num < min(least, num):
+        raise ValueError(
+            f"density={density:g} of {num} tokens is less than the {least} that every image keeps; use at least {min(least, num) / num:.3g}"
+        )
+
+
 def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int = 60) -> Threshold:
     """The threshold that keeps a mean share `density` of the patches: cumulated mass of N images (N, n), by bisection.
 
@@ -60,12 +70,7 @@ def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int =
     way to the next mass, so that no image of the calibration stands at its own border. Raises ValueError for a density outside (0, 1],
     below the share of `least`, or that no threshold reaches within TOLERANCE."""
     num = mass.shape[1]
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density={density:g}: must be in (0, 1]")
-    if density * num < min(least, num):
-        raise ValueError(
-            f"density={density:g} of {num} tokens is less than the {least} that every image keeps; use at least {min(least, num) / num:.3g}"
-        )
+    refuse_density(density, num, least)
     if density == 1.0:
         return Threshold(1.0, 1.0)
     below, above = 0.0, 1.0

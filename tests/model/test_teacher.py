@@ -212,7 +212,10 @@ def test_a_run_whose_weights_changed_or_are_missing(run: Path):
     data = bytearray((run / "weights.safetensors").read_bytes())
     data[-3] ^= 64
     (run / "weights.safetensors").write_bytes(data)
-    with pytest.raises(ConfigError, match=r"teacher.from=.*dense: .*has the hash .* the journal recorded"):
+    with pytest.raises(
+        ConfigError,
+        match=r"teacher.from=.*dense: .*has the hash .* the journal recorded.*: trilevel export .*dense NEW\.safetensors",
+    ):
         build(config(run))
     (run / "weights.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"teacher.from=.*dense: no weights at"):
@@ -296,3 +299,26 @@ def test_a_selection_that_does_not_read_importance(file: Path, method: str):
     )
     with pytest.raises(ConfigError, match=rf"teacher\.tokens=1 with tokens\.method={method}: .*set tokens\.method=topk"):
         build(settings)
+
+
+EMBEDDING = ["patch_embed.*", "cls_token", "pos_embed"]
+
+
+@pytest.mark.parametrize(
+    "freeze", [2, 3, [*EMBEDDING, "blocks.0.*", "blocks.1.*"], [*EMBEDDING, "blocks.0.*", "blocks.1.[na]*"]]
+)
+def test_distillation_of_tokens_into_frozen_blocks(file: Path, freeze: Any):
+    settings = config(file).changed(optim={"freeze": freeze})
+    with pytest.raises(
+        ConfigError, match=r"teacher\.tokens=1 with optim\.freeze=.*: the importance of block 1 .*set optim\.freeze<=1, or"
+    ):
+        build(settings)
+    assert build(config(file, logits="soft").changed(optim={"freeze": freeze})).network is not None, "logits train the head"
+
+
+@pytest.mark.parametrize("freeze", [0, 1, ["blocks.*"], [*EMBEDDING, "blocks.0.*"]])
+def test_distillation_of_tokens_where_a_part_before_the_block_trains(file: Path, freeze: Any):
+    settings = config(file).changed(optim={"freeze": freeze})
+    student = build_model(settings)
+    assert build_teacher(settings, student, frozenset()).network is not None
+    assert all(parameter.requires_grad for parameter in student.parameters()), "the optimizer freezes, not the teacher"

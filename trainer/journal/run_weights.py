@@ -29,6 +29,6 @@ def run_weights(run: Path | str, asked: str) -> Path:
     if wanted is not None and (found := Disk().content(path).hash) != wanted:
         raise ConfigError(
             f"{asked}: {path} has the hash {found}, the journal recorded {wanted} at step {recorded[-1].get('step')}: the file was "
-            f"changed, or the run was killed while it saved. Make it again: trilevel export {run} --out NEW.safetensors, then give NEW"
+            f"changed, or the run was killed while it saved. Make it again: trilevel export {run} NEW.safetensors, then give NEW"
         )
     return path

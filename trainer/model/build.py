@@ -25,10 +25,10 @@ from trainer.model.objective import Objective
 from trainer.model.schedule import Schedule
 
 
-def build_model(config: Config) -> SparseNetwork:
-    """The timm network of `config.model`, seeded, with the mechanisms of levels 2 and 3. Raises ConfigError, also for a network whose
-    multiply-adds are unknown, because a run reports its savings."""
-    network = weights.create(config.model, config.seed)
+def build_model(config: Config, network: nn.Module | None = None) -> SparseNetwork:
+    """The timm network of `config.model`, seeded, or the given one, with the mechanisms of levels 2 and 3. Raises ConfigError, also for a
+    network whose multiply-adds are unknown, because a run reports its savings."""
+    network = weights.create(config.model, config.seed) if network is None else network
     batch_norm.refuse_precision(network, config)
     if config.model.sync_batchnorm:
         batch_norm.synchronise(network, config)

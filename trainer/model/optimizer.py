@@ -65,21 +65,27 @@ def freeze(network: nn.Module, what: int | tuple[str, ...]) -> None:
 
     Raises ConfigError for more blocks than the network has, for a pattern that fits no name, and where nothing would train.
     """
+    without = frozen(network, what)
+    for name, parameter in network.named_parameters():
+        if name in without:
+            parameter.requires_grad_(False)
+    batch_norm.freeze(network)
+
+
+def frozen(network: nn.Module, what: int | tuple[str, ...]) -> set[str]:
+    """The names of the parameters that `optim.freeze` names. Raises ConfigError as `freeze`."""
     names = [name for name, _ in network.named_parameters()]
     if isinstance(what, int):
-        frozen = _first(network, names, what) if what else set()
+        found = _first(network, names, what) if what else set()
     else:
         for pattern in what:
             if not fnmatch.filter(names, pattern):
                 hint = did_you_mean(pattern, names, number=3) or f"names are those of timm, e.g. {names[0]}"
                 raise ConfigError(f"optim.freeze={pattern!r}: no parameter of the network has such a name; {hint}")
-        frozen = {name for pattern in what for name in fnmatch.filter(names, pattern)}
-    if len(frozen) == len(names):
+        found = {name for pattern in what for name in fnmatch.filter(names, pattern)}
+    if len(found) == len(names):
         raise ConfigError(f"optim.freeze={what}: nothing would train; freeze less, e.g. not the head")
-    for name, parameter in network.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-    batch_norm.freeze(network)
+    return found
 
 
 def _first(network: nn.Module, names: list[str], number: int) -> set[str]:

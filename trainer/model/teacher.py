@@ -27,6 +27,7 @@ from trainer.config.run_config import Config
 from trainer.config.schema import ModelConfig
 from trainer.engine.engine import Engine
 from trainer.model import heads, weights
+from trainer.model.optimizer import EMBEDDING, frozen
 
 log_warning = logging.getLogger(__name__).warning
 
@@ -152,6 +153,12 @@ def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: Sparse
         raise ConfigError(
             f"{asked} with tokens.blocks={list(config.tokens.blocks)}: model.name={config.model.name} has blocks 0 to {depth - 1}"
         )
+    trained = set(dict(student.network.named_parameters())) - frozen(student.network, config.optim.freeze)
+    if not any(name.startswith(before(first)) for name in trained):
+        raise ConfigError(
+            f"{asked} with optim.freeze={config.optim.freeze!r}: the importance of block {first} (tokens.blocks) depends on frozen "
+            f"parameters alone, so distillation would train nothing; set optim.freeze<={first}, or teacher.tokens=0"
+        )
     theirs, ours = (network.grid for network in (teacher, student))
     if theirs != ours:
         raise ConfigError(
@@ -170,6 +177,12 @@ def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: Sparse
             f"{asked} with model.args.patch_drop_rate={drop.prob:g}: the model drops patches at random before its blocks, so its "
             "importance is of other patches than the teacher's attention; set patch_drop_rate=0, or teacher.tokens=0"
         )
+
+
+def before(block: int) -> tuple[str, ...]:
+    """Beginnings of the names of the parameters on which the attention of a block depends."""
+    own = (f"blocks.{block}.{part}." for part in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm"))
+    return (*EMBEDDING, *(f"blocks.{number}." for number in range(block)), *own)
 
 
 def tensors_hash(state: Mapping[str, Tensor], network: str) -> str:

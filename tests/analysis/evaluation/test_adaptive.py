@@ -133,6 +133,32 @@ def test_the_rows_are_those_of_each_image_alone(config: Config) -> None:
     assert [len(one.kept) for one in found.extremes.most] == [one.count for one in found.extremes.most]
 
 
+def test_few_images_are_named_and_so_is_another_density_than_the_rows(config: Config, capsys: Any) -> None:
+    assert main(["calibrate", WEIGHTS, "c.yaml", "--density", ".5", "--images", "1", "--json", "o.json"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 images are few: other images may keep another mean density; data.train has 40" in shown
+    assert (
+        "data.train has the same shards as data.validation" in shown
+        and len(json.loads(Path("o.json").read_text())["notes"]) == 2
+    )
+    found = score(WEIGHTS, config, [0.5], adaptive=True)
+    kept = (found.rows[1].tokens - 1) / 64
+    assert abs(kept - 0.5) > 0.02, "one image tells nothing about forty"
+    assert found.notes == (
+        f"mass 0.5: these images keep {kept:.2f} of the patches on average; the threshold was found with 1 training images, calibrate "
+        "with more, or with images like these",
+    )
+    assert found.facts()["notes"] == list(found.notes)
+
+
+def test_a_density_that_cannot_be_is_refused_before_the_images_are_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.analysis.evaluation.calibrate.calibration_images", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(ConfigError, match="less than the 16 that every image keeps"):
+        calibrate(WEIGHTS, config, [0.5, 0.1])
+
+
 def test_an_exported_file_answers_at_any_density(config: Config) -> None:
     calibrate(WEIGHTS, config, [0.5])
     model = load_model(WEIGHTS)
@@ -188,6 +214,12 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
             ["calibrate", "timm:deit_tiny_patch16_224", "c.yaml", "model.classes=1000", "--density", ".5"],
             "give a run directory",
         ),
+        (["calibrate", "runs/nope", "--density", ".5"], "calibrate runs/nope: no such file; give a run directory"),
+        (["eval", "runs/nope", "--densities", ".5"], "eval runs/nope: no such file; give a run directory, a weights file"),
+        (
+            ["eval", WEIGHTS, "c.yaml", "tokens.blocks=[3, 9]"],
+            "trilevel: model.name=vit_tiny_patch16_224: tokens.blocks=[3, 9]",
+        ),
         (["eval", WEIGHTS, "c.yaml", "--densities", ""], "--densities '': must be keep ratios in (0, 1]"),
         (["eval", WEIGHTS, "c.yaml", "--densities", ".5,1,.5"], "--densities .5,1,.5: 0.5 is given twice"),
         (["calibrate", WEIGHTS, "c.yaml", "tokens.blocks=[3]", "--density", ".5"], "tokens would leave after the last block"),
@@ -235,7 +267,7 @@ def test_default_thresholds_of_earlier_versions_are_those_of_one_prefix_token(co
     older = json.dumps({k: v for k, v in json.loads(found.to_json()).items() if k != "precision"} | {"importance": "default"})
     save_weights(Path(WEIGHTS), load_file(WEIGHTS), thresholds.header(Path(WEIGHTS)) | {thresholds.HEADER: older})
     assert load_model(WEIGHTS)(pixels(config, [0]), 0.5, adaptive=True).shape == (1, 4)
-    assert score(WEIGHTS, config, [0.5], adaptive=True).note is None
+    assert score(WEIGHTS, config, [0.5], adaptive=True).notes == ()
 
 
 def test_a_file_of_an_earlier_version_with_several_prefix_tokens_keeps_its_score(config: Config, tmp_path: Path) -> None:

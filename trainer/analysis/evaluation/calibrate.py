@@ -19,25 +19,29 @@ from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.loader.calibration import calibration_images
 from trainer.data.loader.dataset import open_indexes
+from trainer.data.shards.index import Index
 from trainer.model import thresholds
 from trainer.model.exported import TOKENS
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import load_weights, save_weights
 
+FEW = 256  # images below which a mean density of the calibration says little about other images
+
 
 class Calibrated(NamedTuple):
-    """found: all thresholds of the model now. path: where they are kept. densities: those of this call."""
+    """found: all thresholds of the model now. path: where they are kept. densities: those of this call. notes: below the table."""
 
     found: Thresholds
     path: Path
     densities: list[float]
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
         title = (
             f"{self.path}: mass thresholds from {self.found.images} training images, pruning block {self.found.block}, importance "
             f"{self.found.importance}, {self.found.precision}"
         )
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left")
         for column in ("density", "mass", "mean density kept"):
             table.add_column(column, justify="right")
         for density in self.densities:
@@ -50,7 +54,7 @@ class Calibrated(NamedTuple):
         table = self.found.by_density
         rows = [{"density": one, "mass": table[one].mass, "mean_density": table[one].density} for one in self.densities]
         about = {"images": self.found.images, "block": self.found.block, "importance": self.found.importance}
-        return {"path": str(self.path), **about, "precision": self.found.precision, "rows": rows}
+        return {"path": str(self.path), **about, "precision": self.found.precision, "notes": list(self.notes), "rows": rows}
 
 
 def calibrate(
@@ -68,8 +72,12 @@ def calibrate(
     _refuse_other_tokens(source, adaptive)
     computed = Computed.of(config)
     computed.place(adaptive)
-    masses = _masses(config, adaptive, images, computed)
+    height, width = network.grid
     try:
+        for density in densities:  # before the pass over the images
+            by_mass.refuse_density(density, height * width, adaptive.least)
+        index, validation = open_indexes(config.data)
+        masses = _masses(config, index, adaptive, images, computed)
         found = {density: by_mass.threshold_for(masses, density, adaptive.least) for density in densities}
     except ValueError as error:
         raise ConfigError(f"calibrate --density: {error}") from error
@@ -84,7 +92,19 @@ def calibrate(
                 f"{before.images}, or these densities again: --density {there.replace(' ', '')}"
             )
         ours = replace(ours, by_density={**before.by_density, **found})
-    return Calibrated(ours, _keep(source, ours), densities)
+    notes = _notes(len(masses), len(index), index.fingerprint == validation.fingerprint)
+    return Calibrated(ours, _keep(source, ours), densities, notes)
+
+
+def _notes(images: int, there: int, validated: bool) -> tuple[str, ...]:
+    """images: of the calibration. there: of the training set. validated: whether those are the validation images."""
+    found = []
+    if images < FEW:
+        remedy = f"give --images {FEW} or more" if there >= FEW else f"data.train has {there}"
+        found.append(f"{images} images are few: other images may keep another mean density; {remedy}")
+    if validated:
+        found.append("data.train has the same shards as data.validation: eval --adaptive scores the images of the calibration")
+    return tuple(found)
 
 
 def _refuse_other_tokens(source: Path, adaptive: AdaptiveViT) -> None:
@@ -105,9 +125,8 @@ def _refuse_other_tokens(source: Path, adaptive: AdaptiveViT) -> None:
 
 
 @torch.no_grad()
-def _masses(config: Config, adaptive: AdaptiveViT, images: int, computed: Computed) -> torch.Tensor:
+def _masses(config: Config, index: Index, adaptive: AdaptiveViT, images: int, computed: Computed) -> torch.Tensor:
     """Cumulated importance of training images, (N, n) float64 on the CPU."""
-    index, _ = open_indexes(config.data)
     pixels = calibration_images(config, index, images, computed.device, "calibrate")
     with computed.autocast():
         return torch.cat([adaptive.ranked(batch)[1].mass.cpu() for batch in pixels])

@@ -15,6 +15,7 @@ from sparsity.network import SparseNetwork
 from sparsity.tokens.scores import ranked
 from sparsity.types import DENSE, Plan
 from trainer.analysis.evaluation.adaptive_model import adaptive_model, calibrated
+from trainer.analysis.evaluation.notes import mass_notes
 from trainer.analysis.evaluation.passes import AdaptivePasses, ChosenPasses, Passes, RandomPasses
 from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
@@ -51,17 +52,17 @@ class DensityResult(NamedTuple):
 
 
 class DensityResults(NamedTuple):
-    """extremes: the images with the fewest and the most tokens of the last adaptive row. note: below the table."""
+    """extremes: the images with the fewest and the most tokens of the last adaptive row. notes: below the table."""
 
     model: str
     rows: list[DensityResult]
     config: Config
     class_names: list[str]
     extremes: AdaptivePasses | None = None
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        table = Table(title=self.model, title_justify="left", caption=self.note, caption_justify="left")
+        table = Table(title=self.model, title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left")
         for number, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if number else "left")
         for r in self.rows:
@@ -82,7 +83,14 @@ class DensityResults(NamedTuple):
             for r in self.rows
         ]
         first = self.rows[0].scores
-        return {"model": self.model, "top1": first.top1, "top5": first.top5, "images": first.images, "rows": rows}
+        return {
+            "model": self.model,
+            "top1": first.top1,
+            "top5": first.top5,
+            "images": first.images,
+            "notes": list(self.notes),
+            "rows": rows,
+        }
 
 
 def score(
@@ -107,7 +115,7 @@ def score(
     _refuse(network, config, densities, {"--adaptive": adaptive, "--random": random, "--least": least})
     evaluation = Evaluation(config, network)
     passes: list[Passes] = []
-    thresholds = ranking = note = None
+    thresholds = ranking = None
     orders: dict[str, Order] = {}
     if adaptive or least or teacher:
         ranking = adaptive_model(config, network)
@@ -115,8 +123,6 @@ def score(
     if adaptive and ranking is not None:
         thresholds = calibrated(source, config, ranking)
         evaluation.computed.place(ranking)
-        if thresholds.precision not in ("", evaluation.computed.name):
-            note = f"mass: thresholds were found in {thresholds.precision}, these passes are {evaluation.computed.name}"
     own = build_schedule(config).last()
     plans = [Plan(d, 1.0) for d in densities] if densities else [own]
     for plan in plans:
@@ -133,8 +139,12 @@ def score(
         passes.append(Passes(OWN, network, own))
     rows = [evaluation.row(one) for one in passes]
     found = [one for one in passes if isinstance(one, AdaptivePasses)]
+    notes: list[str] = []
+    if thresholds is not None:
+        means = [(row.density, row.tokens) for row in rows if row.selection == MASS]
+        notes += mass_notes(thresholds, evaluation.computed, network, means)
     classes = [str(name) for name in evaluation.index.classes]
-    return DensityResults(model, rows, config, classes, found[-1] if found else None, note)
+    return DensityResults(model, rows, config, classes, found[-1] if found else None, tuple(notes))
 
 
 Order = Callable[[Tensor, Tensor], Tensor]

@@ -35,19 +35,20 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
         config = _as_timm_evaluates(config, model.removeprefix("timm:"))
         return ScoredModel(config, build_model(config), None)
     source = path = Path(model)
+    if not path.exists():
+        raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
     if path.is_dir():
         config = config or load_run(path, overrides)
         path = run_weights(path, f"{command} {path}")
     if config is None:
         raise ConfigError(f"{command} {model}: a weights file needs a CONFIG with its model; add one")
-    if not path.is_file():
-        raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
     state, about = weights.load_weights(path), thresholds.header(path) if path.suffix == ".safetensors" else {}
     with naming(path):  # of `export --compact` and `--blocks`: another mlp_ratio, layers of several sizes, stored blocks
         args = json.loads(about["args"]) if about.get("model") == config.model.name and "args" in about else config.model.args
-        network = build_model(config.changed(model={"init": "random", "args": args}))
-        pruned_file.shrink(network.network, about)
+        vit = weights.create(config.model.model_copy(update={"init": "random", "args": args}))
+        pruned_file.shrink(vit, about)
         state = pruned_file.read(state, about)
+    network = build_model(config, vit)  # what it refuses is a setting of `config`, not the file
     heads.refuse_other(network.network, config.model.model_copy(update={"args": args}), str(path), f"{command} {model}")
     weights.fit(network.network, state, str(path), warn=_refuse_change)
     config, network = importance.pinned(config, network, importance.stored_with(source, about))
