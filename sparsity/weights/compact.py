@@ -25,6 +25,19 @@ def cut(sites: Sequence[Site], weights: Weights, kept: Mapping[str, Tensor]) -> 
     return found
 
 
+def changes_tokens(sites: Sequence[Site], tokens: Any) -> str:
+    """Which setting of level 2 gives other tokens once pruned heads are cut out, as key=value; "" for none. A masked head is flat: it adds
+    a constant to the mean over heads. That keeps the order of attention scores, not that of `value_norm`, nor the weights of a fused token.
+
+    tokens: settings of the method of tokens.
+    """
+    if tokens.off or not any(isinstance(site, Heads) for site in sites):
+        return ""
+    if getattr(tokens, "importance", "") == "value_norm":
+        return "tokens.importance=value_norm"
+    return "tokens.fuse=true" if getattr(tokens, "fuse", False) else ""
+
+
 def sizes_of(sites: Sequence[Site], kept: Mapping[str, Tensor]) -> dict[str, int]:
     """{site: kept units or heads}"""
     return {site.name: int(kept[site.name].sum()) for site in sites}

@@ -39,6 +39,12 @@ def best_of_each(energy: Tensor, count: Tensor, keep: float) -> Tensor:
     return (rank < torch.tensor(wanted, device=energy.device)[:, None]) & there
 
 
+def share_of_blocks(sites: Sequence[Site], keep: float) -> tuple[float, int]:
+    """The share of all groups that stays when `keep` of each block is rounded up, and the groups of the largest block."""
+    there = [int(count) for site in sites for count in (site.counts() > 0).sum(1)]
+    return sum(num_kept(count, keep) for count in there) / sum(there), max(there)
+
+
 def above_one_threshold(energies: Mapping[str, Tensor], counts: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     """The ceil(keep x groups) best groups of all, by mean square; the best one of each layer always."""
     means = {name: (energy / counts[name]).masked_fill(counts[name] == 0, -1.0).flatten() for name, energy in energies.items()}

@@ -71,7 +71,11 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.Mon
     assert "weights.groups=heads" in capsys.readouterr().out
     for settings, forms, words in (
         ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block, bsr, onnx, onnx_int8"),
-        ({}, ["compact"], "columns and rows of blocks leave no smaller dense layer"),
+        (
+            {},
+            ["compact"],
+            "columns and rows of blocks leave no smaller dense layer; valid forms of these groups: dense, block, bsr,",
+        ),
         ({"groups": "units"}, ["block"], "units and heads have no blocks; use the compact form"),
         ({"groups": "units"}, ["bsr"], "units and heads have no blocks; use the compact form"),
         ({"block": [32, 32]}, ["bsr"], "bsr: blocks of 32 x 32 do not divide a layer of 144 x 48; set weights.block"),
@@ -131,6 +135,9 @@ def test_the_forms_of_a_run_have_its_answers_beside_another_network(run: Path, m
     assert rows["dense"]["top1"] == 100 * sum(right) / 8
     stored = load_file(next(run.glob("checkpoints/step-*")) / "weights.safetensors")
     torch.testing.assert_close(built.of_run(run).vit.head.weight.data, stored["head.weight"], rtol=0, atol=0)
+    for fixed in ("weights.groups=rows", "model.args.depth=1"):
+        with pytest.raises(ConfigError, match=f"{fixed}: the checkpoint has the masks and layers of its run"):
+            built.of_run(run, [fixed])
     assert "energy: not measured" in found.notes[-1] or rows["timm"]["joules"] is not None
 
 

@@ -137,6 +137,23 @@ def test_a_compact_file_keeps_its_densities(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "words"), [({"importance": "value_norm"}, "tokens.importance=value_norm"), ({"fuse": True}, "tokens.fuse=true")]
+)
+def test_heads_are_not_cut_out_where_that_would_change_the_tokens(tokens: Any, words: str, tmp_path: Path) -> None:
+    """A reviewer's file answered otherwise than its run for 14 % of the images, without a warning."""
+    run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]} | tokens, groups="heads", keep=0.34)
+    with pytest.raises(
+        ConfigError, match=f"--compact with {words}: a network without the pruned heads would keep other tokens"
+    ):
+        export(tmp_path, tmp_path / "x.safetensors", form="compact")
+
+
+def test_an_onnx_file_has_no_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path), str(tmp_path / "x.onnx"), "--density", "1", "--blocks"]) == 2
+    assert "--blocks: ONNX has no such form; leave it out" in capsys.readouterr().err
+
+
 def test_a_compact_onnx_file_is_smaller(tmp_path: Path) -> None:
     run(tmp_path, tokens={"method": "topk", "keep": 0.5, "blocks": [1]}, groups="heads", keep=0.3)
     found = [export_onnx(tmp_path, tmp_path / f"{form}.onnx", 0.5, form=form).path for form in ("compact", "dense")]

@@ -16,7 +16,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.preflight.check import check
-from trainer.run.ineffective import ineffective, refuse_ineffective, unused_pixels
+from trainer.run.ineffective import ineffective, refuse_ineffective, rounded_shares, unused_pixels
 from trainer.train import train
 
 DATA = {"train": "a", "validation": "b", "batch": 64, "lanes": 4}
@@ -138,6 +138,25 @@ def test_pixels_that_no_patch_covers_are_named():
         "model.image_size=60 is not a multiple of the patch size 8: 4 rows and columns of pixels are not used; set 56 or 64"
     ]
     assert unused_pixels(size(img_size=60, dynamic_img_pad=True, dynamic_img_size=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (
+            {"groups": "heads", "keep": 0.75},
+            "weights.keep=0.75: at most 3 heads per block, rounded up in each, so nothing is pruned; set",
+        ),
+        ({"block": [64, 1], "keep": 0.5}, "at most 1 columns per block, rounded up in each, so nothing is pruned"),
+        ({"block": [8, 5], "keep": 0.5}, "at most 5 columns per block, rounded up in each, so 0.59 of them stay"),
+        ({"groups": "units", "keep": 0.5}, ""),
+        ({"block": [8, 5], "keep": 0.5, "per": "layer"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_share_that_rounding_raises_is_reported(weights: dict[str, Any], words: str):
+    found = rounded_shares(config(weights={"method": "magnitude", "prune": "4ep"} | weights), tiny())
+    assert len(found) == bool(words) and words in "".join(found)
 
 
 def test_check_and_the_report_show_what_acts_in_part(digits: Path, tmp_path: Path):

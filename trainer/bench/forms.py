@@ -62,7 +62,12 @@ def of_config(config: Config) -> Pruned:
 
 def of_run(run: Path, overrides: Sequence[str] = ()) -> Pruned:
     """The newest checkpoint of a run, its EMA weights if it has any. Raises ConfigError for a run without one or without pruned weights."""
-    config, what = load_run(run, list(overrides)), f"bench inference {run} --forms"
+    what = f"bench inference {run} --forms"
+    if fixed := next((one for one in overrides if one.partition("=")[0].partition(".")[0] in ("weights", "model")), None):
+        raise ConfigError(
+            f"{what}: {fixed}: the checkpoint has the masks and layers of its run; leave it out, or give a CONFIG"
+        )
+    config = load_run(run, list(overrides))
     found = save_load.latest(run / "checkpoints")
     if found is None:
         raise ConfigError(f"{what}: no checkpoint in it; give the directory of a run with one")
@@ -107,7 +112,9 @@ def rows(
             try:
                 network, size = build[form]()
             except ValueError as error:
-                raise ConfigError(f"--forms {','.join(forms)}: {error}") from error
+                mine = ("block", "bsr") if all(isinstance(site, Block) for site in found.level.sites) else ("compact",)
+                valid = ", ".join(one for one in FORMS if one not in build or one in mine)
+                raise ConfigError(f"--forms {','.join(forms)}: {error}; valid forms of these groups: {valid}") from error
             table[form] = Row(network.to(device).eval(), left.total, tokens, size)
     if wanted := [form for form in forms if form in ONNX]:
         table |= _onnx(found, wanted, dense, left.total, folder, images)

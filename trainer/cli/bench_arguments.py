@@ -43,7 +43,7 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     c.add_argument("--density", type=float, default=0.45, help="share of the tokens that stays (default: .45)")
     c.add_argument(
         "--forms",
-        metavar="compact,block,bsr,onnx,onnx_int8",
+        metavar="dense,compact,block,bsr,onnx,onnx_int8",
         help="instead: pruned weights of CONFIG, or of the run directory in its place with its top-1, in these forms; every token kept",
     )
     c.add_argument(

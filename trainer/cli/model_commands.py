@@ -77,6 +77,10 @@ def export(a: argparse.Namespace) -> None:
             raise ConfigError(
                 f"export {a.out}: an ONNX file has one density; add --density, e.g. --density .5, or 1 for all tokens"
             )
+        if a.form == "blocks":
+            raise ConfigError(
+                f"export {a.out} --blocks: ONNX has no such form; leave it out (zeros included), or name it OUT.safetensors"
+            )
         densities = _densities(a.density, "--density")
         if len(densities) > 1:
             raise ConfigError(f"--density {a.density}: an ONNX file has one density; write one file for each")

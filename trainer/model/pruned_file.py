@@ -41,6 +41,11 @@ def written(
         smaller = compact.cut(level.sites, weights, level.kept)
     except ValueError as error:
         raise _without(form, config) from error
+    if setting := compact.changes_tokens(level.sites, config.tokens.settings):
+        raise ConfigError(
+            f"export {run} --compact with {setting}: a network without the pruned heads would keep other tokens than the run; leave "
+            "--compact out, or train with weights.groups=units"
+        )
     sizes = compact.sizes_of(level.sites, level.kept)
     ratio = compact.uniform_ratio(vit, sizes)
     if ratio is not None:

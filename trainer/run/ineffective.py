@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsity.settings import RunLength
 from sparsity.types import DENSE
+from sparsity.weights.projection import share_of_blocks
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.config.values import Duration
@@ -23,6 +24,7 @@ from trainer.model.build import build_schedule
 from trainer.model.optimizer import has_betas
 from trainer.run.dense_baseline import fewest_steps
 
+ROUNDED = 0.02  # of the groups, more than asked for, above which it is reported
 INITIAL = 0.05  # share of the initial weights in their average above which it is reported
 
 DRY_RUN = "; for a dry run set stop_at, which leaves the schedules as they are, in place of epochs"
@@ -68,6 +70,7 @@ def warnings_of(config: Config, network: nn.Module, train: Index, validation: In
     return [
         *ineffective(config, len(train)),
         *unused_pixels(network),
+        *rounded_shares(config, network),
         *depends_on_world(network, config),
         *class_warnings(train, validation, config.model.classes),
         *file_warnings(config.data, train, validation),
@@ -117,6 +120,22 @@ def _plan(config: Config, steps: int) -> Iterator[str]:
 def _weights(config: Config) -> Iterator[str]:
     if why := config.weights.settings.without_effect:
         yield f"weights.method={config.weights.method}: {why}"
+
+
+def rounded_shares(config: Config, network: nn.Module) -> list[str]:
+    """Level 4 with few groups in a block: each block rounds up."""
+    settings: Any = config.weights.settings
+    sites = settings.build(network).sites
+    if not sites or getattr(settings, "per", "") != "block":
+        return []
+    share, most = share_of_blocks(sites, settings.keep)
+    if share < settings.keep + ROUNDED:
+        return []
+    left = "nothing is pruned" if share == 1 else f"{share:.3g} of them stay"
+    return [
+        f"weights.keep={settings.keep:g}: at most {most} {settings.groups} per block, rounded up in each, so {left}; set another share, "
+        "larger blocks, or weights.per=layer"
+    ]
 
 
 def _control(config: Config, steps: int) -> Iterator[str]:
