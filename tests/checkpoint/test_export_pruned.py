@@ -242,6 +242,8 @@ def test_thresholds_of_mass_go_with_the_file_unless_heads_are_gone(tmp_path: Pat
     assert dense.thresholds is not None and dense.thresholds.weights == weights_hash(state)
     if not stay:
         assert model.thresholds is None
+        small = export(tmp_path, tmp_path / "small.safetensors", form=form).text()
+        assert "thresholds left out: their mass is another without the pruned heads; run trilevel calibrate" in small
         return
     assert model.thresholds is not None and model.thresholds.mass(0.5) == 0.7
     torch.testing.assert_close(model(IMAGES, 0.5, adaptive=True), dense(IMAGES, 0.5, adaptive=True), rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from trainer.config.run_config import Config
 from trainer.config.schema_run import EngineConfig
 from trainer.model import weights
 from trainer.model.build import build_distillation, build_model
-from trainer.model.teacher import Teacher, build_teacher
+from trainer.model.teacher import Teacher, build_teacher, teacher_pixels
 from trainer.storage.disk import Disk
 
 SMALL: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -322,3 +322,11 @@ def test_distillation_of_tokens_where_a_part_before_the_block_trains(file: Path,
     student = build_model(settings)
     assert build_teacher(settings, student, frozenset()).network is not None
     assert all(parameter.requires_grad for parameter in student.parameters()), "the optimizer freezes, not the teacher"
+
+
+def test_a_teacher_of_other_pixels_is_named(file: Path, run: Path, tmp_path: Path):
+    assert teacher_pixels(config("none", tokens=0.0)) == teacher_pixels(config(run)) == teacher_pixels(config(file)) == []
+    (found,) = teacher_pixels(config(run).changed(augment={"mean": (0.5,) * 3, "std": (0.5,) * 3}))
+    assert "teacher.from=" in found and "augment has mean [0.5, 0.5, 0.5] std [0.5, 0.5, 0.5]; set augment.mean" in found
+    (found,) = teacher_pixels(config("timm", name="vit_tiny_patch16_224"))
+    assert "trained with mean [0.5, 0.5, 0.5]" in found

@@ -18,20 +18,23 @@ from trainer.checkpoint import directory, save_load
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_recorded
 from trainer.config.run_config import Config
-from trainer.config.schema import AugmentConfig, ModelConfig
+from trainer.config.schema import ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
 from trainer.model import importance, pruned_file, thresholds
 from trainer.model.build import build_model
 from trainer.model.exported import TOKENS
+from trainer.model.origin import header_of
+from trainer.model.thresholds import Thresholds
 from trainer.model.weights import fixes_image_size, save_weights
 
 
 class Exported(NamedTuple):
-    """The file and its header."""
+    """The file and its header. notes: what of the run is not in it."""
 
     path: Path
     about: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         about = self.about
@@ -42,8 +45,10 @@ class Exported(NamedTuple):
         sparse = json.loads(about[TOKENS])["method"] != "all"
         adaptive = ", adaptive=True" if thresholds.HEADER in about else ""
         at = f"\nor at any density: trainer.load_model({str(self.path)!r})(images, density=.5{adaptive})" if sparse else ""
-        top1 = f", top-1 {100 * float(about['top1']):.2f} %" if "top1" in about else ", not evaluated"
+        at_density = f" at density {about['top1_density']}" if sparse and "top1" in about else ""
+        top1 = f", top-1 {100 * float(about['top1']):.2f} %{at_density}" if "top1" in about else ", not evaluated"
         first = f"{self.path}: {which} of step {about['step']}{top1}"
+        at += "".join(f"\n{note}" for note in self.notes)
         if only := pruned_file.described(about):
             return f"{first}\n{only}; load it with trainer.load_model({str(self.path)!r}), plain timm cannot build it{at}"
         return f"{first}\n{words}{more}, checkpoint_path={str(self.path)!r}){at}"
@@ -65,7 +70,7 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ConfigError(f"export {out}: file name must end with .safetensors, timm needs it")
-    header = _network(config.model, config.augment, config.evaluate.crop_pct)
+    header = _network(config.model) | header_of(config)
     header |= {"run": config.name, "config": config.fingerprint()} | _position(about["state"], use_ema)
     score = _score(config, about)
     header[TOKENS] = json.dumps(config.resolved()["tokens"] | ({importance.KEY: score.selection} if score.selection else {}))
@@ -86,11 +91,23 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
         header.pop(thresholds.HEADER, None)
     elif form != "dense" and found is not None and thresholds.HEADER in header:
         header[thresholds.HEADER] = replace(found, weights=thresholds.weights_hash(pruned_file.read(weights, header))).to_json()
-    if (top1 := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
-        header["top1"] = str(top1)
+    if (scored := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
+        header["top1"], header["top1_density"] = str(scored[0]), f"{scored[1]:g}"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(out, weights, header)
-    return Exported(out, header)
+    return Exported(out, header, _without(found, header, run, out))
+
+
+def _without(found: Thresholds | None, header: Mapping[str, str], run: Path | str, out: Path) -> tuple[str, ...]:
+    """A note where the thresholds of the run are not in the file."""
+    if found is None or thresholds.HEADER in header:
+        return ()
+    which = f"the {'EMA' if header['ema'] == 'true' else 'raw'} weights of step {header['step']}"
+    why = "their mass is another without the pruned heads"
+    if not pruned_file.changes_importance(header):
+        why = f"{Path(run) / thresholds.FILE} was calibrated for other weights than {which}"
+    densities = ",".join(f"{one:g}" for one in sorted(found.by_density))
+    return (f"thresholds left out: {why}; run trilevel calibrate {out} {run}/config.yaml --density {densities}",)
 
 
 class _Score(NamedTuple):
@@ -143,15 +160,13 @@ def _examined(path: Path) -> dict[str, Any]:
         raise save_load.CheckpointError(f"{path.parent}: {error}; export another one with --checkpoint PATH") from error
 
 
-def _network(model: ModelConfig, augment: AugmentConfig, crop_pct: float) -> dict[str, str]:
-    """What it takes to build the network and to feed it; strings, as safetensors requires."""
-    pixels = {"mean": augment.mean, "std": augment.std, "interpolation": augment.interpolation, "crop_pct": crop_pct}
+def _network(model: ModelConfig) -> dict[str, str]:
+    """What it takes to build the network; strings, as safetensors requires."""
     return {
         "model": model.name,
         "classes": str(model.classes),
         "image_size": str(model.image_size),
         "args": json.dumps(model.args),
-        "pixels": json.dumps(pixels),
     }
 
 
@@ -161,10 +176,10 @@ def _position(state: dict[str, Any], ema: bool) -> dict[str, str]:
     return {"step": str(state["step"]), "progress": progress, "ema": json.dumps(ema), "chain": state["chain"]}
 
 
-def _top1(run: Path, step: int, ema: bool) -> float | None:
-    """Top-1 of these weights in the run's own evaluation, None if it did not evaluate them."""
+def _top1(run: Path, step: int, ema: bool) -> tuple[float, float] | None:
+    """Top-1 of these weights in the run's own evaluation, and its keep ratio of tokens; None if it did not evaluate them."""
     try:
         scores = [line for line in lineage(run) if line["kind"] == "eval" and (line["step"], line["ema"]) == (step, ema)]
     except JournalError:
         return None
-    return scores[-1]["top1"] if scores else None
+    return (scores[-1]["top1"], scores[-1]["keep_tokens"]) if scores else None

@@ -22,6 +22,7 @@ from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
 from trainer.model import pruned_file, thresholds, weights
 from trainer.model.importance import TOKENS
+from trainer.model.origin import origin
 from trainer.model.thresholds import Thresholds, weights_hash
 from trainer.storage.memory_limit import memory_limit
 
@@ -30,14 +31,14 @@ GROWTH, SPARE = 64, 1 << 30  # memory for a file of n bytes: 64 n (blocks of a 2
 
 class AnyDensity(nn.Module):
     """model: the network with its token reduction. thresholds: of mass-based selection, None without. image_size: side in pixels. source:
-    the file, for messages."""
+    the file, for messages. origin: pixel statistics and densities of its training."""
 
     def __init__(
         self, model: SparseNetwork, tokens: TokensConfig, thresholds: Thresholds | None, image_size: int, source: str
     ) -> None:
         super().__init__()
         self.model, self.tokens, self.thresholds, self.image_size = model, tokens, thresholds, image_size
-        self.source = source
+        self.source, self.origin = source, origin(Path(source))
         self._adaptive: AdaptiveViT | None = None
         self._refused = ""  # why the thresholds are not of this network
         if thresholds is not None:

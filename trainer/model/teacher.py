@@ -28,6 +28,7 @@ from trainer.config.schema import ModelConfig
 from trainer.engine.engine import Engine
 from trainer.model import heads, weights
 from trainer.model.optimizer import EMBEDDING, frozen
+from trainer.model.origin import of_timm, origin
 
 log_warning = logging.getLogger(__name__).warning
 
@@ -177,6 +178,18 @@ def _refuse_other_tokens(config: Config, teacher: SparseNetwork, student: Sparse
             f"{asked} with model.args.patch_drop_rate={drop.prob:g}: the model drops patches at random before its blocks, so its "
             "importance is of other patches than the teacher's attention; set patch_drop_rate=0, or teacher.tokens=0"
         )
+
+
+def teacher_pixels(config: Config) -> list[str]:
+    """A sentence where the teacher's weights were trained with other pixel statistics than the images of the run have."""
+    if not config.teacher.on:
+        return []
+    settings = _network(config)
+    own = of_timm(settings.name) if settings.init == "timm" else origin(Path(settings.init))
+    different = own.other_pixels(config.augment)
+    return [
+        f"teacher.from={config.teacher.source}: its weights were {different}; set augment.mean and augment.std to theirs"
+    ] * bool(different)
 
 
 def before(block: int) -> tuple[str, ...]:

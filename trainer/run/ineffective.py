@@ -22,6 +22,7 @@ from trainer.journal.reader import FILE
 from trainer.model.batch_norm import depends_on_world
 from trainer.model.build import build_schedule
 from trainer.model.optimizer import has_betas
+from trainer.model.teacher import teacher_pixels
 from trainer.run.dense_baseline import fewest_steps
 
 ROUNDED = 0.02  # of the groups, more than asked for, above which it is reported
@@ -72,6 +73,7 @@ def warnings_of(config: Config, network: nn.Module, train: Index, validation: In
         *unused_pixels(network),
         *rounded_shares(config, network),
         *depends_on_world(network, config),
+        *teacher_pixels(config),
         *class_warnings(train, validation, config.model.classes),
         *file_warnings(config.data, train, validation),
     ]

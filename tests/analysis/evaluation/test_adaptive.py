@@ -159,6 +159,34 @@ def test_a_density_that_cannot_be_is_refused_before_the_images_are_read(
         calibrate(WEIGHTS, config, [0.5, 0.1])
 
 
+def _with_header(**more: Any) -> None:
+    header = thresholds.header(Path(WEIGHTS)) | {key: json.dumps(value) for key, value in more.items()}
+    save_weights(Path(WEIGHTS), load_file(WEIGHTS), header)
+
+
+def test_settings_under_which_the_weights_were_not_trained_are_notes(config: Config) -> None:
+    own = {"mean": config.augment.mean, "std": config.augment.std}
+    _with_header(pixels=own, densities=[0.5, 1.0])
+    assert score(WEIGHTS, config, [1.0, 0.5]).notes == ()
+    assert load_model(WEIGHTS).origin.densities == (0.5, 1.0)
+    other = config.changed(augment={"mean": (0.4,) * 3, "std": (0.2,) * 3}, tokens={"blocks": (2,)})
+    pixels, blocks, density = score(WEIGHTS, other, [0.4]).notes
+    assert "mean [0.4, 0.4, 0.4] std [0.2, 0.2, 0.2]" in pixels and f"mean {list(config.augment.mean)}" in pixels
+    assert blocks == "other tokens: these weights were trained with tokens.blocks=[1], this configuration has [2]"
+    assert density == "density 0.4: outside of those in training, 0.5 to 1"
+    (received,) = score(WEIGHTS, config.changed(tokens={"settings": TopKSettings(importance="received")}), [0.5]).notes
+    assert received == "other tokens: these weights were trained with tokens.importance=cls, this configuration has received"
+
+
+def test_thresholds_of_other_pixels_are_refused(config: Config) -> None:
+    _with_header(pixels={"mean": [0.1] * 3, "std": [0.2] * 3})
+    with pytest.raises(ConfigError, match=r"trained with mean \[0\.1, .*, augment has mean .*; leave out augment\.mean"):
+        calibrate(WEIGHTS, config, [0.5])
+    _with_header(pixels=[1])
+    with pytest.raises(ConfigError, match=r"its header does not describe the training .*export it again"):
+        calibrate(WEIGHTS, config, [0.5])
+
+
 def test_an_exported_file_answers_at_any_density(config: Config) -> None:
     calibrate(WEIGHTS, config, [0.5])
     model = load_model(WEIGHTS)

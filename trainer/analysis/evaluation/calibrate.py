@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from trainer.data.loader.calibration import calibration_images
 from trainer.data.loader.dataset import open_indexes
 from trainer.data.shards.index import Index
 from trainer.model import thresholds
-from trainer.model.exported import TOKENS
+from trainer.model.origin import origin
 from trainer.model.thresholds import Thresholds
 from trainer.model.weights import load_weights, save_weights
 
@@ -69,15 +68,18 @@ def calibrate(
         raise ConfigError(f"calibrate {model}: give a run directory or a .safetensors file, which keep the thresholds")
     adaptive = adaptive_model(config, network)
     before = thresholds.read(source)
-    _refuse_other_tokens(source, adaptive)
+    _refuse_other(source, config, adaptive)
     computed = Computed.of(config)
     computed.place(adaptive)
     height, width = network.grid
+    index, validation = open_indexes(config.data)
     try:
         for density in densities:  # before the pass over the images
             by_mass.refuse_density(density, height * width, adaptive.least)
-        index, validation = open_indexes(config.data)
-        masses = _masses(config, index, adaptive, images, computed)
+    except ValueError as error:
+        raise ConfigError(f"calibrate --density: {error}") from error
+    masses = _masses(config, index, adaptive, images, computed)
+    try:
         found = {density: by_mass.threshold_for(masses, density, adaptive.least) for density in densities}
     except ValueError as error:
         raise ConfigError(f"calibrate --density: {error}") from error
@@ -107,21 +109,18 @@ def _notes(images: int, there: int, validated: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _refuse_other_tokens(source: Path, adaptive: AdaptiveViT) -> None:
-    """Raises ConfigError where the file's own header selects at another block or by another score: it would refuse the thresholds."""
-    about = {} if source.is_dir() else thresholds.header(source)
-    tokens = json.loads(about.get(TOKENS, "{}"))
-    score = tokens.get("importance", "default") if tokens else None
-    if score == "default":
-        score = adaptive.model.about.default_before()[0]
-    for key, own, now in (
-        ("blocks", tokens.get("blocks"), [adaptive.block]),
-        ("importance", score, adaptive.model.importance),
-    ):
-        if own is not None and own != now:
-            raise ConfigError(
-                f"calibrate {source}: its header has tokens.{key}={own}, the configuration {now}; leave out tokens.{key}"
-            )
+def _refuse_other(source: Path, config: Config, adaptive: AdaptiveViT) -> None:
+    """Raises ConfigError where the weights were trained with other pixels, or the file's own header selects at another block or by another
+    score: it would refuse the thresholds."""
+    own = origin(source)
+    if different := own.other_pixels(config.augment):
+        raise ConfigError(
+            f"calibrate {source}: its weights were {different}; leave out augment.mean and augment.std, or set theirs"
+        )
+    for key, theirs, now in () if source.is_dir() else own.other_tokens(config, adaptive.model):
+        raise ConfigError(
+            f"calibrate {source}: its header has tokens.{key}={theirs}, the configuration {now}; leave out tokens.{key}"
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,21 @@ from collections.abc import Iterable, Iterator
 from sparsity.network import SparseNetwork
 from sparsity.tokens.mass import TOLERANCE
 from trainer.analysis.evaluation.precision import Computed
+from trainer.config.run_config import Config
+from trainer.model.origin import Origin
 from trainer.model.thresholds import Thresholds
+
+
+def origin_notes(of: Origin, config: Config, network: SparseNetwork, densities: Iterable[float]) -> Iterator[str]:
+    """Settings of `config` under which the weights were not trained. densities: keep ratios of tokens of the rows."""
+    if different := of.other_pixels(config.augment):
+        yield f"other pixels: these weights were {different}; scores are lower than with their own"
+    for key, own, now in of.other_tokens(config, network) if of.tokens.get("method") != "all" else ():
+        yield f"other tokens: these weights were trained with tokens.{key}={own}, this configuration has {now}"
+    low, high = (min(of.densities), max(of.densities)) if of.densities else (0.0, 1.0)
+    if outside := [f"{density:g}" for density in densities if not low <= density <= high]:
+        trained = f"{low:g} to {high:g}" if low < high else f"{low:g} alone"
+        yield f"density {', '.join(outside)}: outside of those in training, {trained}"
 
 
 def mass_notes(
