@@ -51,7 +51,12 @@ class AnyDensity(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, density: float = 1.0, adaptive: bool = False) -> Tensor:
         """Normalised images (B, 3, S, S) float -> logits (B, classes), with the share `density` of the tokens at each pruning block, in
-        (0, 1]. adaptive: a mean share; each image has its own number of tokens. Raises ConfigError for a density that is not there."""
+        (0, 1]. adaptive: a mean share; each image has its own number of tokens. Raises ConfigError for a density that is not there, and
+        for images that the network cannot take."""
+        if not torch.compiler.is_compiling():
+            self._refuse(images)
+        if isinstance(density, bool) or not isinstance(density, (int, float)):
+            raise ConfigError(f"density={density!r}: must be a number in (0, 1]")
         if not 0.0 < density <= 1.0:
             raise ConfigError(f"density={density:g}: must be in (0, 1]")
         if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
@@ -68,6 +73,21 @@ class AnyDensity(nn.Module):
                 )
             return self._adaptive(images, self.thresholds.mass(density)).logits
         return self.model(images, Plan(keep_tokens=density)).logits
+
+    def _refuse(self, images: Tensor) -> None:
+        """Raises ConfigError for images of another shape or type than those of the network."""
+        embed = getattr(self.model.network, "patch_embed", None)
+        size, kernel = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "weight", None)
+        shape = tuple(images.shape)
+        if size is None or kernel is None or getattr(self.model.network, "dynamic_img_size", False):
+            return  # a convolutional network takes any size
+        wanted = (kernel.shape[1], *size)
+        if len(shape) != 4 or shape[1:] != wanted:
+            raise ConfigError(f"{self.source}: images of shape {list(shape)}: must be (B, {', '.join(map(str, wanted))})")
+        if images.dtype != kernel.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ConfigError(
+                f"{self.source}: images of {images.dtype}: must be {kernel.dtype} as the weights; convert with images.to"
+            )
 
 
 def load_exported(path: str | Path) -> AnyDensity:

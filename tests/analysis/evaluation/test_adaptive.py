@@ -202,10 +202,19 @@ def test_an_exported_file_answers_at_any_density(config: Config) -> None:
     )
     for words, message in (
         ({"density": 0.0}, r"density=0: must be in \(0, 1\]"),
+        ({"density": ".5"}, r"density='\.5': must be a number in \(0, 1\]"),
         ({"density": 0.6, "adaptive": True}, "density 0.6 has no mass threshold; calibrated: 0.5"),
     ):
         with pytest.raises(ConfigError, match=message):
             model(images, **words)
+    for other, message in (
+        (images[:, :1], r"images of shape \[3, 1, 32, 32\]: must be \(B, 3, 32, 32\)"),
+        (images[:, :, :28], r"images of shape \[3, 3, 28, 32\]"),
+        (images[0], r"images of shape \[3, 32, 32\]"),
+        (images.double(), r"images of torch\.float64: must be torch\.float32 as the weights"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model(other)
 
 
 def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: Config, capsys: Any) -> None:
