@@ -38,6 +38,7 @@ def agreement(model: str, teacher: str, config: Config | None, overrides: list[s
         with computed.autocast():
             ours = adaptive.model.until(adaptive.block, images)[1]
             theirs = other(images, DENSE, frozenset({"cls_attention"})).cls_attention
+        assert theirs is not None
         found += spearman(ours, theirs).tolist()
     return sum(found) / len(found)
 

@@ -86,6 +86,7 @@ class Viewer:
             raise ConfigError(f"show {image}: can't be read as an image: {error}") from error
         images = normalise(pixels[None], self.config.augment)
         output = self.model(images, self.plan, frozenset({"kept", "keys"}))
+        assert output.kept is not None and output.keys is not None
         across, down = self.model.grid[::-1]
         if token is not None and not 0 <= token < across * down:
             raise ConfigError(f"--token {token}: must be 0 to {across * down - 1} (patches in reading order)")
