@@ -85,7 +85,7 @@ def test_the_launcher_reads_the_name_of_a_run_as_the_trainer_does(name: str, tmp
 @pytest.mark.parametrize("last", ['{"kind": "End"}', "[1]", '{"end": {}}', "1e999", "{"])
 def test_an_odd_last_line_of_a_journal_is_no_cause(last: str, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(last + "\n")
-    assert written_since(tmp_path, 0) == (False, "")
+    assert written_since(tmp_path, 0) == (False, "", None)
 
 
 def journal(folder: Path, **tracking: Any) -> Path:
