@@ -99,9 +99,10 @@ class Restarts:
             over.set()
 
     def settled(self, code: int) -> int:
-        """The exit code of the attempt that ended with `code`. What happens to a process after the last line loses nothing."""
+        """The exit code of the attempt that ended with `code`. What happens to a process after the last line loses nothing. A refused
+        attempt wrote no line: a last line is then that of another process which trains this run."""
         ended = written_since(self.directory, self._offset).ended
-        if code in (0, ended) or ended is None:
+        if code in (0, ended, REFUSED, BUSY) or ended is None:
             return code
         print(
             f"launch: attempt {self._attempt} had saved all when a process failed, was stopped or killed ({code}{MEANING.get(code, '')}); "

@@ -218,6 +218,17 @@ def test_an_attempt_that_had_saved_all_is_not_failed_by_a_process_that_ends_badl
     ) == (code != 76)
 
 
+@pytest.mark.parametrize("code", [2, 73])
+def test_a_refused_attempt_stays_refused_beside_a_process_that_finishes(code: int, tmp_path: Path) -> None:
+    """The last line is that of the other process, which trains this run."""
+    found = Restarts(tmp_path, 0, ["local"])
+    begun(tmp_path)
+    found.begin()
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "end", "time": time.time(), "status": "finished", "reason": ""}) + "\n")
+    assert found.settled(code) == code and found.settled(76) == 0
+
+
 def test_without_resume_nothing_is_repeated_and_the_command_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
