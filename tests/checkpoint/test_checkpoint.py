@@ -32,6 +32,7 @@ from trainer.run.directory import create_run_directory
 from trainer.storage import safetensors_stream
 from trainer.storage.disk import Disk
 
+KERNELS = {(197, False): "cudnn", (139, True): "efficient"}
 PLAIN = {"name": "x", "model": {"name": "m"}, "data": {"train": "a", "validation": "b"}, "checkpoint": {"keep": 2}}
 
 
@@ -53,6 +54,7 @@ def save(folder: Path, config: Config, step: int, disk: Disk | None = None, **mo
         examples={"events": np.arange(5, dtype=np.int16) * step},
         selection=Selection(np.array([0b10101], dtype=np.uint8), 3, np.ones(5, dtype=np.float32), {"hash": "h"}),
         disk=disk,
+        kernels=KERNELS,
     )
 
 
@@ -66,7 +68,7 @@ def test_everything_comes_back(tmp_path: Path, config: Config) -> None:
     assert saved.optimizer.keys() == {"head.weight|exp_avg", "|step"}
     assert saved.selection is not None and saved.selection.weight is not None
     assert saved.selection.keep.tolist() == [0b10101] and saved.selection.num_kept == 3
-    assert saved.examples["events"].tolist() == [0, 4, 8, 12, 16]
+    assert saved.examples["events"].tolist() == [0, 4, 8, 12, 16] and saved.kernels == KERNELS
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> None:

@@ -53,6 +53,19 @@ def test_auto_takes_the_fastest_at_each_count_and_names_the_times(monkeypatch: p
     }
 
 
+def test_a_resume_keeps_the_kernels_of_the_attempt_before_and_times_only_other_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {DENSE_SHAPE.kind: "efficient", (98, False): "flash"}
+    monkeypatch.setattr(module, "measured", lambda *given: pytest.fail("measured"))
+    kernels, fields = engine_of(on_gpu=True).choose_attention([DENSE_SHAPE], before)
+    assert kernels == before and fields["attention"] == {"98": "flash", "197": "efficient"}
+
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "measured", lambda *given: asked.append(given[2]) or {FEWER: {"cudnn": 1.0}})
+    kernels, _ = engine_of(on_gpu=True).choose_attention([DENSE_SHAPE, FEWER], before)
+    assert asked == [[FEWER]] and kernels == before | {FEWER.kind: "cudnn"}
+    assert engine_of(on_gpu=False).choose_attention([DENSE_SHAPE], before)[0] == {}
+
+
 def test_a_count_that_was_not_timed_takes_the_backend_of_the_nearest() -> None:
     times = {DENSE_SHAPE: {"flash": 2.0, "cudnn": 1.0}, AttentionShape(6, 69, 64): {"flash": 1.0, "cudnn": 2.0}}
     near, masked = AttentionShape(6, 98, 64), AttentionShape(6, 98, 64, masked=True)

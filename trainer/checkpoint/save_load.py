@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsity.attention_kernel import TORCHS_CHOICE, Kernels
 from sparsity.network import SparseNetwork
 from sparsity.types import Selection
 from trainer.checkpoint import directory
@@ -51,6 +52,7 @@ def save_checkpoint(
     fingerprint: str,
     teacher: str = "",
     importance: str | None = None,
+    kernels: Kernels = TORCHS_CHOICE,
     *,
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
@@ -65,6 +67,7 @@ def save_checkpoint(
     state: position in the run.
     config, fingerprint, teacher: of the run, its training shards and its teacher (hash of the weights); a resume must match them.
     importance: name of the score of tokens, see `model.importance.name_of`.
+    kernels: of attention; a resume uses them again.
     weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
     examples, selection: statistics of level 1, and the examples of the current epoch.
     pruning: state of level 4, on the CPU; without any there is no file.
@@ -93,6 +96,7 @@ def save_checkpoint(
         "fingerprint": fingerprint,
         "teacher": teacher,
         scored.KEY: importance,
+        "attention": [[*kind, name] for kind, name in sorted(kernels.items())],
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
     }
 
@@ -192,6 +196,7 @@ def _read(path: Path, about: dict[str, Any]) -> Saved:
         selection=selection,
         path=path,
         pruning=pruning_of(path),
+        kernels={(tokens, masked): name for tokens, masked, name in about.get("attention", [])},
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from sparsity.attention_kernel import Kernels
 from sparsity.types import Selection
 
 
@@ -50,3 +51,4 @@ class Saved:
     selection: Selection | None
     path: Path
     pruning: dict[str, Tensor] = field(default_factory=dict)  # of level 4
+    kernels: Kernels = field(default_factory=dict)  # of attention, as chosen by time on a GPU

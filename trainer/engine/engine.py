@@ -127,16 +127,20 @@ class Engine(Processes):
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
         set_limits(backstop(self.settings.timeout, self.settings.start_timeout))
 
-    def choose_attention(self, shapes: Iterable[AttentionShape]) -> tuple[Kernels, dict[str, Any]]:
+    def choose_attention(
+        self, shapes: Iterable[AttentionShape], before: Kernels = TORCHS_CHOICE
+    ) -> tuple[Kernels, dict[str, Any]]:
         """Collective. Attention backends by `engine.attention`; `auto` on a GPU: for each of these attentions of a micro-batch the fastest.
+        before: of the attempt that is resumed; they stay, as another backend rounds otherwise, and only other kinds are timed.
         Returns what the network uses, and the fields of the journal (see `attention_backend.facts`)."""
         chosen, shapes = self.settings.attention, list(shapes)
         self.attention = None if chosen in ("auto", "torch") else chosen
         if chosen != "auto" or not self.on_gpu or self.settings.precision == "float32" or not shapes:
             return TORCHS_CHOICE, {"attention": self.attention or "torch"}
         # the times of rank 0 on all ranks: one network
-        times = self.broadcast_object(measured(self.device, self.batch_split.micro_batch, shapes, torch.bfloat16))
-        kernels = fastest(times, shapes)
+        new = [shape for shape in shapes if shape.kind not in before]
+        times = self.broadcast_object(measured(self.device, self.batch_split.micro_batch, new, torch.bfloat16)) if new else {}
+        kernels = {**before, **fastest(times, new)}
         return kernels, facts(times, kernels)
 
     @property

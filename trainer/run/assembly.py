@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from sparsity.attention_kernel import TORCHS_CHOICE
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer.checkpoint import save_load
@@ -129,7 +130,9 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
-        model.kernels, attention = engine.choose_attention(shape for plan in plans for shape in model.attention_shapes(plan))
+        model.kernels, attention = engine.choose_attention(
+            (shape for plan in plans for shape in model.attention_shapes(plan)), saved.kernels if saved else TORCHS_CHOICE
+        )
         teacher.use_kernels(model.kernels)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
         scored = {importance.KEY: importance.name_of(config, model)}
@@ -141,7 +144,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             "fingerprint": index.fingerprint,
             "teacher": teacher.hash,
         } | scored  # a resume must match them
-        store = partial(save_load.save_checkpoint, recorder.checkpoints, **known)
+        store = partial(save_load.save_checkpoint, recorder.checkpoints, kernels=model.kernels, **known)
         measure = partial(
             evaluate,
             engine.forward,
