@@ -25,9 +25,10 @@ def test_the_cosine_of_the_papers_code(epoch, tokens, connections):
     assert (found.keep_tokens, found.keep_connections) == pytest.approx((tokens, connections), abs=5e-4)
 
 
-def test_plateaus_are_few_and_cost_what_the_curve_costs():
-    values = [tri_level(8).at(epoch / 8) for epoch in range(8 * 300)]
-    assert len(set(values)) == 10  # dense, eight on the way, the end
+@pytest.mark.parametrize("plateaus", [7, 8])
+def test_plateaus_are_few_and_cost_what_the_curve_costs(plateaus):
+    values = [tri_level(plateaus).at(epoch / 8) for epoch in range(8 * 300)]
+    assert len(set(values)) == plateaus + 2  # dense, those on the way, the end
     assert values == sorted(values, key=lambda p: -p.keep_tokens)
     smooth = [tri_level(0).at(epoch / 8) for epoch in range(8 * 300)]
     for name in ("keep_tokens", "keep_connections"):
