@@ -161,21 +161,17 @@ def test_deepspeed_neither_waits_for_the_device_nor_holds_buffers_larger_than_th
 
 
 @pytest.mark.parametrize(("autotune", "given"), [(False, {}), (True, {"mode": "max-autotune-no-cudagraphs"})])
-def test_autotune_is_torchs_mode_and_each_rank_compiles_with_its_share_of_the_cores(
+def test_autotune_is_torchs_mode(
     autotune: bool, given: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiled: list[dict[str, str]] = []
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
-    for name, value in {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "LOCAL_WORLD_SIZE": "8"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     engine: Any = Engine.__new__(Engine)
     Processes.__init__(engine)
     engine.settings = run_config.EngineConfig(kind="ddp", compile=True, autotune=autotune)
     engine.on_gpu, model = False, torch.nn.Linear(2, 2)
     model.compile = lambda **settings: compiled.append(settings)
-    with torch._inductor.config.patch(compile_threads=32):
-        engine.prepare(model, torch.optim.SGD(model.parameters()))
-        assert torch._inductor.config.compile_threads == 8
+    engine.prepare(model, torch.optim.SGD(model.parameters()))
     assert compiled == [given]
     assert engine.compile_cache == str(tmp_path)
 

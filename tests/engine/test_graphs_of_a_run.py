@@ -29,7 +29,7 @@ WORDS = [
 def test_the_recipe_at_07_has_nine_plans_of_other_counts_and_eight_without_connections(
     words: tuple[str, ...], counts: int
 ) -> None:
-    """At its own size: so it compiles 2 x 9 + 2 graphs, of at most 21. Its first plateau keeps all 196 patches, but hides two keys of each query."""
+    """At its own size: so it compiles 2 x 9 + 2 graphs. Its first plateau keeps all 196 patches, but hides two keys of each query."""
     config = load(RECIPE, ["model.args={embed_dim: 24, num_heads: 3}", *words])
     model, plans = build_model(config), [stretch.plan for stretch in build_schedule(config).stretches()]
     assert len(set(plans)) == 9

@@ -107,7 +107,7 @@ class Engine(Processes):
         """Move the model to the device and wrap both with DeepSpeed (or DDP). The data loader is not passed to accelerate, which
         would shard it a second time, silently (accelerate#4199)."""
         if self.settings.compile:
-            self.compile_cache = use_persistent_compile_cache()
+            self.compile_cache = use_persistent_compile_cache(self.settings.timeout)
             # in place, so that parameter names stay timm's
             model.compile(**({"mode": "max-autotune-no-cudagraphs"} if self.settings.autotune else {}))
         if self.settings.kind == "deepspeed":

@@ -10,17 +10,23 @@ import torch
 import torch.distributed as dist
 
 from trainer.config.errors import ConfigError
+from trainer.engine.compile_once import share_compiling
+from trainer.storage.local_rank import local_rank
 
 LOOPBACK = "lo"
 
 
-def use_persistent_compile_cache() -> str:
+def use_persistent_compile_cache(limit: float) -> str:
     """Keep torch.compile's graphs for later processes in TORCHINDUCTOR_CACHE_DIR, else in ~/.cache/trilevel/compiled (torch's own
-    default is below /tmp, which the next job of a node may not share). Returns the folder."""
+    default is below /tmp, which the next job of a node may not share). Returns the folder. Where the ranks of a node can use the same
+    code, one of them compiles it; limit: see `share_compiling`."""
     import torch._inductor.config as inductor
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each rank would start a compiler per core of the node
+    # the key of a graph contains the number of its GPU (torch 2.15): ranks have the same one only if each of them sees one GPU
+    shared = ranks_of_node() > 1 and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ and not shared:
+        # each rank would start a compiler per core of the node
         inductor.compile_threads = max(1, min(inductor.compile_threads or 1, (os.cpu_count() or 1) // ranks_of_node()))
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     if folder == default_cache_dir():  # torch itself sets the variable to its default: not the user's choice
@@ -32,6 +38,8 @@ def use_persistent_compile_cache() -> str:
         raise ConfigError(
             f"{folder}: {getattr(error, 'strerror', error)}; set TORCHINDUCTOR_CACHE_DIR to a writable folder for compiled graphs"
         ) from error
+    if shared:
+        share_compiling(folder, limit)
     return folder
 
 
@@ -59,7 +67,7 @@ def use_device_of_rank() -> None:
 
 def is_first_of_node() -> bool:
     """Whether this process has local rank 0 and does the work needed once per node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return local_rank() == 0
 
 
 def set_single_process_env() -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.checkpoint.save_load import CheckpointError
+from trainer.storage.local_rank import local_rank
 
 
 def _file() -> Path | None:
@@ -20,7 +21,7 @@ def _file() -> Path | None:
 
 def note(path: Path) -> None:
     """A checkpoint was saved, or is resumed from."""
-    if (file := _file()) is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+    if (file := _file()) is not None and local_rank() == 0:
         with suppress(OSError):
             file.write_text(str(path))
 

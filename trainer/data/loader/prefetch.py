@@ -22,6 +22,7 @@ from trainer.data.errors import DataError
 from trainer.data.order import EpochOrder, Layout, slice_of
 from trainer.data.remote.cache import Cache
 from trainer.data.shards.index import Index
+from trainer.storage.local_rank import local_rank
 from trainer.storage.source_tree import python_path
 
 T = TypeVar("T")
@@ -109,9 +110,8 @@ def upcoming(order: EpochOrder, step: int, rows: tuple[int, int]) -> Iterator[in
 
 
 def rows_of_node(batch: int, world: int, rank: int) -> tuple[tuple[int, int], int]:
-    """(rows of a global batch of all ranks on this rank's node, number of these ranks), by LOCAL_RANK and LOCAL_WORLD_SIZE of the
-    launcher."""
-    first = max(0, rank - int(os.environ.get("LOCAL_RANK", "0")))
+    """(rows of a global batch of all ranks on this rank's node, number of these ranks), by the variables of the launcher."""
+    first = max(0, rank - local_rank())
     ranks = max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world - first))
     return (slice_of(batch, world, first)[0], slice_of(batch, world, first + ranks - 1)[1]), ranks
 

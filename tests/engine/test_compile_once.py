@@ -1,0 +1,110 @@
+"""One rank of a node compiles a graph, the others load its code: the lock by itself, and two real ranks over gloo with real code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import compile_fx, config
+
+from tests.conftest import ROOT, environment, torchrun
+from trainer.engine.compile_once import locked, share_compiling
+from trainer.engine.environment import use_persistent_compile_cache
+from trainer.storage.local_rank import local_rank
+
+
+def test_the_lock_is_held_by_one_and_the_others_go_on_after_their_limit(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    with locked(file, 5) as first:
+        began = time.monotonic()
+        with locked(file, 0.2) as second:
+            assert first and not second and time.monotonic() - began < 3
+    with locked(file, 0.2) as later:
+        assert later
+
+
+def test_the_lock_of_a_rank_that_dies_is_free(tmp_path: Path) -> None:
+    code = f"""if True:
+        import time, pathlib
+        from trainer.engine.compile_once import locked
+        with locked(pathlib.Path({str(tmp_path / "lock")!r}), 0) as held:
+            print(held, flush=True)
+            time.sleep(60)
+    """
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "True\n"
+    with locked(tmp_path / "lock", 0.1) as held:
+        assert not held
+    rank.kill()
+    with locked(tmp_path / "lock", 10) as held:
+        assert held
+    rank.wait()
+
+
+def test_without_a_lock_the_block_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that can't be written, and a file system without locks."""
+    with pytest.warns(UserWarning, match="set TORCHINDUCTOR_CACHE_DIR"), locked(tmp_path / "none" / "lock", 1) as held:
+        assert not held
+
+    def refused(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.warns(UserWarning, match="No locks available"), locked(tmp_path / "lock", 1) as held:
+        assert not held
+
+
+@pytest.mark.parametrize(("ranks", "visible", "shared"), [(1, 0, False), (2, 0, True), (2, 1, True), (2, 2, False)])
+def test_ranks_share_code_that_names_no_gpu_or_the_same_number(
+    ranks: int, visible: int, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """visible: GPUs that a rank sees. Compilers: all cores of the node for the one rank that compiles."""
+    plain = compile_fx._compile_fx_inner
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", plain)
+    with config.patch(compile_threads=8):
+        use_persistent_compile_cache(1.0)
+        assert (compile_fx._compile_fx_inner is not plain) == shared
+        assert config.compile_threads == (8 if shared or ranks == 1 else 4)
+
+
+def test_a_second_engine_of_a_process_waits_for_no_lock_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", lambda graph, **named: (graph, named))
+    share_compiling(str(tmp_path), 30)
+    share_compiling(str(tmp_path), 30)
+    began = time.monotonic()
+    assert compile_fx._compile_fx_inner("graph", layout=1) == ("graph", {"layout": 1})  # type: ignore[arg-type]
+    assert time.monotonic() - began < 5 and len(list(tmp_path.glob("compiling-*.lock"))) == 1
+
+
+def test_the_number_on_the_node_where_each_rank_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PET_VIRTUAL_LOCAL_RANK", raising=False)
+    assert local_rank() == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("PET_VIRTUAL_LOCAL_RANK", "1")
+    assert local_rank() == 1
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_compile_each_graph_once(tmp_path: Path) -> None:
+    """Forward and backward of a network: one rank makes both, the other finds both. Without the lock (`apart`) each makes both."""
+    job = [sys.executable, *torchrun(2), str(ROOT / "tests/support/jobs/compile_once.py")]
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
+    done = subprocess.run(job, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted((rank["made"], rank["found"]) for rank in ranks) == [(0, 2), (2, 0)]
