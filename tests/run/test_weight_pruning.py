@@ -123,7 +123,10 @@ def test_report_and_comparison_show_what_is_left(folder: Path) -> None:
         "Weights: admm keeps 0.5 of the units (per block) from epoch 2 on; a penalty" in (run.directory / "plan.md").read_text()
     )
     (shown,) = compare_page.rows(compare([folder / "runs" / "job"]))
-    assert (shown["kept weights %"], shown["pruned layers MB"]) == ("50", "0.0188") and not dense(run)
+    start, left = lines(run.directory, "start")[0], lines(run.directory, "weights")[-1]["bytes"]
+    whole = 4 * start["parameters"] - left["dense"] + left["block"]  # of units no index is stored
+    assert (shown["kept weights %"], shown["weights MB"]) == ("50", f"{whole / 1e6:.4g}") and not dense(run)
+    assert f"; {whole:,} of the whole network" in row.note and lines(run.directory, "end")[-1]["weights_bytes"] == whole
 
 
 def test_masks_of_another_run_are_refused_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

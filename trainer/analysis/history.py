@@ -209,15 +209,13 @@ def _share(point: Point, kept: str, dense: Any) -> float | None:
 
 
 def left_of_weights(run: History, name: str) -> float:
-    """A number of the run's last `weights` line; `bytes`: as blocks, dense before groups are pruned. NaN in a run without level 4."""
-    if not run.of("weights"):
-        return float("nan")
-    value = run.of("weights")[-1][name]
-    return float(value.get("block", value["dense"]) if isinstance(value, dict) else value)
+    """A number of the run's last `weights` line; NaN in a run without level 4."""
+    return float(run.of("weights")[-1][name]) if run.of("weights") else float("nan")
 
 
 def stored_bytes(run: History) -> float:
-    """Bytes of all weights of a run in float32, those of pruned layers as blocks; NaN where the journal lacks their number."""
+    """Bytes of all weights of a run's network in float32: of pruned layers the groups that are left, with their indices. NaN where the
+    journal lacks the number of parameters."""
     dense = 4.0 * run.start.get("parameters", float("nan"))
     sizes = run.of("weights")[-1]["bytes"] if run.of("weights") else {"dense": 0}
     return dense - sizes["dense"] + sizes.get("block", sizes["dense"])

@@ -62,11 +62,12 @@ name, lists as one metric per position.
 | message    | a message to the user        | text                                                                             |
 | end        | last line of an attempt that | status ("finished"; "stopped" by a signal or `stop_at`, with a checkpoint;       |
 |            | ends by itself               | "failed"), reason, step, progress, seconds, images (of the run), device_hours    |
-|            |                              | (of all attempts), goodput, energy_kwh, run_speedup, run_bound, timed (as in     |
-|            |                              | `control`), spent, by_cause {cause: seconds over all attempts, see `goodput`},   |
-|            |                              | paused (seconds between attempts after a stop, outside by_cause), starting (of   |
-|            |                              | an attempt that failed before its start line),                                   |
-|            |                              | matrix_tflops (of rank 0's device, measured again)                               |
+|            |                              | (of all attempts), weights_bytes (of the whole network in float32, of pruned     |
+|            |                              | layers what is left, with indices), goodput, energy_kwh, run_speedup, run_bound, |
+|            |                              | timed (as in `control`), spent, by_cause {cause: seconds over all attempts, see  |
+|            |                              | `goodput`}, paused (seconds between attempts after a stop, outside by_cause),    |
+|            |                              | starting (of an attempt that failed before its start line), matrix_tflops (of    |
+|            |                              | rank 0's device, measured again)                                                 |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain as joined
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
+from trainer.analysis.history import history, stored_bytes
 from trainer.analysis.report import summary as report
 from trainer.analysis.report.goodput import time_account
 from trainer.analysis.report.savings import savings, savings_of
@@ -176,6 +178,8 @@ class RankZeroLog:
         facts = self.efficiency.so_far(spent)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
+        if not math.isnan(stored := stored_bytes(history(self.directory))):  # runs of old versions lack the number of parameters
+            about["weights_bytes"] = stored
         line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
         if rate is not None:
             line["matrix_tflops"] = rate / 1e12

@@ -16,6 +16,7 @@ from rich.console import Console as Terminal
 from tests.support.journals import CONFIG, START, lines, write
 from tests.support.recorded_configs import recorded
 from trainer.__main__ import main
+from trainer.analysis.comparison.figures import facts
 from trainer.analysis.comparison.groups import NothingToCompare, compare, cost_to_reach, final
 from trainer.analysis.comparison.page import comma_separated, markdown, page, rows, table, warnings
 from trainer.analysis.comparison.page import write as write_page
@@ -52,6 +53,19 @@ def test_seeds_are_groups_and_savings_are_what_the_journals_say(both: list[Path]
     assert held.equal["images"].mean == pytest.approx(4 / 3) and held.at.mean == pytest.approx(0.85475)
     assert compare(both, base="sparse").groups[1].against.whole["time"].mean == pytest.approx(8 / 18)  # type: ignore[union-attr]
     assert compare(both, base="sparse-s1").base.name == "sparse"
+
+
+def test_bytes_are_of_the_whole_network_for_dense_runs_too(tmp_path: Path):
+    """Two runs whose pruned layers are not the same, and a dense one: what is stored of all 1,000 parameters."""
+    folders = [run(tmp_path, "dense", sparse=False)]
+    for name, sizes in {"mlp": {"dense": 2000, "block": 600}, "all": {"dense": 3200, "block": 1700}}.items():
+        first, *rest = lines(sparse=False)
+        line = {"kind": "weights", "time": rest[-1]["time"], "attempt": 0, "epoch": 3, "kept": 0.5, "bytes": sizes}
+        config = first["config"] | {"name": name, "weights": {"layers": [name]}}
+        folders.append(write(tmp_path / name, [first | {"config": config}, *rest[:-1], line, rest[-1]]))
+    found = compare(folders)
+    assert [row["weights MB"] for row in rows(found)] == ["0.004", "0.0026", "0.0025"]
+    assert [row["weights_bytes"] for row in facts(found)] == [4000, 2600, 2500]
 
 
 def test_the_base_is_the_one_dense_run_else_the_first(both: list[Path], tmp_path: Path):

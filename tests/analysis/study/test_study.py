@@ -124,21 +124,29 @@ def test_a_row_per_arm_and_a_test_per_question(mini: Path) -> None:
     assert found.notes == ["sparse, seed 0, 1, 2: other settings than the study's file: optim.lr=0.001 (file: 0.002)"]
 
 
-def test_bytes_of_weights_are_shown_where_a_run_pruned_them(mini: Path) -> None:
-    """1,000 parameters; sparse keeps a quarter of 2,000 bytes."""
-    assert "weights (MB)" not in page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "", {})
-    for number in range(3):
-        kept = kept_journals.path_of("kept", "mini", "sparse", number)
-        made = list(kept_journals.lines(kept))
-        kept.unlink()
+def test_bytes_of_the_whole_network_are_shown_where_arms_differ_in_them(mini: Path) -> None:
+    """1,000 parameters; sparse keeps a quarter of 2,000 bytes. Then its network is a dense one of 900."""
+    assert "weights (bytes)" not in page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "", {})
+
+    def pruned(made: list[dict]) -> list[dict]:
         line = {"kind": "weights", "time": made[-1]["time"], "attempt": 0, "epoch": 3, "step": 30, "progress": 3.0}
-        made.insert(-1, line | {"kept": 0.25, "bytes": {"dense": 2000, "block": 600, "csr": 1200}})
-        folder = write(Path("runs") / f"pruned{number}", made)
-        kept_journals.keep(folder / "journal.jsonl", kept)
-    found = result(study_file.read("mini.yaml"), Path("kept"))
-    assert [arm.stored for arm in found.arms] == [4000.0, 2600.0]
-    text = page([found], Path("kept"), "", {})
-    assert "weights (MB)" in text and "pruned layers as the groups that are left with their indices" in text
+        return [*made[:-1], line | {"kept": 0.25, "bytes": {"dense": 2000, "block": 600, "csr": 1200}}, made[-1]]
+
+    def smaller(made: list[dict]) -> list[dict]:
+        return [made[0] | {"parameters": 900}, *(line for line in made[1:] if line["kind"] != "weights")]
+
+    for name, change, stored, shown in (("pruned", pruned, 2600.0, "0.650"), ("smaller", smaller, 3600.0, "0.900")):
+        for number in range(3):
+            kept = kept_journals.path_of("kept", "mini", "sparse", number)
+            made = change(list(kept_journals.lines(kept)))
+            kept.unlink()
+            kept_journals.keep(write(Path("runs") / f"{name}{number}", made) / "journal.jsonl", kept)
+        found = result(study_file.read("mini.yaml"), Path("kept"))
+        assert [(arm.stored, arm.stored_share) for arm in found.arms] == [(4000.0, 1.0), (stored, stored / 4000)]
+        text = page([found], Path("kept"), "", {})
+        row = next(line for line in text.splitlines() if line.startswith("| sparse | 0, 1, 2 |"))
+        assert "| weights (bytes) | weights |" in text and f"| {stored:,.0f} | {shown} |" in row
+        assert "of pruned layers the groups that are left with their indices" in text
 
 
 def test_a_view_is_the_same_runs_at_another_density(mini: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.analysis.comparison.groups import Comparison, Difference, Group, final, seed
 from trainer.analysis.comparison.statistics import MeanInterval
-from trainer.analysis.history import History, left_of_weights
+from trainer.analysis.history import History, left_of_weights, stored_bytes
 
 COST_KEYS = {"time": "time", "device_hours": "device hours", "multiply_adds": "multiply-adds", "images": "images"}
 UNKNOWN = MeanInterval.of([])
@@ -17,7 +17,8 @@ UNKNOWN = MeanInterval.of([])
 def figures(comparison: Comparison) -> list[dict[str, MeanInterval]]:
     """Figures by name, one dict per group; nan where unknown.
 
-    Shares, top1 and mfu in [0, 1]; mfu_tflops: what mfu is a share of, per device; seconds of training; whole_COST and equal_COST:
+    Shares, top1 and mfu in [0, 1]; mfu_tflops: what mfu is a share of, per device; seconds of training; weights_bytes: of the whole
+    network as stored, see `stored_bytes`; whole_COST and equal_COST:
     base / run over the whole runs, and up to the top-1 that both of a pair reached (equal_top1).
     """
     rates = _rates([run for group in comparison.groups for run in group.runs])
@@ -60,7 +61,7 @@ def _of_group(group: Group, rates: dict[str, float]) -> dict[str, MeanInterval]:
         shares = [share for run in group.runs if (share := run.mean_share(kept)) is not None]
         found[f"kept_{kept}"] = MeanInterval.of(shares).alone()
     found["kept_weights"] = group.spread(lambda run: left_of_weights(run, "kept")).alone()
-    found["pruned_layers_bytes"] = group.spread(lambda run: left_of_weights(run, "bytes")).alone()
+    found["weights_bytes"] = group.spread(stored_bytes).alone()
     return found
 
 

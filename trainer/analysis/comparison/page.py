@@ -57,7 +57,7 @@ COLUMNS = (
     Column("kept tokens %", "kept_tokens", 100, "{:.0f}"),
     Column("kept connections %", "kept_connections", 100, "{:.0f}"),
     Column("kept weights %", "kept_weights", 100, "{:.0f}"),
-    Column("pruned layers MB", "pruned_layers_bytes", 1e-6, "{:.3g}"),
+    Column("weights MB", "weights_bytes", 1e-6, "{:.4g}"),
     *(Column(f"whole run: {cost} x", f"whole_{key}", interval=True) for key, cost in COST_KEYS.items() if cost != "images"),
     Column("equal top-1: at %", "equal_top1", 100),
     *(Column(f"equal: {cost} x", f"equal_{key}", interval=True) for key, cost in COST_KEYS.items()),
@@ -150,6 +150,7 @@ def page(comparison: Comparison) -> str:
         f'<div class="wrong"><b>Warnings</b><ul>{wrong}</ul></div>' if wrong else "",
         f'<h2>Table</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
         '<p class="note">mean &plusmn; standard deviation over seeds; [ ] 95 % interval of the mean, paired by seed. '
+        "Weights MB: of the whole network in float32, of pruned layers what is left, with indices. "
         "x: base / run, above 1 the run needs less. Equal top-1: the highest that both runs of a pair reached.</p>",
         _settings_table(comparison),
         f"<h2>Accuracy by cost</h2><figure>{accuracy(comparison)}</figure>",

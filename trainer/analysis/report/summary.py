@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from trainer.analysis.history import History, history
+from trainer.analysis.history import History, history, stored_bytes
 from trainer.analysis.report.goodput import TimeAccount, time_account
 from trainer.analysis.report.savings import savings_of
 from trainer.analysis.units import duration
@@ -196,6 +197,8 @@ def _weights(run: History) -> list[ReportRow]:
     stored = (
         f"{sizes['block']:,} bytes of {sizes['dense']:,} dense, {sizes['csr']:,} as CSR" if "csr" in sizes else "not pruned yet"
     )
+    if not math.isnan(whole := stored_bytes(run)):
+        stored += f"; {whole:,.0f} of the whole network"
     shown = f"; {', '.join(layers)}" if len(set(last["layers"].values())) > 1 else f"; {len(layers)} layers"
     note = f"{stored}; {last['multiply_adds']:.3g} multiply-adds per image with every token{shown}"
     return [ReportRow("kept weights", f"{100 * last['kept']:.1f} %", note)]

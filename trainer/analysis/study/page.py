@@ -34,7 +34,8 @@ ARMS = (
     "seeds",
     "top-1 (%)",
     "worst class (%)",
-    "weights (MB)",
+    "weights (bytes)",
+    "weights",
     "kept per class",
     "images shown",
     "multiply-adds",
@@ -105,7 +106,11 @@ def _study(found: StudyResult, picture: str | None) -> str:
     own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
     lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{own}{loaded}"]
     if not all(math.isnan(arm.stored) for arm in found.arms):
-        lines += ["", "Weights: all parameters in float32; pruned layers as the groups that are left with their indices."]
+        lines += [
+            "",
+            "Weights: all parameters of the network in float32, of pruned layers the groups that are left with their indices; then relative "
+            f"to {file.reference}.",
+        ]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     measured = [question for question in found.questions if question.test.difference.count]
@@ -143,7 +148,7 @@ def _arm(arm: Arm) -> list[str]:
     worst = _spread(arm.worst_class) or "not recorded"
     return [
         arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst,
-        "" if math.isnan(arm.stored) else f"{arm.stored / 1e6:.2f}", kept, f"{arm.images:,.0f}",
+        "" if math.isnan(arm.stored) else f"{arm.stored:,.0f}", "" if math.isnan(arm.stored_share) else f"{arm.stored_share:.3f}", kept, f"{arm.images:,.0f}",
         _share(arm.multiply_adds), _share(arm.time),
     ]  # fmt: skip
 

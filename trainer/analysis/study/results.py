@@ -20,8 +20,8 @@ from trainer.config.run_config import flat
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed. stored: bytes of all
-    weights in float32, pruned layers as blocks; nan in a study that prunes no weights."""
+    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed. stored,
+    stored_share: bytes of all weights, see `stored_bytes`, and relative to the reference; nan in a study where all runs have the same."""
 
     name: str
     runs: dict[int, History]
@@ -34,6 +34,7 @@ class Arm:
     multiply_adds: MeanInterval
     time: MeanInterval
     stored: float = math.nan
+    stored_share: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
         runs[view] = {number: run for number, run in seen.items() if evaluations(run)}
     base = runs[file.reference]
     arms = [_arm(name, of, base) for name, of in runs.items() if of]
-    if any(run.of("weights") for arm in arms for run in arm.runs.values()):
-        arms = [replace(arm, stored=MeanInterval.of([stored_bytes(run) for run in arm.runs.values()]).mean) for arm in arms]
+    stored = {arm.name: MeanInterval.of([stored_bytes(run) for run in arm.runs.values()]).mean for arm in arms}
+    if len({size for size in stored.values() if not math.isnan(size)}) > 1:
+        whole = stored.get(file.reference, math.nan)
+        arms = [replace(arm, stored=stored[arm.name], stored_share=_ratio(stored[arm.name], whole)) for arm in arms]
     asked = [_question(arm, other, runs[arm], runs[other]) for arm, other in file.questions]
     corrected = holm([one.test.p for one in asked])
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]
