@@ -178,7 +178,9 @@ class RankZeroLog:
         facts = self.efficiency.so_far(spent)
         facts |= {"run_speedup": saved.speedup, "run_bound": saved.bound, "timed": saved.timed}
         about = {"step": state.step, "progress": state.progress, "seconds": state.seconds, "images": state.images}
-        if not math.isnan(stored := stored_bytes(history(self.directory))):  # runs of old versions lack the number of parameters
+        if not math.isnan(
+            stored := stored_bytes(history(self.directory))
+        ):  # runs of old versions lack the number of parameters
             about["weights_bytes"] = stored
         line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
         if rate is not None:

@@ -148,8 +148,8 @@ def _arm(arm: Arm) -> list[str]:
     worst = _spread(arm.worst_class) or "not recorded"
     return [
         arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst,
-        "" if math.isnan(arm.stored) else f"{arm.stored:,.0f}", "" if math.isnan(arm.stored_share) else f"{arm.stored_share:.3f}", kept, f"{arm.images:,.0f}",
-        _share(arm.multiply_adds), _share(arm.time),
+        "" if math.isnan(arm.stored) else f"{arm.stored:,.0f}", "" if math.isnan(arm.stored_share) else f"{arm.stored_share:.3f}",
+        kept, f"{arm.images:,.0f}", _share(arm.multiply_adds), _share(arm.time),
     ]  # fmt: skip
 
 
