@@ -108,8 +108,8 @@ def _study(found: StudyResult, picture: str | None) -> str:
     if not all(math.isnan(arm.stored) for arm in found.arms):
         lines += [
             "",
-            "Weights: all parameters of the network in float32, of pruned layers the groups that are left with their indices; then relative "
-            f"to {file.reference}.",
+            "Weights: all parameters of the network in float32, of pruned layers the groups that are left with their indices; then "
+            f"relative to {file.reference}.",
         ]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
