@@ -27,11 +27,12 @@ from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.model import weights as networks
-from trainer.model.pruned_file import read
+from trainer.model.stored_form import read
 from trainer.model.thresholds import Thresholds, weights_hash, write_to_run
 
 ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
 MODEL = {"name": "deit_tiny_patch16_224", "classes": 5, "image_size": 16, "args": ARGS}
+RAW = {"name": "x", "data": {"train": "a", "validation": "b"}}
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -125,6 +126,44 @@ def test_eval_takes_a_file_of_each_form(tmp_path: Path, groups: str, form: str) 
     networks.save_weights(tmp_path / "damaged.safetensors", load_file(found.path), damaged)
     with pytest.raises(ConfigError, match=r"damaged\.safetensors: the header does not describe a network"):
         scored_model(str(tmp_path / "damaged.safetensors"), config, [], "eval")
+
+
+def test_a_run_starts_from_stored_blocks_and_from_units_cut_out_where_its_network_has_their_size(tmp_path: Path) -> None:
+    """`model.init` and `teacher.from` of each form; what cannot be loaded is refused by its cause, with a remedy that works."""
+    blocks = run(tmp_path / "b", groups="columns", keep=0.5, block=[8, 10])
+    units = run(tmp_path / "u", groups="units", keep=0.4)
+    run(tmp_path / "h", groups="heads", keep=0.5)
+    packed, small, fewer = (
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", form=form)
+        for name, form in (("b", "blocks"), ("u", "compact"), ("h", "compact"))
+    )
+
+    def started(path: Path, **args: Any) -> torch.nn.Module:
+        return networks.create(parse(RAW | {"model": MODEL | {"init": str(path), "args": ARGS | args}}).model)
+
+    assert all(torch.equal(value, blocks[name]) for name, value in started(packed.path).state_dict().items())
+    with pytest.raises(
+        ConfigError, match=r"model\.init=.*u\.safetensors: written by export --compact, which cut pruned units out; set"
+    ) as error:
+        started(small.path)
+    args = str(error.value).partition("model.args='")[2].partition("'")[0]
+    network = started(small.path, **json.loads(args)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(IMAGES), masked(units), rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"fewer heads than timm builds; export the run without --compact, or give its directory"
+    ):
+        started(fewer.path)
+    with pytest.raises(ConfigError, match=r"teacher\.from=.*u\.safetensors: .* set teacher\.args='"):
+        networks.weights_at(small.path, "teacher.from", ARGS)
+    for header in ({"args": "[]"}, {"blocks": "[]"}, {"blocks": '{"blocks.0.attn.qkv": [1, 2]}'}):
+        networks.save_weights(tmp_path / "damaged.safetensors", load_file(packed.path), packed.about | header)
+        with pytest.raises(ConfigError, match=r"damaged\.safetensors: the header does not describe a network"):
+            started(tmp_path / "damaged.safetensors")
+    networks.save_weights(
+        tmp_path / "foreign.safetensors", blocks, {"args": "Namespace(lr=.1)", "bytes": "many", "blocks": "12"}
+    )
+    assert torch.equal(started(tmp_path / "foreign.safetensors").state_dict()["head.weight"], blocks["head.weight"])
 
 
 def test_a_compact_file_keeps_its_densities(tmp_path: Path) -> None:

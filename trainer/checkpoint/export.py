@@ -21,7 +21,7 @@ from trainer.config.run_config import Config
 from trainer.config.schema import ModelConfig
 from trainer.journal.file import JournalError
 from trainer.journal.reader import lineage
-from trainer.model import importance, pruned_file, thresholds
+from trainer.model import importance, pruned_file, stored_form, thresholds
 from trainer.model.build import build_model
 from trainer.model.exported import TOKENS
 from trainer.model.origin import header_of
@@ -49,7 +49,7 @@ class Exported(NamedTuple):
         top1 = f", top-1 {100 * float(about['top1']):.2f} %{at_density}" if "top1" in about else ", not evaluated"
         first = f"{self.path}: {which} of step {about['step']}{top1}"
         at += "".join(f"\n{note}" for note in self.notes)
-        if only := pruned_file.described(about):
+        if only := stored_form.described(about):
             return f"{first}\n{only}; load it with trainer.load_model({str(self.path)!r}), plain timm cannot build it{at}"
         return f"{first}\n{words}{more}, checkpoint_path={str(self.path)!r}){at}"
 
@@ -87,10 +87,10 @@ def export(run: Path | str, out: Path | str, which: str = "latest", ema: bool | 
         header[thresholds.HEADER] = found.to_json()
     form_header, weights = pruned_file.written(form, config, weights, save_load.pruning_of(path), str(run))
     header |= form_header
-    if pruned_file.changes_importance(header):
+    if stored_form.changes_importance(header):
         header.pop(thresholds.HEADER, None)
     elif form != "dense" and found is not None and thresholds.HEADER in header:
-        header[thresholds.HEADER] = replace(found, weights=thresholds.weights_hash(pruned_file.read(weights, header))).to_json()
+        header[thresholds.HEADER] = replace(found, weights=thresholds.weights_hash(stored_form.read(weights, header))).to_json()
     if (scored := _top1(Path(run), about["state"]["step"], use_ema)) is not None:
         header["top1"], header["top1_density"] = str(scored[0]), f"{scored[1]:g}"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _without(found: Thresholds | None, header: Mapping[str, str], run: Path | st
         return ()
     which = f"the {'EMA' if header['ema'] == 'true' else 'raw'} weights of step {header['step']}"
     why = "their mass is another without the pruned heads"
-    if not pruned_file.changes_importance(header):
+    if not stored_form.changes_importance(header):
         why = f"{Path(run) / thresholds.FILE} was calibrated for other weights than {which}"
     densities = ",".join(f"{one:g}" for one in sorted(found.by_density))
     return (f"thresholds left out: {why}; run trilevel calibrate {out} {run}/config.yaml --density {densities}",)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,11 @@ from sparsity.vit import SparseViT
 from trainer.config.errors import ConfigError
 from trainer.config.schema import ModelConfig
 from trainer.config.schema_levels import TokensConfig
-from trainer.model import pruned_file, thresholds, weights
+from trainer.model import stored_form, thresholds, weights
 from trainer.model.importance import TOKENS
 from trainer.model.origin import origin
+from trainer.model.stored_form import naming
 from trainer.model.thresholds import Thresholds, weights_hash
-from trainer.storage.memory_limit import memory_limit
-
-GROWTH, SPARE = 64, 1 << 30  # memory for a file of n bytes: 64 n (blocks of a 20th, unpacked, and a copy) and 1 GiB
 
 
 class AnyDensity(nn.Module):
@@ -97,8 +94,8 @@ def load_exported(path: str | Path) -> AnyDensity:
     with naming(path):
         tokens = TokensConfig.model_validate(json.loads(about[TOKENS]))
         vit = _network(about)
-        pruned_file.shrink(vit, about)
-        state = pruned_file.read(state, about)
+        stored_form.shrink(vit, about)
+        state = stored_form.read(state, about)
         model = _built(vit, tokens, tokens.settings, about)
         if isinstance(model, SparseViT) and getattr(tokens.settings, "importance", "") == "default":
             selection = model.about.default_before()[0]  # the file is older than names of scores in headers
@@ -118,7 +115,7 @@ def load_plain(path: str | Path) -> nn.Module:
     one that timm cannot build: layers of several sizes, blocks."""
     path = Path(path)
     state, about = weights.load_weights(path), _header(path)
-    if form := next((form for form in (pruned_file.COMPACT, pruned_file.BLOCKS) if form in about), ""):
+    if form := next((form for form in (stored_form.COMPACT, stored_form.BLOCKS) if form in about), ""):
         raise ConfigError(f"{path}: written by export --{form}, plain timm cannot build it; load it with trainer.load_model")
     with naming(path):
         vit = _network(about)
@@ -140,25 +137,6 @@ def _network(about: Mapping[str, str]) -> nn.Module:
         name=about["model"], classes=int(about["classes"]), image_size=int(about["image_size"]), args=json.loads(about["args"])
     )
     return weights.create(settings)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What a damaged or forged header leads to becomes a ConfigError with the file and the remedy: wrong values, and a network that is out
-    of proportion to the weights in the file."""
-    allowed = GROWTH * path.stat().st_size + SPARE
-    try:
-        with memory_limit(allowed):
-            yield
-    except ValueError as error:
-        raise ConfigError(f"{path}: the header does not describe a network: {error}; export it again") from error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise ConfigError(
-            f"{path}: the network of the header needs more than {allowed / 2**30:.1f} GiB, the file has {path.stat().st_size:,} bytes; "
-            "export it again"
-        ) from error
 
 
 def _refuse_change(text: str) -> None:

@@ -1,8 +1,5 @@
-"""Pruned weights in an exported file: as they are (`dense`), cut out (`compact`), or as kept groups with their indices (`blocks`).
-
-The header describes what plain timm cannot build: `compact` {module: units or heads}, `blocks` {layer: [O, I, p, q, axis]}, `groups`.
-Compact MLPs that are all of one size need neither: timm's `mlp_ratio` builds them.
-"""
+"""Pruned weights of a checkpoint for an exported file: as they are (`dense`), cut out (`compact`), or as kept groups with their indices
+(`blocks`). Reading: `stored_form`."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from sparsity.weights.pruning import Pruning
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.model import weights as networks
+from trainer.model.stored_form import BLOCKS, COMPACT, SIZES
 
-COMPACT, BLOCKS, SIZES = "compact", "blocks", "bytes"  # keys of the header
 _REMEDY = {"compact": "train with weights.groups=units or heads", "blocks": "train with weights.groups=columns or rows"}
 
 
@@ -53,49 +50,6 @@ def written(
     else:
         header[COMPACT] = json.dumps(sizes)
     return header, dict(weights) | smaller
-
-
-def read(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights of a file by timm's names: blocks are unpacked, 0 where groups are pruned. Raises ValueError for damaged ones."""
-    found = dict(state)
-    for name, numbers in json.loads(header.get(BLOCKS, "{}")).items():
-        if not (isinstance(numbers, list) and len(numbers) == 5 and all(type(n) is int and n >= 0 for n in numbers)):
-            raise ValueError(f"{BLOCKS} of {name}: {numbers!r:.80} must be [outputs, inputs, rows, columns, axis]")
-        outputs, inputs, p, q, axis = numbers
-        if min(outputs, inputs, p, q) < 1 or axis > 1:
-            raise ValueError(f"{BLOCKS} of {name}: {numbers}: sizes must be >= 1, the axis 0 or 1")
-        site = Block(name, outputs, inputs, (p, q), axis)
-        try:
-            parts = {part: found.pop(f"{site.weight}.{part}") for part in stored.PARTS}
-        except KeyError as error:
-            raise ValueError(f"{error} is missing") from error
-        found[site.weight] = stored.unpacked(site, parts)
-    return found
-
-
-def shrink(vit: Any, header: Mapping[str, str]) -> None:
-    """Give a new network the layers of a compact file. Raises ValueError for sizes that it cannot have."""
-    compact.shrink(vit, {name: int(size) for name, size in json.loads(header.get(COMPACT, "{}")).items()})
-
-
-def described(header: Mapping[str, str]) -> str:
-    """What of a file plain timm cannot build; "" for a file that it can."""
-    if BLOCKS in header:
-        sizes = json.loads(header[SIZES])
-        return (
-            f"{len(json.loads(header[BLOCKS]))} layers as blocks: {sizes['block']:,} bytes, {sizes['dense']:,} dense, "
-            f"{sizes['csr']:,} as CSR"
-        )
-    if COMPACT in header:
-        smaller = json.loads(header[COMPACT])
-        return f"smaller layers: {', '.join(f'{name} {size}' for name, size in smaller.items())}"
-    return ""
-
-
-def changes_importance(header: Mapping[str, str]) -> bool:
-    """Whether the file lacks heads: the importance of tokens is a mean over heads, in which the pruned ones were flat, so thresholds of its
-    mass are no longer right."""
-    return any(name.endswith(".attn") for name in json.loads(header.get(COMPACT, "{}")))
 
 
 def level_of(config: Config, state: Mapping[str, Tensor], what: str) -> tuple[Pruning, Any]:

@@ -102,7 +102,7 @@ def build_teacher(
         state = network.state_dict()
         reset = ["head"] if weights.about(network).get("num_classes") != settings.classes else []
     else:
-        state = weights.weights_at(settings.init, "teacher.from")
+        state = weights.weights_at(settings.init, "teacher.from", settings.args)
         reset = weights.fit(network, state, source, warn)
     if config.teacher.logits != "none" and reset:
         raise ConfigError(

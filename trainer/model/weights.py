@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import ModelConfig
 from trainer.journal.run_weights import run_weights
-from trainer.model import heads
+from trainer.model import heads, stored_form
+from trainer.model.thresholds import header
 from trainer.storage.disk import atomic_write, counted
 from trainer.storage.safetensors_stream import pieces
 
@@ -56,7 +57,7 @@ def create(settings: ModelConfig, seed: int = 0, warn: Callable[[str], None] = l
                 verb = "was reset" if what == "head" else "was resized"
                 warn(f"model.init=timm: {what} {verb}: {settings.name} was trained with {theirs}, this run has {ours}")
     elif settings.init != "random":
-        fit(model, weights_at(settings.init, "model.init"), f"model.init={settings.init}", warn)
+        fit(model, weights_at(settings.init, "model.init", settings.args), f"model.init={settings.init}", warn)
     return model
 
 
@@ -203,10 +204,13 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
         file.writelines(counted(pieces({name: value.cpu() for name, value in to_timm(state).items()}, metadata or {})))
 
 
-def weights_at(path: str | Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a weights file, or of a run's directory, whose file must be the one that its journal names. key: of the configuration,
-    for messages. Raises ConfigError."""
-    return load_weights(run_weights(path, f"{key}={path}") if Path(path).is_dir() else path)
+def weights_at(path: str | Path, key: str, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a weights file, or of a run's directory, whose file must be the one that its journal names; see
+    `stored_form.started_from`. key: of the configuration, for messages. args: of its network. Raises ConfigError."""
+    if Path(path).is_dir():
+        return load_weights(run_weights(path, f"{key}={path}"))
+    state, path = load_weights(path), Path(path)
+    return stored_form.started_from(state, header(path) if path.suffix == ".safetensors" else {}, path, key, args)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

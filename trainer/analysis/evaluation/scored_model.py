@@ -14,9 +14,9 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.journal.run_weights import run_weights
-from trainer.model import heads, importance, pruned_file, thresholds, weights
+from trainer.model import heads, importance, stored_form, thresholds, weights
 from trainer.model.build import build_model
-from trainer.model.exported import naming
+from trainer.model.stored_form import naming
 
 
 class ScoredModel(NamedTuple):
@@ -46,8 +46,8 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
     with naming(path):  # of `export --compact` and `--blocks`: another mlp_ratio, layers of several sizes, stored blocks
         args = json.loads(about["args"]) if about.get("model") == config.model.name and "args" in about else config.model.args
         vit = weights.create(config.model.model_copy(update={"init": "random", "args": args}))
-        pruned_file.shrink(vit, about)
-        state = pruned_file.read(state, about)
+        stored_form.shrink(vit, about)
+        state = stored_form.read(state, about)
     network = build_model(config, vit)  # what it refuses is a setting of `config`, not the file
     heads.refuse_other(network.network, config.model.model_copy(update={"args": args}), str(path), f"{command} {model}")
     weights.fit(network.network, state, str(path), warn=_refuse_change)
