@@ -16,6 +16,7 @@ from tests.support import images as drawn
 from trainer.__main__ import main
 from trainer.bench import forms as built
 from trainer.bench import paired, pruned
+from trainer.checkpoint.export_onnx import export_onnx
 from trainer.checkpoint.save_load import save_checkpoint
 from trainer.checkpoint.state import TrainState
 from trainer.config.errors import ConfigError
@@ -139,6 +140,16 @@ def test_the_forms_of_a_run_have_its_answers_beside_another_network(run: Path, m
         with pytest.raises(ConfigError, match=f"{fixed}: the checkpoint has the masks and layers of its run"):
             built.of_run(run, [fixed])
     assert "energy: not measured" in found.notes[-1] or rows["timm"]["joules"] is not None
+
+
+@pytest.mark.slow
+def test_the_onnx_files_are_those_that_export_writes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruned, "CALIBRATED", 4)
+    monkeypatch.setattr(pruned, "_answers", lambda *given: {})
+    rows = pruned.bench(run, ["onnx", "onnx_int8"], [1], 1, None, ["evaluate.batch=5"]).rows
+    for name, calibration in (("onnx", None), ("onnx_int8", 4)):
+        file = export_onnx(run, run.parent / f"{name}.onnx", 1.0, calibration=calibration).path
+        assert rows[f"1 x {name}"]["bytes"] == file.stat().st_size, name
 
 
 def _images(run: Path) -> Any:

@@ -31,6 +31,8 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
 from trainer.config.run_config import Config
 from trainer.model import pruned_file, weights
+from trainer.model.build import with_levels
+from trainer.model.exported import AnyDensity
 
 FORMS = ("dense", "compact", "block", "bsr", "onnx", "onnx_int8")
 ONNX = FORMS[4:]
@@ -193,7 +195,8 @@ def _bsr(found: Pruned) -> tuple[nn.Module, int]:
 def _onnx(
     found: Pruned, forms: Sequence[str], dense: Row, left: float, folder: Path, images: Iterable[np.ndarray]
 ) -> dict[str, Row]:
-    """Rows of onnxruntime, of the smaller network where the groups leave one, else of the network with its zeros."""
+    """Rows of onnxruntime, of the smaller network where the groups leave one, else of the network with its zeros: the files that
+    `trilevel export RUN OUT.onnx --density 1` writes."""
     from trainer.checkpoint import export_onnx, onnx_int8
 
     export_onnx.refuse_missing()
@@ -202,7 +205,9 @@ def _onnx(
     except ValueError:
         network, work = found.vit, dense.gmacs
     paths = {form: folder / f"{form}.onnx" for form in ONNX}
-    export_onnx.write(network, torch.zeros(2, 3, *found.vit.patch_embed.img_size), paths["onnx"])
+    config, side = found.config, found.config.model.image_size
+    whole = AnyDensity(with_levels(config, network), config.tokens, None, side, str(found.run or config.name))
+    export_onnx.write(export_onnx.AtDensity(whole, 1.0).eval(), torch.zeros(2, 3, side, side), paths["onnx"])
     if "onnx_int8" in forms:
         onnx_int8.quantize(paths["onnx"], paths["onnx_int8"], images)
     table = {}

@@ -40,7 +40,9 @@ class ExportedOnnx(NamedTuple):
         )
 
 
-class _AtDensity(nn.Module):
+class AtDensity(nn.Module):
+    """What a file computes. Its graph keeps the names of these modules, so whoever writes another wrapper writes other bytes."""
+
     def __init__(self, network: AnyDensity, density: float):
         super().__init__()
         self.network, self.density = network, density
@@ -70,7 +72,7 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema, form).path)
         size = network.image_size
-        whole, written = _AtDensity(network, density).eval(), Path(folder) / "model.onnx"
+        whole, written = AtDensity(network, density).eval(), Path(folder) / "model.onnx"
         write(whole, torch.zeros(2, 3, size, size), written)
         difference = _difference(whole, session(written), size)
         if not difference <= TOLERANCE:
