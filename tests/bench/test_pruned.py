@@ -14,8 +14,8 @@ from torch import nn
 
 from tests.support import images as drawn
 from trainer.__main__ import main
+from trainer.bench import bsr, paired, pruned
 from trainer.bench import forms as built
-from trainer.bench import paired, pruned
 from trainer.checkpoint.export_onnx import export_onnx
 from trainer.checkpoint.save_load import save_checkpoint
 from trainer.checkpoint.state import TrainState
@@ -71,7 +71,7 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["bench", "inference", "c.yaml", "--forms", "compact", "--batches", "2", "--rounds", "2"]) == 0
     assert "weights.groups=heads" in capsys.readouterr().out
     for settings, forms, words in (
-        ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block, bsr, onnx, onnx_int8"),
+        ({}, ["csr"], "--forms: unknown value 'csr'; valid values: dense, compact, block, bsr, 2:4, onnx, onnx_int8"),
         (
             {},
             ["compact"],
@@ -158,13 +158,13 @@ def _images(run: Path) -> Any:
 
 def test_bsr_keeps_the_heaviest_whole_blocks_and_computes_their_product() -> None:
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
-    kept = built.whole_blocks(weight, (16, 16), 0.5)
+    kept = bsr.whole_blocks(weight, (16, 16), 0.5)
     sums = np.array([[float((weight[r : r + 16, c : c + 16] ** 2).sum()) for c in (0, 16, 32)] for r in (0, 16)])
     assert kept.sum() == 3 and sums[kept.numpy()].min() > sums[~kept.numpy()].max()
     masked = weight * kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
     x, bias = torch.randn(2, 5, 48), torch.randn(32)
     with torch.inference_mode():
-        found = built.BsrLinear(masked.to_sparse_bsr((16, 16)), nn.Parameter(bias))(x)
+        found = bsr.BsrLinear(masked.to_sparse_bsr((16, 16)), nn.Parameter(bias))(x)
     torch.testing.assert_close(found, x @ masked.T + bias, rtol=1e-5, atol=1e-5)
 
 

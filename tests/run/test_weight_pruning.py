@@ -168,6 +168,20 @@ def test_layers_that_do_not_exist_or_are_frozen_are_refused_by_name(folder: Path
         refuse_frozen(level, model)
 
 
+def test_training_leaves_two_of_each_four_neighbours_in_every_row(folder: Path) -> None:
+    """The pattern of NVIDIA's sparse tensor cores, from the epoch of pruning to the last step."""
+    settings = "weights={method: admm, keep: 0.5, groups: columns, block: [1, 4], start: 0ep, prune: 1ep}"
+    words = ["train", str(folder / "job.yaml"), f"runs={folder / 'runs'}", "name=two_of_four", "epochs=2", settings]
+    assert main([*words, "optim.warmup=0ep"]) == 0
+    run = folder / "runs" / "two_of_four"
+    assert [line["kept"] for line in lines(run, "weights")] == [1.0, 0.5] and len(seen(run)) == 8
+    weights = load_file(max((run / "checkpoints").glob("step-*")) / "weights.safetensors")
+    layers = [value for name, value in weights.items() if value.ndim == 2 and name.startswith("blocks.")]
+    assert len(layers) == 8
+    for value in layers:
+        assert torch.equal(value.view(-1, 4).ne(0).sum(1), torch.full((value.numel() // 4,), 2))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_pruned_weights_compose_with_densities_drawn_per_step(folder: Path, tmp_path: Path) -> None:

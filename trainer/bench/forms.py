@@ -1,18 +1,13 @@
-"""The networks that `trilevel bench inference --forms` times: what is pruned, and a row for each form that the groups have.
-
-`bsr`, torch's block-sparse rows, exists for the benchmark alone: it keeps the share `weights.keep` of whole p x q blocks, which no
-method here prunes, so that it has no top-1.
-"""
+"""The networks that `trilevel bench inference --forms` times: what is pruned, and a row for each form that the groups have."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +20,10 @@ from sparsity.weights.gathered import gathered
 from sparsity.weights.groups import Block
 from sparsity.weights.pruning import Pruning
 from sparsity.weights.stored import sizes
+from trainer.bench.bsr import bsr
 from trainer.bench.inference import Row
+from trainer.bench.semi_structured import InBf16, semi_structured
+from trainer.bench.semi_structured import refuse as semi_structured_here
 from trainer.checkpoint import save_load
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_run
@@ -34,8 +32,9 @@ from trainer.model import pruned_file, weights
 from trainer.model.build import with_levels
 from trainer.model.exported import AnyDensity
 
-FORMS = ("dense", "compact", "block", "bsr", "onnx", "onnx_int8")
-ONNX = FORMS[4:]
+FORMS = ("dense", "compact", "block", "bsr", "2:4", "onnx", "onnx_int8")
+ONNX = FORMS[5:]
+IN_BF16 = "dense, bf16"  # the row beside 2:4, which is bf16 too
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,22 @@ def rows(
     build: dict[str, Callable[[], tuple[nn.Module, int]]] = {
         "compact": lambda: _sized(small(found)),
         "block": lambda: (gathered(found.vit, found.level), bytes_ - sizes(found.level)["dense"] + sizes(found.level)["block"]),
-        "bsr": lambda: _bsr(found),
+        "bsr": lambda: bsr(found.vit, found.level, found.config.weights.settings),
+        "2:4": lambda: semi_structured(found.vit, found.level, device),
     }
     for form in build:
         if form in forms:
             try:
                 network, size = build[form]()
             except ValueError as error:
-                mine = ("block", "bsr") if all(isinstance(site, Block) for site in found.level.sites) else ("compact",)
+                mine = ("block", "bsr", "2:4") if all(isinstance(site, Block) for site in found.level.sites) else ("compact",)
                 valid = ", ".join(one for one in FORMS if one not in build or one in mine)
                 raise ConfigError(f"--forms {','.join(forms)}: {error}; valid forms of these groups: {valid}") from error
-            table[form] = Row(network.to(device).eval(), left.total, tokens, size)
+            network = network if form == "2:4" else network.to(device).eval()  # its tensors cannot be moved
+            table[form] = Row(network, left.total, tokens, size)
+    if "2:4" in forms:
+        half = copy.deepcopy(found.vit).to(device, torch.bfloat16)
+        table[IN_BF16] = Row(InBf16(half), whole.total, tokens, _bytes(half))
     if wanted := [form for form in forms if form in ONNX]:
         table |= _onnx(found, wanted, dense, left.total, folder, images)
     return table
@@ -129,6 +133,8 @@ def refuse(forms: Sequence[str], device: torch.device) -> None:
         raise ConfigError(f"--forms: unknown value {wrong!r}; valid values: {', '.join(FORMS)}")
     if (given := [form for form in forms if form in ONNX]) and device.type == "cuda":
         raise ConfigError(f"--forms {','.join(given)}: onnxruntime is timed on a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
+    if "2:4" in forms:
+        semi_structured_here(device)
 
 
 def small(found: Pruned) -> Any:
@@ -140,56 +146,6 @@ def small(found: Pruned) -> Any:
     compact.shrink(smaller, compact.sizes_of(level.sites, level.kept))
     smaller.load_state_dict(vit.state_dict() | parts)
     return smaller.eval()
-
-
-def whole_blocks(weight: Tensor, block: tuple[int, int], keep: float) -> Tensor:
-    """Which blocks of a weight (O, I) the BSR form keeps, (R, C) bool: the share `keep` with the largest sums of squares. Raises ValueError
-    where torch has no such form: blocks that do not divide the layer, and on a CPU (MKL) blocks that are not square."""
-    (p, q), (outputs, inputs) = block, weight.shape
-    if p != q:
-        raise ValueError(f"bsr: blocks of {p} x {q} are not square, which torch needs on a CPU; set weights.block=[{p}, {p}]")
-    if outputs % p or inputs % q:
-        raise ValueError(f"bsr: blocks of {p} x {q} do not divide a layer of {outputs} x {inputs}; set weights.block")
-    energy = weight.square().unflatten(0, (-1, p)).unflatten(2, (-1, q)).sum((1, 3))
-    most = max(1, round(keep * energy.numel()))
-    return torch.zeros(energy.numel(), dtype=torch.bool).scatter_(0, energy.flatten().topk(most).indices, True).view_as(energy)
-
-
-class BsrLinear(nn.Module):
-    """A linear layer whose weight is torch's BSR tensor (O, I). Outside autograd: its product is W x^T, as `F.linear` refuses inference
-    tensors with it."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = (self.weight @ x.reshape(-1, x.shape[-1]).t()).t()
-        return (found if self.bias is None else found + self.bias).reshape(*x.shape[:-1], -1)
-
-
-def _bsr(found: Pruned) -> tuple[nn.Module, int]:
-    """A copy whose pruned layers are BSR tensors, and its bytes. Raises ValueError for units and heads."""
-    settings: Any = found.config.weights.settings
-    vit, (p, q) = copy.deepcopy(found.vit), settings.block
-    modules, size = dict(vit.named_modules()), _bytes(vit)
-    for site in found.level.sites:
-        if not isinstance(site, Block):
-            raise ValueError(f"{site.name}: units and heads have no blocks; use the compact form")
-        layer = cast(nn.Linear, modules[site.name])
-        weight = layer.weight.detach()
-        stays = whole_blocks(weight, (p, q), settings.keep).repeat_interleave(p, 0).repeat_interleave(q, 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # BSR is in beta state
-            sparse = (weight * stays).to_sparse_bsr((p, q))
-        parts = (sparse.values(), sparse.crow_indices(), sparse.col_indices())
-        size += sum(part.numel() * part.element_size() for part in parts) - weight.numel() * weight.element_size()
-        parent, _, name = site.name.rpartition(".")
-        setattr(modules[parent], name, BsrLinear(sparse, layer.bias))
-    return vit, size
 
 
 def _onnx(

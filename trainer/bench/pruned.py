@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsity.weights.stored import sizes
-from trainer.bench.forms import ONNX, Pruned, of_config, of_run, reference, refuse, rows
+from trainer.bench.forms import IN_BF16, ONNX, Pruned, of_config, of_run, reference, refuse, rows
 from trainer.bench.inference import COLUMNS, Row, measured
 from trainer.bench.result import BenchResult
 from trainer.config.run_config import Config
@@ -87,6 +87,10 @@ def _notes(pruned: Pruned, found: Mapping[str, Mapping[str, Any]], against: str 
         f"row: batch size x network; timm: {against or 'the dense network'}. bound: speedup if time followed multiply-adds.",
         f"bytes of the pruned layers, float32: dense {left['dense']:,}, blocks {left['block']:,}, CSR {left['csr']:,}.",
     ]
+    if any(name.endswith(IN_BF16) for name in found):
+        notes.append(
+            f"2:4 has bf16 weights, as the row {IN_BF16}; those of timm are float32, and cast in each pass under autocast."
+        )
     if any(name.endswith(ONNX) for name in found):
         notes.append("peak of onnxruntime: growth of the process; of torch: its allocations.")
     if all(facts["joules"] is None for facts in found.values()):
