@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import timm
 import torch
@@ -57,8 +58,8 @@ def _product(host: Host, tokens: int, inside: int, outside: int) -> Facts:
 
 @torch.inference_mode()
 def _network(host: Host, images: int) -> Facts:
-    small = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4} if host.tiny else {}
-    vit = timm.create_model("deit_small_patch16_224", **small).eval()
+    small: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4} if host.tiny else {}
+    vit: Any = timm.create_model("deit_small_patch16_224", **small).eval()
     level = MagnitudeSettings(keep=0.5, block=(1, 4), prune=0.0).build(vit)
     level.begin_epoch(0, lambda: dict(vit.named_parameters()))
     for name, mask in level.masks().items():
