@@ -97,6 +97,16 @@ class Config(Section):
                 f"engine.precision=bf16 with engine.kind={e.kind}, engine.zero={e.zero}: requires DeepSpeed's ZeRO; set engine.zero=1, "
                 "or engine.precision=autocast"
             )
+        if e.cuda_graphs:
+            for given, wrong, remedy in (
+                ("engine.compile=false", not e.compile, "engine.compile=true"),
+                ("engine.kind=deepspeed", e.kind == "deepspeed", "engine.kind=ddp"),
+                ("engine.checkpointing=true", e.checkpointing, "engine.checkpointing=false"),
+            ):
+                if wrong:
+                    raise ValueError(
+                        f"engine.cuda_graphs=true with {given}: not supported; set {remedy}, or engine.cuda_graphs=false"
+                    )
         if e.residual == "bf16" and e.precision != "autocast":
             raise ValueError(
                 f"engine.residual=bf16 with engine.precision={e.precision}: only autocast has tokens and products in different precisions; "

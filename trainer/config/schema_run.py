@@ -32,6 +32,9 @@ class EngineConfig(Section):
     autotune: bool = False
     """With engine.compile: measure several kernels for each matrix product and keep the fastest (torch's max-autotune without CUDA graphs).
     Compiling takes minutes longer per graph."""
+    cuda_graphs: bool = False
+    """With engine.compile, kind ddp, one process and one micro-batch per step: launch the network's kernels as CUDA graphs (torch's
+    reduce-overhead). For few images per step, where the host can't launch as fast as the GPU computes. No GPU has run it yet."""
     deepspeed: str | None = None
     """Path of a ds_config.json. Keys that we do not set go to DeepSpeed as they are; conflicts are refused with both values."""
     timeout: float = Field(default=600.0, ge=0, allow_inf_nan=False)

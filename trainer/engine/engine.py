@@ -23,6 +23,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
+from trainer.engine import cuda_graphs
 from trainer.engine.attention_backend import facts, fastest, measured
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
@@ -106,10 +107,12 @@ class Engine(Processes):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Move the model to the device and wrap both with DeepSpeed (or DDP). The data loader is not passed to accelerate, which
         would shard it a second time, silently (accelerate#4199)."""
+        if self.settings.cuda_graphs:
+            cuda_graphs.refuse(self.on_gpu, self.world, self.batch_split)
         if self.settings.compile:
             self.compile_cache = use_persistent_compile_cache(self.settings.timeout)
             # in place, so that parameter names stay timm's
-            model.compile(**({"mode": "max-autotune-no-cudagraphs"} if self.settings.autotune else {}))
+            model.compile(**({"mode": mode} if (mode := cuda_graphs.mode_of(self.settings)) else {}))
         if self.settings.kind == "deepspeed":
             if self.settings.zero == 3 and self.settings.compile:
                 raise ConfigError(
@@ -161,6 +164,7 @@ class Engine(Processes):
             self.model.require_backward_grad_sync = (
                 self._behind + 1 == self.batch_split.accumulation or not torch.is_grad_enabled()
             )
+        cuda_graphs.begin_pass(self.settings)
         with self._autocast(), using(self.attention):
             return self.model(*args, **kwargs)
 
@@ -169,6 +173,7 @@ class Engine(Processes):
         if self.settings.precision == "bf16":
             images = images.to(torch.bfloat16)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "autocast")
+        cuda_graphs.begin_pass(self.settings)
         with autocast, using(self.attention):
             return network(images, *args)
 

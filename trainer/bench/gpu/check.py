@@ -19,9 +19,11 @@ from sparsity.tokens.tome import MergeSettings
 from sparsity.types import Observation, Plan, single_process
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.schema import AugmentConfig
+from trainer.config.schema_run import EngineConfig
 from trainer.data.augment.mixup import Mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
+from trainer.engine import cuda_graphs
 
 
 class Deviation(NamedTuple):
@@ -63,6 +65,7 @@ def part(host: Host) -> Iterator[Row]:
     yield "kept patch ids (share that differs)", lambda: _facts(_kept_ids(device, plan))
     yield "forgetting keeps the same examples", lambda: _facts(_bookkeeping(device))
     yield "fused AdamW leaves a step out on the device", lambda: _facts(_left_out(device))
+    yield "CUDA graphs: the weights after four steps", lambda: _facts(_graphed(device))
     if host.on_gpu:
         yield "bf16 error against float64, ours / timm's", lambda: _facts(_bfloat16(device))
 
@@ -152,6 +155,29 @@ def _left_out(device: torch.device) -> Deviation:
                 optimizer.step()
         results.append(weight.detach().cpu().double())
     return Deviation(float((results[0] - results[1]).abs().max()), 1e-6)
+
+
+def _graphed(device: torch.device) -> Deviation:
+    """Four compiled steps under two plans in CUDA graphs, a pass without gradients after each, beside the same without the graphs."""
+    results = []
+    for on in (False, True):
+        settings = EngineConfig(kind="ddp", compile=True, cuda_graphs=on)
+        network = _network(device, tokens="topk", blocks=(1, 2))
+        if device.type == "cuda":
+            network.compile(**({"mode": mode} if (mode := cuda_graphs.mode_of(settings)) else {}))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+        images = torch.from_numpy(np.random.default_rng(5).standard_normal((4, 8, 3, 32, 32), dtype=np.float32)).to(device)
+        keys, sums = torch.arange(8, device=device), torch.zeros((), device=device)
+        for step, plan in enumerate((Plan(), Plan(0.7), Plan(0.7), Plan())):
+            cuda_graphs.begin_pass(settings)
+            network(images[step], plan, rng_keys=keys).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cuda_graphs.begin_pass(settings)
+            with torch.no_grad():
+                sums += network(images[step], plan, rng_keys=keys).logits.square().mean()
+        results.append(torch.cat([sums[None], *(p.detach().flatten() for p in network.parameters())]).cpu().double())
+    return Deviation(float((results[0] - results[1]).abs().max()), 1e-5)
 
 
 def _bookkeeping(device: torch.device) -> Deviation:

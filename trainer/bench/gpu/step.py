@@ -16,7 +16,7 @@ from trainer.bench.gpu.facts import timed
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.load import load
 from trainer.config.run_config import Config
-from trainer.engine import attention_backend
+from trainer.engine import attention_backend, cuda_graphs
 from trainer.model.optimizer import build_optimizer
 from trainer.storage.source_tree import SOURCE_ROOT
 
@@ -43,6 +43,8 @@ def part(host: Host) -> Iterator[Row]:
     if not host.tiny:
         few = config.changed(data={"micro_batch": 32})
         yield "dense, 32 images", lambda: _measured(host, few, "dense", {}, {})
+        graphed = few.changed(engine={"cuda_graphs": True})
+        yield "dense, 32 images, CUDA graphs", lambda: _measured(host, graphed, "dense", {}, {})
 
 
 def _measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
@@ -78,12 +80,13 @@ def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], N
     optimizer = build_optimizer(model, config.optim)
     network: Any = model.network if row.timm else model
     if not host.tiny:
-        network.compile(dynamic=False)
+        network.compile(dynamic=False, **({"mode": "reduce-overhead"} if config.engine.cuda_graphs else {}))
     images, size = config.data.micro_batch, config.model.image_size
     pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(host.device)
     keys, labels = torch.arange(images, device=host.device), torch.arange(images, device=host.device) % 2
 
     def one() -> None:
+        cuda_graphs.begin_pass(config.engine)
         with torch.autocast(host.device.type, torch.bfloat16):
             out = network(pixels) if row.timm else network(pixels, row.plan, frozenset(), keys).logits
         F.cross_entropy(out.float(), labels).backward()
