@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from trainer.bench.gpu import counts, lowering
+from trainer.bench.gpu import counts, pretended
 from trainer.bench.gpu.lowering import Kernel
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
@@ -55,7 +55,7 @@ def test_a_small_table_is_made_with_fewer_bytes_where_less_is_computed() -> None
 def test_the_stored_table_is_what_inductor_makes(name: str) -> None:
     """docs/results/gpu-counts.json, to 2 %: a change that moves a number says why and stores the table again."""
     stored: dict[str, Any] = json.loads((ROOT / "docs/results/gpu-counts.json").read_text())
-    with lowering.h200():
+    with pretended.h200():
         now = counts.counted(config(), counts.rows()[name])
     for key, value in now.items():
         assert stored[name][key] == pytest.approx(value, rel=0.02), key

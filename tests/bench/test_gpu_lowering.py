@@ -26,7 +26,7 @@ from tests.conftest import ROOT, environment
 from tests.support.networks import swin
 from tests.support.triton_interpreter import ROWS
 from tests.support.vits import images, tiny
-from trainer.bench.gpu import lowering
+from trainer.bench.gpu import lowering, pretended
 
 OUTPUTS = frozenset({"kept", "cls_attention"})
 MECHANISMS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def h200() -> Iterator[None]:
-    with lowering.h200():
+    with pretended.h200():
         yield
 
 
@@ -74,14 +74,14 @@ def test_a_kernel_that_triton_refuses_is_found(h200: None, monkeypatch: pytest.M
 def test_torchs_answer_that_there_is_no_triton_is_not_kept() -> None:
     """torch asks once per process: a compilation for the CPU before would be remembered in the block, the H200 of the block behind it."""
     assert not has_triton()
-    with lowering.h200():
+    with pretended.h200():
         assert has_triton()
     assert not has_triton()
 
 
 def test_the_machine_is_as_before() -> None:
     before = torch.nn.functional.scaled_dot_product_attention, torch.cuda.get_device_capability, torch.cuda.current_device
-    with lowering.h200():
+    with pretended.h200():
         assert torch.cuda.get_device_capability() == (9, 0)
     after = torch.nn.functional.scaled_dot_product_attention, torch.cuda.get_device_capability, torch.cuda.current_device
     assert before == after and not torch.cuda.is_available()

@@ -147,7 +147,7 @@ def test_inductor_gives_the_same_and_an_infinite_loss_a_gradient_that_is_not_fin
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["clear", "authors"])
 def test_on_a_gpu_it_is_few_kernels_which_compile(rule: str) -> None:
-    from trainer.bench.gpu import lowering
+    from trainer.bench.gpu import lowering, pretended
 
     made, rows, (output, taught) = parts(rule, value="spread"), batch(), given(0)
     made.level.allocate(CPU)
@@ -156,7 +156,7 @@ def test_on_a_gpu_it_is_few_kernels_which_compile(rule: str) -> None:
     def function(logits: Tensor, mixed: Tensor, targets: Tensor, theirs: Tensor, spread: Tensor, total: Tensor) -> Tensor:
         return whole(rows, mixed, ModelOutput(logits), targets, ModelOutput(theirs), total, spread)
 
-    with lowering.h200():
+    with pretended.h200():
         given_ = (output.logits, numbers(Mix(0.3)), torch.ones(B, C), taught.logits, torch.ones(B), torch.tensor(6.0))
         graphs = lowering.lower(function, *given_, autocast=False)
         assert [graph.backward for graph in graphs] == [False, True]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsity import attention, keyed_random
 from sparsity.tokens import scores
-from trainer.bench.gpu import lowering
+from trainer.bench.gpu import lowering, pretended
 
 _DECORATORS = re.compile(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", re.DOTALL)
 BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 64}
@@ -98,7 +98,7 @@ def main() -> None:
     found = {}
     for what, (function, inputs) in ROWS.items():
         eager = function(*inputs)
-        with lowering.h200():
+        with pretended.h200():
             (graph,) = lowering.lower(function, *inputs, backward=False, autocast=False)
             results = interpreted(graph.program)(list(inputs))
         eager = eager if isinstance(eager, tuple) else (eager,)

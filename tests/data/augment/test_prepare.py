@@ -105,11 +105,11 @@ def test_a_policy_on_the_device_is_in_the_graph(text: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "three_augment"])
 def test_a_policy_compiles_for_a_gpu(text: str) -> None:
     """Two layers of RandAugment, and 3-Augment with its jitter, on 256 images of 224 px: every kernel; about 30 in all."""
-    from trainer.bench.gpu import counts, lowering
+    from trainer.bench.gpu import counts, lowering, pretended
 
     augment = AUGMENT.model_copy(update={"policy": text, "policy_on": "device", "color_jitter": 0.3})
     rows, codes = with_policy(batch(256, 224), augment, 0), codes_of(augment)
-    with lowering.h200():
+    with pretended.h200():
         (graph,) = lowering.lower(
             lambda *given: whole(augment, CLASSES, codes, *given),
             *inputs(rows, augment, numbers(Mix(0.3))),
@@ -126,9 +126,9 @@ def test_a_policy_compiles_for_a_gpu(text: str) -> None:
 
 @pytest.mark.slow
 def test_on_a_gpu_it_is_at_most_5_kernels_which_compile() -> None:
-    from trainer.bench.gpu import lowering
+    from trainer.bench.gpu import lowering, pretended
 
-    with lowering.h200():
+    with pretended.h200():
         rows = batch(16, 32)
         (graph,) = lowering.lower(
             lambda *given: whole(AUGMENT, CLASSES, (), *given),

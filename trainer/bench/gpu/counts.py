@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsity.build import build
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Plan
-from trainer.bench.gpu import lowering
+from trainer.bench.gpu import lowering, pretended
 from trainer.bench.gpu.lowering import Kernel
 from trainer.bench.result import BenchResult
 from trainer.config.errors import ConfigError
@@ -74,7 +74,7 @@ def bench(config: Config, only: list[str] | None = None) -> BenchResult:
         raise ConfigError(f"--rows: unknown value {'; '.join(unknown)!r}; valid values: {'; '.join(known)}")
     chosen = {name: row for name, row in known.items() if only is None or name in {"dense", *only}}
     found: dict[str, dict[str, Any]] = {}
-    with lowering.h200():
+    with pretended.h200():
         for name in tracked(list(chosen), f"bench gpu-counts {config.name}", len(chosen), "rows"):
             found[name] = counted(config, chosen[name])
     for row in found.values():
@@ -90,7 +90,7 @@ def bench(config: Config, only: list[str] | None = None) -> BenchResult:
 
 
 def counted(config: Config, row: Row) -> dict[str, Any]:
-    """The numbers of a row; inside `lowering.h200()`. Raises ConfigError for a network that has no such mechanisms."""
+    """The numbers of a row; inside `pretended.h200()`. Raises ConfigError for a network that has no such mechanisms."""
     model = network_of(config, row)
     graphs = lowering.lower(*_step(model, config, row), code=False)
     kernels = [kernel for graph in graphs for kernel in graph.kernels]

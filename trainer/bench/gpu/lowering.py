@@ -1,15 +1,13 @@
 """What torch.compile would run on an H200, found on a machine without a GPU.
 
 A function is traced and partitioned on the CPU by dynamo and AOTAutograd; its forward and backward graphs are moved to fake tensors on
-cuda:0; inductor schedules them and writes their Triton code as for an H200 (sm_90); nothing runs. Each kernel then has its bytes and its
-products counted (`Kernel`), and its code can be compiled by Triton to a cubin (`compile_kernel`).
+cuda:0; inductor schedules them and writes their Triton code as for an H200 (sm_90, see `pretended`); nothing runs. Each kernel then has its
+bytes and its products counted (`Kernel`), and its code can be compiled by Triton to a cubin (`compile_kernel`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,21 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-H200 = types.SimpleNamespace(
-    name="NVIDIA H200",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=141 << 30,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    warp_size=32,
-    shared_memory_per_block_optin=232448,
-    L2_cache_size=60 << 20,
-    gcnArchName="",
-)
-CAPABILITY, SM = (9, 0), 90
+from trainer.bench.gpu.pretended import patched
+
 _SOURCE = re.compile(r"async_compile\.triton\('(?P<name>[^']+)', '''(?P<text>.*?)'''", re.DOTALL)
 
 
@@ -60,89 +45,10 @@ class _Stopped(Exception):
     """Inductor has scheduled a graph; nothing is loaded or run."""
 
 
-class _Driver:
-    """The part of Triton's driver that compiling needs."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", SM, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_device_capability(self, device: Any = None) -> tuple[int, int]:
-        return CAPABILITY
-
-    def is_active(self) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def h200() -> Iterator[None]:
-    """Inside the block inductor and Triton believe in an H200 as cuda:0, and SDPA is what CUDA chooses for bf16: flash attention, or with a
-    mask the memory-efficient kernel. Afterwards everything is as before; compiled functions of the block are forgotten."""
-    import torch._dynamo.device_interface as interface
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
-    from torch._inductor.runtime import triton_helpers
-    from triton.runtime import driver
-
-    cuda: Any = interface.CudaInterface
-    facts: dict[str, Callable[..., Any]] = {
-        "get_device_properties": lambda device=None: H200,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "is_available": lambda: True,
-        "get_compute_capability": lambda device=None: SM,
-        "raise_if_triton_unavailable": lambda device=None: None,
-        "is_triton_capable": lambda device=None: True,
-        "is_bf16_supported": lambda *a, **k: True,
-        "synchronize": lambda device=None: None,
-    }
-    with contextlib.ExitStack() as patches:
-        for name, value in facts.items():
-            patches.enter_context(_patched(cuda, name, staticmethod(value)))
-        patches.enter_context(_patched(cuda.Worker, "get_device_properties", staticmethod(lambda device=None: H200)))
-        patches.enter_context(_patched(cuda.Worker, "current_device", staticmethod(lambda: 0)))
-        for name, value in {
-            "get_device_properties": lambda device=None: H200,
-            "get_device_capability": lambda device=None: CAPABILITY,
-            "is_bf16_supported": lambda *a, **k: True,
-            "current_device": lambda: 0,
-            "device_count": lambda: 1,
-        }.items():
-            patches.enter_context(_patched(torch.cuda, name, value))
-        patches.enter_context(_patched(triton_helpers, "set_driver_to_gpu", lambda: None))
-        patches.enter_context(_patched(torch.nn.functional, "scaled_dot_product_attention", _attention_of_cuda))
-        patches.enter_context(inductor.patch(shape_padding=False, fx_graph_cache=False, compile_threads=1))
-        patches.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
-        before = driver._active
-        driver.set_active(cast(Any, _Driver()))
-        _forget_triton()
-        torch.compiler.reset()
-        try:
-            yield
-        finally:
-            driver._active = before
-            _forget_triton()
-            torch.compiler.reset()
-
-
-def _forget_triton() -> None:
-    """Of torch's answers to "is there a device for Triton?", which it keeps for the life of the process: one that compiled for a CPU before
-    would be refused here, one that was here would compile for a GPU afterwards."""
-    from torch.utils import _triton
-
-    for answer in vars(_triton).values():
-        if hasattr(answer, "cache_clear"):
-            answer.cache_clear()
-
-
 def lower(
     function: Callable[..., Any], *arguments: Any, backward: bool = True, autocast: bool = True, code: bool = True
 ) -> list[Lowered]:
-    """The graphs of `function(*arguments)` (CPU tensors), forward first; inside `h200()`.
+    """The graphs of `function(*arguments)` (CPU tensors), forward first; inside `pretended.h200()`.
 
     backward: with gradients, the backward graph too. autocast: in bf16, as on the device. code: with the Triton sources. Raises whatever
     inductor raises, and RuntimeError if the function breaks into more than one graph.
@@ -179,7 +85,7 @@ def lower(
 
     compiled = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
     precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with _patched(GraphLowering, "_compile_to_module", stop), precision, torch.set_grad_enabled(backward):
+    with patched(GraphLowering, "_compile_to_module", stop), precision, torch.set_grad_enabled(backward):
         try:
             compiled(*arguments)
         except Exception as error:
@@ -189,8 +95,8 @@ def lower(
 
 
 def compile_kernel(name: str, source: str) -> None:
-    """Compile Triton code of inductor to a cubin for sm_90, every configuration that inductor would try; inside `h200()`. Raises Triton's
-    error."""
+    """Compile Triton code of inductor to a cubin for sm_90, every configuration that inductor would try; inside
+    `pretended.h200()`. Raises Triton's error."""
     from torch._inductor.codecache import PyCodeCache
 
     getattr(PyCodeCache.load(source), name).precompile(warm_cache_only=True)
@@ -238,19 +144,6 @@ def _on_cuda(graph: Any, inputs: Any) -> list[Any]:
     return moved
 
 
-def _attention_of_cuda(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
-) -> Tensor:
-    if attn_mask is None and q.dtype in (torch.bfloat16, torch.float16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, False, return_debug_mask=False)[0]
-    mask = attn_mask
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, float("-inf"))
-        mask = mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, False)[0]
-
-
 def _kernels(nodes: Any) -> Iterator[Kernel]:
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
@@ -275,17 +168,3 @@ def _attention(node: Any) -> tuple[int, int, int, int, bool] | None:
     q, k = (inputs[1], inputs[2]) if backward else (inputs[0], inputs[1])
     images, heads, queries, width = (int(n) for n in q.get_size())
     return images * heads, queries, int(k.get_size()[2]), width, backward
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    missing = object()
-    before = owner.__dict__.get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
