@@ -72,3 +72,16 @@ def test_frozen_parameters_are_counted(digits: Path):
     assert "frozen" not in check(config(digits), 1).text()
     with pytest.raises(ConfigError, match=r"optim.freeze=4: this network has 3 blocks"):
         check(config(digits, optim={"freeze": 4}), 1)
+
+
+def test_what_pruned_weights_leave_is_printed(digits: Path):
+    """Half of the 96 hidden units of 3 blocks of width 24, 17 tokens: 48 units have 48 inputs and outputs and a bias each."""
+    text = check(config(digits, weights={"method": "magnitude", "keep": 0.5, "groups": "units", "prune": "2ep"}), 1).text()
+    dense, network = cost_of(build_model(config(digits)), DENSE)["multiply_adds"], build_model(config(digits)).vit
+    left, whole = dense - 3 * 17 * 48 * 48, 4 * sum(p.numel() for p in network.parameters())
+    small = whole - 4 * 3 * 48 * 49
+    assert f"after pruning {left / 1e9:.4g} of {dense / 1e9:.4g} GMACs with every token ({left / dense:.3f})" in text
+    assert f" {small / 1e6:.4g} of {whole / 1e6:.4g} MB of weights in float32" in text and f"({small / whole:.3f})" in text
+    unequal = {"method": "admm", "keep": 0.5, "per": "network", "block": [8, 8], "start": "1ep", "prune": "2ep"}
+    assert text.count("about") < check(config(digits, weights=unequal), 1).text().count("about"), "shares are not known yet"
+    assert "after pruning" not in check(config(digits), 1).text()

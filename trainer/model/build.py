@@ -16,6 +16,7 @@ from sparsity.plan_mix import PlanMix
 from sparsity.schedule import KeepSchedule
 from sparsity.types import Plan
 from sparsity.weights.pruning import Pruning
+from sparsity.weights.stored import sizes
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
@@ -116,6 +117,26 @@ def build_pruning(config: Config, model: SparseNetwork) -> Pruning:
         return config.weights.settings.build(model.network)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def after_pruning(config: Config, model: SparseNetwork) -> str:
+    """Multiply-adds and bytes of the network once level 4 has pruned it, in words; "" without level 4. Found by pruning the weights as they
+    are now: exact with `weights.per=block`, else about, because the layers' shares then depend on the trained weights."""
+    settings: Any = config.weights.settings
+    if settings.off:
+        return ""
+    level = settings.build(model.network)
+    level.begin_epoch(config.epochs, lambda: dict(model.network.named_parameters()))
+    if level.kept is None:  # keep 1
+        return ""
+    dense, left = model.cost().total, model.cost(left=level.shares()).total
+    stored, whole = sizes(level), 4 * sum(p.numel() for p in model.network.parameters())
+    small = whole - stored["dense"] + stored["block"]
+    about = "" if settings.per == "block" else "about "
+    return (
+        f"after pruning {about}{left / 1e9:.4g} of {dense / 1e9:.4g} GMACs with every token ({left / dense:.3f}), "
+        f"{about}{small / 1e6:.4g} of {whole / 1e6:.4g} MB of weights in float32, kept groups with their indices ({small / whole:.3f})"
+    )
 
 
 def refuse_frozen(level: Pruning, model: SparseNetwork) -> None:

@@ -16,6 +16,7 @@ from trainer.data.loader.dataset import check_classes, check_labels, open_indexe
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import (
+    after_pruning,
     build_distillation,
     build_examples,
     build_model,
@@ -63,6 +64,7 @@ class CheckReport:
     quality: Quality  # of the first epoch's order, from a sample of its batches
     frozen: int = 0  # of the parameters, do not train
     teacher: float = 0.0  # multiply-adds of an image's forward pass through the teacher
+    after_pruning: str = ""  # multiply-adds and bytes that level 4 leaves
     warnings: tuple[str, ...] = ()  # settings with little or no effect, classes without images
 
     def share(self) -> float:
@@ -100,6 +102,7 @@ class CheckReport:
             "of a step (its forward pass; the model's forward and backward passes count as three)\n"
         )
         weights = f"{c.weights.method} keeps {c.weights.settings.summary}\n" if c.weights.settings.summary else ""
+        weights += f"{self.after_pruning}\n" if self.after_pruning else ""
         removed = f"; {c.examples.method} removes {share:.0%} of the examples" if share else ""
         return (
             f"{c.model.name}, {self.parameters / 1e6:.2f} M parameters{frozen}, {c.model.image_size} px, "
@@ -150,6 +153,7 @@ def check(config: Config, world: int) -> CheckReport:
         quality=shuffle_quality(order, train.labels, batches=16),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
+        after_pruning=after_pruning(config, model),
         warnings=tuple(warnings_of(config, model.network, train, validation)),
     )
 
