@@ -59,12 +59,18 @@ def unpacked(site: Block, parts: Mapping[str, Tensor]) -> Tensor:
 def sizes(level: Pruning) -> dict[str, int]:
     """Bytes of the pruned parameters in float32: dense, in this form (`block`), and as CSR with int32 indices. Before groups are
     pruned, dense alone."""
-    dense = sum(4 * prod(shape) for site in level.sites for shape in site.shapes.values())
-    masks = level.masks()
-    if not masks or level.kept is None:
-        return {"dense": dense}
-    block = csr = 0
+    found = sizes_by_layer(level).values()
+    return {form: sum(one[form] for one in found) for form in ("dense", *(("block", "csr") if level.kept is not None else ()))}
+
+
+def sizes_by_layer(level: Pruning) -> dict[str, dict[str, int]]:
+    """The same of each layer, by the name of its site."""
+    masks, found = level.masks(), {}
     for site in level.sites:
+        found[site.name] = {"dense": sum(4 * prod(shape) for shape in site.shapes.values())}
+        if level.kept is None:
+            continue
+        block = csr = 0
         if isinstance(site, Block):
             kept = level.kept[site.name]
             groups = kept.shape[1]
@@ -73,7 +79,8 @@ def sizes(level: Pruning) -> dict[str, int]:
             elements = int(masks[name].sum())
             block += 4 * elements
             csr += (4 + POINTER) * elements + POINTER * (shape[0] + 1) if len(shape) == 2 else 4 * elements
-    return {"dense": dense, "block": block, "csr": csr}
+        found[site.name] |= {"block": block, "csr": csr}
+    return found
 
 
 def _by_group(site: Block, weight: Tensor) -> Tensor:

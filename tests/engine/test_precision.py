@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config.schema_run import EngineConfig
 from trainer.engine.engine import Engine
 
 
@@ -23,7 +24,7 @@ def test_the_dense_baseline_computes_in_the_precision_of_the_run(
     precision: str, images: torch.dtype, product: torch.dtype
 ) -> None:
     """Without autocast the dense passes of an autocast run were float32: slower than the run's own, a speedup that is none."""
-    engine: Any = SimpleNamespace(settings=SimpleNamespace(precision=precision), device=torch.device("cpu"), attention=None)
+    engine: Any = SimpleNamespace(settings=EngineConfig(precision=precision), device=torch.device("cpu"), attention=None)
     layer = torch.nn.Linear(4, 4)
     layer = layer.to(torch.bfloat16) if precision == "bf16" else layer
     given: list[torch.dtype] = []

@@ -126,6 +126,9 @@ def test_report_and_comparison_show_what_is_left(folder: Path) -> None:
     start, left = lines(run.directory, "start")[0], lines(run.directory, "weights")[-1]["bytes"]
     whole = 4 * start["parameters"] - left["dense"] + left["block"]  # of units no index is stored
     assert (shown["kept weights %"], shown["weights MB"]) == ("50", f"{whole / 1e6:.4g}") and not dense(run)
+    assert sum(lines(run.directory, "weights")[-1]["layer_bytes"].values()) == left["block"]
+    report = (run.directory / "report.md").read_text()
+    assert f"| blocks.1.mlp | 50.0 % | {left['block'] // 2:,} |" in report and report.count("| blocks.") == 2
     assert f"; {whole:,} of the whole network" in row.note and lines(run.directory, "end")[-1]["weights_bytes"] == whole
 
 
@@ -203,6 +206,34 @@ def test_pruned_weights_compose_with_densities_drawn_per_step(folder: Path, tmp_
     for density in (1.0, 0.5):
         torch.testing.assert_close(small(images, density), masked(images, density), rtol=1e-4, atol=1e-5)
     assert file.stat().st_size < 0.8 * (tmp_path / "masked.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1800)
+def test_compiled_runs_prune_as_eager_ones_and_resume_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    """DDP and ZeRO 1 on two processes: the penalty's step and the masks are outside of the compiled graphs."""
+    shutil.copy(folder / "job.yaml", tmp_path)
+    runs = [
+        "eager",
+        "ddp engine.compile=true",
+        "zero engine.kind=deepspeed engine.zero=1 engine.compile=true",
+    ]
+    words = [str(ROOT / "tests" / "support" / "jobs" / "mechanisms.py"), "job.yaml", "10", *runs]
+    done = subprocess.run(
+        [sys.executable, *torchrun(2), *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1700
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    eager, layer = seen(tmp_path / "runs" / "eager"), "blocks.1.mlp.fc1.weight"
+    for name in ("ddp", "zero"):
+        whole, again = (seen(tmp_path / "runs" / one) for one in (name, f"{name}-resumed"))
+        assert list(again) == list(range(11, 17)) and again == {step: whole[step] for step in again}
+        np.testing.assert_allclose([one[0] for one in whole.values()], [one[0] for one in eager.values()], rtol=1e-4)
+        ours, theirs = (
+            load_file(tmp_path / "runs" / one / "checkpoints/step-00000016/weights.safetensors")[layer]
+            for one in (name, "eager")
+        )
+        assert torch.equal(ours.ne(0), theirs.ne(0)) and int(ours.ne(0).any(1).sum()) == 48, "the same units"
 
 
 @pytest.mark.slow

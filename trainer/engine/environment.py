@@ -24,7 +24,8 @@ def use_persistent_compile_cache(limit: float) -> str:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # the key of a graph contains the number of its GPU (torch 2.15): ranks have the same one only if each of them sees one GPU
-    shared = ranks_of_node() > 1 and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
+    cached = inductor.fx_graph_cache and not inductor.force_disable_caches  # without, ranks would compile one after the other
+    shared = ranks_of_node() > 1 and cached and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ and not shared:
         # each rank would start a compiler per core of the node
         inductor.compile_threads = max(1, min(inductor.compile_threads or 1, (os.cpu_count() or 1) // ranks_of_node()))

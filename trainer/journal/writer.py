@@ -50,7 +50,8 @@ name, lists as one metric per position.
 | density    | beside an eval line, for     | as eval, at keep_tokens                                                          |
 |            | each of evaluate.densities   |                                                                                  |
 | weights    | at the start of an epoch, if | epoch, step, progress, event (updated: the penalty; pruned: at `prune`; or ""),  |
-|            | level 4 is on                | kept (share of the pruned layers' elements), layers {layer: kept}, bytes (of     |
+|            | level 4 is on                | kept (share of the pruned layers' elements), layers {layer: kept}, layer_bytes   |
+|            |                              | {layer: bytes, as blocks; dense before they are pruned}, bytes (of               |
 |            |                              | these layers: {dense, block, csr}), multiply_adds (per image, every token, of    |
 |            |                              | kept ones), norms {low, median, high: 10, 50, 90 % of the groups, relative to  |
 |            |                              | their layer}, weak (share of the groups below .1)                                |

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsity.network import SparseNetwork
 from sparsity.weights.groups import Weights
 from sparsity.weights.pruning import Pruning
-from sparsity.weights.stored import sizes
+from sparsity.weights.stored import sizes, sizes_by_layer
 
 WEAK = 0.1  # of the root mean square of a layer: a group below is nearly empty
 
@@ -20,7 +20,8 @@ def facts(level: Pruning, weights: Weights, model: SparseNetwork) -> dict[str, A
 
     kept: share of the elements of the pruned layers. bytes: of these layers in float32, see `stored.sizes`. norms: 10, 50 and
     90 % quantiles of the groups' root mean square, relative to their layer's; weak: share of the groups below WEAK. multiply_adds: of an
-    image's forward pass with every token that computes the kept weights only. layers: kept by layer.
+    image's forward pass with every token that computes the kept weights only. layers: kept by layer. layer_bytes: as blocks, dense before
+    `prune`.
     """
     masks = level.masks()
     elements = {site.name: sum(weights[name].numel() for name in site.shapes) for site in level.sites}
@@ -37,6 +38,7 @@ def facts(level: Pruning, weights: Weights, model: SparseNetwork) -> dict[str, A
         "weak": float((norms < WEAK).double().mean()),
         "multiply_adds": model.cost(left=level.shares()).total,
         "layers": {name: kept[name] / elements[name] for name in kept},
+        "layer_bytes": {name: found.get("block", found["dense"]) for name, found in sizes_by_layer(level).items()},
     }
 
 

@@ -14,6 +14,7 @@ from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import check_classes, check_labels, open_indexes
 from trainer.data.loader.shuffle_quality import Quality, shuffle_quality
+from trainer.engine import cuda_graphs
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.model.build import (
     after_pruning,
@@ -134,6 +135,8 @@ def check(config: Config, world: int) -> CheckReport:
     except ValueError as error:  # the batch does not fit the number of processes, or the epoch
         raise ConfigError(str(error)) from error
     deepspeed_config(config.engine, stream.batch_split, world, config.optim.clip)  # raises on conflicting settings
+    if config.engine.cuda_graphs:
+        cuda_graphs.refuse(True, world, stream.batch_split)
     build_objective(config)
     level4 = build_pruning(config, model)
     build_optimizer(model, config.optim)

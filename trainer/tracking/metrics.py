@@ -41,7 +41,7 @@ LONGEST_LIST = 64
 
 _POSITION = frozenset({"kind", "time", "attempt", "step", "epoch", "batch"})
 _NO_TAG = frozenset({"kind", "time", "attempt", "config", "data", "versions", "classes", "tokens"})
-_JOURNAL_ONLY = frozenset({"id", "ids", "per_class"})
+_JOURNAL_ONLY = frozenset({"id", "ids", "per_class", "layer_bytes"})
 
 
 class Metric(NamedTuple):

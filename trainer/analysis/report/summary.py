@@ -33,6 +33,7 @@ class Summary:
 
     title: str
     rows: list[ReportRow]
+    layers: tuple[tuple[str, str, str], ...] = ()  # pruned by level 4: name, kept share, bytes; for the page alone
 
     @property
     def table(self) -> Table:
@@ -54,6 +55,13 @@ class Summary:
     def markdown(self) -> str:
         cells = [tuple(markdown_text(cell) for cell in row) for row in self.rows]
         lines = [f"| {what} | **{value}** | {note} |" for what, value, note in cells]
+        if self.layers:
+            lines += [
+                "",
+                "| pruned layer | kept | bytes |",
+                "|---|---:|---:|",
+                *(f"| {' | '.join(layer)} |" for layer in self.layers),
+            ]
         return "\n".join([f"**{markdown_text(self.title)}**", "", "| | | |", "|---|---:|---|", *lines, ""])
 
 
@@ -97,7 +105,7 @@ def summary(run: Path | str | History) -> Summary:
     if run.attempts > 1:
         rows.append(ReportRow("attempts", str(run.attempts), "without steps of killed attempts that were repeated"))
     status = run.status + (f": {run.reason}" if run.reason else "")
-    return Summary(f"{run.name}: {status}, {last.step:,} steps, epoch {last.progress:g}", rows)
+    return Summary(f"{run.name}: {status}, {last.step:,} steps, epoch {last.progress:g}", rows, _layers(run))
 
 
 def write(directory: Path | str) -> Summary:
@@ -202,6 +210,13 @@ def _weights(run: History) -> list[ReportRow]:
     shown = f"; {', '.join(layers)}" if len(set(last["layers"].values())) > 1 else f"; {len(layers)} layers"
     note = f"{stored}; {last['multiply_adds']:.3g} multiply-adds per image with every token{shown}"
     return [ReportRow("kept weights", f"{100 * last['kept']:.1f} %", note)]
+
+
+def _layers(run: History) -> tuple[tuple[str, str, str], ...]:
+    """Kept share and bytes of each pruned layer; nothing without level 4, and from journals that lack the bytes."""
+    last = run.of("weights")[-1].line if run.of("weights") else {}
+    sizes = last.get("layer_bytes", {})
+    return tuple((markdown_text(name), f"{100 * last['layers'][name]:.1f} %", f"{size:,}") for name, size in sizes.items())
 
 
 def _probes(run: History) -> list[ReportRow]:
