@@ -178,6 +178,8 @@ def test_autotune_is_torchs_mode(
 
 @pytest.mark.filterwarnings("error")
 def test_ddp_takes_its_settings_without_a_warning_and_broadcasts_no_buffers() -> None:
+    if dist.is_initialized():  # of a run in this process, by an earlier test
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(torch.nn.Linear(2, 2), **ddp_settings())
