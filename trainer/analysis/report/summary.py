@@ -54,7 +54,7 @@ class Summary:
     @property
     def markdown(self) -> str:
         cells = [tuple(markdown_text(cell) for cell in row) for row in self.rows]
-        lines = [f"| {what} | **{value}** | {note} |" for what, value, note in cells]
+        lines = [f"| {what} | {f'**{value}**' if value else ''} | {note} |" for what, value, note in cells]
         if self.layers:
             lines += [
                 "",
