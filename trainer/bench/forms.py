@@ -114,7 +114,8 @@ def rows(
             try:
                 network, size = build[form]()
             except ValueError as error:
-                mine = ("block", "bsr", "2:4") if all(isinstance(site, Block) for site in found.level.sites) else ("compact",)
+                blocks = ("block", "bsr", "2:4") if device.type == "cuda" else ("block", "bsr")
+                mine = blocks if all(isinstance(site, Block) for site in found.level.sites) else ("compact",)
                 valid = ", ".join(one for one in FORMS if one not in build or one in mine)
                 raise ConfigError(f"--forms {','.join(forms)}: {error}; valid forms of these groups: {valid}") from error
             network = network if form == "2:4" else network.to(device).eval()  # its tensors cannot be moved
