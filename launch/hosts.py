@@ -18,7 +18,7 @@ SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Se
 # variables of this shell that a node needs; no credentials: other users can read a command line
 PASSED = (
     "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH",
-    "MLFLOW_TRACKING_URI",
+    "PET_VIRTUAL_LOCAL_RANK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MLFLOW_TRACKING_URI",
 )  # fmt: skip
 NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")  # ssh takes what begins with a dash for an option
 SLOTS = re.compile(r"[1-9][0-9]{0,4}")  # \d also takes digits of other scripts, and int() fails at 4300 digits

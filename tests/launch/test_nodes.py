@@ -29,7 +29,10 @@ from tests.support.fake_trainer import launched, read
 folder = fake_trainer.folder  # the fixture
 RENDERED = Path(__file__).parent / "rendered"
 JOB = Job("configs/quickstart.yaml", ("optim.lr=1e-3", "name=a b"))
-ENV = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code"}
+ENV = {
+    "PATH": "/bin", "MLFLOW_TRACKING_URI": "http://t:5000", "MLFLOW_TRACKING_PASSWORD": "secret", "PYTHONPATH": "/my code",
+    "PET_VIRTUAL_LOCAL_RANK": "1", "TORCHINDUCTOR_CACHE_DIR": "~/my graphs", "TRITON_CACHE_DIR": "/scratch/triton",
+}  # fmt: skip
 SCRIPTS = {
     "slurm_gpus": slurm.SlurmRequest(
         nodes=Nodes(4, 4), processes=8, gpus=8, cpus=12, time="1-00:00:00", account="vision", partition="gpu", qos="long",
