@@ -14,7 +14,7 @@ import torch
 from torch._inductor import compile_fx, config
 
 from tests.conftest import ROOT, environment, torchrun
-from trainer.engine.compile_once import locked, share_compiling
+from trainer.engine.compile_once import COMMUNICATE, locked, share_compiling
 from trainer.engine.environment import use_persistent_compile_cache
 from trainer.storage.local_rank import local_rank
 
@@ -76,6 +76,23 @@ def test_ranks_share_code_that_names_no_gpu_or_the_same_number(
         use_persistent_compile_cache(1.0)
         assert (compile_fx._compile_fx_inner is not plain) == shared
         assert config.compile_threads == (8 if shared or ranks == 1 else 4)
+
+
+@pytest.mark.parametrize("name", [None, *COMMUNICATE])
+def test_ranks_compile_apart_where_torch_has_no_place_for_the_lock_or_they_communicate_inside(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """name: of a setting of torch by which ranks wait for each other while they compile: those without the lock would never come."""
+    plain = compile_fx._compile_fx_inner
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    if name is None:
+        monkeypatch.delattr(compile_fx, "_compile_fx_inner")
+    with config.patch({"compile_threads": 8} | ({name: True} if name else {})):
+        with pytest.warns(UserWarning, match=f"each rank of this node compiles every graph: .*{name or '_compile_fx_inner'}"):
+            assert use_persistent_compile_cache(1.0) == str(tmp_path)
+        assert getattr(compile_fx, "_compile_fx_inner", plain) is plain and config.compile_threads == 4
 
 
 def test_a_second_engine_of_a_process_waits_for_no_lock_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 torch.compile keeps compiled graphs in a folder, but ranks that start together all look into it before any has written, so each compiles
 everything. Here a lock per node is held around inductor's compilation of one graph, including its look into the folder. Its order over the
 graphs is free, and nothing inside communicates, so ranks can't wait for each other in a circle; the kernel releases the lock of a rank that
-dies.
+dies. Where that does not hold (`why_apart`), each rank compiles for itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,34 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 EVERY = 0.05  # s between two attempts to take the lock
+# Settings of torch._inductor.config, off by default, with which a rank that compiles waits for the others, which would wait for its lock:
+# they gather what each has measured or compiled. torch 2.11 has no `spmd_check`.
+COMMUNICATE = (
+    "distributed_max_autotune_gemm",
+    "aten_distributed_optimizations.spmd_check",
+    "aten_distributed_optimizations.enable_overlap_scheduling",
+    "reorder_for_compute_comm_overlap",
+)
+
+
+def why_apart() -> str:
+    """Why the ranks of a node can't compile one after the other with this torch, as it is set; empty where they can."""
+    from torch._inductor import compile_fx, config
+
+    if not callable(getattr(compile_fx, "_compile_fx_inner", None)):
+        return f"torch {torch.__version__} has no torch._inductor.compile_fx._compile_fx_inner, around which the lock is held"
+    for name in COMMUNICATE:
+        with contextlib.suppress(AttributeError):
+            if attrgetter(name)(config):
+                return f"torch._inductor.config.{name} makes ranks communicate while they compile; set it to False to share the work"
+    return ""
 
 
 def share_compiling(folder: str, limit: float) -> None:

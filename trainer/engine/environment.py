@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from trainer.config.errors import ConfigError
-from trainer.engine.compile_once import share_compiling
+from trainer.engine.compile_once import share_compiling, why_apart
 from trainer.storage.local_rank import local_rank
 
 LOOPBACK = "lo"
@@ -19,13 +20,17 @@ LOOPBACK = "lo"
 def use_persistent_compile_cache(limit: float) -> str:
     """Keep torch.compile's graphs for later processes in TORCHINDUCTOR_CACHE_DIR, else in ~/.cache/trilevel/compiled (torch's own
     default is below /tmp, which the next job of a node may not share). Returns the folder. Where the ranks of a node can use the same
-    code, one of them compiles it; limit: see `share_compiling`."""
+    code, one of them compiles it (limit: see `share_compiling`), or a warning in their logs says why each compiles for itself."""
     import torch._inductor.config as inductor
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # the key of a graph contains the number of its GPU (torch 2.15): ranks have the same one only if each of them sees one GPU
     cached = inductor.fx_graph_cache and not inductor.force_disable_caches  # without, ranks would compile one after the other
-    shared = ranks_of_node() > 1 and cached and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
+    alike = ranks_of_node() > 1 and cached and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
+    apart = why_apart() if alike else ""
+    shared = alike and not apart
+    if apart:
+        warnings.warn(f"each rank of this node compiles every graph: {apart}", stacklevel=2)
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ and not shared:
         # each rank would start a compiler per core of the node
         inductor.compile_threads = max(1, min(inductor.compile_threads or 1, (os.cpu_count() or 1) // ranks_of_node()))

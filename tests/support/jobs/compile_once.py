@@ -23,7 +23,7 @@ from trainer.model.optimizer import build_optimizer
 torch.set_num_threads(1)
 if "apart" in sys.argv:
     environment.share_compiling = lambda *_: None
-engine = Engine(EngineConfig(kind="ddp", precision="float32", compile=True), BatchSplit(4, 1, 4))
+engine = Engine(EngineConfig(kind="ddp", precision="float32", compile=True, timeout=7200.0), BatchSplit(4, 1, 4))
 torch.manual_seed(0)
 model = nn.Sequential(*(nn.Sequential(nn.Linear(16 + i, 17 + i), nn.GELU(), nn.LayerNorm(17 + i)) for i in range(6)))
 engine.prepare(model, build_optimizer(model, OptimConfig()))
