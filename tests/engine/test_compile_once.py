@@ -14,6 +14,7 @@ import torch
 from torch._inductor import compile_fx, config
 
 from tests.conftest import ROOT, environment, torchrun
+from trainer.config.errors import ConfigError
 from trainer.engine.compile_once import COMMUNICATE, locked, share_compiling
 from trainer.engine.environment import use_persistent_compile_cache
 from trainer.storage.local_rank import local_rank
@@ -105,13 +106,21 @@ def test_a_second_engine_of_a_process_waits_for_no_lock_of_the_first(tmp_path: P
 
 
 def test_the_number_on_the_node_where_each_rank_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+    """The variables as torchrun exports them, of two nodes with four ranks each, and of a node with two ranks beside one with one."""
+    equal = {"RANK": "5", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
+    for name, value in (equal | {"LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PET_VIRTUAL_LOCAL_RANK", raising=False)
     assert local_rank() == 1
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("PET_VIRTUAL_LOCAL_RANK", "1")
     assert local_rank() == 1
+    for name, value in {"RANK": "2", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"LOCAL_WORLD_SIZE=1 of WORLD_SIZE=3 on 2 nodes; .* unset PET_VIRTUAL_LOCAL_RANK"):
+        local_rank()
+    monkeypatch.delenv("GROUP_WORLD_SIZE")  # another launcher, whose LOCAL_RANK is what it says
+    assert local_rank() == 0
 
 
 @pytest.mark.dist
