@@ -55,6 +55,7 @@ def save(folder: Path, config: Config, step: int, disk: Disk | None = None, **mo
         selection=Selection(np.array([0b10101], dtype=np.uint8), 3, np.ones(5, dtype=np.float32), {"hash": "h"}),
         disk=disk,
         kernels=KERNELS,
+        kernels_on="NVIDIA H200",
     )
 
 
@@ -69,6 +70,25 @@ def test_everything_comes_back(tmp_path: Path, config: Config) -> None:
     assert saved.selection is not None and saved.selection.weight is not None
     assert saved.selection.keep.tolist() == [0b10101] and saved.selection.num_kept == 3
     assert saved.examples["events"].tolist() == [0, 4, 8, 12, 16] and saved.kernels == KERNELS
+    assert saved.kernels_on == "NVIDIA H200"
+
+
+def test_kernels_of_attention_of_another_version(tmp_path: Path, config: Config) -> None:
+    """One without the name of the device, as it was before; and an unknown kernel, which is an error where kernels are used."""
+    path = save(tmp_path, config, 4)
+
+    about = json.loads((path / "state.json").read_text())
+    del about["attention_on"]
+    (path / "state.json").write_bytes(directory._sealed(about))
+    saved = load(path, config, "shards")
+    assert saved.kernels == KERNELS and saved.kernels_on == ""
+    about["attention"][0][-1] = "paged"
+    (path / "state.json").write_bytes(directory._sealed(about))
+    with pytest.raises(
+        CheckpointError, match=r"state.json: attention: unknown kernel 'paged'; valid values: flash, .*engine.attention=torch"
+    ):
+        load(path, config, "shards")
+    load(path, parse(PLAIN | {"engine": {"attention": "torch"}}), "shards")
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> None:

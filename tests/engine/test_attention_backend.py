@@ -32,6 +32,7 @@ def engine_of(on_gpu: bool, **settings: Any) -> Any:
     Processes.__init__(engine)
     engine.settings, engine.on_gpu, engine.batch_split = EngineConfig(**settings), on_gpu, BatchSplit(4, 1, 4)
     engine.attention = None
+    engine.device_name = lambda: "NVIDIA H200"
     return engine
 
 
@@ -64,6 +65,19 @@ def test_a_resume_keeps_the_kernels_of_the_attempt_before_and_times_only_other_c
     kernels, _ = engine_of(on_gpu=True).choose_attention([DENSE_SHAPE, FEWER], before)
     assert asked == [[FEWER]] and kernels == before | {FEWER.kind: "cudnn"}
     assert engine_of(on_gpu=False).choose_attention([DENSE_SHAPE], before)[0] == {}
+
+
+def test_a_resume_on_another_gpu_times_all_kernels_anew_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "measured", lambda *given: asked.append(given[2]) or {DENSE_SHAPE: {"cudnn": 1.0}})
+    before, engine = {DENSE_SHAPE.kind: "flash", (98, False): "efficient"}, engine_of(on_gpu=True)
+    for same in ("NVIDIA H200", ""):  # empty: of a checkpoint from before the name was kept
+        kernels, fields = engine.choose_attention([DENSE_SHAPE], before, same)
+        assert kernels == before and "warnings" not in fields and not asked
+    kernels, fields = engine.choose_attention([DENSE_SHAPE], before, "NVIDIA A100")
+    assert kernels == {DENSE_SHAPE.kind: "cudnn"} and asked == [[DENSE_SHAPE]]
+    (text,) = fields["warnings"]
+    assert "timed anew on NVIDIA H200" in text and "NVIDIA A100 (98: efficient, 197: flash)" in text
 
 
 def test_a_count_that_was_not_timed_takes_the_backend_of_the_nearest() -> None:

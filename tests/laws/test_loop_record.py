@@ -112,14 +112,14 @@ class Watched(Engine):
     passes: ClassVar[list[tuple[bool, bool, Plan]]] = []  # with gradients, in training mode, the plan
     average: Ema
     at = 0
-    before: ClassVar[list[Kernels]] = []  # kernels of attention that each attempt was given
+    before: ClassVar[list[tuple[Kernels, str]]] = []  # kernels of attention that each attempt was given, and their device
 
     def choose_attention(
-        self, shapes: Iterable[AttentionShape], before: Kernels = TORCHS_CHOICE
+        self, shapes: Iterable[AttentionShape], before: Kernels = TORCHS_CHOICE, on: str = ""
     ) -> tuple[Kernels, dict[str, Any]]:
         """As on a GPU, for a count of tokens that does not occur."""
-        self.before.append(before)
-        return {(3, False): "math"}, super().choose_attention(shapes, before)[1]
+        self.before.append((before, on))
+        return {(3, False): "math"}, super().choose_attention(shapes, before, on)[1]
 
     def reseed(self, seed: int, step: int) -> None:
         Watched.at = step + 1
@@ -429,7 +429,8 @@ def test_a_run_stopped_after_a_skipped_step_resumes_as_if_uninterrupted(whole: R
     assert first.result.status == "stopped" and len(first.steps) == SPOILED
     rest = run(settings(folder, "halves"), resume=True)
     assert rest.result.status == "finished"
-    assert Watched.before[-2:] == [{}, {(3, False): "math"}], "the kernels of the first attempt"
+    (none, _), (kernels, device) = Watched.before[-2:]
+    assert none == {} and kernels == {(3, False): "math"} and "CPU" in device, "the kernels of the first attempt"
     for (_, _, ours), (_, _, theirs) in zip([*first.steps, *rest.steps], whole.steps, strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     for ours, theirs in zip([*first.averages[:-1], *rest.averages], whole.averages, strict=True):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsity.attention_kernel import TORCHS_CHOICE, Kernels
+from sparsity.attention_kernel import BACKENDS, TORCHS_CHOICE, Kernels
 from sparsity.network import SparseNetwork
 from sparsity.types import Selection
 from trainer.checkpoint import directory
@@ -53,6 +53,7 @@ def save_checkpoint(
     teacher: str = "",
     importance: str | None = None,
     kernels: Kernels = TORCHS_CHOICE,
+    kernels_on: str = "",
     *,
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
@@ -67,7 +68,7 @@ def save_checkpoint(
     state: position in the run.
     config, fingerprint, teacher: of the run, its training shards and its teacher (hash of the weights); a resume must match them.
     importance: name of the score of tokens, see `model.importance.name_of`.
-    kernels: of attention; a resume uses them again.
+    kernels: of attention, timed on the device `kernels_on`; a resume on another one of that name uses them again.
     weights, optimizer, ema: unsharded tensors on the CPU, by timm's parameter name.
     examples, selection: statistics of level 1, and the examples of the current epoch.
     pruning: state of level 4, on the CPU; without any there is no file.
@@ -97,6 +98,7 @@ def save_checkpoint(
         "teacher": teacher,
         scored.KEY: importance,
         "attention": [[*kind, name] for kind, name in sorted(kernels.items())],
+        "attention_on": kernels_on if kernels else "",
         "selection": None if selection is None else {"num_kept": selection.num_kept, "facts": selection.facts},
     }
 
@@ -173,12 +175,19 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "", networ
             + "\nContinue with the settings of the checkpoint, or start a new run with name=NEW_NAME"
         )
     try:
-        return _read(path, about)
+        saved = _read(path, about)
+        unknown = sorted({*saved.kernels.values()} - {*BACKENDS})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: can't be read ({type(error).__name__}: {error}), though its hashes hold; resume from another checkpoint: write its "
             f"name into {path.parent / directory.LATEST}"
         ) from error
+    if unknown and config.engine.attention == "auto":  # else they are not used
+        raise CheckpointError(
+            f"{path / directory.ABOUT}: attention: unknown kernel {unknown[0]!r}; valid values: {', '.join(BACKENDS)}. Use the version "
+            "that wrote the checkpoint, or resume with engine.attention=torch, which leaves the choice to torch"
+        )
+    return saved
 
 
 def _read(path: Path, about: dict[str, Any]) -> Saved:
@@ -197,6 +206,7 @@ def _read(path: Path, about: dict[str, Any]) -> Saved:
         path=path,
         pruning=pruning_of(path),
         kernels={(tokens, masked): name for tokens, masked, name in about.get("attention", [])},
+        kernels_on=about.get("attention_on", ""),
     )
 
 

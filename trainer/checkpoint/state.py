@@ -52,3 +52,4 @@ class Saved:
     path: Path
     pruning: dict[str, Tensor] = field(default_factory=dict)  # of level 4
     kernels: Kernels = field(default_factory=dict)  # of attention, as chosen by time on a GPU
+    kernels_on: str = ""  # name of that GPU; empty in older checkpoints

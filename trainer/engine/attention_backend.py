@@ -59,6 +59,15 @@ def facts(times: Times, kernels: Kernels) -> dict[str, Any]:
     }
 
 
+def timed_anew(before: Kernels, on: str, device: str) -> str:
+    """What a resume on another device says of the kernels before it."""
+    named = ", ".join(f"{_named(*kind)}: {name}" for kind, name in sorted(before.items()))
+    return (
+        f"attention kernels are timed anew on {device}: those of the checkpoint were the fastest on {on} ({named}). "
+        "engine.attention=NAME fixes one on every device"
+    )
+
+
 def _named(tokens: int, masked: bool) -> str:
     return f"{tokens} masked" if masked else str(tokens)
 

@@ -24,7 +24,7 @@ from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
 from trainer.engine import cuda_graphs
-from trainer.engine.attention_backend import facts, fastest, measured
+from trainer.engine.attention_backend import facts, fastest, measured, timed_anew
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import rank, set_single_process_env, start_alone, use_persistent_compile_cache, world_size
@@ -131,20 +131,23 @@ class Engine(Processes):
         set_limits(backstop(self.settings.timeout, self.settings.start_timeout))
 
     def choose_attention(
-        self, shapes: Iterable[AttentionShape], before: Kernels = TORCHS_CHOICE
+        self, shapes: Iterable[AttentionShape], before: Kernels = TORCHS_CHOICE, on: str = ""
     ) -> tuple[Kernels, dict[str, Any]]:
         """Collective. Attention backends by `engine.attention`; `auto` on a GPU: for each of these attentions of a micro-batch the fastest.
-        before: of the attempt that is resumed; they stay, as another backend rounds otherwise, and only other kinds are timed.
+        before: of the attempt that is resumed; on the device that they were timed `on` (empty: unknown) they stay, as another one
+        rounds otherwise, and only other kinds are timed; on another device, whose products round otherwise too, all are timed anew.
         Returns what the network uses, and the fields of the journal (see `attention_backend.facts`)."""
         chosen, shapes = self.settings.attention, list(shapes)
         self.attention = None if chosen in ("auto", "torch") else chosen
         if chosen != "auto" or not self.on_gpu or self.settings.precision == "float32" or not shapes:
             return TORCHS_CHOICE, {"attention": self.attention or "torch"}
-        # the times of rank 0 on all ranks: one network
+        device = self.broadcast_object(self.device_name())  # of rank 0, as its times are for all ranks: one network
+        warnings = [timed_anew(before, on, device)] if before and on not in ("", device) else []
+        before = TORCHS_CHOICE if warnings else before
         new = [shape for shape in shapes if shape.kind not in before]
         times = self.broadcast_object(measured(self.device, self.batch_split.micro_batch, new, torch.bfloat16)) if new else {}
         kernels = {**before, **fastest(times, new)}
-        return kernels, facts(times, kernels)
+        return kernels, facts(times, kernels) | ({"warnings": warnings} if warnings else {})
 
     @property
     def module(self) -> Any:

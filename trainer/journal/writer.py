@@ -16,7 +16,8 @@ name, lists as one metric per position.
 |            |                              | fingerprint, images, classes}}, multiply_adds (per image, forward, dense model), |
 |            |                              | classes (names), matrix_tflops (a device's rate of matrix products, measured),   |
 |            |                              | starting (seconds from the start of the process to this line), warnings (list of |
-|            |                              | settings that act less than they say, as text, see `run.ineffective`)            |
+|            |                              | settings that act less than they say, as text, see `run.ineffective`; attention  |
+|            |                              | kernels that a resume on another GPU times anew)                                 |
 | resume     | later attempts, before any   | epoch, batch, step that the attempt resumes from (step 0: nothing saved), path   |
 |            | step                         |                                                                                  |
 | epoch      | before the first batch of an | epoch, batch (0, or that of a resume), step, kept (examples), examples (in       |

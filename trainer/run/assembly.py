@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 
-from sparsity.attention_kernel import TORCHS_CHOICE
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer.checkpoint import save_load
@@ -131,11 +130,13 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
         model.kernels, attention = engine.choose_attention(
-            (shape for plan in plans for shape in model.attention_shapes(plan)), saved.kernels if saved else TORCHS_CHOICE
+            (shape for plan in plans for shape in model.attention_shapes(plan)),
+            *((saved.kernels, saved.kernels_on) if saved else ()),
         )
         teacher.use_kernels(model.kernels)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
         scored = {importance.KEY: importance.name_of(config, model)}
+        warnings += attention.pop("warnings", [])
         facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | attention
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_damaged(found)
@@ -144,7 +145,9 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             "fingerprint": index.fingerprint,
             "teacher": teacher.hash,
         } | scored  # a resume must match them
-        store = partial(save_load.save_checkpoint, recorder.checkpoints, kernels=model.kernels, **known)
+        store = partial(
+            save_load.save_checkpoint, recorder.checkpoints, kernels=model.kernels, kernels_on=engine.device_name(), **known
+        )
         measure = partial(
             evaluate,
             engine.forward,
