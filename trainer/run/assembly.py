@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from sparsity.attention_kernel import TORCHS_CHOICE
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, Examples, Plan, Selection
 from trainer.checkpoint import save_load
@@ -131,7 +132,8 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
         model.kernels, attention = engine.choose_attention(
             (shape for plan in plans for shape in model.attention_shapes(plan)),
-            *((saved.kernels, saved.kernels_on) if saved else ()),
+            saved.kernels if saved else TORCHS_CHOICE,
+            saved.kernels_on if saved else "",
         )
         teacher.use_kernels(model.kernels)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
