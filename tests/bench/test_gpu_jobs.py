@@ -26,6 +26,7 @@ def started(monkeypatch: pytest.MonkeyPatch, part: Any, host: Host) -> dict[str,
     monkeypatch.setattr(jobs, "trilevel", command)
     monkeypatch.setattr(jobs, "_steps", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
     monkeypatch.setattr(jobs, "_photographs", lambda folder, count: count)
+    monkeypatch.setattr(jobs, "_device_pixels", lambda folder, device: {"ok": True})
     found = {}
     for row, work in part(host):
         words.clear()
@@ -56,7 +57,7 @@ def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) 
         "64",
         "3",
         "15",
-        "ours,ours_short_side",
+        "ours,ours_short_side,ours_jpegs,ours_on_device",
     ]
     assert [of(small, option) for option in ("--batch", "--passes", "--workers", "--rows")] == ["4", "1", "1", "ours"]
 
@@ -109,3 +110,9 @@ def test_medians_of_a_benchmark_come_from_its_json(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(jobs, "trilevel", command)
     assert jobs._bench(FULL, "input", jobs.CONFIG) == {"ok": True, "ours": {"median": 2.0, "unit": "ms", "ratio": 1.1}}
+
+
+def test_pixels_of_the_device_are_compared_with_those_of_the_workers(tmp_path: Path) -> None:
+    """On a CPU the host decodes for the device, so they are equal."""
+    jobs._photographs(tmp_path / "images", 4)
+    assert jobs._device_pixels(tmp_path, torch.device("cpu")) == {"images": 4, "mean": 0.0, "largest": 0.0, "ok": True}

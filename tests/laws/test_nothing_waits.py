@@ -85,7 +85,7 @@ def batch_of(rows: int) -> Batch:
     return Batch(
         images=torch.zeros(rows, 3, SIDE, SIDE, dtype=torch.uint8), labels=ids % 10, ids=ids, copies=torch.zeros_like(ids),
         weights=torch.ones(rows), policy=torch.zeros(rows, 4, 2),
-        flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), rng_keys=ids * 77, broken=[],
+        flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), jpeg=torch.zeros(rows, 0), rng_keys=ids * 77, broken=[],
     )  # fmt: skip
 
 

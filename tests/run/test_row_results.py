@@ -48,7 +48,7 @@ def batch() -> Batch:
     return Batch(
         images=torch.zeros(B, 0), labels=labels, ids=ids, copies=(torch.arange(B) == 5).long(), weights=weights, policy=nothing,
         flip=nothing,
-        erase=nothing, rng_keys=ids, broken=[(9, "truncated")],
+        erase=nothing, jpeg=nothing, rng_keys=ids, broken=[(9, "truncated")],
     )  # fmt: skip
 
 

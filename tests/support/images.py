@@ -34,6 +34,13 @@ def jpeg(seed: int, width: int = 48, height: int = 40) -> bytes:
     return encoded(picture(seed, width, height))
 
 
+def without_tables(data: bytes) -> bytes:
+    """A JPEG whose markers are in order and which no decoder can decode: its quantisation is missing."""
+    while (at := data.find(b"\xff\xdb")) >= 0:
+        data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    return data
+
+
 def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     with tarfile.open(path, mode) as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
         for name, data in files.items():

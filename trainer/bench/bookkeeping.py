@@ -95,6 +95,6 @@ def _batch(rows: int, examples: int, config: Config, device: torch.device) -> Ba
     nothing = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(
         images=torch.zeros(rows, 0), labels=ids % config.model.classes, ids=ids, copies=nothing, weights=torch.ones(rows), policy=nothing,
-        flip=nothing, erase=nothing, rng_keys=ids, broken=[],
+        flip=nothing, erase=nothing, jpeg=nothing, rng_keys=ids, broken=[],
     )  # fmt: skip
     return Batch(*(field.to(device) for field in batch[:-1]), broken=[])

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparsity.types import Selection
 from trainer.bench import input_peers
@@ -36,6 +37,7 @@ from trainer.telemetry.timing import cpu_seconds, interleave
 
 POLICY = "rand-m9-mstd0.5-inc1"
 DROPPED, SHORT_SIDE = 0.2, 256
+_LEFT = "the same with data.decode_on=device, which leaves JPEGs to the device"
 COLUMNS = SPREAD | {"CPU ms/image": "{cpu_ms:.2f}", "what it did": "{did}"}
 RATIOS = (  # row, over which row
     ("ours", "webdataset"),
@@ -45,6 +47,8 @@ RATIOS = (  # row, over which row
     ("ours", "litdata"),
     ("ours", "bare_decode"),
     ("ours_short_side", "ours"),
+    ("ours_jpegs", "ours"),
+    ("ours_on_device", "ours"),
     ("ours_randaugment", "timm_randaugment"),
     ("epoch_dropped", "epoch_all"),
 )
@@ -124,6 +128,9 @@ def _rows(place: PeerInput, config: Config, scratch: Path) -> dict[str, Callable
         "ours": partial(_ours, place, config),
         **{name: partial(make, place) for name, make in PEERS.items()},
         "ours_short_side": short,
+        "ours_jpegs": partial(_ours, place, config, decode_on="nowhere", did=f"{_LEFT}: the workers' part alone"),
+        **({"ours_on_device": partial(_ours, place, config, decode_on="device", did=f"{_LEFT}, which decodes, crops and resizes them")}
+           if torch.cuda.is_available() else {}),
         "ours_randaugment": partial(_ours, place, config, policy=POLICY),
         "timm_randaugment": partial(input_peers.timm, place, POLICY),
         "epoch_all": partial(_ours, place, config, did="ours, seconds for a whole epoch"),
@@ -131,15 +138,21 @@ def _rows(place: PeerInput, config: Config, scratch: Path) -> dict[str, Callable
     }  # fmt: skip
 
 
-def _ours(place: PeerInput, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "") -> Peer:
-    """The loader of a training run on one rank, with its augmentation reduced to crop, flip and `policy`."""
+def _ours(
+    place: PeerInput, config: Config, policy: str = "none", selection: Selection | None = None, did: str = "", decode_on: str = "workers"
+) -> Peer:  # fmt: skip
+    """The loader of a training run on one rank, with its augmentation reduced to crop, flip and `policy`. decode_on: `nowhere` leaves JPEGs
+    to a device that does nothing."""
     data = {
+        "decode_on": decode_on.replace("nowhere", "device"),
         "train": place.shards, "batch": place.batch, "micro_batch": place.batch, "workers": place.workers, "lanes": 2,
         "homes": 1, "repeats": 1, "labels": "cls",
     }  # fmt: skip
     model = {"classes": max(2, len(place.index.classes)), "image_size": place.size}
     plain = AugmentConfig(policy=policy, interpolation="bicubic")
     stream = training_stream(place.index, config.changed(augment=plain, data=data, model=model), 0, 1)
+    if decode_on == "nowhere":
+        stream.decode = None
     turns = iter(range(1 << 30))
 
     def epoch() -> int:

@@ -7,13 +7,17 @@ import random
 import numpy as np
 import PIL.Image
 import PIL.ImageFilter
+import torch
 
-from trainer.config.schema import AugmentConfig
+from trainer.config.schema import AugmentConfig, DataConfig
 from trainer.data.augment import turbojpeg
 from trainer.data.augment.decode import BrokenImage, EncodedImage, decode_exact
+from trainer.data.augment.decode_on_device import DeviceDecoder
 from trainer.data.augment.policy import smoothed
 from trainer.data.augment.shear import sheared
 from trainer.data.augment.transform import Transform
+from trainer.data.loader.batch_maker import BatchMaker
+from trainer.data.order import Rows
 from trainer.data.shards.index import Index
 from trainer.data.shards.reader import Reader
 
@@ -78,3 +82,18 @@ def _pairs(transform: Transform, number: int, data: memoryview) -> list[tuple[np
         *moved,
         (smoothed(pixels), smooth),
     ]
+
+
+def device_errors(index: Index, data: DataConfig, size: int, device: torch.device, images: int = IMAGES) -> dict[str, float]:
+    """`data.decode_on: device` beside `workers`, both after crop and resize: images that the device decoded, mean and largest error in grey
+    levels of 255."""
+    ids = np.arange(min(images, len(index)))
+    rows = Rows(ids, np.zeros_like(ids))
+    left, theirs = (
+        BatchMaker(index, data, Transform(AugmentConfig(), size, train=True, on_device=there), 0).batch(0, rows, len(ids))
+        for there in (True, False)
+    )
+    on_device = left.jpeg[:, 1] > 0
+    mine = DeviceDecoder(AugmentConfig().interpolation, index.where, device)(left)
+    error = (mine.images.cpu()[on_device].int() - theirs.images[on_device].int()).abs().float()
+    return {"images": int(on_device.sum()), "mean": float(error.mean()), "largest": float(error.max())}

@@ -78,6 +78,7 @@ class Config(Section):
             )
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
+        self._decoding_fits_the_augmentation()
         self._levels_fit_the_plan()
         self._probe_fits_the_tokens()
         self.weights.settings.refuse_epochs(self.epochs)
@@ -123,6 +124,22 @@ class Config(Section):
                 "use engine.zero<=2, or compile=false"
             )
         return self
+
+    def _decoding_fits_the_augmentation(self) -> None:
+        if self.data.decode_on == "workers":
+            return
+        a = self.augment
+        if a.crop != "rrc":
+            raise ValueError(
+                f"data.decode_on=device with augment.crop={a.crop}: only random resized crops are cut on the device; set "
+                "data.decode_on=workers, or augment.crop=rrc"
+            )
+        if a.policy_on == "workers" and (a.policy != "none" or a.color_jitter > 0):
+            given = f"augment.policy={a.policy}" if a.policy != "none" else f"augment.color_jitter={a.color_jitter:g}"
+            raise ValueError(
+                f"data.decode_on=device with {given} on the workers, which have no pixels then; set augment.policy_on=device, or "
+                "data.decode_on=workers"
+            )
 
     def _levels_fit_the_plan(self) -> None:
         plan, tokens, connections = self.plan.settings, self.tokens.settings, self.connections.settings

@@ -68,6 +68,9 @@ class DataConfig(Section):
     workers: int = Field(default=4, ge=0, le=1024)
     """Decoding processes per rank; 0 decodes in the rank itself. Raise it while `data wait` in the report is above a few
     percent."""
+    decode_on: Literal["workers", "device"] = "workers"
+    """Where training images are decoded, cropped and resized: `workers`, or `device`, for hosts with few cores: nvJPEG decodes baseline
+    colour JPEGs, the workers the rest. Needs TorchCodec; pixels differ from those of `workers`, see docs/data.md."""
     timeout: float = Field(default=540.0, ge=0, allow_inf_nan=False)
     """Seconds to wait for a batch from a worker process before the run ends with its cause; 0 = without limit. Requests to a remote
     store are repeated for up to six minutes. Below `engine.timeout`: else the other ranks end the run first, and no worker is named."""

@@ -18,7 +18,8 @@ ALIGNMENT = 64  # bytes; compiled kernels load 16 at once
 
 
 class Upload:
-    """Call it with tensors of the host, images pinned; it returns them on the device, for use on the current stream."""
+    """Call it with tensors of the host, images pinned; it returns them on the device, for use on the current stream. Those that are there
+    already stay."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -31,12 +32,14 @@ class Upload:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         current = torch.cuda.current_stream(self._device)
+        away = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         with torch.cuda.stream(self._stream):
-            found, copied = self._copied(tensors)
+            found, copied = self._copied(away)
         current.wait_stream(self._stream)
         for one in copied:  # made on the other stream: its memory must not be given away before `current` has read it
             one.record_stream(current)
-        return found
+        arrived = iter(found)
+        return [next(arrived) if tensor.device.type == "cpu" else tensor for tensor in tensors]
 
     def _copied(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors on the device, and those of them that own memory there."""

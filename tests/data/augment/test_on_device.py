@@ -25,6 +25,7 @@ def batch(b=4, size=16, flip=False, boxes=None, rng_keys=None) -> Batch:
         policy=torch.zeros(b, 0, 2),
         flip=torch.tensor(flip if isinstance(flip, list) else [flip] * b),
         erase=torch.tensor(boxes or [[0, 0, 0, 0]] * b, dtype=torch.int32),
+        jpeg=torch.zeros(b, 0, dtype=torch.int32),
         rng_keys=torch.tensor(rng_keys or list(range(100, 100 + b))),
         broken=[],
     )

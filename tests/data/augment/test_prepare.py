@@ -34,7 +34,7 @@ def batch(b: int = 8, size: int = 16) -> Batch:
     boxes = torch.tensor([[0, 0, 0, 0], [1, 2, 9, 8]] * (b // 2), dtype=torch.int32)
     return Batch(
         images=pixels, labels=labels, ids=ids, copies=torch.zeros_like(ids), weights=weights,
-        policy=torch.zeros(b, 0, 2), flip=ids % 3 == 0, erase=boxes,
+        policy=torch.zeros(b, 0, 2), flip=ids % 3 == 0, erase=boxes, jpeg=torch.zeros(b, 0, dtype=torch.int32),
         rng_keys=ids * 104729, broken=[],
     )  # fmt: skip
 

@@ -91,6 +91,7 @@ def _batch(rows: int, size: int) -> Batch:
         policy=torch.zeros(rows, 0, 2, dtype=torch.float64),
         flip=torch.arange(rows) % 2 == 0,
         erase=erase,
+        jpeg=torch.zeros(rows, 0, dtype=torch.int32),
         rng_keys=torch.arange(rows) * 104729,
         broken=[],
     )

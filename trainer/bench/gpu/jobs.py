@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.storage.source_tree import SOURCE_ROOT, python_path
 
@@ -63,9 +65,21 @@ def images(host: Host) -> Iterator[Row]:
         "--workers",
         "1" if host.tiny else str(max(1, cores - 1)),
         "--rows",
-        "ours" if host.tiny else "ours,ours_short_side",
+        "ours" if host.tiny else "ours,ours_short_side,ours_jpegs,ours_on_device",
     ]
     yield "input", lambda: _bench(host, "input", CONFIG, *words, *workers)
+    yield "pixels with decode_on=device", lambda: _device_pixels(folder, host.device)
+
+
+def _device_pixels(folder: Path, device: torch.device) -> Facts:
+    """Pixels of `data.decode_on: device` beside those of the workers, on the made images, in grey levels."""
+    from trainer.bench.pixel_errors import device_errors
+    from trainer.config.schema import DataConfig
+    from trainer.data.shards.pack import pack
+
+    index = pack(str(folder / "images"), folder / "shards", workers=1, progress=False)["train"]
+    found = device_errors(index, DataConfig(train="", validation=""), 224, device)
+    return found | {"ok": found["images"] > 0 and found["mean"] < 2.0}
 
 
 def _bench(host: Host, *words: str) -> Facts:

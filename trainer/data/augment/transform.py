@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from trainer.config.schema import AugmentConfig
 from trainer.data.augment.decode import EncodedImage, as_tensor, decode_exact, refuse_long
+from trainer.data.augment.device_jpeg import MAX_REDUCTION, DeviceJpeg, for_device
 from trainer.data.augment.policy import policy_of
 from trainer.data.augment.policy_draws import PolicyDraws
 
@@ -28,20 +29,24 @@ _SRC_PADDING = 4  # DeiT-III's simple random crop
 
 
 class AugmentedImage(NamedTuple):
-    """One transformed image. pixels: (3, S, S) uint8; flip; erase: top, left, height, width (height 0 = none); policy: see `PolicyDraws`,
-    empty where the pixels have it already."""
+    """One transformed image. pixels: (3, S, S) uint8, or (n,) uint8 of a JPEG that the device decodes; flip; erase: top, left, height,
+    width (height 0 = none); policy: see `PolicyDraws`, empty where the pixels have it already; crop: of the JPEG, as erase."""
 
     pixels: Tensor
     flip: bool = False
     erase: tuple[int, int, int, int] = (0, 0, 0, 0)
     policy: Sequence[tuple[int, float]] = ()
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 class Transform:
-    """Bytes -> AugmentedImage. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing."""
+    """Bytes -> AugmentedImage. `train=False` is timm's evaluation transform, pixel for pixel, and draws nothing. on_device: JPEGs that the
+    device can decode stay JPEGs."""
 
-    def __init__(self, augment: AugmentConfig, image_size: int, train: bool, crop_pct: float = 0.875) -> None:
-        self.augment, self.size, self.train = augment, image_size, train
+    def __init__(
+        self, augment: AugmentConfig, image_size: int, train: bool, crop_pct: float = 0.875, *, on_device: bool = False
+    ) -> None:
+        self.augment, self.size, self.train, self.on_device = augment, image_size, train, on_device
         self._evaluate = transforms_imagenet_eval(
             image_size, crop_pct=crop_pct, interpolation=augment.interpolation, use_prefetcher=True
         )
@@ -54,21 +59,29 @@ class Transform:
         """One image; raises BrokenImage with the reason. key: see `row_keys`."""
         return self.apply(self.decode(data), key)
 
-    def decode(self, data: memoryview, copies: bool = False) -> EncodedImage | PIL.Image.Image:
+    def decode(self, data: memoryview, copies: bool = False) -> EncodedImage | PIL.Image.Image | DeviceJpeg:
         """An image for `apply`. Without copies only the crop is decoded, with copies the whole image, once."""
         if not self.train:
             return decode_exact(data)
+        if self.on_device and (jpeg := for_device(data)) is not None:
+            return jpeg
         image = EncodedImage(data)
         if copies:
             image.whole()
         return image
 
-    def apply(self, image: EncodedImage | PIL.Image.Image, key: int = 0) -> AugmentedImage:
+    def apply(self, image: EncodedImage | PIL.Image.Image | DeviceJpeg, key: int = 0) -> AugmentedImage:
         """From an opened image. Raises BrokenImage."""
         if isinstance(image, PIL.Image.Image):
             refuse_long(image.width, image.height, self._short_side)
             return AugmentedImage(cast(Tensor, self._evaluate(image)))
         rng, flip, erase = self._generator(key)
+        if isinstance(image, DeviceJpeg):
+            crop = _resized_crop(rng, image.height, image.width, self.augment.scale, self.augment.ratio)
+            if max(crop[2:]) <= MAX_REDUCTION * self.size:
+                draws = self._draws(rng) if self._draws else ()
+                return AugmentedImage(torch.from_numpy(image.data), flip, erase, draws, crop)
+            image, rng = image.image, self._generator(key)[0]
         pixels = self._crop(image, rng)
         if self._draws is not None:
             return AugmentedImage(pixels, flip, erase, self._draws(rng))
@@ -115,11 +128,16 @@ class Transform:
         return moved
 
     def _resize(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        if pixels.shape[1:] == (height, width):
-            return pixels
-        # torchvision calls the same uint8 kernel; with channels last it is 2.4 times as fast as through torchvision
-        pixels = pixels[None].contiguous(memory_format=torch.channels_last)
-        return interpolate(pixels, (height, width), mode=self.augment.interpolation, antialias=True)[0]
+        return resized(pixels, height, width, self.augment.interpolation)
+
+
+def resized(pixels: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    """(3, H, W) uint8 -> (3, height, width) uint8."""
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    # torchvision calls the same uint8 kernel; with channels last it is 2.4 times as fast as through torchvision
+    pixels = pixels[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0]
 
 
 def _mirrored(begin: int, size: int, side: int) -> Tensor:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
-import threading
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -57,31 +55,6 @@ def _places() -> list[str]:
     return [path for path in (ctypes.util.find_library("turbojpeg"), *bundled) if path]
 
 
-class _Handle:
-    """A decompressor: one for each thread of each process."""
-
-    def __init__(self) -> None:
-        self._library, self.process = library(), os.getpid()
-        self.pointer = self._library.tj3Init(_DECOMPRESS)
-        if not self.pointer:
-            raise MemoryError("TurboJPEG: no memory for a decompressor")
-        self._library.tj3Set(self.pointer, _STOP_ON_WARNING, 1)
-
-    def __del__(self) -> None:
-        if getattr(self, "pointer", None):
-            self._library.tj3Destroy(self.pointer)
-
-
-_own = threading.local()
-
-
-def _handle() -> Any:
-    handle = getattr(_own, "handle", None)
-    if handle is None or handle.process != os.getpid():
-        handle = _own.handle = _Handle()
-    return handle.pointer
-
-
 def cut(data: bytes | memoryview, box: tuple[int, int, int, int], size: tuple[int, int] | None = None) -> np.ndarray | None:
     """The pixels in box (top, left, height, width) of a JPEG, (height, width, 3) uint8: those of the whole image, bit for bit.
     size: (height, width) that the JPEG must have.
@@ -92,10 +65,15 @@ def cut(data: bytes | memoryview, box: tuple[int, int, int, int], size: tuple[in
     turbo = library()
     if turbo is None:
         return None
-    pixels = _cut(turbo, _handle(), np.frombuffer(data, dtype=np.uint8), size, *box)
-    if pixels is None:
-        _own.handle = None  # after a failure a handle may keep failing ("two SOI markers")
-    return pixels
+    # a decompressor per image, 2 us: a used one has the tables of the image before, and gives an image without any those
+    handle = turbo.tj3Init(_DECOMPRESS)
+    if not handle:
+        raise MemoryError("TurboJPEG: no memory for a decompressor")
+    try:
+        turbo.tj3Set(handle, _STOP_ON_WARNING, 1)
+        return _cut(turbo, handle, np.frombuffer(data, dtype=np.uint8), size, *box)
+    finally:
+        turbo.tj3Destroy(handle)
 
 
 def _cut(

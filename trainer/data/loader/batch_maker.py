@@ -9,7 +9,8 @@ from torch import Tensor
 
 from trainer.config.schema import DataConfig
 from trainer.data.augment.decode import BrokenImage, EncodedImage, header
-from trainer.data.augment.transform import Transform
+from trainer.data.augment.device_jpeg import DeviceJpeg, JpegMemory
+from trainer.data.augment.transform import AugmentedImage, Transform
 from trainer.data.batch import PADDING, Batch
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import row_keys
@@ -32,14 +33,18 @@ class BatchMaker:
         images = new_buffer(slots, self.size) if images is None else images
         pixels = images.permute(0, 2, 3, 1).numpy()  # (b, S, S, 3); numpy writes a row in a tenth of torch's time
         weights, flip, erase = np.zeros(slots, np.float32), np.zeros(slots, bool), np.zeros((slots, 4), np.int32)
+        memory = JpegMemory(images, len(rows.ids)) if self._transform.on_device else None
+        jpeg = np.full((slots, JpegMemory.FIELDS), JpegMemory.NOTHING, np.int64) if memory else np.zeros((slots, 0), np.int64)
         policy = np.zeros((slots, self._transform.layers, 2))
         keys = row_keys(self.seed, epoch, rows.ids, rows.copies)
         broken: dict[int, str] = {}
         distinct, place = np.unique(rows.ids, return_inverse=True)
         data, copies = self._reader.read(distinct), len(distinct) < len(rows.ids)
-        opened: dict[int, EncodedImage | PIL.Image.Image] = {}
+        opened: dict[int, EncodedImage | PIL.Image.Image | DeviceJpeg] = {}
         for row, (which, key) in enumerate(zip(place.tolist(), keys.tolist(), strict=True)):
             example, raw = int(distinct[which]), data[which]
+            if memory:
+                memory.next_row()
             if example in broken:
                 continue
             try:
@@ -47,7 +52,7 @@ class BatchMaker:
                     raise raw
                 if which not in opened:
                     opened[which] = self._transform.decode(raw, copies)
-                image = self._transform.apply(opened[which], key)
+                image = self._augmented(opened[which], key, memory)
             except (BrokenImage, DataError) as error:
                 broken[example] = f"{self.index.where(example)}: {error}"
                 continue
@@ -58,13 +63,17 @@ class BatchMaker:
             ) as error:  # of a resize or a colour policy: count the image as broken, keep the run alive
                 broken[example] = f"{self.index.where(example)}: {type(error).__name__}: {error}"
                 continue
-            pixels[row] = image.pixels.permute(1, 2, 0).numpy()
+            if memory:
+                jpeg[row] = memory.put(image.pixels, image.crop)
+            else:
+                pixels[row] = image.pixels.permute(1, 2, 0).numpy()
             weights[row], flip[row], erase[row] = 1.0, image.flip, image.erase
             if image.policy:
                 policy[row] = image.policy
             if not copies:
                 opened.clear()  # release the decoded image
-        pixels[weights == 0] = 0  # padding and broken images are black
+        if not memory:
+            pixels[weights == 0] = 0  # padding and broken images are black
         return Batch(
             images,
             _filled(self.index.labels[rows.ids], slots, 0),
@@ -74,9 +83,18 @@ class BatchMaker:
             torch.from_numpy(policy),
             torch.from_numpy(flip),
             torch.from_numpy(erase),
+            torch.from_numpy(jpeg),
             _filled(keys, slots, 0),
             sorted(broken.items()),
         )
+
+    def _augmented(
+        self, image: EncodedImage | PIL.Image.Image | DeviceJpeg, key: int, memory: JpegMemory | None
+    ) -> AugmentedImage:
+        found = self._transform.apply(image, key)
+        if memory and isinstance(image, DeviceJpeg) and found.pixels.ndim == 1 and not memory.has_room(found.pixels):
+            return self._transform.apply(image.image, key)
+        return found
 
     def boxes(self, ids: np.ndarray, keys: np.ndarray) -> list[list[int] | None]:
         """The crop of each row in its source image (see `Transform.box`); None for a broken image, and for crops without a box."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
 from trainer.config.run_config import Config
+from trainer.data.augment.decode_on_device import DeviceDecoder
 from trainer.data.augment.transform import Transform
 from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import check_labels
+from trainer.data.loader.decoded_ahead import DecodedAhead
 from trainer.data.loader.probed import most_probed
 from trainer.data.loader.stream import Stream
 from trainer.data.loader.validation import CleanImages, Validation
 from trainer.data.shards.index import Index
 
 
-def batch_maker(index: Index, config: Config, train: bool) -> BatchMaker:
-    """Makes batches as the run does: `train` with augmentation, else with timm's evaluation transform."""
-    transform = Transform(config.augment, config.model.image_size, train, config.evaluate.crop_pct)
+def batch_maker(index: Index, config: Config, train: bool, *, on_device: bool = False) -> BatchMaker:
+    """Makes batches as the run does: `train` with augmentation, else with timm's evaluation transform. on_device: with JPEGs for the
+    device."""
+    transform = Transform(config.augment, config.model.image_size, train, config.evaluate.crop_pct, on_device=on_device)
     return BatchMaker(index, config.data, transform, config.seed)
 
 
@@ -22,7 +27,15 @@ def training_stream(index: Index, config: Config, rank: int, world: int) -> Stre
     """The run's training batches of one rank. Raises DataError for labels outside model.classes, ConfigError as in `Stream`."""
     check_labels(index, config.model.classes)
     least_shown = 1 - config.examples.settings.left_out
-    return Stream(batch_maker(index, config, train=True), config.data, rank, world, least_shown)
+    if config.data.decode_on == "workers":
+        return Stream(batch_maker(index, config, train=True), config.data, rank, world, least_shown)
+
+    def decoder() -> DeviceDecoder:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return DeviceDecoder(config.augment.interpolation, index.where, device)
+
+    maker = batch_maker(index, config, train=True, on_device=True)
+    return Stream(maker, config.data, rank, world, least_shown, DecodedAhead(decoder))
 
 
 def validation_set(index: Index, config: Config, rank: int, world: int) -> Validation:

@@ -14,6 +14,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.batch import Batch
 from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import cache_of
+from trainer.data.loader.decoded_ahead import DecodedAhead
 from trainer.data.loader.prefetch import Prefetcher, refuse_small_cache, rows_of_node, upcoming
 from trainer.data.loader.shared_buffers import NONE, BufferPool, buffers_of, to_parent
 from trainer.data.loader.workers import Loader
@@ -72,12 +73,15 @@ class Stream:
     """Training batches of one rank. `batch_split` holds micro_batch, accumulation and slots: the rows of a Batch.
 
     The same global batches on any world and with any number of workers; a worker takes every n-th batch. least_shown: the least share
-    of the examples that an epoch shows, for the check of the cache's size. Raises ConfigError (a ValueError) if the batch does not
-    fit the world.
+    of the examples that an epoch shows, for the check of the cache's size. decode: for batches with JPEGs.
+    Raises ConfigError (a ValueError) if the batch does not fit the world.
     """
 
-    def __init__(self, maker: BatchMaker, data: DataConfig, rank: int, world: int, least_shown: float = 1.0) -> None:
-        index = maker.index
+    def __init__(
+        self, maker: BatchMaker, data: DataConfig, rank: int, world: int, least_shown: float = 1.0,
+        decode: DecodedAhead | None = None,
+    ) -> None:  # fmt: skip
+        index, self.decode = maker.index, decode
         self.layout = Layout(index.sizes, maker.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
         self.batch_split = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
@@ -110,7 +114,8 @@ class Stream:
         if selection is not None:
             self._keep.copy_(torch.from_numpy(selection.keep))
         self._tasks.tasks = [_Task(self._turn, epoch, step, dropping) for step in range(first_batch, order.steps)]
-        for batch in self._loader if self._ahead is None else self._fetched(self._ahead, order, first_batch):
+        batches = iter(self._loader) if self._ahead is None else self._fetched(self._ahead, order, first_batch)
+        for batch in batches if self.decode is None else self.decode(batches):
             if selection is not None and selection.weight is not None:
                 weights = batch.weights * torch.from_numpy(selection.weight)[batch.ids.clamp(min=0)]
                 pinned = batch.weights.is_pinned()  # a product is not; the copy to the device would make the host wait
