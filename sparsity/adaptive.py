@@ -20,7 +20,8 @@ from sparsity import attention
 from sparsity.network import SparseNetwork
 from sparsity.tokens import mass as by_mass
 from sparsity.types import Tokens, VisibleKeys
-from sparsity.vit import SparseViT, added, parts_of
+from sparsity.vit import SparseViT
+from sparsity.vit_parts import added, parts_of
 
 EXECUTIONS = ("packed", "padded", "per_image")
 

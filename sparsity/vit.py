@@ -6,11 +6,11 @@ gradient checkpointing). Letters as in `types`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Self, cast
+from collections.abc import Collection, Mapping
+from typing import Any, Self, cast
 
 import torch
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +21,7 @@ from sparsity.graph_cost import embed_work
 from sparsity.network import NOTHING_LEFT_OUT, Cost, Levels, SparseNetwork
 from sparsity.tokens import scores
 from sparsity.types import DENSE, Connect, ConnectAll, KeepAll, ModelOutput, Plan, Reduce, Tokens, VisibleKeys, num_kept
+from sparsity.vit_parts import NOTHING, Wanted, added, parts_of
 
 
 class SparseViT(SparseNetwork):
@@ -236,44 +237,3 @@ class SparseViT(SparseNetwork):
     def look_back(self) -> scores.Score:
         """The score for the last block's attention: its [CLS] row, or without [CLS] the attention that patches receive."""
         return scores.cls_row if self.vit.has_class_token else scores.received
-
-
-class Wanted(NamedTuple):
-    """The names in `outputs`, parsed."""
-
-    cls_attention: bool
-    importance: int | None
-    kept: bool
-    keys: bool
-
-    @classmethod
-    def parse(cls, outputs: frozenset[str], depth: int) -> Wanted:
-        importance = None
-        for wish in outputs:
-            name, _, number = wish.partition(":")
-            if name == "importance" and number.isdigit() and int(number) < depth:
-                importance = int(number)
-            elif wish not in ("cls_attention", "kept", "keys"):
-                raise ValueError(
-                    f"outputs={wish!r}: unknown value; valid values: cls_attention, importance:<block 0..{depth - 1}>, kept, keys"
-                )
-        return cls("cls_attention" in outputs, importance, "kept" in outputs, "keys" in outputs)
-
-
-NOTHING = Wanted(False, None, False, False)
-
-
-def parts_of(block: Any) -> tuple[Callable, Callable, Callable, Callable]:
-    """The modules before and after attention and MLP: norm and LayerScale, or identity and norm."""
-    if isinstance(block, ResPostBlock):
-        return _same, block.norm1, _same, block.norm2
-    return block.norm1, block.ls1, block.norm2, block.ls2
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def added(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch in the type of x: under autocast a LayerScale in float32 would widen bf16 tokens."""
-    return (x + branch).to(x.dtype)

@@ -59,13 +59,16 @@ def facts(times: Times, kernels: Kernels) -> dict[str, Any]:
     }
 
 
-def timed_anew(before: Kernels, on: str, device: str) -> str:
-    """What a resume on another device says of the kernels before it."""
+def kept(before: Kernels, on: str, device: str) -> tuple[Kernels, list[str]]:
+    """Of the kernels that an attempt timed `on` a device (empty: unknown) those that a resume on `device` uses again: all or none; and what
+    it reports then."""
+    if not before or on in ("", device):
+        return before, []
     named = ", ".join(f"{_named(*kind)}: {name}" for kind, name in sorted(before.items()))
-    return (
+    return {}, [
         f"attention kernels are timed anew on {device}: those of the checkpoint were the fastest on {on} ({named}). "
         "engine.attention=NAME fixes one on every device"
-    )
+    ]
 
 
 def _named(tokens: int, masked: bool) -> str:

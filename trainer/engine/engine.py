@@ -23,12 +23,11 @@ from trainer.config.errors import ConfigError
 from trainer.config.schema_run import EngineConfig
 from trainer.data.keyed_hash import hashed
 from trainer.data.order import BatchSplit
-from trainer.engine import cuda_graphs
-from trainer.engine.attention_backend import facts, fastest, measured, timed_anew
+from trainer.engine import accelerate_start, cuda_graphs
+from trainer.engine.attention_backend import facts, fastest, kept, measured
 from trainer.engine.deepspeed_config import deepspeed_config, fit_buckets
 from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import rank, set_single_process_env, start_alone, use_persistent_compile_cache, world_size
-from trainer.engine.errors import EngineError
 from trainer.engine.full_state import FullState
 from trainer.engine.heartbeat import Heartbeat, backstop, set_limits
 from trainer.engine.processes import Processes, ddp_settings
@@ -37,14 +36,9 @@ from trainer.engine.store import meeting
 
 class Engine(Processes):
     """One process of a run. Its creation starts the process group; `prepare` wraps the model; `close` ends the process group.
+    Raises EngineError, see `accelerate_start.accelerator`."""
 
-    Raises EngineError if accelerate counts a different number of processes than the launcher started (on CPUs that happens
-    silently: every rank trains alone and checkpoints collide).
-    """
-
-    attention: str | None = (
-        None  # backend of torch's attention, in every network; None: of each network, see `choose_attention`
-    )
+    attention: str | None = None  # backend of torch's attention in every network; None: of each its own, see `choose_attention`
 
     def __init__(self, settings: EngineConfig, batch_split: BatchSplit, clip: float = 0.0):
         self.settings, self.batch_split = settings, batch_split
@@ -58,44 +52,15 @@ class Engine(Processes):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         if settings.kind == "deepspeed":
             import_deepspeed()
-        from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
-        if settings.kind == "deepspeed" and not self.on_gpu:
-            # DeepSpeed would compile an all-reduce over shared memory at its first start, under one lock for all runs of a user, which
-            # wait for each other silently (minutes, as measured). gloo computes the same sums.
-            import deepspeed.ops
-
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         rendered = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: raises on conflicts
-        self._plugin: Any = None
-        self._environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-        if settings.kind == "deepspeed":
-            # with ACCELERATE_USE_CPU accelerate ignores DeepSpeed (state.py: "and not cpu") and wraps in DDP; it detects the CPU itself
-            os.environ.pop("ACCELERATE_USE_CPU", None)
-            # accelerate raises if its file and a DeepSpeed file set the same key, even to equal values; we compared them above
-            os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-            self._plugin = DeepSpeedPlugin(hf_ds_config=rendered)
-            self._plugin.deepspeed_config |= {"steps_per_print": rendered["steps_per_print"]}  # accelerate sets its own value
+        self._environment = accelerate_start.variables()
+        self._plugin = accelerate_start.deepspeed_plugin(rendered, self.on_gpu) if settings.kind == "deepspeed" else None
         self.clip, self._behind = clip, 0  # micro-batches of this step
         if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
             start_alone("nccl" if self.on_gpu else "gloo")
         heartbeat.enter("the start of the process group")
-        limit = backstop(settings.timeout, settings.start_timeout)
-        self._accelerator = Accelerator(
-            cpu=not self.on_gpu and settings.kind == "ddp",
-            mixed_precision="no",  # DeepSpeed's own modes are used; see `deepspeed_config`
-            deepspeed_plugin=self._plugin,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.on_gpu else "gloo", timeout=limit)],
-        )
-        expected = world_size()
-        if self._accelerator.num_processes != expected:
-            raise EngineError(
-                f"WORLD_SIZE={expected}, but accelerate counts {self._accelerator.num_processes} process(es): every rank would train "
-                "alone and checkpoints would collide. Start with `python -m launch local`, torchrun, or `accelerate "
-                "launch --multi_gpu --num_processes N` (on CPUs too: its --cpu starts one process)"
-            )
-        super().__init__(self._accelerator.process_index, expected, self._accelerator.device, heartbeat)
+        self._accelerator = accelerate_start.accelerator(settings, self.on_gpu, self._plugin)
+        super().__init__(self._accelerator.process_index, world_size(), self._accelerator.device, heartbeat)
         atexit.register(self.close)
         self.model: Any = None
         self.optimizer: Any = None
@@ -142,8 +107,7 @@ class Engine(Processes):
         if chosen != "auto" or not self.on_gpu or self.settings.precision == "float32" or not shapes:
             return TORCHS_CHOICE, {"attention": self.attention or "torch"}
         device = self.broadcast_object(self.device_name())  # of rank 0, as its times are for all ranks: one network
-        warnings = [timed_anew(before, on, device)] if before and on not in ("", device) else []
-        before = TORCHS_CHOICE if warnings else before
+        before, warnings = kept(before, on, device)
         new = [shape for shape in shapes if shape.kind not in before]
         times = self.broadcast_object(measured(self.device, self.batch_split.micro_batch, new, torch.bfloat16)) if new else {}
         kernels = {**before, **fastest(times, new)}
@@ -256,12 +220,7 @@ class Engine(Processes):
     def release_accelerate_state(self) -> None:
         """Allow another engine in this process beside this one, which still works: resets accelerate's singletons and restores the
         environment variables that it changed. The process group stays."""
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            del os.environ[name]
-        os.environ |= self._environment
+        accelerate_start.release(self._environment)
 
     @contextlib.contextmanager
     def released_afterwards(self) -> Iterator[None]:
