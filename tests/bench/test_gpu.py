@@ -74,6 +74,8 @@ def test_steps_and_profile_in_their_tiny_form(capsys: Any, tmp_path: Path) -> No
     assert gpu.main(["step", "profile", "--out", str(tmp_path)]) == 0
     rows = {(row["part"], row["row"]): row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
     assert rows["step", "dense"]["images_per_second"] > 0 and rows["step", "tokens 0.7"]["of_dense"] > 0
+    assert rows["step", "dense"]["bound_of_dense"] == 1 > rows["step", "tokens 0.7"]["bound_of_dense"]
+    assert rows["step", "dense"]["mfu_of_measured"] > 0
     assert rows["step", "timm"]["attention"] == "torch" and rows["step", "dense"]["attention"] in ("flash", "math")
     assert rows["profile", "dense"]["ms"] > 0 and len(rows["profile", "dense"]["largest"]) == kernels.LARGEST
 

@@ -1,5 +1,5 @@
-"""accelerate's start: an Accelerator with as many processes as the launcher started, and DeepSpeed's settings for it; its release, so that another
-engine can start in this process."""
+"""accelerate's start: an Accelerator with as many processes as the launcher started, and DeepSpeed's settings for it. Its release allows
+another engine in this process."""
 
 from __future__ import annotations
 

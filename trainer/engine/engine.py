@@ -54,7 +54,7 @@ class Engine(Processes):
             import_deepspeed()
         rendered = deepspeed_config(settings, batch_split, world_size(), clip)  # for DDP too: raises on conflicts
         self._environment = accelerate_start.variables()
-        self._plugin = accelerate_start.deepspeed_plugin(rendered, self.on_gpu) if settings.kind == "deepspeed" else None
+        self._plugin: Any = accelerate_start.deepspeed_plugin(rendered, self.on_gpu) if settings.kind == "deepspeed" else None
         self.clip, self._behind = clip, 0  # micro-batches of this step
         if settings.kind == "deepspeed" or self.on_gpu:  # accelerate starts none for DDP on a CPU
             start_alone("nccl" if self.on_gpu else "gloo")

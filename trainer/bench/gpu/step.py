@@ -19,6 +19,7 @@ from trainer.config.run_config import Config
 from trainer.engine import attention_backend, cuda_graphs
 from trainer.model.optimizer import build_optimizer
 from trainer.storage.source_tree import SOURCE_ROOT
+from trainer.telemetry.hardware import matrix_rate
 
 CONFIG = "configs/tri_level_deit_small_0.7.yaml"
 PREDICTED = "docs/results/gpu-counts.json"
@@ -58,11 +59,18 @@ def _measured(host: Host, config: Config, name: str, known: dict[str, float], pr
     facts: Facts = {"ms": 1000 * seconds, "images_per_second": images / seconds}
     facts |= {f"of_{other}": seconds / known[other] for other in ("timm", "dense") if other in known and other != name}
     if about:
-        flops = 1e12 * (about["teraflops"] + about["attention_teraflops"])
-        facts |= {"predicted_ms": about["predicted_ms"], "predicted_of_dense": about["of_dense"], "mfu": flops / seconds / PEAK}
+        flops, dense = (1e12 * (row["teraflops"] + row["attention_teraflops"]) for row in (about, predicted["dense"]))
+        facts |= {
+            "predicted_ms": about["predicted_ms"],
+            "predicted_of_dense": about["of_dense"],
+            "bound_of_dense": flops / dense,
+        }
+        facts |= {"mfu": flops / seconds / PEAK}
         facts |= {"terabytes_per_second": about["gigabytes"] / 1000 / seconds}
     if host.on_gpu:
         facts["peak_mib"] = torch.cuda.max_memory_allocated(host.device) / 2**20
+    if about:  # after the peak, of which its matrices are no part
+        facts["mfu_of_measured"] = flops / seconds / matrix_rate(host.device, "autocast")
     torch.compiler.reset()
     return facts | {"compile_s": compiling, "attention": attention}
 
