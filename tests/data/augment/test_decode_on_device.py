@@ -23,7 +23,7 @@ from tests.support.images import config, encoded, jpeg, picture, without_tables,
 from trainer.config.errors import ConfigError
 from trainer.data.augment import decode_on_device
 from trainer.data.augment.decode import decode
-from trainer.data.augment.decode_on_device import DeviceDecoder
+from trainer.data.augment.decode_on_device import DeviceDecoder, refuse_without_nvjpeg
 from trainer.data.augment.device_jpeg import MAX_PIXELS, JpegMemory, flat, for_device
 from trainer.data.batch import Batch
 from trainer.data.loader import decoded_ahead
@@ -156,6 +156,7 @@ def test_each_row_has_room_for_its_pixels_whatever_the_jpegs_before_it_took(rows
         assert all(length for _, (_, length, *_) in put), "what fits from the beginning is left to the device"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_triton_package(), reason="Triton is not installed")
 def test_the_code_for_a_gpu_is_within_one_level_of_the_hosts(tmp_path: Path) -> None:
     """Triton's interpreter in its own process: its variable must be set before Triton is imported."""
@@ -203,6 +204,11 @@ def test_a_gpu_without_torchcodec_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ConfigError, match=r"data\.decode_on=device: TorchCodec .* pip install 'trilevel\[nvjpeg\]'"):
         DeviceDecoder("bicubic", str, torch.device("cuda"))
+    refuse_without_nvjpeg()  # no GPU, no need
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"data\.decode_on=device: TorchCodec is not installed: pip install"):
+        refuse_without_nvjpeg()
 
 
 def test_memory_of_the_gpu_that_runs_out_is_not_a_broken_image() -> None:

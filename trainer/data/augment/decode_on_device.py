@@ -7,6 +7,7 @@ decoded by the host, so a damaged one is as broken as it is in a worker. On a CP
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.data.augment.device_jpeg import flat
 from trainer.data.augment.transform import resized
 from trainer.data.batch import Batch
 
+_REMEDY = "pip install 'trilevel[nvjpeg]' (version 0.16 or later), or set data.decode_on=workers"
 Where = Callable[[int], str]  # example -> its place in the shards
 
 
@@ -115,14 +117,17 @@ def _without(batch: Batch, broken: dict[int, str], where: Where) -> Batch:
     return batch._replace(broken=sorted([*batch.broken, *named], key=itemgetter(0)))
 
 
+def refuse_without_nvjpeg() -> None:
+    """Raises ConfigError where there is a GPU and no TorchCodec, before workers are started and images are read."""
+    if torch.cuda.is_available() and importlib.util.find_spec("torchcodec") is None:
+        raise ConfigError(f"data.decode_on=device: TorchCodec is not installed: {_REMEDY}")
+
+
 def _nvjpeg() -> Any:
     """TorchCodec's decoder."""
     try:
         from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"data.decode_on=device: TorchCodec >= 0.16 is needed to decode on a GPU ({type(error).__name__}: {reason}): "
-            "pip install 'trilevel[nvjpeg]', or set data.decode_on=workers"
-        ) from None
+        raise ConfigError(f"data.decode_on=device: TorchCodec ({type(error).__name__}: {reason}): {_REMEDY}") from None
     return decode_jpeg
