@@ -64,7 +64,7 @@ def test_a_row_that_fails_is_a_line_and_the_next_one_follows(tmp_path: Path) -> 
 
 
 def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
-    assert list(gpu.parts()) == ["facts", "check", "run", "step", "engine", "profile", "input", "sparse", "study"]
+    assert list(gpu.parts()) == ["facts", "check", "run", "step", "loop", "engine", "profile", "input", "sparse", "study"]
     with pytest.raises(SystemExit):
         gpu.main(["steps"])
     assert "PART=steps: unknown value; valid values: facts, check, run" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.bench.gpu import jobs
+from trainer.bench.gpu import jobs, loop
 from trainer.bench.gpu.report import Host
 
 FULL, TINY = (Host(torch.device("cpu"), tiny, Path()) for tiny in (False, True))
@@ -24,8 +24,8 @@ def started(monkeypatch: pytest.MonkeyPatch, part: Any, host: Host) -> dict[str,
         return {"ok": True}
 
     monkeypatch.setattr(jobs, "trilevel", command)
-    monkeypatch.setattr(jobs, "_steps", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
-    monkeypatch.setattr(jobs, "_photographs", lambda folder, count: count)
+    monkeypatch.setattr(jobs, "steps_of", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
+    monkeypatch.setattr(jobs, "photographs", lambda folder, count: count)
     monkeypatch.setattr(jobs, "_device_pixels", lambda folder, device: {"ok": True})
     found = {}
     for row, work in part(host):
@@ -65,12 +65,16 @@ def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_is_made_on_both_devices_compiled_stopped_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     full, tiny = (started(monkeypatch, jobs.run, host) for host in (FULL, TINY))
     assert list(tiny) == ["pack digits", "on the CPU", "on the device"] == list(full)[:3]
-    assert list(full)[3:] == ["compiled", "stopped", "resumed", "resumed on the CPU"]
+    zero = [f"DeepSpeed, zero={stage}" for stage in range(4)]
+    again = "resumed on the device again"
+    assert list(full)[3:] == ["compiled", *zero, "stopped", "resumed", "resumed on the CPU", again]
     hidden = {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="}
     assert hidden == {"on the CPU", "resumed on the CPU"}
     assert {row for row, (words,) in full.items() if "engine.compile=true" in words} == {"compiled"}
-    assert {row for row, (words,) in full.items() if "--resume" in words} == {"resumed", "resumed on the CPU"}
+    assert {row for row, (words,) in full.items() if "engine.kind=deepspeed" in words} == {*zero}
+    assert {row for row, (words,) in full.items() if "--resume" in words} == {"resumed", "resumed on the CPU", again}
     assert "stop_at=12step" in full["stopped"][0] and "stop_at=35step" in full["resumed on the CPU"][0]
+    assert "stop_at=40step" in full[again][0]
     assert all(set(jobs.TINY) <= set(words) for row, (words,) in tiny.items() if row != "pack digits")
     assert not any(set(jobs.TINY) & set(words) for (words,) in full.values())
 
@@ -94,7 +98,7 @@ def test_two_runs_agree_in_batches_and_losses(mine: Any, exact: bool, ok: bool, 
     monkeypatch.setattr(jobs, "trilevel", lambda folder, *words, **environment: {"ok": True})
     monkeypatch.setattr(
         jobs,
-        "_steps",
+        "steps_of",
         lambda folder, name: {step: {"chain": chain, "loss": loss} for step, (chain, loss) in runs[name].items()},
     )
     found = jobs._compared(Path(), "mine", [], "other", exact)
@@ -114,5 +118,27 @@ def test_medians_of_a_benchmark_come_from_its_json(monkeypatch: pytest.MonkeyPat
 
 def test_pixels_of_the_device_are_compared_with_those_of_the_workers(tmp_path: Path) -> None:
     """On a CPU the host decodes for the device, so they are equal."""
-    jobs._photographs(tmp_path / "images", 4)
+    jobs.photographs(tmp_path / "images", 4)
     assert jobs._device_pixels(tmp_path, torch.device("cpu")) == {"images": 4, "mean": 0.0, "largest": 0.0, "ok": True}
+
+
+def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
+    def event(category: str, name: str, begin: float, length: float, thread: int = 1) -> dict[str, Any]:
+        return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length, "tid": thread}
+
+    events = [
+        event("user_annotation", "step 31", 0, 10), event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
+        event("cuda_runtime", "cudaStreamSynchronize", 1, 1), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
+        event("cuda_runtime", "cudaStreamSynchronize", 1, 1, thread=2), event("cpu_op", "aten::add", 0, 99),
+    ]  # fmt: skip
+    found = loop.traced(events, 2, on_gpu=True)
+    assert (found["waits"], found["launches"], found["ms"]) == (0.5, 1.0, 0.005), "the thread that decodes waits for itself"
+    assert found["idle"] == pytest.approx(0.2) and found["product_ms"] == 0.003
+
+
+@pytest.mark.slow
+def test_the_loop_is_measured_in_its_tiny_form(tmp_path: Path) -> None:
+    rows = {name: row() for name, row in loop.part(TINY)}
+    assert list(rows) == ["made images", "step alone", "loop, decode_on=workers"] and rows["made images"]["images"] == 96
+    found = rows["loop, decode_on=workers"]
+    assert found["ok"] and found["images_per_second"] > 0 and 0 < found["share_of_step"] < 2 and found["launches"] > 100

@@ -1,7 +1,7 @@
 """`python -m trainer.bench.gpu PART ...`, or `make gpu PART="PART ..." OUT=FOLDER`: a line per row as soon as it is known.
 
-The most telling part first: facts, check, run, step, engine, profile, input, sparse, study. Without a GPU the CPU is compared with itself
-in the smallest form, which tests this code and measures nothing.
+The most telling part first: facts, check, run, step, loop, engine, profile, input, sparse, study. Without a GPU the CPU is compared with
+itself in the smallest form, which tests this code and measures nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def parts() -> dict[str, Part]:
         return part
 
     return {
-        "facts": facts.part, "check": check.part, "run": later("jobs", "run"), "step": later("step"), "engine": later("jobs", "engine"),
+        "facts": facts.part, "check": check.part, "run": later("jobs", "run"), "step": later("step"), "loop": later("loop"),
+        "engine": later("jobs", "engine"),
         "profile": later("kernels"), "input": later("jobs", "images"), "sparse": later("semi_structured"),
         "study": later("study"),
     }  # fmt: skip

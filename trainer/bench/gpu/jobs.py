@@ -39,12 +39,19 @@ def run(host: Host) -> Iterator[Row]:
     if host.tiny:
         return
     yield "compiled", lambda: _compared(folder, "compiled", [*settings, "engine.compile=true"], "cpu")
+    for kind in ("zero=0", "zero=1", "zero=2", "zero=3"):
+        words = ["engine.kind=deepspeed", f"engine.{kind}"]
+        yield (
+            f"DeepSpeed, {kind}",
+            lambda kind=kind, words=words: _compared(folder, kind.replace("=", ""), [*settings, *words], "cpu"),
+        )
     yield "stopped", lambda: _trained(folder, "resumed", [*settings, "stop_at=12step"])
     yield "resumed", lambda: _compared(folder, "resumed", [*settings, "--resume"], "device", exact=True)
     yield (
         "resumed on the CPU",
         lambda: trilevel(folder, *_train("resumed", [*settings, "stop_at=35step", "--resume"]), CUDA_VISIBLE_DEVICES=""),
     )
+    yield "resumed on the device again", lambda: trilevel(folder, *_train("resumed", [*settings, "stop_at=40step", "--resume"]))
 
 
 def engine(host: Host) -> Iterator[Row]:
@@ -59,7 +66,7 @@ def images(host: Host) -> Iterator[Row]:
     """`trilevel bench input` on made images of ImageNet's size."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-input-"))
     count, cores = (12 if host.tiny else 1500), len(os.sched_getaffinity(0))
-    yield "made images", lambda: {"images": count, "bytes": _photographs(folder / "images", count)}
+    yield "made images", lambda: {"images": count, "bytes": photographs(folder / "images", count)}
     words = ["--images", str(folder / "images"), "--batch", "4" if host.tiny else "64", "--passes", "1" if host.tiny else "3"]
     workers = [
         "--workers",
@@ -100,21 +107,21 @@ def _train(name: str, settings: list[str]) -> list[str]:
 
 def _trained(folder: Path, name: str, settings: list[str], **environment: str) -> Facts:
     facts = trilevel(folder, *_train(name, settings), **environment)
-    steps = _steps(folder, name)
+    steps = steps_of(folder, name)
     return facts | {"steps": max(steps, default=0), "loss": steps[max(steps)]["loss"] if steps else None}
 
 
 def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False) -> Facts:
     """A run beside another one: the same batches (hash chain) and losses within 2 %, or equal."""
     facts = _trained(folder, name, settings)
-    mine, theirs = _steps(folder, name), _steps(folder, other)
+    mine, theirs = steps_of(folder, name), steps_of(folder, other)
     both = sorted(mine.keys() & theirs.keys())
     same = bool(both) and all(mine[step]["chain"] == theirs[step]["chain"] for step in both)
     worst = max((abs(mine[step]["loss"] / theirs[step]["loss"] - 1) for step in both), default=float("nan"))
     return facts | {"same_batches": same, "worst_loss": worst, "ok": facts["ok"] and same and worst <= (0.0 if exact else 0.02)}
 
 
-def _steps(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+def steps_of(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     from trainer.journal.reader import FILE, lineage
 
     if not (folder / "runs" / name / FILE).exists():
@@ -136,7 +143,7 @@ def trilevel(folder: Path, *words: str, **environment: str) -> Facts:
     return {"ok": True}
 
 
-def _photographs(folder: Path, count: int) -> int:
+def photographs(folder: Path, count: int) -> int:
     """JPEGs of 500 x 375 pixels of smooth noise, in two class folders; their bytes."""
     import numpy as np
     from PIL import Image

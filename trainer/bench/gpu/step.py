@@ -40,15 +40,15 @@ def part(host: Host) -> Iterator[Row]:
     config, predicted = configured(host), _predictions(SOURCE_ROOT / PREDICTED)
     known: dict[str, float] = {}
     for name in ORDER[:3] if host.tiny else ORDER:
-        yield name, lambda name=name: _measured(host, config, name, known, predicted)
+        yield name, lambda name=name: measured(host, config, name, known, predicted)
     if not host.tiny:
         few = config.changed(data={"micro_batch": 32})
-        yield "dense, 32 images", lambda: _measured(host, few, "dense", {}, {})
+        yield "dense, 32 images", lambda: measured(host, few, "dense", {}, {})
         graphed = few.changed(engine={"cuda_graphs": True})
-        yield "dense, 32 images, CUDA graphs", lambda: _measured(host, graphed, "dense", {}, {})
+        yield "dense, 32 images, CUDA graphs", lambda: measured(host, graphed, "dense", {}, {})
 
 
-def _measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
+def measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
     """known: seconds of the rows before, to which this one is added."""
     one, compiling, attention = step_of(host, config, counts.rows()[name])
     if host.on_gpu:

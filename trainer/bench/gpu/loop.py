@@ -1,0 +1,78 @@
+"""`make gpu PART=loop`: the training loop end to end, from JPEGs to the average, beside the step alone: share of its images/s, idle time of
+the GPU, launches, and how often the host waits for the device, from a trace of the run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.bench.gpu import jobs, kernels, step
+from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.data.shards.pack import pack
+
+SHORT_SIDE = 256
+LAST, TRACED = 40, (31, 36)  # steps of the run, the last ten of which are timed; steps of the trace
+ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a Chrome trace
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")  # of the CUDA runtime
+
+
+def part(host: Host) -> Iterator[Row]:
+    folder = Path(tempfile.mkdtemp(prefix="gpu-loop-"))
+    count = 96 if host.tiny else 2560
+    yield "made images", lambda: _shards(folder, count)
+    known: dict[str, float] = {}
+    yield "step alone", lambda: step.measured(host, step.configured(host), "dense", known, {})
+    for where in ("workers", "device") if host.on_gpu else ("workers",):
+        yield f"loop, decode_on={where}", lambda where=where: _looped(host, folder, where, known)
+
+
+def _shards(folder: Path, count: int) -> Facts:
+    """JPEGs of ImageNet's size, with the short side of packed shards."""
+    size = jobs.photographs(folder / "images", count)
+    pack(str(folder / "images"), folder / "shards", short_side=SHORT_SIDE, workers=_cores(), progress=False)
+    return {"images": count, "bytes": size, "cores": _cores()}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Facts:
+    """A run of the recipe on one device, all of its tokens kept: the first plateau is far."""
+    batch = 12 if host.tiny else step.configured(host).data.micro_batch
+    name, (first, last) = f"decode-on-{where}", TRACED
+    shards = f"{folder}/shards/train-*.tar"
+    words = [
+        "train", str(step.SOURCE_ROOT / step.CONFIG), *(step.TINY if host.tiny else ()), f"data.train={shards}",
+        f"data.validation={shards}", f"name={name}", "model.classes=2", f"data.batch={batch}", f"data.micro_batch={batch}",
+        "data.lanes=1", "data.repeats=1", "data.window=512", f"data.workers={1 if host.tiny else max(1, _cores() - 2)}", f"data.decode_on={where}",
+        "augment.policy_on=device", "control=0", "tracking.to=journal", f"stop_at={LAST}step", "log_every=10step", "evaluate.every=300ep",
+        f"trace.steps=[{first}, {last}]", "engine.compile=false" if host.tiny else "engine.compile=true", "plan.warmup=299ep",
+    ]  # fmt: skip
+    facts = jobs.trilevel(folder, *words)
+    if not facts["ok"]:
+        return facts
+    rate = jobs.steps_of(folder, name)[LAST]["images_per_second"]
+    facts |= {"images_per_second": rate, "share_of_step": rate * known["dense"] / batch if "dense" in known else None}
+    (trace,) = (folder / "runs" / name / "traces").glob("*.json.gz")
+    return facts | traced(json.loads(gzip.open(trace).read())["traceEvents"], last - first + 1, host.on_gpu)
+
+
+def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
+    """Of the events of a Chrome trace: what the device did, and waits of the loop's thread for it, per step. Without a GPU its operations
+    stand for kernels."""
+    spans = [
+        (event["name"], round(1000 * event["ts"]), round(1000 * (event["ts"] + event["dur"])))
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
+    ]
+    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith("step ")}
+    waits = sum(
+        event.get("cat") == "cuda_runtime" and event["name"].endswith(WAITS) and event.get("tid") in loop for event in events
+    )
+    return kernels.summary(spans, steps) | {"waits": waits / steps}
