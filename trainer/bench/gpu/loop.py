@@ -50,7 +50,8 @@ def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Fa
     words = [
         "train", str(step.SOURCE_ROOT / step.CONFIG), *(step.TINY if host.tiny else ()), f"data.train={shards}",
         f"data.validation={shards}", f"name={name}", "model.classes=2", f"data.batch={batch}", f"data.micro_batch={batch}",
-        "data.lanes=1", "data.repeats=1", "data.window=512", f"data.workers={1 if host.tiny else max(1, _cores() - 2)}", f"data.decode_on={where}",
+        "data.lanes=1", "data.repeats=1", "data.window=512", f"data.workers={1 if host.tiny else max(1, _cores() - 2)}",
+        f"data.decode_on={where}",
         "augment.policy_on=device", "control=0", "tracking.to=journal", f"stop_at={LAST}step", "log_every=10step", "evaluate.every=300ep",
         f"trace.steps=[{first}, {last}]", "engine.compile=false" if host.tiny else "engine.compile=true", "plan.warmup=299ep",
     ]  # fmt: skip
