@@ -119,7 +119,14 @@ def test_medians_of_a_benchmark_come_from_its_json(monkeypatch: pytest.MonkeyPat
 def test_pixels_of_the_device_are_compared_with_those_of_the_workers(tmp_path: Path) -> None:
     """On a CPU the host decodes for the device, so they are equal."""
     jobs.photographs(tmp_path / "images", 4)
-    assert jobs._device_pixels(tmp_path, torch.device("cpu")) == {"images": 4, "mean": 0.0, "largest": 0.0, "ok": True}
+    assert jobs._device_pixels(tmp_path, torch.device("cpu")) == {
+        "images": 4,
+        "refused": 0,
+        "mean": 0.0,
+        "worst": 0.0,
+        "largest": 0.0,
+        "ok": True,
+    }
 
 
 def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:

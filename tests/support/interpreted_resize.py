@@ -82,13 +82,13 @@ def batch(folder: Path) -> dict[str, list[float]]:
     maker = batch_maker(index, config("x", data={"decode_on": "device"}), train=True, on_device=True)
     ids = torch.arange(len(data)).numpy()
     left, again = (maker.batch(0, Rows(ids, 0 * ids), len(ids)) for _ in range(2))
-    assert (left.jpeg[:, 1] > 0).tolist() == [True, True, True, True, False]
-    host, device = (DeviceDecoder("bicubic", index.where, torch.device("cpu")) for _ in range(2))
+    assert (left.jpeg[:, 0] > 0).tolist() == [True, True, True, True, False]
+    host, device = (DeviceDecoder(32, "bicubic", index.where, torch.device("cpu")) for _ in range(2))
     device._nvjpeg = _refusing
     theirs, mine = host(left), device(again)
     assert mine.images.shape == theirs.images.shape and mine.images.stride() == theirs.images.stride()
     assert [example for example, _ in mine.broken] == [3] and mine.broken == theirs.broken
-    assert torch.equal(mine.weights, theirs.weights) and mine.jpeg.shape == theirs.jpeg.shape == (5, 0)
+    assert torch.equal(mine.weights, theirs.weights) and mine.jpeg.shape == theirs.jpeg.shape == (5, 0) and device.refused == 2
     return {"batch": _difference(mine.images, theirs.images)}
 
 

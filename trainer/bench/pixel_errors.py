@@ -85,15 +85,18 @@ def _pairs(transform: Transform, number: int, data: memoryview) -> list[tuple[np
 
 
 def device_errors(index: Index, data: DataConfig, size: int, device: torch.device, images: int = IMAGES) -> dict[str, float]:
-    """`data.decode_on: device` beside `workers`, both after crop and resize: images that the device decoded, mean and largest error in grey
-    levels of 255."""
+    """`data.decode_on: device` beside `workers`, both after crop and resize: images that the device decoded and that it refused, and errors
+    in grey levels of 255: mean of all, mean of the worst image, largest."""
     ids = np.arange(min(images, len(index)))
     rows = Rows(ids, np.zeros_like(ids))
     left, theirs = (
         BatchMaker(index, data, Transform(AugmentConfig(), size, train=True, on_device=there), 0).batch(0, rows, len(ids))
         for there in (True, False)
     )
-    on_device = left.jpeg[:, 1] > 0
-    mine = DeviceDecoder(AugmentConfig().interpolation, index.where, device)(left)
+    on_device = left.jpeg[:, 0] > 0
+    decoder = DeviceDecoder(size, AugmentConfig().interpolation, index.where, device)
+    mine = decoder(left)
     error = (mine.images.cpu()[on_device].int() - theirs.images[on_device].int()).abs().float()
-    return {"images": int(on_device.sum()), "mean": float(error.mean()), "largest": float(error.max())}
+    worst = error.flatten(1).mean(1).max()
+    return {"images": int(on_device.sum()) - decoder.refused, "refused": decoder.refused, "mean": float(error.mean()),
+            "worst": float(worst), "largest": float(error.max())}  # fmt: skip

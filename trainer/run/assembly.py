@@ -206,7 +206,7 @@ def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, V
         clean_images(index, config, rank(), world_size(), probe.probe_share) if (probe := config.examples.probe) else None,
     )
     slots = loaders[0].batch_split.slots
-    check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size)
+    check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size, loaders[0].row_bytes)
     use_device_of_rank()
     for loader in loaders:
         if loader is not None:

@@ -28,10 +28,11 @@ def check_limits(workers: int, world: int) -> None:
         ) from error
 
 
-def check_shared_memory(workers: int, ranks: int, slots: int, size: int) -> None:
+def check_shared_memory(workers: int, ranks: int, slots: int, size: int, row_bytes: int = 0) -> None:
     """Raises ConfigError where /dev/shm is smaller than the buffers of the loaders: written past its end, it ends a worker by SIGBUS.
 
-    ranks: on this node, with `workers` each; slots: images of a rank's batch; size: their side in pixels.
+    ranks: on this node, with `workers` each; slots: images of a rank's batch; size: their side in pixels; row_bytes: of a row that may be
+    a JPEG, with `data.decode_on: device`.
     """
     if not workers:
         return
@@ -40,7 +41,7 @@ def check_shared_memory(workers: int, ranks: int, slots: int, size: int) -> None
     except OSError:  # not on Linux
         return
     free = system.f_bavail * system.f_frsize
-    needed = ranks * buffers_of(workers) * slots * size * size * 3
+    needed = ranks * buffers_of(workers) * slots * (row_bytes or size * size * 3)
     if needed > free:
         raise ConfigError(
             f"{SHARED_MEMORY}: {free / 2**30:.3g} GiB are free; data.workers={workers} on {ranks} process(es) of this node need "

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from trainer.data.augment.decode import EncodedImage, frame, is_plain_scan
 
 MAX_PIXELS = 1 << 24  # 48 MiB decoded; a batch may hold several
 MAX_REDUCTION = 8  # source pixels per pixel on an axis: more make one image's resize as long as a whole batch's
 _BASELINE, _SCAN, _ADOBE = 0xC0, 0xDA, 0xEE
+FIELDS = 7  # of a row of `Batch.jpeg`: bytes of the JPEG (0: pixels, or nothing), its height, width; top, left, height, width of the crop
 _METADATA = frozenset([*range(0xE1, 0xEE), 0xEF, 0xFE])  # APP1 .. APP13, APP15, COM
 _YCBCR = (1, 2, 3)  # component numbers; libjpeg takes others as RGB, or guesses
 
@@ -59,39 +59,7 @@ def _without_metadata(data: memoryview) -> np.ndarray | None:
     return np.concatenate([*kept, source[at:]])
 
 
-class JpegMemory:
-    """JPEGs and pixels of a batch in the memory of its images, so that neither the loader's buffers nor the copies between processes
-    change: JPEGs from its beginning, pixels of the workers from its end. A row brings the bytes of its pixels, and what its JPEG leaves of
-    them is room for later ones: at 224 px ImageNet's files have 110 kB in the mean, a row 150.
-
-    images: (b, 3, S, S) uint8, channels last in memory; rows: that will be placed, in order, each after `next_row`.
-    """
-
-    FIELDS = 6  # of a row of `Batch.jpeg`: begin, bytes of the JPEG (0: pixels); top, left, height, width of its crop
-    NOTHING = (-1, 0, 0, 0, 0, 0)  # of padding and broken images
-
-    def __init__(self, images: Tensor, rows: int) -> None:
-        self._memory = flat(images).numpy()
-        self._row_bytes, self._low, self._high, self._rows = images[0].numel(), 0, len(self._memory), rows
-
-    def next_row(self) -> None:
-        self._rows -= 1
-
-    def has_room(self, jpeg: Tensor) -> bool:
-        """Whether the rows after it still have room for their pixels."""
-        return self._low + len(jpeg) + self._rows * self._row_bytes <= self._high
-
-    def put(self, pixels: Tensor, crop: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """The row of `Batch.jpeg`. pixels: (3, S, S) uint8, or (n,) of a JPEG."""
-        if pixels.ndim == 1:
-            begin, self._low = self._low, self._low + len(pixels)
-            self._memory[begin : self._low] = pixels.numpy()
-            return begin, len(pixels), *crop
-        self._high -= self._row_bytes
-        self._memory[self._high : self._high + self._row_bytes] = pixels.permute(1, 2, 0).reshape(-1).numpy()
-        return self._high, 0, *crop
-
-
-def flat(images: Tensor) -> Tensor:
-    """(b, 3, S, S), channels last in memory -> (b S S 3,), the same memory."""
-    return images.permute(0, 2, 3, 1).view(-1)
+def row_bytes(lengths: np.ndarray, size: int) -> int:
+    """Bytes of a row of a batch that may be a JPEG: as many as pixels need, and enough for 95 % of the files. A longer JPEG is decoded by
+    the workers: which ones follows from the data set alone, not from ranks or batches. lengths: (n,) of the files."""
+    return max(3 * size**2, int(np.quantile(lengths, 0.95)))

@@ -2,7 +2,7 @@
 
 Torch has no such operation: its antialiased resize takes images of one size, and on a GPU no uint8. The filter is that of torch's and
 PIL's uint8 resize, `interpolate(antialias=True)`: cubic with a = -.5 or triangle, widened by the reduction, horizontal pass first,
-rounded to uint8 after each pass. Results differ from torch's by at most one level: torch's weights are integers of 16 bits.
+rounded to uint8 after each pass. Torch's weights are integers of 16 bits, so results may differ: by one level at most in all cases tried.
 
 Imported only where there is a GPU; Triton's interpreter runs it on a CPU for the tests.
 """

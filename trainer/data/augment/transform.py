@@ -30,13 +30,14 @@ _SRC_PADDING = 4  # DeiT-III's simple random crop
 
 class AugmentedImage(NamedTuple):
     """One transformed image. pixels: (3, S, S) uint8, or (n,) uint8 of a JPEG that the device decodes; flip; erase: top, left, height,
-    width (height 0 = none); policy: see `PolicyDraws`, empty where the pixels have it already; crop: of the JPEG, as erase."""
+    width (height 0 = none); policy: see `PolicyDraws`, empty where the pixels have it already; jpeg: height and width of the JPEG; top,
+    left, height, width of its crop."""
 
     pixels: Tensor
     flip: bool = False
     erase: tuple[int, int, int, int] = (0, 0, 0, 0)
     policy: Sequence[tuple[int, float]] = ()
-    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    jpeg: tuple[int, ...] = ()
 
 
 class Transform:
@@ -80,7 +81,7 @@ class Transform:
             crop = _resized_crop(rng, image.height, image.width, self.augment.scale, self.augment.ratio)
             if max(crop[2:]) <= MAX_REDUCTION * self.size:
                 draws = self._draws(rng) if self._draws else ()
-                return AugmentedImage(torch.from_numpy(image.data), flip, erase, draws, crop)
+                return AugmentedImage(torch.from_numpy(image.data), flip, erase, draws, (image.height, image.width, *crop))
             image, rng = image.image, self._generator(key)[0]
         pixels = self._crop(image, rng)
         if self._draws is not None:

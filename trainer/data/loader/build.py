@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.config.run_config import Config
-from trainer.data.augment.decode_on_device import DeviceDecoder, refuse_without_nvjpeg
+from trainer.data.augment.decode_on_device import DeviceDecoder, nvjpeg
 from trainer.data.augment.transform import Transform
 from trainer.data.loader.batch_maker import BatchMaker
 from trainer.data.loader.dataset import check_labels
@@ -30,11 +30,12 @@ def training_stream(index: Index, config: Config, rank: int, world: int) -> Stre
     if config.data.decode_on == "workers":
         return Stream(batch_maker(index, config, train=True), config.data, rank, world, least_shown)
 
-    refuse_without_nvjpeg()
+    if torch.cuda.is_available():
+        nvjpeg()  # a missing library is refused before workers start
 
     def decoder() -> DeviceDecoder:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        return DeviceDecoder(config.augment.interpolation, index.where, device)
+        return DeviceDecoder(config.model.image_size, config.augment.interpolation, index.where, device)
 
     maker = batch_maker(index, config, train=True, on_device=True)
     return Stream(maker, config.data, rank, world, least_shown, DecodedAhead(decoder))

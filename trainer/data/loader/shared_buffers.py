@@ -28,10 +28,10 @@ def buffers_of(workers: int) -> int:
 
 
 class BufferPool:
-    """`count` buffers for the pixels of a batch, created before the workers, which address them by number."""
+    """`count` buffers for the pixels of a batch, created before the workers, which address them by number. row_bytes: see `new_buffer`."""
 
-    def __init__(self, count: int, slots: int, size: int) -> None:
-        self.name, self._buffers = next(_names), [_shared(slots, size) for _ in range(count)]
+    def __init__(self, count: int, slots: int, size: int, row_bytes: int = 0) -> None:
+        self.name, self._buffers = next(_names), [_shared(slots, size, row_bytes) for _ in range(count)]
         self._references: list[weakref.ref[np.ndarray] | None] = [None] * count
         self._sent: set[int] = set()
         _known[self.name] = self
@@ -40,7 +40,7 @@ class BufferPool:
         return self.__dict__ | {"_references": [None] * len(self._buffers)}
 
     def __getitem__(self, number: int) -> Tensor:
-        """(slots, 3, S, S) uint8, to be filled."""
+        """To be filled, see `new_buffer`."""
         return self._buffers[number]
 
     def acquire(self) -> int:
@@ -65,21 +65,27 @@ class BufferPool:
         self._sent.clear()
 
 
-def new_buffer(slots: int, size: int) -> Tensor:
-    """(slots, 3, S, S) uint8, uninitialised. Channels last in memory, as decoders and the resize write; shared in a worker."""
-    if get_worker_info() is None:
-        return torch.empty((slots, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    return _shared(slots, size)
+def new_buffer(slots: int, size: int, row_bytes: int = 0) -> Tensor:
+    """(slots, 3, S, S) uint8, uninitialised. Channels last in memory, as decoders and the resize write; shared in a worker. row_bytes:
+    (slots, row_bytes) uint8 instead, for rows that are JPEGs or pixels."""
+    if get_worker_info() is not None:
+        return _shared(slots, size, row_bytes)
+    if row_bytes:
+        return torch.empty((slots, row_bytes), dtype=torch.uint8)
+    return torch.empty((slots, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
-def _shared(slots: int, size: int) -> Tensor:
+def _shared(slots: int, size: int, row_bytes: int) -> Tensor:
+    length = slots * (row_bytes or size * size * 3)
     try:
-        storage: Any = torch.UntypedStorage._new_shared(slots * size * size * 3)  # as in torch's default_collate
+        storage: Any = torch.UntypedStorage._new_shared(length)  # as in torch's default_collate
     except (OSError, RuntimeError) as error:
         raise StorageUnavailable(
-            f"shared memory for a batch of {slots} images of {size} px ({slots * size * size * 3 / 2**20:.3g} MiB): {error}; the loader "
+            f"shared memory for a batch of {slots} images of {size} px ({length / 2**20:.3g} MiB): {error}; the loader "
             "keeps 2 x data.workers + 3 of them: enlarge /dev/shm (docker run --shm-size=16g), lower data.workers, or set data.workers=0"
         ) from error
+    if row_bytes:
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, row_bytes), (row_bytes, 1))
     strides = (size * size * 3, size * 3, 3, 1)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, size, size, 3), strides).permute(0, 3, 1, 2)
 

@@ -81,7 +81,7 @@ class Stream:
         self, maker: BatchMaker, data: DataConfig, rank: int, world: int, least_shown: float = 1.0,
         decode: DecodedAhead | None = None,
     ) -> None:  # fmt: skip
-        index, self.decode = maker.index, decode
+        index, self.decode, self.row_bytes = maker.index, decode, maker.row_bytes
         self.layout = Layout(index.sizes, maker.seed, data.batch, data.lanes, data.window, data.homes, data.repeats)
         self.batch_split = micro_batches(data.batch, data.micro_batch, world)
         self.bounds = slice_of(data.batch, world, rank)
@@ -92,7 +92,9 @@ class Stream:
             cache.refuse_full_disk()
             self._ahead = Prefetcher(index, cache, 1 / ranks)
         self._keep = torch.zeros(-(-len(index) // 8), dtype=torch.uint8).share_memory_()
-        buffers = BufferPool(buffers_of(data.workers), self.batch_split.slots, maker.size) if data.workers else None
+        buffers = (
+            BufferPool(buffers_of(data.workers), self.batch_split.slots, maker.size, maker.row_bytes) if data.workers else None
+        )
         self._tasks, self._turn = _Tasks(buffers), 0
         self._loader = Loader(
             _Batches(maker, self.layout, self.bounds, self.batch_split.slots, self._keep, buffers),
