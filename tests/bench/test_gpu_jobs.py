@@ -52,7 +52,9 @@ def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: range(16))
     full, tiny = (started(monkeypatch, jobs.images, host) for host in (FULL, TINY))
     assert full["made images"]["images"] == full["made images"]["bytes"] == 1500 and tiny["made images"]["images"] == 12
-    (words,), (small,) = full["input"], tiny["input"]
+    assert [row for row in full if row.startswith("input")] == ["input, 15 workers", "input, 7 workers", "input, 3 workers"]
+    (words,), (few,), (small,) = full["input, 15 workers"], full["input, 3 workers"], tiny["input, 1 workers"]
+    assert (of(few, "--workers"), of(few, "--rows")) == ("3", "ours,ours_short_side")
     assert [of(words, option) for option in ("--batch", "--passes", "--workers", "--rows")] == [
         "64",
         "3",

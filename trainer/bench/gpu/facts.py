@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,8 +36,8 @@ def part(host: Host) -> Iterator[Row]:
         for name, backend in BACKENDS.items():
             if host.on_gpu or name in ("flash", "math"):
                 yield f"attention, {name}, {length} tokens", lambda b=backend, t=length: _attention(host, b, t)
-    if host.on_gpu:
-        yield f"attention with a mask, {LENGTHS[4]} tokens", lambda: _attention(host, None, LENGTHS[4], masked=True)
+        if host.on_gpu:
+            yield f"attention with a mask, {length} tokens", lambda t=length: _attention(host, None, t, masked=True)
 
 
 def timed(one: Callable[[], Any], device: torch.device, times: int = 10, blocks: int = 3) -> float:
@@ -65,8 +66,17 @@ def _host(host: Host) -> Facts:
     if host.on_gpu:
         properties = torch.cuda.get_device_properties(host.device)
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "sms": properties.multi_processor_count}
-        about |= {"memory_gib": properties.total_memory / 2**30}
+        about |= {"memory_gib": properties.total_memory / 2**30, "driver": _driver()}
     return about
+
+
+def _driver() -> str:
+    """The driver's version; empty where nvidia-smi does not say it."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _copy(host: Host) -> Facts:

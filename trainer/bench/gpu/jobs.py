@@ -68,13 +68,11 @@ def images(host: Host) -> Iterator[Row]:
     count, cores = (12 if host.tiny else 1500), len(os.sched_getaffinity(0))
     yield "made images", lambda: {"images": count, "bytes": photographs(folder / "images", count)}
     words = ["--images", str(folder / "images"), "--batch", "4" if host.tiny else "64", "--passes", "1" if host.tiny else "3"]
-    workers = [
-        "--workers",
-        "1" if host.tiny else str(max(1, cores - 1)),
-        "--rows",
-        "ours" if host.tiny else "ours,ours_short_side,ours_jpegs,ours_on_device",
-    ]
-    yield "input", lambda: _bench(host, "input", CONFIG, *words, *workers)
+    whole = "ours" if host.tiny else "ours,ours_short_side,ours_jpegs,ours_on_device"
+    most = 1 if host.tiny else max(1, cores - 1)
+    for workers in sorted({most, max(1, most // 2), max(1, most // 4)}, reverse=True):
+        rows = ["--workers", str(workers), "--rows", whole if workers == most else "ours,ours_short_side"]
+        yield f"input, {workers} workers", lambda rows=rows: _bench(host, "input", CONFIG, *words, *rows)
     yield "pixels with decode_on=device", lambda: _device_pixels(folder, host.device)
 
 
