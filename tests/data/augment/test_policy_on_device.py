@@ -44,7 +44,7 @@ def one_step(given: list[PIL.Image.Image], code: int, value: float, augment: Aug
     return apply_policy(torch.stack([pixels(image) for image in given]), steps, EVERY, augment)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", pytest.param("bilinear", marks=pytest.mark.slow)])  # 40 s together
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_operation_is_pils_to_one_level(text: str, interpolation: Any) -> None:
     augment = device(text, interpolation=interpolation)
