@@ -22,6 +22,7 @@ from trainer.engine.replicas import assert_replicas_equal
 from trainer.model.schedule import set_learning_rate
 from trainer.run.assembly import Run, assembled
 from trainer.run.cadence import reached
+from trainer.run.garbage import collect_and_freeze
 from trainer.run.recorder import RunResult
 from trainer.run.shutdown import Stop
 
@@ -53,6 +54,7 @@ def train(config: Config, resume: bool = False) -> RunResult:
             if reached(config.stop_at, state, order.steps):  # resumed a run that had already stopped there
                 return recorder.end(state, "stopped")
             recorder.epoch(state, selection, order, len(run.index))
+            collect_and_freeze()
 
             engine.model.train()
             for batch, waited in _timed(run.stream.epoch(state.epoch, selection, state.batch), run.stopping, clock):

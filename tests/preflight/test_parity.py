@@ -11,6 +11,7 @@ from tests.support.images import config as drawn_config
 from tests.support.images import jpeg, write_shards, write_tar
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
+from trainer.data.loader.build import training_stream
 from trainer.data.shards.index import build_index
 from trainer.model import optimizer as optim
 from trainer.model.weights import create, save_weights
@@ -138,6 +139,17 @@ def test_a_teacher_and_frozen_parameters_are_left_out_and_that_is_reported(shard
     certificate = run(settings, steps=2)
     assert certificate.equal, str(certificate)
     assert "no teacher, nothing frozen" in certificate.facts["changed"]
+
+
+def test_images_come_from_the_workers_also_where_the_run_decodes_on_the_device(shards, monkeypatch):
+    """A GPU host would decode them with nvJPEG, and `--device cpu` would get tensors of its GPU."""
+    made = []
+    monkeypatch.setattr(
+        parity, "training_stream", lambda index, config, *world: made.append(config) or training_stream(index, config, *world)
+    )
+    settings = make(shards, data={"decode_on": "device"}, **DENSE["plain"])
+    assert run(settings, steps=2).equal
+    assert [config.data.decode_on for config in made] == ["workers"]
 
 
 def test_weights_from_a_file_are_given_to_both_sides(shards, tmp_path):

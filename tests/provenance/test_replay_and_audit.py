@@ -107,6 +107,12 @@ def test_the_pictures_are_the_host_s_where_the_device_changes_nothing(run: Path)
     assert torch.equal(other.images, other.batch.images.flip(-1))
 
 
+def test_a_run_that_decoded_on_the_device_is_replayed_on_the_cpu_and_that_is_reported(run: Path) -> None:
+    plain, device = (replay(RecordedRun(run, words), 5) for words in ([], ["data.decode_on=device"]))
+    assert "decoded by the CPU" in device.text() and device.facts["decode_on"] == "device"
+    assert "decode" not in plain.text() and torch.equal(plain.images, device.images)
+
+
 def test_replay_writes_sheet_table_and_pictures(run: Path, capsys: Any, tmp_path: Path) -> None:
     assert main(["replay", str(run), "--step", "4", "--out", str(tmp_path / "out")]) == 0
     message = " ".join(capsys.readouterr().out.split())  # a title with a long path is wrapped

@@ -71,6 +71,16 @@ def use_device_of_rank() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def use_expandable_segments(cuda_graphs: bool) -> None:
+    """Let torch's CUDA allocator grow its segments, before the first allocation: plans change the shapes, and segments of the shapes before
+    would stay reserved beside the new ones. The user's variable decides where there is one. Not with CUDA graphs, which have hung with
+    it (pytorch/torchtitan#3306)."""
+    chosen = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if torch.cuda.is_available() and not chosen and not cuda_graphs:
+        # not by the variable: torch 2.9.1 ignores the new name, and the old one warns (pytorch#183387)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def is_first_of_node() -> bool:
     """Whether this process has local rank 0 and does the work needed once per node."""
     return local_rank() == 0

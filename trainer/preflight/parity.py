@@ -245,10 +245,11 @@ class _Ours:
 
 def _plain(config: Config) -> Config:
     """The same configuration without drop path and dropout, whose masks would come from two generators, and without a teacher and frozen
-    parameters, which timm's components do not have."""
+    parameters, which timm's components do not have. Both sides take the same images, which the workers decode on every host."""
     rates = {name: 0.0 for name in config.model.args if name.endswith(("drop_rate", "drop_path_rate"))}
     plain = config.without_teacher()
-    return plain.changed(model={"drop_path": 0.0, "args": {**config.model.args, **rates}}, optim={"freeze": 0})
+    model = {"drop_path": 0.0, "args": {**config.model.args, **rates}}
+    return plain.changed(model=model, optim={"freeze": 0}, data={"decode_on": "workers"})
 
 
 def _whole_pairs(batch: Batch, rows: int, device: torch.device) -> Batch:

@@ -67,6 +67,10 @@ class Replayed:
         broken = [f"broken: {number}: {reason}\n" for number, reason in self.batch.broken]
         if self.facts["skipped"]:
             broken.append("this step was skipped: its loss or gradient was not finite\n")
+        if self.facts["decode_on"] == "device":
+            broken.append(
+                "data.decode_on=device: the run decoded most images on its GPU; these are decoded by the CPU and can differ slightly\n"
+            )
         mismatch = "this batch DIFFERS from the journal's hash chain: run `trilevel audit`"
         return more + "".join(broken) + checks.get(self.confirmed, mismatch)
 
@@ -95,7 +99,7 @@ def replay(run: RecordedRun, step: int) -> Replayed:
         "step": step, "epoch": stretch.epoch, "batch": number, "batches": order.steps, "attempt": stretch.attempt,
         "progress": progress, "lr": schedule.lr(progress), "keep_tokens": plan.keep_tokens,
         "keep_connections": plan.keep_connections, "mix": {"lam": mix.lam, "box": mix.box}, "policy": config.augment.policy,
-        "skipped": run.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
+        "decode_on": config.data.decode_on, "skipped": run.skipped.get(step), "kept_list": stretch.kept, "kept": selection.num_kept,
         "broken": [list(one) for one in batch.broken],
     }  # fmt: skip
     confirmed = _confirmed(run, step, batch)

@@ -28,7 +28,14 @@ from trainer.data.loader.validation import CleanImages, Validation
 from trainer.data.order import micro_batches
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
-from trainer.engine.environment import is_first_of_node, rank, ranks_of_node, use_device_of_rank, world_size
+from trainer.engine.environment import (
+    is_first_of_node,
+    rank,
+    ranks_of_node,
+    use_device_of_rank,
+    use_expandable_segments,
+    world_size,
+)
 from trainer.model import importance
 from trainer.model.build import (
     build_distillation,
@@ -50,6 +57,7 @@ from trainer.run.cadence import Cadence
 from trainer.run.checkpointer import Checkpointer
 from trainer.run.dense_baseline import DenseBaseline
 from trainer.run.example_probe import ExampleProbe
+from trainer.run.garbage import only_new_objects_collected
 from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.nonfinite_steps import Outcomes
 from trainer.run.process_limits import check_limits, check_shared_memory
@@ -115,7 +123,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
     found, saved = _to_resume(config, index, teacher, model, engine) if resume else (save_load.NOTHING, None)
     recorder = Recorder(config, engine, resume)
-    with engine.released_afterwards(), recorder.recording_failures():
+    with only_new_objects_collected(), engine.released_afterwards(), recorder.recording_failures():
         if saved:
             model.network.load_state_dict(saved.weights)  # before `prepare`: ZeRO's master weights are copies of these
         engine.prepare(model, build_optimizer(model, config.optim))
@@ -207,6 +215,7 @@ def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, V
     )
     slots = loaders[0].batch_split.slots
     check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size, loaders[0].row_bytes)
+    use_expandable_segments(config.engine.cuda_graphs)
     use_device_of_rank()
     for loader in loaders:
         if loader is not None:
