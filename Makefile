@@ -28,9 +28,9 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 # On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network. PYTHONPATH may name more.
-# make gpu PYTHON=python3 PART="facts check run step loop engine profile input sparse study" OUT=results
+# make gpu PYTHON=python3 PART="facts check run step loop engine profile input sparse study" OUT=results LIMIT=235
 gpu:
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m trainer.bench.gpu $(PART) $(if $(OUT),--out $(OUT))
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m trainer.bench.gpu $(PART) $(if $(OUT),--out $(OUT)) $(if $(LIMIT),--limit $(LIMIT))
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ...")'

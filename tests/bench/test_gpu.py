@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 
 from sparsity import keyed_random
 from trainer.bench.gpu import __main__ as gpu
-from trainer.bench.gpu import facts, kernels, study
+from trainer.bench.gpu import compile_rows, counts, facts, kernels, processes, step, study
 from trainer.bench.gpu.report import Host, run
 
 CPU = torch.device("cpu")
@@ -63,6 +67,86 @@ def test_a_row_that_fails_is_a_line_and_the_next_one_follows(tmp_path: Path) -> 
     assert "Traceback" in rows[0]["trace"] and rows[1]["ms"] == 1.23456
 
 
+def test_a_part_is_interrupted_after_its_limit_and_the_next_one_runs(tmp_path: Path) -> None:
+    """What was not measured is a line with the names; an earlier row stays, and so does another error of the row that was interrupted."""
+
+    def swallowed() -> dict[str, Any]:
+        try:
+            time.sleep(30)
+        except Exception as error:  # as a compiler does with everything that it calls
+            raise RuntimeError("backend failed") from error
+        return {}
+
+    def part(host: Host) -> Any:
+        yield "quick", lambda: {"ms": 1.0}
+        yield "slow", swallowed
+        yield "after it", lambda: {"ms": 2.0}
+
+    shown: list[str] = []
+    started = time.monotonic()
+    assert run({"step": part, "next": lambda host: iter([("third", dict)])}, Host(CPU, True, tmp_path), shown.append, 0.5) == 1
+    assert time.monotonic() - started < 10
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["quick", "(part)", "third"] and shown[1].startswith("FAIL")
+    assert rows[1]["not_measured"] == ["slow", "after it"] and "limit of 0.5 s; LIMIT= raises it" in rows[1]["error"]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_an_interrupted_part_leaves_no_process(tmp_path: Path) -> None:
+    """Neither the command nor what the command started: they would keep the GPU."""
+    command = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', sys.argv[1]]).wait()"
+    )
+    mark = f"{tmp_path}/mark"
+
+    def part(host: Host) -> Any:
+        yield "one", lambda: processes.one([sys.executable, "-c", command, mark], os.environ)
+
+    def several(host: Host) -> Any:
+        commands = [[sys.executable, "-c", command, mark]] * 3
+        yield "several", lambda: processes.all_of(commands, ["a", "b", "c"], os.environ, 2)
+
+    for one in (part, several):
+        assert run({"run": one}, Host(CPU, True, None), lambda line: None, 2.0) == 1
+        found = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()
+        assert not found
+
+
+def test_processes_run_a_few_at_a_time_and_the_first_failure_is_kept(tmp_path: Path) -> None:
+    code = "import sys, time, pathlib; p = pathlib.Path(sys.argv[1]); p.touch(); time.sleep(.4); p.unlink()"
+    commands = [[sys.executable, "-c", code, str(tmp_path / name)] for name in "abcd"]
+    commands[2] = [sys.executable, "-c", "raise SystemExit('no such row')"]
+    found = processes.all_of(commands, list("abcd"), os.environ, 2)
+    assert set(found) >= set("abcd") and not found["ok"] and found["error"] == "exit code 1" and "no such row" in found["trace"]
+    assert found["a"] + found["b"] + found["d"] > 1.2
+    done = processes.one([sys.executable, "-c", "import os; print(os.getcwd()); raise SystemExit(3)"], os.environ, tmp_path)
+    assert done["error"] == "exit code 3" and str(tmp_path) in done["trace"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rows_load_the_graphs_that_other_processes_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a tiny network for the CPU: the second compilation, in this process, takes every graph from the cache."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as in the part: it belongs to a graph's key
+    host = Host(CPU, tiny=False, out=None)
+    config = step.configured(host, step.TINY)
+    kernels = {(17, False): "flash"}
+    requests = [compile_rows.Request(row, step.TINY, compile_rows.packed(kernels)) for row in ("dense", "tokens 0.7")]
+    found = compile_rows.compiled(requests, CPU)
+    assert found["ok"], found
+    for row in ("dense", "tokens 0.7"):
+        counters.clear()
+        step.step_of(host, config, counts.rows()[row], kernels)
+        used = counters["inductor"] + counters["aot_autograd"]
+        assert used["fxgraph_cache_miss"] == 0 and used["fxgraph_cache_hit"] + used["autograd_cache_hit"] > 0, used
+        torch.compiler.reset()
+    torch.set_float32_matmul_precision(precision)
+
+
 def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
     assert list(gpu.parts()) == ["facts", "check", "run", "step", "loop", "engine", "profile", "input", "sparse", "study"]
     with pytest.raises(SystemExit):
@@ -73,6 +157,7 @@ def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
 def test_steps_and_profile_in_their_tiny_form(capsys: Any, tmp_path: Path) -> None:
     assert gpu.main(["step", "profile", "--out", str(tmp_path)]) == 0
     rows = {(row["part"], row["row"]): row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
+    assert rows["step", "attention kernels"]["attention"] in ("flash", "math")
     assert rows["step", "dense"]["images_per_second"] > 0 and rows["step", "tokens 0.7"]["of_dense"] > 0
     assert rows["step", "dense"]["bound_of_dense"] == 1 > rows["step", "tokens 0.7"]["bound_of_dense"]
     assert rows["step", "dense"]["mfu_of_measured"] > 0

@@ -1,4 +1,4 @@
-"""`python -m trainer.bench.gpu PART ...`, or `make gpu PART="PART ..." OUT=FOLDER`: a line per row as soon as it is known.
+"""`python -m trainer.bench.gpu PART ...`, or `make gpu PART="PART ..." OUT=FOLDER LIMIT=SECONDS`: a line per row as soon as it is known.
 
 The most telling part first: facts, check, run, step, loop, engine, profile, input, sparse, study. Without a GPU the CPU is compared with
 itself in the smallest form, which tests this code and measures nothing.
@@ -15,6 +15,8 @@ import torch
 
 from trainer.bench.gpu import check, facts
 from trainer.bench.gpu.report import Host, Part, Row, run
+
+LIMIT = 235.0  # seconds of a part, so that it fits a booking of four minutes
 
 
 def parts() -> dict[str, Part]:
@@ -44,6 +46,9 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(known)} (default: check)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="append every row to FOLDER/gpu.jsonl")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="of each part, 0: none (default: %(default)s)"
+    )
     given = parser.parse_args(words)
     if unknown := [name for name in given.parts if name not in known]:
         parser.error(f"PART={' '.join(unknown)}: unknown value; valid values: {', '.join(known)}")
@@ -51,7 +56,8 @@ def main(words: list[str] | None = None) -> int:
     host = Host(device, device.type != "cuda", given.out)
     if host.tiny:
         print("no CUDA device: the CPU in the smallest form, compared with itself; times mean nothing", flush=True)
-    return int(run({name: known[name] for name in given.parts or ["check"]}, host, lambda line: print(line, flush=True)) > 0)
+    chosen = {name: known[name] for name in given.parts or ["check"]}
+    return int(run(chosen, host, lambda line: print(line, flush=True), given.limit) > 0)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsity.attention_kernel import BACKENDS
 from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.engine.environment import use_expandable_segments
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.timing import synchronize
 
 IMAGES, WIDTH, HEADS = 256, 384, 6  # DeiT-S
 LENGTHS = (197, 178, 161, 145, 139, 98, 69)  # tokens with [CLS]: dense, and at keep ratios of the recipes
+FLEX = (197, 139)  # lengths at which torch's flex attention, a compiled Triton kernel, is timed beside them
 SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
 
 
@@ -36,6 +38,8 @@ def part(host: Host) -> Iterator[Row]:
         for name, backend in BACKENDS.items():
             if host.on_gpu or name in ("flash", "math"):
                 yield f"attention, {name}, {length} tokens", lambda b=backend, t=length: _attention(host, b, t)
+        if host.on_gpu and length in FLEX:
+            yield f"attention, flex, {length} tokens", lambda t=length: _attention(host, None, t, fused=_flex())
         if host.on_gpu:
             yield f"attention with a mask, {length} tokens", lambda t=length: _attention(host, None, t, masked=True)
 
@@ -66,8 +70,14 @@ def _host(host: Host) -> Facts:
     if host.on_gpu:
         properties = torch.cuda.get_device_properties(host.device)
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "sms": properties.multi_processor_count}
-        about |= {"memory_gib": properties.total_memory / 2**30, "driver": _driver()}
+        about |= {"memory_gib": properties.total_memory / 2**30, "driver": _driver(), "allocator": _allocator()}
     return about
+
+
+def _allocator() -> str:
+    """torch's settings of CUDA memory in this process as a run makes them."""
+    use_expandable_segments(cuda_graphs=False)
+    return torch._C._accelerator_getAllocatorSettings()
 
 
 def _driver() -> str:
@@ -98,8 +108,16 @@ def _products(host: Host, tokens: int, inside: int, outside: int) -> Facts:
     return {f"{name}_teraflops": flops / timed(one, host.device, times) / 1e12 for name, one in products.items()}
 
 
-def _attention(host: Host, backend: SDPBackend | None, length: int, masked: bool = False) -> Facts:
-    """Milliseconds of the forward and backward pass of one block's attention."""
+def _flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attention(
+    host: Host, backend: SDPBackend | None, length: int, masked: bool = False, fused: Callable[..., Any] | None = None
+) -> Facts:
+    """Milliseconds of the forward and backward pass of one block's attention. fused: in place of torch's scaled_dot_product_attention."""
     images = 2 if host.tiny else IMAGES
     packed = torch.randn(images, length, 3, HEADS, WIDTH // HEADS, device=host.device, dtype=torch.bfloat16)
     packed.requires_grad_()
@@ -108,7 +126,8 @@ def _attention(host: Host, backend: SDPBackend | None, length: int, masked: bool
     gradient = torch.randn_like(q)
 
     def one() -> None:
-        torch.autograd.grad(scaled_dot_product_attention(q, k, v, attn_mask=mask), packed, gradient, retain_graph=True)
+        out = fused(q, k, v) if fused else scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.autograd.grad(out, packed, gradient, retain_graph=True)
 
     if backend is None:
         seconds = timed(one, host.device)

@@ -1,10 +1,9 @@
-"""Parts of `make gpu` that are whole processes: a run, the engines, the input pipeline. Each has a time limit."""
+"""Parts of `make gpu` that are whole processes: a run, the engines, the input pipeline."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
+from trainer.bench.gpu import processes
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.storage.source_tree import SOURCE_ROOT, python_path
 
-LIMIT = 230  # seconds of one process
 CONFIG = "configs/tri_level_deit_small_0.7.yaml"
 SETTINGS = [
     "engine.kind=ddp",
@@ -128,17 +127,9 @@ def steps_of(folder: Path, name: str) -> dict[int, dict[str, Any]]:
 
 
 def trilevel(folder: Path, *words: str, **environment: str) -> Facts:
-    """Run a command; its exit code, and of a failing one the end of its output."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "trainer", *words], cwd=folder, env=os.environ | {"PYTHONPATH": python_path()} | environment,
-            capture_output=True, text=True, timeout=LIMIT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "error": f"not finished after {LIMIT} s"}
-    if done.returncode:
-        return {"ok": False, "error": f"exit code {done.returncode}", "trace": (done.stdout + done.stderr)[-3000:]}
-    return {"ok": True}
+    """Run a command; of a failing one its exit code and the end of its output."""
+    variables = os.environ | {"PYTHONPATH": python_path()} | environment
+    return processes.one([sys.executable, "-m", "trainer", *words], variables, folder)
 
 
 def photographs(folder: Path, count: int) -> int:

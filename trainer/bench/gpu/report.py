@@ -1,15 +1,17 @@
 """Rows of `make gpu`, each printed and written to OUT/gpu.jsonl as soon as it is known; a row that fails is a line, the next one follows.
 
 A part is a function of a `Host` that yields (name, row); a row is a function without arguments that returns its facts. A fact `ok` says
-whether a comparison holds.
+whether a comparison holds. A part that takes longer than its limit is interrupted, and a line names the rows that it did not measure.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +39,51 @@ class Host:
 Part = Callable[[Host], Iterator[Row]]
 
 
-def run(parts: Mapping[str, Part], host: Host, show: Callable[[str], None]) -> int:
-    """Every row of the parts in order; the number of rows that failed or whose comparison does not hold."""
+class OverTime(Exception):
+    """The limit of the part has passed."""
+
+
+def run(parts: Mapping[str, Part], host: Host, show: Callable[[str], None], limit: float = 0.0) -> int:
+    """Every row of the parts in order; the number of rows that failed or whose comparison does not hold. limit: seconds of a part (0:
+    none); what it did not measure counts as one row that failed."""
     failed = 0
     for part, rows in parts.items():
+        late: list[str] = []
         try:
-            for name, row in rows(host):
-                facts = _measured(row)
-                failed += not facts.get("ok", True)
-                _report(part, name, facts, host, show)
+            with _interrupted_after(limit) as over:
+                for name, row in rows(host):
+                    facts = {} if over() else _measured(row)
+                    if not facts or (over() and not facts.get("ok", True)):
+                        late.append(name)
+                        continue
+                    failed += not facts.get("ok", True)
+                    _report(part, name, facts, host, show)
         except Exception as error:  # while the part prepares its rows
             failed += 1
             _report(part, "(part)", _failure(error), host, show)
+        if late:
+            failed += 1
+            missing = {"error": f"limit of {limit:g} s; LIMIT= raises it", "not_measured": late}
+            _report(part, "(part)", {"ok": False, **missing}, host, show)
     return failed
+
+
+@contextmanager
+def _interrupted_after(limit: float) -> Iterator[Callable[[], bool]]:
+    """Raises OverTime inside the context, once, after `limit` seconds. Yields whether they have passed, because what is interrupted may
+    raise something else. In the main thread only."""
+    end = time.monotonic() + (limit or float("inf"))
+
+    def interrupt(number: int, frame: object) -> None:
+        raise OverTime(f"not finished within the part's {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield lambda: time.monotonic() >= end
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _measured(row: Callable[[], Facts]) -> Facts:

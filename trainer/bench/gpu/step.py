@@ -1,17 +1,22 @@
-"""`make gpu PART=step`: a training step of each row of the counts table, compiled, one row after the other; the prediction beside it."""
+"""`make gpu PART=step`: a training step of each row of the counts table, compiled, one row after the other; the prediction beside it.
+
+Before, the graphs of all rows are compiled by several processes at once; the rows load them from torch's cache.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from trainer.bench.gpu import counts
+from sparsity.attention_kernel import Kernels
+from trainer.bench.gpu import compile_rows, counts
 from trainer.bench.gpu.facts import timed
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.load import load
@@ -25,32 +30,58 @@ CONFIG = "configs/tri_level_deit_small_0.7.yaml"
 PREDICTED = "docs/results/gpu-counts.json"
 ORDER = ("timm", "dense", "tokens 0.7", "tokens 0.5", "tokens 0.9", "dense, bf16 residual", "tokens 0.7, bf16 residual",
          "tokens 0.7, exact 0.1", "tokens 0.7, shared_keys 0.1")  # fmt: skip
+FEW = {
+    "dense, 32 images": ("dense", ("data.micro_batch=32",)),
+    "dense, 32 images, CUDA graphs": ("dense", ("data.micro_batch=32", "engine.cuda_graphs=true")),
+}
+LAST = {"dense, autotune": ("dense", ("engine.autotune=true",))}  # compiled alone: it times kernels
 PEAK = 989e12  # FLOP/s of an H200 in bf16
 TINY = ("model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}", "tokens.blocks=[1]",
         "data.micro_batch=4", "data.batch=96")  # fmt: skip
 
 
-def configured(host: Host) -> Config:
+def configured(host: Host, words: Sequence[str] = ()) -> Config:
     """The recipe that is measured; tiny: on a network of two blocks."""
-    return load(SOURCE_ROOT / CONFIG, TINY if host.tiny else ())
+    return load(SOURCE_ROOT / CONFIG, [*(TINY if host.tiny else ()), *words])
 
 
 def part(host: Host) -> Iterator[Row]:
     torch.set_float32_matmul_precision("high")  # as in a run
     config, predicted = configured(host), _predictions(SOURCE_ROOT / PREDICTED)
     known: dict[str, float] = {}
-    for name in ORDER[:3] if host.tiny else ORDER:
-        yield name, lambda name=name: measured(host, config, name, known, predicted)
+    chosen: dict[tuple[int, bool], str] = {}
+    yield "attention kernels", partial(_choose, host, config, chosen)
     if not host.tiny:
-        few = config.changed(data={"micro_batch": 32})
-        yield "dense, 32 images", lambda: measured(host, few, "dense", {}, {})
-        graphed = few.changed(engine={"cuda_graphs": True})
-        yield "dense, 32 images, CUDA graphs", lambda: measured(host, graphed, "dense", {}, {})
+        yield "graphs compiled", partial(_compile, host, chosen)
+    for name in ORDER[:3] if host.tiny else ORDER:
+        yield name, partial(measured, host, config, name, known, predicted, chosen)
+    for name, (row, words) in ({} if host.tiny else FEW | LAST).items():
+        yield name, partial(measured, host, configured(host, words), row, {}, {}, chosen)
 
 
-def measured(host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any]) -> Facts:
-    """known: seconds of the rows before, to which this one is added."""
-    one, compiling, attention = step_of(host, config, counts.rows()[name])
+def _choose(host: Host, config: Config, chosen: dict[tuple[int, bool], str]) -> Facts:
+    """For every attention of the rows the fastest kernel, as at the start of a run. One choice for all processes: graphs contain it."""
+    shapes = {
+        shape
+        for name in ORDER
+        if not (row := counts.rows()[name]).timm
+        for shape in counts.network_of(config, row).attention_shapes(row.plan)
+    }
+    times = attention_backend.measured(host.device, config.data.micro_batch, shapes, torch.bfloat16)
+    chosen |= attention_backend.fastest(times, shapes)
+    return attention_backend.facts(times, chosen)
+
+
+def _compile(host: Host, chosen: Kernels) -> Facts:
+    wanted = [(name, ()) for name in ORDER] + list(FEW.values())
+    return compile_rows.compiled([compile_rows.Request(*one, compile_rows.packed(chosen)) for one in wanted], host.device)
+
+
+def measured(
+    host: Host, config: Config, name: str, known: dict[str, float], predicted: dict[str, Any], kernels: Kernels | None = None
+) -> Facts:
+    """known: seconds of the rows before, to which this one is added. kernels: of the attention; None: they are timed here."""
+    one, compiling, attention = step_of(host, config, counts.rows()[name], kernels)
     if host.on_gpu:
         torch.cuda.reset_peak_memory_stats(host.device)
     seconds = timed(one, host.device, 1 if host.tiny else 10, 1 if host.tiny else 4)
@@ -75,20 +106,24 @@ def measured(host: Host, config: Config, name: str, known: dict[str, float], pre
     return facts | {"compile_s": compiling, "attention": attention}
 
 
-def step_of(host: Host, config: Config, row: counts.Row) -> tuple[Callable[[], None], float, Any]:
+def step_of(
+    host: Host, config: Config, row: counts.Row, kernels: Kernels | None = None
+) -> tuple[Callable[[], None], float, Any]:
     """A compiled step (forward, backward, optimizer) of a row's network, seconds of its first call, and its attention kernels, chosen as
-    in a run (timm's: torch's choice). tiny: not compiled."""
+    in a run unless they are given (timm's: torch's choice). tiny: not compiled."""
     model = counts.network_of(config, row).to(host.device)
     chosen: Any = "torch"
     if not row.timm:
         shapes = model.attention_shapes(row.plan)
-        times = attention_backend.measured(host.device, config.data.micro_batch, shapes, torch.bfloat16)
-        model.kernels = attention_backend.fastest(times, shapes)
-        chosen = attention_backend.facts(times, model.kernels)["attention"]
+        if kernels is None:
+            times = attention_backend.measured(host.device, config.data.micro_batch, shapes, torch.bfloat16)
+            kernels = attention_backend.fastest(times, shapes)
+        model.kernels = {kind: name for kind, name in kernels.items() if kind in {shape.kind for shape in shapes}}
+        chosen = attention_backend.facts({}, model.kernels)["attention"]
     optimizer = build_optimizer(model, config.optim)
     network: Any = model.network if row.timm else model
     if not host.tiny:
-        network.compile(dynamic=False, **({"mode": "reduce-overhead"} if config.engine.cuda_graphs else {}))
+        network.compile(dynamic=False, **({"mode": mode} if (mode := cuda_graphs.mode_of(config.engine)) else {}))
     images, size = config.data.micro_batch, config.model.image_size
     pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(host.device)
     keys, labels = torch.arange(images, device=host.device), torch.arange(images, device=host.device) % 2
