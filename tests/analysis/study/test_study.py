@@ -40,6 +40,8 @@ BASE = "name: base\nepochs: 4\nmodel: {name: deit_tiny_patch16_224}\ndata: {trai
 def test_holm_on_the_textbook_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, math.nan, 0.7])[0::2] == [1.0, 1.0] and math.isnan(holm([0.6, math.nan, 0.7])[1])
+    with_open_questions = holm([0.01, math.nan, 0.02, math.nan])
+    assert with_open_questions[0::2] == pytest.approx([0.04, 0.06]), "as if the open ones had p = 1"
     assert holm([0.02]) == [0.02] and holm([]) == []
     ps = [0.011, 0.2, 0.004, 0.03]
     assert all(ours >= theirs for ours, theirs in zip(holm(ps), false_discovery_control(ps), strict=True))  # stricter than FDR
@@ -52,7 +54,7 @@ def test_the_paired_test_is_scipys() -> None:
     interval = expected.confidence_interval(0.95)
     assert found.p == pytest.approx(expected.pvalue)
     assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high))
-    for few in ([0.1], [0.0, 0.0], [0.1, 0.1]):
+    for few in ([0.1], [0.0, 0.0], [0.1, 0.1], [0.0008, 0.0007], [0.1, 0.1, 0.1]):
         assert math.isnan(PairedTest.of(few).p) and math.isnan(PairedTest.of(few).difference.low)
 
 
@@ -66,7 +68,7 @@ def test_seeds_are_those_of_power_tables(effect: float, pairs: int) -> None:
 def question(differences: list[float], corrected: float = math.nan) -> Question:
     test = PairedTest.of(differences)
     return Question(
-        "a", "b", PairedTest(test.difference, test.p, test.p if math.isnan(corrected) else corrected), NOTHING, NOTHING
+        "a", "b", PairedTest(test.difference, test.p, test.p if math.isnan(corrected) else corrected), NOTHING, NOTHING, NOTHING
     )
 
 
@@ -75,11 +77,13 @@ def question(differences: list[float], corrected: float = math.nan) -> Question:
     [
         ([-0.028, -0.020, -0.036], math.nan, "a is 2.8 points below b (95 % -4.8 to -0.8, n = 3, Holm p .026)."),
         ([-0.028, -0.020, -0.036], 0.3, "a is 2.8 points below b by its own test (95 % -4.8 to -0.8, n = 3, p .026), not after"),
-        ([-0.01, 0.02, 0.005], math.nan, "+0.5 points (95 % -3.2 to +4.2, n = 3, Holm p .622); 17 more seeds would find 1 point in"),
+        ([-0.01, 0.02, 0.005], math.nan, "+0.5 points (95 % -3.2 to +4.2, n = 3, Holm p .622); to find a difference of 1 point (power"),
         ([0.001, -0.001, 0.0005], math.nan, "the interval excludes differences of 1 point."),
         ([0.9, -0.9, 0.0], math.nan, "too much spread"),
         ([0.012], math.nan, "a and b: one pair, +1.2 points; no interval, no conclusion."),
-        ([-0.0139, -0.0139], math.nan, "a and b: 2 pairs with the same difference, -1.4 points; no interval, no conclusion."),
+        ([-0.0139, -0.0139], math.nan, "a and b: 2 pairs, -1.4 points; no interval, no conclusion."),
+        ([0.0008, 0.0007], math.nan, "a and b: 2 pairs, +0.1 points; no interval, no conclusion."),
+        ([-0.0139] * 3, math.nan, "a and b: 3 pairs with the same difference, -1.4 points; no interval, no conclusion."),
         ([], math.nan, "a and b: not measured."),
     ],
 )  # fmt: skip
@@ -117,7 +121,8 @@ def test_a_row_per_arm_and_a_test_per_question(mini: Path) -> None:
     assert sparse.time.mean == pytest.approx(1200 / 200 / (1600 / 100)) and sparse.images == 1200
     assert sparse.worst_class.mean == pytest.approx(0.2)
     one, later = found.questions
-    assert one.test.difference.mean == pytest.approx(-0.03) and one.test.holm == one.test.p  # the only one that is measured
+    assert one.test.difference.mean == pytest.approx(-0.03) and one.test.holm == 2 * one.test.p  # `later` counts too
+    assert one.worst_class.mean == pytest.approx(0.0)
     assert later.test.difference.count == 0 and math.isnan(later.test.holm)
     # 100,000 multiply-adds: dense is at 1,000 images, half way between epochs 2 (.675 + .01) and 3 (.7875 + .01), sparse at its end
     assert one.equal_multiply_adds.mean == pytest.approx(0.84375 - (0.675 + 0.7875) / 2 - 0.03)
@@ -184,14 +189,14 @@ def test_the_page_holds_the_numbers_and_is_the_same_each_time(mini: Path, capsys
     assert main(words) == 0
     assert capsys.readouterr().out.split() == ["page/study.md", "page/study/mini.png"]
     text, picture = Path("page/study.md").read_text(), Path("page/study/mini.png").read_bytes()
-    assert "| sparse | 0, 1, 2 | 82.47 ± 0.90 | 20.00 ± 0.00 | 1,200 | 0.625 | 0.375 |" in text
-    assert "| sparse | dense | 3 | -3.00 [-5.48, -0.52] | .035 | .035 |" in text
-    assert "- sparse is 3.0 points below dense (95 % -5.5 to -0.5, n = 3, Holm p .035)." in text
+    assert "| sparse | 0, 1, 2 | 82.47 ± 0.90 | 20.00 ± 0.00 | 1,200 | 0.625 |" in text
+    assert "| sparse | dense | 3 | -3.00 [-5.48, -0.52] | .035 | .070 | +0.00 [+0.00, +0.00] |" in text
+    assert "- sparse is 3.0 points below dense by its own test (95 % -5.5 to -0.5, n = 3, p .035)" in text
+    assert "Questions: 2, over which Holm corrects; 1 of them have three pairs or more." in text
     assert "later and dense" not in text and "Not measured: later." in text
     assert "6 runs on 2 x cpu; torch 2.15.0; started 2023-11-14; commit c0ffee" in text
-    assert "| multiply-adds | time (loaded machine) |" in text and "at equal time (loaded machine) |" in text
-    assert "dense trains for 0:16 per run." in text
-    assert "loaded machine" in text and "Does &lt;it&gt; count?" in text and "](study/mini.png)" in text
+    assert "| multiply-adds |\n" in text and "| at equal multiply-adds |\n" in text, "times of a loaded machine are not shown"
+    assert "Does &lt;it&gt; count?" in text and "](study/mini.png)" in text
     assert str(mini) not in text and len(picture) < 100_000
     assert main(words) == 0
     assert Path("page/study.md").read_text() == text and Path("page/study/mini.png").read_bytes() == picture
@@ -200,7 +205,8 @@ def test_the_page_holds_the_numbers_and_is_the_same_each_time(mini: Path, capsys
 def test_times_of_a_quiet_study_count(mini: Path) -> None:
     Path("mini.yaml").write_text(STUDY + "quiet: true\n")
     text = page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "x", {})
-    assert "loaded machine" not in text and "| multiply-adds | time |" in text
+    assert "| multiply-adds | time |" in text and "| at equal multiply-adds | at equal time |" in text
+    assert "| 1,200 | 0.625 | 0.375 |" in text and "dense trains for 0:16 per run." in text
 
 
 def test_a_study_without_journals_is_not_measured(mini: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 LEVEL = 0.05  # a corrected p below it counts
 POWER = 0.8
 MOST_SEEDS = 999
+FEWEST_PAIRS = 3  # for an interval: of two, Student's t makes one of 12.7 times their half difference, or chance one of nothing
 EQUAL = 1e-9  # standard deviation of differences that are the same but for rounding
 
 
@@ -47,7 +48,8 @@ class MeanInterval:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A paired, two-sided t-test of differences. p, and holm (p corrected over the questions of a table): nan for less than 2 pairs.
+    """A paired, two-sided t-test of differences. p, holm (p corrected over the questions of a table) and the interval: nan for less than
+    FEWEST_PAIRS.
 
     Pairs with one and the same difference have no interval and no p either: top-1 moves in steps of one image, so few pairs coincide by
     chance, and a t-test would take that for certainty.
@@ -60,13 +62,13 @@ class PairedTest:
     @classmethod
     def of(cls, differences: Sequence[float]) -> PairedTest:
         found = MeanInterval.of(list(differences))
-        if found.count >= 2 and found.sd < EQUAL:
+        if found.count < FEWEST_PAIRS or found.sd < EQUAL:
             found = replace(found, low=math.nan, high=math.nan)
         return cls(found, _p(found))
 
 
 def _p(found: MeanInterval) -> float:
-    if found.count < 2 or found.sd < EQUAL:
+    if found.count < FEWEST_PAIRS or found.sd < EQUAL:
         return math.nan
     from scipy.stats import t  # takes a second to import
 
@@ -74,14 +76,15 @@ def _p(found: MeanInterval) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected over all of them that are known (Holm 1979, step-down); nan stays nan.
+    """p values corrected over all of them (Holm 1979, step-down). nan, a question without an answer yet, stays nan and counts as 1: so
+    what is asked decides the correction, not what is finished.
 
     The k-th smallest of m is multiplied by m - k + 1, none is below a smaller one's, none above 1.
     """
     order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
     corrected, highest = [math.nan] * len(ps), 0.0
     for k, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - k) * p))
+        highest = max(highest, min(1.0, (len(ps) - k) * p))
         corrected[i] = highest
     return corrected
 

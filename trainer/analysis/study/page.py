@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
-from trainer.analysis.comparison.statistics import LEVEL, MeanInterval, seeds_for
+from trainer.analysis.comparison.statistics import FEWEST_PAIRS, LEVEL, MeanInterval, seeds_for
 from trainer.analysis.study.file import read
 from trainer.analysis.study.results import Arm, Question, StudyResult, result
 from trainer.analysis.units import duration
@@ -24,10 +24,13 @@ Made from the journals of finished runs in `{journals}` by
 {command}
 ```
 Top-1 is that of the last evaluation, in % of the validation images; differences are in points, paired by seed (arm minus reference), with
-95 % intervals of Student's t. p: paired t-test, two-sided; Holm: corrected over the questions of the table with at least two pairs. *At
-equal multiply-adds*, *at equal time*: the same difference where both runs have used as much as the smaller total of the two, read from
-their curves (the run with the longer schedule is at a disadvantage there). Multiply-adds count forward passes of training; time is that of
-training steps. A result holds for the data set, network and number of epochs of its study.
+95 % intervals of Student's t from three pairs on. p: paired t-test, two-sided; Holm: corrected over all questions of the study's file,
+also those without an answer yet. Worst class: difference of the accuracies of the worst classes, not tested. *At equal multiply-adds*:
+the same difference where both runs have used as much as the smaller total of the two, read from their curves: there the run with the
+longer schedule is cut off before its learning rate is down, a disadvantage that an arm with fewer epochs does not have. Multiply-adds
+count forward passes of training. Times, and differences at equal time, are shown for studies whose machine did nothing else (`quiet:
+true`). A result holds for the data set, network and number of epochs of its study. Pictures of the tokens that are kept and of the images
+forgotten most: [pictures.md](pictures.md).
 """
 ARMS = (
     "arm",
@@ -41,7 +44,17 @@ ARMS = (
     "multiply-adds",
     "time",
 )
-QUESTIONS = ("arm", "reference", "pairs", "difference", "p", "Holm", "at equal multiply-adds", "at equal time")
+QUESTIONS = (
+    "arm",
+    "reference",
+    "pairs",
+    "difference",
+    "p",
+    "Holm",
+    "worst class",
+    "at equal multiply-adds",
+    "at equal time",
+)
 
 
 def write(files: Sequence[str], journals: Path, out: Path) -> list[Path]:
@@ -72,8 +85,9 @@ def sentence(question: Question) -> str:
     off = test.difference
     if off.count == 0:
         return f"{arm} and {other}: not measured."
-    if off.count == 1:
-        return f"{arm} and {other}: one pair, {_points(off.mean)} points; no interval, no conclusion."
+    if off.count < FEWEST_PAIRS:
+        pairs = "one pair" if off.count == 1 else f"{off.count} pairs"
+        return f"{arm} and {other}: {pairs}, {_points(off.mean)} points; no interval, no conclusion."
     if math.isnan(off.low):
         return f"{arm} and {other}: {off.count} pairs with the same difference, {_points(off.mean)} points; no interval, no conclusion."
     interval = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}"
@@ -91,7 +105,9 @@ def sentence(question: Question) -> str:
     more = need - off.count
     if more < 1:
         return f"{text}."
-    return f"{text}; {more} more {'seed' if more == 1 else 'seeds'} would find 1 point in 4 of 5 studies, without correction."
+    return (
+        f"{text}; to find a difference of 1 point (power .8, uncorrected) takes {more} more {'seed' if more == 1 else 'seeds'}."
+    )
 
 
 def _study(found: StudyResult, picture: str | None) -> str:
@@ -100,11 +116,13 @@ def _study(found: StudyResult, picture: str | None) -> str:
     if not found.arms:
         return "\n".join([*lines, "", "Not measured: no kept journal.", ""])
     missing = [name for name in file.arms if name not in [arm.name for arm in found.arms]]
-    lines += ["", *_origin(found), "", *_table(_timed(ARMS, file.quiet), [_arm(arm) for arm in found.arms])]
-    loaded = "" if file.quiet else " Time: on a loaded machine, with other work beside the runs; no basis for a speedup."
+    lines += ["", *_origin(found), "", *_table(ARMS, [_arm(arm, file.quiet) for arm in found.arms])]
     base = next((arm for arm in found.arms if arm.name == file.reference), None)
     own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
-    lines += ["", f"Multiply-adds and time relative to {file.reference}, paired by seed.{own}{loaded}"]
+    relative = (
+        f"and time relative to {file.reference}, paired by seed.{own}" if file.quiet else f"relative to {file.reference}."
+    )
+    lines += ["", f"Multiply-adds {relative}"]
     if not all(math.isnan(arm.stored) for arm in found.arms):
         lines += [
             "",
@@ -116,10 +134,13 @@ def _study(found: StudyResult, picture: str | None) -> str:
     measured = [question for question in found.questions if question.test.difference.count]
     if measured:
         tested = sum(not math.isnan(question.test.p) for question in measured)
-        lines += ["", f"Questions with at least two pairs, over which Holm corrects: {tested}."]
-        lines += ["", *_table(_timed(QUESTIONS, file.quiet), [_question(question) for question in measured])]
+        lines += [
+            "",
+            f"Questions: {len(found.questions)}, over which Holm corrects; {tested} of them have three pairs or more.",
+        ]
+        lines += ["", *_table(QUESTIONS, [_question(question, file.quiet) for question in measured])]
     if picture:
-        lines += ["", f"![top-1 by multiply-adds and by time: {file.name}]({picture})"]
+        lines += ["", f"![top-1 by multiply-adds{' and by time' if file.quiet else ''}: {file.name}]({picture})"]
     lines += ["", *(f"- {markdown_text(sentence(question))}" for question in measured)]
     if found.notes:
         lines += ["", "Notes:", *(f"- {markdown_text(note)}" for note in found.notes)]
@@ -143,26 +164,23 @@ def _origin(found: StudyResult) -> list[str]:
     ]
 
 
-def _arm(arm: Arm) -> list[str]:
+def _arm(arm: Arm, timed: bool) -> list[str]:
     kept = "" if arm.class_kept is None or arm.class_kept[0] == 1 else f"{arm.class_kept[0]:.2f} to {arm.class_kept[1]:.2f}"
     worst = _spread(arm.worst_class) or "not recorded"
     return [
         arm.name, ", ".join(map(str, arm.runs)), _spread(arm.top1), worst,
         "" if math.isnan(arm.stored) else f"{arm.stored:,.0f}", "" if math.isnan(arm.stored_share) else f"{arm.stored_share:.3f}",
-        kept, f"{arm.images:,.0f}", _share(arm.multiply_adds), _share(arm.time),
+        kept, f"{arm.images:,.0f}", _share(arm.multiply_adds),
+        _share(arm.time) if timed else "",
     ]  # fmt: skip
 
 
-def _question(question: Question) -> list[str]:
+def _question(question: Question, timed: bool) -> list[str]:
     test = question.test
     return [
         question.arm, question.reference, str(test.difference.count), _difference(test.difference), _p(test.p), _p(test.holm),
-        _difference(question.equal_multiply_adds), _difference(question.equal_time),
+        _difference(question.worst_class), _difference(question.equal_multiply_adds), _difference(question.equal_time) if timed else "",
     ]  # fmt: skip
-
-
-def _timed(names: Sequence[str], quiet: bool) -> list[str]:
-    return [name if quiet or not name.endswith("time") else f"{name} (loaded machine)" for name in names]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -181,7 +199,10 @@ def _spread(found: MeanInterval) -> str:
 def _difference(found: MeanInterval) -> str:
     if math.isnan(found.mean):
         return ""
-    return f"{100 * found.mean:+.2f}" + ("" if math.isnan(found.low) else f" [{100 * found.low:+.2f}, {100 * found.high:+.2f}]")
+    shown = f"{100 * found.mean:+.2f}"
+    if math.isnan(found.low) or found.count < FEWEST_PAIRS:
+        return shown
+    return f"{shown} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
 
 
 def _share(found: MeanInterval) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a study: top-1 of every arm by multiply-adds and by training time, and the curve of the reference."""
+"""The picture of a study: top-1 of every arm by multiply-adds, in a quiet study by training time too, and the curve of the reference."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def picture(found: StudyResult, path: Path) -> Path:
     """Means over the seeds, bars of one standard deviation; costs relative to the whole run of the reference."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9.5, 4 + 0.12 * len(found.arms)), dpi=100, layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 2, sharey=True)
+    costs = {name: cost for name, cost in COSTS.items() if found.file.quiet or name == "multiply-adds"}
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     base = next((arm for arm in found.arms if arm.name == found.file.reference), None)
-    for axes, (name, cost) in zip(panels, COSTS.items(), strict=True):
+    for axes, (name, cost) in zip(panels, costs.items(), strict=True):
         if base:
             for run in base.runs.values():
                 whole = cost(evaluations(run)[-1])
@@ -45,14 +46,13 @@ def picture(found: StudyResult, path: Path) -> Path:
                 x, 100 * arm.top1.mean, sd, fmt=MARKERS[i // len(COLORS) % len(MARKERS)], color=COLORS[i % len(COLORS)],
                 markersize=5, capsize=2, label=plot_text(arm.name),
             )  # fmt: skip
-        loaded = "" if found.file.quiet or cost is COSTS["multiply-adds"] else ", loaded machine"
-        axes.set_xlabel(f"{name} / whole run of {plot_text(found.file.reference)}{loaded}")
+        axes.set_xlabel(f"{name} / whole run of {plot_text(found.file.reference)}")
         axes.set_xlim(left=0)
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("top-1 (%)")
-    panels[0].set_ylim(bottom=_lowest(found.arms, base))
+    panels[0].set_ylim(bottom=_lowest(found.arms, base), top=min(100.0, panels[0].get_ylim()[1]))
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=8)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
     return path

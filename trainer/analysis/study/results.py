@@ -39,12 +39,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """An arm compared with another on the seeds that both have. equal: top-1 difference where both have used as much as the smaller
-    total of the two, read from their curves."""
+    """An arm compared with another on the seeds that both have. worst_class: difference of the accuracies of the worst classes. equal:
+    top-1 difference where both have used as much as the smaller total of the two, read from their curves."""
 
     arm: str
     reference: str
     test: PairedTest
+    worst_class: MeanInterval
     equal_multiply_adds: MeanInterval
     equal_time: MeanInterval
 
@@ -97,7 +98,7 @@ def _runs(folder: Path, arm: str) -> dict[int, History]:
 
 def _arm(name: str, runs: dict[int, History], base: dict[int, History]) -> Arm:
     of = list(runs.values())
-    worst = [evaluations(run)[-1].get("worst_class", math.nan) for run in of]
+    worst = [_worst_class(run) for run in of]
     kept = [point["facts"] for run in of for point in run.of("epoch")[-1:] if "class_keep_min" in point.get("facts", {})]
     shares = (min(f["class_keep_min"] for f in kept), max(f["class_keep_max"] for f in kept)) if kept else None
     pairs = [(run, base[number]) for number, run in runs.items() if number in base]
@@ -109,10 +110,15 @@ def _arm(name: str, runs: dict[int, History], base: dict[int, History]) -> Arm:
     )  # fmt: skip
 
 
+def _worst_class(run: History) -> float:
+    return evaluations(run)[-1].get("worst_class", math.nan)
+
+
 def _question(arm: str, other: str, ours: dict[int, History], theirs: dict[int, History]) -> Question:
     pairs = [(ours[number], theirs[number]) for number in ours if number in theirs]
     return Question(
         arm, other, PairedTest.of([final(a) - final(b) for a, b in pairs]),
+        MeanInterval.of([_worst_class(a) - _worst_class(b) for a, b in pairs]),
         MeanInterval.of([_at_equal(a, b, lambda point: point.multiply_adds) for a, b in pairs]),
         MeanInterval.of([_at_equal(a, b, lambda point: point.trained) for a, b in pairs]),
     )  # fmt: skip
