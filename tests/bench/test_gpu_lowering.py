@@ -23,7 +23,8 @@ from sparsity.tokens import TOKENS
 from sparsity.tokens.topk import RandomSettings, TopKSettings
 from sparsity.types import Plan
 from tests.conftest import ROOT, environment
-from tests.support.networks import swin
+from tests.support.networks import SIZE, swin
+from tests.support.networks import network as made
 from tests.support.triton_interpreter import ROWS
 from tests.support.vits import images, tiny
 from trainer.bench.gpu import lowering, pretended
@@ -117,6 +118,20 @@ def test_a_swin_that_leaves_tokens_out_compiles_for_a_gpu_forward_and_backward(v
     graphs = lowering.lower(step, torch.randn(4, 3, 20, 20), keys)
     assert [graph.backward for graph in graphs] == [False, True]
     assert compile_all(graphs) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_a_network_without_tokens_compiles_for_a_gpu_forward_and_backward(kind: str, h200: None) -> None:
+    network = build(made(kind, drop_path=0.5).train(), image_size=SIZE)
+
+    def step(pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return network(pixels, rng_keys=keys).logits
+
+    graphs = lowering.lower(step, torch.randn(4, 3, SIZE, SIZE), torch.arange(4))
+    assert [graph.backward for graph in graphs] == [False, True]
+    assert compile_all(graphs) > 10
 
 
 @pytest.mark.slow
