@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 # On a GPU host: its own Python and torch, the source tree as it is, nothing installed by us, no network. PYTHONPATH may name more.
-# make gpu PYTHON=python3 PART="facts check run step loop engine profile input sparse study" OUT=results LIMIT=235
+# make gpu PYTHON=python3 PART="facts check run resume step loop engine profile input sparse study" OUT=results LIMIT=235
 gpu:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m trainer.bench.gpu $(PART) $(if $(OUT),--out $(OUT)) $(if $(LIMIT),--limit $(LIMIT))
 

@@ -123,6 +123,40 @@ def test_processes_run_a_few_at_a_time_and_the_first_failure_is_kept(tmp_path: P
     assert done["error"] == "exit code 3" and str(tmp_path) in done["trace"]
 
 
+def test_spans_of_annotations_are_no_kernels() -> None:
+    """On a GPU they are on the device too, and span whole passes: time by class would be double, and nothing idle."""
+    weight = torch.randn(8, 8)
+
+    def one() -> None:
+        with torch.autograd.profiler.record_function("a whole pass"):
+            weight @ weight
+
+    found = kernels.profiled(CPU, one, 2)
+    assert found["launches"] > 0 and "a whole pass" not in {name for name, *_ in found["largest"]}
+
+
+def test_on_a_gpu_every_part_has_a_process_that_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
+    """A context that an error has broken ends with its part; a process that does not end is killed some time after the limit."""
+    started: list[tuple[list[str], float]] = []
+    codes = iter([1, -9, 0])
+
+    def shown(command: list[str], environment: Any, limit: float) -> int:
+        started.append((command[3:], limit))
+        return next(codes)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "shown", shown)
+        assert gpu.main(["facts", "step", "run", "--out", str(tmp_path), "--limit", "10"]) == 1
+    assert started == [(["--here", part, "--limit", "10.0", "--out", str(tmp_path)], 40.0) for part in ("facts", "step", "run")]
+    assert "FAIL  step    (part)  its process ended with -9" in capfd.readouterr().out
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    before = time.monotonic()
+    assert processes.shown([sys.executable, "-c", code], os.environ, 1.0) == -signal.SIGKILL and time.monotonic() - before < 20
+    assert processes.shown([sys.executable, "-c", "print('row'); raise SystemExit(1)"], os.environ, 0.0) == 1
+    assert "begun\nrow\n" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rows_load_the_graphs_that_other_processes_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +182,19 @@ def test_rows_load_the_graphs_that_other_processes_compiled(tmp_path: Path, monk
 
 
 def test_parts_are_named_and_unknown_ones_refused(capsys: Any) -> None:
-    assert list(gpu.parts()) == ["facts", "check", "run", "step", "loop", "engine", "profile", "input", "sparse", "study"]
+    assert list(gpu.parts()) == [
+        "facts",
+        "check",
+        "run",
+        "resume",
+        "step",
+        "loop",
+        "engine",
+        "profile",
+        "input",
+        "sparse",
+        "study",
+    ]
     with pytest.raises(SystemExit):
         gpu.main(["steps"])
     assert "PART=steps: unknown value; valid values: facts, check, run" in capsys.readouterr().err
@@ -176,13 +222,14 @@ def test_a_profile_sums_classes_and_idle_time() -> None:
     assert found["idle"] == pytest.approx(0.1) and found["largest"][0] == ["ampere_gemm", 4.0, 1.0]
     names = (
         "triton_per_fused_layer_norm",
+        "triton_poi_fused_addmm_gelu_0",
         "void at::native::sort",
         "pytorch_flash::flash_fwd",
         "ncclDevKernel_AllReduce",
         "xyz",
     )
     assert [kernels.class_of(name) for name in names] == [
-        "reduction and norm", "sort and gather", "attention", "communication", "other",
+        "reduction and norm", "elementwise", "sort and gather", "attention", "communication", "other",
     ]  # fmt: skip
 
 

@@ -40,12 +40,15 @@ def of(words: tuple[str, ...], option: str) -> str:
 
 
 def test_engines_are_timed_at_full_and_at_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    (full,), (tiny,) = (started(monkeypatch, jobs.engine, host)["engines"] for host in (FULL, TINY))
-    assert full[:3] == tiny[:3] == ("bench", "engine", jobs.CONFIG)
-    assert (of(full, "--images-per-device"), of(full, "--rows"), of(full, "--rounds")) == ("256,32", "ddp,zero0,zero1", "20")
-    assert (of(tiny, "--images-per-device"), of(tiny, "--rows"), of(tiny, "--rounds")) == ("2", "ddp", "2")
-    assert "model.image_size=32" in tiny and "model.image_size=32" not in full
-    assert of(full, "--processes") == of(tiny, "--processes") == "1"
+    full, tiny = (started(monkeypatch, jobs.engine, host) for host in (FULL, TINY))
+    assert list(full) == ["engines, 256 images", "engines, 32 images"] and list(tiny) == ["engines, 2 images"]
+    ((large,), (few,)), ((small,),) = full.values(), tiny.values()
+    assert all(words[:3] == ("bench", "engine", jobs.CONFIG) for words in (large, few, small))
+    assert (of(large, "--images-per-device"), of(large, "--rows"), of(large, "--rounds")) == ("256", "ddp,zero1", "20")
+    assert (of(few, "--images-per-device"), of(few, "--rows"), of(few, "--rounds")) == ("32", "ddp,zero0,zero1", "20")
+    assert (of(small, "--images-per-device"), of(small, "--rows"), of(small, "--rounds")) == ("2", "ddp", "2")
+    assert "model.image_size=32" in small and "model.image_size=32" not in large
+    assert of(large, "--processes") == of(small, "--processes") == "1"
 
 
 def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,21 +67,41 @@ def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) 
     assert [of(small, option) for option in ("--batch", "--passes", "--workers", "--rows")] == ["4", "1", "1", "ours"]
 
 
-def test_a_run_is_made_on_both_devices_compiled_stopped_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_made_on_both_devices_compiled_in_bf16_and_under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     full, tiny = (started(monkeypatch, jobs.run, host) for host in (FULL, TINY))
     assert list(tiny) == ["pack digits", "on the CPU", "on the device"] == list(full)[:3]
     zero = [f"DeepSpeed, zero={stage}" for stage in range(4)]
+    half = ["compiled, autocast", "DeepSpeed, zero=0, autocast", "DeepSpeed, zero=1, autocast"]
+    assert {*list(full)[3:]} == {"compiled", *zero, *half}
+    assert {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="} == {"on the CPU"}
+    assert {row for row, (words,) in full.items() if "engine.compile=true" in words} == {"compiled", half[0]}
+    assert {row for row, (words,) in full.items() if "engine.kind=deepspeed" in words} == {*zero, *half[1:]}
+    assert {row for row, (words,) in full.items() if "engine.precision=autocast" in words} == {*half}
+    assert {row for row, (words,) in full.items() if any(word.startswith("trace.steps") for word in words)} == {
+        "compiled",
+        half[0],
+    }
+    assert all(set(jobs.TINY) <= set(words) for row, (words,) in tiny.items() if row != "pack digits")
+    assert not any(set(jobs.TINY) & set(words) for (words,) in full.values())
+    names = [next(word for word in words if word.startswith("name=")) for row, (words,) in full.items() if row != "pack digits"]
+    assert len({*names}) == len(names), "each row has a run of its own"
+
+
+def test_a_run_is_stopped_and_resumed_also_on_the_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = started(monkeypatch, jobs.resume, FULL)
     again = "resumed on the device again"
-    assert list(full)[3:] == ["compiled", *zero, "stopped", "resumed", "resumed on the CPU", again]
-    hidden = {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="}
-    assert hidden == {"on the CPU", "resumed on the CPU"}
-    assert {row for row, (words,) in full.items() if "engine.compile=true" in words} == {"compiled"}
-    assert {row for row, (words,) in full.items() if "engine.kind=deepspeed" in words} == {*zero}
+    assert list(full) == ["pack digits", "whole", "stopped", "resumed", "resumed on the CPU", again]
+    assert {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="} == {"resumed on the CPU"}
     assert {row for row, (words,) in full.items() if "--resume" in words} == {"resumed", "resumed on the CPU", again}
     assert "stop_at=12step" in full["stopped"][0] and "stop_at=35step" in full["resumed on the CPU"][0]
     assert "stop_at=40step" in full[again][0]
-    assert all(set(jobs.TINY) <= set(words) for row, (words,) in tiny.items() if row != "pack digits")
-    assert not any(set(jobs.TINY) & set(words) for (words,) in full.values())
+
+
+def test_traced_steps_are_neither_sampled_nor_logged() -> None:
+    """Both wait for the device. Sampled is the second step after a log line."""
+    for (first, last), every in ((jobs.TRACED, 5), (loop.TRACED, 10)):
+        assert not {step % every for step in range(first, last + 1)} & {0, 2}
+    assert f"log_every={5}step" in jobs.SETTINGS and loop.TIMED % 10 == 0 and loop.TRACED[0] - 1 > loop.TIMED
 
 
 @pytest.mark.parametrize(
@@ -137,17 +160,21 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
 
     events = [
         event("user_annotation", "step 31", 0, 10), event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
-        event("cuda_runtime", "cudaStreamSynchronize", 1, 1), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
-        event("cuda_runtime", "cudaStreamSynchronize", 1, 1, thread=2), event("cpu_op", "aten::add", 0, 99),
+        event("cuda_runtime", "cudaStreamSynchronize", 1, 60), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
+        event("cuda_runtime", "cudaEventSynchronize", 1, 2), event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
+        event("cpu_op", "aten::add", 0, 99),
     ]  # fmt: skip
     found = loop.traced(events, 2, on_gpu=True)
-    assert (found["waits"], found["launches"], found["ms"]) == (0.5, 1.0, 0.005), "the thread that decodes waits for itself"
+    assert (found["waits"], found["launches"], found["ms"]) == (0.5, 1.0, 0.005), (
+        "the thread that decodes waits for itself, and an event that is past returns at once"
+    )
+    assert found["waited_ms"] == pytest.approx(0.031)
     assert found["idle"] == pytest.approx(0.2) and found["product_ms"] == 0.003
 
 
 @pytest.mark.slow
 def test_the_loop_is_measured_in_its_tiny_form(tmp_path: Path) -> None:
     rows = {name: row() for name, row in loop.part(TINY)}
-    assert list(rows) == ["made images", "step alone", "loop, decode_on=workers"] and rows["made images"]["images"] == 96
+    assert list(rows) == ["made images", "step alone", "loop, decode_on=workers"] and rows["made images"]["images"] == 4 * 96
     found = rows["loop, decode_on=workers"]
     assert found["ok"] and found["images_per_second"] > 0 and 0 < found["share_of_step"] < 2 and found["launches"] > 100

@@ -36,7 +36,7 @@ def test_the_recipe_at_07_has_nine_plans_of_other_counts_and_eight_without_conne
     assert len({model.counts(plan) for plan in plans}) == counts
     if not words:
         row = f"| graphs of the .7 recipe at most 21 | {2 * counts + 2}: {2 * counts} of the network,"
-        assert row in (ROOT / "docs/results/gpu-counts.md").read_text()
+        assert row in (ROOT / "docs/results/gpu.md").read_text()
 
 
 @pytest.mark.slow

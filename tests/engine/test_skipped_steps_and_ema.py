@@ -15,6 +15,10 @@ from tests.conftest import ROOT, environment, torchrun
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(660)]  # one start for all, and machines may be busy
 ALL = [f"deepspeed:{zero}:float32:2" for zero in range(4)] + ["ddp:0:float32:2", "ddp:0:float32:2:device"]
 AVERAGED = ["deepspeed:3:float32:2", "deepspeed:1:float32:2"]
+SUMMED = [f"ddp:0:autocast:3{more}" for more in ("", ":device")] + [f"deepspeed:{zero}:autocast:3" for zero in range(4)]
+SUMMED += ["deepspeed:0:autocast:3:device"]
+# numbers that a step reads: whether the gradient is finite and the clipping where the host decides; of DeepSpeed's ZeRO its own
+READS = {"ddp:0": 7, "deepspeed:0": 7, "deepspeed:1": 5, "deepspeed:2": 5, "deepspeed:3": 3}
 COMPILED = [f"deepspeed:{zero}:float32:1" for zero in (1, 0, 2)]
 OTHERS = [
     "accumulating=deepspeed:1:float32:3",
@@ -49,6 +53,7 @@ def found() -> dict[str, dict[str, Any]]:
     return engines(
         *(f"skipping={mode}" for mode in ALL),
         *(f"averaging={mode}" for mode in AVERAGED),
+        *(f"summing={mode}" for mode in SUMMED),
         *OTHERS,
     )
 
@@ -101,6 +106,18 @@ def test_accumulation_checkpointing_and_clipping_together_are_one_batch(zero: in
     one = found[f"accumulating=deepspeed:{zero}:float32:3"]
     for split, whole in zip(one["split"], one["whole"], strict=True):
         assert split == pytest.approx(whole, rel=2e-5) and whole[1] > 0.1, "clipping has something to do"
+
+
+@pytest.mark.parametrize("mode", SUMMED)
+def test_gradients_of_autocast_are_summed_and_sent_in_float32_and_no_step_synchronises(
+    mode: str, found: dict[str, dict[str, Any]]
+) -> None:
+    """Three micro-batches on two ranks, clipped. Sums in bf16 would be off by the rounding to bf16 at least."""
+    one = found[f"summing={mode}"]
+    assert one["worst"] < 1e-6 and one["rounded"] > 1e-3
+    assert one["synchronised"] == 0
+    most = 0 if mode.endswith("device") else READS[mode[: mode.index(":autocast")]]
+    assert one["reads"] <= most
 
 
 @pytest.mark.parametrize("mode", ["deepspeed:1", "ddp:0"])

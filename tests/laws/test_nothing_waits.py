@@ -23,7 +23,8 @@ from trainer.data.augment.prepare import build_prepare
 from trainer.data.batch import Batch
 from trainer.data.order import BatchSplit
 from trainer.engine import upload
-from trainer.engine.engine import Engine, leaves_out_on_device
+from trainer.engine.engine import Engine
+from trainer.engine.left_out_steps import leaves_out_on_device
 from trainer.engine.processes import Processes
 from trainer.model.build import build_distillation, build_examples, build_model, build_objective
 from trainer.model.ema import Ema

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.types import Plan
+from trainer.bench.gpu.kernels import profiled
 from trainer.bench.paired import interval
 from trainer.bench.result import BenchResult, stats
 from trainer.config.errors import ConfigError
@@ -35,6 +36,7 @@ from trainer.telemetry.timing import interleave
 BARE = "bare"
 ENGINES = {"ddp": ("ddp", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 WARM_UP = 3
+PROFILED = 5  # steps of each row, behind the timed ones
 EQUAL = 1.02  # engines within this ratio count as equally fast
 Step = Callable[[], None]
 
@@ -45,6 +47,8 @@ COLUMNS = {
     "of bare": "{ratio:.3f}",
     "95 % interval": "{ratio_low:.2f} - {ratio_high:.2f}",
     "memory MiB": "{memory_mib:.0f}",
+    "launches": "{launches:.0f}",  # of kernels and copies per step; on a GPU
+    "idle": "{idle:.3f}",  # share of the time in which the GPU computes nothing
 }
 
 
@@ -116,6 +120,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
     show = f"bench engine, {count} images per device" if engine.is_main else None
     own = interleave({name: partial(_timed, engine, step) for name, step in steps.items()}, rounds, show=show)
+    launched = {name: profiled(engine.device, step, PROFILED) for name, step in steps.items()} if engine.on_gpu else {}
     gathered = engine.all_gather_objects([own])
     times = {name: [max(seconds) for seconds in zip(*(rank[name] for rank in gathered), strict=True)] for name in own}
     for name, seconds in times.items():
@@ -127,6 +132,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             "ratio_low": low,
             "ratio_high": high,
         }
+        found[name] |= {key: launched[name][key] for key in ("launches", "idle") if name in launched}  # of rank 0
     return found, engine
 
 

@@ -41,7 +41,12 @@ def deepspeed_config(settings: EngineConfig, batch_split: BatchSplit, world: int
         # it synchronises the device twice in each step; the run has meters of its own
         "timers": {"throughput": {"enabled": False}},
     }
-    return merged(ours, settings)
+    found = merged(ours, settings)
+    if settings.zero == 0:
+        found["gradient_clipping"] = (
+            0.0  # our engine clips: DeepSpeed's own copies two numbers to the device and waits for them
+        )
+    return found
 
 
 def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:

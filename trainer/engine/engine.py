@@ -30,6 +30,7 @@ from trainer.engine.deepspeed_import import import_deepspeed
 from trainer.engine.environment import rank, set_single_process_env, start_alone, use_persistent_compile_cache, world_size
 from trainer.engine.full_state import FullState
 from trainer.engine.heartbeat import Heartbeat, backstop, set_limits
+from trainer.engine.left_out_steps import begin_momentum, leaves_out_on_device
 from trainer.engine.processes import Processes, ddp_settings
 from trainer.engine.store import meeting
 
@@ -93,6 +94,8 @@ class Engine(Processes):
             self.model = nn.parallel.DistributedDataParallel(model, **ddp_settings()) if self.world > 1 else model
         replicated = self.settings.kind == "ddp" or self.settings.zero == 0
         self.decides_on_device = self.on_gpu and replicated and leaves_out_on_device(self.optimizer)
+        if self.decides_on_device:
+            begin_momentum(self.optimizer)
         set_limits(backstop(self.settings.timeout, self.settings.start_timeout))
 
     def choose_attention(
@@ -184,8 +187,7 @@ class Engine(Processes):
         if self.settings.kind == "deepspeed" and self.settings.zero > 0:
             self.model.step()
             return not self.optimizer.overflow
-        clips = self.clip and self.settings.kind == "ddp"  # DeepSpeed clips in its step
-        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if clips else self._total_norm()
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip) if self.clip else self._total_norm()
         if self.decides_on_device:
             taken = self._norm * 0 == 0  # finite, in two operations; `isfinite` takes four
             # as torch's GradScaler gives it: at 1 the fused kernels change nothing
@@ -241,8 +243,3 @@ class Engine(Processes):
     def state(self) -> FullState:
         """Weights and optimizer state, unsharded and by timm's names, as in a checkpoint."""
         return FullState(getattr(self.module, "network", self.module), self.optimizer, self.rank, self.world, self.device)
-
-
-def leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer takes `found_inf`, a tensor of torch's GradScaler, and at 1 leaves its step out: torch's fused ones do."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -7,6 +7,8 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsity.network import SparseNetwork
 from sparsity.plan_mix import PlanMix
 from sparsity.types import Selection
@@ -183,6 +185,8 @@ class RankZeroLog:
         ):  # runs of old versions lack the number of parameters
             about["weights_bytes"] = stored
         line = {"status": status, "reason": reason, **about, **facts, "spent": spent}
+        if self.config.engine.compile:
+            line["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if rate is not None:
             line["matrix_tflops"] = rate / 1e12
         now = {"kind": "end", "attempt": self.journal.attempt, "time": self.journal.now(), **line}

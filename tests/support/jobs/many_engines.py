@@ -17,8 +17,11 @@ from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity import build
 from sparsity.types import Plan
@@ -36,6 +39,11 @@ Spoil = Callable[[Tensor], Tensor]
 torch.set_num_threads(1)
 
 
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
+
+
 class Run:
     """One engine over the network: `states[s]` is everything (rank 0) after s steps, `taken[s]` whether step s was taken."""
 
@@ -47,8 +55,7 @@ class Run:
             kind=kind, zero=int(zero), precision=precision, deepspeed=os.environ.get("DEEPSPEED_FILE")
         )  # type: ignore[arg-type]
         self.engine = Engine(settings, self.steps, clip=CLIP)
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(16, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
+        self.model = network()
         if saved is not None:
             self.model.load_state_dict(part(saved, "w:"))
         optim |= {"fused": True} if device else {}
@@ -259,7 +266,62 @@ def fusing(mode: str) -> dict[str, Any]:
     }
 
 
-TASKS = {f.__name__: f for f in (skipping, averaging, compiling, accumulating, fusing)}
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors: on a GPU it would wait for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def summing(mode: str) -> dict[str, Any]:
+    """Gradients of three micro-batches in autocast, beside those of the same network without an engine, summed in float32 over the
+    micro-batches and the ranks. In the second step, what backward passes and step read, and how often they synchronise."""
+    twin = network()
+    run = Run(mode)
+    engine, parts, losses = run.engine, run.steps.accumulation, []
+    begin, _ = slice_of(BATCH, engine.world, engine.rank)
+    images, labels = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(3)), torch.arange(BATCH) % 5
+    for number in range(parts):
+        part = slice(begin + number * run.steps.micro_batch, begin + (number + 1) * run.steps.micro_batch)
+        losses.append(partial(_loss, images[part], labels[part]))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses[-1](twin)
+        loss.backward()
+    for number, loss in enumerate(losses):
+        engine.backward(loss(engine.forward), last=number == parts - 1)
+    worst = rounded = 0.0
+    for parameter, other in zip(engine.module.parameters(), twin.parameters(), strict=True):
+        dist.all_reduce(other.grad)
+        found = (
+            safe_get_full_grad(parameter) if engine.settings.kind == "deepspeed" and engine.settings.zero else parameter.grad
+        )
+        largest = other.grad.abs().max()
+        worst = max(worst, float((found.float() - other.grad).abs().max() / largest))
+        rounded = max(rounded, float((other.grad.bfloat16().float() - other.grad).abs().max() / largest))
+    engine.step()
+    from deepspeed.accelerator import get_accelerator
+
+    synchronised: list[int] = []
+    get_accelerator().synchronize = lambda *_: synchronised.append(1)
+    kept = [loss(engine.forward) for loss in losses]
+    with Reads() as reads:
+        for number, loss in enumerate(kept):
+            engine.backward(loss, last=number == parts - 1)
+        engine.step()
+    run.end()
+    return {"worst": worst, "rounded": rounded, "reads": reads.count, "synchronised": len(synchronised)}
+
+
+def _loss(images: Tensor, labels: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(network(images).float(), labels, reduction="sum") / BATCH
+
+
+TASKS = {f.__name__: f for f in (skipping, averaging, compiling, accumulating, fusing, summing)}
 
 if __name__ == "__main__":
     for word in sys.argv[1:]:

@@ -16,7 +16,7 @@ import torch
 
 from trainer.__main__ import main
 from trainer.engine.delayed import Delayed
-from trainer.engine.engine import leaves_out_on_device
+from trainer.engine.left_out_steps import leaves_out_on_device
 from trainer.model.objective import Objective
 from trainer.run import assembly, nonfinite_steps
 

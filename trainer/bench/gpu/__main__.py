@@ -1,21 +1,23 @@
 """`python -m trainer.bench.gpu PART ...`, or `make gpu PART="PART ..." OUT=FOLDER LIMIT=SECONDS`: a line per row as soon as it is known.
 
-The most telling part first: facts, check, run, step, loop, engine, profile, input, sparse, study. Without a GPU the CPU is compared with
-itself in the smallest form, which tests this code and measures nothing.
+The most telling part first: facts, check, run, resume, step, loop, engine, profile, input, sparse, study. Without a GPU the CPU is compared
+with itself in the smallest form, which tests this code and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from trainer.bench.gpu import check, facts
+from trainer.bench.gpu import check, facts, processes
 from trainer.bench.gpu.report import Host, Part, Row, run
 
+TO_END = 30.0  # seconds after its limit in which the process of a part must end
 LIMIT = 235.0  # seconds of a part, so that it fits a booking of four minutes
 
 
@@ -33,8 +35,8 @@ def parts() -> dict[str, Part]:
         return part
 
     return {
-        "facts": facts.part, "check": check.part, "run": later("jobs", "run"), "step": later("step"), "loop": later("loop"),
-        "engine": later("jobs", "engine"),
+        "facts": facts.part, "check": check.part, "run": later("jobs", "run"), "resume": later("jobs", "resume"),
+        "step": later("step"), "loop": later("loop"), "engine": later("jobs", "engine"),
         "profile": later("kernels"), "input": later("jobs", "images"), "sparse": later("semi_structured"),
         "study": later("study"),
     }  # fmt: skip
@@ -49,6 +51,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="SECONDS", help="of each part, 0: none (default: %(default)s)"
     )
+    parser.add_argument("--here", action="store_true", help="in this process; else on a GPU each part has a process of its own")
     given = parser.parse_args(words)
     if unknown := [name for name in given.parts if name not in known]:
         parser.error(f"PART={' '.join(unknown)}: unknown value; valid values: {', '.join(known)}")
@@ -56,8 +59,20 @@ def main(words: list[str] | None = None) -> int:
     host = Host(device, device.type != "cuda", given.out)
     if host.tiny:
         print("no CUDA device: the CPU in the smallest form, compared with itself; times mean nothing", flush=True)
-    chosen = {name: known[name] for name in given.parts or ["check"]}
+    names = given.parts or ["check"]
+    if host.on_gpu and not given.here:
+        return int(sum(_apart(name, given.out, given.limit) for name in names) > 0)
+    chosen = {name: known[name] for name in names}
     return int(run(chosen, host, lambda line: print(line, flush=True), given.limit) > 0)
+
+
+def _apart(part: str, out: Path | None, limit: float) -> bool:
+    """Whether a part failed in a process of its own: an error that breaks the CUDA context, and a kernel that never ends, end with it."""
+    words = ["--here", part, "--limit", str(limit), *(["--out", str(out)] if out else [])]
+    code = processes.shown([sys.executable, "-m", "trainer.bench.gpu", *words], os.environ, limit + TO_END if limit else 0.0)
+    if code not in (0, 1):
+        print(f"FAIL  {part:<7} (part)  its process ended with {code}", flush=True)
+    return code != 0
 
 
 if __name__ == "__main__":

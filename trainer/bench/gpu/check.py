@@ -5,6 +5,7 @@ network. Without a GPU the CPU is compared with itself (the tests do that).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from trainer.data.augment.mixup import Mix, mix_images
 from trainer.data.augment.on_device import augment_on_device
 from trainer.data.batch import Batch
 from trainer.engine import cuda_graphs
+from trainer.engine.left_out_steps import begin_momentum
 
 
 class Deviation(NamedTuple):
@@ -64,7 +66,8 @@ def part(host: Host) -> Iterator[Row]:
                 yield name, lambda w=what, s=settings: _facts(_same(lambda d: _passes(d, plan, w, **s), device, 2e-4))
     yield "kept patch ids (share that differs)", lambda: _facts(_kept_ids(device, plan))
     yield "forgetting keeps the same examples", lambda: _facts(_bookkeeping(device))
-    yield "fused AdamW leaves a step out on the device", lambda: _facts(_left_out(device))
+    for name, optimizer in (("AdamW", torch.optim.AdamW), ("SGD", partial(torch.optim.SGD, momentum=0.9, nesterov=True))):
+        yield f"fused {name} leaves steps out on the device", lambda one=optimizer: _facts(_left_out(device, one))
     yield "CUDA graphs: the weights after four steps", lambda: _facts(_graphed(device))
     if host.on_gpu:
         yield "bf16 error against float64, ours / timm's", lambda: _facts(_bfloat16(device))
@@ -141,14 +144,16 @@ def _kept_ids(device: torch.device, plan: Plan) -> Deviation:
     return Deviation(float(max(shares)), 0.01)
 
 
-def _left_out(device: torch.device) -> Deviation:
-    """A step with found_inf at 1 between two that are taken, beside AdamW without a fused kernel, which never made it."""
+def _left_out(device: torch.device, kind: Callable[..., Any]) -> Deviation:
+    """Two steps that are taken, with found_inf at 1 before each, beside the optimizer without a fused kernel, which makes only those."""
     results = []
     for fused in (True, False):
         generator = torch.Generator().manual_seed(4)
         weight = torch.nn.Parameter(torch.randn(64, 33, generator=generator).to(device))
-        optimizer: Any = torch.optim.AdamW([weight], lr=1e-2, fused=fused)
-        for spoiled in (0.0, 1.0, 0.0):
+        optimizer: Any = kind([weight], lr=1e-2, fused=fused)
+        if fused:
+            begin_momentum(optimizer)
+        for spoiled in (1.0, 0.0, 1.0, 0.0):
             weight.grad = torch.randn(64, 33, generator=generator).to(device) * (float("nan") if spoiled else 1.0)
             if fused:
                 optimizer.found_inf = torch.full((), spoiled, device=device)

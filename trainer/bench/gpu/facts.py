@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsity.attention_kernel import BACKENDS
 from trainer.bench.gpu.report import Facts, Host, Row
-from trainer.engine.environment import use_expandable_segments
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.timing import synchronize
 
@@ -70,14 +69,8 @@ def _host(host: Host) -> Facts:
     if host.on_gpu:
         properties = torch.cuda.get_device_properties(host.device)
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "sms": properties.multi_processor_count}
-        about |= {"memory_gib": properties.total_memory / 2**30, "driver": _driver(), "allocator": _allocator()}
+        about |= {"memory_gib": properties.total_memory / 2**30, "driver": _driver()}
     return about
-
-
-def _allocator() -> str:
-    """torch's settings of CUDA memory in this process as a run makes them."""
-    use_expandable_segments(cuda_graphs=False)
-    return torch._C._accelerator_getAllocatorSettings()
 
 
 def _driver() -> str:

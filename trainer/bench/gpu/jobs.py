@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,16 @@ SETTINGS = [
     "stop_at=30step",
     "log_every=5step",
 ]
+TRACED = (
+    23,
+    24,
+)  # steps of a run, between one that is sampled for its phases and one with a log line: both wait for the device
+HALF = 0.1  # share by which the loss in bf16 may differ after 30 steps from that in float32
 TINY = ["model.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}", "tokens.blocks=[0]", "data.batch=64"]
 
 
 def run(host: Host) -> Iterator[Row]:
-    """The quickstart on digits: on the CPU, on the device, compiled there, and stopped and resumed there."""
+    """The quickstart on digits: on the CPU, on the device, compiled there, in bf16 and under DeepSpeed there."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
     settings = SETTINGS + (TINY if host.tiny else [])
     yield "pack digits", lambda: trilevel(folder, "pack", "sklearn:digits", "shards/digits")
@@ -37,13 +43,21 @@ def run(host: Host) -> Iterator[Row]:
     yield "on the device", lambda: _compared(folder, "device", settings, "cpu")
     if host.tiny:
         return
-    yield "compiled", lambda: _compared(folder, "compiled", [*settings, "engine.compile=true"], "cpu")
-    for kind in ("zero=0", "zero=1", "zero=2", "zero=3"):
-        words = ["engine.kind=deepspeed", f"engine.{kind}"]
-        yield (
-            f"DeepSpeed, {kind}",
-            lambda kind=kind, words=words: _compared(folder, kind.replace("=", ""), [*settings, *words], "cpu"),
-        )
+    compiled = [*settings, "engine.compile=true", f"trace.steps=[{TRACED[0]}, {TRACED[1]}]"]
+    half, zero = "engine.precision=autocast", "engine.kind=deepspeed"
+    rows = {"compiled": (compiled, 0.02), "compiled, autocast": ([*compiled, half], HALF)}
+    rows |= {f"DeepSpeed, zero={stage}": ([*settings, zero, f"engine.zero={stage}"], 0.02) for stage in range(4)}
+    rows |= {f"DeepSpeed, zero={stage}, autocast": ([*settings, zero, f"engine.zero={stage}", half], HALF) for stage in (0, 1)}
+    for name, (words, within) in rows.items():
+        yield name, partial(_compared, folder, name.replace(", ", "-").replace("=", ""), words, "cpu", within=within)
+
+
+def resume(host: Host) -> Iterator[Row]:
+    """The quickstart stopped and resumed on the device, to the bit, then on the CPU and on the device again."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-resume-"))
+    settings = SETTINGS + (TINY if host.tiny else [])
+    yield "pack digits", lambda: trilevel(folder, "pack", "sklearn:digits", "shards/digits")
+    yield "whole", lambda: _trained(folder, "device", settings)
     yield "stopped", lambda: _trained(folder, "resumed", [*settings, "stop_at=12step"])
     yield "resumed", lambda: _compared(folder, "resumed", [*settings, "--resume"], "device", exact=True)
     yield (
@@ -54,11 +68,12 @@ def run(host: Host) -> Iterator[Row]:
 
 
 def engine(host: Host) -> Iterator[Row]:
-    """`trilevel bench engine` on one device: every engine beside the bare loop."""
-    words = ["--processes", "1", "--rounds", "2" if host.tiny else "20", "--images-per-device", "2" if host.tiny else "256,32"]
+    """`trilevel bench engine` on one device: engines beside the bare loop, at full and at small batches."""
     small = ["model.image_size=32", "model.args={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}", "tokens.blocks=[1]"]
-    rows = ["--rows", "ddp" if host.tiny else "ddp,zero0,zero1"]
-    yield "engines", lambda: _bench(host, "engine", CONFIG, *(small if host.tiny else []), *words, *rows)
+    words = ["--processes", "1", "--rounds", "2" if host.tiny else "20", *(small if host.tiny else [])]
+    for images, rows in ((2, "ddp"),) if host.tiny else ((256, "ddp,zero1"), (32, "ddp,zero0,zero1")):
+        command = [CONFIG, *words, "--images-per-device", str(images), "--rows", rows]
+        yield f"engines, {images} images", lambda command=command: _bench(host, "engine", *command)
 
 
 def images(host: Host) -> Iterator[Row]:
@@ -92,7 +107,7 @@ def _bench(host: Host, *words: str) -> Facts:
         found = Path(folder) / "rows.json"
         facts = trilevel(SOURCE_ROOT, "bench", *words, "--json", str(found))
         rows: dict[str, Any] = json.loads(found.read_text()) if found.is_file() else {}
-    keys = ("median", "unit", "ratio", "images_per_second", "memory_mib", "note")
+    keys = ("median", "unit", "ratio", "images_per_second", "memory_mib", "launches", "idle", "note")
     return facts | {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
 
 
@@ -108,14 +123,30 @@ def _trained(folder: Path, name: str, settings: list[str], **environment: str) -
     return facts | {"steps": max(steps, default=0), "loss": steps[max(steps)]["loss"] if steps else None}
 
 
-def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False) -> Facts:
-    """A run beside another one: the same batches (hash chain) and losses within 2 %, or equal."""
-    facts = _trained(folder, name, settings)
+def _traced(folder: Path, name: str) -> Facts:
+    """Of a run's traced steps: waits, launches, idle time; graphs of the whole run. Nothing for a run without a trace."""
+    from trainer.bench.gpu import loop
+    from trainer.journal.reader import lineage
+
+    if not (folder / "runs" / name / "traces").is_dir():
+        return {}
+    graphs = [line.get("graphs") for line in lineage(folder / "runs" / name) if line["kind"] == "end"]
+    found = loop.of_run(folder / "runs" / name, TRACED[1] - TRACED[0] + 1, on_gpu=torch.cuda.is_available())
+    return {key: found[key] for key in ("waits", "waited_ms", "launches", "idle")} | {"graphs": graphs[-1] if graphs else None}
+
+
+def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False, within: float = 0.02) -> Facts:
+    """A run beside another one: the same batches (hash chain) and losses `within` a share, or equal."""
+    facts = _trained(folder, name, settings) | _traced(folder, name)
     mine, theirs = steps_of(folder, name), steps_of(folder, other)
     both = sorted(mine.keys() & theirs.keys())
     same = bool(both) and all(mine[step]["chain"] == theirs[step]["chain"] for step in both)
     worst = max((abs(mine[step]["loss"] / theirs[step]["loss"] - 1) for step in both), default=float("nan"))
-    return facts | {"same_batches": same, "worst_loss": worst, "ok": facts["ok"] and same and worst <= (0.0 if exact else 0.02)}
+    return facts | {
+        "same_batches": same,
+        "worst_loss": worst,
+        "ok": facts["ok"] and same and worst <= (0.0 if exact else within),
+    }
 
 
 def steps_of(folder: Path, name: str) -> dict[int, dict[str, Any]]:

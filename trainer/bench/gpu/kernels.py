@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,31 +23,41 @@ CLASSES = (
     ("product", ("gemm", "cutlass", "xmma", "nvjet", "cublas", "splitk", "addmm", "bmm", "mm")),
     ("convolution", ("conv", "dgrad", "wgrad", "implicit")),
     ("sort and gather", ("sort", "gather", "scatter", "index")),
-    ("reduction and norm", ("_red_", "_per_", "reduce", "norm")),
-    ("elementwise", ("_poi_", "elementwise", "vectorized")),
+    ("reduction and norm", ("reduce", "norm")),
+    ("elementwise", ("elementwise", "vectorized")),
 )
+TRITON = {"poi": "elementwise", "red": "reduction and norm", "per": "reduction and norm", "tem": "product", "mm": "product"}
 
 
 def part(host: Host) -> Iterator[Row]:
     torch.set_float32_matmul_precision("high")
     config = step.configured(host)
     for name in ("dense", "tokens 0.7"):
-        yield name, lambda name=name: _profiled(host, step.step_of(host, config, counts.rows()[name])[0])
+        yield name, lambda name=name: _row(host, step.step_of(host, config, counts.rows()[name])[0])
 
 
-def _profiled(host: Host, one: Any) -> Facts:
+def _row(host: Host, one: Callable[[], None]) -> Facts:
     for _ in range(1 if host.tiny else 5):
         one()
-    synchronize(host.device)
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * host.on_gpu
-    with profile(activities=kinds) as profiler:
-        for _ in range(1 if host.tiny else STEPS):
+    return profiled(host.device, one, 1 if host.tiny else STEPS)
+
+
+def profiled(device: torch.device, one: Callable[[], None], steps: int = STEPS) -> Facts:
+    """`summary` of a step that has run before; on a CPU its operations stand for kernels."""
+    on_gpu = device.type == "cuda"
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        for _ in range(steps):
             one()
-        synchronize(host.device)
-    where = torch.autograd.DeviceType.CUDA if host.on_gpu else torch.autograd.DeviceType.CPU
+        synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events: Any = profiler.profiler
-    spans = [(e.name(), e.start_ns(), e.end_ns()) for e in events.kineto_results.events() if e.device_type() == where]
-    return summary(spans, 1 if host.tiny else STEPS)
+    spans = [
+        (e.name(), e.start_ns(), e.end_ns())
+        for e in events.kineto_results.events()
+        if e.device_type() == where and not e.is_user_annotation()  # spans of record_function are on the device too
+    ]
+    return summary(spans, steps)
 
 
 def summary(spans: list[tuple[str, int, int]], steps: int) -> Facts:
@@ -75,6 +85,9 @@ def summary(spans: list[tuple[str, int, int]], steps: int) -> Facts:
 
 
 def class_of(kernel: str) -> str:
-    """The class of a kernel by its name; "other" for one that fits none."""
+    """The class of a kernel by its name; "other" for one that fits none. inductor's kernels have their kind in front, then all operations
+    that they fuse."""
     name = kernel.lower()
+    if name.startswith("triton_"):
+        return TRITON.get(name.split("_")[1], "other")
     return next(itertools.chain((kind for kind, words in CLASSES if any(word in name for word in words)), ["other"]))

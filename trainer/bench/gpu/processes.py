@@ -43,22 +43,36 @@ def all_of(commands: Sequence[Sequence[str]], names: Sequence[str], environment:
     return facts
 
 
+def shown(command: Sequence[str], environment: Mapping[str, str], limit: float) -> int:
+    """Exit code of a command that writes to this process's output; killed after `limit` seconds (0: none), with what it started."""
+    with _group(command, environment, None, None) as process, contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(limit or None)
+    return process.returncode
+
+
 @contextlib.contextmanager
 def _started(
     command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """A process and its output; it and its children are killed when the context is left before its end."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env=dict(environment), cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            yield process, output
-        finally:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    """A process and its output, see `_group`."""
+    with tempfile.TemporaryFile() as output, _group(command, environment, folder, output) as process:
+        yield process, output
+
+
+@contextlib.contextmanager
+def _group(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path | None, output: IO[bytes] | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process; it and its children are killed when the context is left before its end. output: None is this process's."""
+    errors = subprocess.STDOUT if output else None
+    process = subprocess.Popen(command, env=dict(environment), cwd=folder, stdout=output, stderr=errors, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _result(process: subprocess.Popen[bytes], output: IO[bytes]) -> Facts:
