@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.bench.gpu import jobs, loop
+from trainer.bench.gpu import jobs, loop, trace
 from trainer.bench.gpu.report import Host
 
 FULL, TINY = (Host(torch.device("cpu"), tiny, Path()) for tiny in (False, True))
@@ -164,7 +164,7 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
         event("cuda_runtime", "cudaEventSynchronize", 1, 2), event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
         event("cpu_op", "aten::add", 0, 99),
     ]  # fmt: skip
-    found = loop.traced(events, 2, on_gpu=True)
+    found = trace.traced(events, 2, on_gpu=True)
     assert (found["waits"], found["launches"], found["ms"]) == (0.5, 1.0, 0.005), (
         "the thread that decodes waits for itself, and an event that is past returns at once"
     )

@@ -125,13 +125,13 @@ def _trained(folder: Path, name: str, settings: list[str], **environment: str) -
 
 def _traced(folder: Path, name: str) -> Facts:
     """Of a run's traced steps: waits, launches, idle time; graphs of the whole run. Nothing for a run without a trace."""
-    from trainer.bench.gpu import loop
+    from trainer.bench.gpu import trace
     from trainer.journal.reader import lineage
 
     if not (folder / "runs" / name / "traces").is_dir():
         return {}
     graphs = [line.get("graphs") for line in lineage(folder / "runs" / name) if line["kind"] == "end"]
-    found = loop.of_run(folder / "runs" / name, TRACED[1] - TRACED[0] + 1, on_gpu=torch.cuda.is_available())
+    found = trace.of_run(folder / "runs" / name, TRACED[1] - TRACED[0] + 1, on_gpu=torch.cuda.is_available())
     return {key: found[key] for key in ("waits", "waited_ms", "launches", "idle")} | {"graphs": graphs[-1] if graphs else None}
 
 

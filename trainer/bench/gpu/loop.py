@@ -3,15 +3,12 @@ the GPU, launches, and how often the host waits for the device, from a trace of 
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from trainer.bench.gpu import jobs, kernels, step
+from trainer.bench.gpu import jobs, step, trace
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.data.shards.pack import pack
 
@@ -22,9 +19,6 @@ TIMED, TRACED, LAST = (
     50,
 )  # the ten steps up to TIMED are timed; TRACED are recorded, which slows them and their neighbours
 COPIES = 4  # of each image, so that an epoch has 40 steps: at its begin the loader has nothing ready
-ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a Chrome trace
-WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")  # of the CUDA runtime
-WAITED = 50.0  # microseconds from which one counts: of an event that is past it returns at once
 
 
 def part(host: Host) -> Iterator[Row]:
@@ -70,28 +64,4 @@ def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Fa
         return facts
     rate = jobs.steps_of(folder, name)[TIMED]["images_per_second"]
     facts |= {"images_per_second": rate, "share_of_step": rate * known["dense"] / batch if "dense" in known else None}
-    return facts | of_run(folder / "runs" / name, last - first + 1, host.on_gpu)
-
-
-def of_run(run: Path, steps: int, on_gpu: bool) -> Facts:
-    """`traced` of the one trace of a run."""
-    (trace,) = (run / "traces").glob("*.json.gz")
-    return traced(json.loads(gzip.open(trace).read())["traceEvents"], steps, on_gpu)
-
-
-def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
-    """Of the events of a Chrome trace: what the device did, and waits of the loop's thread for it, per step. Without a GPU its operations
-    stand for kernels."""
-    spans = [
-        (event["name"], round(1000 * event["ts"]), round(1000 * (event["ts"] + event["dur"])))
-        for event in events
-        if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
-    ]
-    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith("step ")}
-    waited = [
-        event["dur"]
-        for event in events
-        if event.get("cat") == "cuda_runtime" and event["name"].endswith(WAITS) and event.get("tid") in loop
-    ]
-    waits = sum(duration >= WAITED for duration in waited)
-    return kernels.summary(spans, steps) | {"waits": waits / steps, "waited_ms": sum(waited) / 1000 / steps}
+    return facts | trace.of_run(folder / "runs" / name, last - first + 1, host.on_gpu)

@@ -1,0 +1,39 @@
+"""What the trace of a run (`trace.steps`) tells of its steps: launches, idle time of the GPU, and how often the loop waits for it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.bench.gpu import kernels
+from trainer.bench.gpu.report import Facts
+
+ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a Chrome trace
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")  # of the CUDA runtime
+WAITED = 50.0  # microseconds from which one counts: of an event that is past it returns at once
+
+
+def of_run(run: Path, steps: int, on_gpu: bool) -> Facts:
+    """`traced` of the one trace of a run."""
+    (trace,) = (run / "traces").glob("*.json.gz")
+    return traced(json.loads(gzip.open(trace).read())["traceEvents"], steps, on_gpu)
+
+
+def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
+    """Of the events of a Chrome trace: what the device did, and waits of the loop's thread for it, per step. Without a GPU its operations
+    stand for kernels."""
+    spans = [
+        (event["name"], round(1000 * event["ts"]), round(1000 * (event["ts"] + event["dur"])))
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
+    ]
+    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith("step ")}
+    waited = [
+        event["dur"]
+        for event in events
+        if event.get("cat") == "cuda_runtime" and event["name"].endswith(WAITS) and event.get("tid") in loop
+    ]
+    waits = sum(duration >= WAITED for duration in waited)
+    return kernels.summary(spans, steps) | {"waits": waits / steps, "waited_ms": sum(waited) / 1000 / steps}
