@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.conftest import ROOT
+from trainer.analysis.comparison.groups import final
 from trainer.analysis.comparison.statistics import MeanInterval
 from trainer.analysis.study import file as study_file
 from trainer.analysis.study.results import StudyResult, result
@@ -51,3 +52,20 @@ def test_every_quoted_difference_is_one_of_a_study(page: str) -> None:
     found = [match.groups() for match in QUOTED.finditer(text)]
     unknown = [quoted for quoted in found if not any(same(quoted, one) for one in known())]
     assert found and not unknown, unknown
+
+
+MEAN = re.compile(r"(\d+\.\d) (?:±|\+-) (\d+\.\d) %")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/quickstart.md", "configs/quickstart.yaml"])
+def test_every_quoted_mean_is_one_of_a_study(page: str) -> None:
+    arms = {(f"{100 * arm.top1.mean:.1f}", f"{100 * arm.top1.sd:.1f}") for study in studies() for arm in study.arms}
+    found = {match.groups() for match in MEAN.finditer((ROOT / page).read_text())}
+    assert found and found <= arms, found - arms
+
+
+def test_every_seed_of_the_quickstart_reaches_what_its_file_names() -> None:
+    levels = next(study for study in studies() if study.file.name == "levels")
+    reached = [final(run) for arm in levels.arms if arm.name == "tri_level" for run in arm.runs.values()]
+    lowest, highest = re.search(r"\((\d+\.\d) to (\d+\.\d)\)", (ROOT / "configs" / "quickstart.yaml").read_text()).groups()
+    assert len(reached) >= 5 and (f"{100 * min(reached):.1f}", f"{100 * max(reached):.1f}") == (lowest, highest)
