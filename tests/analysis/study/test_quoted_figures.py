@@ -57,7 +57,7 @@ def test_every_quoted_difference_is_one_of_a_study(page: str) -> None:
 MEAN = re.compile(r"(\d+\.\d) (?:±|\+-) (\d+\.\d) %")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results/quickstart.md", "configs/quickstart.yaml"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results/quickstart.md", "configs/quickstart.yaml", "configs/cifar10.yaml"])
 def test_every_quoted_mean_is_one_of_a_study(page: str) -> None:
     arms = {(f"{100 * arm.top1.mean:.1f}", f"{100 * arm.top1.sd:.1f}") for study in studies() for arm in study.arms}
     found = {match.groups() for match in MEAN.finditer((ROOT / page).read_text())}
