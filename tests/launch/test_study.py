@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import shlex
 import signal
 import sys
@@ -63,6 +64,49 @@ def test_every_arm_of_every_study_is_a_valid_run_of_its_own(path: Path, monkeypa
             assert settings.window * settings.updates <= config.epochs
     plain = [config.model_dump(exclude={"name"}) for config in configs]
     assert all(plain.count(one) == 1 for one in plain), "two arms are the same"
+
+
+def five_times(text: str) -> str:
+    """With every duration, the epochs of a run, and the names that contain them five times as long."""
+    return re.sub(r"(?<![\d.])(\d+)(?=ep\b)|(?<=^epochs=)(\d+)", lambda found: str(5 * int(found[0])), text)
+
+
+def test_the_full_study_has_the_arms_and_questions_of_the_short_one_five_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    short, full = (study_file.read(f"configs/studies/{name}.yaml") for name in ("cifar10", "cifar10_full"))
+    own = [(read, len(read.arms["dense"])) for read in (short, full)]  # the settings of all arms
+    arms = [{arm: words[shared:] for arm, words in read.arms.items()} for read, shared in own]
+    assert list(arms[1]) == [five_times(arm) for arm in arms[0]]
+    assert list(arms[1].values()) == [tuple(map(five_times, words)) for words in arms[0].values()]
+    name = dict(zip(arms[0], arms[1], strict=True))
+    assert list(full.questions) == [(name[arm], name[reference]) for arm, reference in short.questions]
+    assert (full.seeds, full.reference, full.config) == (short.seeds, short.reference, short.config)
+    base, scaled = (load(read.config, list(read.arms["dense"])) for read in (short, full))
+    assert (scaled.epochs, scaled.optim.warmup) == (5 * base.epochs, 5 * base.optim.warmup)
+    assert 10_000 // base.data.batch == 50_000 // scaled.data.batch and scaled.data.batch % (3 * scaled.data.lanes) == 0
+    assert scaled.optim.lr == base.optim.lr and (scaled.engine.kind, scaled.engine.compile) == ("ddp", True)
+
+
+ON_IMAGENET = {  # arms of cifar10.yaml under the names of imagenet.yaml, whose head comment has the reasons
+    "dense_11ep": "dense_172ep", "dense_16ep": "dense_241ep", "forgetting": "forgetting_clear", "mixed_dense": "dense",
+    "repeats": "dense", "connections_exact": "connections_exact_0.5", "connections_exact_0.1": "connections_exact",
+} | {f"mixed_{rule}": f"forgetting_{rule}" for rule in ("clear", "authors", "without_partner", "dominant", "probe")}  # fmt: skip
+OTHER_PAIRS = {
+    ("repeats", "dense"): {"dense", "without_repeats"},
+    ("connections_exact", "connections_shared"): {"connections_exact", "connections_shared"},
+}
+
+
+def test_every_question_of_cifar10_has_a_counterpart_on_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    short, imagenet = (study_file.read(f"configs/studies/{name}.yaml") for name in ("cifar10", "imagenet"))
+    asked = [{*pair} for pair in imagenet.questions]
+    missing = [
+        pair for pair in short.questions
+        if OTHER_PAIRS.get(pair, {ON_IMAGENET.get(arm, arm) for arm in pair}) not in asked
+    ]  # fmt: skip
+    assert not missing
+    assert {arm for pair in imagenet.questions for arm in pair} == {*imagenet.arms}, "an arm that no question needs"
 
 
 def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:

@@ -1,7 +1,7 @@
 """`make gpu PART=study OUT=FOLDER`: a few runs of a study per sitting, and the table so far. The next sitting continues.
 
-Runs and kept journals are in OUT/study. After LIMIT seconds the run of this sitting is asked to stop: it saves and ends. The shards are
-those that the study's configuration names, in the folder of the repository; how to make them: docs/launching.md, section Studies.
+Runs and kept journals are in OUT/study. A sitting is the next ARMS unfinished arms of one seed; after LIMIT seconds its run is asked to
+stop: it saves and ends. The shards are in OUT/shards/cifar10 or shards/cifar10 of the repository.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from pathlib import Path
 
 from trainer.bench.gpu.jobs import trilevel
 from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.config.strict_yaml import load_yaml
 from trainer.storage.source_tree import SOURCE_ROOT, python_path
 
-STUDY = "configs/studies/cifar10.yaml"
+STUDY = "configs/studies/cifar10_full.yaml"
+SHARDS, PACK = Path("shards") / "cifar10", "trilevel pack cifar-10-python.tar.gz"
+SPLITS = {"data.train": "train-*.tar", "data.validation": "test-*.tar"}
+ARMS = 3  # the launcher checks each before it trains, which takes seconds
 LIMIT, TO_SAVE = 200, 30  # seconds
 TINY = """\
 name: tiny
@@ -44,25 +48,58 @@ arms:
 
 def part(host: Host) -> Iterator[Row]:
     """tiny: two arms of one epoch on digits."""
-    folder = (host.out or Path(tempfile.mkdtemp(prefix="gpu-study-"))).resolve() / "study"
+    out = (host.out or Path(tempfile.mkdtemp(prefix="gpu-study-"))).resolve()
+    folder, journals = out / "study", out / "study" / "journals"
     folder.mkdir(parents=True, exist_ok=True)
-    file, settings = SOURCE_ROOT / STUDY, [f"runs={folder / 'runs'}"]
+    file = SOURCE_ROOT / STUDY
+    settings = [f"runs={folder / 'runs'}"]
     if host.tiny:
         file, shards = folder / "tiny.yaml", folder / "shards" / "digits"
         file.write_text(TINY.format(config=SOURCE_ROOT / "configs" / "quickstart.yaml"))
         if not shards.is_dir():
             yield "pack digits", lambda: trilevel(folder, "pack", "sklearn:digits", str(shards))
-        settings += [f"data.{split}={shards}/{split.removeprefix('data.')}-*.tar" for split in ("train", "validation")]
-    journals = folder / "journals"
+        settings += [f"data.{split}={shards}/{split}-*.tar" for split in ("train", "validation")]
+    else:
+        settings += shards_of(out)
     words = [sys.executable, "-m", "launch", "study", str(file), "--journals", str(journals), *settings]
     words += ["--processes", "1"] if host.tiny else []
-    yield "sitting", lambda: sitting(words, journals, 3 * LIMIT if host.tiny else LIMIT)
+    yield "sitting", lambda: next_runs(words, file, journals, 3 * LIMIT if host.tiny else LIMIT)
     yield from table(file, journals)
+
+
+def shards_of(out: Path) -> list[str]:
+    """As settings. Raises FileNotFoundError naming what is missing and the command that makes it."""
+    folders = [out / SHARDS, SOURCE_ROOT / SHARDS]
+    for folder in folders:
+        if all(any(folder.glob(pattern)) for pattern in SPLITS.values()):
+            return [f"{key}={folder / pattern}" for key, pattern in SPLITS.items()]
+    raise FileNotFoundError(
+        f"{STUDY}: {' and '.join(SPLITS.values())} are neither in {folders[0]} nor in {folders[1]}; make them: {PACK} {folders[0]}"
+    )
+
+
+def left(file: Path, journals: Path) -> list[tuple[int, str]]:
+    """(seed, arm) of the runs without a kept journal, in the order in which the launcher trains."""
+    study = load_yaml(file.read_text(encoding="utf-8"))
+    kept = journals / study["name"]
+    runs = ((seed, arm) for seed in study.get("seeds", [0]) for arm in study["arms"])
+    return [(seed, arm) for seed, arm in runs if not (kept / f"{arm}-seed{seed}.jsonl.xz").is_file()]
+
+
+def next_runs(words: Sequence[str], file: Path, journals: Path, limit: float) -> Facts:
+    """A sitting with the next arms of the first seed that is not finished; `all`: whether no run of the study is left."""
+    before = left(file, journals)
+    if not before:
+        return {"finished_runs": len(list(journals.rglob("*.jsonl.xz"))), "all": True, "ok": True}
+    seed = before[0][0]
+    arms = [arm for one, arm in before if one == seed][:ARMS]
+    facts = sitting([*words, "--seeds", str(seed), "--arms", ",".join(arms)], journals, limit)
+    return facts | {"seed": seed, "arms": arms, "all": not left(file, journals)}
 
 
 def sitting(words: Sequence[str], journals: Path, limit: float) -> Facts:
     """Start the launcher, and ask it to stop after `limit` seconds, whatever its exit code is then: a run that has not begun to train ends
-    without a checkpoint. finished_runs: in all sittings; all: whether none is left."""
+    without a checkpoint. finished_runs: in all sittings; all: whether those asked for are."""
     process = subprocess.Popen(
         words, cwd=SOURCE_ROOT, env=os.environ | {"PYTHONPATH": python_path()}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
