@@ -39,7 +39,7 @@ class Host:
 Part = Callable[[Host], Iterator[Row]]
 
 
-class OverTime(Exception):
+class _OverTime(Exception):
     """The limit of the part has passed."""
 
 
@@ -70,12 +70,12 @@ def run(parts: Mapping[str, Part], host: Host, show: Callable[[str], None], limi
 
 @contextmanager
 def _interrupted_after(limit: float) -> Iterator[Callable[[], bool]]:
-    """Raises OverTime inside the context, once, after `limit` seconds. Yields whether they have passed, because what is interrupted may
+    """Raises _OverTime inside the context, once, after `limit` seconds. Yields whether they have passed, because what is interrupted may
     raise something else. In the main thread only."""
     end = time.monotonic() + (limit or float("inf"))
 
     def interrupt(number: int, frame: object) -> None:
-        raise OverTime(f"not finished within the part's {limit:g} s")
+        raise _OverTime(f"not finished within the part's {limit:g} s")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, limit)
