@@ -42,10 +42,8 @@ def deepspeed_config(settings: EngineConfig, batch_split: BatchSplit, world: int
         "timers": {"throughput": {"enabled": False}},
     }
     found = merged(ours, settings)
-    if settings.zero == 0:
-        found["gradient_clipping"] = (
-            0.0  # our engine clips: DeepSpeed's own copies two numbers to the device and waits for them
-        )
+    if settings.zero == 0:  # our engine clips: DeepSpeed's own copies two numbers to the device and waits for them
+        found["gradient_clipping"] = 0.0
     return found
 
 

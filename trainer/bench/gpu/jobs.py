@@ -26,10 +26,8 @@ SETTINGS = [
     "stop_at=30step",
     "log_every=5step",
 ]
-TRACED = (
-    23,
-    24,
-)  # steps of a run, between one that is sampled for its phases and one with a log line: both wait for the device
+# steps of a run, between one that is sampled for its phases and one with a log line: both wait for the device
+TRACED = (23, 24)
 HALF = 0.1  # share by which the loss in bf16 may differ after 30 steps from that in float32
 TINY = ["model.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}", "tokens.blocks=[0]", "data.batch=64"]
 
@@ -137,7 +135,8 @@ def _traced(folder: Path, name: str) -> Facts:
 
 def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False, within: float = 0.02) -> Facts:
     """A run beside another one: the same batches (hash chain) and losses `within` a share, or equal."""
-    facts = _trained(folder, name, settings) | _traced(folder, name)
+    facts = _trained(folder, name, settings)
+    facts |= _traced(folder, name) if facts["ok"] else {}
     mine, theirs = steps_of(folder, name), steps_of(folder, other)
     both = sorted(mine.keys() & theirs.keys())
     same = bool(both) and all(mine[step]["chain"] == theirs[step]["chain"] for step in both)
