@@ -48,7 +48,7 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     ours = build_model(config)  # one set of weights for all rows, so that memory placement favours none
     theirs, timm = ours.dense() if against is None else build_model(other), ours.network
     for network, of in ((ours, config), (theirs, other), (timm, config)):
-        _compile(network, of)
+        compile_network(network, of)
     schedule = build_schedule(config)
     final, base = schedule.last(), DENSE if against is None else build_schedule(other).last()
     whole = cost_of(theirs, base)["multiply_adds"]
@@ -86,7 +86,8 @@ def bench(config: Config, against: Config | None = None, pairs: int = 30) -> Ben
     return BenchResult(title, found, COLUMNS, notes, beside)
 
 
-def _compile(network: nn.Module, config: Config) -> None:
+def compile_network(network: nn.Module, config: Config) -> None:
+    """As the run would, in place; nothing without `engine.compile`."""
     if config.engine.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)  # as in `Engine.prepare`
         network.compile()

@@ -13,7 +13,7 @@ from trainer.config.errors import ConfigError
 if TYPE_CHECKING:
     from trainer.bench.result import BenchResult
 
-PARTS = ("input", "step", "inference", "checkpoint", "engine", "journal", "remote", "gpu-counts")
+PARTS = ("input", "step", "study", "inference", "checkpoint", "engine", "journal", "remote", "gpu-counts")
 COUNTS = ("rounds", "pairs", "passes", "saves", "lines", "batch", "limit", "processes", "shards", "world")  # options, all >= 1
 
 
@@ -36,6 +36,11 @@ def _measured(part: str, a: argparse.Namespace) -> BenchResult | None:
         from trainer.bench import journal
 
         return journal.bench(a.lines, a.pause)
+    if part == "study":
+        from trainer.analysis.study.file import read
+        from trainer.bench import study
+
+        return study.bench(read(a.file), a.arms.split(",") if a.arms else None, a.rounds)
     if part == "inference" and (a.forms or a.against):
         return _forms(a)
     config = configuration(a)

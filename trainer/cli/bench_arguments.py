@@ -38,6 +38,14 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     )
     c.add_argument("--pairs", type=int, default=30, help="number of rounds over all rows (default: 30)")
     c = add(
+        "study",
+        "step time of each arm of a study under each plan of its schedule, interleaved: the times of its page",
+        config=False,
+    )
+    c.add_argument("file", metavar="FILE", help="configs/studies/NAME.yaml")
+    c.add_argument("--arms", metavar="A,B,...", help="only these arms (default: all)")
+    c.add_argument("--rounds", type=int, default=30, help="number of rounds over all rows (default: 30)")
+    c = add(
         "inference", "images/s of forward passes at one density, compared with timm's dense model, EViT and ToMe, interleaved"
     )
     c.add_argument("--density", type=float, default=0.45, help="share of the tokens that stays (default: .45)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.__main__ import main
 from trainer.analysis.comparison.statistics import MeanInterval, PairedTest, holm, seeds_for
 from trainer.analysis.history import history
 from trainer.analysis.study import file as study_file
+from trainer.analysis.study import step_times
 from trainer.analysis.study.page import page, sentence
 from trainer.analysis.study.picture import _lowest
 from trainer.analysis.study.results import Question, result, top1_at
@@ -207,6 +209,57 @@ def test_times_of_a_quiet_study_count(mini: Path) -> None:
     text = page([result(study_file.read("mini.yaml"), Path("kept"))], Path("kept"), "x", {})
     assert "| multiply-adds | time |" in text and "| at equal multiply-adds | at equal time |" in text
     assert "| 1,200 | 0.625 | 0.375 |" in text and "dense trains for 0:16 per run." in text
+
+
+MEASURED = {
+    "device": "CPU", "precision": "float32", "threads": 1, "torch": "2.15.0", "date": "2026-11-23", "commit": "c0ffeec0ffee", "rounds": 30,
+}  # fmt: skip
+
+
+def measured(arms: dict[str, Any], **ratios: float) -> Path:
+    path = Path("kept/mini/step_times.json")
+    path.write_text(json.dumps({row: {"ratio": ratio} for row, ratio in ratios.items()} | {"arms": arms, "measured": MEASURED}))
+    return path
+
+
+def test_times_are_calculated_from_step_times_measured_alone(mini: Path) -> None:
+    """Dense: 1,600 images. Sparse: 800 dense ones, then 400, of which those of epoch 3 take .5 and those of epoch 4 .3 of a dense one."""
+    arms = {
+        "dense": [[0, 4, 1.0, "dense"]],
+        "sparse": [[0, 2, 1.0, "dense"], [2, 3, 1.0, "first"], [3, 4, 0.5, "a"], [3, 4, 0.5, "b"]],
+    }
+    measured(arms, dense=1.0, first=0.5, a=0.2, b=0.4)
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    _, sparse = found.arms
+    assert sparse.time.mean == pytest.approx((800 + 200 * 0.5 + 200 * 0.3) / 1600)
+    # 960: dense is at .4 between epochs 2 and 3, sparse at its end
+    ours, theirs = 0.84375 - 0.03, 0.675 + 0.4 * (0.7875 - 0.675)
+    (one, _) = found.questions
+    assert one.equal_time.mean == pytest.approx(ours - theirs)
+    text = page([found], Path("kept"), "x", {})
+    assert "| sparse | 0, 1, 2 | 82.47 ± 0.90 | 20.00 ± 0.00 | 1,200 | 0.625 | 0.600 |" in text and "| at equal time |" in text
+    assert "(CPU, 1 thread, float32, torch 2.15.0, 2026-11-23, commit c0ffeec, 30 rounds)." in text
+    measured({"dense": arms["dense"]}, dense=1.0)
+    _, sparse = result(study_file.read("mini.yaml"), Path("kept")).arms
+    assert math.isnan(sparse.time.mean), "an arm that was not measured has no time"
+
+
+def test_a_probed_image_takes_a_third_of_a_training_image(mini: Path) -> None:
+    run = history(Path("kept/mini/dense-seed0.jsonl.xz"))
+    probe = replace(run.of("step")[4], line={"kind": "probe", "probed": 90, "multiply_adds": 50.0})
+    times = step_times.StepTimes({"dense": [[0, 4, 1.0, "dense"]]}, {"dense": 1.0}, MEASURED)
+    before, after = times.cost("dense", run), times.cost("dense", replace(run, points=run.points | {"probe": [probe]}))
+    assert before and after
+    assert after(run.of("step")[3]) == before(run.of("step")[3]) and after(run.last) == pytest.approx(
+        before(run.last) + 90 * 0.5 / 3
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no", '{"arms": {"dense": [[0, 4, 1.0, "row"]]}, "measured": {}}'])
+def test_step_times_that_are_not_a_measurement_are_refused(mini: Path, text: str) -> None:
+    measured({}).write_text(text)
+    with pytest.raises(ConfigError, match=r"step_times\.json: not a result of `trilevel bench study` .* or remove it"):
+        result(study_file.read("mini.yaml"), Path("kept"))
 
 
 def test_a_study_without_journals_is_not_measured(mini: Path) -> None:

@@ -28,9 +28,9 @@ Top-1 is that of the last evaluation, in % of the validation images; differences
 also those without an answer yet. Worst class: difference of the accuracies of the worst classes, not tested. *At equal multiply-adds*:
 the same difference where both runs have used as much as the smaller total of the two, read from their curves: there the run with the
 longer schedule is cut off before its learning rate is down, a disadvantage that an arm with fewer epochs does not have. Multiply-adds
-count forward passes of training. Times, and differences at equal time, are shown for studies whose machine did nothing else (`quiet:
-true`). A result holds for the data set, network and number of epochs of its study. Pictures of the tokens that are kept and of the images
-forgotten most: [pictures.md](pictures.md).
+count forward passes of training. *Time* is calculated from step times measured with nothing beside, because the runs shared their
+machine, or is that of the runs (`quiet: true`); *at equal time* is read from the curves too. A result holds for the data set, network and
+number of epochs of its study. Pictures of the tokens that are kept and of the images forgotten most: [pictures.md](pictures.md).
 """
 ARMS = (
     "arm",
@@ -116,13 +116,8 @@ def _study(found: StudyResult, picture: str | None) -> str:
     if not found.arms:
         return "\n".join([*lines, "", "Not measured: no kept journal.", ""])
     missing = [name for name in file.arms if name not in [arm.name for arm in found.arms]]
-    lines += ["", *_origin(found), "", *_table(ARMS, [_arm(arm, file.quiet) for arm in found.arms])]
-    base = next((arm for arm in found.arms if arm.name == file.reference), None)
-    own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
-    relative = (
-        f"and time relative to {file.reference}, paired by seed.{own}" if file.quiet else f"relative to {file.reference}."
-    )
-    lines += ["", f"Multiply-adds {relative}"]
+    lines += ["", *_origin(found), "", *_table(ARMS, [_arm(arm, found.timed) for arm in found.arms])]
+    lines += ["", _relative(found)]
     if not all(math.isnan(arm.stored) for arm in found.arms):
         lines += [
             "",
@@ -138,9 +133,9 @@ def _study(found: StudyResult, picture: str | None) -> str:
             "",
             f"Questions: {len(found.questions)}, over which Holm corrects; {tested} of them have three pairs or more.",
         ]
-        lines += ["", *_table(QUESTIONS, [_question(question, file.quiet) for question in measured])]
+        lines += ["", *_table(QUESTIONS, [_question(question, found.timed) for question in measured])]
     if picture:
-        lines += ["", f"![top-1 by multiply-adds{' and by time' if file.quiet else ''}: {file.name}]({picture})"]
+        lines += ["", f"![top-1 by multiply-adds{' and by time' if found.timed else ''}: {file.name}]({picture})"]
     lines += ["", *(f"- {markdown_text(sentence(question))}" for question in measured)]
     if found.notes:
         lines += ["", "Notes:", *(f"- {markdown_text(note)}" for note in found.notes)]
@@ -162,6 +157,23 @@ def _origin(found: StudyResult) -> list[str]:
         f"{len(runs)} runs on {', '.join(devices)}; torch {', '.join(torch)}; started {between}; "
         f"commit {', '.join(commits)}; images: {sizes}."
     ]
+
+
+def _relative(found: StudyResult) -> str:
+    """What multiply-adds and times refer to, and where the times come from."""
+    reference, of = found.file.reference, found.times.measured if found.times else {}
+    if found.times:
+        return (
+            f"Multiply-adds and time relative to {reference}, paired by seed. Time: forward, backward and optimizer step, without loader, "
+            f"evaluation and bookkeeping; the steps of each run x the step times of `trilevel bench study` ({of['device']}, "
+            f"{of['threads']} {'thread' if of['threads'] == 1 else 'threads'}, {of['precision']}, torch {of['torch']}, {of['date']}, "
+            f"commit {of['commit'][:7]}, {of['rounds']} rounds)."
+        )
+    if not found.file.quiet:
+        return f"Multiply-adds relative to {reference}."
+    base = next((arm for arm in found.arms if arm.name == reference), None)
+    own = f" {base.name} trains for {duration(fmean(run.last.trained for run in base.runs.values()))} per run." if base else ""
+    return f"Multiply-adds and time relative to {reference}, paired by seed.{own}"
 
 
 def _arm(arm: Arm, timed: bool) -> list[str]:

@@ -1,9 +1,8 @@
-"""The picture of a study: top-1 of every arm by multiply-adds, in a quiet study by training time too, and the curve of the reference."""
+"""The picture of a study: top-1 of every arm by multiply-adds, by training time too where times count, and the curve of the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,33 +11,29 @@ from matplotlib.figure import Figure
 from trainer.analysis.comparison.groups import evaluations
 from trainer.analysis.comparison.plots import COLORS
 from trainer.analysis.comparison.statistics import MeanInterval
-from trainer.analysis.history import Point
 from trainer.analysis.report.picture import GREY
 from trainer.analysis.study.results import Arm, StudyResult
 from trainer.storage.text import plot_text
 
 MARKERS = ("o", "s", "^", "D")
-COSTS: dict[str, Callable[[Point], float]] = {
-    "multiply-adds": lambda point: point.multiply_adds,
-    "training time": lambda point: point.trained,
-}
 
 
 def picture(found: StudyResult, path: Path) -> Path:
     """Means over the seeds, bars of one standard deviation; costs relative to the whole run of the reference."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9.5, 4 + 0.12 * len(found.arms)), dpi=100, layout="constrained", facecolor="white")
-    costs = {name: cost for name, cost in COSTS.items() if found.file.quiet or name == "multiply-adds"}
+    costs = ("multiply-adds", "training time") if found.timed else ("multiply-adds",)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     base = next((arm for arm in found.arms if arm.name == found.file.reference), None)
-    for axes, (name, cost) in zip(panels, costs.items(), strict=True):
+    for axes, name in zip(panels, costs, strict=True):
         if base:
             for run in base.runs.values():
+                cost = found.time(base.name, run) if name == "training time" else lambda point: point.multiply_adds
                 whole = cost(evaluations(run)[-1])
                 x = [cost(point) / whole for point in evaluations(run)]
                 axes.plot(x, [100 * point["top1"] for point in evaluations(run)], color=GREY, alpha=0.35, linewidth=1)
         for i, arm in enumerate(found.arms):
-            x = (arm.multiply_adds if cost is COSTS["multiply-adds"] else arm.time).mean
+            x = (arm.time if name == "training time" else arm.multiply_adds).mean
             if math.isnan(x):
                 continue
             sd = 0.0 if math.isnan(arm.top1.sd) else 100 * arm.top1.sd

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,22 @@ from trainer.analysis.comparison.comparability import IGNORED_SETTINGS, caveats
 from trainer.analysis.comparison.groups import evaluations, final, seed
 from trainer.analysis.comparison.statistics import MeanInterval, PairedTest, holm
 from trainer.analysis.history import History, Point, history, stored_bytes
+from trainer.analysis.study import step_times
 from trainer.analysis.study.file import StudyFile
+from trainer.analysis.study.step_times import Cost, StepTimes
 from trainer.config.errors import ConfigError
 from trainer.config.load import load, parse_recorded
 from trainer.config.run_config import flat
 
+Runs = dict[str, dict[int, History]]  # of an arm, by seed
+Costs = dict[str, dict[int, Cost]]  # training time of each run
+
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed. stored,
-    stored_share: bytes of all weights, see `stored_bytes`, and relative to the reference; nan in a study where all runs have the same."""
+    """The runs of an arm by seed. multiply_adds, time: over the whole run, relative to the reference, paired by seed; time: see
+    `StudyResult`. stored, stored_share: bytes of all weights, see `stored_bytes`, and relative to the reference; nan in a study where all
+    runs have the same."""
 
     name: str
     runs: dict[int, History]
@@ -52,10 +57,22 @@ class Question:
 
 @dataclass(frozen=True)
 class StudyResult:
+    """times: step times measured with nothing beside, which `Arm.time` and `Question.equal_time` are then calculated from; without them
+    they are those of the runs, which count only in a quiet study."""
+
     file: StudyFile
     arms: list[Arm]  # those with runs, in the order of the file
     questions: list[Question]
     notes: list[str]  # why numbers may mislead, one sentence each
+    times: StepTimes | None = None
+
+    @property
+    def timed(self) -> bool:
+        return self.file.quiet or self.times is not None
+
+    def time(self, arm: str, run: History) -> Cost:
+        """Training time of a run of `arm` at a point; nan everywhere if the arm was not measured."""
+        return _time(self.times, self.file, arm, run)
 
 
 def result(file: StudyFile, journals: Path) -> StudyResult:
@@ -64,21 +81,22 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
     for view, (arm, density) in file.views.items():
         seen = {number: run.at_density(density) for number, run in runs[arm].items()}
         runs[view] = {number: run for number, run in seen.items() if evaluations(run)}
-    base = runs[file.reference]
-    arms = [_arm(name, of, base) for name, of in runs.items() if of]
+    times = step_times.read(journals / file.name)
+    costs = {arm: {number: _time(times, file, arm, run) for number, run in of.items()} for arm, of in runs.items()}
+    arms = [_arm(name, runs, costs, file.reference) for name, of in runs.items() if of]
     stored = {arm.name: MeanInterval.of([stored_bytes(run) for run in arm.runs.values()]).mean for arm in arms}
     if len({size for size in stored.values() if not math.isnan(size)}) > 1:
         whole = stored.get(file.reference, math.nan)
         arms = [replace(arm, stored=stored[arm.name], stored_share=_ratio(stored[arm.name], whole)) for arm in arms]
-    asked = [_question(arm, other, runs[arm], runs[other]) for arm, other in file.questions]
+    asked = [_question(arm, other, runs, costs) for arm, other in file.questions]
     corrected = holm([one.test.p for one in asked])
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]
     histories = [run for arm in file.arms for run in runs[arm].values()]
     notes = caveats(histories) if histories else []
-    return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs)])
+    return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs)], times)
 
 
-def top1_at(run: History, cost: Callable[[Point], float], at: float) -> float:
+def top1_at(run: History, cost: Cost, at: float) -> float:
     """Top-1 when the run had used `at`, interpolated linearly between evaluations; nan before the first or behind the last one."""
     before: tuple[float, float] | None = None
     for point in evaluations(run):
@@ -96,17 +114,28 @@ def _runs(folder: Path, arm: str) -> dict[int, History]:
     return {seed(run): run for run in sorted(found, key=seed) if evaluations(run)}
 
 
-def _arm(name: str, runs: dict[int, History], base: dict[int, History]) -> Arm:
-    of = list(runs.values())
+def _time(times: StepTimes | None, file: StudyFile, arm: str, run: History) -> Cost:
+    if times is None:
+        return lambda point: point.trained
+    name, _ = file.views.get(arm, (arm, 1.0))
+    return times.cost(name, run) or (lambda point: math.nan)
+
+
+def _arm(name: str, runs: Runs, costs: Costs, reference: str) -> Arm:
+    own, of = runs[name], list(runs[name].values())
     worst = [_worst_class(run) for run in of]
     kept = [point["facts"] for run in of for point in run.of("epoch")[-1:] if "class_keep_min" in point.get("facts", {})]
     shares = (min(f["class_keep_min"] for f in kept), max(f["class_keep_max"] for f in kept)) if kept else None
-    pairs = [(run, base[number]) for number, run in runs.items() if number in base]
+    pairs = [(run, runs[reference][number]) for number, run in own.items() if number in runs[reference]]
+    times = [
+        _ratio(costs[name][number](run.last), costs[reference][number](runs[reference][number].last))
+        for number, run in own.items() if number in runs[reference]
+    ]  # fmt: skip
     return Arm(
-        name, runs, MeanInterval.of([final(run) for run in of]), MeanInterval.of(worst), shares,
+        name, own, MeanInterval.of([final(run) for run in of]), MeanInterval.of(worst), shares,
         MeanInterval.of([float(run.last.images) for run in of]).mean,
         MeanInterval.of([_ratio(run.last.multiply_adds, other.last.multiply_adds) for run, other in pairs]),
-        MeanInterval.of([_ratio(run.last.trained, other.last.trained) for run, other in pairs]),
+        MeanInterval.of(times),
     )  # fmt: skip
 
 
@@ -114,19 +143,24 @@ def _worst_class(run: History) -> float:
     return evaluations(run)[-1].get("worst_class", math.nan)
 
 
-def _question(arm: str, other: str, ours: dict[int, History], theirs: dict[int, History]) -> Question:
-    pairs = [(ours[number], theirs[number]) for number in ours if number in theirs]
+def _question(arm: str, other: str, runs: Runs, costs: Costs) -> Question:
+    both = [number for number in runs[arm] if number in runs[other]]
+    pairs = [(runs[arm][number], runs[other][number]) for number in both]
     return Question(
         arm, other, PairedTest.of([final(a) - final(b) for a, b in pairs]),
         MeanInterval.of([_worst_class(a) - _worst_class(b) for a, b in pairs]),
-        MeanInterval.of([_at_equal(a, b, lambda point: point.multiply_adds) for a, b in pairs]),
-        MeanInterval.of([_at_equal(a, b, lambda point: point.trained) for a, b in pairs]),
+        MeanInterval.of([_at_equal(a, b, _multiply_adds, _multiply_adds) for a, b in pairs]),
+        MeanInterval.of([_at_equal(a, b, costs[arm][number], costs[other][number]) for number, (a, b) in zip(both, pairs, strict=True)]),
     )  # fmt: skip
 
 
-def _at_equal(a: History, b: History, cost: Callable[[Point], float]) -> float:
-    at = min(cost(evaluations(a)[-1]), cost(evaluations(b)[-1]))
-    return top1_at(a, cost, at) - top1_at(b, cost, at)
+def _multiply_adds(point: Point) -> float:
+    return point.multiply_adds
+
+
+def _at_equal(a: History, b: History, cost_a: Cost, cost_b: Cost) -> float:
+    at = min(cost_a(evaluations(a)[-1]), cost_b(evaluations(b)[-1]))
+    return top1_at(a, cost_a, at) - top1_at(b, cost_b, at)
 
 
 def _deviations(file: StudyFile, runs: dict[str, dict[int, History]]) -> list[str]:
