@@ -34,7 +34,7 @@ def studies() -> tuple[StudyResult, ...]:
 
 def known() -> list[MeanInterval]:
     asked = [question for study in studies() for question in study.questions]
-    return [one for question in asked for one in (question.test.difference, question.worst_class, question.equal_multiply_adds)]
+    return [one for q in asked for one in (q.test.difference, q.worst_class, q.equal_multiply_adds, q.equal_time)]
 
 
 def same(quoted: tuple[str, ...], found: MeanInterval) -> bool:
