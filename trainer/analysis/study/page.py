@@ -165,9 +165,9 @@ def _relative(found: StudyResult) -> str:
     if found.times:
         return (
             f"Multiply-adds and time relative to {reference}, paired by seed. Time: forward, backward and optimizer step, without loader, "
-            f"evaluation and bookkeeping; the steps of each run x the step times of `trilevel bench study` ({of['device']}, "
-            f"{of['threads']} {'thread' if of['threads'] == 1 else 'threads'}, {of['precision']}, torch {of['torch']}, {of['date']}, "
-            f"commit {of['commit'][:7]}, {of['rounds']} rounds)."
+            "evaluation and bookkeeping; the steps of each run x the step times of `trilevel bench study`, a probed image as a third of "
+            f"its multiply-adds ({of['device']}, {of['threads']} {'thread' if of['threads'] == 1 else 'threads'}, {of['precision']}, "
+            f"torch {of['torch']}, {of['date']}, commit {of['commit'][:7]}, {of['rounds']} rounds)."
         )
     if not found.file.quiet:
         return f"Multiply-adds relative to {reference}."
