@@ -61,6 +61,7 @@ def test_arms_that_compute_the_same_share_a_row(here: Path, capsys: Any) -> None
         ("", "", ["--arms", "dens"], "--arms dens: unknown arm; valid values: dense, fewer_examples, topk, topk_again"),
         ("examples.removed: 0.25", "data.micro_batch: 4", [], "fewer_examples: data.micro_batch=4: cannot be timed beside dense with 8"),
         ("examples.removed: 0.25", "weights: {method: magnitude}", [], "fewer_examples: weights.method=magnitude: cannot be timed"),
+        ("examples.removed: 0.25", "optim.name: sgd", [], "fewer_examples: optim.name=sgd: cannot be timed beside dense with adamw"),
         ("", "", ["--rounds", "0"], "bench study: --rounds 0: must be >= 1"),
     ],
 )  # fmt: skip

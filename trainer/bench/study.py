@@ -7,7 +7,6 @@ row. The JSON file, kept as `NAME/step_times.json` beside the journals, gives th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 
 from sparsity.types import DENSE, Plan
+from trainer.analysis.study import step_times
 from trainer.analysis.study.file import StudyFile
 from trainer.bench.paired import TimedPlan, paired
 from trainer.bench.result import BenchResult
 from trainer.bench.step import compile_network
 from trainer.config.errors import ConfigError
-from trainer.config.load import load
 from trainer.config.run_config import Config
 from trainer.model.build import build_model, build_schedule, cost_of
 from trainer.model.optimizer import build_optimizer
@@ -33,15 +32,15 @@ COLUMNS = {
     "multiply-adds": "{share:.3f}",
 }
 BASE = "dense"
-COMPUTED = ("model", "tokens", "connections", "engine", "compat")  # sections that change what a step computes
 
 
 def bench(file: StudyFile, arms: Sequence[str] | None = None, rounds: int = 30) -> BenchResult:
     """Measure on this machine's GPU, or else its CPU (float32). arms: only these, and the dense step of the reference. Raises
-    ConfigError, also for arms with a teacher or pruned weights, whose work is not timed, and for arms of another batch or image size.
+    ConfigError, also for arms with a teacher or pruned weights, whose work is not timed, and of another batch, image size, precision or
+    optimizer.
 
     Rows: see `paired.paired`. In JSON also `arms`: {arm: [[start, end (epochs), share of the steps, row], ...]}, and `measured`: device,
-    precision, threads, torch, date, commit, batch, rounds.
+    precision, threads, torch, date, commit, batch, rounds, and settings: {arm: `step_times.fingerprint`}.
     """
     for arm in arms or ():
         if arm not in file.arms:
@@ -63,6 +62,7 @@ def bench(file: StudyFile, arms: Sequence[str] | None = None, rounds: int = 30) 
         "precision": "float32" if device.type == "cpu" else first.engine.precision,
         "threads": torch.get_num_threads(), "torch": code["versions"]["torch"], "date": datetime.now(UTC).date().isoformat(),
         "commit": code["commit"], "batch": first.data.micro_batch, "rounds": rounds,
+        "settings": {arm: step_times.fingerprint(config) for arm, config in configs.items()},
     }  # fmt: skip
     title = (
         f"{file.name}: {len(schedules)} arms, {len(timed)} computations, batch {first.data.micro_batch}, {first.model.image_size} px, "
@@ -72,7 +72,7 @@ def bench(file: StudyFile, arms: Sequence[str] | None = None, rounds: int = 30) 
 
 
 def _config(file: StudyFile, arm: str) -> Config:
-    return load(file.config, [word.replace("{seed}", "0") for word in file.arms[arm]]).changed(model={"init": "random"})
+    return step_times.configured(file, arm).changed(model={"init": "random"})
 
 
 def _refuse(file: StudyFile, arm: str, config: Config, first: Config) -> None:
@@ -81,6 +81,8 @@ def _refuse(file: StudyFile, arm: str, config: Config, first: Config) -> None:
         ("weights.method", config.weights.method, "all"),
         ("data.micro_batch", config.data.micro_batch, first.data.micro_batch),
         ("model.image_size", config.model.image_size, first.model.image_size),
+        ("engine.precision", config.engine.precision, first.engine.precision),
+        ("optim.name", config.optim.name, first.optim.name),
     ):  # fmt: skip
         if ours != its:
             raise ConfigError(
@@ -100,7 +102,7 @@ def _rows(configs: dict[str, Config], reference: str) -> tuple[dict[str, TimedPl
     schedules: dict[str, Any] = {}
     for arm, config in configs.items():
         stretches = build_schedule(config).stretches()
-        key = _computed(config)
+        key = step_times.computed(config)
         plain = config.model == first.model and config.compat == first.compat == "none"
         for at, stretch in enumerate(stretches):
             if stretch.plan == DENSE and plain:
@@ -114,8 +116,3 @@ def _rows(configs: dict[str, Config], reference: str) -> tuple[dict[str, TimedPl
                 rows[name] = TimedPlan(network, stretch.plan, cost_of(network, stretch.plan)["multiply_adds"] / whole)
         schedules[arm] = [[one.start, one.end, one.share, names[key, one.plan]] for one in stretches]
     return rows, schedules
-
-
-def _computed(config: Config) -> str:
-    resolved = config.resolved()
-    return json.dumps({key: resolved[key] for key in COMPUTED}, sort_keys=True)

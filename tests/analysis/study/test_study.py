@@ -218,7 +218,10 @@ MEASURED = {
 
 def measured(arms: dict[str, Any], **ratios: float) -> Path:
     path = Path("kept/mini/step_times.json")
-    path.write_text(json.dumps({row: {"ratio": ratio} for row, ratio in ratios.items()} | {"arms": arms, "measured": MEASURED}))
+    file = study_file.read("mini.yaml")
+    settings = {arm: step_times.fingerprint(step_times.configured(file, arm)) for arm in arms}
+    rows = {row: {"ratio": ratio} for row, ratio in ratios.items()}
+    path.write_text(json.dumps(rows | {"arms": arms, "measured": MEASURED | {"settings": settings}}))
     return path
 
 
@@ -244,10 +247,20 @@ def test_times_are_calculated_from_step_times_measured_alone(mini: Path) -> None
     assert math.isnan(sparse.time.mean), "an arm that was not measured has no time"
 
 
+def test_times_of_other_settings_do_not_count(mini: Path) -> None:
+    arms = {"dense": [[0, 4, 1.0, "dense"]], "sparse": [[0, 4, 1.0, "dense"]]}
+    measured(arms, dense=1.0)
+    assert all(arm.time.mean > 0 for arm in result(study_file.read("mini.yaml"), Path("kept")).arms)
+    Path("mini.yaml").write_text(STUDY.replace("sparse: {optim.lr: 2.0e-3}", "sparse: {tokens: {method: topk, keep: 0.5}}"))
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    assert [math.isnan(arm.time.mean) for arm in found.arms] == [False, True]
+    assert "sparse: not timed with the settings that the file has now; measure again with `trilevel bench study`" in found.notes
+
+
 def test_a_probed_image_takes_a_third_of_a_training_image(mini: Path) -> None:
     run = history(Path("kept/mini/dense-seed0.jsonl.xz"))
     probe = replace(run.of("step")[4], line={"kind": "probe", "probed": 90, "multiply_adds": 50.0})
-    times = step_times.StepTimes({"dense": [[0, 4, 1.0, "dense"]]}, {"dense": 1.0}, MEASURED)
+    times = step_times.StepTimes({"dense": [[0, 4, 1.0, "dense"]]}, {"dense": 1.0}, MEASURED, {})
     before, after = times.cost("dense", run), times.cost("dense", replace(run, points=run.points | {"probe": [probe]}))
     assert before and after
     assert after(run.of("step")[3]) == before(run.of("step")[3]) and after(run.last) == pytest.approx(
@@ -255,7 +268,15 @@ def test_a_probed_image_takes_a_third_of_a_training_image(mini: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no", '{"arms": {"dense": [[0, 4, 1.0, "row"]]}, "measured": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}", "[]", "no", '{"arms": {"dense": [[0, 4, 1.0, "row"]]}, "measured": {}}', '{"arms": {"dense": [[0]]}, "measured": {}}',
+        '{"row": {"ratio": -1}, "arms": {"dense": [[0, 4, 1.0, "row"]]}, "measured": {}}',
+        '{"row": {"ratio": NaN}, "arms": {"dense": [[0, 4, 1.0, "row"]]}, "measured": {}}',
+        '{"row": {"ratio": 1}, "arms": {"dense": [["a", 4, 1.0, "row"]]}, "measured": {}}',
+    ],
+)  # fmt: skip
 def test_step_times_that_are_not_a_measurement_are_refused(mini: Path, text: str) -> None:
     measured({}).write_text(text)
     with pytest.raises(ConfigError, match=r"step_times\.json: not a result of `trilevel bench study` .* or remove it"):

@@ -81,7 +81,8 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
     for view, (arm, density) in file.views.items():
         seen = {number: run.at_density(density) for number, run in runs[arm].items()}
         runs[view] = {number: run for number, run in seen.items() if evaluations(run)}
-    times = step_times.read(journals / file.name)
+    measured = step_times.read(journals / file.name)
+    times = measured and measured.of(file)
     costs = {arm: {number: _time(times, file, arm, run) for number, run in of.items()} for arm, of in runs.items()}
     arms = [_arm(name, runs, costs, file.reference) for name, of in runs.items() if of]
     stored = {arm.name: MeanInterval.of([stored_bytes(run) for run in arm.runs.values()]).mean for arm in arms}
@@ -93,7 +94,7 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]
     histories = [run for arm in file.arms for run in runs[arm].values()]
     notes = caveats(histories) if histories else []
-    return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs)], times)
+    return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs), *_untimed(file, runs, times)], times)
 
 
 def top1_at(run: History, cost: Cost, at: float) -> float:
@@ -161,6 +162,13 @@ def _multiply_adds(point: Point) -> float:
 def _at_equal(a: History, b: History, cost_a: Cost, cost_b: Cost) -> float:
     at = min(cost_a(evaluations(a)[-1]), cost_b(evaluations(b)[-1]))
     return top1_at(a, cost_a, at) - top1_at(b, cost_b, at)
+
+
+def _untimed(file: StudyFile, runs: Runs, times: StepTimes | None) -> list[str]:
+    """Arms whose time is missing, although others have theirs."""
+    missing = [arm for arm in file.arms if runs[arm] and times and arm not in times.arms]
+    text = "not timed with the settings that the file has now; measure again with `trilevel bench study`"
+    return [f"{', '.join(missing)}: {text}"] if missing else []
 
 
 def _deviations(file: StudyFile, runs: dict[str, dict[int, History]]) -> list[str]:

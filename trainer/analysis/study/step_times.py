@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.analysis.history import History, Point
+from trainer.analysis.study.file import StudyFile
 from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.config.run_config import Config
 
 FILE = "step_times.json"
 MEASURED = ("device", "precision", "threads", "torch", "date", "commit", "rounds")
+COUNTS = ("threads", "rounds")
+COMPUTED = ("model", "tokens", "connections", "engine", "compat")  # sections that change what a step computes
 Cost = Callable[[Point], float]
 
 
 @dataclass(frozen=True)
 class StepTimes:
     """The file of a measurement. arms: {arm: [start, end (epochs), share of the steps, row]}; rows: {row: step time / dense}; measured:
-    device, precision, threads, torch, date, commit, rounds."""
+    device, precision, threads, torch, date, commit, rounds; settings: {arm: `fingerprint` of what was measured}."""
 
     arms: dict[str, list[list[Any]]]
     rows: dict[str, float]
     measured: dict[str, Any]
+    settings: dict[str, str]
+
+    def of(self, file: StudyFile) -> StepTimes:
+        """Without the arms whose settings in the study's file are others now."""
+        same = {arm for arm in self.arms if arm in file.arms and self.settings.get(arm) == fingerprint(configured(file, arm))}
+        return replace(self, arms={arm: stretches for arm, stretches in self.arms.items() if arm in same})
 
     def cost(self, arm: str, run: History) -> Cost | None:
         """Time that the run has trained at a point; None if the arm was not measured."""
@@ -58,6 +70,25 @@ class StepTimes:
         return sum(weight * ratio for weight, ratio in parts) / whole if whole > 0 else float("nan")
 
 
+def configured(file: StudyFile, arm: str) -> Config:
+    """The settings of an arm; of its seeds the first, on which no step time depends. Raises ConfigError."""
+    return load(file.config, [word.replace("{seed}", "0") for word in file.arms[arm]])
+
+
+def computed(config: Config) -> str:
+    """What a step computes besides its plan: equal text, equal computation."""
+    resolved = config.resolved()
+    resolved["model"]["init"] = "random"
+    return json.dumps({key: resolved[key] for key in COMPUTED}, sort_keys=True)
+
+
+def fingerprint(config: Config) -> str:
+    """Changes with everything that the times of an arm depend on: computation, schedule of keep ratios, batch, optimizer."""
+    schedule = {"epochs": config.epochs, "plan": config.resolved()["plan"]}
+    others = {"micro_batch": config.data.micro_batch, "optimizer": config.optim.name}
+    return sha256((computed(config) + json.dumps(schedule | others, sort_keys=True)).encode()).hexdigest()[:16]
+
+
 def _probed(point: Point, run: History) -> float:
     return point.get("probed", 0) * point.get("multiply_adds", float("nan")) / run.start.get("multiply_adds", float("nan")) / 3
 
@@ -70,10 +101,17 @@ def read(folder: Path) -> StepTimes | None:
     try:
         raw = json.loads(path.read_text())
         arms, measured = raw.pop("arms"), raw.pop("measured")
-        rows = {name: float(row["ratio"]) for name, row in raw.items()}
-        if not all(row in rows for stretches in arms.values() for *_, row in stretches):
-            raise KeyError("a row of `arms` is missing")
-        return StepTimes(arms, rows, {key: measured[key] for key in MEASURED})
+        rows = {str(name): float(row["ratio"]) for name, row in raw.items()}
+        if bad := [name for name, ratio in rows.items() if not 0 < ratio < float("inf")]:
+            raise ValueError(f"row {bad[0]}: ratio={rows[bad[0]]}")
+        for arm, stretches in arms.items():
+            for start, end, share, row in stretches:
+                if not (0 <= float(start) < float(end) and 0 < float(share) <= 1 and row in rows):
+                    raise ValueError(f"arm {arm}: {[start, end, share, row]}")
+        settings = {str(arm): str(measured["settings"][arm]) for arm in arms}
+        return StepTimes(
+            arms, rows, {key: measured[key] if key in COUNTS else str(measured[key]) for key in MEASURED}, settings
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a result of `trilevel bench study` ({error}); measure again with `--json {path}`, or remove it"
