@@ -11,7 +11,7 @@ from trainer.cli.commands import COMMANDS
 from trainer.cli.output import refuse_outputs
 from trainer.config.errors import TrilevelError
 from trainer.config.pipes import pipes_granted
-from trainer.run.shutdown import ignore_signals
+from trainer.run.shutdown import end_process, ignore_signals
 from trainer.storage.exit_code import write_exit_code
 from trainer.storage.standard_streams import OutputError, discard_output, guard_standard_streams, open_standard_streams, say
 from trainer.storage.text import printable
@@ -32,6 +32,7 @@ def main(words: list[str] | None = None) -> int:
         sys.stdout.flush()
         if words is None and arguments.command == "train":  # the process exits; a caller with `words` does not
             ignore_signals()
+            end_process(code)
         return code
     except KeyboardInterrupt:
         say("interrupted", error=True)

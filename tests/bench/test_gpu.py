@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from sparsity import keyed_random
+from tests.conftest import ROOT
 from trainer.bench.gpu import __main__ as gpu
 from trainer.bench.gpu import compile_rows, counts, facts, kernels, processes, step, study
 from trainer.bench.gpu.report import Host, run
@@ -110,6 +113,27 @@ def test_an_interrupted_part_leaves_no_process(tmp_path: Path) -> None:
         assert run({"run": one}, Host(CPU, True, None), lambda line: None, 2.0) == 1
         found = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()
         assert not found
+
+
+def test_no_process_outlives_a_killed_make_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    child = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import os, sys; from trainer.bench.gpu import processes; processes.shown([sys.executable, '-c', {child!r}], os.environ, 0.0)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
+        _until(lambda: file.is_file() and file.read_text() != "")
+        parent.kill()
+    _until(lambda: not _runs(int(file.read_text())))
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 40
+    while not done():
+        assert time.monotonic() < end, "not within 40 s"
+        time.sleep(0.05)
 
 
 def test_processes_run_a_few_at_a_time_and_the_first_failure_is_kept(tmp_path: Path) -> None:
@@ -226,18 +250,22 @@ def test_a_profile_sums_classes_and_idle_time() -> None:
         "void at::native::sort",
         "pytorch_flash::flash_fwd",
         "ncclDevKernel_AllReduce",
+        "void at::native::GammaBetaBackwardCUDAKernel",
+        "sm80_xmma_wgrad_implicit_gemm_indexed",
+        "aten::mm",
         "xyz",
     )
     assert [kernels.class_of(name) for name in names] == [
         "reduction and norm", "elementwise", "sort and gather", "attention", "communication", "other",
+        "convolution", "product", "other",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_facts_run_engine_and_input_in_their_tiny_form(capsys: Any) -> None:
-    assert gpu.main(["facts", "run", "engine", "input"]) == 0, capsys.readouterr().out
-    message = capsys.readouterr().out
+    code, message = gpu.main(["facts", "run", "resume", "engine", "input"]), capsys.readouterr().out
+    assert code == 0, message
     assert "attention, math" in message and "same_batches true" in message and "ours" in message
 
 

@@ -25,7 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch, part: Any, host: Host) -> dict[str,
 
     monkeypatch.setattr(jobs, "trilevel", command)
     monkeypatch.setattr(jobs, "steps_of", lambda folder, name: {1: {"chain": "a", "loss": 1.0}})
-    monkeypatch.setattr(jobs, "photographs", lambda folder, count: count)
+    monkeypatch.setattr(jobs, "photographs", lambda folder, count, copies: copies * count)
     monkeypatch.setattr(jobs, "_device_pixels", lambda folder, device: {"ok": True})
     found = {}
     for row, work in part(host):
@@ -54,7 +54,7 @@ def test_engines_are_timed_at_full_and_at_small_batches(monkeypatch: pytest.Monk
 def test_input_is_timed_with_all_cores_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: range(16))
     full, tiny = (started(monkeypatch, jobs.images, host) for host in (FULL, TINY))
-    assert full["made images"]["images"] == full["made images"]["bytes"] == 1500 and tiny["made images"]["images"] == 12
+    assert full["made images"]["images"] == full["made images"]["bytes"] == 12_000 and tiny["made images"]["images"] == 12
     assert [row for row in full if row.startswith("input")] == ["input, 15 workers", "input, 7 workers", "input, 3 workers"]
     (words,), (few,), (small,) = full["input, 15 workers"], full["input, 3 workers"], tiny["input, 1 workers"]
     assert (of(few, "--workers"), of(few, "--rows")) == ("3", "ours,ours_short_side")
@@ -93,7 +93,7 @@ def test_a_run_is_stopped_and_resumed_also_on_the_other_device(monkeypatch: pyte
     assert list(full) == ["pack digits", "whole", "stopped", "resumed", "resumed on the CPU", again]
     assert {row for row, ((*_, last),) in full.items() if last == "CUDA_VISIBLE_DEVICES="} == {"resumed on the CPU"}
     assert {row for row, (words,) in full.items() if "--resume" in words} == {"resumed", "resumed on the CPU", again}
-    assert "stop_at=12step" in full["stopped"][0] and "stop_at=35step" in full["resumed on the CPU"][0]
+    assert "stop_at=10step" in full["stopped"][0] and "stop_at=35step" in full["resumed on the CPU"][0]
     assert "stop_at=40step" in full[again][0]
 
 
@@ -162,13 +162,14 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
         event("user_annotation", "step 31", 0, 10), event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 60), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
         event("cuda_runtime", "cudaEventSynchronize", 1, 2), event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
-        event("cpu_op", "aten::add", 0, 99),
+        event("cpu_op", "aten::add", 0, 99), event("cpu_op", "autograd::engine::evaluate_function: AddmmBackward0", 0, 9, thread=3),
+        event("cuda_runtime", "cudaStreamSynchronize", 1, 80, thread=3),
     ]  # fmt: skip
     found = trace.traced(events, 2, on_gpu=True)
-    assert (found["waits"], found["launches"], found["ms"]) == (0.5, 1.0, 0.005), (
+    assert (found["waits"], found["launches"], found["ms"]) == (1.0, 1.0, 0.005), (
         "the thread that decodes waits for itself, and an event that is past returns at once"
     )
-    assert found["waited_ms"] == pytest.approx(0.031)
+    assert found["waited_ms"] == pytest.approx(0.071)
     assert found["idle"] == pytest.approx(0.2) and found["product_ms"] == 0.003
 
 

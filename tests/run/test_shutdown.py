@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import environment
 from trainer.data.errors import StorageUnavailable
 from trainer.run import shutdown
 from trainer.run.shutdown import Stop, install_handlers
@@ -24,6 +27,33 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stop]:
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
     signal.setitimer(signal.ITIMER_REAL, *left)
+
+
+ABORTING = """
+import atexit, os, sys, types
+from trainer.run.shutdown import end_process
+
+class Late:
+    def __del__(self, abort=os.abort):  # while the interpreter is finalized, as a thread of a library might
+        abort()
+
+sys.modules["late"] = types.ModuleType("late")
+sys.modules["late"].one = Late()
+atexit.register(print, "exit handlers ran")
+print("run ended")
+end_process(75)
+"""
+
+
+@pytest.mark.parametrize(("world", "code"), [("2", 75), ("1", -signal.SIGABRT)])
+def test_a_rank_whose_libraries_abort_while_python_exits_keeps_its_exit_code(world: str, code: int) -> None:
+    """Without other ranks Python exits as ever, so that a profiler or a debugger around it does too."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ABORTING], env=environment() | {"WORLD_SIZE": world}, capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == code, ended.stderr
+    if world == "2":
+        assert ended.stdout.splitlines() == ["run ended", "exit handlers ran"]
 
 
 @pytest.mark.parametrize("when", ["before the wait", "in the wait"])

@@ -36,6 +36,7 @@ from trainer.telemetry.timing import interleave
 BARE = "bare"
 ENGINES = {"ddp": ("ddp", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 WARM_UP = 3
+TOGETHER = 10  # steps on a GPU between two synchronisations
 PROFILED = 5  # steps of each row, behind the timed ones
 EQUAL = 1.02  # engines within this ratio count as equally fast
 Step = Callable[[], None]
@@ -94,6 +95,8 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
     half = {"float32": "float32", "autocast": "bf16 autocast", "bf16": "bf16"}[config.engine.precision]
     about = f"{config.name}: {config.model.name}, {config.model.image_size} px, {world} process(es), {half}, {rounds} rounds, {where}"
     notes = [f"{name}: {row['note']}" for name, row in rows.items() if "note" in row]
+    if world == 1 and "ddp" in names:
+        notes.append("one process: accelerate wraps nothing in DDP, whose row is the loop of a run without communication")
     return BenchResult(about, rows, COLUMNS, [*notes, *(advice(config, rows, count) for count in images)])
 
 
@@ -137,9 +140,16 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
 
 
 def _timed(engine: Engine, step: Step) -> float:
-    """Seconds on this rank of a step that all ranks start together."""
+    """Seconds on this rank of a step, mean of some that all ranks start together: on a GPU of TOGETHER, because the host prepares a step
+    while the device computes the one before, as in training."""
+    steps = TOGETHER if engine.on_gpu else 1
     engine.barrier()
-    return timing.seconds(step, engine.device)
+
+    def several() -> None:
+        for _ in range(steps):
+            step()
+
+    return timing.seconds(several, engine.device) / steps
 
 
 def _engined(config: Config, count: int, kind: str, zero: int) -> Step:

@@ -26,6 +26,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader.validation import Validation
 from trainer.engine.engine import Engine
 from trainer.run.recorder import Recorder
+from trainer.run.shutdown import end_process
 from trainer.storage.disk import Disk
 
 RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
@@ -134,3 +135,4 @@ for scene in sys.argv[2:]:
     trainer.data.loader.build.Validation, trainer.run.assembly.Recorder = Validation, Recorder
     trainer.checkpoint.save_load.Disk, Engine.reseed = Disk, reseed
     one(scene, True)
+end_process(0)

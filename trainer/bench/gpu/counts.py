@@ -57,12 +57,13 @@ class Row:
 
 
 def rows() -> dict[str, Row]:
-    """Dense rows, then token keep ratios in the blocks of the configuration, then connections beside the ratio .7."""
+    """Dense rows, then token keep ratios in the blocks of the configuration, then connections beside the ratio .7, then ToMe at .7."""
     ratios, half = (0.9, 0.7, 0.5), torch.bfloat16
     found = {"timm": Row(timm=True), "dense": Row(), "dense, bf16 residual": Row(residual=half)}
     found |= {f"tokens {keep}": Row("topk", plan=Plan(keep)) for keep in ratios}
     found |= {f"tokens {keep}, bf16 residual": Row("topk", plan=Plan(keep), residual=half) for keep in ratios}
     found |= {f"tokens 0.7, {name} 0.1": Row("topk", name, Plan(0.7, 0.1)) for name in ("exact", "shared_keys")}
+    found["ToMe 0.7"] = Row("tome", plan=Plan(0.7))
     return found
 
 

@@ -20,8 +20,11 @@ CLASSES = (
     ("communication", ("nccl",)),
     ("attention", ("flash", "fmha", "sdpa", "attention", "cudnn_generated_fort")),
     ("optimizer", ("adam", "multi_tensor", "foreach", "lerp")),
-    ("product", ("gemm", "cutlass", "xmma", "nvjet", "cublas", "splitk", "addmm", "bmm", "mm")),
-    ("convolution", ("conv", "dgrad", "wgrad", "implicit")),
+    ("convolution", ("conv", "dgrad", "wgrad", "implicit")),  # before products: its kernels are called implicit_gemm
+    (
+        "product",
+        ("gemm", "cutlass", "xmma", "nvjet", "cublas", "splitk", "addmm", "bmm", "::mm"),
+    ),  # a bare mm is in "gamma" too
     ("sort and gather", ("sort", "gather", "scatter", "index")),
     ("reduction and norm", ("reduce", "norm")),
     ("elementwise", ("elementwise", "vectorized")),

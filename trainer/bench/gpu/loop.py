@@ -33,12 +33,9 @@ def part(host: Host) -> Iterator[Row]:
 
 def _shards(folder: Path, count: int) -> Facts:
     """JPEGs of ImageNet's size, with the short side of packed shards."""
-    size = jobs.photographs(folder / "images", count)
-    for path in list((folder / "images").rglob("*.jpg")):
-        for number in range(1, COPIES):
-            os.link(path, path.with_name(f"{path.stem}-{number}.jpg"))
+    size = jobs.photographs(folder / "images", count, COPIES)
     pack(str(folder / "images"), folder / "shards", short_side=SHORT_SIDE, workers=_cores(), progress=False)
-    return {"images": COPIES * count, "bytes": COPIES * size, "cores": _cores()}
+    return {"images": COPIES * count, "bytes": size, "cores": _cores()}
 
 
 def _cores() -> int:

@@ -29,7 +29,7 @@ from trainer.telemetry.hardware import matrix_rate
 CONFIG = "configs/tri_level_deit_small_0.7.yaml"
 PREDICTED = "docs/results/gpu-counts.json"
 ORDER = ("timm", "dense", "tokens 0.7", "tokens 0.5", "tokens 0.9", "dense, bf16 residual", "tokens 0.7, bf16 residual",
-         "tokens 0.7, exact 0.1", "tokens 0.7, shared_keys 0.1")  # fmt: skip
+         "tokens 0.7, exact 0.1", "tokens 0.7, shared_keys 0.1", "ToMe 0.7")  # fmt: skip
 FIRST = compile_rows.AT_ONCE  # rows that are compiled and measured before the others
 FEW = {
     "dense, 32 images": ("dense", ("data.micro_batch=32",)),

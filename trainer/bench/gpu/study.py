@@ -6,6 +6,7 @@ stop: it saves and ends. The shards are in OUT/shards/cifar10 or shards/cifar10 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trainer.bench.gpu import processes
 from trainer.bench.gpu.jobs import trilevel
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.strict_yaml import load_yaml
@@ -22,7 +24,7 @@ STUDY = "configs/studies/cifar10_full.yaml"
 SHARDS, PACK = Path("shards") / "cifar10", "trilevel pack cifar-10-python.tar.gz"
 SPLITS = {"data.train": "train-*.tar", "data.validation": "test-*.tar"}
 ARMS = 3  # the launcher checks each before it trains, which takes seconds
-LIMIT, TO_SAVE = 200, 30  # seconds
+LIMIT, TO_SAVE = 190, 30  # seconds; together less than the limit of a part
 TINY = """\
 name: tiny
 question: Does a sitting of a study run, keep its journals, and add to its table?
@@ -99,26 +101,19 @@ def next_runs(words: Sequence[str], file: Path, journals: Path, limit: float) ->
 
 def sitting(words: Sequence[str], journals: Path, limit: float) -> Facts:
     """Start the launcher, and ask it to stop after `limit` seconds, whatever its exit code is then: a run that has not begun to train ends
-    without a checkpoint. finished_runs: in all sittings; all: whether those asked for are."""
-    process = subprocess.Popen(
-        words, cwd=SOURCE_ROOT, env=os.environ | {"PYTHONPATH": python_path()}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    without a checkpoint. What does not end within TO_SAVE is killed. finished_runs: in all sittings; all: whether those asked for are."""
     stopped = False
-    try:
-        output = process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        stopped = True
-        process.terminate()
+    with processes.started(words, os.environ | {"PYTHONPATH": python_path()}, SOURCE_ROOT) as (process, output):
         try:
-            output = process.communicate(timeout=TO_SAVE)[0]
+            process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0]
+            stopped = True
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TO_SAVE)
+        ended: Facts = {"ok": True} if stopped else processes.result_of(process, output)
     facts: Facts = {"finished_runs": len(list(journals.rglob("*.jsonl.xz"))), "all": process.returncode == 0}
-    if process.returncode and not stopped:
-        return facts | {"ok": False, "error": f"exit code {process.returncode}", "trace": output[-3000:]}
-    return facts | {"ok": True}
+    return facts | ended
 
 
 def table(file: Path, journals: Path) -> Iterator[Row]:

@@ -22,14 +22,14 @@ def of_run(run: Path, steps: int, on_gpu: bool) -> Facts:
 
 
 def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
-    """Of the events of a Chrome trace: what the device did, and waits of the loop's thread for it, per step. Without a GPU its operations
-    stand for kernels."""
+    """Of the events of a Chrome trace: what the device did, and waits for it of the threads of the loop and of backward, per step; pinning
+    and checkpoints wait in threads of their own. Without a GPU its operations stand for kernels."""
     spans = [
         (event["name"], round(1000 * event["ts"]), round(1000 * (event["ts"] + event["dur"])))
         for event in events
         if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
     ]
-    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith("step ")}
+    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith(("step ", "autograd::engine"))}
     waited = [
         event["dur"]
         for event in events
