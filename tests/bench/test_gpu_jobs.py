@@ -179,3 +179,4 @@ def test_the_loop_is_measured_in_its_tiny_form(tmp_path: Path) -> None:
     assert list(rows) == ["made images", "step alone", "loop, decode_on=workers"] and rows["made images"]["images"] == 4 * 96
     found = rows["loop, decode_on=workers"]
     assert found["ok"] and found["images_per_second"] > 0 and 0 < found["share_of_step"] < 2 and found["launches"] > 100
+    assert found["ms_beyond_step"] == pytest.approx(12_000 / found["images_per_second"] - rows["step alone"]["ms"])

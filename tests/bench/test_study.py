@@ -11,6 +11,8 @@ import pytest
 from tests.bench.test_step import RECIPE
 from trainer.__main__ import main
 from trainer.analysis.study import step_times
+from trainer.analysis.study.file import read
+from trainer.bench import study
 
 STUDY = """
 name: mini
@@ -50,15 +52,24 @@ def test_arms_that_compute_the_same_share_a_row(here: Path, capsys: Any) -> None
     assert arms["topk_again"] == [[0, 2, 1, "dense"], [2, 6, 1, "topk 2: epochs 4 - 10"]]
     assert facts["dense"]["ratio"] == 1 > facts["topk 1: epochs 2 - 4"]["share"] > facts["topk 2: epochs 4 - 10"]["share"]
     assert measured["batch"] == 8 and measured["rounds"] == 2 and measured["threads"] >= 1
-    read = step_times.read(Path("mini"))
-    assert read and read.rows == {name: row["ratio"] for name, row in facts.items()} and read.arms == arms
+    kept = step_times.read(Path("mini"))
+    assert kept and kept.rows == {name: row["ratio"] for name, row in facts.items()} and kept.arms == arms
     assert "mini: 4 arms, 3 computations, batch 8, 32 px, 2 rounds" in capsys.readouterr().out
+
+
+def test_a_dense_arm_of_another_engine_has_a_row_of_its_own(here: Path) -> None:
+    Path("mini.yaml").write_text(STUDY.replace("{examples.removed: 0.25}", "{engine.compile: true}"))
+    study_file = read("mini.yaml")
+    configs = {arm: study._config(study_file, arm) for arm in ("dense", "fewer_examples")}
+    rows, schedules = study._rows(configs, "dense")
+    assert set(rows) == {"dense", "fewer_examples 0: epochs 0 - 10"} == {row for ((*_, row),) in schedules.values()}
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words", "expected"),
     [
         ("", "", ["--arms", "dens"], "--arms dens: unknown arm; valid values: dense, fewer_examples, topk, topk_again"),
+        ("examples.removed: 0.25", "data.batch: 16", [], "fewer_examples: data.batch=16: cannot be timed beside dense with 8"),
         ("examples.removed: 0.25", "data.micro_batch: 4", [], "fewer_examples: data.micro_batch=4: cannot be timed beside dense with 8"),
         ("examples.removed: 0.25", "weights: {method: magnitude}", [], "fewer_examples: weights.method=magnitude: cannot be timed"),
         ("examples.removed: 0.25", "optim.name: sgd", [], "fewer_examples: optim.name=sgd: cannot be timed beside dense with adamw"),

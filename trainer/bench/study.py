@@ -79,6 +79,7 @@ def _refuse(file: StudyFile, arm: str, config: Config, first: Config) -> None:
     for key, ours, its in (
         ("teacher.from", config.teacher.source, "none"),
         ("weights.method", config.weights.method, "all"),
+        ("data.batch", config.data.batch, first.data.batch),
         ("data.micro_batch", config.data.micro_batch, first.data.micro_batch),
         ("model.image_size", config.model.image_size, first.model.image_size),
         ("engine.precision", config.engine.precision, first.engine.precision),
@@ -91,7 +92,8 @@ def _refuse(file: StudyFile, arm: str, config: Config, first: Config) -> None:
 
 
 def _rows(configs: dict[str, Config], reference: str) -> tuple[dict[str, TimedPlan], dict[str, Any]]:
-    """The computations by row, and the schedule of each arm in rows. A dense stretch of an arm with the reference's network is BASE."""
+    """The computations by row, and the schedule of each arm in rows. A dense stretch of an arm with the reference's network
+    and engine is BASE."""
     first = configs[reference]
     base = build_model(first).dense()
     compile_network(base, first)
@@ -103,7 +105,7 @@ def _rows(configs: dict[str, Config], reference: str) -> tuple[dict[str, TimedPl
     for arm, config in configs.items():
         stretches = build_schedule(config).stretches()
         key = step_times.computed(config)
-        plain = config.model == first.model and config.compat == first.compat == "none"
+        plain = (config.model, config.engine) == (first.model, first.engine) and config.compat == first.compat == "none"
         for at, stretch in enumerate(stretches):
             if stretch.plan == DENSE and plain:
                 names[key, stretch.plan] = BASE

@@ -28,9 +28,10 @@ Top-1 is that of the last evaluation, in % of the validation images; differences
 also those without an answer yet. Worst class: difference of the accuracies of the worst classes, not tested. *At equal multiply-adds*:
 the same difference where both runs have used as much as the smaller total of the two, read from their curves: there the run with the
 longer schedule is cut off before its learning rate is down, a disadvantage that an arm with fewer epochs does not have. Multiply-adds
-count forward passes of training. *Time* is calculated from step times measured with nothing beside, because the runs shared their
-machine, or is that of the runs (`quiet: true`); *at equal time* is read from the curves too. A result holds for the data set, network and
-number of epochs of its study. Pictures of the tokens that are kept and of the images forgotten most: [pictures.md](pictures.md).
+count forward passes, those of probed images too, which take a third of the time because no backward pass follows. *Time* is calculated from
+step times measured with nothing beside, because the runs shared their machine, or is that of the runs (`quiet: true`); *at equal time* is
+read from the curves too. A result holds for the data set, network and number of epochs of its study. Pictures of the tokens that are kept
+and of the images forgotten most: [pictures.md](pictures.md).
 """
 ARMS = (
     "arm",

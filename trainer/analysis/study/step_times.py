@@ -85,7 +85,7 @@ def computed(config: Config) -> str:
 def fingerprint(config: Config) -> str:
     """Changes with everything that the times of an arm depend on: computation, schedule of keep ratios, batch, optimizer."""
     schedule = {"epochs": config.epochs, "plan": config.resolved()["plan"]}
-    others = {"micro_batch": config.data.micro_batch, "optimizer": config.optim.name}
+    others = {"batch": config.data.batch, "micro_batch": config.data.micro_batch, "optimizer": config.optim.name}
     return sha256((computed(config) + json.dumps(schedule | others, sort_keys=True)).encode()).hexdigest()[:16]
 
 
@@ -112,7 +112,7 @@ def read(folder: Path) -> StepTimes | None:
         return StepTimes(
             arms, rows, {key: measured[key] if key in COUNTS else str(measured[key]) for key in MEASURED}, settings
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a result of `trilevel bench study` ({error}); measure again with `--json {path}`, or remove it"
         ) from error

@@ -60,5 +60,8 @@ def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Fa
     if not facts["ok"]:
         return facts
     rate = jobs.steps_of(folder, name)[TIMED]["images_per_second"]
-    facts |= {"images_per_second": rate, "share_of_step": rate * known["dense"] / batch if "dense" in known else None}
+    facts |= {"images_per_second": rate}
+    if "dense" in known:
+        alone = 1000 * known["dense"]  # ms; beyond it: images, targets, loss by example, average, bookkeeping, waits
+        facts |= {"share_of_step": rate * known["dense"] / batch, "ms_beyond_step": 1000 * batch / rate - alone}
     return facts | trace.of_run(folder / "runs" / name, last - first + 1, host.on_gpu)
