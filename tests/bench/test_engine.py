@@ -49,7 +49,7 @@ def test_the_advice_names_what_the_engine_costs_and_the_keys_of_a_better_one() -
 
 
 def test_an_unknown_row_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="--rows: unknown value 'zero4'; valid values: bare, ddp, zero0"):
+    with pytest.raises(ConfigError, match="--rows: unknown value 'zero4'; valid values: bare, torch_ddp, ddp, zero0"):
         bench(config(), [2], only=["zero4"])
 
 
@@ -59,7 +59,9 @@ def test_it_measures_every_engine_on_every_device(trilevel: Callable[..., object
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     done = trilevel(1, "bench", "engine", "tiny.yaml", "--images-per-device", "4,2", "--rounds", "3", "--json", "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found) == [f"{row}@{n}" for n in (4, 2) for row in ("bare", "ddp", "zero0", "zero1", "zero2", "zero3")]
+    assert list(found) == [
+        f"{row}@{n}" for n in (4, 2) for row in ("bare", "torch_ddp", "ddp", "zero0", "zero1", "zero2", "zero3")
+    ]
     for row in found.values():
         assert 0 < row["min"] <= row["median"] <= row["max"] and row["unit"] == "ms" and row["ratio"] > 0
     assert found["bare@4"]["ratio"] == 1.0

@@ -2,7 +2,8 @@
 
 All of them run in the same processes, interleaved, so that drift of the machine affects all alike. A step is forward, backward,
 clipping and optimizer at the final plan of the run, on random images, without a loader. `bare` is the same network in a plain loop
-without communication. The time of a step is that of its slowest rank.
+without communication; `torch_ddp`, on several devices, that loop in torch's DistributedDataParallel with its defaults: what the
+communication costs without our engine. The time of a step is that of its slowest rank.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from trainer.telemetry import timing
 from trainer.telemetry.timing import interleave
 
 BARE = "bare"
+PLAIN = "torch_ddp"
 ENGINES = {"ddp": ("ddp", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 WARM_UP = 3
 TOGETHER = 10  # steps on a GPU between two synchronisations
 PROFILED = 5  # steps of each row, behind the timed ones
+OUT_OF_MEMORY = "out of memory beside the other rows; select fewer with --rows"
 EQUAL = 1.02  # engines within this ratio count as equally fast
 Step = Callable[[], None]
 
@@ -82,7 +85,7 @@ def bench(config: Config, images: list[int], rounds: int = 20, only: list[str] |
     Rows "ROW@IMAGES": {median, min, max, unit: "ms", images_per_second, ratio (of bare, median over rounds), ratio_low, ratio_high
     (95 % interval), memory_mib}, or {note: why} for a row that could not be measured.
     """
-    names = [BARE, *ENGINES]
+    names = [BARE, PLAIN, *ENGINES]
     if unknown := [name for name in only or [] if name not in names]:
         raise ConfigError(f"--rows: unknown value {', '.join(unknown)!r}; valid values: {', '.join(names)}")
     names = [name for name in names if only is None or name in {BARE, *only}]
@@ -105,20 +108,21 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
     found: dict[str, dict[str, Any]] = {}
     engine = Engine(config.engine.model_copy(update={"kind": "ddp", "zero": 0, "deepspeed": None}), BatchSplit(count, 1, count))
     engine.release_accelerate_state()  # used below for rank and world size; it never gets a model
+    names = [name for name in names if name != PLAIN or engine.world > 1]
     for name in tracked(names, f"bench engine, {count} images per device, warm-up", len(names), "rows", engine.is_main):
         before = _memory(engine.device, peak=False)
         try:
-            steps[name] = _bare(config, count, engine.device) if name == BARE else _engined(config, count, *ENGINES[name])
+            steps[name] = (
+                _engined(config, count, *ENGINES[name])
+                if name in ENGINES
+                else _bare(config, count, engine.device, name == PLAIN)
+            )
             for _ in range(WARM_UP):
                 steps[name]()
         except (ConfigError, torch.OutOfMemoryError) as error:
             steps.pop(name, None)
             oom = isinstance(error, torch.OutOfMemoryError)
-            found[name] = {
-                "note": "out of memory beside the other rows; select fewer with --rows"
-                if oom
-                else str(error).splitlines()[-1].strip()
-            }
+            found[name] = {"note": OUT_OF_MEMORY if oom else str(error).splitlines()[-1].strip()}
             continue
         found[name] = {"memory_mib": (_memory(engine.device, peak=True) - before) / 2**20}
     show = f"bench engine, {count} images per device" if engine.is_main else None
@@ -175,8 +179,8 @@ def _engined(config: Config, count: int, kind: str, zero: int) -> Step:
     return one
 
 
-def _bare(config: Config, count: int, device: torch.device) -> Step:
-    """The same step without an engine."""
+def _bare(config: Config, count: int, device: torch.device, wrapped: bool) -> Step:
+    """The same step without an engine; wrapped: in torch's DistributedDataParallel."""
     network = build_model(config.without_teacher()).to(device)
     if config.engine.compile:
         network.compile()
@@ -187,10 +191,11 @@ def _bare(config: Config, count: int, device: torch.device) -> Step:
     objective = build_objective(config)
     (images, targets, rng_keys, plan), parameters = _batch(config, count, device), list(network.parameters())
     images = images.bfloat16() if half else images
+    model = nn.parallel.DistributedDataParallel(network) if wrapped else network
 
     def one() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "autocast"):
-            output = network(images, plan, frozenset(), rng_keys)
+            output = model(images, plan, frozenset(), rng_keys)
         objective.losses(output.logits, targets).mean().backward()
         if config.optim.clip:
             nn.utils.clip_grad_norm_(parameters, config.optim.clip)
