@@ -13,14 +13,15 @@ from launch import yaml_file
 from launch.job import LaunchError, near
 
 REQUIRED = ("name", "question", "config", "reference", "arms")
-KEYS = (*REQUIRED, "seeds", "settings", "views", "questions", "quiet")
+KEYS = (*REQUIRED, "seeds", "settings", "views", "questions", "later", "quiet")
 SEED = "{seed}"
 OURS = ("name", "seed", "runs", "tracking.parent")  # settings that the study itself gives to every run
 
 
 @dataclass(frozen=True)
 class Study:
-    """arms: {name: settings as `key=value`, those of all arms first}, in the file's order. questions: pairs (arm, reference)."""
+    """arms: {name: settings as `key=value`, those of all arms first}, in the file's order. questions: pairs (arm, reference), those
+    of `later`, which were asked after results were known, last."""
 
     file: str
     name: str
@@ -62,9 +63,10 @@ def read(file: str) -> Study:
     seeds = raw.get("seeds", [0])
     if not _distinct_seeds(seeds):
         raise LaunchError(f"study {file}: seeds={seeds!r}: must be distinct integers >= 0, e.g. [0, 1, 2]")
-    return Study(
-        file, name, config, reference, tuple(seeds), arms, _questions(file, raw.get("questions"), reference, arms, views)
-    )
+    asked = raw.get("questions")
+    first = [[arm, reference] for arm in arms if arm != reference] if asked is None else asked
+    questions = (*_pairs(file, "questions", first, arms, views), *_pairs(file, "later", raw.get("later") or [], arms, views))
+    return Study(file, name, config, reference, tuple(seeds), arms, questions)
 
 
 def known(where: str, names: Iterable[str], arms: Iterable[str]) -> None:
@@ -99,18 +101,14 @@ def _settings(file: str, where: str, given: Any) -> tuple[str, ...]:
     return tuple(f"{key}={as_setting(value)}" for key, value in given.items())
 
 
-def _questions(
-    file: str, given: Any, reference: str, arms: dict[str, Any], views: dict[str, Any]
-) -> tuple[tuple[str, str], ...]:
-    if given is None:
-        return tuple((arm, reference) for arm in arms if arm != reference)
+def _pairs(file: str, key: str, given: Any, arms: dict[str, Any], views: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for pair in given if isinstance(given, list) else [given]:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
-            raise LaunchError(f"study {file}: questions: {pair!r}: must be two arms, e.g. [tri_level, dense]")
-        known(f"study {file}: questions", map(str, pair), [*arms, *views])
+            raise LaunchError(f"study {file}: {key}: {pair!r}: must be two arms, e.g. [tri_level, dense]")
+        known(f"study {file}: {key}", map(str, pair), [*arms, *views])
         found.append((str(pair[0]), str(pair[1])))
-    return tuple(found)
+    return found
 
 
 def _views(file: str, given: Any, arms: dict[str, Any]) -> dict[str, Any]:

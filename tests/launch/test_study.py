@@ -150,6 +150,7 @@ def test_a_value_may_name_the_seed(mini: str) -> None:
         ("  dense: {}", "  a/b: {}\n  dense: {}", "arms=a/b: must be letters"),
         ("seeds:", "questions: [[third, spars]]\nseeds:", "questions=spars: unknown arm; did you mean 'sparse'?"),
         ("seeds:", "questions: [third]\nseeds:", "must be two arms"),
+        ("seeds:", "later: [third]\nseeds:", "later: 'third': must be two arms"),
         ("arms:", "arms: [", "not valid YAML"),
         ("  dense: {}", "  dense: &own {plan: *own}", "arms.dense.plan: contains an alias of itself"),
     ],

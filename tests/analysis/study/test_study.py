@@ -283,6 +283,17 @@ def test_step_times_that_are_not_a_measurement_are_refused(mini: Path, text: str
         result(study_file.read("mini.yaml"), Path("kept"))
 
 
+def test_a_question_asked_after_the_results_is_marked_and_changes_no_correction(mini: Path) -> None:
+    Path("mini.yaml").write_text(STUDY + "questions: [[sparse, dense]]\nlater: [[dense, sparse]]\n")
+    found = result(study_file.read("mini.yaml"), Path("kept"))
+    asked, later = found.questions
+    assert asked.test.holm == asked.test.p and math.isnan(later.test.holm) and later.test.p == asked.test.p
+    text = page([found], Path("kept"), "x", {})
+    assert "Questions: 1, over which Holm corrects, and 1 later ones; 2 of them have three pairs or more." in text
+    assert "| dense | sparse | 3 | +3.00 [+0.52, +5.48] | .035 | later |" in text
+    assert "- dense and sparse: +3.0 points (95 % +0.5 to +5.5, n = 3, p .035); asked after results were known." in text
+
+
 def test_a_study_without_journals_is_not_measured(mini: Path) -> None:
     found = result(study_file.read("mini.yaml"), Path("nowhere"))
     assert "Not measured: no kept journal." in page([found], Path("nowhere"), "x", {})
@@ -294,6 +305,7 @@ def test_a_study_without_journals_is_not_measured(mini: Path) -> None:
         ("reference: dense", "reference: dens", "'dens': unknown arm; valid values: dense, sparse, later"),
         ("question: Does <it> count?", "", "question: required key is missing"),
         ("arms:", "questions: [[dense, spars]]\narms:", "'spars': unknown arm"),
+        ("arms:", "later: [[dense, spars]]\narms:", "'spars': unknown arm"),
         ("arms:", "arms: [", "not valid YAML"),
     ],
 )
@@ -328,7 +340,7 @@ def test_both_readers_of_a_study_agree() -> None:
             patch.chdir(ROOT)
             ours, theirs = study_file.read(path), launched.read(str(path))
         assert (ours.name, ours.config, ours.reference) == (theirs.name, theirs.config, theirs.reference)
-        assert list(ours.arms) == list(theirs.arms) and ours.questions == list(theirs.questions)
+        assert list(ours.arms) == list(theirs.arms) and [*ours.questions, *ours.later] == list(theirs.questions)
 
 
 def test_the_committed_page_is_made_from_the_committed_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,9 +356,11 @@ def test_the_committed_page_is_made_from_the_committed_journals(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("scores", "base", "lowest"),
-    [([0.8], 0.9, 70.0), ([0.9, 0.88], None, 86.0), ([0.895, 0.9], None, 87.5), ([0.1], 0.9, 0.0)],
+    [([0.8], 0.9, 78.0), ([0.9, 0.88], None, 87.0), ([0.895, 0.9], None, 88.5), ([0.1], 0.9, 0.0)],
 )
-def test_a_plot_begins_below_its_lowest_arm_by_the_range_of_all(scores: list[float], base: float | None, lowest: float) -> None:
+def test_a_plot_begins_below_its_lowest_arm_by_a_fifth_of_the_range(
+    scores: list[float], base: float | None, lowest: float
+) -> None:
     arms: Any = [SimpleNamespace(top1=MeanInterval.of([score])) for score in scores]
     of_base: Any = base and SimpleNamespace(top1=MeanInterval.of([base]))
     assert _lowest(arms, of_base) == pytest.approx(lowest)

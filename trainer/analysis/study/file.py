@@ -15,7 +15,8 @@ from trainer.config.strict_yaml import load_yaml
 
 @dataclass(frozen=True)
 class StudyFile:
-    """arms: {name: settings as `key=value`, those of all arms first}. questions: pairs (arm or view, reference). quiet: times count.
+    """arms: {name: settings as `key=value`, those of all arms first}. questions: pairs (arm or view, reference). later: such pairs
+    that were asked after results were known. quiet: times count.
     views: {name: (arm, density)}, an arm with its scores at one of its `evaluate.densities`."""
 
     path: Path
@@ -27,6 +28,7 @@ class StudyFile:
     questions: list[tuple[str, str]]
     quiet: bool
     views: dict[str, tuple[str, float]] = field(default_factory=dict)
+    later: list[tuple[str, str]] = field(default_factory=list)
 
 
 def read(path: Path | str) -> StudyFile:
@@ -52,7 +54,8 @@ def read(path: Path | str) -> StudyFile:
     views = {str(view): (str(arm), float(density)) for view, (arm, density) in (raw.get("views") or {}).items()}
     given = raw.get("questions")
     pairs = [[arm, reference] for arm in arms if arm != reference] if given is None else given
-    for pair in [[reference, reference], *pairs]:
+    later = raw.get("later") or []
+    for pair in [[reference, reference], *pairs, *later]:
         for arm in pair if isinstance(pair, list) and len(pair) == 2 else [pair]:
             if arm not in arms and arm not in views:
                 raise ConfigError(f"--study {path}: {arm!r}: unknown arm; valid values: {', '.join([*arms, *views])}")
@@ -67,6 +70,7 @@ def read(path: Path | str) -> StudyFile:
         questions,
         raw.get("quiet") is True,
         views,
+        [(str(arm), str(other)) for arm, other in later],
     )
 
 

@@ -25,9 +25,10 @@ Made from the journals of finished runs in `{journals}` by
 ```
 Top-1 is that of the last evaluation, in % of the validation images; differences are in points, paired by seed (arm minus reference), with
 95 % intervals of Student's t from three pairs on. p: paired t-test, two-sided; Holm: corrected over all questions of the study's file,
-also those without an answer yet. Worst class: difference of the accuracies of the worst classes, not tested. *At equal multiply-adds*:
+also those without an answer yet; *later*: asked after results were known, so its p is not corrected and only suggests. ±: standard
+deviation over the seeds. Worst class: difference of the accuracies of the worst classes, not tested. *At equal multiply-adds*:
 the same difference where both runs have used as much as the smaller total of the two, read from their curves: there the run with the
-longer schedule is cut off before its learning rate is down, a disadvantage that an arm with fewer epochs does not have. Multiply-adds
+longer schedule is cut off before its learning rate has fallen, a disadvantage that an arm with fewer epochs does not have. Multiply-adds
 count forward passes, those of probed images too, which take a third of the time because no backward pass follows. *Time* is calculated from
 step times measured with nothing beside, because the runs shared their machine, or is that of the runs (`quiet: true`); *at equal time* is
 read from the curves too. A result holds for the data set, network and number of epochs of its study. Pictures of the tokens that are kept
@@ -92,6 +93,9 @@ def sentence(question: Question) -> str:
     if math.isnan(off.low):
         return f"{arm} and {other}: {off.count} pairs with the same difference, {_points(off.mean)} points; no interval, no conclusion."
     interval = f"95 % {_points(off.low)} to {_points(off.high)}, n = {off.count}"
+    if question.later:
+        verdict = "" if test.p < LEVEL else ", not distinguishable"
+        return f"{arm} and {other}: {_points(off.mean)} points ({interval}, p {_p(test.p)}){verdict}; asked after results were known."
     side = f"{arm} is {abs(100 * off.mean):.1f} points {'above' if off.mean > 0 else 'below'} {other}"
     if test.holm < LEVEL:
         return f"{side} ({interval}, Holm p {_p(test.holm)})."
@@ -132,7 +136,9 @@ def _study(found: StudyResult, picture: str | None) -> str:
         tested = sum(not math.isnan(question.test.p) for question in measured)
         lines += [
             "",
-            f"Questions: {len(found.questions)}, over which Holm corrects; {tested} of them have three pairs or more.",
+            f"Questions: {len(file.questions)}, over which Holm corrects"
+            + (f", and {len(file.later)} later ones" if file.later else "")
+            + f"; {tested} of them have three pairs or more.",
         ]
         lines += ["", *_table(QUESTIONS, [_question(question, found.timed) for question in measured])]
     if picture:
@@ -191,7 +197,8 @@ def _arm(arm: Arm, timed: bool) -> list[str]:
 def _question(question: Question, timed: bool) -> list[str]:
     test = question.test
     return [
-        question.arm, question.reference, str(test.difference.count), _difference(test.difference), _p(test.p), _p(test.holm),
+        question.arm, question.reference, str(test.difference.count), _difference(test.difference), _p(test.p),
+        "later" if question.later else _p(test.holm),
         _difference(question.worst_class), _difference(question.equal_multiply_adds), _difference(question.equal_time) if timed else "",
     ]  # fmt: skip
 

@@ -45,7 +45,8 @@ class Arm:
 @dataclass(frozen=True)
 class Question:
     """An arm compared with another on the seeds that both have. worst_class: difference of the accuracies of the worst classes. equal:
-    top-1 difference where both have used as much as the smaller total of the two, read from their curves."""
+    top-1 difference where both have used as much as the smaller total of the two, read from their curves. later: asked after results were
+    known, not corrected."""
 
     arm: str
     reference: str
@@ -53,6 +54,7 @@ class Question:
     worst_class: MeanInterval
     equal_multiply_adds: MeanInterval
     equal_time: MeanInterval
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def result(file: StudyFile, journals: Path) -> StudyResult:
     asked = [_question(arm, other, runs, costs) for arm, other in file.questions]
     corrected = holm([one.test.p for one in asked])
     questions = [replace(one, test=replace(one.test, holm=p)) for one, p in zip(asked, corrected, strict=True)]
+    questions += [replace(_question(arm, other, runs, costs), later=True) for arm, other in file.later]
     histories = [run for arm in file.arms for run in runs[arm].values()]
     notes = caveats(histories) if histories else []
     return StudyResult(file, arms, questions, [*notes, *_deviations(file, runs), *_untimed(file, runs, times)], times)
