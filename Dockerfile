@@ -1,7 +1,7 @@
 # The trainer on a GPU host. Build at the root of a checkout; the host needs an NVIDIA driver and its container toolkit.
 #   docker build -t trilevel .
-#   docker run --rm --gpus all --shm-size=16g -v "$PWD:/work" trilevel doctor
-#   docker run --rm --gpus all --shm-size=16g -v "$PWD:/work" --entrypoint python trilevel -m launch local CONFIG
+#   docker run --rm --gpus all --shm-size=24g -v "$PWD:/work" trilevel doctor
+#   docker run --rm --gpus all --shm-size=24g -v "$PWD:/work" --entrypoint python trilevel -m launch local CONFIG
 # "devel": DeepSpeed compiles small extensions on first use and looks for nvcc when it is imported. The CUDA that torch of constraints.txt
 # is built for: DeepSpeed refuses to compile its CUDA extensions by another one.
 FROM nvidia/cuda:13.2.1-devel-ubuntu24.04

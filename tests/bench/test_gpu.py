@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def test_on_a_gpu_every_part_has_a_process_that_ends(monkeypatch: pytest.MonkeyP
         patch.setattr(processes, "shown", shown)
         assert gpu.main(["facts", "step", "run", "--out", str(tmp_path), "--limit", "10"]) == 1
     assert started == [(["--here", part, "--limit", "10.0", "--out", str(tmp_path)], 40.0) for part in ("facts", "step", "run")]
-    assert "FAIL  step    (part)  its process ended with -9" in capfd.readouterr().out
+    assert re.search(r"FAIL  step    \(part\) +error its process ended with -9", capfd.readouterr().out)
+    (line,) = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
+    assert (line["part"], line["row"], line["ok"]) == ("step", "(part)", False)
     code = "import time; print('begun', flush=True); time.sleep(60)"
     before = time.monotonic()
     assert processes.shown([sys.executable, "-c", code], os.environ, 1.0) == -signal.SIGKILL and time.monotonic() - before < 20

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.bench.gpu import jobs, loop, trace
-from trainer.bench.gpu.report import Host
+from trainer.bench.gpu.report import Host, record
 
 FULL, TINY = (Host(torch.device("cpu"), tiny, Path()) for tiny in (False, True))
 
@@ -99,9 +99,11 @@ def test_a_run_is_stopped_and_resumed_also_on_the_other_device(monkeypatch: pyte
 
 def test_traced_steps_are_neither_sampled_nor_logged() -> None:
     """Both wait for the device. Sampled is the second step after a log line."""
-    for (first, last), every in ((jobs.TRACED, 5), (loop.TRACED, 10)):
+    for (first, last), every in ((jobs.TRACED, 5), (loop.TRACED, loop.EVERY)):
         assert not {step % every for step in range(first, last + 1)} & {0, 2}
-    assert f"log_every={5}step" in jobs.SETTINGS and loop.TIMED % 10 == 0 and loop.TRACED[0] - 1 > loop.TIMED
+    assert (
+        f"log_every={5}step" in jobs.SETTINGS and loop.TIMED % loop.EVERY == 0 and loop.TRACED[1] + 1 <= loop.TIMED - loop.EVERY
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,24 +161,40 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
         return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length, "tid": thread}
 
     events = [
-        event("user_annotation", "step 31", 0, 10), event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
+        event("user_annotation", "step 31", 0, 10), event("user_annotation", "step 32", 10, 10),
+        event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 60), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
-        event("cuda_runtime", "cudaEventSynchronize", 1, 2), event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
+        event("cuda_runtime", "cudaEventSynchronize", 1, 2000), event("cuda_runtime", "cudaDeviceSynchronize", 21, 500),
+        event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
         event("cpu_op", "aten::add", 0, 99), event("cpu_op", "autograd::engine::evaluate_function: AddmmBackward0", 0, 9, thread=3),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 80, thread=3),
     ]  # fmt: skip
     found = trace.traced(events, 2, on_gpu=True)
     assert (found["waits"], found["launches"], found["ms"]) == (1.0, 1.0, 0.005), (
-        "the thread that decodes waits for itself, and an event that is past returns at once"
+        "the thread that decodes waits for itself, the profiler behind the last step, and a host that is ahead for an event"
     )
-    assert found["waited_ms"] == pytest.approx(0.071)
+    assert found["waited_ms"] == pytest.approx(0.07) and found["held_ms"] == 1.0
     assert found["idle"] == pytest.approx(0.2) and found["product_ms"] == 0.003
 
 
 @pytest.mark.slow
 def test_the_loop_is_measured_in_its_tiny_form(tmp_path: Path) -> None:
     rows = {name: row() for name, row in loop.part(TINY)}
-    assert list(rows) == ["made images", "step alone", "loop, decode_on=workers"] and rows["made images"]["images"] == 4 * 96
+    assert (
+        list(rows) == ["made images", "step alone", "loop, decode_on=workers"]
+        and rows["made images"]["images"] == loop.COPIES * 96
+    )
     found = rows["loop, decode_on=workers"]
     assert found["ok"] and found["images_per_second"] > 0 and 0 < found["share_of_step"] < 2 and found["launches"] > 100
     assert found["ms_beyond_step"] == pytest.approx(12_000 / found["images_per_second"] - rows["step alone"]["ms"])
+
+
+def test_a_row_of_results_is_json_where_a_number_is_none(tmp_path: Path) -> None:
+    record(
+        "run",
+        "compiled",
+        {"worst_loss": float("nan"), "rows": [1.0, float("inf")]},
+        Host(torch.device("cpu"), True, tmp_path),
+        lambda line: None,
+    )
+    assert json.loads((tmp_path / "gpu.jsonl").read_text(), parse_constant=pytest.fail)["rows"] == [1.0, None]

@@ -84,3 +84,5 @@ def test_a_shared_memory_smaller_than_the_loaders_buffers_is_refused(monkeypatch
         r"--shm-size=11g\), lower data\.workers",
     ):
         check_shared_memory(workers=15, ranks=8, slots=256, size=224)
+    with pytest.raises(ConfigError, match=r"need 16\.9 GiB \(31 buffers .* and 7168 images of an evaluation\)"):
+        check_shared_memory(workers=14, ranks=8, slots=256, size=224, evaluated=2 * 14 * 256)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trainer.config.errors import ConfigError
 from trainer.engine.compile_once import share_compiling, why_apart
+from trainer.engine.graph_cache import cache_whole_graphs
 from trainer.storage.local_rank import local_rank
 
 LOOPBACK = "lo"
@@ -24,6 +25,7 @@ def use_persistent_compile_cache(limit: float) -> str:
     import torch._inductor.config as inductor
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    cache_whole_graphs()
     # the key of a graph contains the number of its GPU (torch 2.15): ranks have the same one only if each of them sees one GPU
     cached = inductor.fx_graph_cache and not inductor.force_disable_caches  # without, ranks would compile one after the other
     alike = ranks_of_node() > 1 and cached and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)

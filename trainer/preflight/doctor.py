@@ -116,7 +116,7 @@ def free_disk(runs: Path, want: float = 20.0, least: float = 2.0) -> Finding:
 
 def shared_memory(path: Path, want: float = 1.0) -> Finding:
     """Loader workers pass images in shared memory; containers have 64 MiB by default. want: GiB."""
-    remedy = "docker run --shm-size=16g (or --ipc=host), or data.workers=0"
+    remedy = "docker run --shm-size=24g (or --ipc=host), or data.workers=0"
     if not path.is_dir():
         return Finding("shared memory", "fail", f"{path} does not exist: loader workers can't pass images", remedy)
     free = shutil.disk_usage(path).free / GIB

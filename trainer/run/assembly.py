@@ -214,7 +214,8 @@ def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, V
         clean_images(index, config, rank(), world_size(), probe.probe_share) if (probe := config.examples.probe) else None,
     )
     slots = loaders[0].batch_split.slots
-    check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size, loaders[0].row_bytes)
+    evaluated = max(loader.most_at_once for loader in loaders[1:] if loader is not None)
+    check_shared_memory(config.data.workers, ranks_of_node(), slots, config.model.image_size, loaders[0].row_bytes, evaluated)
     use_expandable_segments(config.engine.cuda_graphs)
     use_device_of_rank()
     for loader in loaders:

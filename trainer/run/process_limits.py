@@ -24,15 +24,16 @@ def check_limits(workers: int, world: int) -> None:
         multiprocessing.Lock()
     except OSError as error:
         raise ConfigError(
-            f"shared memory: {error.strerror}; /dev/shm must be a writable file system (docker run --shm-size=16g)"
+            f"shared memory: {error.strerror}; /dev/shm must be a writable file system (docker run --shm-size=24g)"
         ) from error
 
 
-def check_shared_memory(workers: int, ranks: int, slots: int, size: int, row_bytes: int = 0) -> None:
+def check_shared_memory(workers: int, ranks: int, slots: int, size: int, row_bytes: int = 0, evaluated: int = 0) -> None:
     """Raises ConfigError where /dev/shm is smaller than the buffers of the loaders: written past its end, it ends a worker by SIGBUS.
 
     ranks: on this node, with `workers` each; slots: images of a rank's batch; size: their side in pixels; row_bytes: of a row that may be
-    a JPEG, with `data.decode_on: device`.
+    a JPEG, with `data.decode_on: device`; evaluated: images of evaluation or probe batches that a rank's workers hold ready, which come
+    on top.
     """
     if not workers:
         return
@@ -41,12 +42,14 @@ def check_shared_memory(workers: int, ranks: int, slots: int, size: int, row_byt
     except OSError:  # not on Linux
         return
     free = system.f_bavail * system.f_frsize
-    needed = ranks * buffers_of(workers) * slots * (row_bytes or size * size * 3)
+    pixels = size * size * 3
+    needed = ranks * (buffers_of(workers) * slots * (row_bytes or pixels) + evaluated * pixels)
     if needed > free:
         raise ConfigError(
             f"{SHARED_MEMORY}: {free / 2**30:.3g} GiB are free; data.workers={workers} on {ranks} process(es) of this node need "
-            f"{needed / 2**30:.3g} GiB ({buffers_of(workers)} buffers of {slots} images of {size} px each): enlarge it (docker run "
-            f"--shm-size={-(-needed // 2**30) + 1}g), lower data.workers, or use more nodes"
+            f"{needed / 2**30:.3g} GiB ({buffers_of(workers)} buffers of {slots} images of {size} px each, and {evaluated} "
+            "images of an evaluation): enlarge it (docker run "
+            f"--shm-size={-(-needed // 2**30) + 1}g), lower data.workers or evaluate.batch, or use more nodes"
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from trainer.bench.gpu import check, facts, processes
-from trainer.bench.gpu.report import Host, Part, Row, run
+from trainer.bench.gpu.report import Host, Part, Row, record, run
 
 TO_END = 30.0  # seconds after its limit in which the process of a part must end
 LIMIT = 235.0  # seconds of a part, so that it fits a booking of four minutes
@@ -55,6 +55,8 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     if unknown := [name for name in given.parts if name not in known]:
         parser.error(f"PART={' '.join(unknown)}: unknown value; valid values: {', '.join(known)}")
+    # one for the rows of this process, the runs and the benchmarks that it starts: the engine would take this folder, torch another
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/trilevel/compiled"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = Host(device, device.type != "cuda", given.out)
     if host.tiny:
@@ -71,7 +73,13 @@ def _apart(part: str, out: Path | None, limit: float) -> bool:
     words = ["--here", part, "--limit", str(limit), *(["--out", str(out)] if out else [])]
     code = processes.shown([sys.executable, "-m", "trainer.bench.gpu", *words], os.environ, limit + TO_END if limit else 0.0)
     if code not in (0, 1):
-        print(f"FAIL  {part:<7} (part)  its process ended with {code}", flush=True)
+        host = Host(torch.device("cuda"), False, out)
+        record(
+            part,
+            "(part)",
+            {"ok": False, "error": f"its process ended with {code}; rows behind the last one were not measured"},
+            host,
+        )
     return code != 0
 
 

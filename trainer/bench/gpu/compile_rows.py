@@ -18,7 +18,7 @@ from trainer.bench.gpu import processes
 from trainer.bench.gpu.report import Facts
 from trainer.storage.source_tree import python_path
 
-AT_ONCE = 4  # processes: each holds the activations of a step, and starts compilers of its own
+AT_ONCE = 5  # processes: each holds the activations of a step, and starts compilers of its own
 
 
 @dataclass(frozen=True)

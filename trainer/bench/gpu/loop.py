@@ -7,26 +7,31 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trainer.bench.gpu import jobs, step, trace
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.data.shards.pack import pack
 
 SHORT_SIDE = 256
-TIMED, TRACED, LAST = (
-    30,
-    (44, 47),
-    50,
-)  # the ten steps up to TIMED are timed; TRACED are recorded, which slows them and their neighbours
-COPIES = 4  # of each image, so that an epoch has 40 steps: at its begin the loader has nothing ready
+# The EVERY steps up to TIMED are timed: the batches that the loader made while the first step was compiled (two per worker) are used up by
+# then. TRACED are recorded before, which slows them and their neighbours
+EVERY, TIMED, TRACED = 40, 120, (50, 53)
+COPIES = 13  # of each image, so that an epoch has 130 steps: at its begin the loader has nothing ready
 
 
 def part(host: Host) -> Iterator[Row]:
     folder = Path(tempfile.mkdtemp(prefix="gpu-loop-"))
     count = 96 if host.tiny else 2560
     yield "made images", lambda: _shards(folder, count)
-    known: dict[str, float] = {}
-    yield "step alone", lambda: step.measured(host, step.configured(host), "dense", known, {})
+    known: dict[str, Any] = {}
+
+    def alone() -> Facts:
+        facts = step.measured(host, step.configured(host), "dense", known, {})
+        known["attention"] = facts["attention"]  # of the one token count: the runs need not time it again
+        return facts
+
+    yield "step alone", alone
     for where in ("workers", "device") if host.on_gpu else ("workers",):
         yield f"loop, decode_on={where}", lambda where=where: _looped(host, folder, where, known)
 
@@ -42,7 +47,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Facts:
+def _looped(host: Host, folder: Path, where: str, known: dict[str, Any]) -> Facts:
     """A run of the recipe on one device, all of its tokens kept: the first plateau is far."""
     batch = 12 if host.tiny else step.configured(host).data.micro_batch
     name, (first, last) = f"decode-on-{where}", TRACED
@@ -52,15 +57,17 @@ def _looped(host: Host, folder: Path, where: str, known: dict[str, float]) -> Fa
         f"data.validation={shards}", f"name={name}", "model.classes=2", f"data.batch={batch}", f"data.micro_batch={batch}",
         "data.lanes=1", "data.repeats=1", "data.window=512", f"data.workers={1 if host.tiny else max(1, _cores() - 2)}",
         f"data.decode_on={where}",
-        "augment.policy_on=device", "control=0", "tracking.to=journal", f"stop_at={LAST}step", "log_every=10step",
+        "augment.policy_on=device", "control=0", "tracking.to=journal", f"stop_at={TIMED}step", f"log_every={EVERY}step",
         "evaluate.every=300ep", "checkpoint.every=300ep",
-        f"trace.steps=[{first}, {last}]", "engine.compile=false" if host.tiny else "engine.compile=true", "plan.warmup=299ep",
+        f"trace.steps=[{first}, {last}]", f"engine.attention={known['attention'] if 'attention' in known and host.on_gpu else 'auto'}",
+        "engine.compile=false" if host.tiny else "engine.compile=true", "plan.warmup=299ep",
     ]  # fmt: skip
     facts = jobs.trilevel(folder, *words)
     if not facts["ok"]:
         return facts
-    rate = jobs.steps_of(folder, name)[TIMED]["images_per_second"]
-    facts |= {"images_per_second": rate}
+    line = jobs.steps_of(folder, name)[TIMED]
+    rate = line["images_per_second"]
+    facts |= {"images_per_second": rate, "data_wait": line["data_wait"]}
     if "dense" in known:
         alone = 1000 * known["dense"]  # ms; beyond it: images, targets, loss by example, average, bookkeeping, waits
         facts |= {"share_of_step": rate * known["dense"] / batch, "ms_beyond_step": 1000 * batch / rate - alone}

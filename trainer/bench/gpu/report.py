@@ -7,6 +7,7 @@ whether a comparison holds. A part that takes longer than its limit is interrupt
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 import traceback
@@ -57,14 +58,14 @@ def run(parts: Mapping[str, Part], host: Host, show: Callable[[str], None], limi
                         late.append(name)
                         continue
                     failed += not facts.get("ok", True)
-                    _report(part, name, facts, host, show)
+                    record(part, name, facts, host, show)
         except Exception as error:  # while the part prepares its rows
             failed += 1
-            _report(part, "(part)", _failure(error), host, show)
+            record(part, "(part)", _failure(error), host, show)
         if late:
             failed += 1
             missing = {"error": f"limit of {limit:g} s; LIMIT= raises it", "not_measured": late}
-            _report(part, "(part)", {"ok": False, **missing}, host, show)
+            record(part, "(part)", {"ok": False, **missing}, host, show)
     return failed
 
 
@@ -100,14 +101,24 @@ def _failure(error: Exception) -> Facts:
     return {"ok": False, "error": f"{type(error).__name__}: {lines[0]}"[:300], "trace": traceback.format_exc()[-3000:]}
 
 
-def _report(part: str, name: str, facts: Facts, host: Host, show: Callable[[str], None]) -> None:
+def record(part: str, name: str, facts: Facts, host: Host, show: Callable[[str], None] = print) -> None:
+    """A line of the terminal, and one of OUT/gpu.jsonl."""
     mark = {True: "ok  ", False: "FAIL", None: "    "}[facts.get("ok")]
     words = "  ".join(f"{key} {_text(value)}" for key, value in facts.items() if key not in ("ok", "trace"))
     show(f"{mark}  {part:<7} {name:<44} {words}")
     if host.out is not None:
         host.out.mkdir(parents=True, exist_ok=True)
         with (host.out / "gpu.jsonl").open("a") as file:
-            file.write(json.dumps({"part": part, "row": name, "tiny": host.tiny, **facts}, default=str) + "\n")
+            file.write(json.dumps(_plain({"part": part, "row": name, "tiny": host.tiny, **facts}), default=str) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Without nan and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:

@@ -22,6 +22,7 @@ from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.config.load import load
 from trainer.config.run_config import Config
 from trainer.engine import attention_backend, cuda_graphs
+from trainer.engine.graph_cache import cache_whole_graphs
 from trainer.model.optimizer import build_optimizer
 from trainer.storage.source_tree import SOURCE_ROOT
 from trainer.telemetry.hardware import matrix_rate
@@ -90,10 +91,12 @@ def measured(
     seconds = timed(one, host.device, 1 if host.tiny else 10, 1 if host.tiny else 4)
     known[name] = seconds
     images, about = config.data.micro_batch, predicted.get(name, {})
+    flops, dense = (
+        6 * images * _multiply_adds(config, row) for row in (name, "dense")
+    )  # forward, twice that backward, two each
     facts: Facts = {"ms": 1000 * seconds, "images_per_second": images / seconds}
     facts |= {f"of_{other}": seconds / known[other] for other in ("timm", "dense") if other in known and other != name}
     if about:
-        flops, dense = (1e12 * (row["teraflops"] + row["attention_teraflops"]) for row in (about, predicted["dense"]))
         facts |= {
             "predicted_ms": about["predicted_ms"],
             "predicted_of_dense": about["of_dense"],
@@ -107,6 +110,12 @@ def measured(
         facts["mfu_of_measured"] = flops / seconds / matrix_rate(host.device, "autocast")
     torch.compiler.reset()
     return facts | {"compile_s": compiling, "attention": attention}
+
+
+def _multiply_adds(config: Config, name: str) -> float:
+    """Of a forward pass of one image, without the tiles that a kernel fills up."""
+    row = counts.rows()[name]
+    return counts.network_of(config, row).cost(row.plan).total
 
 
 def step_of(
@@ -126,6 +135,7 @@ def step_of(
     optimizer = build_optimizer(model, config.optim)
     network: Any = model.network if row.timm else model
     if not host.tiny:
+        cache_whole_graphs()
         network.compile(dynamic=False, **({"mode": mode} if (mode := cuda_graphs.mode_of(config.engine)) else {}))
     images, size = config.data.micro_batch, config.model.image_size
     pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(host.device)

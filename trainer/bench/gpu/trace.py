@@ -11,7 +11,8 @@ from trainer.bench.gpu import kernels
 from trainer.bench.gpu.report import Facts
 
 ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a Chrome trace
-WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")  # of the CUDA runtime
+WAITS = ("StreamSynchronize", "DeviceSynchronize")  # of the CUDA runtime
+HELD = "EventSynchronize"  # the host is steps ahead and waits for numbers of an earlier one: the device has work meanwhile
 WAITED = 50.0  # microseconds from which one counts: of an event that is past it returns at once
 
 
@@ -23,17 +24,26 @@ def of_run(run: Path, steps: int, on_gpu: bool) -> Facts:
 
 def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
     """Of the events of a Chrome trace: what the device did, and waits for it of the threads of the loop and of backward, per step; pinning
-    and checkpoints wait in threads of their own. Without a GPU its operations stand for kernels."""
+    and checkpoints wait in threads of their own. Waits count within a step's span alone: the profiler itself waits behind the last one.
+    Without a GPU its operations stand for kernels."""
     spans = [
         (event["name"], round(1000 * event["ts"]), round(1000 * (event["ts"] + event["dur"])))
         for event in events
         if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
     ]
     loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith(("step ", "autograd::engine"))}
-    waited = [
-        event["dur"]
+    named = [event for event in events if "dur" in event and str(event["name"]).startswith("step ")]
+    within = [
+        event
         for event in events
-        if event.get("cat") == "cuda_runtime" and event["name"].endswith(WAITS) and event.get("tid") in loop
+        if event.get("cat") == "cuda_runtime"
+        and event.get("tid") in loop
+        and any(step["ts"] <= event["ts"] < step["ts"] + step["dur"] for step in named)
     ]
-    waits = sum(duration >= WAITED for duration in waited)
-    return kernels.summary(spans, steps) | {"waits": waits / steps, "waited_ms": sum(waited) / 1000 / steps}
+    waited = [event["dur"] for event in within if event["name"].endswith(WAITS)]
+    held = [event["dur"] for event in within if event["name"].endswith(HELD)]
+    return kernels.summary(spans, steps) | {
+        "waits": sum(duration >= WAITED for duration in waited) / steps,
+        "waited_ms": sum(waited) / 1000 / steps,
+        "held_ms": sum(held) / 1000 / steps,
+    }

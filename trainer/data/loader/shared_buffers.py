@@ -82,7 +82,7 @@ def _shared(slots: int, size: int, row_bytes: int) -> Tensor:
     except (OSError, RuntimeError) as error:
         raise StorageUnavailable(
             f"shared memory for a batch of {slots} images of {size} px ({length / 2**20:.3g} MiB): {error}; the loader "
-            "keeps 2 x data.workers + 3 of them: enlarge /dev/shm (docker run --shm-size=16g), lower data.workers, or set data.workers=0"
+            "keeps 2 x data.workers + 3 of them: enlarge /dev/shm (docker run --shm-size=24g), lower data.workers, or set data.workers=0"
         ) from error
     if row_bytes:
         return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (slots, row_bytes), (row_bytes, 1))

@@ -32,6 +32,7 @@ class CleanImages:
 
     def __init__(self, maker: BatchMaker, data: DataConfig, rows: int, rank: int, world: int, *, padded: bool = True) -> None:
         self.rows, self._rank, self._world, self._padded, self._index = rows, rank, world, padded, maker.index
+        self._workers = data.workers
         self._tasks: list[Task] = []  # the sampler: filled by an iteration, so that the workers can start without a task
         self._loader = Loader(
             _Batches(maker), data.workers, data.timeout, sampler=self._tasks, pin_memory=torch.cuda.is_available()
@@ -39,6 +40,11 @@ class CleanImages:
         self.fork = self._loader.fork
         cache = cache_of(self._index, data)
         self._ahead = Prefetcher(self._index, cache, 1 / rows_of_node(2 * world, world, rank)[1]) if cache else None
+
+    @property
+    def most_at_once(self) -> int:
+        """Images of this rank that its workers hold ready at most: two batches each."""
+        return min(2 * self._workers * self.rows, -(-len(self._index) // self._world))
 
     def of(self, ids: np.ndarray) -> Iterator[Batch]:
         """Batches of these examples, ids (n,) int64 rising."""

@@ -129,7 +129,7 @@ def dead_workers() -> str:
 
 _REMEDIES = {
     signal.SIGKILL: "by the kernel for lack of memory (dmesg)? Lower data.workers or data.window, or give the container more memory",
-    signal.SIGBUS: "shared memory is full: enlarge /dev/shm (docker run --shm-size=16g) or lower data.workers",
+    signal.SIGBUS: "shared memory is full: enlarge /dev/shm (docker run --shm-size=24g) or lower data.workers",
 }
 
 
