@@ -91,3 +91,16 @@ def test_a_trace_of_steps_that_never_came_is_reported(tmp_path: Path):
     trace = Trace(TraceSettings(), tmp_path, 0, False, message.append)
     trace.close(5)
     assert len(message) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_profiler_that_does_not_start_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(self: object) -> None:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr("torch.profiler.profile.start", refused)
+    message: list[str] = []
+    trace = Trace(TraceSettings(steps=(1, 2)), tmp_path, 0, False, message.append)
+    for step in range(3):
+        trace.at(step)
+    trace.close(3)
+    assert message == ["trace.steps=[1, 2]: no trace: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"] and list(tmp_path.iterdir()) == []

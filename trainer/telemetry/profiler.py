@@ -61,6 +61,7 @@ class Trace:
         self._span.__enter__()
 
     def _start(self, step: int) -> None:
+        """Begin to record; on failure, e.g. CUPTI without permission, a message, and the run continues."""
         from torch.profiler import ProfilerActivity, profile
 
         self._first = step
@@ -68,10 +69,16 @@ class Trace:
             torch.cuda.memory._record_memory_history(max_entries=EVENTS)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._gpu
-        self._profiler = profile(
-            activities=activities, profile_memory=self._settings.memory, record_shapes=True, acc_events=True
-        )
-        self._profiler.start()
+        profiler = profile(activities=activities, profile_memory=self._settings.memory, record_shapes=True, acc_events=True)
+        try:
+            profiler.start()
+        except (OSError, RuntimeError) as error:
+            self._wanted = False
+            if self._gpu and self._settings.memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
+            self._say(f"trace.steps={list(self._settings.steps or [])}: no trace: {error}")
+            return
+        self._profiler = profiler
         self._name(step)
 
     def _write(self, last: int) -> None:
