@@ -191,6 +191,7 @@ def test_rows_load_the_graphs_that_other_processes_compiled(tmp_path: Path, monk
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # it belongs to the code of a graph for the CPU
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as in the part: it belongs to a graph's key
     host = Host(CPU, tiny=False, out=None)
