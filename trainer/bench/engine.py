@@ -29,6 +29,7 @@ from trainer.config.run_config import Config
 from trainer.data.order import BatchSplit
 from trainer.data.progress import tracked
 from trainer.engine.engine import Engine
+from trainer.engine.graph_cache import cache_whole_graphs
 from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.optimizer import build_optimizer
 from trainer.telemetry import timing
@@ -183,6 +184,7 @@ def _bare(config: Config, count: int, device: torch.device, wrapped: bool) -> St
     """The same step without an engine; wrapped: in torch's DistributedDataParallel."""
     network = build_model(config.without_teacher()).to(device)
     if config.engine.compile:
+        cache_whole_graphs()  # as in the engine: the setting is in a graph's key, and both rows have the same graph
         network.compile()
     half = config.engine.precision == "bf16"
     if half:

@@ -15,8 +15,8 @@ TORCHS = (
 
 def cache_whole_graphs() -> None:
     """torch's cache of traced graphs (forward, backward, partition) leaves out every graph with a function that it does not know: those
-    that choose an attention kernel or gather tokens, which a restart would trace again. What these functions compute is in the graph's key:
-    torch's by their arguments and torch's version, ours by its source."""
+    that choose an attention kernel or gather tokens, which a restart would differentiate and partition again. What these functions compute
+    is in the graph's key: torch's by their arguments and torch's version, ours by its source."""
     import torch._inductor.config as inductor
 
     from sparsity import attention

@@ -91,12 +91,12 @@ def measured(
     seconds = timed(one, host.device, 1 if host.tiny else 10, 1 if host.tiny else 4)
     known[name] = seconds
     images, about = config.data.micro_batch, predicted.get(name, {})
-    flops, dense = (
-        6 * images * _multiply_adds(config, row) for row in (name, "dense")
-    )  # forward, twice that backward, two each
     facts: Facts = {"ms": 1000 * seconds, "images_per_second": images / seconds}
     facts |= {f"of_{other}": seconds / known[other] for other in ("timm", "dense") if other in known and other != name}
+    flops = 0.0
     if about:
+        # forward, twice that backward, two operations each
+        flops, dense = (6 * images * _multiply_adds(config, row) for row in (name, "dense"))
         facts |= {
             "predicted_ms": about["predicted_ms"],
             "predicted_of_dense": about["of_dense"],
