@@ -18,13 +18,18 @@ ORDERS = {first: [BACKENDS[first], *(kind for name, kind in BACKENDS.items() if 
 
 
 class AttentionShape(NamedTuple):
-    """An attention of each image: heads, tokens, head width; masked: whether it has a mask or weights of its keys, which flash attention
-    does not take."""
+    """An attention of each image: heads, tokens, head width. hides: it has a mask (B, 1, T, T); weighs: a bias for each key, (B, 1, 1, T)
+    (ToMe). Flash attention takes neither."""
 
     heads: int
     tokens: int
     width: int
-    masked: bool = False
+    hides: bool = False
+    weighs: bool = False
+
+    @property
+    def masked(self) -> bool:
+        return self.hides or self.weighs
 
     @property
     def kind(self) -> tuple[int, bool]:

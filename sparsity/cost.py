@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -31,7 +31,7 @@ class BlockWork:
 @dataclass(frozen=True)
 class Shape:
     """The numbers that determine the cost of a network. embed: of the patch embedding; head: per image; pool: per pooled token;
-    pools_prefix: whether prefix tokens are pooled."""
+    pool_pairs: per pair of pooled tokens; pools_prefix: whether prefix tokens are pooled."""
 
     num_prefix: int
     num_patches: int
@@ -39,6 +39,7 @@ class Shape:
     embed: int
     head: int
     pool: int
+    pool_pairs: int
     pools_prefix: bool
     blocks: tuple[BlockWork, ...]
     selects: frozenset[int]
@@ -70,7 +71,7 @@ def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({}))
     refuse(vit)
     num_patches = vit.patch_embed.num_patches
     heads = [getattr(vit, name) for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
-    per_token, per_image = _pooling(vit.attn_pool)
+    per_token, pairs, per_image = _pooling(vit.attn_pool)
     blocks: list[Any] = list(vit.blocks)
     return Shape(
         num_prefix=vit.num_prefix_tokens,
@@ -79,6 +80,7 @@ def shape_of(model: Selecting, left: Mapping[str, float] = MappingProxyType({}))
         embed=model.embed_work,
         head=per_image + sum(_linear(head) for head in heads),
         pool=per_token,
+        pool_pairs=pairs,
         pools_prefix=vit.pool_include_prefix,
         blocks=tuple(_block(b, f"blocks.{number}", left) for number, b in enumerate(blocks)),
         selects=model.blocks,
@@ -110,7 +112,8 @@ def cost(shape: Shape, plan: Plan = DENSE) -> Cost:
         per_block.append(work + (p + in_mlp) * block.mlp)
         tokens.append(length)
     left = p + patches
-    total = shape.embed + sum(per_block) + shape.head + shape.pool * (left if shape.pools_prefix else patches)
+    pooled = left if shape.pools_prefix else patches
+    total = shape.embed + sum(per_block) + shape.head + shape.pool * pooled + shape.pool_pairs * pooled**2
     return Cost(total, tuple(per_block), tuple(tokens), left)
 
 
@@ -129,16 +132,18 @@ def _linear(module: nn.Module, name: str = "", left: Mapping[str, float] = Mappi
     )
 
 
-def _pooling(pool: nn.Module | None) -> tuple[int, int]:
-    """For attention pooling with one latent: per token (keys, values, the row of attention), per image (query, projection, MLP)."""
+def _pooling(pool: nn.Module | None) -> tuple[int, int, int]:
+    """Multiply-adds of attention pooling: per token, per pair of tokens, per image."""
     if pool is None:
-        return 0, 0
+        return 0, 0, 0
+    if type(pool).__name__ == "AttentionPoolPrr":  # not in every timm: each token attends to all, without projections
+        return 0, 2 * cast(Any, pool).out_features, 0
     kv = getattr(pool, "kv", None)
-    if not isinstance(kv, nn.Linear):
-        raise ValueError(
-            f"attn_pool is a {type(pool).__name__}: multiply-adds are implemented for timm's AttentionPoolLatent only"
-        )
-    return _linear(kv) + kv.out_features, _linear(pool) - _linear(kv)
+    if isinstance(kv, nn.Linear):  # one latent: keys, values and its row of attention; its query, projection and MLP
+        return _linear(kv) + kv.out_features, 0, _linear(pool) - _linear(kv)
+    raise ValueError(
+        f"attn_pool is a {type(pool).__name__}: multiply-adds are implemented for timm's AttentionPoolLatent and AttentionPoolPrr only"
+    )
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class SparseViT(SparseNetwork):
                 a.num_heads,
                 n,
                 a.head_dim,
-                number > after and (hides or (n < tokens[0] and getattr(self.reduce, "weighs", False))),
+                hides and number > after,
+                n < tokens[0] and number > after and getattr(self.reduce, "weighs", False),
             )
             for number, (a, n) in enumerate(zip(attentions, tokens, strict=True))
         )

@@ -236,6 +236,8 @@ def test_steps_and_profile_in_their_tiny_form(capsys: Any, tmp_path: Path) -> No
     assert rows["step", "dense"]["bound_of_dense"] == 1 > rows["step", "tokens 0.7"]["bound_of_dense"]
     assert rows["step", "dense"]["mfu_of_measured"] > 0
     assert rows["step", "timm"]["attention"] == "torch" and rows["step", "dense"]["attention"] in ("flash", "math")
+    beside = [facts["ms"] for (part, name), facts in rows.items() if part == "profile" and name not in ("dense", "tokens 0.7")]
+    assert len(beside) == 5 and min(beside) > 0 and rows["profile", "bookkeeping of examples, eager"]["method"] == "forgetting"
     assert rows["profile", "dense"]["ms"] > 0 and len(rows["profile", "dense"]["largest"]) == kernels.LARGEST
 
 
@@ -270,7 +272,12 @@ def test_a_profile_sums_classes_and_idle_time() -> None:
 def test_facts_run_engine_and_input_in_their_tiny_form(capsys: Any) -> None:
     code, message = gpu.main(["facts", "run", "resume", "engine", "input"]), capsys.readouterr().out
     assert code == 0, message
-    assert "attention, math" in message and "same_batches true" in message and "ours" in message
+    assert (
+        "attention that weighs keys, 69 tokens" in message
+        and "math_ms" in message
+        and "same_batches true" in message
+        and "ours" in message
+    )
 
 
 @pytest.mark.gpu

@@ -162,7 +162,7 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
 
     events = [
         event("user_annotation", "step 31", 0, 10), event("user_annotation", "step 32", 10, 10),
-        event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
+        event("gpu_user_annotation", "step 32", 10, 1000), event("kernel", "nvjet_gemm", 0, 6), event("gpu_memcpy", "Memcpy HtoD", 8, 2),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 60), event("cuda_runtime", "cudaLaunchKernel", 1, 1),
         event("cuda_runtime", "cudaEventSynchronize", 1, 2000), event("cuda_runtime", "cudaDeviceSynchronize", 21, 500),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 99, thread=2),
@@ -175,6 +175,12 @@ def test_a_trace_gives_idle_time_launches_and_the_waits_of_the_loop() -> None:
     )
     assert found["waited_ms"] == pytest.approx(0.07) and found["held_ms"] == 1.0
     assert found["idle"] == pytest.approx(0.2) and found["product_ms"] == 0.003
+    unseen = trace.traced([one for one in events if not one["cat"].startswith(("cuda", "gpu", "kernel"))], 2, on_gpu=True)
+    assert unseen["ok"] is False and "recorded no device" in unseen["error"]
+
+
+def test_a_run_without_a_trace_keeps_its_other_numbers(tmp_path: Path) -> None:
+    assert trace.of_run(tmp_path, 4, on_gpu=True) == {"trace": "none was written"}
 
 
 @pytest.mark.slow

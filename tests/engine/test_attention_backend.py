@@ -24,7 +24,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.processes import Processes
 
 CPU = torch.device("cpu")
-DENSE_SHAPE, FEWER, HIDDEN = AttentionShape(6, 197, 64), AttentionShape(6, 139, 64), AttentionShape(6, 139, 64, masked=True)
+DENSE_SHAPE, FEWER, HIDDEN = AttentionShape(6, 197, 64), AttentionShape(6, 139, 64), AttentionShape(6, 139, 64, hides=True)
 
 
 def engine_of(on_gpu: bool, **settings: Any) -> Any:
@@ -82,7 +82,7 @@ def test_a_resume_on_another_gpu_times_all_kernels_anew_and_says_so(monkeypatch:
 
 def test_a_count_that_was_not_timed_takes_the_backend_of_the_nearest() -> None:
     times = {DENSE_SHAPE: {"flash": 2.0, "cudnn": 1.0}, AttentionShape(6, 69, 64): {"flash": 1.0, "cudnn": 2.0}}
-    near, masked = AttentionShape(6, 98, 64), AttentionShape(6, 98, 64, masked=True)
+    near, masked = AttentionShape(6, 98, 64), AttentionShape(6, 98, 64, hides=True)
     kernels = fastest(times, [*times, near, AttentionShape(6, 161, 64), masked])
     assert kernels == {(197, False): "cudnn", (69, False): "flash", (98, False): "flash", (161, False): "cudnn"}
     one = fastest({DENSE_SHAPE: {"flash": 1.0}}, [DENSE_SHAPE, near])
@@ -92,7 +92,7 @@ def test_a_count_that_was_not_timed_takes_the_backend_of_the_nearest() -> None:
 def test_of_many_counts_some_are_timed_the_smallest_and_the_largest_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_backend, "MOST", 3)
     monkeypatch.setattr(attention_backend, "_milliseconds", lambda *given: 1.0)
-    shapes = [AttentionShape(2, tokens, 8, masked) for tokens in range(10, 30) for masked in (False, True)]
+    shapes = [AttentionShape(2, tokens, 8, hides) for tokens in range(10, 30) for hides in (False, True)]
     timed = [(shape.tokens, shape.masked) for shape in measured(CPU, 2, shapes[::-1] * 2, torch.float32)]
     assert timed == [(10, False), (20, False), (29, False), (10, True), (20, True), (29, True)]
 
@@ -121,7 +121,7 @@ def test_a_network_without_such_attention_is_left_to_torch() -> None:
 
 def test_measuring_runs_forward_and_backward_and_leaves_the_random_numbers() -> None:
     before = torch.get_rng_state()
-    shapes = [AttentionShape(2, 5, 8), AttentionShape(2, 3, 8), AttentionShape(2, 3, 8, masked=True)]
+    shapes = [AttentionShape(2, 5, 8), AttentionShape(2, 3, 8), AttentionShape(2, 3, 8, hides=True)]
     found = measured(CPU, 2, [*shapes, shapes[0]], torch.float32)
     assert set(found) == set(shapes)
     for times in found.values():
@@ -144,7 +144,7 @@ def test_a_backend_comes_first_and_what_it_does_not_take_goes_to_the_next() -> N
 
 def test_shapes_follow_the_plan_and_name_masks() -> None:
     whole, half = AttentionShape(3, 17, 8), AttentionShape(3, 9, 8)
-    hidden = half._replace(masked=True)
+    hidden = half._replace(hides=True)
     topk, keys, exact = (
         build(tiny(), tokens="topk", connections=name, blocks=(1,)) for name in ("all", "shared_keys", "exact")
     )
@@ -156,7 +156,7 @@ def test_shapes_follow_the_plan_and_name_masks() -> None:
         whole,
         hidden,
     )
-    assert [(one.tokens, one.masked) for one in merging.attention_shapes(Plan(0.5))] == [(17, False), (15, True), (13, True)]
+    assert [(one.tokens, one.weighs) for one in merging.attention_shapes(Plan(0.5))] == [(17, False), (15, True), (13, True)]
 
 
 def test_shapes_are_those_that_the_network_asks_kernels_for() -> None:
@@ -178,6 +178,30 @@ def test_shapes_are_those_that_the_network_asks_kernels_for() -> None:
             asked.clear()
             model(images(model.network, 2), plan)
             assert asked == [shape.kind for shape in model.attention_shapes(plan)], (settings, plan)
+
+
+def test_a_mask_is_timed_in_the_form_that_the_network_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels differ in which masks they take: a bool mask of pairs is another case than ToMe's bias for each key."""
+    attend, forms = scaled_dot_product_attention, []
+
+    def noted(q: Any, k: Any, v: Any, attn_mask: Any = None, **settings: Any) -> Any:
+        forms.append(
+            (q.shape[2], None if attn_mask is None else (attn_mask.shape, attn_mask.dtype == torch.bool, attn_mask.stride()))
+        )
+        return attend(q, k, v, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention_backend, "scaled_dot_product_attention", noted)
+    settings: Any
+    for settings in ({"tokens": "topk", "connections": "exact"}, {"tokens": MergeSettings(merged=2)},
+                     {"tokens": MergeSettings(merged=2), "connections": "exact"}):  # fmt: skip
+        forms.clear()
+        model = build(tiny(), blocks=(0, 1), **settings)
+        model(images(model.network, 2), Plan(0.6, 0.4))
+        used = set(forms)
+        forms.clear()
+        measured(CPU, 2, model.attention_shapes(Plan(0.6, 0.4)), torch.float32)
+        assert set(forms) == used and len(used) == 3, settings
 
 
 class FirstChoice(torch.fx.Interpreter):

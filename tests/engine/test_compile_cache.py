@@ -85,7 +85,17 @@ def test_graphs_that_choose_attention_kernels_and_gather_tokens_are_cached_whole
         network(images).backward()
         return tuple(counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("bypass", "miss", "hit"))
 
+    def around(kernel: str) -> tuple[int, ...]:
+        """As `engine.attention=kernel`: in force around a graph that names none."""
+        torch.compiler.reset()
+        counters.clear()
+        cache_whole_graphs(kernel)
+        with using(kernel), torch.no_grad():
+            torch.compile(torch.nn.functional.scaled_dot_product_attention)(*images.view(3, 1, 1, 8, 8))
+        return tuple(counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("bypass", "miss", "hit"))
+
     with fresh_cache():
         assert found("flash") == (1, 0, 0), "torch has learnt these functions: graph_cache.py can go"
         cache_whole_graphs()
         assert [found(kernel) for kernel in ("flash", "efficient", "flash")] == [(0, 1, 0), (0, 1, 0), (0, 0, 1)]
+        assert [around(kernel) for kernel in ("flash", "math", "math", "flash")] == [(0, 1, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1)]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,12 @@ def test_ranks_share_code_that_names_no_gpu_or_the_same_number(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(compile_fx, "_compile_fx_inner", plain)
-    with config.patch(compile_threads=8):
+    with config.patch(compile_threads=8), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         use_persistent_compile_cache(1.0)
+        assert ["each has 2 GPUs to choose from; PET_VIRTUAL_LOCAL_RANK=1" in str(one.message) for one in warned] == [True] * (
+            visible > 1
+        )
         assert (compile_fx._compile_fx_inner is not plain) == shared
         assert config.compile_threads == (8 if shared or ranks == 1 else 4)
 

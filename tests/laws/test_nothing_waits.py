@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sparsity.types import DENSE, Plan
 from tests.support import images as drawn
+from tests.support import waiting
 from tests.support.waiting import CUDA, NoWaits, Waits, fake_cuda, moved
 from trainer import train as loop
 from trainer.bench.bookkeeping import stand_in
@@ -26,13 +27,14 @@ from trainer.engine import upload
 from trainer.engine.engine import Engine
 from trainer.engine.left_out_steps import leaves_out_on_device
 from trainer.engine.processes import Processes
-from trainer.model.build import build_distillation, build_examples, build_model, build_objective
+from trainer.model.build import build_distillation, build_examples, build_model, build_objective, build_pruning
 from trainer.model.ema import Ema
 from trainer.model.evaluate import evaluate
 from trainer.model.optimizer import build_optimizer
 from trainer.run.nonfinite_steps import Outcomes
 from trainer.run.row_results import RowResults
 from trainer.run.running_statistics import RunningStatistics
+from trainer.run.weight_pruning import WeightPruning
 from trainer.telemetry.meters import Meters
 
 ROWS, SIDE = 8, 32
@@ -53,6 +55,12 @@ LEVELS = {
     "policy on the device": {"augment": {"policy": "rand-m9-mstd0.5-inc1", "policy_on": "device"}},
     "3-Augment on the device": {"augment": {"policy": "three_augment", "policy_on": "device", "color_jitter": 0.3}},
     "dense": {},
+    "topk, bf16 autocast": {
+        "tokens": {"method": "topk", "blocks": [1]},
+        "engine": {"precision": "autocast", "residual": "bf16"},
+    },
+    "group lasso": {"weights": {"method": "group_lasso", "keep": 0.5, "groups": "columns", "block": [8, 8], "start": "0ep"}},
+    "admm": {"weights": {"method": "admm", "keep": 0.5, "groups": "columns", "block": [8, 8], "start": "0ep"}},
 }
 
 
@@ -60,6 +68,7 @@ LEVELS = {
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Images of this size are copied by themselves, as those of a run are. Tables that are made once per device must not stay fake."""
     monkeypatch.setattr(upload, "SMALL", 1 << 10)
+    monkeypatch.setattr(waiting, "PAGEABLE", 1 << 10)
     yield
     for cached in (on_device._statistics, on_device._table):
         cached.cache_clear()
@@ -74,7 +83,7 @@ def config_of(**levels: Any) -> Any:
         data={"validation": "none-*.tar", "batch": ROWS, "micro_batch": ROWS // 2},
         augment={"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1} | levels.pop("augment", {}),
         optim={"ema": 0.999, "clip": 1.0, "fused": True},
-        engine={"kind": "ddp", "precision": "float32"},
+        engine={"kind": "ddp", "precision": "float32"} | levels.pop("engine", {}),
         tracking={"to": "journal"},
         **levels,
     )
@@ -82,9 +91,10 @@ def config_of(**levels: Any) -> Any:
 
 @unset_fake_temporarily()
 def batch_of(rows: int) -> Batch:
+    """As the loader gives it, its images pinned."""
     ids = torch.arange(rows)
     return Batch(
-        images=torch.zeros(rows, 3, SIDE, SIDE, dtype=torch.uint8), labels=ids % 10, ids=ids, copies=torch.zeros_like(ids),
+        images=torch.zeros(rows, 3, SIDE, SIDE, dtype=torch.uint8).pin_memory(), labels=ids % 10, ids=ids, copies=torch.zeros_like(ids),
         weights=torch.ones(rows), policy=torch.zeros(rows, 4, 2),
         flip=ids > 2, erase=torch.ones(rows, 4, dtype=torch.int32), jpeg=torch.zeros(rows, 0), rng_keys=ids * 77, broken=[],
     )  # fmt: skip
@@ -94,6 +104,8 @@ def run_of(config: Any, compiled: bool = False) -> Any:
     """The parts of a run that a step uses, on the fake device."""
     with unset_fake_temporarily():  # timm reads numbers while it builds
         model, examples = build_model(config), build_examples(config, stand_in(100, 10))
+        level = build_pruning(config, model)
+        level.begin_epoch(0, lambda: {name: value.detach() for name, value in model.network.named_parameters()})
     engine: Any = Engine.__new__(Engine)
     Processes.__init__(engine, 0, 1, CUDA)
     engine.settings, engine.batch_split, engine.clip, engine._behind = (
@@ -104,12 +116,17 @@ def run_of(config: Any, compiled: bool = False) -> Any:
     engine.decides_on_device = leaves_out_on_device(engine.optimizer)
     distillation = build_distillation(config)
     meters, objective = Meters(engine, distillation.parts), build_objective(config)
+    pruning: Any = SimpleNamespace(after_step=lambda lr, taken: None)
+    if config.weights.method != "all":
+        recorder: Any = None  # of an epoch's line
+        pruning = WeightPruning(level, engine, model, Ema(model.network, None), recorder, level.state_dict())
+        assert level.moves
     return SimpleNamespace(
         engine=engine, model=model, prepare=build_prepare(config.augment, 10, compiled=compiled), meters=meters,
         results=RowResults(objective, distillation, examples, meters, engine.scaled, compiled=compiled, device=CUDA),
         teacher=SimpleNamespace(observe=lambda images, end_phase: None),
         statistics=RunningStatistics(model.network, engine, alike=False),
-        pruning=SimpleNamespace(after_step=lambda lr, taken: None), ema=Ema(model.network, config.optim.ema),
+        pruning=pruning, ema=Ema(model.network, config.optim.ema),
         chain=SimpleNamespace(add=lambda *rows: None),  # numpy on the host alone
         stopping=SimpleNamespace(requested=lambda: False),
         outputs=frozenset({"cls_attention"}) if examples.wants_spread else frozenset(),
@@ -189,6 +206,7 @@ def test_an_evaluation_waits_for_nothing_between_its_batches(monkeypatch: pytest
     [
         lambda x: float(x.sum()), lambda x: bool(x.isfinite().all()), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.cpu(),
         lambda x: torch.zeros(3).to(CUDA), lambda x: x.index_put_((x > 0,), torch.ones((), device=CUDA)),
+        lambda x: torch.zeros(70_000).to(CUDA, non_blocking=True), lambda x: torch.empty(3).copy_(x, non_blocking=True),
     ],
 )  # fmt: skip
 def test_what_waits_is_found(waits: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +214,10 @@ def test_what_waits_is_found(waits: Callable[[torch.Tensor], Any], monkeypatch: 
         x = torch.ones(3, device=CUDA)
         with NoWaits(), pytest.raises(Waits):
             waits(x)
+        with NoWaits() as counted:
+            torch.zeros(70_000).pin_memory()[1:].to(CUDA, non_blocking=True)
+            torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)
+        assert counted.copies == 2
 
 
 def test_an_optimizer_without_a_fused_step_is_decided_by_the_host() -> None:

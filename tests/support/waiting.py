@@ -20,6 +20,10 @@ READS = {
 }  # fmt: skip
 
 
+PAGEABLE = 64 << 10  # bytes; CUDA copies more of them than that from pageable memory piece by piece, and the host waits
+_pinned: dict[int, Any] = {}  # storages of pinned memory, by address
+
+
 class Waits(AssertionError):
     """The host would wait for the device."""
 
@@ -59,10 +63,12 @@ class NoWaits(TorchDispatchMode):
             raise Waits(f"{operation} by a mask: the size of its result is read")
         blocking = not kwargs.get("non_blocking", len(args) > 2 and args[2] is True)
         found = operation(*args, **kwargs)
+        if operation.is_view and given and _is_pinned(given[0]):  # a fake view of a real tensor has a storage of its own
+            _pin(found)
         if operation in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if operation is aten.copy_.default else args[0]
             if source.device.type != found.device.type:
-                if blocking:
+                if blocking or not _staged_at_once(operation, source, found):
                     raise Waits(f"{operation} from {source.device} to {found.device}, shape {tuple(source.shape)}, waits")
                 self.copies += 1
         on_device = bool(there) or (isinstance(found, Tensor) and found.device.type == "cuda")
@@ -70,6 +76,25 @@ class NoWaits(TorchDispatchMode):
             self.kernels.append(str(operation))
         self.operations += on_device
         return found
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    _pinned[storage._cdata] = storage
+    return tensor
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.untyped_storage()._cdata in _pinned
+
+
+def _staged_at_once(operation: Any, source: Tensor, found: Tensor) -> bool:
+    """Whether a non-blocking copy returns before it is made: the host's side is pinned (torch pins the result of `to`), or small."""
+    if found.device.type == "cpu" and operation is aten._to_copy.default:
+        return True
+    host = source if source.device.type == "cpu" else found
+    to_device = host is source
+    return _is_pinned(host) or (to_device and host.nbytes <= PAGEABLE)
 
 
 @contextlib.contextmanager
@@ -89,15 +114,22 @@ def fake_cuda(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(
         "torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True
     )  # it knows tensors by their exact type
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)  # or autocast is switched off
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: tensor)
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: _pin(tensor.clone()))
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *args, pin_memory=False, **kwargs: _pin(empty(*args, **kwargs)) if pin_memory else empty(*args, **kwargs),
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+    _pinned.clear()
 
 
 def moved(module: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def _at(config: Config, count: int, rounds: int, names: list[str]) -> tuple[dict
             )
             for _ in range(WARM_UP):
                 steps[name]()
-        except (ConfigError, torch.OutOfMemoryError) as error:
+        except (ConfigError, ImportError, torch.OutOfMemoryError) as error:  # ImportError: DeepSpeed is not installed
             steps.pop(name, None)
             oom = isinstance(error, torch.OutOfMemoryError)
             found[name] = {"note": OUT_OF_MEMORY if oom else str(error).splitlines()[-1].strip()}

@@ -88,14 +88,10 @@ def _few(shapes: Iterable[AttentionShape]) -> list[AttentionShape]:
 
 def _milliseconds(device: torch.device, images: int, shape: AttentionShape, kind: torch.dtype, name: str) -> float:
     generator = torch.Generator(device).manual_seed(0)
-    heads, tokens, width, masked = shape
+    heads, tokens, width = shape[:3]
     packed = torch.randn(images, tokens, 3, heads, width, generator=generator, device=device).to(kind).requires_grad_()
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # as timm's projection gives them
-    mask: Tensor | None = None
-    if masked:
-        mask = torch.rand(images, 1, tokens, tokens, generator=generator, device=device) < 0.5
-        mask |= torch.eye(tokens, dtype=torch.bool, device=device)
-
+    mask = _mask(shape, images, generator, kind)
     gradient = torch.randn(q.shape, generator=generator, device=device).to(kind)
 
     def one() -> None:
@@ -112,3 +108,15 @@ def _milliseconds(device: torch.device, images: int, shape: AttentionShape, kind
             torch.cuda.synchronize(device)
         best = best if turn < WARM_UP else min(best, time.perf_counter() - started)
     return 1000 * best / calls
+
+
+def _mask(shape: AttentionShape, images: int, generator: torch.Generator, kind: torch.dtype) -> Tensor | None:
+    """In the form that the network gives to its attention (`sparsity.attention.visible`): kernels differ in what they take."""
+    device, tokens, bias = generator.device, shape.tokens, None
+    if shape.weighs:  # logarithms of the patches that a token stands for
+        bias = torch.randint(1, 5, (images, 1, 1, tokens), generator=generator, device=device).log().to(kind)
+    if not shape.hides:
+        return bias
+    kept = torch.rand(images, 1, tokens, tokens, generator=generator, device=device) < 0.5
+    kept |= torch.eye(tokens, dtype=torch.bool, device=device)
+    return kept if bias is None else bias.masked_fill(~kept, float("-inf"))

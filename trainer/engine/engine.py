@@ -76,7 +76,10 @@ class Engine(Processes):
         if self.settings.cuda_graphs:
             cuda_graphs.refuse(self.on_gpu, self.world, self.batch_split)
         if self.settings.compile:
-            self.compile_cache = use_persistent_compile_cache(self.settings.timeout / 4)  # well before the limit of one place
+            around = "torch" if self.settings.attention == "auto" else self.settings.attention  # auto: chosen inside of graphs
+            self.compile_cache = use_persistent_compile_cache(
+                self.settings.timeout / 4, around
+            )  # well before the limit of one place
             # in place, so that parameter names stay timm's
             model.compile(**({"mode": mode} if (mode := cuda_graphs.mode_of(self.settings)) else {}))
         if self.settings.kind == "deepspeed":

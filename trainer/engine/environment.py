@@ -16,21 +16,24 @@ from trainer.engine.graph_cache import cache_whole_graphs
 from trainer.storage.local_rank import local_rank
 
 LOOPBACK = "lo"
+ONE_GPU = "PET_VIRTUAL_LOCAL_RANK=1 in the environment of the launcher gives each its own, and one compiles for all"
 
 
-def use_persistent_compile_cache(limit: float) -> str:
+def use_persistent_compile_cache(limit: float, attention_backend: str = "torch") -> str:
     """Keep torch.compile's graphs for later processes in TORCHINDUCTOR_CACHE_DIR, else in ~/.cache/trilevel/compiled (torch's own
     default is below /tmp, which the next job of a node may not share). Returns the folder. Where the ranks of a node can use the same
-    code, one of them compiles it (limit: see `share_compiling`), or a warning in their logs says why each compiles for itself."""
+    code, one of them compiles it (limit: see `share_compiling`), or a warning in their logs says why each compiles for itself.
+    attention_backend: see `cache_whole_graphs`."""
     import torch._inductor.config as inductor
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    cache_whole_graphs()
+    cache_whole_graphs(attention_backend)
     # the key of a graph contains the number of its GPU (torch 2.15): ranks have the same one only if each of them sees one GPU
     cached = inductor.fx_graph_cache and not inductor.force_disable_caches  # without, ranks would compile one after the other
-    alike = ranks_of_node() > 1 and cached and (not torch.cuda.is_available() or torch.cuda.device_count() == 1)
-    apart = why_apart() if alike else ""
-    shared = alike and not apart
+    several = ranks_of_node() > 1 and cached
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 1
+    apart = "" if not several else why_apart() if gpus == 1 else f"each has {gpus} GPUs to choose from; {ONE_GPU}"
+    shared = several and not apart
     if apart:
         warnings.warn(f"each rank of this node compiles every graph: {apart}", stacklevel=2)
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ and not shared:

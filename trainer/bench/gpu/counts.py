@@ -124,9 +124,12 @@ def attention_flops(kernel: Kernel) -> float:
     return 4.0 * rows * whole[0] * whole[1] * width * (BACKWARD if backward else 1.0)
 
 
-def network_of(config: Config, row: Row) -> SparseNetwork:
-    """The network of a row, in training mode, with random weights; selections in the blocks of the configuration, by default 3, 6 and 9."""
-    settings = config.model.model_copy(update={"init": "random"} | ({"drop_path": 0.0} if row.timm else {}))
+def network_of(config: Config, row: Row, timms_drop_path: bool = False) -> SparseNetwork:
+    """The network of a row, in training mode, with random weights; selections in the blocks of the configuration, by default 3, 6 and 9.
+    timms_drop_path: as configured; without, timm's network can be traced on a CPU."""
+    settings = config.model.model_copy(
+        update={"init": "random"} | ({"drop_path": 0.0} if row.timm and not timms_drop_path else {})
+    )
     blocks = list(config.tokens.blocks) or [3, 6, 9]
     try:
         network = weights.create(settings, config.seed)

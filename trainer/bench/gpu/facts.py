@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from sparsity.attention_kernel import BACKENDS
+from sparsity.attention_kernel import AttentionShape
 from trainer.bench.gpu.report import Facts, Host, Row
+from trainer.engine import attention_backend
 from trainer.telemetry.hardware import matrix_rate
 from trainer.telemetry.timing import synchronize
 
 IMAGES, WIDTH, HEADS = 256, 384, 6  # DeiT-S
 LENGTHS = (197, 178, 161, 145, 139, 98, 69)  # tokens with [CLS]: dense, and at keep ratios of the recipes
+MASKS = {
+    "": (False, False),
+    " that hides pairs": (True, False),
+    " that weighs keys": (False, True),
+}  # the latter two: exact and ToMe
 FLEX = (197, 139)  # lengths at which torch's flex attention, a compiled Triton kernel, is timed beside them
 SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
 
@@ -34,13 +40,10 @@ def part(host: Host) -> Iterator[Row]:
     for name, shape in SHAPES.items():
         yield f"product, {name} of {tokens} tokens", lambda shape=shape: _products(host, tokens, *shape)
     for length in LENGTHS[-1:] if host.tiny else LENGTHS:
-        for name, backend in BACKENDS.items():
-            if host.on_gpu or name in ("flash", "math"):
-                yield f"attention, {name}, {length} tokens", lambda b=backend, t=length: _attention(host, b, t)
+        for name, (hides, weighs) in MASKS.items():
+            yield f"attention{name}, {length} tokens", partial(_attention, host, length, hides, weighs)
         if host.on_gpu and length in FLEX:
-            yield f"attention, flex, {length} tokens", lambda t=length: _attention(host, None, t, fused=_flex())
-        if host.on_gpu:
-            yield f"attention with a mask, {length} tokens", lambda t=length: _attention(host, None, t, masked=True)
+            yield f"attention, flex, {length} tokens", partial(_flex_attention, host, length)
 
 
 def timed(one: Callable[[], Any], device: torch.device, times: int = 10, blocks: int = 3) -> float:
@@ -62,6 +65,7 @@ def _host(host: Host) -> Facts:
     about: Facts = {
         "device": torch.cuda.get_device_name(host.device) if host.on_gpu else f"CPU ({platform.machine()})",
         "cores": len(os.sched_getaffinity(0)),
+        "free_shm_gib": shutil.disk_usage("/dev/shm").free / 2**30,  # workers hand over their batches there
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -101,31 +105,25 @@ def _products(host: Host, tokens: int, inside: int, outside: int) -> Facts:
     return {f"{name}_teraflops": flops / timed(one, host.device, times) / 1e12 for name, one in products.items()}
 
 
-def _flex() -> Callable[..., Any]:
+def _attention(host: Host, length: int, hides: bool, weighs: bool) -> Facts:
+    """Milliseconds of the forward and backward pass of one block's attention by each kernel that takes it, timed as at the start of a run,
+    and the rate of the fastest."""
+    images, shape = 2 if host.tiny else IMAGES, AttentionShape(HEADS, length, WIDTH // HEADS, hides, weighs)
+    found = attention_backend.measured(host.device, images, [shape], torch.bfloat16)[shape]
+    return {f"{name}_ms": ms for name, ms in found.items()} | _rate(images, length, min(found.values()) / 1000)
+
+
+def _flex_attention(host: Host, length: int) -> Facts:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _attention(
-    host: Host, backend: SDPBackend | None, length: int, masked: bool = False, fused: Callable[..., Any] | None = None
-) -> Facts:
-    """Milliseconds of the forward and backward pass of one block's attention. fused: in place of torch's scaled_dot_product_attention."""
-    images = 2 if host.tiny else IMAGES
-    packed = torch.randn(images, length, 3, HEADS, WIDTH // HEADS, device=host.device, dtype=torch.bfloat16)
+    fused = torch.compile(flex_attention, dynamic=False)
+    packed = torch.randn(IMAGES, length, 3, HEADS, WIDTH // HEADS, device=host.device, dtype=torch.bfloat16)
     packed.requires_grad_()
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = torch.ones(images, 1, length, length, dtype=torch.bool, device=host.device) if masked else None
     gradient = torch.randn_like(q)
+    seconds = timed(lambda: torch.autograd.grad(fused(q, k, v), packed, gradient), host.device)
+    return {"flex_ms": 1000 * seconds} | _rate(IMAGES, length, seconds)
 
-    def one() -> None:
-        out = fused(q, k, v) if fused else scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        torch.autograd.grad(out, packed, gradient, retain_graph=True)
 
-    if backend is None:
-        seconds = timed(one, host.device)
-    else:
-        with sdpa_kernel(backend):
-            seconds = timed(one, host.device, 1 if host.tiny else 10)
-    flops = 3.5 * 4.0 * images * length * length * WIDTH
-    return {"ms": 1000 * seconds, "teraflops": flops / seconds / 1e12}
+def _rate(images: int, length: int, seconds: float) -> Facts:
+    return {"teraflops": 3.5 * 4.0 * images * length * length * WIDTH / seconds / 1e12}

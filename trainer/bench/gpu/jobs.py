@@ -133,9 +133,8 @@ def _traced(folder: Path, name: str) -> Facts:
         return {}
     graphs = [line.get("graphs") for line in lineage(folder / "runs" / name) if line["kind"] == "end"]
     found = trace.of_run(folder / "runs" / name, TRACED[1] - TRACED[0] + 1, on_gpu=torch.cuda.is_available())
-    return {key: found[key] for key in ("waits", "waited_ms", "held_ms", "launches")} | {
-        "graphs": graphs[-1] if graphs else None
-    }
+    wanted = ("waits", "waited_ms", "held_ms", "launches", "ok", "error", "trace")
+    return {key: found[key] for key in wanted if key in found} | {"graphs": graphs[-1] if graphs else None}
 
 
 def _compared(folder: Path, name: str, settings: list[str], other: str, exact: bool = False, within: float = 0.02) -> Facts:

@@ -1,4 +1,5 @@
-"""`make gpu PART=profile`: where the time of a compiled step goes: by class of kernel, idle, and the largest kernels."""
+"""`make gpu PART=profile`: where the time of a compiled step goes: by class of kernel, idle, and the largest kernels; then what a step
+computes beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.bench.gpu import counts, step
+from trainer.bench.gpu import beyond, counts, step
 from trainer.bench.gpu.report import Facts, Host, Row
 from trainer.telemetry.timing import synchronize
 
@@ -37,6 +38,7 @@ def part(host: Host) -> Iterator[Row]:
     config = step.configured(host)
     for name in ("dense", "tokens 0.7"):
         yield name, lambda name=name: _row(host, step.step_of(host, config, counts.rows()[name])[0])
+    yield from beyond.rows(host, config)
 
 
 def _row(host: Host, one: Callable[[], None]) -> Facts:

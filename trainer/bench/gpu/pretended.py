@@ -78,6 +78,9 @@ def h200() -> Iterator[None]:
             "is_bf16_supported": lambda *a, **k: True,
             "current_device": lambda: 0,
             "device_count": lambda: 1,
+            "is_available": lambda: (
+                False
+            ),  # else dynamo keeps the state of its generator, where the environment makes torch count devices
         }.items():
             patches.enter_context(patched(torch.cuda, name, value))
         patches.enter_context(patched(triton_helpers, "set_driver_to_gpu", lambda: None))

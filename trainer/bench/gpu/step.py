@@ -123,7 +123,7 @@ def step_of(
 ) -> tuple[Callable[[], None], float, Any]:
     """A compiled step (forward, backward, optimizer) of a row's network, seconds of its first call, and its attention kernels, chosen as
     in a run unless they are given (timm's: torch's choice). tiny: not compiled."""
-    model = counts.network_of(config, row).to(host.device)
+    model = counts.network_of(config, row, timms_drop_path=True).to(host.device)
     chosen: Any = "torch"
     if not row.timm:
         shapes = model.attention_shapes(row.plan)

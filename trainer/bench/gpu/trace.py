@@ -17,9 +17,13 @@ WAITED = 50.0  # microseconds from which one counts: of an event that is past it
 
 
 def of_run(run: Path, steps: int, on_gpu: bool) -> Facts:
-    """`traced` of the one trace of a run."""
-    (trace,) = (run / "traces").glob("*.json.gz")
-    return traced(json.loads(gzip.open(trace).read())["traceEvents"], steps, on_gpu)
+    """`traced` of the one trace of a run; where the profiler did not start there is none."""
+    traces = [*(run / "traces").glob("*.json.gz")]
+    return (
+        traced(json.loads(gzip.open(traces[0]).read())["traceEvents"], steps, on_gpu)
+        if traces
+        else {"trace": "none was written"}
+    )
 
 
 def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
@@ -31,8 +35,10 @@ def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
         for event in events
         if event.get("ph") == "X" and event.get("cat") in (ON_DEVICE if on_gpu else ("cpu_op",))
     ]
-    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith(("step ", "autograd::engine"))}
-    named = [event for event in events if "dur" in event and str(event["name"]).startswith("step ")]
+    # of the host: Kineto gives the device spans of the same names, which reach to the end of its work
+    named = [event for event in events if event.get("cat") == "user_annotation" and str(event["name"]).startswith("step ")]
+    loop = {event.get("tid") for event in events if str(event.get("name", "")).startswith("autograd::engine")}
+    loop |= {event.get("tid") for event in named}
     within = [
         event
         for event in events
@@ -40,6 +46,8 @@ def traced(events: list[dict[str, Any]], steps: int, on_gpu: bool) -> Facts:
         and event.get("tid") in loop
         and any(step["ts"] <= event["ts"] < step["ts"] + step["dur"] for step in named)
     ]
+    if on_gpu and not within:
+        return {"ok": False, "error": "the trace has no call of the CUDA runtime: the profiler recorded no device"}
     waited = [event["dur"] for event in within if event["name"].endswith(WAITS)]
     held = [event["dur"] for event in within if event["name"].endswith(HELD)]
     return kernels.summary(spans, steps) | {
