@@ -157,6 +157,12 @@ def _python(a: argparse.Namespace) -> str:
 
 def _request(a: argparse.Namespace) -> slurm.SlurmRequest:
     processes = a.gpus or 1 if a.processes is None else a.processes
+    if processes > 1 and a.cpus is None and not any(option.startswith(("--cpus-per-", "-c")) for option in a.sbatch):
+        print(
+            f"launch: without --cpus Slurm gives the {processes} processes of a node 1 core together, unless the partition has "
+            "DefCpuPerGPU; pass --cpus N, cores per process: data.workers + 1",
+            file=sys.stderr,
+        )
     return slurm.SlurmRequest(
         nodes=Nodes.read(a.nodes), processes=processes, gpus=a.gpus, cpus=a.cpus, time=a.time, signal=a.signal,
         requeue=not a.no_requeue, account=a.account, partition=a.partition, qos=a.qos, constraint=a.constraint, output=a.output,

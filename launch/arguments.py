@@ -152,7 +152,9 @@ def _add_slurm(c: argparse.ArgumentParser) -> None:
     c.add_argument("--nodes", default="1", metavar="N|MIN:MAX", help=f"{ELASTIC} (default: 1)")
     c.add_argument("--gpus", type=int, default=0, metavar="N", help="per node, one process each")
     c.add_argument("--processes", type=int, metavar="N", help="per node without GPUs (default: 1)")
-    c.add_argument("--cpus", type=int, metavar="N", help="cores per process")
+    c.add_argument(
+        "--cpus", type=int, metavar="N", help="cores per process: data.workers + 1 (default: Slurm's, often 1 per node)"
+    )
     c.add_argument("--time", help="limit, e.g. 1-00:00:00")
     c.add_argument(
         "--signal",

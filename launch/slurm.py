@@ -18,6 +18,8 @@ from launch.restarts import RESTARTS
 ADDRESS_OF = (
     r"""address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }"""
 )
+# The script runs on the node of the rendezvous. With a port in use there, accelerate ended all attempts at once, before the first step.
+PORT_IN_USE = 'while (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done'
 # An elastic job outlives its nodes, but not its script, which runs on the first one: Slurm (22.05) would leave the others allocated and
 # idle until the limit. So a node that ends while srun is gone requeues the job.
 SURVIVOR = (
@@ -178,7 +180,7 @@ def _head(r: SlurmRequest, name: str, output: str, *more: str) -> list[str]:
 def _rendezvous(r: SlurmRequest) -> list[str]:
     """Address and port of the rendezvous: the first node of the job's list."""
     lines = [ADDRESS_OF, 'address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")']
-    lines += ["port=$((20000 + SLURM_JOB_ID % 10000))", "export address port"]
+    lines += ["port=$((20000 + SLURM_JOB_ID % 10000))", PORT_IN_USE, "export address port"]
     if r.nodes.elastic:
         lines += ['addresses=$(for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do address_of "$name"; done)']
         lines += ["export addresses"]

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -248,6 +249,19 @@ def test_a_stopped_job_is_requeued_under_set_e_and_where_srun_ended_a_slower_nod
     assert sorted(path.name for path in tmp_path.iterdir()) == [".ends-7", "python"]
 
 
+def test_a_port_in_use_on_the_node_of_the_rendezvous_is_not_taken():
+    """Every attempt of a job has the same number, so the same port."""
+    text = slurm.render(JOB, SCRIPTS["slurm_cpu"], "python", "runs/x")
+    begin, chosen = text.index("port="), text.index("export address port")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        line = text[begin:chosen].replace("20000 + SLURM_JOB_ID % 10000", str(taken))
+        done = subprocess.run(["bash", "-euc", f"{line}echo $port"], capture_output=True, text=True, check=True)
+    assert taken < int(done.stdout) < taken + 100 and done.stderr == ""
+
+
 def test_an_empty_exit_file_of_a_full_disk_is_not_an_exit_code():
     writes = "import os, sys; open(os.environ['TRILEVEL_EXIT_FILE'], 'w'); sys.exit(1)"
     assert processes.start(Command((sys.executable, "-c", writes))) == 1
@@ -473,3 +487,17 @@ def test_a_batch_job_meets_and_goes_back_into_the_queue_when_it_was_stopped(fold
     assert process.returncode == 75, output
     assert (folder / "requeued").read_text() == "4242\n"
     assert '#SBATCH --output="of jobs/%j.txt"' in (folder / "script.sh").read_text() and (folder / "of jobs").is_dir()
+
+
+def test_slurms_default_of_one_core_per_node_is_named(capsys, monkeypatch, tmp_path):
+    """8 ranks and their loader workers would share it."""
+    (path := tmp_path / "c.yaml").write_text("{}")
+    monkeypatch.setattr(program, "start", lambda *_, **__: pytest.fail("started"))
+    for words, warns in (
+        ("--gpus 8", True),
+        ("--gpus 8 --cpus 12", False),
+        ("--gpus 8 --sbatch=--cpus-per-gpu=12", False),
+        ("--gpus 1", False),
+    ):
+        assert program.main(["slurm", str(path), "--dry-run", *words.split(" ")]) == 0
+        assert ("gives the 8 processes of a node 1 core together" in capsys.readouterr().err) == warns, words

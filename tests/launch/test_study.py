@@ -88,7 +88,7 @@ def test_the_full_study_has_the_arms_and_questions_of_the_short_one_five_times_a
 
 
 ON_IMAGENET = {  # arms of cifar10.yaml under the names of imagenet.yaml, whose head comment has the reasons
-    "dense_11ep": "dense_172ep", "dense_12ep": "dense_182ep", "dense_16ep": "dense_241ep", "repeats": "dense",
+    "dense_11ep": "dense_172ep", "dense_12ep": "dense_182ep", "dense_14ep": "dense_210ep", "dense_16ep": "dense_241ep", "repeats": "dense",
     "forgetting": "forgetting_clear", "mixed_dense": "dense", "mixed_random": "random_epoch",
     "connections_exact": "connections_exact_0.5", "connections_exact_0.1": "connections_exact",
 } | {f"mixed_{rule}": f"forgetting_{rule}" for rule in ("clear", "authors", "without_partner", "dominant", "probe")}  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from trainer.config.errors import ConfigError
 from trainer.data.errors import StorageUnavailable
 from trainer.data.loader.shared_buffers import BufferPool
-from trainer.run.process_limits import check_limits, check_shared_memory
+from trainer.run.process_limits import check_limits, check_shared_memory, few_cores
 
 NEEDED = 128 + 8 * (2 + 1)  # two workers, one rank
 
@@ -86,3 +86,12 @@ def test_a_shared_memory_smaller_than_the_loaders_buffers_is_refused(monkeypatch
         check_shared_memory(workers=15, ranks=8, slots=256, size=224)
     with pytest.raises(ConfigError, match=r"need 16\.9 GiB \(31 buffers .* and 7168 images of an evaluation\)"):
         check_shared_memory(workers=14, ranks=8, slots=256, size=224, evaluated=2 * 14 * 256)
+
+
+def test_fewer_cores_than_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})
+    assert few_cores(8) == [
+        "8 processes of this node share 1 core(s); give each data.workers + 1: `python -m launch slurm --cpus N`, or #SBATCH "
+        "--cpus-per-task"
+    ]
+    assert few_cores(1) == []

@@ -53,6 +53,17 @@ def check_shared_memory(workers: int, ranks: int, slots: int, size: int, row_byt
         )
 
 
+def few_cores(ranks: int) -> list[str]:
+    """Fewer cores than processes on this node, as a sentence: Slurm's default is 1 core for the task that starts them all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores >= ranks:
+        return []
+    return [
+        f"{ranks} processes of this node share {cores} core(s); give each data.workers + 1: `python -m launch slurm --cpus N`, or "
+        "#SBATCH --cpus-per-task"
+    ]
+
+
 def _allow_open_files(workers: int, world: int) -> None:
     try:
         import resource

@@ -23,6 +23,7 @@ run='runs/a b'
 address_of() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 address=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
 port=$((20000 + SLURM_JOB_ID % 10000))
+while (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done
 export address port
 newest() { cat "$run/checkpoints/latest" 2> /dev/null || true; }
 lines() { if [ -e "$run/journal.jsonl" ]; then wc -l < "$run/journal.jsonl"; else echo 0; fi; }
