@@ -113,7 +113,15 @@ def test_a_run_that_exists_is_not_overwritten(job: Path, capsys: Any) -> None:
     assert main(["train", str(job), "stop_at=2step"]) == 0
     before = Path("runs/job/journal.jsonl").read_bytes()
     assert "--resume" in refused(capsys, "train", job)
+    assert main(["train", str(job), "--check"]) == 2, "what launchers ask before they queue a job"
+    shown = capsys.readouterr()
+    assert "runs/job exists: continue it with --resume" in shown.err and "multiply-adds of the run" in shown.out
     assert Path("runs/job/journal.jsonl").read_bytes() == before
+
+
+def test_a_set_smaller_than_a_batch_leaves_no_run_directory(job: Path, capsys: Any) -> None:
+    assert "data.batch=2048" in refused(capsys, "train", job, "data.batch=2048", "data.micro_batch=2048")
+    assert not Path("runs").exists()
 
 
 def test_what_another_run_left_is_not_taken_for_ones_own(job: Path, capsys: Any) -> None:
@@ -127,6 +135,12 @@ def test_a_checkpoint_of_another_configuration_is_refused(job: Path, capsys: Any
     capsys.readouterr()
     message = refused(capsys, "train", job, "--resume", "optim.lr=0.5")
     assert "optim.lr: checkpoint 0.002, now 0.5" in message
+    assert refused(capsys, "train", job, "--resume", "--check", "optim.lr=0.5") == message
+    assert main(["train", str(job), "--resume", "--check"]) == 0
+    Path("runs/job").rename("runs/moved")
+    capsys.readouterr()
+    assert "name=moved" in refused(capsys, "train", "runs/moved/config.yaml", "--resume")
+    Path("runs/moved").rename("runs/job")
     assert main(["train", str(job), "--resume", "data.workers=1"]) == 0
 
 

@@ -65,6 +65,17 @@ def test_stairs_that_end_elsewhere_than_the_keep_are_refused(words: list[str], t
         ("optim.learning_rate=1", "optim.learning_rate=1: unknown key; did you mean optim.warmup_lr?|valid keys"),
         ("data.lr=3", "did you mean optim.lr?"),
         ("modle.name=x", "did you mean model?"),
+        ("augment.mean=[123, 116, 103]", "augment.mean.0=123: must be <= 1"),
+        ("optim.name=adamx", "did you mean adamax? Or set engine.zero=0"),
+        ("augment.shift=224", "augment.shift=224: must be < model.image_size=224"),
+        ("model.drop_path=1", "model.drop_path=1: must be < 1"),
+        ("lanes=2", "lanes=2: unknown key; did you mean data.lanes?"),
+        ("weight_decay=2", "did you mean optim.weight_decay?"),
+        (
+            "model.args={patch_size:7}",
+            "model.args.patch_size:7=null: timm leaves out arguments without a value; remove it; write {patch_size: 7}",
+        ),
+        ("model.args={depth: null}", "model.args.depth=null: timm leaves out"),
         ("evaluate.crop_pct=0", "evaluate.crop_pct=0: must be > 0"),
         ("epochs=0", "epochs=0: must be > 0"),
         ("epochs=1.5", "epochs=1.5: must be an integer"),
@@ -175,3 +186,11 @@ def test_a_stalled_worker_is_named_before_the_other_ranks_give_up() -> None:
     assert 360 < DataConfig.model_fields["timeout"].default < EngineConfig.model_fields["timeout"].default, (
         "360 s: a store's retries"
     )
+
+
+def test_a_folder_and_an_empty_file_are_named(tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"empty.yaml: is empty; `trilevel init DATA` writes one"):
+        load(tmp_path / "empty.yaml")
+    with pytest.raises(ConfigError, match="is a folder; name a YAML file"):
+        load(tmp_path)

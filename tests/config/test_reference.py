@@ -73,7 +73,15 @@ def test_one_key_and_a_section(capsys: pytest.CaptureFixture[str]):
     assert {key.name.partition(".")[0] for key in reference.select("tokens")} == {"tokens"}
 
 
-@pytest.mark.parametrize(("asked", "near"), [("data.lane", "data.lanes"), ("keep", "tokens.keep"), ("token", "tokens")])
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [
+        ("data.lane", "data.lanes"),
+        ("keep", "checkpoint.keep, connections.keep, tokens.keep, weights.keep"),
+        ("token", "tokens"),
+        ("lanes", "data.lanes"),
+    ],
+)
 def test_an_unknown_key_names_what_is_near(asked: str, near: str):
     with pytest.raises(ConfigError, match=f"{asked}: unknown key; did you mean {near}?"):
         reference.select(asked)

@@ -164,3 +164,8 @@ def test_costs_for_journal_and_tables():
     assert cost_of(swin, Plan(0.5))["tokens"] == [256, 64, 16, 8, 8, 4]
     assert cost_of(swin, Plan(0.5))["multiply_adds"] < cost_of(swin, DENSE)["multiply_adds"]
     assert cost_of(build_model(config(RESNET)), DENSE)["tokens"] == []
+
+
+def test_a_patch_larger_than_the_image_is_refused():
+    with pytest.raises(ConfigError, match=r"model.image_size=32 is smaller than the patch size 64, so there is no patch"):
+        build_model(config({"name": "deit_tiny_patch16_224", "image_size": 32, "args": {"patch_size": 64}}))

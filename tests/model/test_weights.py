@@ -129,6 +129,15 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     assert "norm.bias: [3] in the file, [16] in the model" in text
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Training would skip its steps and advise a lower learning rate."""
+    state = create(model()).state_dict()
+    state["norm.bias"][2] = float("nan")
+    save_weights(tmp_path / "w.safetensors", state)
+    with pytest.raises(ConfigError, match=r"model.init=.*w.safetensors: 1 values of norm.bias are not finite"):
+        create(model(init=tmp_path / "w.safetensors"))
+
+
 def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*weights.safetensors"):
         (tmp_path / "weights.safetensors").write_bytes(b"x")
@@ -138,7 +147,7 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file; give 'timm', the path of a weights file or"):
         create(model(init="ranbom"))
     torch.save({"model": Evil(tmp_path / "done")}, tmp_path / "evil.pth")
-    with pytest.raises(ConfigError, match="cannot be read as tensors"):
+    with pytest.raises(ConfigError, match=r"cannot be read as tensors \(it holds pickled objects, e.g. a whole module\)"):
         load_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "done").exists()
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")

@@ -85,3 +85,16 @@ def test_what_pruned_weights_leave_is_printed(digits: Path):
     unequal = {"method": "admm", "keep": 0.5, "per": "network", "block": [8, 8], "start": "1ep", "prune": "2ep"}
     assert text.count("about") < check(config(digits, weights=unequal), 1).text().count("about"), "shares are not known yet"
     assert "after pruning" not in check(config(digits), 1).text()
+
+
+def test_a_directory_in_which_the_run_could_not_begin_is_named(digits: Path, tmp_path: Path):
+    """Unless it is to be resumed."""
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    there, wrong = config(digits, runs=str(tmp_path)), config(digits, runs=str(tmp_path / "file" / "runs"))
+    assert (
+        f"{tmp_path / 't'} exists: continue it with --resume, or start a new run with name=NEW_NAME" in check(there, 1).refused
+    )
+    assert f"cannot write to {tmp_path / 'file'}" in check(wrong, 1).refused
+    assert check(there, 1, resume=True).refused == ""

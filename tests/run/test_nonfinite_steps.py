@@ -112,8 +112,14 @@ def test_known_two_steps_later_the_journal_names_the_same_steps_and_batches(spoi
     (tmp_path / "job.yaml").write_text((spoiled.parent.parent / "job.yaml").read_text())
     job(tmp_path, 2, "3,5,9", *WORDS, "stop_at=9step", "engine.kind=ddp", "optim.fused=true", LATE="1")
     run = tmp_path / "runs" / "job"
-    now, late = ([{k: line[k] for k in ("step", "epoch", "batch", "digest", "skipped", "in_row")} for line in lines(where, "skipped")]
-                 for where in (spoiled, run))  # fmt: skip
+    now, late = (
+        [
+            {k: line[k] for k in ("step", "epoch", "batch", "digest", "skipped", "in_row")}
+            for line in lines(where, "skipped")
+            if line["step"] <= 9
+        ]
+        for where in (spoiled, run)
+    )  # fmt: skip; another test resumes `spoiled`
     assert late[:2] == now and [line["step"] for line in late] == [3, 5, 9]
     assert [line["step"] for line in lines(run, "step")] == [4, 5, 8, 9], "at the next log line or checkpoint, which come first"
     state = json.loads((run / "checkpoints/step-00000009/state.json").read_text())["state"]

@@ -10,7 +10,7 @@ from trainer.config.errors import ConfigError
 from trainer.journal.file import JournalError
 from trainer.journal.writer import Journal
 from trainer.run import directory as module
-from trainer.run.directory import create_run_directory
+from trainer.run.directory import create_run_directory, refuse_renamed
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -53,3 +53,14 @@ def test_a_start_that_failed_before_its_first_line_can_be_repeated(tmp_path: Pat
         create_run_directory(tmp_path / "run", {"seed": 1}, resume=False)
     create_run_directory(tmp_path / "run", {"seed": 2}, resume=False).close()
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 2\n"
+
+
+def test_the_configuration_of_a_renamed_run_directory_does_not_resume(tmp_path: Path) -> None:
+    """It would begin the run anew, in the directory that its name stands for."""
+    for name in ("run", "moved"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "journal.jsonl").write_text("{}")
+    refuse_renamed(tmp_path / "run" / "config.yaml", tmp_path / "run")
+    refuse_renamed(tmp_path / "recipe.yaml", tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"Continue that run with runs={tmp_path} name=moved "):
+        refuse_renamed(tmp_path / "moved" / "config.yaml", tmp_path / "run")

@@ -1,7 +1,7 @@
 """A run, read from its journal: counters along its lineage, for tables, plots and comparisons.
 
-Times leave out gaps between attempts, and steps of a killed attempt after the point from which the next one resumed. Device time
-is this time x the number of processes (one per device).
+Times leave out the start of the processes, gaps between attempts, and steps of a killed attempt after the point from which the next one
+resumed. Device time leaves out the gaps alone: what was paid for, x the number of processes (one per device).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 from trainer.config.recorded import without_foreign
-from trainer.journal.reader import lineage
+from trainer.journal.attempts import attempts_of
+from trainer.journal.reader import FILE, lineage, read
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Point:
     images: int  # presented to the model in training
     multiply_adds: float
     dense_multiply_adds: float  # of a dense model on every example; a run that keeps half of both takes a quarter
-    device_seconds: float
+    device_seconds: float  # of all attempts, with the start of their processes and work that was lost
     line: dict[str, Any] = field(repr=False)
 
     def __getitem__(self, name: str) -> Any:
@@ -137,8 +138,9 @@ class History:
 
 
 def history(directory: Path | str) -> History:
-    """Read a run directory. Raises JournalError if it has no journal."""
+    """Read a run directory, or the journal in it. Raises JournalError if it has no journal."""
     directory = Path(directory)
+    directory = directory.parent if directory.name == FILE else directory
     points: dict[str, list[Point]] = {}
     starts: list[dict[str, Any]] = []
     status, reason = "running", ""
@@ -146,14 +148,16 @@ def history(directory: Path | str) -> History:
     cost, dense_cost, per_image, dense, kept = 0.0, 0.0, float("nan"), float("nan"), 1.0
     logged = 0  # step of the last step line
     plans: list[tuple[int, float, float]] = []  # since then: (step up to which they held, per_image, kept)
-    elapsed, device_seconds, world, clock = 0.0, 0.0, 1, 0.0
+    elapsed, device_seconds, clock = 0.0, 0.0, 0.0
+    attempts, earlier = attempts_of(read(directory)), 0.0  # device seconds of the attempts before this one
     point = Point(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, {})
     for line in lineage(directory):
         kind = line["kind"]
         if kind == "start":
             starts.append(line)
             status, reason = "running", ""
-            world, clock = int(line.get("world", 1)), line["time"]
+            clock, current = line["time"], line.get("attempt", 0)
+            earlier = sum(one.device_seconds for number, one in attempts.items() if number < current)
             dense = line.get("multiply_adds", dense)
             continue
         if kind == "end":
@@ -161,7 +165,7 @@ def history(directory: Path | str) -> History:
         passed = max(0.0, line["time"] - clock)
         clock = max(clock, line["time"])
         elapsed += passed
-        device_seconds += passed * world
+        device_seconds = max(device_seconds, earlier + attempts[current]._replace(last=clock).device_seconds)
         if isinstance(line.get("step"), int):
             step = max(step, line["step"])  # a checkpoint line is written once it is on disk, after lines of later steps
         progress = line.get("progress", progress)

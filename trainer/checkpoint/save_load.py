@@ -141,9 +141,11 @@ def _state_of(stored: dict[str, Any]) -> TrainState:
     return TrainState(**{fields.get(key, key): value for key, value in stored.items()})
 
 
-def load(path: Path, config: Config, fingerprint: str, teacher: str = "", network: SparseNetwork | None = None) -> Saved:
-    """Read a checkpoint. Raises CheckpointError, with every difference, if resuming would change the run. fingerprint, teacher: of the
-    training shards and of the teacher's weights, as they are now. network: of the run."""
+def compared(
+    path: Path, config: Config, fingerprint: str, teacher: str = "", network: SparseNetwork | None = None
+) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`. Raises CheckpointError, with every difference, if resuming from it would change the run.
+    fingerprint, teacher: of the training shards and of the teacher's weights, as they are now. network: of the run."""
     try:
         about = directory.verify(path, content=False)
         refuse_incomplete(path.name, about)
@@ -174,6 +176,12 @@ def load(path: Path, config: Config, fingerprint: str, teacher: str = "", networ
             + "\n".join(wrong)
             + "\nContinue with the settings of the checkpoint, or start a new run with name=NEW_NAME"
         )
+    return about
+
+
+def load(path: Path, config: Config, fingerprint: str, teacher: str = "", network: SparseNetwork | None = None) -> Saved:
+    """Read a checkpoint that has passed `compared`. Raises CheckpointError."""
+    about = compared(path, config, fingerprint, teacher, network)
     try:
         saved = _read(path, about)
         unknown = sorted({*saved.kernels.values()} - {*BACKENDS})

@@ -18,13 +18,19 @@ STOPPED = 75  # EX_TEMPFAIL: preempted after saving a checkpoint; run the same c
 
 def _train(a: argparse.Namespace) -> int:
     config = configuration(a)
+    if a.resume and not any(text.startswith(("name=", "runs=")) for text in a.overrides):
+        from trainer.run.directory import refuse_renamed
+
+        refuse_renamed(Path(a.config), config.directory())
     if a.check:
         from trainer.preflight.check import check
 
-        checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")))
+        checked = check(config, int(os.environ.get("TRILEVEL_WORLD") or os.environ.get("WORLD_SIZE", "1")), a.resume)
         if os.environ.get("RANK", "0") == "0":
             show_table(checked.table())
             show(checked.text())
+        if checked.refused:
+            raise ConfigError(checked.refused)
         return 0
     from trainer.storage.exit_code import forget_exit_code
     from trainer.train import train

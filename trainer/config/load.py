@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.errors import ConfigError, did_you_mean, same_name
 from trainer.config.field_errors import reason
 from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.pipes import ALLOW_HINT, refuse_grant_by_file
@@ -28,6 +28,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) 
     resume: the configuration continues a run, whose recorded values replace defaults that depend on the length of the run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"config {path}: is a folder; name a YAML file, e.g. {path}/quickstart.yaml")
     if not path.is_file():
         hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")], prefix=f"{path.parent}/")
         raise ConfigError(f"config {path}: no such file" + (f"; {hint}" if hint else ""))
@@ -39,6 +41,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) 
         raise ConfigError(f"config {path}: {error.strerror}; make it readable for this user") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+    if raw is None:
+        raise ConfigError(f"config {path}: is empty; `trilevel init DATA` writes one for your data")
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys to values, got {type(raw).__name__}")
     refuse_grant_by_file(raw, str(path))
@@ -121,9 +125,8 @@ def _explain(error: Any) -> str:
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         known = _keys(_section(where[:-1]))
-        elsewhere = [f"did you mean {k}?" for k in _all_keys() if k.split(".")[-1] == where[-1]]
-        hint = did_you_mean(where[-1], known, prefix="".join(f"{part}." for part in where[:-1]))
-        hint = hint or [*elsewhere, f"valid keys: {', '.join(known)}"][0]
+        near = did_you_mean(where[-1], known, prefix="".join(f"{part}." for part in where[:-1]))
+        hint = same_name(where[-1], _all_keys()) or near or f"valid keys: {', '.join(known)}"
         return f"  {key}={error['input']!r:.200}: unknown key; {hint}"
     if error["type"] == "missing" and not isinstance(error["loc"][-1], int):
         return f"  {key}: required key is missing; add it to the file or pass {key}=VALUE"

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sparsity.settings import EPOCHS, Range, Settings
-from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.errors import ConfigError, did_you_mean, same_name
 from trainer.config.method_section import CHOSEN, MethodSection
 from trainer.config.run_config import Config
 from trainer.config.run_defaults import OF_OPTIM, by_run_of
@@ -71,8 +71,7 @@ def select(name: str) -> list[Key]:
     found = [key for key in all_keys() if key.name == name or key.name.startswith(name + ".")]
     if not found:
         known = sorted({key.name for key in all_keys()} | {key.name.partition(".")[0] for key in all_keys()})
-        elsewhere = [f"did you mean {key}?" for key in known if key.split(".")[-1] == name]
-        hint = did_you_mean(name, known) or [*elsewhere, "`trilevel config` lists all"][0]
+        hint = same_name(name, known) or did_you_mean(name, known) or "`trilevel config` lists all"
         raise ConfigError(f"{name}: unknown key; {hint}")
     return found
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.config.errors import did_you_mean
 from trainer.config.schema import AugmentConfig, DataConfig, EvaluateConfig, ModelConfig, OptimConfig
 from trainer.config.schema_levels import ConnectionsConfig, ExamplesConfig, PlanConfig, TokensConfig, WeightsConfig
 from trainer.config.schema_run import CheckpointConfig, EngineConfig, TraceConfig, TrackingConfig
@@ -42,7 +43,7 @@ class Config(Section):
     """Stop there with a checkpoint, as if preempted; schedules stay those of `epochs`. For dry runs and shared studies.
     Default: none."""
     log_every: Length = Duration(count=20, unit="step")
-    """Distance between log lines, e.g. 20step. Each one synchronises the device once."""
+    """Distance between log lines, e.g. 20step; 0step = before evaluations and checkpoints only. Each one synchronises the device once."""
     control: Share = 0.005
     """Share of the training time spent on timing dense passes beside the run's own, for the certified speedup; 0 = none."""
     compat: Literal["none", "authors"] = "none"
@@ -76,6 +77,8 @@ class Config(Section):
             raise ValueError(
                 f"data.batch={d.batch}, data.micro_batch={d.micro_batch}: both must be even (mixup pairs neighbours)"
             )
+        if self.augment.shift >= self.model.image_size:
+            raise ValueError(f"augment.shift={self.augment.shift}: must be < model.image_size={self.model.image_size}")
         if o.warmup >= self.epochs:
             raise ValueError(f"optim.warmup={o.warmup:g}ep: must be < epochs={self.epochs}")
         self._decoding_fits_the_augmentation()
@@ -89,9 +92,11 @@ class Config(Section):
             )
         e = self.engine
         if e.kind == "deepspeed" and e.zero > 0 and o.name.lower().removeprefix("fused") not in ELEMENTWISE:
+            near = did_you_mean(o.name, ELEMENTWISE, cutoff=0.8)
             raise ValueError(
                 f"optim.name={o.name} with engine.zero={e.zero}: ZeRO updates flat partitions of all parameters, which is equal only for "
-                f"optimizers that update each weight by itself ({', '.join(sorted(ELEMENTWISE))}); set engine.zero=0"
+                f"optimizers that update each weight by itself ({', '.join(sorted(ELEMENTWISE))}); {f'{near} Or ' if near else ''}set "
+                "engine.zero=0"
             )
         if e.precision == "bf16" and (e.kind == "ddp" or e.zero == 0):
             raise ValueError(

@@ -28,7 +28,7 @@ class ModelConfig(Section):
     init: str = "random"
     """Starting weights: `random`, `timm` (pretrained weights by name, downloaded), the path of a weights file, or the directory of a run
     (its weights.safetensors). Another number of classes gives a new head, another image size a resized position embedding."""
-    drop_path: Chance = 0.0
+    drop_path: Share = 0.0
     """Stochastic depth rate of the last block; earlier blocks rise linearly from 0. Larger models want more (DeiT-B .1)."""
     sync_batchnorm: bool = False
     """Compute batch norms over the micro-batches of all processes, so that without gradient accumulation results do not depend on how many
@@ -43,7 +43,12 @@ class ModelConfig(Section):
 
 
 def refuse_loading(args: dict[str, Any], section: str) -> None:
-    """Raises ValueError for arguments from which timm would read pickles, at `--check` already."""
+    """Raises ValueError for arguments from which timm would read pickles, at `--check` already, and for those without a value."""
+    for key, value in args.items():
+        if value is None:
+            colon = key.partition(":")
+            meant = f"; write {{{colon[0]}: {colon[2]}}}, with a blank behind the colon" if colon[1] else ""
+            raise ValueError(f"{section}.args.{key}=null: timm leaves out arguments without a value; remove it{meant}")
     if wrong := sorted(key for key in args if key in LOADS or key.startswith("pretrained")):
         remedy = "model.init=FILE" if section == "model" else "teacher.from=FILE"
         raise ValueError(
@@ -143,7 +148,7 @@ class AugmentConfig(Section):
     """Label smoothing."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter for resizing: `bicubic` or `bilinear`."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Chance, Chance, Chance] = (0.485, 0.456, 0.406)
     """Channel means that are subtracted, of pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel standard deviations to divide by, of pixels in [0, 1]."""

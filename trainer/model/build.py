@@ -30,6 +30,7 @@ def build_model(config: Config, network: nn.Module | None = None) -> SparseNetwo
     """The timm network of `config.model`, seeded, or the given one, with the mechanisms of levels 2 and 3. Raises ConfigError, also for a
     network whose multiply-adds are unknown, because a run reports its savings."""
     network = weights.create(config.model, config.seed) if network is None else network
+    _refuse_no_patch(network)
     batch_norm.refuse_precision(network, config)
     if config.model.sync_batchnorm:
         batch_norm.synchronise(network, config)
@@ -53,6 +54,16 @@ def build_model(config: Config, network: nn.Module | None = None) -> SparseNetwo
             )
         model.residual = torch.bfloat16
     return model
+
+
+def _refuse_no_patch(network: nn.Module) -> None:
+    embed = getattr(network, "patch_embed", None)
+    patch, size = (getattr(embed, name, None) for name in ("patch_size", "img_size"))
+    if patch and size and patch[0] > size[0] and not getattr(embed, "dynamic_img_pad", False):
+        raise ConfigError(
+            f"model.image_size={size[0]} is smaller than the patch size {patch[0]}, so there is no patch; set a larger "
+            f"model.image_size, or model.args.patch_size<={size[0]}"
+        )
 
 
 def with_levels(config: Config, network: nn.Module) -> SparseNetwork:

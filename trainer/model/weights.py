@@ -208,9 +208,18 @@ def weights_at(path: str | Path, key: str, args: Mapping[str, Any]) -> dict[str,
     """The tensors of a weights file, or of a run's directory, whose file must be the one that its journal names; see
     `stored_form.started_from`. key: of the configuration, for messages. args: of its network. Raises ConfigError."""
     if Path(path).is_dir():
-        return load_weights(run_weights(path, f"{key}={path}"))
-    state, path = load_weights(path), Path(path)
+        return _finite(load_weights(run_weights(path, f"{key}={path}")), f"{key}={path}")
+    state, path = _finite(load_weights(path), f"{key}={path}"), Path(path)
     return stored_form.started_from(state, header(path) if path.suffix == ".safetensors" else {}, path, key, args)
+
+
+def _finite(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.is_floating_point() and not (fine := value.float().isfinite()).all():
+            raise ConfigError(
+                f"{source}: {int((~fine).sum())} values of {name} are not finite; use weights from before they were"
+            )
+    return state
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -226,8 +235,11 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             return to_timm(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly every class in these readers, UnicodeDecodeError and IndexError too
+        why = (
+            "it holds pickled objects, e.g. a whole module" if "Weights only load failed" in str(error) else _first_line(error)
+        )
         raise ConfigError(
-            f"weights {path}: cannot be read as tensors ({_first_line(error)}); if you trust it, convert it to safetensors"
+            f"weights {path}: cannot be read as tensors ({why}); if you trust it, save its state_dict, or convert it to safetensors"
         ) from error
     return to_timm(_tensors(content, path))
 

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE, single_process
-from trainer.config.errors import ConfigError
+from trainer.checkpoint import save_load
+from trainer.config.errors import ConfigError, TrilevelError
 from trainer.config.run_config import Config
 from trainer.data.errors import DataError
 from trainer.data.loader.build import training_stream
@@ -30,6 +31,7 @@ from trainer.model.build import (
 from trainer.model.optimizer import build_optimizer
 from trainer.model.schedule import Stretch
 from trainer.model.teacher import build_teacher
+from trainer.run.directory import refuse_start
 from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.telemetry.efficiency import TRAINING
 
@@ -67,6 +69,7 @@ class CheckReport:
     teacher: float = 0.0  # multiply-adds of an image's forward pass through the teacher
     after_pruning: str = ""  # multiply-adds and bytes that level 4 leaves
     warnings: tuple[str, ...] = ()  # settings with little or no effect, classes without images
+    refused: str = ""  # why the run could not start in its directory
 
     def share(self) -> float:
         """Multiply-adds of the whole run relative to dense = 1, by the token and connection levels alone (same examples)."""
@@ -120,8 +123,9 @@ class CheckReport:
         return self.world * self.accumulation * self.micro_batch != self.config.data.batch
 
 
-def check(config: Config, world: int) -> CheckReport:
-    """Check a configuration together with its shards, its model and `world` processes. Raises ConfigError or DataError."""
+def check(config: Config, world: int, resume: bool = False) -> CheckReport:
+    """Check a configuration together with its shards, its model and `world` processes. resume: as the run will be started; the newest
+    checkpoint must then be of this run. Raises ConfigError or DataError."""
     refuse_ineffective(config)
     train, validation = open_indexes(config.data)
     check_classes(train, validation)
@@ -158,7 +162,20 @@ def check(config: Config, world: int) -> CheckReport:
         teacher=float(teacher.multiply_adds),
         after_pruning=after_pruning(config, model),
         warnings=tuple(warnings_of(config, model.network, train, validation)),
+        refused=_refused(config, resume, train.fingerprint, teacher.hash, model),
     )
+
+
+def _refused(config: Config, resume: bool, fingerprint: str, teacher: str, model: SparseNetwork) -> str:
+    """Why the start would be refused once it looks at the run directory; empty where it would not."""
+    try:
+        refuse_start(config.directory(), resume)
+        newest = save_load.latest(config.directory() / "checkpoints") if resume else None
+        if newest is not None:
+            save_load.compared(newest, config, fingerprint, teacher, model)
+    except TrilevelError as error:
+        return str(error)
+    return ""
 
 
 def _plateaus(config: Config, model: SparseNetwork) -> list[Plateau]:

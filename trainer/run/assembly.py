@@ -60,7 +60,7 @@ from trainer.run.example_probe import ExampleProbe
 from trainer.run.garbage import only_new_objects_collected
 from trainer.run.ineffective import refuse_ineffective, warnings_of
 from trainer.run.nonfinite_steps import Outcomes
-from trainer.run.process_limits import check_limits, check_shared_memory
+from trainer.run.process_limits import check_limits, check_shared_memory, few_cores
 from trainer.run.recorder import Recorder
 from trainer.run.row_results import RowResults
 from trainer.run.running_statistics import RunningStatistics
@@ -119,6 +119,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
     teacher = build_teacher(config, model, distillation.teacher_outputs)
     stopping = install_handlers()
     stream, validation, clean = _loaders(config, index, validation_index)
+    stream.order(0, None)  # raises where no epoch has a full batch, before the directory is made
     engine = Engine(config.engine, micro_batches(config.data.batch, config.data.micro_batch, world_size()), config.optim.clip)
     engine.assert_same_on_all_ranks(teacher.hash, "the teacher's weights")
     found, saved = _to_resume(config, index, teacher, model, engine) if resume else (save_load.NOTHING, None)
@@ -146,10 +147,10 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         teacher.use_kernels(model.kernels)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
         scored = {importance.KEY: importance.name_of(config, model)}
-        warnings += attention.pop("warnings", [])
+        warnings += [*attention.pop("warnings", []), *few_cores(ranks_of_node())]
         facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | attention
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
-        recorder.report_damaged(found)
+        recorder.report_found(found)
         known = {
             "config": config,
             "fingerprint": index.fingerprint,

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,6 +67,32 @@ def _refuse_existing(directory: Path) -> None:
     if (journal.exists() and Disk().size(journal) != 0) or any(path.exists() for path in left):
         raise ConfigError(
             f"{directory} exists: continue it with --resume, or start a new run with name=NEW_NAME (existing runs are never overwritten)"
+        )
+
+
+def refuse_start(directory: Path, resume: bool) -> None:
+    """Raises ConfigError where `create_run_directory` would; creates nothing."""
+    if not resume:
+        _refuse_existing(directory)
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # permissions alone don't tell whether a folder takes files
+    except OSError as error:
+        raise ConfigError(
+            f"runs={directory.parent}: cannot write to {there} ({error.strerror}); set runs=DIRECTORY to a writable folder, or choose "
+            "another name=NAME"
+        ) from error
+
+
+def refuse_renamed(config_file: Path, directory: Path) -> None:
+    """For a resume by the config.yaml of a run directory. Raises ConfigError where its settings name another directory, as they do once it
+    was renamed or moved: the run would begin anew there."""
+    parent = config_file.absolute().parent
+    if config_file.name == "config.yaml" and (parent / FILE).exists() and parent.resolve() != directory.resolve():
+        raise ConfigError(
+            f"{config_file} --resume: its name and runs stand for {directory.absolute()}, but the file is in {parent} (renamed or moved?). "
+            f"Continue that run with runs={parent.parent} name={parent.name} (letters, digits, '.', '_' and '-' only: rename the folder "
+            "otherwise), or begin another one with name=NEW_NAME"
         )
 
 

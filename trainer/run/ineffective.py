@@ -61,6 +61,7 @@ def ineffective(config: Config, images: int) -> list[str]:
         *_weights(config),
         *_control(config, steps),
         *_average(config, steps),
+        *_rate(config),
         *_intervals(config, steps),
         *_unread(config),
     ]
@@ -161,6 +162,11 @@ def _average(config: Config, steps: int) -> Iterator[str]:
         )
 
 
+def _rate(config: Config) -> Iterator[str]:
+    if (lowest := config.optim.min_lr) > config.optim.lr:
+        yield f"optim.min_lr={lowest:g} is above optim.lr={config.optim.lr:g}: the learning rate rises to it; set optim.min_lr below"
+
+
 def _intervals(config: Config, steps: int) -> Iterator[str]:
     total = config.epochs * steps
 
@@ -175,6 +181,8 @@ def _intervals(config: Config, steps: int) -> Iterator[str]:
     ):
         if beyond(every):
             yield f"{key}={every} is longer than {run}: {effect}"
+    if config.stop_at is not None and not config.stop_at.count:
+        yield f"stop_at={config.stop_at}: the run ends before its first step"
     if config.stop_at is not None and beyond(config.stop_at):
         yield f"stop_at={config.stop_at} is behind the end of {run}: it has no effect"
     if config.trace.steps is not None and config.trace.steps[0] > total:

@@ -72,6 +72,7 @@ class Recorder:
             raise failure
         run.log_to(self.directory / "logs" / f"rank-{engine.rank}.txt")
         self.attempt = int(engine.broadcast_object(self._journal.attempt if self._journal else 0))
+        self._resumed = resume
         self.trace = Trace(config.trace, self.directory, engine.rank, engine.on_gpu, self._say)
         self._ended = False  # its last line is written
         self._failures = Failures(engine, self.directory, self.attempt, self._failed, self._failed_late)
@@ -177,8 +178,10 @@ class Recorder:
         if self._log:
             self._log.saved(state, path, blocking, seconds, weights)
 
-    def report_damaged(self, found: Newest) -> None:
-        """Report the damaged checkpoints that the resume did not use."""
+    def report_found(self, found: Newest) -> None:
+        """Report what the resume did not find, and the damaged checkpoints that it did not use."""
+        if self._log and self._resumed and not found.path:
+            self._log.say(f"--resume: no checkpoint in {self.checkpoints}; the run starts at step 0")
         if self._log and found.path:
             for reason in found.damaged:
                 self._log.say(f"checkpoint {reason}: damaged, not used; the run resumes from {found.path.name}")

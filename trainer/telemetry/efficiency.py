@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.journal.reader import read
+from trainer.journal.attempts import attempts_of
+from trainer.journal.reader import FILE, read
 from trainer.telemetry.meters import MeterReading
 
 TRAINING = 3  # a step has about three times the multiply-adds of its forward pass: backward has twice as many
@@ -28,21 +29,9 @@ class Efficiency:
         self._joules_now: float | None = None
         self._first = False  # whether the time to the first step was reported
         self._useful, self._counted = before
-        self._device = self._joules = 0.0
-        spans: dict[int, tuple[float, float, int, float]] = {}  # attempt: begin, last line, processes, joules
-        if (directory / "journal.jsonl").exists():
-            for line in read(directory):
-                number = line.get("attempt", 0)
-                if number >= attempt:
-                    continue
-                if line["kind"] == "start":
-                    spans[number] = (line["time"] - line.get("starting", 0.0), line["time"], int(line.get("world", 1)), 0.0)
-                elif number in spans:
-                    begin, _, processes, joules = spans[number]
-                    spans[number] = (begin, line["time"], processes, line.get("joules", joules))
-        for begin, last, processes, joules in spans.values():
-            self._device += max(0.0, last - begin) * processes
-            self._joules += joules
+        lines = read(directory) if (directory / FILE).exists() else ()
+        earlier = [one for number, one in attempts_of(lines).items() if number < attempt]
+        self._device, self._joules = sum(one.device_seconds for one in earlier), sum(one.joules for one in earlier)
 
     def of(self, reading: MeterReading, spent: dict[str, float]) -> dict[str, float]:
         """Fields of a log line: keep_examples; tokens_per_second (computed tokens, mean over blocks); mfu: multiply-adds of the model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsity.types import Observation
-from trainer.engine.engine import Engine
+from trainer.engine.processes import Processes
 from trainer.telemetry.hardware import Gpu, Node, peak_memory
 from trainer.telemetry.step_phases import PHASES, TEACHER, Phases
 
@@ -54,7 +54,7 @@ class Meters:
     parts: names of the losses of which the loss is made, see `Distillation.parts`.
     """
 
-    def __init__(self, engine: Engine, parts: Sequence[str] = ()):
+    def __init__(self, engine: Processes, parts: Sequence[str] = ()):
         self._engine, self._parts = engine, tuple(parts)
         sums = 4 + len(self._parts)  # w * loss, w, right, judged, w * each part
         self._sums = torch.zeros(sums, dtype=torch.float64, device=engine.device)

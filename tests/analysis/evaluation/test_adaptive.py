@@ -257,6 +257,10 @@ def test_thresholds_of_other_weights_another_block_or_score_are_refused(config: 
             ["eval", WEIGHTS, "c.yaml", "tokens.blocks=[3, 9]"],
             "trilevel: model.name=vit_tiny_patch16_224: tokens.blocks=[3, 9]",
         ),
+        (
+            ["eval", WEIGHTS, "c.yaml", "tokens.blocks=[0, 1]", "--densities", ".5", "--least"],
+            "eval --least: tokens.blocks=[0, 1]: mass-based selection needs exactly one pruning block",
+        ),
         (["eval", WEIGHTS, "c.yaml", "--densities", ""], "--densities '': must be keep ratios in (0, 1]"),
         (["eval", WEIGHTS, "c.yaml", "--densities", ".5,1,.5"], "--densities .5,1,.5: 0.5 is given twice"),
         (["calibrate", WEIGHTS, "c.yaml", "tokens.blocks=[3]", "--density", ".5"], "tokens would leave after the last block"),

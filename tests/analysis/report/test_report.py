@@ -27,10 +27,13 @@ def cells(run: Path) -> dict[str, tuple[str, str]]:
 def test_table_of_a_finished_run(tmp_path: Path):
     run = write(tmp_path / "tri", lines())
     table = summary(run)
-    assert table.title == "tri: finished, 30 steps, epoch 4"
+    assert table.title == summary(run / "journal.jsonl").title == "tri: finished, 30 steps, epoch 4"
     rows = cells(run)
     # 2 epochs x 400 + 2 x 200 images at 100/s, four evaluations of .5 s
-    assert rows["images/s"][0] == "100" and rows["time"] == ("0:14", "0:12 of it in training steps; 1,200 images")
+    assert rows["images/s"][0] == "100" and rows["time"] == (
+        "0:14",
+        "0:12 of it in training steps; 1,200 images; without start-up and lost steps",
+    )
     assert rows["top-1"] == ("84.38 %", "of 400 images; best 84.38 % at epoch 4") and rows["top-1, EMA"][0] == "85.38 %"
     assert rows["kept examples"] == ("75.0 %", "mean over epochs; 50.0 % at the end")
     # two of four blocks at half the tokens, for 400 of 1,200 images
@@ -68,6 +71,8 @@ def test_killed_and_resumed_run_counts_the_lineage_once(tmp_path: Path):
     run = write(tmp_path / "tri", [*first, *again])
     rows, expected = cells(run), cells(write(tmp_path / "whole", lines()))
     assert rows.pop("attempts")[0] == "2"
+    hours = [float(found.pop("device hours")[0]) for found in (rows, expected)]
+    assert hours[0] > hours[1], "of lost steps too: they were paid for"
     assert rows == expected
     assert history(run).last.trained == pytest.approx(12) and history(run).last.elapsed == pytest.approx(14)
 

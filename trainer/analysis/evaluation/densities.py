@@ -119,7 +119,11 @@ def score(
     thresholds = ranking = None
     orders: dict[str, Order] = {}
     if adaptive or least or teacher:
-        ranking = adaptive_model(config, network)
+        flags = [name for name, on in (("--adaptive", adaptive), ("--least", least), ("--teacher", teacher)) if on]
+        try:
+            ranking = adaptive_model(config, network)
+        except ConfigError as error:
+            raise ConfigError(f"eval {' '.join(flags)}: {error}") from error
         orders = _orders(least, teacher_of(teacher, config, network, model) if teacher else None, evaluation.computed)
     if adaptive and ranking is not None:
         thresholds = calibrated(source, config, ranking)

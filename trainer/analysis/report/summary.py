@@ -89,12 +89,20 @@ def summary(run: Path | str | History) -> Summary:
     rows += _weights(run)
     rows += _probes(run)
     rows += _certified(run)
-    world = int(run.start.get("world", 1))
+    worlds = [str(line.get("world", 1)) for line in run.starts] or ["1"]
+    processes = ", then ".join(world for at, world in enumerate(worlds) if at == 0 or world != worlds[at - 1])
+    processes += " process" if processes == "1" else " processes"
     trained = f"{duration(last.trained)} of it in training steps{' and probes' if run.of('probe') else ''}"
-    rows.append(ReportRow("time", duration(last.elapsed), f"{trained}; {last.images:,} images"))
+    rows.append(
+        ReportRow("time", duration(last.elapsed), f"{trained}; {last.images:,} images; without start-up and lost steps")
+    )
     rows += _machine(run)
     rows.append(
-        ReportRow("device hours", f"{last.device_seconds / 3600:.3g}", f"{world} process{'es' * (world > 1)}, {_device(run)}")
+        ReportRow(
+            "device hours",
+            f"{last.device_seconds / 3600:.3g}",
+            f"of all attempts; {processes}, {_device(run)}",
+        )
     )
     broken = len(run.of("broken"))
     if broken:
