@@ -34,8 +34,8 @@ def main(words: list[str] | None = None) -> int:
             ignore_signals()
             end_process(code)
         return code
-    except KeyboardInterrupt:
-        say("interrupted", error=True)
+    except KeyboardInterrupt as error:
+        say("\n".join(["interrupted", *getattr(error, "__notes__", ())]), error=True)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed():

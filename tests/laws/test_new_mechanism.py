@@ -224,7 +224,7 @@ class _Names(ast.NodeVisitor):
 def test_the_trainer_names_no_method() -> None:
     """What is special about a method is an attribute of its settings; "all", "random", "exact" and "constant" mean other things too."""
     found = {}
-    listed = {ROOT / "trainer/bench/gpu" / name for name in ("check.py", "counts.py")}  # the networks that they compare
+    listed = {ROOT / "trainer/bench/gpu" / name for name in ("compared.py", "counts.py")}  # the networks that they compare
     for path in sorted(set((ROOT / "trainer").rglob("*.py")) - listed):
         names = _Names()
         names.visit(ast.parse(path.read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import tarfile
 import threading
@@ -16,7 +17,7 @@ import torch
 from tests.support.images import encoded, picture
 from trainer.data.augment import decode as module
 from trainer.data.augment import turbojpeg
-from trainer.data.augment.decode import BrokenImage, EncodedImage, decode, decode_exact, frame, is_plain_scan
+from trainer.data.augment.decode import BrokenImage, EncodedImage, as_tensor, decode, decode_exact, frame, is_plain_scan
 
 SAMPLE = os.environ.get("TRILEVEL_IMAGENET_TAR", "")  # a tar of photographs, as for test_transform
 needs_turbo = pytest.mark.skipif(turbojpeg.library() is None, reason="no TurboJPEG >= 3 on this machine")
@@ -243,3 +244,23 @@ def test_only_formats_of_photographs_are_opened(monkeypatch: pytest.MonkeyPatch)
     for read in (decode, decode_exact):
         with pytest.raises(BrokenImage, match="no image"):
             read(eps)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_and_not_clipped_to_white(form: str):
+    """PIL's own conversion makes 255 of 3000, of 65,535."""
+    values = np.array([[0, 255, 3000], [32768, 65280, 65535]], dtype=np.uint16)
+    if form == "PPM":
+        data = b"P5 3 2 65535\n" + values.astype(">u2").tobytes()
+    else:
+        PIL.Image.fromarray(values).save(file := io.BytesIO(), form)
+        data = file.getvalue()
+    for pixels in (as_tensor(decode_exact(data)), decode(data)):
+        assert pixels.tolist() == [(values >> 8).tolist()] * 3
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_of_unknown_range_are_a_broken_image(kind: type):
+    PIL.Image.fromarray(np.full((8, 8), 1000, kind)).save(file := io.BytesIO(), "TIFF")
+    with pytest.raises(BrokenImage, match="32 bits per channel, of unknown range: convert it to 8 or 16 bits"):
+        decode(file.getvalue())

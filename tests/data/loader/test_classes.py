@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_the_training_images_as_validation_images_are_reported(tmp_path: Path):
         "data.validation has the same shards as data.train: the score is that of images it was trained with"
     ]
     check_classes(train, of(tmp_path, "validation", [1, 2]))
+
+
+def test_training_shards_that_contain_those_of_validation_are_reported(tmp_path: Path):
+    """As with data.train='shards/*.tar' in a folder that has both; by content, so under another name too."""
+    validation = of(tmp_path, "validation", [0, 1, 2, 1])
+    both = tmp_path / "both"
+    both.mkdir()
+    write_tar(both / "a.tar", {"x.jpg": jpeg(7), "x.cls": b"0"})
+    shutil.copy(tmp_path / "validation" / "validation.tar", both / "b.tar")
+    train = build_index(str(both / "*.tar"), progress=False)
+    (warning,) = class_warnings(train, validation, 3)
+    assert warning.startswith(
+        "data.train contains 1 of the 1 shards of data.validation (validation.tar): 4 of its 4 images are trained with;"
+    )
+    assert class_warnings(of(tmp_path, "other", [0, 1, 2]), validation, 3) == []
 
 
 def test_another_order_of_the_same_names_is_refused(tmp_path: Path):

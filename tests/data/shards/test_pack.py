@@ -185,6 +185,12 @@ def test_refusals(tmp_path: Path) -> None:
     refused(tmp_path / "d", "3 labels for 2 images", labels=str(numbers))
     numbers.write_text("x.jpg cat\n")
     refused(tmp_path / "d", r"no label for 'y'", labels=str(numbers))
+    for options, match in (
+        ({"shard_size": 0}, "--shard-size 0: must be > 0"),
+        ({"short_side": -3}, "--short-side -3: must be >= 1 pixel"),
+        ({"quality": 101}, "--quality 101: must be from 1 to 100"),
+    ):
+        refused(tmp_path / "d", match, **options)
     for options in ({"name": "train-extra"}, {"name": "a*"}, {"name": "../up"}):
         refused(tmp_path / "d", r"must be one word", **options)
     with pytest.raises(DataError, match=r"\*\?"):

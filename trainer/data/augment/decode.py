@@ -19,6 +19,7 @@ MAX_PIXELS = 89_478_485  # PIL's limit for its warning; a larger image is treate
 
 # The only formats PIL may open: its EPS plugin starts Ghostscript, others raise arbitrary exceptions on damaged files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+_GREY_16 = ("PNG", "PPM")  # PIL opens their 16-bit grey as 32-bit integers
 
 
 class BrokenImage(TrilevelError, ValueError):
@@ -56,12 +57,25 @@ def refuse_long(width: int, height: int, short_side: int) -> None:
 
 
 def decode_exact(data: bytes | memoryview) -> PIL.Image.Image:
-    """RGB as in timm's and torchvision's loaders (EXIF orientation is not applied). Raises BrokenImage."""
+    """RGB as in timm's and torchvision's loaders (EXIF orientation is not applied), but of 16-bit grey images: see `as_rgb`. Raises
+    BrokenImage."""
     image = header(data)
     try:
-        return image.convert("RGB")
+        return as_rgb(image)
+    except BrokenImage:
+        raise
     except Exception as error:
         raise BrokenImage(_reason(error)) from None
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as 8-bit RGB. Of 16-bit grey it keeps the high byte, as PIL does of 16-bit RGB; PIL's own conversion clips every value
+    above 255 to white. Raises BrokenImage for 32-bit integers and floats, whose range the file does not tell."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _GREY_16):
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BrokenImage("32 bits per channel, of unknown range: convert it to 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def decode(data: bytes | memoryview) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,6 +75,13 @@ def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
         )
     if train.fingerprint == validation.fingerprint:
         found.append("data.validation has the same shards as data.train: the score is that of images it was trained with")
+    elif shared := _shared_shards(train, validation):
+        images = sum(shard["examples"] for shard in shared)
+        found.append(
+            f"data.train contains {len(shared)} of the {len(validation.shards)} shards of data.validation "
+            f"({listed(shard['name'] for shard in shared)}): {images:,} of its {len(validation):,} images are trained with; name the "
+            "training shards alone in data.train"
+        )
     if len(asked := np.unique(validation.labels)) == 1:
         found.append(f"all {len(validation):,} validation images have the label {_name(validation, asked[0])}")
     if numbered(train) != numbered(validation):
@@ -85,6 +92,12 @@ def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
             f"labels of {with_names} are names and those of {with_numbers} numbers, which are taken as positions: {taken}, ..."
         )
     return found
+
+
+def _shared_shards(train: Index, validation: Index) -> list[dict[str, Any]]:
+    """Shards of the validation set whose content is a training shard too, under whatever name."""
+    trained = {shard["whole"] for shard in train.shards}
+    return [shard for shard in validation.shards if shard["whole"] in trained]
 
 
 def file_warnings(data: DataConfig, *indexes: Index) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 from webdataset.writer import TarWriter
 
-from trainer.data.augment.decode import header
+from trainer.data.augment.decode import as_rgb, header
 from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.progress import progress_bar
@@ -58,6 +58,12 @@ def pack(
     each split holds, line by line.
     Running it again continues after a kill, and returns at once if everything is packed. Raises DataError.
     """
+    if shard_size < 1:
+        raise DataError(f"pack --shard-size {shard_size / 2**20:g}: must be > 0, in MiB, e.g. 128")
+    if short_side is not None and short_side < 1:
+        raise DataError(f"pack --short-side {short_side}: must be >= 1 pixel, e.g. 256")
+    if quality is not None and not 1 <= quality <= 100:
+        raise DataError(f"pack --quality {quality}: must be from 1 to 100; the default is 90")
     dst = _folder(dst, name or "train")
     source = read_source(str(src), labels, name, seed, dst, layout)
     for line in (f"layout {source.found}", *source.notes):
@@ -217,11 +223,11 @@ def _smaller(data: bytes, extension: str, short_side: int | None, quality: int) 
         if short_side is not None and min(image.size) > short_side:
             scale = short_side / min(image.size)
             size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
-            image = image.convert("RGB").resize(size, PIL.Image.Resampling.BICUBIC)
+            image = as_rgb(image).resize(size, PIL.Image.Resampling.BICUBIC)
         elif short_side is not None:
             return data, extension
         file = io.BytesIO()
-        image.convert("RGB").save(file, "JPEG", quality=quality)
+        as_rgb(image).save(file, "JPEG", quality=quality)
     except Exception:  # decoders raise arbitrary exceptions on damaged bytes
         return data, extension
     return file.getvalue(), "jpg"
