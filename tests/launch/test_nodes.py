@@ -92,9 +92,9 @@ def test_an_elastic_job_resumes_and_meets_by_torchruns_agent():
 RANK_OF_LAUNCHER = """
 import os, pathlib, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
-pathlib.Path("up").write_text(str(os.getpid()))
 if sys.argv[1] == "75":
     pathlib.Path(os.environ["TRILEVEL_EXIT_FILE"]).write_text("75")
+pathlib.Path("up").write_text(str(os.getpid()))
 time.sleep(60)
 """
 LAUNCHER = "import subprocess, sys, time; subprocess.run([sys.executable, *sys.argv[1:]]); time.sleep(60)"

@@ -98,3 +98,8 @@ def test_a_directory_in_which_the_run_could_not_begin_is_named(digits: Path, tmp
     )
     assert f"cannot write to {tmp_path / 'file'}" in check(wrong, 1).refused
     assert check(there, 1, resume=True).refused == ""
+    never = config(digits, runs=str(tmp_path), epochs=4, examples={"method": "forgetting", "removed": 0.3, "window": "30ep"})
+    with pytest.raises(ConfigError, match=r"examples.window=30ep: no update"):
+        check(never, 1, resume=True)
+    (tmp_path / "t" / "journal.jsonl").write_text("")  # a run begun by a version that did not refuse it goes on
+    assert check(never, 1, resume=True).refused == ""

@@ -90,7 +90,7 @@ def test_this_command_line_allows_it_once(
     write_run(tmp_path / "run", pipe, True)
     if how == "environment":
         monkeypatch.setenv("TRILEVEL_ALLOW_PIPE", "1")
-    words = ["train", str(tmp_path / "foreign.yaml"), "--check"]
+    words = ["train", str(tmp_path / "foreign.yaml"), "--check", "name=another"]
     assert trilevel.main(words if how == "environment" else [*words, how]) == 0
     assert ran.exists()
     if how != "environment":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -148,24 +149,27 @@ def history(directory: Path | str) -> History:
     cost, dense_cost, per_image, dense, kept = 0.0, 0.0, float("nan"), float("nan"), 1.0
     logged = 0  # step of the last step line
     plans: list[tuple[int, float, float]] = []  # since then: (step up to which they held, per_image, kept)
-    elapsed, device_seconds, clock = 0.0, 0.0, 0.0
-    attempts, earlier = attempts_of(read(directory)), 0.0  # device seconds of the attempts before this one
+    elapsed, device_seconds, clock, started = 0.0, 0.0, 0.0, -1  # started: the last attempt with a start line
+    attempts = dict(sorted(attempts_of(read(directory)).items()))
+    paid = [one.device_seconds for one in attempts.values()]
+    earlier = dict(zip(attempts, accumulate(paid, initial=0.0), strict=False))  # device seconds of the attempts before each
     point = Point(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, {})
     for line in lineage(directory):
         kind = line["kind"]
         if kind == "start":
             starts.append(line)
             status, reason = "running", ""
-            clock, current = line["time"], line.get("attempt", 0)
-            earlier = sum(one.device_seconds for number, one in attempts.items() if number < current)
+            clock, started = line["time"], line.get("attempt", 0)
             dense = line.get("multiply_adds", dense)
             continue
         if kind == "end":
             status, reason = str(line.get("status", "finished")), str(line.get("reason") or "")
-        passed = max(0.0, line["time"] - clock)
-        clock = max(clock, line["time"])
-        elapsed += passed
-        device_seconds = max(device_seconds, earlier + attempts[current]._replace(last=clock).device_seconds)
+        number = line.get("attempt", 0)
+        if number == started:  # an attempt that failed before its start line trained no second
+            elapsed += max(0.0, line["time"] - clock)
+            clock = max(clock, line["time"])
+        if number in attempts:
+            device_seconds = max(device_seconds, earlier[number] + attempts[number]._replace(last=line["time"]).device_seconds)
         if isinstance(line.get("step"), int):
             step = max(step, line["step"])  # a checkpoint line is written once it is on disk, after lines of later steps
         progress = line.get("progress", progress)

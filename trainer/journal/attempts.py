@@ -20,11 +20,12 @@ class Attempt(NamedTuple):
 
 
 def attempts_of(lines: Iterable[dict[str, Any]]) -> dict[int, Attempt]:
-    """Every attempt that wrote its start line, by number. lines: of the whole journal, not of its lineage."""
+    """Every attempt by number, that of one that failed before its start line by its end line. lines: of the whole journal, not of its
+    lineage."""
     found: dict[int, Attempt] = {}
     for line in lines:
         number = line.get("attempt", 0)
-        if line["kind"] == "start":
+        if line["kind"] == "start" or (line["kind"] == "end" and number not in found):
             begin = line["time"] - line.get("starting", 0.0)
             found[number] = Attempt(begin, line["time"], int(line.get("world", 1)))
         elif number in found:

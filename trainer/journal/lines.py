@@ -84,7 +84,7 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "message": {"text": TEXT},
     "end": {
         "step": COUNT, "progress": NUMBER, "status": TEXT, "spent": SPENT, "by_cause": SPENT, "matrix_tflops": MAYBE,
-        "paused": NUMBER, "starting": NUMBER, "goodput": MAYBE,
+        "paused": NUMBER, "starting": NUMBER, "world": WORLD, "goodput": MAYBE,
     },
 }  # fmt: skip
 REQUIRED = {"resume": ("step",)}

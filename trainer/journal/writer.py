@@ -68,8 +68,8 @@ name, lists as one metric per position.
 |            |                              | layers what is left, with indices), goodput, energy_kwh, run_speedup, run_bound, |
 |            |                              | timed (as in `control`), spent, by_cause {cause: seconds over all attempts, see  |
 |            |                              | `goodput`}, paused (seconds between attempts after a stop, outside by_cause),    |
-|            |                              | starting (of an attempt that failed before its start line), matrix_tflops (of    |
-|            |                              | rank 0's device, measured again), with engine.compile graphs (of rank 0)         |
+|            |                              | starting, world (of an attempt that failed before its start line), matrix_tflops |
+|            |                              | (of rank 0's device, measured again), with engine.compile graphs (of rank 0)     |
 
 Non-finite numbers are the strings "NaN", "Infinity", "-Infinity" (JSON has no such numbers); readers return floats.
 """

@@ -126,7 +126,7 @@ class CheckReport:
 def check(config: Config, world: int, resume: bool = False) -> CheckReport:
     """Check a configuration together with its shards, its model and `world` processes. resume: as the run will be started; the newest
     checkpoint must then be of this run. Raises ConfigError or DataError."""
-    refuse_ineffective(config)
+    refuse_ineffective(config, resume)
     train, validation = open_indexes(config.data)
     check_classes(train, validation)
     check_labels(validation, config.model.classes)

@@ -204,7 +204,7 @@ class Recorder:
             with self.engine.heartbeat.working(lambda: int(min(time.monotonic(), end))):  # the others wait meanwhile
                 self._log.end(state, recorded, reason, self.engine.heartbeat.clock.spent(), rate)
         elif self._journal:  # it failed before `start`
-            where = {"step": state.step, "progress": state.progress, "starting": since_start()}
+            where = {"step": state.step, "progress": state.progress, "starting": since_start(), "world": self.engine.world}
             self._journal.write("end", status=recorded, reason=reason, **where, seconds=state.seconds, images=state.images)
         if self._journal:
             self._journal.close()

@@ -77,6 +77,23 @@ def test_killed_and_resumed_run_counts_the_lineage_once(tmp_path: Path):
     assert history(run).last.trained == pytest.approx(12) and history(run).last.elapsed == pytest.approx(14)
 
 
+def test_an_attempt_that_failed_before_its_start_line_counts_its_devices_alone(tmp_path: Path):
+    """An hour after a run of 100 s on 2 processes, an attempt on 4 fails 30 s after its begin; then one goes on. No time passes in it."""
+    failed = {"kind": "end", "status": "failed", "reason": "no GPU", "step": 0, "starting": 30.0, "world": 4}
+    first = [{"kind": "start", "time": 100.0} | START, {"kind": "step", "time": 200.0, "step": 10, "images": 1, "seconds": 9.0}]
+    attempts = [first, [{"time": 3800.0} | failed], [{"kind": "start", "time": 9000.0, "starting": 10.0} | START]]
+    numbered = [line | {"attempt": number} for number, found in enumerate(attempts) for line in found]
+    last = history(write(tmp_path / "run", numbered[:3])).last
+    assert (last.elapsed, last.device_seconds, last["reason"]) == (100.0, 2 * 100 + 4 * 30, "no GPU")
+    resumed = {"kind": "resume", "time": 9000.0, "attempt": 2, "step": 10}
+    going = [*numbered, resumed, {"kind": "step", "time": 9040.0, "attempt": 2, "step": 20, "images": 1, "seconds": 9.0}]
+    last = history(write(tmp_path / "going", going)).last
+    assert (last.elapsed, last.device_seconds) == (140.0, 2 * 100 + 4 * 30 + 2 * 50)
+    alone = history(write(tmp_path / "alone", [{"time": 50.0, "attempt": 0} | failed]))
+    assert (alone.status, alone.last.elapsed, alone.last.device_seconds) == ("failed", 0.0, 120.0)
+    summary(write(tmp_path / "message", [{"kind": "message", "time": 1.0, "attempt": 0, "text": "x"}]))
+
+
 def test_work_of_a_window_over_two_plans_is_of_both(tmp_path: Path):
     """A log line after steps 8 and 20; the plan changes and half of the examples go behind step 14, so half of twelve steps is cheap."""
     lines = [{"kind": "start"} | START, {"kind": "epoch", "epoch": 0, "step": 0, "kept": 400, "examples": 400}]
