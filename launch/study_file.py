@@ -83,7 +83,7 @@ def as_setting(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(as_setting, value)) + "]"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z0-9_][\w./*-]*", value) else json.dumps(value)
+        return value if re.fullmatch(r"[A-Za-z0-9_][\w./*-]*", value) and yaml_file.is_text(value) else json.dumps(value)
     return json.dumps(value)
 
 

@@ -19,20 +19,40 @@ class _Texts(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
 
-_Texts.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Texts.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
+def _resolve(loader: type[_Texts], kind: str, pattern: str, first: list[str]) -> None:
+    loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
+
+
+_resolve(_Texts, "null", "~|null|Null|NULL|", ["~", "n", "N", ""])
+_resolve(_Texts, "merge", "<<", ["<"])
+
+
+class _Values(_Texts):
+    """Scalars by the rules of YAML 1.2, as the trainer reads them; PyYAML's own are those of 1.1: `yes` is true, `1:30` is 90."""
+
+
+_resolve(_Values, "bool", "true|True|TRUE|false|False|FALSE", list("tTfF"))
+_resolve(_Values, "int", r"[-+]?[0-9]+", list("-+0123456789"))
+_resolve(_Values, "float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+0123456789."))
+
+
+def _integer(loader: _Values, node: Any) -> int:
+    return int(loader.construct_scalar(node))  # PyYAML reads 017 as octal
+
+
+_Values.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read(kind: str, file: str, example: str, texts: bool = False) -> Any:
-    """The content of a YAML file. kind: "config" or "study"; example: a path that would be valid; texts: every value as it stands there
-    (the trainer's rules are those of YAML 1.2, PyYAML's those of 1.1: `yes`, `1:30`). Raises LaunchError."""
+    """The content of a YAML file. kind: "config" or "study"; example: a path that would be valid; texts: every value as it stands there.
+    Raises LaunchError."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and (number := _expanded(node, {})) > _MOST_VALUES:
             raise yaml.YAMLError(f"{number:,} values once its aliases (*name) are expanded, must be <= {_MOST_VALUES:,}")
-        content = yaml.load(text, Loader=_Texts if texts else yaml.SafeLoader)
+        content = yaml.load(text, Loader=_Texts if texts else _Values)
     except FileNotFoundError as error:
         others = [str(other) for other in path.parent.glob("*.yaml")]
         raise LaunchError(f"{kind} {file}: no such file{near(file, others) if others else ''}") from error
@@ -54,6 +74,11 @@ def value_of(text: str) -> str:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise LaunchError(f"{text!r}: not a YAML value: {error}") from error
     return value if isinstance(value, str) else text
+
+
+def is_text(text: str) -> bool:
+    """Whether it is read as this text where it stands without quotes."""
+    return yaml.load(text, Loader=_Values) == text
 
 
 def _expanded(node: yaml.Node, known: dict[int, int | None]) -> int:

@@ -92,7 +92,8 @@ def test_recipes_pass_the_check_against_given_shards(name, digits):
     }
     size = next(millions for pattern, millions in sizes.items() if re.search(pattern, name))
     assert found.parameters / 1e6 == pytest.approx(size, rel=0.01)
-    assert found.steps > 0 and (found.share() < 0.95) == (name in TRI_LEVEL or "sait" in name)
+    assert found.steps > 0 and (found.share() < 0.95) == (name in TRI_LEVEL or "sait" in name or "tome" in name)
+    assert "tome" not in name or found.share() == pytest.approx(0.719, abs=5e-4), "as its head comment says"
 
 
 @pytest.mark.parametrize("name", TRI_LEVEL)
@@ -105,6 +106,12 @@ def test_tri_level_differs_from_its_control_in_the_levels_only(name):
     assert levels <= ours.keys()
     ratio = float(name.split("_")[-1])
     assert ours["tokens"]["keep"] == ratio and ours["examples"]["removed"] == {0.9: 0.1, 0.8: 0.2, 0.7: 0.2}[ratio]
+
+
+def test_tome_differs_from_its_control_in_the_tokens_and_has_the_plan_of_tri_level():
+    files = ("tome_deit_small_in1k", "deit_small_in1k", "tri_level_deit_small_0.7")
+    ours, control, tri_level = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in files)
+    assert ours == control | {"name": files[0], "plan": tri_level["plan"], "tokens": tri_level["tokens"] | {"method": "tome"}}
 
 
 def test_tokens_and_cost_of_the_tri_level_recipes_are_the_published_ones(digits):

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 import launch.__main__ as program
-from launch import kept_journals, study, study_file
+from launch import kept_journals, study, study_file, yaml_file
 from launch.job import Command, LaunchError
 from launch.side_by_side import start_side_by_side
+from launch.study_file import as_setting
 from tests.conftest import ROOT
 from tests.support.journals import lines, write
 from trainer.config.load import load
+from trainer.config.strict_yaml import load_yaml
 from trainer.model.build import build_objective, build_schedule
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -110,6 +112,15 @@ def test_every_question_of_cifar10_has_a_counterpart_on_imagenet(monkeypatch: py
     assert {arm for pair in imagenet.questions for arm in pair} == {*imagenet.arms}, "an arm that no question needs"
 
 
+def test_values_are_those_that_the_trainer_reads_of_the_same_words(tmp_path: Path) -> None:
+    """By YAML 1.1 `on` is true, `1:30` is 90, 017 is 15 and 1e-3 a text; and quotes keep a text one."""
+    words = "{a: on, b: 1:30, c: 017, d: 1e-3, e: '017', f: true, g: ~, h: 2024-01-01, i: [.5, 'no', \"a b\"], j: {k: -1.0E+5}}"
+    (tmp_path / "study.yaml").write_text(f"arms: {words}")
+    read = yaml_file.read("study", str(tmp_path / "study.yaml"), "x")["arms"]
+    assert read == load_yaml(words) == {key: load_yaml(as_setting(value)) for key, value in read.items()}
+    assert (read["a"], read["b"], read["c"], read["e"]) == ("on", "1:30", 17, "017")
+
+
 def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:
     read = study_file.read(mini)
     found = study.runs(read, ["epochs=1"], [0, 1], ["third", "dense"], "kept")
@@ -120,7 +131,7 @@ def test_runs_are_named_and_ordered_with_seeds_outermost(mini: str) -> None:
     )  # fmt: skip
     assert read.questions == (("sparse", "dense"), ("third", "dense"))
     assert read.arms["sparse"][1:] == (
-        "optim.lr=1e-3", "examples={method: forgetting, window: 7ep, updates: 5}", "tokens.blocks=[1, 3]",
+        "optim.lr=0.001", "examples={method: forgetting, window: 7ep, updates: 5}", "tokens.blocks=[1, 3]",
     )  # fmt: skip
 
 

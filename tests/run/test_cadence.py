@@ -33,7 +33,7 @@ def walk(batches: int):
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 7, 10])
-@pytest.mark.parametrize("every", ["1step", "2step", "3step", "0.5ep", "1ep", "1.5ep", "2ep"])
+@pytest.mark.parametrize("every", ["1step", "2step", "3step", "0.1ep", "0.3ep", "0.5ep", "1ep", "1.5ep", "2ep"])
 def test_an_interval_is_met_once_per_multiple(batches: int, every: str):
     """Over a whole run, as often as multiples of the interval lie in it; with an interval below a step, once per step."""
     duration = length(every)
@@ -42,8 +42,17 @@ def test_an_interval_is_met_once_per_multiple(batches: int, every: str):
     if duration.unit == "step":
         assert met == list(range(int(duration.count), total + 1, int(duration.count)))
     else:
-        steps = {math.ceil(k * duration.count * batches) for k in range(1, int(EPOCHS / duration.count) + 1)}
+        steps = {math.ceil(k * duration.exact * batches) for k in range(1, int(EPOCHS / duration.exact) + 1)}
         assert met == sorted(steps)
+
+
+@pytest.mark.parametrize("every", ["0.1ep", "0.7ep", "1.1ep"])
+def test_a_stop_at_or_a_checkpoint_to_keep_is_met_at_the_step_that_reaches_it(every: str):
+    """Also where a product of floats is above its decimal: 3 x .1, 7 x .1 and 11 x .1 of ten steps."""
+    first = next(after for _, after in walk(10) if reached(length(every), after, 10))
+    assert first.step == round(10 * length(every).count)
+    assert length(every).multiples(first.epoch + first.batch / 10) == 1
+    assert [length("0.1ep").multiples(step / 10) for step in range(31)] == list(range(31))
 
 
 def test_zero_is_never():

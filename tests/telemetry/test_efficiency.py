@@ -70,5 +70,7 @@ def test_the_machine_reports_its_hardware():
 def test_the_environment_is_listed_and_holds_no_secrets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("TORCH_HOME", "https://me:word@host/a?X-Amz-Signature=abc&b=c https://other/d?sig=e")
     text = description.environment()
     assert "torch==" + torch.__version__.split("+")[0] in text and "NCCL_DEBUG=WARN" in text and "hunter2" not in text
+    assert "TORCH_HOME=https://host/a?... https://other/d?...\n" in text

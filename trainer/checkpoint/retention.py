@@ -36,7 +36,7 @@ def retained(there: list[OnDisk], settings: CheckpointConfig, current: str, best
     if (every := settings.keep_every).count > 0:
         reached = 0
         for one in last.values():
-            multiple = int((one.step if every.unit == "step" else one.progress) // every.count)
+            multiple = every.multiples(one.step if every.unit == "step" else one.progress)
             if multiple > reached:
                 wanted.add(one.name)
             reached = max(multiple, reached)

@@ -29,7 +29,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add_benches(
         commands.add_parser(
             "bench",
-            help="measure: input, remote, step, inference, engine, journal, checkpoint",
+            help="measure: input, remote, step, study, inference, engine, gpu-counts, journal, checkpoint",
             description="Measure one part of a run in isolation.",
         )
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
+from trainer.journal.file import plain
 from trainer.storage.text import printable
 
 
@@ -39,10 +40,11 @@ def show_table(table: Any) -> None:
 
 
 def write_json(path: str | None, facts: Any) -> None:
-    """Raises ConfigError where it cannot be written."""
+    """Numbers that are not finite as in the journal: the strings "NaN", "Infinity", "-Infinity". Raises ConfigError where it cannot be
+    written."""
     if path:
         try:
-            Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+            Path(path).write_text(json.dumps(plain(facts), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise _cannot_write(f"--json {path}", path, error) from error
 

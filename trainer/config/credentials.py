@@ -7,12 +7,18 @@ import re
 REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
 DATABASE_REMEDY = "give it by MLFLOW_TRACKING_URI in the environment"
 _USERINFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+_QUERY = re.compile(r"(?<=://)([^?\s'\"]*)\?[^\s'\"]+")
 SECRET = re.compile(r"(?i)(?:pass|pwd|token|secret)[^=&]*=")
 
 
 def without_credentials(text: str) -> str:
     """The text without the `user:password@` of its URLs."""
     return _USERINFO.sub("", text)
+
+
+def without_queries(text: str) -> str:
+    """The text with `?...` for the query of each of its URLs: that of a signed one is a credential."""
+    return _QUERY.sub(r"\1?...", without_credentials(text))
 
 
 def credential_in(uri: str) -> str | None:

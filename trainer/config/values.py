@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import repeat
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,6 +20,7 @@ from pydantic import (
     field_validator,
 )
 
+FINEST = 10**6  # positions are fractions of an epoch with at most as many steps
 # `float` alone takes digits of other scripts, 1_0 and nan
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
@@ -32,6 +34,15 @@ class Duration(BaseModel):
 
     def __str__(self) -> str:
         return f"{_exact(self.count)}{self.unit}"
+
+    @property
+    def exact(self) -> Fraction:
+        """The count as it is written: 0.1 is 1/10, of which .3 has three; as floats, .3 // .1 is 2."""
+        return Fraction(repr(self.count))
+
+    def multiples(self, position: Fraction | float) -> int:
+        """How many whole multiples of this length, which is not 0, lie up to a position in its unit."""
+        return int(Fraction(position).limit_denominator(FINEST) // self.exact)
 
 
 def _exact(count: float) -> str:

@@ -29,6 +29,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader.build import training_stream
 from trainer.data.loader.dataset import opened
 from trainer.data.progress import progress_bar
+from trainer.journal.file import plain
 from trainer.model.build import build_model, build_objective, build_schedule
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
@@ -95,7 +96,7 @@ class Certificate:
         return f"equal {how} over {self.steps} steps ({loss}): {', '.join(self.largest)}"
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"equal": self.equal, **asdict(self)}, indent=1) + "\n")
+        path.write_text(json.dumps(plain({"equal": self.equal, **asdict(self)}), indent=1) + "\n")
 
 
 def parity(

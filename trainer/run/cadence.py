@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from trainer.checkpoint.state import TrainState
@@ -48,16 +49,16 @@ def crosses(every: Duration, before: TrainState, after: TrainState, batches: int
         return False
     if every.unit == "step":
         return after.step % int(every.count) == 0
-    return _progress(after, batches) // every.count > _progress(before, batches) // every.count
+    return every.multiples(_progress(after, batches)) > every.multiples(_progress(before, batches))
 
 
 def reached(end: Duration | None, state: TrainState, batches: int) -> bool:
     """Whether the run is at `end` or past it; False without an `end`."""
     if end is None:
         return False
-    return (state.step if end.unit == "step" else _progress(state, batches)) >= end.count
+    return (state.step if end.unit == "step" else _progress(state, batches)) >= end.exact
 
 
-def _progress(state: TrainState, batches: int) -> float:
+def _progress(state: TrainState, batches: int) -> Fraction:
     """Epochs done, the current one as a fraction; `batches`: steps of the epoch of the last step."""
-    return state.epoch + state.batch / batches
+    return state.epoch + Fraction(state.batch, batches)

@@ -16,7 +16,7 @@ import torch
 
 from sparsity.network import SparseNetwork
 from sparsity.types import DENSE
-from trainer.config.credentials import without_credentials
+from trainer.config.credentials import without_queries
 from trainer.config.run_config import Config
 from trainer.data.shards.index import Index
 from trainer.engine.engine import Engine
@@ -67,7 +67,7 @@ def environment() -> str:
         about = torch.cuda.get_device_properties(number)
         lines.append(f"device {number}: {about.name}, {about.total_memory / 2**30:.1f} GiB")
     kept = {k: v for k, v in os.environ.items() if (k.startswith(PREFIXES) or k in NAMED) and not SECRET.search(k)}
-    lines += ["", "[environment]", *(f"{name}={without_credentials(value)}" for name, value in sorted(kept.items()))]
+    lines += ["", "[environment]", *(f"{name}={without_queries(value)}" for name, value in sorted(kept.items()))]
     found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]}
     return "\n".join([*lines, "", "[packages]", *sorted(found, key=str.lower), ""])
 

@@ -26,7 +26,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     Takes less than half a second."""
     kind = torch.float32 if precision == "float32" else torch.bfloat16
     size = SIZES.get(device.type, 512)
-    # random numbers: a GPU multiplies constants 13 % faster, because fewer of its bits switch (an H200: 894 against 788 TFLOP/s)
+    # random numbers: a GPU multiplies constants faster, because fewer of its bits switch (others measured 894 and 788 TFLOP/s, H200)
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device).to(kind)
     out, best = torch.empty_like(a), float("inf")

@@ -142,7 +142,7 @@ def test_an_image_is_drawn_without_checkpoints_and_shards(tmp_path: Path, photo:
     assert main(["show", str(made(tmp_path / "runs" / "plain")[0])]) == 2 and "give an IMAGE" in capsys.readouterr().err
 
 
-def test_examples_are_ranked_by_forgetting(tmp_path: Path, capsys: Any) -> None:
+def test_examples_are_ranked_by_forgetting(tmp_path: Path, photo: Path, capsys: Any) -> None:
     pattern = images.write_shards(tmp_path / "shards", [20, 20])
     index = build_index(pattern, progress=False)
     more = {"removed": 0.2, "swap": 0.1, "window": "5ep", "updates": 1, "ties": "id", "method": "forgetting"}
@@ -160,6 +160,9 @@ def test_examples_are_ranked_by_forgetting(tmp_path: Path, capsys: Any) -> None:
     assert main(["show", str(run), "--out", str(tmp_path / "out")]) == 0
     path = tmp_path / "out" / "examples.png"
     assert capsys.readouterr().out.strip() == str(path) and PIL.Image.open(path).width > 1000
+    named = photo.rename(photo.with_stem("examples"))
+    assert main(["show", str(run), str(named), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "examples-0.png"), str(path)]
 
 
 def test_what_cannot_be_shown_is_reported(tmp_path: Path, photo: Path) -> None:

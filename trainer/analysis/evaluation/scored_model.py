@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,14 +51,14 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
         state = stored_form.read(state, about)
     network = build_model(config, vit)  # what it refuses is a setting of `config`, not the file
     heads.refuse_other(network.network, config.model.model_copy(update={"args": args}), str(path), f"{command} {model}")
-    weights.fit(network.network, state, str(path), warn=_refuse_change)
+    weights.fit(network.network, state, str(path), warn=partial(_refuse_change, command))
     config, network = importance.pinned(config, network, importance.stored_with(source, about))
     return ScoredModel(config, network, source)
 
 
-def _refuse_change(text: str) -> None:
+def _refuse_change(command: str, text: str) -> None:
     """Weights must fit exactly: a reinitialised head or a resized embedding would be evaluated untrained."""
-    raise ConfigError(f"eval: {text}; give the CONFIG these weights were trained with")
+    raise ConfigError(f"{command}: {text}; give the CONFIG these weights were trained with")
 
 
 def _as_timm_evaluates(config: Config, name: str) -> Config:

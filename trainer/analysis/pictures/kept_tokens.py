@@ -34,6 +34,7 @@ from trainer.storage.text import plot_text
 CHOSEN, SEEN = "#D55E00", "#E69F00"  # the chosen token, the keys it attends to
 FADED = np.array([205, 215, 232], dtype=np.float32)  # colour of removed patches, neither black nor white
 WIDTH = 2.4  # inches of a panel
+EXAMPLES = "examples.png"
 
 
 class TokenView(NamedTuple):
@@ -149,11 +150,11 @@ def show(
         viewer = Viewer(run, overrides)
         for image in images:
             path = out / f"{Path(image).stem}.png"
-            path = path if path not in paths else out / f"{Path(image).stem}-{len(paths)}.png"
+            path = path if path not in (*paths, out / EXAMPLES) else out / f"{Path(image).stem}-{len(paths)}.png"
             paths.append(draw(viewer.look(image, token), path, f"{viewer.run.name}   ·   {Path(image).name}{viewer.faded}"))
     if counts:
         try:
-            paths.append(contact_sheet(Path(run), out / "examples.png", overrides))
+            paths.append(contact_sheet(Path(run), out / EXAMPLES, overrides))
         except (ConfigError, DataError) as error:
             if not images:
                 raise
