@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -138,36 +139,21 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         state = replace(saved.state if saved else TrainState(), attempt=recorder.attempt)
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
-        plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
-        model.kernels, attention = engine.choose_attention(
-            (shape for plan in plans for shape in model.attention_shapes(plan)),
-            saved.kernels if saved else TORCHS_CHOICE,
-            saved.kernels_on if saved else "",
-        )
-        teacher.use_kernels(model.kernels)
+        attention = _choose_kernels(config, engine, model, teacher, schedule, saved)
         warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
-        scored = {importance.KEY: importance.name_of(config, model)}
         warnings += [*attention.pop("warnings", []), *few_cores(ranks_of_node())]
+        scored = {importance.KEY: importance.name_of(config, model)}
         facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | attention
         recorder.start(state, {"train": index, "validation": validation_index}, model, facts)
         recorder.report_found(found)
-        known = {
-            "config": config,
-            "fingerprint": index.fingerprint,
-            "teacher": teacher.hash,
-        } | scored  # a resume must match them
-        store = partial(
-            save_load.save_checkpoint, recorder.checkpoints, kernels=model.kernels, kernels_on=engine.device_name(), **known
-        )
+        save = partial(
+            save_load.save_checkpoint, recorder.checkpoints, kernels=model.kernels, kernels_on=engine.device_name(),
+            config=config, fingerprint=index.fingerprint, teacher=teacher.hash, **scored,  # a resume must match these
+        )  # fmt: skip
         measure = partial(
-            evaluate,
-            engine.forward,
-            validation,
-            classes=config.model.classes,
-            augment=config.augment,
-            device=engine.device,
+            evaluate, engine.forward, validation, classes=config.model.classes, augment=config.augment, device=engine.device,
             add_up=engine.all_reduce_sum,
-        )
+        )  # fmt: skip
         compiled, meters = config.engine.compile, Meters(engine, distillation.parts)
         observing = None if probe.on else examples
         yield Run(
@@ -197,7 +183,7 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             recorder=recorder,
             baseline=DenseBaseline(config.control, schedule, engine, objective, outputs, teacher),
             checkpointer=Checkpointer(
-                store, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples, pruning.state_dict
+                save, config.checkpoint.asynchronous, engine, recorder, stopping, ema, examples, pruning.state_dict
             ),
             score=Scoring(measure, schedule, config.evaluate.densities, engine, recorder, stopping, ema, model.network),
             cost=partial(cost_of, model),
@@ -205,6 +191,18 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
             selection=saved.selection if saved else None,
         )
     engine.meet_at_end()
+
+
+def _choose_kernels(
+    config: Config, engine: Engine, model: SparseNetwork, teacher: Teacher, schedule: Schedule, saved: Saved | None
+) -> dict[str, Any]:
+    """Collective: the attention kernels of the network and of its teacher, for every plan of the run. Returns the journal's fields."""
+    plans = {DENSE, schedule.last(), *(one.plan for one in schedule.stretches()), *map(Plan, config.evaluate.densities)}
+    shapes = (shape for plan in plans for shape in model.attention_shapes(plan))
+    before = (saved.kernels, saved.kernels_on) if saved else (TORCHS_CHOICE, "")
+    model.kernels, facts = engine.choose_attention(shapes, *before)
+    teacher.use_kernels(model.kernels)
+    return facts
 
 
 def _loaders(config: Config, index: Index, validation: Index) -> tuple[Stream, Validation, CleanImages | None]:
