@@ -16,7 +16,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import parse
 from trainer.config.run_config import Config
 from trainer.preflight.check import check
-from trainer.run.ineffective import ineffective, refuse_ineffective, rounded_shares, unused_pixels
+from trainer.run.ineffective import absent_ranks, ineffective, refuse_ineffective, rounded_shares, unused_pixels
 from trainer.train import train
 
 DATA = {"train": "a", "validation": "b", "batch": 64, "lanes": 4}
@@ -117,6 +117,12 @@ def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
 def test_what_acts_in_part_is_reported(changes: dict[str, Any], words: str):
     found = ineffective(config(**changes), IMAGES)
     assert len(found) == 1 and words in found[0]
+
+
+def test_ranks_that_the_run_has_not_are_named():
+    trace = config(trace={"steps": [1, 2], "ranks": [0, 1, 7]}).trace
+    assert absent_ranks(trace, 8) == absent_ranks(config(trace={"ranks": [7]}).trace, 1) == []
+    assert absent_ranks(trace, 1) == ["trace.ranks=[0, 1, 7] with 1 process(es): no trace of rank 1, 7; ranks begin at 0"]
 
 
 def test_check_and_a_new_run_refuse_and_a_resumed_one_goes_on(digits: Path, tmp_path: Path):

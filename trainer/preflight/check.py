@@ -161,7 +161,7 @@ def check(config: Config, world: int, resume: bool = False) -> CheckReport:
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         teacher=float(teacher.multiply_adds),
         after_pruning=after_pruning(config, model),
-        warnings=tuple(warnings_of(config, model.network, train, validation)),
+        warnings=tuple(warnings_of(config, model.network, train, validation, world)),
         refused=_refused(config, resume, train.fingerprint, teacher.hash, model),
     )
 

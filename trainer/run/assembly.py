@@ -140,7 +140,8 @@ def assembled(config: Config, resume: bool) -> Iterator[Run]:
         probe = ExampleProbe(config, index, engine, objective, examples, recorder, stopping, clean)
         outputs = frozenset({"cls_attention"} if examples.wants_spread and not probe.on else ()) | distillation.outputs
         attention = _choose_kernels(config, engine, model, teacher, schedule, saved)
-        warnings = warnings_of(config, model.network, index, validation_index)  # after `build_optimizer`: frozen batch norms
+        # after `build_optimizer`: frozen batch norms
+        warnings = warnings_of(config, model.network, index, validation_index, engine.world)
         warnings += [*attention.pop("warnings", []), *few_cores(ranks_of_node())]
         scored = {importance.KEY: importance.name_of(config, model)}
         facts = cost_of(model, DENSE) | teacher.facts() | {"warnings": warnings} | scored | attention

@@ -15,6 +15,7 @@ from sparsity.types import DENSE
 from sparsity.weights.projection import share_of_blocks
 from trainer.config.errors import ConfigError
 from trainer.config.run_config import Config
+from trainer.config.schema_run import TraceConfig
 from trainer.config.values import Duration
 from trainer.data.loader.dataset import class_warnings, file_warnings
 from trainer.data.shards.index import Index
@@ -24,6 +25,7 @@ from trainer.model.build import build_schedule
 from trainer.model.optimizer import has_betas
 from trainer.model.teacher import teacher_pixels
 from trainer.run.dense_baseline import fewest_steps
+from trainer.storage.text import listed
 
 ROUNDED = 0.02  # of the groups, more than asked for, above which it is reported
 INITIAL = 0.05  # share of the initial weights in their average above which it is reported
@@ -67,10 +69,11 @@ def ineffective(config: Config, images: int) -> list[str]:
     ]
 
 
-def warnings_of(config: Config, network: nn.Module, train: Index, validation: Index) -> list[str]:
-    """Everything that `--check` and the start of a run warn about, as sentences."""
+def warnings_of(config: Config, network: nn.Module, train: Index, validation: Index, world: int) -> list[str]:
+    """Everything that `--check` and the start of a run on `world` processes warn about, as sentences."""
     return [
         *ineffective(config, len(train)),
+        *absent_ranks(config.trace, world),
         *unused_pixels(network),
         *rounded_shares(config, network),
         *depends_on_world(network, config),
@@ -78,6 +81,14 @@ def warnings_of(config: Config, network: nn.Module, train: Index, validation: In
         *class_warnings(train, validation, config.model.classes),
         *file_warnings(config.data, train, validation),
     ]
+
+
+def absent_ranks(trace: TraceConfig, world: int) -> list[str]:
+    """Ranks of `trace.ranks` that a run on `world` processes has not, as a sentence."""
+    absent = [rank for rank in trace.ranks if rank >= world]
+    if trace.steps is None or not absent:
+        return []
+    return [f"trace.ranks={_plain(trace.ranks)} with {world} process(es): no trace of rank {listed(absent)}; ranks begin at 0"]
 
 
 def unused_pixels(vit: nn.Module) -> list[str]:
