@@ -32,6 +32,12 @@ def add_data_commands(commands: Any) -> None:
         "hugging_face_parquet, hugging_face_folder, webdataset, class_tars, class_folders, inner_folders, flat_files",
     )
     c.add_argument("--name", help="name of the split if the source has no splits (default: train)")
+    c.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="of a source without splits: this share of each class becomes `validation`",
+    )
     c.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: 0)")
     c.add_argument("--shard-size", type=float, default=128, metavar="MIB", help="bytes of images per shard (default: 128 MiB)")
     c.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -11,8 +11,8 @@ def pack(a: argparse.Namespace) -> None:
     from trainer.data.shards.pack import pack
 
     pack(
-        a.source, a.destination, labels=a.labels, layout=a.layout, name=a.name, seed=a.seed, shard_size=int(a.shard_size * 2**20),
-        workers=a.workers, short_side=a.short_side, quality=a.quality, show=show,
+        a.source, a.destination, labels=a.labels, layout=a.layout, name=a.name, hold_out=a.hold_out, seed=a.seed,
+        shard_size=int(a.shard_size * 2**20), workers=a.workers, short_side=a.short_side, quality=a.quality, show=show,
     )  # fmt: skip
 
 

@@ -54,9 +54,14 @@ def survey(folder: str) -> Survey:
     if train is None or name not in found:
         missing = "training" if train is None else "validation"
         split = "train" if train is None else "validation"
+        held = (
+            ""
+            if train is None
+            else " (without validation images: pack the training images into a new folder with --hold-out 0.1)"
+        )
         raise DataError(
             f"init {folder}: no {missing} shards with an index (found: {', '.join(sorted(found)) or 'none'}); pack them: trilevel pack SRC "
-            f"{folder} --name {split}, or index them: trilevel index '{folder}/{split}-*.tar'"
+            f"{folder} --name {split}{held}, or index them: trilevel index '{folder}/{split}-*.tar'"
         )
     validation = found[name]
     check_classes(train, validation)
@@ -106,9 +111,11 @@ def _class_folders(folder: str) -> dict[str, Index]:
     splits = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name.lower() in SPLITS)
     if layout not in (class_folders.OUTER, class_folders.INNER) or not splits:
         name = Path(folder).resolve().name
+        alone = layout in (class_folders.OUTER, class_folders.INNER)
+        what, held = (", without a validation split", " --hold-out 0.1") if alone else ("", "")
         raise DataError(
-            f"init {folder}: not packed, layout {layout.name}; pack it first: trilevel pack {folder} shards/{name}, then: trilevel init "
-            f"shards/{name}"
+            f"init {folder}: not packed, layout {layout.name}{what}; pack it first: trilevel pack {folder} shards/{name}{held}, then: "
+            f"trilevel init shards/{name}"
         )
     return {SPLITS[p.name.lower()]: build_index(str(p)) for p in splits}
 

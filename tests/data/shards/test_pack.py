@@ -105,6 +105,33 @@ def test_splits_share_the_order_of_classes(tmp_path: Path) -> None:
         pack(str(write_folder(tmp_path / "odd", {"yak/1.jpg": jpeg(1)})), tmp_path / "out", name="odd", progress=False)
 
 
+def test_a_share_of_each_class_is_held_out(tmp_path: Path) -> None:
+    """Seven cats, four ants, one bee: at .25 two, one and none; the rest is the training split, and another seed holds out others."""
+    files = {f"{name}/{i}.jpg": jpeg(i) for name, count in (("cat", 7), ("ant", 4), ("bee", 1)) for i in range(count)}
+    src = write_folder(tmp_path / "src", files)
+    splits = pack(str(src), tmp_path / "out", hold_out=0.25, progress=False)
+    assert [index.classes for index in splits.values()] == [["ant", "bee", "cat"]] * 2
+    assert {name: np.bincount(index.labels, minlength=3).tolist() for name, index in splits.items()} == {
+        "train": [3, 1, 5],
+        "validation": [1, 0, 2],
+    }
+    whole = content(pack(str(src), tmp_path / "whole", progress=False)["train"])
+    assert content(splits["train"]) | content(splits["validation"]) == whole and sum(map(len, splits.values())) == 12
+    held = {
+        seed: content(pack(str(src), tmp_path / f"{seed}", hold_out=0.25, seed=seed, progress=False)["validation"])
+        for seed in (0, 1)
+    }
+    assert held[0] == content(splits["validation"]) and held[0].keys() != held[1].keys()
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(DataError, match=r"--hold-out .*: must be > 0 and < 1"):
+            pack(str(src), tmp_path / "none", hold_out=share, progress=False)
+    with pytest.raises(DataError, match=r"has the splits train, validation; leave --hold-out out"):
+        pack("sklearn:digits", tmp_path / "digits", hold_out=0.1, progress=False)
+    one = write_folder(tmp_path / "one", {"cat/1.jpg": jpeg(1), "ant/2.jpg": jpeg(2)})
+    with pytest.raises(DataError, match="no class has two images"):
+        pack(str(one), tmp_path / "few", hold_out=0.5, progress=False)
+
+
 def test_digits_are_real_and_split_by_seed(tmp_path: Path) -> None:
     one = pack("sklearn:digits", tmp_path / "a", progress=False)
     two = pack("sklearn:digits", tmp_path / "b", seed=1, progress=False)

@@ -26,6 +26,7 @@ from trainer.data.errors import DataError
 from trainer.data.keyed_hash import permutation
 from trainer.data.progress import progress_bar
 from trainer.data.shards.class_names import read_classes
+from trainer.data.shards.hold_out import with_hold_out
 from trainer.data.shards.index import Index, build_index, open_index
 from trainer.data.shards.labels import class_numbers
 from trainer.data.shards.layouts import read_source
@@ -41,6 +42,7 @@ def pack(
     labels: str | None = None,
     layout: str | None = None,
     name: str | None = None,
+    hold_out: float | None = None,
     seed: int = 0,
     shard_size: int = 128 << 20,
     workers: int = 4,
@@ -52,7 +54,8 @@ def pack(
     """Pack a source into `dst`: {split: its index}; shards `dst/SPLIT-000000.tar`, each about `shard_size` bytes of source.
 
     src: a folder or tar(.xz, .gz, .bz2) with one of the LAYOUTS, any folder or tar with `labels` (a file, see `label_table`), or
-    `sklearn:digits`. Sources with folders train/, val/, test/ give several splits, others one called `name` (default: train).
+    `sklearn:digits`. Sources with folders train/, val/, test/ give several splits, others one called `name` (default: train), of which
+    `hold_out` takes that share as `validation`, see `with_hold_out`.
     Splits packed into one `dst` share the order of classes. Images keep their bytes unless
     `short_side` (shrink to it, bicubic) or `quality` (JPEG, default 90) is given; the index records it. show: gets the layout, then what
     each split holds, line by line.
@@ -68,7 +71,7 @@ def pack(
     source = read_source(str(src), labels, name, seed, dst, layout)
     for line in (f"layout {source.found}", *source.notes):
         show(line)
-    splits = source.splits
+    splits = source.splits if hold_out is None else with_hold_out(source.splits, hold_out, seed)
     number = _classes(dst, splits, source.numbers)
     packing = "" if short_side is None and quality is None else f"short side {short_side}, JPEG quality {quality or 90}"
     indexes = {}
