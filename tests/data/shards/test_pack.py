@@ -94,6 +94,23 @@ def test_flat_images_with_a_label_file(tmp_path: Path, kind: str, lines: str) ->
     assert content(index) == {f"val_{i:03d}": (jpeg(i), CLASSES[i % 3]) for i in range(6)}
 
 
+def test_a_test_folder_without_labels_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As competitions have it: train/ID.jpg, test/ID.jpg, labels.csv. One label for it, and the others are missed."""
+    src = write_folder(
+        tmp_path / "src", {f"train/{i}.jpg": jpeg(i) for i in range(6)} | {f"test/{i}.jpg": jpeg(i) for i in (7, 8)}
+    )
+    labels = tmp_path / "labels.csv"
+    labels.write_text("id,breed\n" + "".join(f"{i},{CLASSES[i % 3]}\n" for i in range(6)))
+    splits = pack(str(src), tmp_path / "out", labels=str(labels), hold_out=0.5, progress=False, show=print)
+    assert {name: len(index) for name, index in splits.items()} == {"train": 3, "validation": 3}
+    assert "test: 2 images in test/ have no labels and are left out" in capsys.readouterr().out
+    labels.write_text(labels.read_text() + "8,cat\n")
+    with pytest.raises(
+        DataError, match=r"no label for '7' and 0 more of 2 images; add their lines, or pack the folder of the others"
+    ):
+        pack(str(src), tmp_path / "again", labels=str(labels), progress=False)
+
+
 def test_splits_share_the_order_of_classes(tmp_path: Path) -> None:
     files = {f"train/{k}": v for k, v in FOLDERS.items()} | {"test/cat/a.png": encoded(picture(99), "PNG")}
     indexes = pack(str(write_folder(tmp_path / "src", files)), tmp_path / "out", progress=False)

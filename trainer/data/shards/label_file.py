@@ -17,6 +17,10 @@ _BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: \1(?: -?\d+){4})*")  # Kaggle's LOC_
 _NUMBER = re.compile("[0-9]{1,20}")  # int() fails at 4300 digits; too large a class is refused later
 
 
+class NoLabels(DataError):
+    """No image of a split has a line in the file of labels."""
+
+
 class _Line(NamedTuple):
     """name, label: None where the line has one column. words: their number in a line separated by blanks, else 0."""
 
@@ -31,8 +35,8 @@ def label_table(path: Path, keys: list[str]) -> dict[str, str]:
 
     A line with a tab is split at tabs, else one with a comma at commas (with CSV's quotes), else at blanks; with tabs and
     commas, the third and later columns are ignored. A name may have an extension, and more or fewer folders than the key if only
-    one image matches. Lines of other images (a heading) are ignored. Raises DataError: no label, two different labels or an
-    ambiguous name for a key.
+    one image matches. Lines of other images (a heading) are ignored. Raises DataError: no label (for all keys: NoLabels), two different
+    labels or an ambiguous name for a key.
     """
     if not path.is_file():
         raise DataError(f"labels {path}: no such file")
@@ -94,7 +98,11 @@ def _by_name(path: str, lines: list[_Line], keys: list[str]) -> dict[str, str]:
                 table |= _matched(path, lines, left, Counter(p for key in every for p in of_key(key)), stems, of_name, of_key)
     unknown = [key for key in every if key not in table]
     if unknown:
-        raise DataError(f"labels {path}: no label for {unknown[0]!r} and {len(unknown) - 1} more of {len(keys)} images")
+        kind = NoLabels if len(unknown) == len(every) else DataError
+        raise kind(
+            f"labels {path}: no label for {unknown[0]!r} and {len(unknown) - 1} more of {len(keys)} images; add their lines, or pack the "
+            "folder of the others alone"
+        )
     return table
 
 

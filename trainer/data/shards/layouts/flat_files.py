@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.data.errors import DataError
-from trainer.data.shards.label_file import label_table
-from trainer.data.shards.layouts.layout import Contents, Layout, Options, by_split
+from trainer.data.shards.label_file import NoLabels, label_table
+from trainer.data.shards.layouts.layout import Contents, Layout, Options, by_split, without_labels
 from trainer.data.shards.source_files import SourceFiles
 from trainer.data.shards.source_image import Labelled, with_keys
 
@@ -32,12 +32,20 @@ def _read(files: SourceFiles, options: Options) -> Contents:
 
 
 def read_with_labels(files: SourceFiles, options: Options) -> Contents:
-    """Images of any folders; labels come from the file `options.labels`, see `label_table`."""
-    splits = {}
-    for split, parts in by_split(files, options, keep_last=False).items():
-        table = label_table(Path(options.labels or ""), [p.name().rpartition(".")[0] for p in parts])
+    """Images of any folders; labels come from the file `options.labels`, see `label_table`. A folder test/ beside others may have none, as
+    in competitions: it is left out."""
+    splits, notes = {}, []
+    found = by_split(files, options, keep_last=False)
+    for split, parts in found.items():
+        try:
+            table = label_table(Path(options.labels or ""), [p.name().rpartition(".")[0] for p in parts])
+        except NoLabels:
+            if split != "test" or len(found) == 1:
+                raise
+            notes.append(without_labels(split, len(parts), "test/"))
+            continue
         splits[split] = with_keys(files.src, [Labelled(p.found, p.name(), table[p.name().rpartition(".")[0]]) for p in parts])
-    return Contents(splits)
+    return Contents(splits, notes)
 
 
 LAYOUT = Layout("flat_files", "CLASS_name.jpg without folders", _recognise, _read, general=True)
