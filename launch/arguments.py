@@ -35,7 +35,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     for word in rest:
         if word.startswith("-"):
             flags = [flag for action in commands.choices[found.command]._actions for flag in action.option_strings]
-            raise LaunchError(f"{word}: unknown flag{near(word.partition('=')[0], flags)}")
+            setting = f"; a setting is written without dashes: {word.lstrip('-')}" if "=" in word else ""
+            raise LaunchError(f"{word}: unknown flag{near(word.partition('=')[0], flags)}{setting}")
     if found.command == "sweep":
         found.config = [word for word in found.words if "=" not in word]
         found.overrides = [word for word in found.words if "=" in word]

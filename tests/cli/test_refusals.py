@@ -191,3 +191,20 @@ def test_where_no_result_can_be_written_the_work_does_not_begin(
     Path("file").write_text("x")
     assert message.format(here=tmp_path) in refused(capsys, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"] and Path("file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        ("train c.yaml --epochs=3", "--epochs=3; a setting is written without dashes: epochs=3\n"),
+        ("train c.yaml --lr 3", "--lr 3; a setting is written without dashes: optim.lr=VALUE\n"),
+        ("bench step c.yaml --optim.lr=1", "--optim.lr=1; a setting is written without dashes: optim.lr=1\n"),
+        ("train c.yaml --chek", "--chek; did you mean --check?\n"),
+        ("report run --epochs=3", "--epochs=3\n"),
+        ("train c.yaml -x", "-x\n"),
+    ],
+)
+def test_an_unknown_option_names_the_setting_or_option_that_is_meant(words: str, end: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {end}")

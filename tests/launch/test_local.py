@@ -65,6 +65,7 @@ def test_a_machine_gives_one_process_per_gpu_or_two_on_cpu():
     [
         ("locl c.yaml", ["'locl'", "did you mean 'local'?"]),
         ("local c.yaml --proceses 2", ["--proceses", "did you mean '--processes'?"]),
+        ("local c.yaml --epochs=3", ["--epochs=3", "a setting is written without dashes: epochs=3"]),
         ("local c.yaml --dryrun", ["--dryrun", "--dry-run"]),
         ("local c.yaml lr", ["'lr': not a setting", "optim.lr=1e-3"]),
         ("local c.yaml --processes two", ["--processes", "two"]),

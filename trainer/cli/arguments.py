@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from functools import partial
 from typing import Any
@@ -37,11 +38,29 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     words = ["--allow-pipe" if word == "data.allow_pipe=true" else word for word in (sys.argv[1:] if words is None else words)]
     # overrides may follow an option: `train CONFIG --resume optim.lr=...`
     arguments, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+    settings, wrong = hasattr(arguments, "overrides"), next((word for word in rest if word.startswith("-")), None)
+    if wrong is not None:
+        usage = commands.choices[arguments.command.partition(" ")[0]].format_usage()
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_meant(wrong, re.findall(r'--[a-z-]+', usage), settings)}")
+    if rest and not settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _meant(word: str, options: list[str], settings: bool) -> str:
+    """What may be meant by an unknown option: a setting written as one, or another option of the command."""
+    from trainer.config.errors import did_you_mean
+    from trainer.config.reference import all_keys
+
+    name, _, value = word.lstrip("-").partition("=")
+    keys = [key.name for key in all_keys()]
+    found = next((key for key in keys if settings and name in (key, key.rpartition(".")[2])), None)
+    if found:
+        return f"; a setting is written without dashes: {found}={value or 'VALUE'}"
+    near = did_you_mean(f"--{name}", options)
+    return f"; {near}" if near else ""
 
 
 def _add_training(commands: Any) -> None:

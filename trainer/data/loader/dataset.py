@@ -80,7 +80,7 @@ def class_warnings(train: Index, validation: Index, classes: int) -> list[str]:
         found.append(
             f"data.train contains {len(shared)} of the {len(validation.shards)} shards of data.validation "
             f"({listed(shard['name'] for shard in shared)}): {images:,} of its {len(validation):,} images are trained with; name the "
-            "training shards alone in data.train"
+            "training shards alone in data.train, or pack other images for validation"
         )
     if len(asked := np.unique(validation.labels)) == 1:
         found.append(f"all {len(validation):,} validation images have the label {_name(validation, asked[0])}")
