@@ -97,6 +97,18 @@ def test_a_file_that_differs_is_not_written(run: str, monkeypatch: pytest.Monkey
     assert not list(Path().glob("*onnx*"))
 
 
+def test_a_density_that_the_run_has_not_is_refused_before_the_trace(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As one message, not as the end of torch.onnx's."""
+    loaded = onnx_file.load_exported(WEIGHTS)
+    loaded.tokens = load("c.yaml", ["tokens.method=all", "plan.method=constant"]).tokens
+    monkeypatch.setattr(onnx_file, "load_exported", lambda _: loaded)
+    assert main(["export", run, "out.onnx", "--density", ".5"]) == 2
+    wanted = "trilevel: run: density=0.5 with tokens.method=all, which has no density; take density 1, or a run with topk\n"
+    assert capsys.readouterr().err == wanted and not list(Path().glob("*onnx*"))
+
+
 def test_what_cannot_be_is_refused(run: str, capsys: Any) -> None:
     for words, message in (
         (["out.onnx"], "an ONNX file has one density; add --density"),

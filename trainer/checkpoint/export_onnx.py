@@ -71,6 +71,8 @@ def export_onnx(
     int8 = None
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx-") as folder:
         network = load_exported(export(run, Path(folder) / "weights.safetensors", which, ema, form).path)
+        network.source = str(run)  # for messages; its file is gone after this
+        network.refuse_density(density)
         size = network.image_size
         whole, written = AtDensity(network, density).eval(), Path(folder) / "model.onnx"
         write(whole, torch.zeros(2, 3, size, size), written)

@@ -52,14 +52,7 @@ class AnyDensity(nn.Module):
         for images that the network cannot take."""
         if not torch.compiler.is_compiling():
             self._refuse(images)
-        if isinstance(density, bool) or not isinstance(density, (int, float)):
-            raise ConfigError(f"density={density!r}: must be a number in (0, 1]")
-        if not 0.0 < density <= 1.0:
-            raise ConfigError(f"density={density:g}: must be in (0, 1]")
-        if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
-            raise ConfigError(
-                f"{self.source}: density={density:g} with tokens.method={self.tokens.method}, which has no density; export a run with topk"
-            )
+        self.refuse_density(density)
         if adaptive:
             if self._refused:
                 raise ConfigError(self._refused)
@@ -70,6 +63,18 @@ class AnyDensity(nn.Module):
                 )
             return self._adaptive(images, self.thresholds.mass(density)).logits
         return self.model(images, Plan(keep_tokens=density)).logits
+
+    def refuse_density(self, density: float) -> None:
+        """Raises ConfigError for a density that is not there."""
+        if isinstance(density, bool) or not isinstance(density, (int, float)):
+            raise ConfigError(f"density={density!r}: must be a number in (0, 1]")
+        if not 0.0 < density <= 1.0:
+            raise ConfigError(f"density={density:g}: must be in (0, 1]")
+        if density < 1.0 and (self.tokens.settings.off or self.tokens.settings.fixed_by):
+            raise ConfigError(
+                f"{self.source}: density={density:g} with tokens.method={self.tokens.method}, which has no density; take density 1, or a "
+                "run with topk"
+            )
 
     def _refuse(self, images: Tensor) -> None:
         """Raises ConfigError for images of another shape or type than those of the network."""
