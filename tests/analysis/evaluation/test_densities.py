@@ -184,7 +184,7 @@ def test_one_set_of_weights_at_many_densities(
     assert "the CONFIG these weights were trained with" in capsys.readouterr().err
     assert main(["eval", "timm:deit_tiny_patch16_224", "c.yaml"]) == 2
     assert "model.classes=4: timm:" in capsys.readouterr().err
-    assert main(["eval", "weights.safetensors"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
+    assert main(["eval", "weights.safetensors"]) == 2 and "names no images; add a CONFIG" in capsys.readouterr().err
     assert main(["eval", "timm:vit_tinny_patch16_224", "c.yaml"]) == 2
     assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err
 

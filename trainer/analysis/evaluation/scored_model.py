@@ -42,7 +42,9 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
         config = config or load_run(path, overrides)
         path = run_weights(path, f"{command} {path}")
     if config is None:
-        raise ConfigError(f"{command} {model}: a weights file names no images; add a CONFIG with its data and model, e.g. runs/NAME/config.yaml")
+        raise ConfigError(
+            f"{command} {model}: a weights file names no images; add a CONFIG with its data and model, e.g. runs/NAME/config.yaml"
+        )
     state, about = weights.load_weights(path), thresholds.header(path) if path.suffix == ".safetensors" else {}
     with naming(path):  # of `export --compact` and `--blocks`: another mlp_ratio, layers of several sizes, stored blocks
         args = json.loads(about["args"]) if about.get("model") == config.model.name and "args" in about else config.model.args
