@@ -58,9 +58,8 @@ def refuse_density(density: float, num: int, least: int = LEAST) -> None:
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density={density:g}: must be in (0, 1]")
     if density * num < min(least, num):
-        raise ValueError(
-            f"density={density:g} of {num} tokens is less than the {least} that every image keeps; use at least {min(least, num) / num:.3g}"
-        )
+        remedy = f"use at least {least / num:.3g}" if least < num else "take a network with more patches"
+        raise ValueError(f"density={density:g} of {num} tokens is less than the {least} that every image keeps; {remedy}")
 
 
 def threshold_for(mass: Tensor, density: float, least: int = LEAST, steps: int = 60) -> Threshold:

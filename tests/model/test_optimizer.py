@@ -126,6 +126,10 @@ def test_freezing_what_is_not_there_or_everything_is_refused():
     with pytest.raises(ConfigError, match=r"optim.freeze=9: this network has \d blocks; freeze at most \d"):
         build_optimizer(vit(), OptimConfig(freeze=9))
     with pytest.raises(
+        ConfigError, match=r"optim.freeze='blok.*': no parameter of the network has such a name; did you mean blocks.\*"
+    ):
+        build_optimizer(vit(), OptimConfig(freeze=("blok.*",)))
+    with pytest.raises(
         ConfigError, match=r"optim.freeze='pos_embedd': no parameter of the network has such a name; did you mean pos_embed"
     ):
         build_optimizer(vit(), OptimConfig(freeze=("head.*", "pos_embedd")))

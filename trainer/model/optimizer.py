@@ -80,7 +80,8 @@ def frozen(network: nn.Module, what: int | tuple[str, ...]) -> set[str]:
     else:
         for pattern in what:
             if not fnmatch.filter(names, pattern):
-                hint = did_you_mean(pattern, names, number=3) or f"names are those of timm, e.g. {names[0]}"
+                groups = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in names)
+                hint = did_you_mean(pattern, [*names, *groups], number=3) or f"names are those of timm, e.g. {names[0]}"
                 raise ConfigError(f"optim.freeze={pattern!r}: no parameter of the network has such a name; {hint}")
         found = {name for pattern in what for name in fnmatch.filter(names, pattern)}
     if len(found) == len(names):

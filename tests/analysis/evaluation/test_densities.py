@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import yaml
 
 from sparsity.types import DENSE, ModelOutput, Plan
 from tests.support import images as drawn
+from tests.support.journals import write as write_journal
 from trainer.__main__ import main
 from trainer.analysis.evaluation.adaptive_model import adaptive_model
 from trainer.analysis.evaluation.densities import score
+from trainer.analysis.evaluation.notes import class_notes
 from trainer.config.errors import ConfigError
 from trainer.data.loader.build import validation_set
 from trainer.data.shards.index import build_index, open_index
@@ -206,6 +209,22 @@ def test_a_run_is_scored_under_its_own_plan_too(shards: str, tmp_path: Path) -> 
     assert found[-1].scores.per_class == alone.scores.per_class and found[-1].gmacs == alone.gmacs
     own = score(str(tmp_path), None, [0.5], ["connections.method=all"]).rows
     assert len(own) == 1, "the density is the run's own plan"
+
+
+def test_images_with_other_class_names_than_the_runs_are_named(tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat"]
+
+    def notes(trained: list[str], here: list[str]) -> list[str]:
+        run = tmp_path / "-".join([*trained, "in", *here])
+        write_journal(run, [{"kind": "start", "time": 1.0, "attempt": 0, "classes": trained}])
+        return list(class_notes(run, SimpleNamespace(classes=here)))  # pyright: ignore[reportArgumentType]
+
+    assert notes(names, names) == notes([], names) == notes(["0", "1", "2"], ["0", "1"]) == []
+    assert list(class_notes(tmp_path, None)) == list(class_notes(None, None)) == []  # pyright: ignore[reportArgumentType]
+    (found,) = notes(names, ["ant", "cat"])
+    assert "the run has 3, these images 2; class 1 is 'bee' in the run and 'cat' here. Scores compare class numbers" in found
+    assert "the run has 3, these images 2. Scores" in notes(names, ["ant", "bee"])[0]
+    assert "class 0 is 'ant' in the run and '0' here" in notes(names, ["0", "1", "2"])[0]
 
 
 def test_tokens_of_a_swin_are_those_after_its_last_selection_and_a_resnet_has_none(shards: str, tmp_path: Path) -> None:

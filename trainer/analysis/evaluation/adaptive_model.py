@@ -38,7 +38,8 @@ def calibrated(source: Path | None, config: Config, adaptive: AdaptiveViT) -> Th
     found = thresholds.read(source) if source is not None else None
     if found is None:
         raise ConfigError(
-            f"--adaptive: {source or config.model.name} has no mass thresholds; run trilevel calibrate MODEL --density .5"
+            f"--adaptive: {source or config.model.name} has no mass thresholds; run trilevel calibrate {source or 'MODEL'} with the same "
+            "--density"
         )
     found.refuse_other(weights_hash(adaptive.model.network.state_dict()), adaptive, str(source))
     return found

@@ -15,7 +15,7 @@ from sparsity.network import SparseNetwork
 from sparsity.tokens.scores import ranked
 from sparsity.types import DENSE, Plan
 from trainer.analysis.evaluation.adaptive_model import adaptive_model, calibrated
-from trainer.analysis.evaluation.notes import mass_notes, origin_notes
+from trainer.analysis.evaluation.notes import class_notes, mass_notes, origin_notes
 from trainer.analysis.evaluation.passes import AdaptivePasses, ChosenPasses, Passes, RandomPasses
 from trainer.analysis.evaluation.precision import Computed
 from trainer.analysis.evaluation.scored_model import scored_model
@@ -144,7 +144,7 @@ def score(
         passes.append(Passes(OWN, network, own))
     rows = [evaluation.row(one) for one in passes]
     found = [one for one in passes if isinstance(one, AdaptivePasses)]
-    notes = [*origin_notes(origin(source), config, network, densities or ())]
+    notes = [*class_notes(source, evaluation.index), *origin_notes(origin(source), config, network, densities or ())]
     if thresholds is not None:
         means = [(row.density, row.tokens) for row in rows if row.selection == MASS]
         notes += mass_notes(thresholds, evaluation.computed, network, means)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from sparsity.network import SparseNetwork
 from sparsity.tokens.mass import TOLERANCE
 from trainer.analysis.evaluation.precision import Computed
 from trainer.config.run_config import Config
+from trainer.data.shards.index import Index
+from trainer.data.shards.one_based import numbered
+from trainer.journal.reader import FILE, read
 from trainer.model.origin import Origin
 from trainer.model.thresholds import Thresholds
 
@@ -22,6 +26,21 @@ def origin_notes(of: Origin, config: Config, network: SparseNetwork, densities: 
     if outside := [f"{density:g}" for density in densities if not low <= density <= high]:
         trained = f"{low:g} to {high:g}" if low < high else f"{low:g} alone"
         yield f"density {', '.join(outside)}: outside of those in training, {trained}"
+
+
+def class_notes(source: Path | None, index: Index) -> Iterator[str]:
+    """Whether the images have other class names than those of the run directory `source`: labels are compared by number."""
+    if source is None or not (source / FILE).is_file():
+        return
+    trained: list[str] = next((line.get("classes") or [] for line in read(source) if line["kind"] == "start"), [])
+    if not trained or trained == index.classes or (numbered(index) and trained == [str(i) for i in range(len(trained))]):
+        return
+    label = next((i for i, pair in enumerate(zip(trained, index.classes, strict=False)) if pair[0] != pair[1]), None)
+    where = "" if label is None else f"; class {label} is {trained[label]!r} in the run and {index.classes[label]!r} here"
+    yield (
+        f"other classes: the run has {len(trained)}, these images {len(index.classes)}{where}. Scores compare class numbers; pack the "
+        "images into a folder with the run's classes.txt"
+    )
 
 
 def mass_notes(

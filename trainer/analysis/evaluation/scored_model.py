@@ -35,6 +35,8 @@ def scored_model(model: str, config: Config | None, overrides: list[str], comman
             raise ConfigError(f"{command} {model}: no shards given; add a CONFIG with data.train and data.validation")
         config = _as_timm_evaluates(config, model.removeprefix("timm:"))
         return ScoredModel(config, build_model(config), None)
+    if model.endswith(".onnx"):
+        raise ConfigError(f"{command} {model}: an ONNX file; give the run it was exported from, or a safetensors file")
     source = path = Path(model)
     if not path.exists():
         raise ConfigError(f"{command} {model}: no such file; give a run directory, a weights file or timm:NAME")
