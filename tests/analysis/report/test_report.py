@@ -10,12 +10,13 @@ from urllib.parse import unquote
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console as Terminal
 
 from tests.support.journals import START, lines, write
 from trainer.analysis.history import history
 from trainer.analysis.mlflow_pages import page_of_comparison, page_of_run
-from trainer.analysis.report.picture import picture
+from trainer.analysis.report.picture import draw_kept, picture
 from trainer.analysis.report.summary import summary
 from trainer.journal.file import JournalError
 
@@ -75,6 +76,17 @@ def test_killed_and_resumed_run_counts_the_lineage_once(tmp_path: Path):
     assert hours[0] > hours[1], "of lost steps too: they were paid for"
     assert rows == expected
     assert history(run).last.trained == pytest.approx(12) and history(run).last.elapsed == pytest.approx(14)
+
+
+def test_the_kept_share_of_weights_is_drawn_too(tmp_path: Path):
+    whole = list(lines())
+    pruned = {"kind": "weights", "time": whole[-1]["time"], "attempt": 0, "step": 30, "kept": 0.25}
+    for run, expected in ((whole, ()), ([*whole[:-1], pruned, whole[-1]], ("weights",))):
+        axes = Figure().subplots()
+        draw_kept(axes, history(write(tmp_path / str(len(run)), run)), 1.0)
+        curves = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+        assert tuple(curves) == ("examples", "tokens", "connections", *expected)
+        assert curves.get("weights", [100, 25, 25]) == [100, 25, 25]
 
 
 def test_an_attempt_that_failed_before_its_start_line_counts_its_devices_alone(tmp_path: Path):

@@ -18,7 +18,9 @@ from trainer.storage.disk import atomic_write
 from trainer.storage.text import plot_text
 
 PICTURE = "report.png"
-KEPT = {"examples": BLUE, "tokens": ORANGE, "connections": GREEN}
+KEPT = ("examples", "tokens", "connections")
+COLORS: dict[str, str] = dict(zip((*KEPT, "weights"), (BLUE, ORANGE, GREEN, PURPLE), strict=True))
+LINES = ("-", "--", ":", "-.")
 
 
 def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
@@ -31,7 +33,7 @@ def picture(run: Path | str | History, path: Path | str | None = None) -> Path:
     scale, unit = time_unit(run.last.elapsed)
     _draw_accuracy(top, run, scale)
     _draw_throughput(middle, run, scale)
-    _draw_kept(bottom, run, scale)
+    draw_kept(bottom, run, scale)
     for axes in (top, middle, bottom):
         plain(axes)
     bottom.set_xlim(0, max(run.last.elapsed / scale, 1e-3))
@@ -94,21 +96,22 @@ def draw_throughput(axes: Axes, run: History, scale: float, color: str, label: s
     return float(np.percentile(y, 99))
 
 
-def _draw_kept(axes: Axes, run: History, scale: float) -> None:
-    end, drawn = run.last.elapsed / scale, 0
-    for kept, color in KEPT.items():
-        shares = run.shares(kept)
-        if shares:
-            x = [0.0, *(point.elapsed / scale for point, _ in shares[1:]), end]
-            y = [100 * share for _, share in shares]
-            axes.step(x, [*y, y[-1]], where="post", color=color, linewidth=2, linestyle=("-", "--", ":")[drawn], label=kept)
-            drawn += 1
+def draw_kept(axes: Axes, run: History, scale: float) -> None:
+    """Kept shares in % over time, of the weights too in runs with level 4; scale: seconds of a unit of the axis."""
+    end = run.last.elapsed / scale
+    curves = {kept: [(point.elapsed, share) for point, share in run.shares(kept)] for kept in KEPT}
+    curves = {kept: [(0.0, found[0][1]), *found[1:]] for kept, found in curves.items() if found}
+    if weights := run.of("weights"):
+        curves["weights"] = [(0.0, 1.0), *((point.elapsed, point["kept"]) for point in weights)]
+    for (kept, found), line in zip(curves.items(), LINES, strict=False):
+        x, y = [elapsed / scale for elapsed, _ in found], [100 * share for _, share in found]
+        axes.step([*x, end], [*y, y[-1]], where="post", color=COLORS[kept], linewidth=2, linestyle=line, label=kept)
     axes.set_ylabel("kept (%)")
-    if not drawn:
+    if not curves:
         _nothing(axes, "no keep ratios logged")
         return
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False, loc="lower left", ncols=3)
+    axes.legend(frameon=False, loc="lower left", ncols=4)
 
 
 def _running(values: np.ndarray, reach: int, mean: Callable[[Any], Any]) -> np.ndarray:
