@@ -14,6 +14,7 @@ from torch import nn
 from tests.support.vits import FAMILIES, images
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse
+from trainer.config.run_config import ELEMENTWISE
 from trainer.config.schema import OptimConfig
 from trainer.model.build import build_schedule
 from trainer.model.ema import Ema
@@ -216,6 +217,24 @@ def test_on_a_gpu_the_fused_step_is_the_default_where_there_is_one(monkeypatch: 
     assert not fused()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert fused() == has and not fused(fused=False)
+
+
+@pytest.mark.parametrize("name", [*sorted(ELEMENTWISE), "cadamw", "clion", "lamb"])
+def test_only_optimizers_that_update_each_weight_by_itself_may_be_cut_by_zero(name: str):
+    """Three steps of two parameters, and of one flat partition that holds both."""
+
+    def stepped(*parts: torch.Tensor) -> torch.Tensor:
+        parameters = [nn.Parameter(part.clone()) for part in parts]
+        optimizer = create_optimizer_v2(parameters, opt=name, lr=0.01, weight_decay=0.05)
+        for step in range(3):
+            gradient = torch.randn(17, generator=torch.Generator().manual_seed(step)).split([len(p) for p in parameters])
+            for parameter, part in zip(parameters, gradient, strict=True):
+                parameter.grad = part.clone()
+            optimizer.step()
+        return torch.cat([p.detach() for p in parameters])
+
+    values = torch.linspace(-1, 2, 17)
+    assert torch.allclose(stepped(values[:12], values[12:]), stepped(values), rtol=0, atol=1e-7) == (name in ELEMENTWISE)
 
 
 def test_average_accumulates_in_float32_where_weights_are_bf16():

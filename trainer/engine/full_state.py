@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.engine.errors import EngineError
+from trainer.engine.optimizer_numbers import COUNTS, ON_HOST, decoded, encoded, is_number, numbers_of
 from trainer.engine.partition import drop_gathered, gathered, is_pieces
 from trainer.storage.host_copies import HostCopies
 
-GROUP_STEP = "group.step"
+GROUP = "group."  # begin of the keys of numbers in the parameter groups
 Change = Callable[[str, Tensor, int], Tensor]
 """name of a parameter, some of its elements (flat), index of the first one in the flattened parameter -> their new values."""
 
@@ -47,22 +48,20 @@ class FullState:
         """The optimizer's state by parameter, unsharded and independent of the world size: {"name|key": tensor}; collective.
 
         DeepSpeed keeps it in flat partitions per rank. Naming it by parameter instead makes a checkpoint elastic (any world
-        size, any ZeRO stage) without a conversion, and readable without pickle. Scalars (step counts) are "|key".
+        size, any ZeRO stage) without a conversion, and readable without pickle. Numbers (step counts) are "|key", see `numbers_of`.
         """
         self._link()
         base = self._base_optimizer()
         first = base.state.get(self._holders()[0], {})
-        scalars = {key: value for key, value in first.items() if torch.as_tensor(value).ndim == 0}
-        if "step" in base.param_groups[0]:  # timm's LAMB keeps its step count there
-            scalars[GROUP_STEP] = base.param_groups[0]["step"]
-        copies = copies or HostCopies()
-        state = {f"|{key}": torch.as_tensor(value).detach().cpu().clone() for key, value in scalars.items()}
-        for name, parameter in self.module.named_parameters():
-            holder = (
-                first if is_pieces(parameter) else base.state.get(parameter, {})
-            )  # whole parameters may differ in what they keep
-            keys = sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
-            for key in keys if parameter.requires_grad else []:
+        trained = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        # whole parameters may differ in what they keep
+        own = {name: base.state[p] for name, p in trained.items() if not is_pieces(p) and base.state.get(p)}
+        copies, group = copies or HostCopies(), base.param_groups[0]
+        state = numbers_of(own, first)
+        state |= dict(encoded(f"|{GROUP}{key}", group[key]) for key in COUNTS if key in group)
+        for name, parameter in trained.items():
+            holder = first if is_pieces(parameter) else own.get(name, {})
+            for key in sorted(key for key, value in holder.items() if not is_number(value)):
                 whole = self._whole(parameter, key)
                 if self.rank == 0:
                     state[f"{name}|{key}"] = copies(f"{name}|{key}", whole)
@@ -71,13 +70,17 @@ class FullState:
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Load the output of `weights` and `optimizer_state`, for any world size. Raises EngineError for a missing weight."""
-        scalars = {name[1:]: value for name, value in optimizer.items() if name.startswith("|")}
-        keys = sorted({name.split("|")[1] for name in optimizer} - set(scalars))
-        if GROUP_STEP in scalars:
-            count = scalars.pop(GROUP_STEP)
-            for group in self._base_optimizer().param_groups:
-                group["step"] = count.clone()
-        self._make_state(keys, scalars)
+        states: dict[str, dict[str, Any]] = {}  # "" : the numbers that parameters share
+        for full, value in optimizer.items():
+            name, _, key = full.partition("|")
+            key, found = decoded(key, value)
+            states.setdefault(name, {})[key] = found
+        shared = states.pop("", {})
+        for key in COUNTS:
+            if (count := shared.pop(f"{GROUP}{key}", None)) is not None:
+                for group in self._base_optimizer().param_groups:
+                    group[key] = count.clone() if isinstance(count, Tensor) else count
+        self._make_state(shared, states)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 if name in weights:
@@ -86,8 +89,8 @@ class FullState:
                 if name not in weights:
                     raise EngineError(f"checkpoint has no weight {name!r}: it belongs to another model; check model.*")
                 self._put(parameter, weights[name].to(self.device))
-                for key in keys:
-                    if (value := optimizer.get(f"{name}|{key}")) is not None:
+                for key, value in states.get(name, {}).items() if is_pieces(parameter) else ():
+                    if not is_number(value) or parameter.ndim == 0:
                         self._put(parameter, value.to(self.device), key)
 
     def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -117,7 +120,8 @@ class FullState:
             return []  # ZeRO 1, 2: no element of it is on this rank
         base = self._base_optimizer()
         holder = base.state.get(self._holders()[0] if hasattr(parameter, "ds_id") else parameter, {})
-        return sorted(key for key, value in holder.items() if torch.as_tensor(value).ndim > 0)
+        same = hasattr(parameter, "ds_id")  # of flat partitions
+        return sorted(key for key, value in holder.items() if not is_number(value) and (same or value.shape == parameter.shape))
 
     def _change(self, name: str, parameter: Any, change: Change, key: str | None) -> None:
         if hasattr(parameter, "ds_id"):
@@ -152,8 +156,10 @@ class FullState:
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         inner = self.optimizer
-        while hasattr(inner, "optimizer"):
-            inner = inner.optimizer
+        while (
+            below := getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)
+        ) is not None:  # of Lookahead
+            inner = below
         return inner
 
     def _holders(self) -> list[Tensor]:
@@ -163,15 +169,26 @@ class FullState:
         )  # ZeRO 3 keeps them out of the groups between steps
         return flat or [p for group in self._base_optimizer().param_groups for p in group["params"]]
 
-    def _make_state(self, keys: list[str], scalars: dict[str, Tensor]) -> None:
-        """Create the optimizer's state before its first step, so that it can be filled."""
-        base = self._base_optimizer()
+    def _make_state(self, shared: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
+        """Create the optimizer's state before its first step: of whole parameters as it was, of flat partitions to be filled."""
+        base, keys = self._base_optimizer(), {key for state in states.values() for key in state}
         # a step count lives where the optimizer's kernels look for it: on the device only if fused or capturable
         on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
+
+        def placed(key: str, value: Any, holder: Tensor) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.clone().to("cpu" if value.ndim == 0 and key in ON_HOST and not on_device else holder.device)
+
+        names = {id(p): name for name, p in self.module.named_parameters() if not is_pieces(p)}
+        everywhere = {key: value for key, value in shared.items() if key not in keys}
         for holder in self._holders():
-            state = base.state[holder]
-            state.update({key: torch.zeros_like(holder) for key in keys})
-            state.update({key: value.clone().to(holder.device if on_device else "cpu") for key, value in scalars.items()})
+            if id(holder) in names:
+                own = states.get(names[id(holder)], {})
+                found = everywhere | own if own or not states else {}  # else: it has had no gradient yet
+            else:
+                found = {key: torch.zeros_like(holder) for key in keys - shared.keys()} | shared
+            base.state[holder].update({key: placed(key, value, holder) for key, value in found.items()})
         self._link()
 
     def _link(self) -> None:
@@ -216,7 +233,5 @@ class FullState:
                 parameter.data.copy_(value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
-        elif key is None:
-            parameter.data.copy_(value)
         else:
-            self._base_optimizer().state[parameter][key].copy_(value)
+            parameter.data.copy_(value)  # its state was made with its values, see `_make_state`

@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.run_config import ELEMENTWISE
 from trainer.config.schema import OptimConfig
 from trainer.model import batch_norm
 
@@ -25,9 +26,10 @@ EMBEDDING = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed"
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer by name over all parameters of `model` (a SparseNetwork, or a timm model).
 
-    Raises ConfigError for a name unknown to timm, and for trainable parameters outside timm's groups.
+    Raises ConfigError for a name unknown to timm, one that cannot be used here, and for trainable parameters outside timm's groups.
     """
     refuse_unknown(settings.name)
+    _refuse_unusable(settings)
     network = getattr(model, "network", model)  # it has `no_weight_decay` and the layer groups
     freeze(network, settings.freeze)
     mine = {id(parameter) for parameter in network.parameters()}
@@ -136,6 +138,34 @@ def has_fused(name: str) -> bool:
 def _base(name: str) -> str:
     """`lookahead_adamw` -> `adamw`."""
     return name.lower().split("_")[-1]
+
+
+def _refuse_unusable(settings: OptimConfig) -> None:
+    """One step of two small parameters. Raises ConfigError for an optimizer that fails in it (another form of step, or a library or
+    device that is not here), and for one whose state a checkpoint cannot hold. The usual ones are not tried."""
+    if _base(settings.name) in ELEMENTWISE:
+        return
+    name, on_gpu = settings.name, settings.name.lower().startswith(("fused", "bnb")) and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), (4,))]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer = create_optimizer_v2(parameters, opt=name, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    except Exception as error:
+        raise ConfigError(
+            f"optim.name={name}: cannot be used here, a step fails with {type(error).__name__}: {error}; choose another, e.g. adamw"
+        ) from error
+    states = getattr(optimizer, "_base_optimizer", optimizer).state.values()
+    wrong = sorted(
+        {key for state in states for key, value in state.items() if not isinstance(value, Tensor | bool | int | float)}
+    )
+    if wrong:
+        raise ConfigError(
+            f"optim.name={name}: its state ({', '.join(wrong)}) is no tensor, so a checkpoint cannot hold it; choose another, e.g. adamw"
+        )
 
 
 def refuse_unknown(name: str) -> None:
