@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import ROOT, lines
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
+from trainer.model.build import build_schedule
+from trainer.preflight.check import check
 from trainer.preflight.estimate import MeasuredRates, estimate, read
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -39,6 +41,23 @@ def test_hours_follow_from_the_plateaus_and_devices_divide_them(config):
     assert one.bottleneck == four.bottleneck == "compute" and four.hours * four.devices == pytest.approx(one.hours)
     assert four.demand == pytest.approx(1000) and four.images_per_second * 4 == pytest.approx(STEPS * 64 / seconds * 4)
     assert one.demand == pytest.approx(1 / 0.001)
+
+
+def test_multiply_adds_are_those_of_the_steps_where_examples_and_plan_change_at_different_times(digits: Path):
+    """All examples for four epochs under a dense plan, then half of them at a quarter of the tokens."""
+    words = [
+        *settings(digits),
+        "examples={method: random_fixed, removed: 0.5, anneal: 0.5}",
+        "connections={}",
+        "tokens.keep=0.25",
+    ]
+    config = load(CONFIG, [*words, "plan={method: staircase, stairs: [[4ep, 0.25, 1.0]]}", "epochs=8", "optim.warmup=1ep"])
+    passes = {"ours": 0.001, "ours from epoch 0": 0.002, "against": 0.002}
+    costs = {plateau.stretch.start: plateau.multiply_adds for plateau in check(config, 1).plateaus}
+    shown = {epoch: 1438 - round(build_schedule(config).left_out(epoch) * 1438) for epoch in range(8)}
+    assert len(set(shown.values())) == 2
+    wanted = sum(64 * (images // 64) * costs[0.0 if epoch < 4 else 4.0] for epoch, images in shown.items())
+    assert estimate(config, MeasuredRates(passes), 1).multiply_adds == pytest.approx(wanted)
 
 
 def test_each_resource_can_be_the_bottleneck(config):

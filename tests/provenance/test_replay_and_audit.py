@@ -208,6 +208,19 @@ def test_lost_steps_of_a_killed_attempt_do_not_count(run: Path) -> None:
     assert audited(run).facts() == before.facts() and before.equal
 
 
+def test_an_attempt_that_was_killed_before_its_resume_line_cuts_nothing(run: Path) -> None:
+    before = audited(run)
+    path = run / "journal.jsonl"
+    found = [json.loads(text) for text in path.read_text().splitlines()]
+    second = next(i for i, line in enumerate(found) if line["attempt"] == 1)
+    found = [line | {"attempt": line["attempt"] + 1} if i >= second else line for i, line in enumerate(found)]
+    start = next(line for line in found if line["kind"] == "start" and line["attempt"] == 2)
+    found.insert(second, start | {"attempt": 1})
+    path.write_text("".join(json.dumps(line) + "\n" for line in found))
+    after = audited(run)
+    assert after.equal and after.epochs == before.epochs
+
+
 def test_broken_images_and_copies_are_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     build_index(images.write_shards(Path("drawn"), [30, 34], classes=2, broken={5, 40}), progress=False)

@@ -270,7 +270,7 @@ def test_a_run_that_ends_before_it_can_be_timed_reports_that() -> None:
 
     (line,) = reported(SPARSE)
     assert dense_baseline.describe(line).endswith(
-        "0.5, connections 1: not measured: training ended after 17 steps under this plan; at least 25 are needed"
+        "0.5, connections 1: not measured: training ended after 17 steps under this plan; at least 26 are needed"
     )
     assert reported(DENSE) == reported(SPARSE, control=0.0) == []
 

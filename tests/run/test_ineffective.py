@@ -91,7 +91,7 @@ def test_what_acts_is_neither_refused_nor_reported(changes: dict[str, Any]):
          "plan.length=100ep: at the end of epochs=8 the keep ratios are tokens 0.995, connections 1; the plan ends at 0.5, 1"),
         ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "1ep", "plateaus": 20}}, "the shortest plateau lasts 0.5 steps"),
         ({"tokens": TOKENS, "plan": {"method": "cosine", "length": "6ep"}, "control": 0.01},
-         "the longest plateau has 17 steps, timing dense passes needs 25"),
+         "the longest plateau has 17 steps, timing dense passes needs 26"),
         ({"weights": {"method": "admm"}}, "weights.method=admm: weights.keep=1, so all weights are kept; set weights.keep below 1"),
         ({"optim": {"ema": 0.999}}, "optim.ema=0.999 over 80 steps: 92% of the average is still the initial weights; set optim.ema<=0.96"),
         ({"optim": {"lr": 5e-6}}, "optim.min_lr=1e-05 is above optim.lr=5e-06: the learning rate rises to it; set optim.min_lr below"),

@@ -164,7 +164,8 @@ def _refuse_unusable(settings: OptimConfig) -> None:
     )
     if wrong:
         raise ConfigError(
-            f"optim.name={name}: its state ({', '.join(wrong)}) is no tensor, so a checkpoint cannot hold it; choose another, e.g. adamw"
+            f"optim.name={name}: a checkpoint holds tensors and numbers, its state ({', '.join(wrong)}) has others; choose another, e.g. "
+            "adamw"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sparsity.types import Plan
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_recorded
 from trainer.config.run_config import Config
@@ -148,7 +149,8 @@ def estimate(
     reduce = sent / (bandwidth * 1e9) if bandwidth else 0.0
     engine, load = bench.engine or 0.0, local * processes * (bench.decode or 0.0) / cores
     parts = dict.fromkeys(("compute", "loader", "engine", "all-reduce"), 0.0)
-    steps = total = 0.0
+    costs = {plateau.stretch.plan: plateau.multiply_adds for plateau in checked.plateaus}
+    steps = total = multiply_adds = 0.0
     fastest = float("inf")
     schedule = build_schedule(config)
     for segment in _segments(schedule, config.data.batch, checked.images, bench.passes):
@@ -157,6 +159,7 @@ def estimate(
         for name, seconds in zip(parts, (compute, load, engine, reduce), strict=True):
             parts[name] += segment.steps * seconds
         steps, total, fastest = steps + segment.steps, total + segment.steps * one, min(fastest, one)
+        multiply_adds += segment.steps * config.data.batch * costs[segment.plan]
     images, demand = steps * config.data.batch, config.data.batch / fastest / nodes
     size = float(index.length.mean()) if len(index) else 0.0
     return Estimate(
@@ -164,7 +167,7 @@ def estimate(
         parts={name: seconds / 3600 for name, seconds in parts.items()}, images_per_second=images / total / nodes,
         demand=demand, bytes_per_second=demand * size, cores=cores,
         supply=cores / bench.decode if bench.decode else None,
-        multiply_adds=sum(p.epochs / config.epochs * images * p.multiply_adds for p in checked.plateaus),
+        multiply_adds=multiply_adds,
         notes=(
             *_notes(bench, nodes, world, bandwidth, "" if schedule.shares_known else config.examples.method),
             *_probe_note(config), *_teacher_note(checked),
@@ -217,6 +220,7 @@ class _Segment:
 
     steps: float
     passes: float
+    plan: Plan
 
 
 def _segments(schedule: Schedule, batch: int, examples: int, passes: dict[str, float]) -> list[_Segment]:
@@ -232,7 +236,7 @@ def _segments(schedule: Schedule, batch: int, examples: int, passes: dict[str, f
         for epoch in range(int(stretch.start), -(-int(stretch.end * 1e6) // 10**6)):
             inside = max(0.0, min(stretch.end, epoch + 1) - max(stretch.start, epoch))
             shown = examples - round(schedule.left_out(epoch) * examples)
-            found.append(_Segment(stretch.share * inside * (shown // batch), passes[row]))
+            found.append(_Segment(stretch.share * inside * (shown // batch), passes[row], stretch.plan))
     return found
 
 

@@ -21,7 +21,7 @@ from trainer.data.keyed_hash import row_keys
 from trainer.data.loader.dataset import opened
 from trainer.data.order import EpochOrder, Layout, Rows
 from trainer.data.shards.index import Index
-from trainer.journal.reader import read
+from trainer.journal.reader import cuts, read
 from trainer.provenance import kept_lists as kept
 
 
@@ -98,22 +98,19 @@ class RecordedRun:
 
     def surviving_steps(self) -> dict[int, tuple[int, int]]:
         """{attempt: (step it resumed from, its last step in the lineage)}, without attempts that have no step in the lineage."""
-        begin: dict[int, int] = {}
+        resumed = cuts(self.lines)  # without attempts that were killed between their start line and their resume line
         worked: dict[int, int] = {}
         for line in self.lines:
-            if line["kind"] == "start":
-                begin[line["attempt"]] = 0
-            elif line["kind"] == "resume":
-                begin[line["attempt"]] = line["step"]
-            elif line["kind"] == "step":
+            if line["kind"] == "step":
                 worked[line["attempt"]] = max(line["step"], worked.get(line["attempt"], 0))
         found: dict[int, tuple[int, int]] = {}
         cut = float("inf")
-        for attempt in sorted(begin, reverse=True):
+        for attempt in sorted({*resumed, *worked}, reverse=True):
+            begin = resumed.get(attempt, 0)
             end = int(min(worked.get(attempt, 0), cut))
-            if end > begin[attempt]:
-                found[attempt] = (begin[attempt], end)
-            cut = min(cut, begin[attempt])
+            if end > begin:
+                found[attempt] = (begin, end)
+            cut = min(cut, begin)
         return dict(sorted(found.items()))
 
     def _find_segments(self) -> list[Segment]:

@@ -84,13 +84,14 @@ class DenseBaseline:
             if short and last is not None:
                 self._reported_short = True  # once: a plan that changes every step would report it every step
                 return self._not_measured(
-                    last, f"the plan changed after {lasted} steps; at least {sum(_window(last))} are needed"
+                    last, f"the plan changed after {lasted} steps; at least {fewest_steps(len(last.parts) > 1)} are needed"
                 )
         passed = clock.steps - self._began.steps
         if ending and not self._done and passed < warm + watched and plans != PlanMix.of(DENSE) and not self._reported_short:
             self._done = True
             return self._not_measured(
-                plans, f"training ended after {passed + 1} steps under this plan; at least {warm + watched} are needed"
+                plans,
+                f"training ended after {passed + 1} steps under this plan; at least {fewest_steps(len(plans.parts) > 1)} are needed",
             )
         if self._done or passed < warm + watched:
             self._from = clock if passed == warm else self._from
@@ -186,8 +187,8 @@ class DenseBaseline:
 
 
 def fewest_steps(drawn: bool) -> int:
-    """Steps that a plateau must have to be timed; `drawn`: its steps draw their plan."""
-    return (WARM + WATCHED) * (DRAWN if drawn else 1)
+    """Steps that a plateau must have to be timed, its first one beside those of `_window`; `drawn`: its steps draw their plan."""
+    return 1 + (WARM + WATCHED) * (DRAWN if drawn else 1)
 
 
 def _window(plans: PlanMix) -> tuple[int, int]:

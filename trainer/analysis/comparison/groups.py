@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.analysis.comparison.comparability import IGNORED_SETTINGS, caveats, fingerprint
-from trainer.analysis.comparison.statistics import MeanInterval
+from trainer.analysis.comparison.statistics import EQUAL, MeanInterval
 from trainer.analysis.history import History, Point, history
 from trainer.config.credentials import credential_in
 from trainer.config.errors import TrilevelError
@@ -157,6 +157,8 @@ def against(base: tuple[History, ...], ours: tuple[History, ...]) -> Difference:
             [_ratio(cost_to_reach(a, top, cost), cost_to_reach(b, top, cost)) for (a, b), top in both]
         )
     top1, at = MeanInterval.of([final(b) - final(a) for a, b in pairs]), MeanInterval.of(tops)
+    if top1.sd < EQUAL:
+        top1 = top1.alone()  # top-1 moves in steps of one image, so few seeds coincide by chance
     if not paired:  # each with each: the pairs are not independent, so no interval
         top1, at = top1.alone(), at.alone()
         whole, equal = ({cost: spread.alone() for cost, spread in of.items()} for of in (whole, equal))

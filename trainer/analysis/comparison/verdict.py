@@ -50,6 +50,8 @@ def _accuracy(difference: Difference) -> str:
         return f"{mean}, without a common seed: no interval, so it may be chance"
     if top1.count < 2:
         return f"{mean} with one seed: no interval, so it may be chance; train at least 3 seeds of both"
+    if math.isnan(top1.low):
+        return f"{mean} in each of {top1.count} seeds, which coincide: no interval; train more seeds of both"
     interval = f"{mean} (95 % {100 * top1.low:+.2f} to {100 * top1.high:+.2f}, {top1.count} seeds)"
     if top1.low > 0 or top1.high < 0:
         return interval
