@@ -88,6 +88,8 @@ class ExampleSettings(Settings):
 
     def acts_in_part(self, run: RunLength) -> list[str]:
         """What the method does less often in this run than its settings name."""
+        if getattr(self, "removed", 1) == 0 and not self.counts_forgetting:
+            return ["examples.removed=0: every epoch shows every example; set examples.removed above 0, or examples.method=all"]
         if self._anneal and self.all_from(*run) >= run.epochs:
             return [f"examples.anneal={self._anneal:g} of {run.epochs} epochs is none, so no epoch shows every example"]
         return []

@@ -135,6 +135,15 @@ def has_fused(name: str) -> bool:
     return "fused" in inspect.signature(kind).parameters
 
 
+def has_setting(name: str, setting: str) -> bool:
+    """Whether timm's optimizer of this name takes a setting, e.g. `eps`. True for one unknown to timm, which is refused elsewhere."""
+    try:
+        kind = get_optimizer_class(_base(name), bind_defaults=False)
+    except ValueError:
+        return True
+    return setting in inspect.signature(kind).parameters
+
+
 def _base(name: str) -> str:
     """`lookahead_adamw` -> `adamw`."""
     return name.lower().split("_")[-1]

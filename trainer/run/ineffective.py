@@ -3,11 +3,9 @@ start of the run and in its report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
 from torch import nn
 
 from sparsity.settings import RunLength
@@ -22,9 +20,9 @@ from trainer.data.shards.index import Index
 from trainer.journal.reader import FILE
 from trainer.model.batch_norm import depends_on_world
 from trainer.model.build import build_schedule
-from trainer.model.optimizer import has_betas
 from trainer.model.teacher import teacher_pixels
 from trainer.run.dense_baseline import fewest_steps
+from trainer.run.unread import plain_text, unread
 from trainer.storage.text import listed
 
 ROUNDED = 0.02  # of the groups, more than asked for, above which it is reported
@@ -59,13 +57,14 @@ def ineffective(config: Config, images: int) -> list[str]:
     return [
         *config.examples.settings.acts_in_part(length),
         *_shown(length),
+        *_few(config, images),
         *_plan(config, steps),
         *_weights(config),
         *_control(config, steps),
         *_average(config, steps),
         *_rate(config),
         *_intervals(config, steps),
-        *_unread(config),
+        *unread(config),
     ]
 
 
@@ -88,7 +87,9 @@ def absent_ranks(trace: TraceConfig, world: int) -> list[str]:
     absent = [rank for rank in trace.ranks if rank >= world]
     if trace.steps is None or not absent:
         return []
-    return [f"trace.ranks={_plain(trace.ranks)} with {world} process(es): no trace of rank {listed(absent)}; ranks begin at 0"]
+    return [
+        f"trace.ranks={plain_text(trace.ranks)} with {world} process(es): no trace of rank {listed(absent)}; ranks begin at 0"
+    ]
 
 
 def unused_pixels(vit: nn.Module) -> list[str]:
@@ -109,6 +110,17 @@ def _shown(length: RunLength) -> Iterator[str]:
         yield (
             f"data.repeats={length.repeats} with epochs={length.epochs}: only {length.epochs} of {length.repeats} images are ever shown; "
             f"an epoch shows one of {length.repeats}"
+        )
+
+
+def _few(config: Config, images: int) -> Iterator[str]:
+    """Of a method that decides in the run how many examples an epoch shows; of the others the start refuses too few."""
+    settings, batch = config.examples.settings, config.data.batch
+    left = images - int(settings.left_out * images)
+    if not settings.shares_known and left < batch:
+        yield (
+            f"examples.method={config.examples.method} may leave {left:,} of {images:,} images, fewer than data.batch={batch}, and the run "
+            "would end there; lower data.batch or examples.removed"
         )
 
 
@@ -174,6 +186,8 @@ def _average(config: Config, steps: int) -> Iterator[str]:
 
 
 def _rate(config: Config) -> Iterator[str]:
+    if (first := config.optim.warmup_lr) > config.optim.lr and config.optim.warmup:
+        yield f"optim.warmup_lr={first:g} is above optim.lr={config.optim.lr:g}: the learning rate falls to it; set optim.warmup_lr below"
     if (lowest := config.optim.min_lr) > config.optim.lr:
         yield f"optim.min_lr={lowest:g} is above optim.lr={config.optim.lr:g}: the learning rate rises to it; set optim.min_lr below"
 
@@ -198,35 +212,3 @@ def _intervals(config: Config, steps: int) -> Iterator[str]:
         yield f"stop_at={config.stop_at} is behind the end of {run}: it has no effect"
     if config.trace.steps is not None and config.trace.steps[0] > total:
         yield f"trace.steps={list(config.trace.steps)} begins behind the end of {run}: no trace"
-
-
-def _unread(config: Config) -> Iterator[str]:
-    """Keys of other choices in their section. A stored configuration has every key, so those with their defaults are not reported."""
-    engine, augment, optim, trace = config.engine, config.augment, config.optim, config.trace
-    if engine.kind == "ddp":
-        if engine.zero > _default(engine, "zero"):
-            yield f"engine.zero={engine.zero} has no effect with engine.kind=ddp; set engine.zero=0 or engine.kind=deepspeed"
-        if engine.deepspeed is not None:
-            yield f"engine.deepspeed={engine.deepspeed} has no effect with engine.kind=ddp; set engine.kind=deepspeed"
-    if engine.autotune and not engine.compile:
-        yield "engine.autotune=true has no effect with engine.compile=false; set engine.compile=true"
-    if trace.steps is None:
-        for key in ("memory", "ranks"):
-            if (value := getattr(trace, key)) != _default(trace, key):
-                yield f"trace.{key}={_plain(value)} has no effect without trace.steps; set it to the first and last step"
-    if augment.crop != "shift" and augment.shift:
-        yield f"augment.shift={augment.shift} has no effect with augment.crop={augment.crop}; set augment.crop=shift"
-    for key in ("scale", "ratio"):
-        if augment.crop != "rrc" and (value := getattr(augment, key)) != _default(augment, key):
-            yield f"augment.{key}={_plain(value)} has no effect with augment.crop={augment.crop}; set augment.crop=rrc"
-    if optim.betas != _default(optim, "betas") and not has_betas(optim.name):
-        yield f"optim.betas={_plain(optim.betas)} has no effect with optim.name={optim.name}, which has no betas"
-
-
-def _default(section: BaseModel, key: str) -> Any:
-    return type(section).model_fields[key].default
-
-
-def _plain(value: Any) -> str:
-    """As in YAML."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
