@@ -21,10 +21,10 @@ from trainer.config.schema_run import CheckpointConfig, EngineConfig, TraceConfi
 from trainer.config.schema_teacher import TeacherConfig
 from trainer.config.values import Duration, Length, Section, Share
 
-# Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing. Cautious ones (cadamw, clion)
-# divide by a mean over the parameter.
+# Optimizers (timm's names) that update each weight by itself, so that ZeRO's flat partitions change nothing. Not cadamw and clion, which
+# divide by a mean over the parameter, nor adagrad, whose state torch makes before DeepSpeed has its partitions.
 ELEMENTWISE = frozenset(
-    "adam adamw nadam nadamw radam radamw sgd momentum nesterov rmsprop rmsproptf adamax adadelta adagrad adabelief lion "
+    "adam adamw nadam nadamw radam radamw sgd momentum nesterov rmsprop rmsproptf adamax adadelta adabelief lion "
     "adopt adoptw".split()
 )
 

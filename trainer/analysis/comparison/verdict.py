@@ -12,6 +12,7 @@ from trainer.analysis.comparison.statistics import MeanInterval, seeds_for
 from trainer.analysis.history import History
 from trainer.config.run_config import flat
 
+SAME = 0.005  # of a ratio: 1.00 with two digits
 POINT = 0.01  # the difference in top-1 for which seeds are counted
 SECTIONS = ("tracking.", "checkpoint.", "trace.", "runs")  # settings that change neither results nor times noticeably
 
@@ -81,6 +82,8 @@ def _ratio(cost: str, ratio: MeanInterval, ours: str, base: str) -> str:
     if math.isnan(ratio.mean):
         return f"{cost} are unknown" if cost.endswith("s") else f"{cost} is unknown"
     few = "fewer" if cost.endswith("s") else "less"
+    if max(abs(value - 1) for value in (ratio.mean, ratio.low, ratio.high) if not math.isnan(value)) < SAME:
+        return f"both need as {'many' if cost.endswith('s') else 'much'} {cost}"
     if ratio.low <= 1 <= ratio.high:
         return f"it is open which needs {few} {cost} (x {ratio.mean:.2f}, 95 % {ratio.low:.2f} to {ratio.high:.2f})"
     cheaper = ratio.mean >= 1
