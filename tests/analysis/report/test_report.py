@@ -89,6 +89,14 @@ def test_the_kept_share_of_weights_is_drawn_too(tmp_path: Path):
         assert curves.get("weights", [100, 25, 25]) == [100, 25, 25]
 
 
+def test_phases_add_up_to_a_step_and_communication_lies_within_them(tmp_path: Path):
+    shares = {"data_wait": 0.05, "forward": 0.3, "backward": 0.5, "optimizer": 0.15, "communication": 0.4}
+    phases = {name: {"median": share} for name, share in shares.items()}
+    run = write(tmp_path / "tri", (line | {"phases": phases} if line["kind"] == "step" else line for line in lines()))
+    wanted = "of a sampled step; data wait 5, forward 30, optimizer 15; exposed communication, within these: 40"
+    assert cells(run)["backward"] == ("50 %", wanted)
+
+
 def test_an_attempt_that_failed_before_its_start_line_counts_its_devices_alone(tmp_path: Path):
     """An hour after a run of 100 s on 2 processes, an attempt on 4 fails 30 s after its begin; then one goes on. No time passes in it."""
     failed = {"kind": "end", "status": "failed", "reason": "no GPU", "step": 0, "starting": 30.0, "world": 4}

@@ -157,9 +157,13 @@ def _machine(run: History) -> list[ReportRow]:
             phases.setdefault(phase, []).append(spread["median"])
     if phases:
         found = {phase: median(shares) for phase, shares in phases.items()}
-        most = max((phase for phase in found if phase != "communication"), key=found.__getitem__)
-        rest = ", ".join(f"{_named(phase)} {100 * share:.0f}" for phase, share in found.items() if phase != most)
-        rows.append(ReportRow(_named(most), f"{100 * found[most]:.0f} %", f"of a sampled step; {rest}"))
+        exposed = found.pop("communication", None)  # a part of backward and optimizer
+        most = max(found, key=found.__getitem__, default="rest")
+        rest = ", ".join(f"{phase.replace('_', ' ')} {100 * share:.0f}" for phase, share in found.items() if phase != most)
+        within = "" if exposed is None else f"; exposed communication, within these: {100 * exposed:.0f}"
+        rows.append(
+            ReportRow(most.replace("_", " "), f"{100 * found.get(most, 0.0):.0f} %", f"of a sampled step; {rest}{within}")
+        )
     last = lines[-1] if lines else {}
     account = time_account(read(run.directory))
     share = account.goodput if account.seconds else last.get("goodput")  # journals of earlier versions have the share alone
@@ -188,10 +192,6 @@ def _causes(account: TimeAccount) -> list[ReportRow]:
     if account.paused >= 0.5:
         note += f"; not in it: {duration(account.paused)} between attempts after a stop"
     return [ReportRow("time by cause", duration(total), "; ".join([note, *account.notes]))]
-
-
-def _named(phase: str) -> str:
-    return "communication (exposed)" if phase == "communication" else phase.replace("_", " ")
 
 
 def _certified(run: History) -> list[ReportRow]:
