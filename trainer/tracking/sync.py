@@ -57,7 +57,10 @@ def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
         raise JournalError(f"{directory}: no such run; give the directory of a run, e.g. runs/NAME")
     with _only_shipper(directory, lambda: False) as alone:
         if not alone:
-            return SyncResult(False, f"{directory}: another process is uploading this run; try again when it has ended")
+            return SyncResult(
+                False,
+                f"{directory}: another process is uploading this run; behind the end of a run it goes on for up to a minute: try again then",
+            )
         given = credential()
         uploader = JournalUploader(directory)
         refuse_unnamed(uploader.address, directory, given)
