@@ -59,7 +59,7 @@ def sync(directory: Path | str, patience: float = 60.0) -> SyncResult:
         if not alone:
             return SyncResult(
                 False,
-                f"{directory}: another process is uploading this run; behind the end of a run it goes on for up to a minute: try again then",
+                f"{directory}: another process is uploading this run, which goes on for up to a minute after the run; try again then",
             )
         given = credential()
         uploader = JournalUploader(directory)
