@@ -179,6 +179,14 @@ def test_again_is_free_and_another_source_is_refused(tmp_path: Path) -> None:
             pack(str(src), out, **{"shard_size": 5000, "progress": False} | change)
 
 
+def test_a_second_split_of_the_same_images_is_refused(tmp_path: Path) -> None:
+    src = write_folder(tmp_path / "src", FOLDERS)
+    pack(str(src), tmp_path / "out", progress=False)
+    with pytest.raises(DataError, match=r"validation has the same images as train; .* --hold-out 0.1"):
+        pack(str(src), tmp_path / "out", name="validation", progress=False)
+    assert not list((tmp_path / "out").glob("validation*"))
+
+
 def test_killed_packing_continues(tmp_path: Path) -> None:
     files = {f"{CLASSES[i % 3]}/{i:04d}.jpg": jpeg(i, 200, 160) for i in range(60)}
     src, out = write_folder(tmp_path / "src", files), tmp_path / "out"

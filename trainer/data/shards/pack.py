@@ -171,7 +171,7 @@ def _classes(dst: Path, splits: dict[str, list[SourceImage]], numbers: bool) -> 
 
 
 def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], settings: list[object]) -> None:
-    """Record source and settings of a split's shards; raises DataError if the existing shards have others."""
+    """Record source and settings of a split's shards; raises DataError if its shards have others, or another split the same images."""
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for image in part:
         digest.update(f"{image.key}\0{image.label}\0{image.length}\n".encode("utf-8", "surrogateescape"))
@@ -183,6 +183,12 @@ def _same_plan(dst: Path, split: str, src: str, part: list[SourceImage], setting
             f"pack into {dst}: {split} shards of another source or setting exist "
             f"({there.get('source', 'unknown source')}); use another --name or folder, "
             f"or remove {dst}/{split}-*.tar"
+        )
+    twice = next((o for o in sorted(dst.glob(".*.plan.json")) if o != file and _recorded(o).get("hash") == plan["hash"]), None)
+    if twice:
+        raise DataError(
+            f"pack into {dst}: {split} has the same images as {twice.name.split('.')[1]}; give the source of {split}, or pack once with "
+            "--hold-out 0.1, which makes a validation split"
         )
     if there != plan:
         _replace(file, json.dumps(plan).encode())
