@@ -158,4 +158,4 @@ def _end(study: Study, found: list[Run], a: argparse.Namespace, journals: str, c
 
 def _table(found: list[Run], study: Study, journals: str) -> str:
     now = [run.point if run.point.finished else sweep.with_status(run.point) for run in found]
-    return f"{sweep.states(now)}\npage: trilevel compare --study {study.file} --journals {journals}"
+    return f"{sweep.states(now)}\npage: trilevel compare --study {study.file} --journals {journals} --out {study.name}.md"

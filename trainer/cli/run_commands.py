@@ -109,5 +109,5 @@ def _compare_study(a: argparse.Namespace) -> None:
 
     if wrong := next((name for name in ("runs", "experiment", "base", "json") if getattr(a, name)), None):
         raise ConfigError(f"compare --study with {wrong}: the page is made from kept journals alone; leave {wrong} out")
-    for path in study_page.write(a.study, Path(a.journals), Path(a.out or f"{a.journals}.md")):
+    for path in study_page.write(a.study, Path(a.journals), Path(a.out) if a.out else None):
         show(path)

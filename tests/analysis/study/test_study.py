@@ -326,6 +326,20 @@ def test_what_cannot_be_read_is_named(mini: Path, capsys: pytest.CaptureFixture[
         result(study_file.read("mini.yaml"), Path("kept"))
 
 
+def test_a_page_of_other_studies_is_not_replaced(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--study", "mini.yaml", "--journals", "nowhere"]) == 2 and not Path("nowhere.md").exists()
+    assert "no kept journals of mini in nowhere; name their folder with --journals DIR" in capsys.readouterr().err
+    Path("kept.md").write_text("# Studies\n\n## mini\n\n## levels\n")
+    assert main(["compare", "--study", "mini.yaml", "--journals", "kept"]) == 2
+    assert (
+        "kept.md has other studies too (levels), which would be lost; name another page with --out" in capsys.readouterr().err
+    )
+    assert Path("kept.md").read_text().endswith("## levels\n")
+    assert main(["compare", "--study", "mini.yaml", "--journals", "kept", "--out", "mini.md"]) == 0
+    Path("kept.md").write_text(Path("mini.md").read_text())
+    assert main(["compare", "--study", "mini.yaml", "--journals", "kept"]) == 0, "its own page is written again"
+
+
 def test_kept_journals_hold_what_the_original_says(mini: Path) -> None:
     kept, original = history(Path("kept/mini/sparse-seed1.jsonl.xz")), history(Path("runs/sparse1"))
     assert kept.last.multiply_adds == original.last.multiply_adds and kept.last.elapsed == original.last.elapsed

@@ -6,6 +6,7 @@ Made from kept journals alone, so the same journals give the same text.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.analysis.comparison.statistics import FEWEST_PAIRS, LEVEL, MeanInte
 from trainer.analysis.study.file import read
 from trainer.analysis.study.results import Arm, Question, StudyResult, result
 from trainer.analysis.units import duration
+from trainer.config.errors import ConfigError
 from trainer.storage.text import markdown_text, printable
 
 HEAD = """# Studies
@@ -59,11 +61,20 @@ QUESTIONS = (
 )
 
 
-def write(files: Sequence[str], journals: Path, out: Path) -> list[Path]:
-    """The page at `out` and a picture per study beside it, in a folder of the page's name. Raises ConfigError, JournalError."""
+def write(files: Sequence[str], journals: Path, out: Path | None = None) -> list[Path]:
+    """The page at `out` (default: JOURNALS.md, which is not replaced where it has other studies) and a picture per study beside it, in a
+    folder of the page's name. Raises ConfigError, also where no study has a kept journal, and JournalError."""
     from trainer.analysis.study.picture import picture
 
     found = [result(read(file), journals) for file in files]
+    if not any(one.arms for one in found):
+        raise ConfigError(
+            f"compare --study: no kept journals of {', '.join(one.file.name for one in found)} in {journals}; name their folder with "
+            f"--journals DIR, or train the study: python -m launch study {files[0]}"
+        )
+    if out is None:
+        out = Path(f"{journals}.md")
+        _refuse_to_replace(out, [one.file.name for one in found])
     pictures = {one.file.name: out.with_suffix("") / f"{one.file.name}.png" for one in found if one.arms}
     out.parent.mkdir(parents=True, exist_ok=True)
     command = f"trilevel compare --study {' '.join(files)} --journals {journals} --out {out}"
@@ -73,6 +84,15 @@ def write(files: Sequence[str], journals: Path, out: Path) -> list[Path]:
         if one.arms:
             picture(one, pictures[one.file.name])
     return [out, *pictures.values()]
+
+
+def _refuse_to_replace(out: Path, names: list[str]) -> None:
+    there = re.findall(r"^## (\w[\w.]*)$", out.read_text(), re.M) if out.is_file() else []
+    if others := [name for name in there if name not in names]:
+        raise ConfigError(
+            f"compare --study: {out} has other studies too ({', '.join(others)}), which would be lost; name another page with --out "
+            f"{names[0]}.md, or all its studies"
+        )
 
 
 def page(found: Sequence[StudyResult], journals: Path, command: str, pictures: dict[str, str]) -> str:
