@@ -197,18 +197,23 @@ def _sweep(a: argparse.Namespace) -> int:
     found = sweep.points(a.config, a.overrides, a.set, a.seeds, a.name)
     found = [sweep.with_status(point) for point in found]
     left = [point for point in found if not point.finished]
+    # a finished run of other settings is no result of this sweep; the check with --resume compares them
+    checked = sweep.distinct_settings(left) + sweep.distinct_settings(
+        [p for p in found if p.finished and not sweep.unchanged(p)]
+    )
     if a.slurm and left:
         request = _request(a)
-        checks = [c for point in sweep.distinct_settings(left) for c in _checks(point.job, request.nodes, request.processes)]
+        checks = [c for point in checked for c in _checks(point.job, request.nodes, request.processes)]
         jobs, runs = [point.job for point in left], [str(point.directory) for point in left]
         return _submit(checks, slurm.render_array(jobs, request, _python(a), a.name, runs, a.at_once), a)
     node = local.place(this_machine(), a.processes, free_port())
-    checks = [check(point.job, node.world, sys.executable) for point in sweep.distinct_settings(left)]
+    checks = [check(point.job, node.world, sys.executable) for point in checked]
     if a.dry_run:
         print("\n".join(c.text() for c in (*checks, *(local.render(point.job, node, sys.executable) for point in left))))
         return 0
-    code = next((code for code in map(start, checks) if code), 0)
-    for point in left if not code else ():
+    if code := next((code for code in map(start, checks) if code), 0):
+        return code
+    for point in left:
         print(f"launch: {point.name} ({point.state})", flush=True)
         ended = start(local.render(point.job, replace(node, port=free_port()), sys.executable))
         if ended in (STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGKILL):

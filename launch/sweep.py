@@ -86,6 +86,26 @@ def status_of(point: Point, rows: Iterable[dict[str, Any]]) -> Point:
     return replace(point, state=state, top1=top1)
 
 
+def unchanged(point: Point) -> bool:
+    """Whether a run has the settings of its point as far as its config.yaml shows it: the configuration is not younger, and the settings of
+    the command line have equal values. Else the trainer has to compare."""
+    recorded = point.directory / "config.yaml"
+    try:
+        if Path(point.job.config).stat().st_mtime > recorded.stat().st_mtime:
+            return False
+        content = yaml_file.read("config", str(recorded), "configs/quickstart.yaml")
+    except (OSError, LaunchError):
+        return False
+    for text in point.job.overrides:
+        key, _, value = text.partition("=")
+        found = content
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found != yaml_file.read_value(value):
+            return False
+    return True
+
+
 def distinct_settings(found: list[Point]) -> list[Point]:
     """The first point of each configuration and setting: seeds need no check of their own."""
 

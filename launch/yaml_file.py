@@ -76,9 +76,14 @@ def value_of(text: str) -> str:
     return value if isinstance(value, str) else text
 
 
+def read_value(text: str) -> Any:
+    """The value of a YAML text, as the trainer reads it."""
+    return yaml.load(text, Loader=_Values)
+
+
 def is_text(text: str) -> bool:
     """Whether it is read as this text where it stands without quotes."""
-    return yaml.load(text, Loader=_Values) == text
+    return read_value(text) == text
 
 
 def _expanded(node: yaml.Node, known: dict[int, int | None]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -105,8 +106,12 @@ def test_a_sweep_leaves_out_finished_runs_and_prints_how_to_compare(tmp_path, mo
         given = dict(word.split("=", 1) for word in command.argv if "=" in word)
         asked.append(given["seed"] + ("c" if "--check" in command.argv else "t"))
         if "--check" in command.argv or codes.get(given["seed"]):
-            return 0 if "--check" in command.argv else codes[given["seed"]]
-        write(sweep.Point(None, given["name"], tmp_path / "runs" / given["name"]), {"kind": "end", "status": "finished"})
+            return codes.get("check", 0) if "--check" in command.argv else codes[given["seed"]]
+        point = sweep.Point(None, given["name"], tmp_path / "runs" / given["name"])
+        write(point, {"kind": "end", "status": "finished"})
+        parent = {"tracking": {"parent": given["tracking.parent"]}}
+        settings = {"name": given["name"], "seed": int(given["seed"]), "optim": {"lr": 0.001}} | parent
+        (point.directory / "config.yaml").write_text(json.dumps(settings))
         return 0
 
     monkeypatch.setattr(program, "start", start)
@@ -121,6 +126,11 @@ def test_a_sweep_leaves_out_finished_runs_and_prints_how_to_compare(tmp_path, mo
     assert program.main(words) == 0 and len(asked) == 8 and capsys.readouterr().out.count("finished") >= 3
     assert program.main([*words, "--seeds", "4", "--dry-run"]) == 0 and len(asked) == 8
     assert "seed=4" in capsys.readouterr().out
+    assert program.main([*words, "optim.lr=1e-3"]) == 0 and len(asked) == 8, "the value of the finished runs, in another form"
+    codes["check"] = 2  # the trainer refuses other settings than those of the checkpoint
+    assert program.main([*words, "optim.lr=2e-3"]) == 2 and asked[8:] == ["0c"] and "finished" not in capsys.readouterr().out
+    os.utime("a.yaml", (2e9, 2e9))  # edited since
+    assert program.main(words) == 2 and asked[9:] == ["0c"]
 
 
 def test_runs_of_a_sweep_hang_below_one_run_in_mlflow(tmp_path, monkeypatch):
