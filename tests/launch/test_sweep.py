@@ -127,6 +127,7 @@ def test_a_sweep_leaves_out_finished_runs_and_prints_how_to_compare(tmp_path, mo
     assert program.main([*words, "--seeds", "4", "--dry-run"]) == 0 and len(asked) == 8
     assert "seed=4" in capsys.readouterr().out
     assert program.main([*words, "optim.lr=1e-3"]) == 0 and len(asked) == 8, "the value of the finished runs, in another form"
+    capsys.readouterr()
     codes["check"] = 2  # the trainer refuses other settings than those of the checkpoint
     assert program.main([*words, "optim.lr=2e-3"]) == 2 and asked[8:] == ["0c"] and "finished" not in capsys.readouterr().out
     os.utime("a.yaml", (2e9, 2e9))  # edited since
