@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -15,6 +16,9 @@ from trainer.run.shutdown import end_process, ignore_signals
 from trainer.storage.exit_code import write_exit_code
 from trainer.storage.standard_streams import OutputError, discard_output, guard_standard_streams, open_standard_streams, say
 from trainer.storage.text import printable
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, *FULL)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -43,6 +47,10 @@ def main(words: list[str] | None = None) -> int:
             return 141  # what a shell reports for SIGPIPE
         if isinstance(error, OutputError):
             discard_output()
+        if arguments.command != "train" and isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
+            remedy = "free disk space" if error.errno in FULL else "make it writable, or copy the run to a folder that is"
+            say(printable(f"trilevel: cannot write to {error.filename}: {error.strerror}; {remedy}"), error=True)
+            return 2
         if not isinstance(error, TrilevelError):
             raise
         say(printable("\n  ".join([f"trilevel: {error}", *getattr(error, "__notes__", ())])), error=True)

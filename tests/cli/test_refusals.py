@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import images
+from tests.support.journals import lines, write
 from trainer.__main__ import main
 from trainer.data.shards.index import build_index
 from trainer.journal.reader import lineage
@@ -191,6 +193,25 @@ def test_where_no_result_can_be_written_the_work_does_not_begin(
     Path("file").write_text("x")
     assert message.format(here=tmp_path) in refused(capsys, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"] and Path("file").read_text() == "x"
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """`report` prints its table all the same; an archive, or the run of somebody else."""
+    run = write(tmp_path / "run", lines())
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(run / "report.png"))
+
+    monkeypatch.setattr("trainer.analysis.report.picture.atomic_write", read_only)
+    assert main(["report", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "84.38 %" in shown.out and f"no plot: {run}/report.png: Read-only file system" in shown.err
+    monkeypatch.setattr("trainer.provenance.recorded_run.RecordedRun.__init__", read_only)
+    message = refused(capsys, "audit", str(run))
+    assert (
+        f"cannot write to {run}/report.png: Read-only file system; make it writable, or copy the run to a folder that is"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

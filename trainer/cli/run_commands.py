@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from trainer.cli.output import show, show_table, write_json
@@ -66,7 +67,10 @@ def report(a: argparse.Namespace) -> None:
     from trainer.analysis.report.summary import summary
 
     show_table(summary(a.run_directory).table)
-    show(f"plot: {picture(a.run_directory)}")
+    try:
+        show(f"plot: {picture(a.run_directory)}")
+    except OSError as error:  # somebody else's run, or an archive
+        print(f"no plot: {error.filename}: {error.strerror}", file=sys.stderr)
     show(page_of_run(a.run_directory))
 
 
