@@ -19,6 +19,7 @@ from trainer.data.order import BatchSplit
 from trainer.engine import environment
 from trainer.engine.engine import Engine
 from trainer.model.optimizer import build_optimizer
+from trainer.run.shutdown import end_process
 
 torch.set_num_threads(1)
 if "apart" in sys.argv:
@@ -35,3 +36,4 @@ seconds = time.monotonic() - began
 found, made = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
 print(json.dumps({"rank": engine.rank, "found": found, "made": made, "seconds": round(seconds, 1)}), flush=True)
 engine.close()
+end_process(0)

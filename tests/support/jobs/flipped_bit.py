@@ -9,6 +9,7 @@ import torch
 
 from trainer.__main__ import main
 from trainer.run import assembly
+from trainer.run.shutdown import end_process
 
 torch.set_num_threads(1)
 step, steps = assembly.Engine.step, 0
@@ -25,4 +26,6 @@ def flipping(self):
 
 
 assembly.Engine.step = flipping
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+end_process(code)
+sys.exit(code)

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from trainer.__main__ import main
 from trainer.run import dense_baseline
+from trainer.run.shutdown import end_process
 
 torch.set_num_threads(1)
 dense_baseline.WARM, dense_baseline.WATCHED = 2, 4  # an epoch has 9 steps
@@ -19,4 +20,5 @@ compiler = torch.compile
 torch.compile = lambda function, **settings: compiler(function, **(settings | {"backend": counter}))
 code = main(sys.argv[1:])
 print(json.dumps([counter.frame_count, sum(counters["graph_break"].values())]), flush=True)
+end_process(code)
 sys.exit(code)

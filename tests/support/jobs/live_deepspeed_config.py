@@ -11,6 +11,7 @@ import torch
 
 from trainer.__main__ import main
 from trainer.run import assembly
+from trainer.run.shutdown import end_process
 
 torch.set_num_threads(1)
 prepare = assembly.Engine.prepare
@@ -26,4 +27,6 @@ def watched(self, *args):
 
 
 assembly.Engine.prepare = watched
-sys.exit(main(sys.argv[2:]))
+code = main(sys.argv[2:])
+end_process(code)
+sys.exit(code)

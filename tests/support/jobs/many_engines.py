@@ -32,6 +32,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.environment import world_size
 from trainer.model.ema import Ema
 from trainer.model.optimizer import build_optimizer
+from trainer.run.shutdown import end_process
 
 BATCH, CLIP, DECAY = 12, 1.0, 0.9
 State = dict[str, Tensor]
@@ -329,3 +330,4 @@ if __name__ == "__main__":
         facts = TASKS[task](mode)
         if os.environ["RANK"] == "0":
             print(json.dumps({"name": word, **facts}), flush=True)
+    end_process(0)

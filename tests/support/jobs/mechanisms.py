@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from trainer.config.load import load
+from trainer.run.shutdown import end_process
 from trainer.train import train
 
 torch.set_num_threads(1)
@@ -27,3 +28,4 @@ for run in sys.argv[3:]:
             dist.barrier()
         train(load(sys.argv[1], [*words, f"name={start}"]), resume=start != name)
         AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
+end_process(0)

@@ -19,6 +19,7 @@ from trainer.engine.delayed import Delayed
 from trainer.engine.left_out_steps import leaves_out_on_device
 from trainer.model.objective import Objective
 from trainer.run import assembly, nonfinite_steps
+from trainer.run.shutdown import end_process
 
 torch.set_num_threads(1)
 spoiled = {int(step) for step in sys.argv[1].split(",") if step}
@@ -45,4 +46,6 @@ if os.environ.get("LATE"):
     nonfinite_steps.Delayed = partial(Delayed, behind=2)
 assembly.Engine.reseed = watched
 Objective.losses = lambda self, *args: losses(self, *args) * (math.nan if last and at in spoiled else 1.0)
-sys.exit(main(sys.argv[2:]))
+code = main(sys.argv[2:])
+end_process(code)
+sys.exit(code)

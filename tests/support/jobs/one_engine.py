@@ -17,6 +17,7 @@ from trainer.config import run_config
 from trainer.data.order import BatchSplit, slice_of
 from trainer.engine.engine import Engine
 from trainer.engine.environment import world_size
+from trainer.run.shutdown import end_process
 
 BATCH = 12
 kind, zero, precision, accumulation, start, stop, folder, *lamb = sys.argv[1:]
@@ -60,3 +61,4 @@ for step in range(int(start), int(stop)):
         save_file(state, Path(folder) / f"step-{step + 1}.safetensors")
         print(json.dumps({"step": step, "loss": loss, "norm": engine.grad_norm()}), flush=True)
 engine.close()
+end_process(0)

@@ -20,6 +20,7 @@ from trainer.config.load import load
 from trainer.data.batch import Batch
 from trainer.data.loader import build
 from trainer.data.loader.validation import CleanImages
+from trainer.run.shutdown import end_process
 from trainer.train import train
 
 RANK, LAST = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -52,3 +53,4 @@ for scene in sys.argv[2:]:
     run(scene)
     if scene == "interrupted":
         run(scene, resume=True)
+end_process(0)
